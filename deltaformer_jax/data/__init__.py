@@ -1,0 +1,29 @@
+"""Corpora, tokenizers, packing and batches. Imports nothing of the floors above, and jax only with the first batch."""
+
+from deltaformer_jax.data.batches import batches, count_batches
+from deltaformer_jax.data.build import prepare_corpus, stdlib_corpus
+from deltaformer_jax.data.corpus import Corpus, Split, load_corpus
+from deltaformer_jax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Corpus",
+    "Split",
+    "StreamDecoder",
+    "Tokenizer",
+    "batches",
+    "count_batches",
+    "load_corpus",
+    "load_tokenizer",
+    "prepare_corpus",
+    "stdlib_corpus",
+    "train_bpe",
+]

@@ -1,0 +1,109 @@
+"""Batches for training and evaluation, each a function of its number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from deltaformer_jax.data.corpus import Corpus, Split
+from deltaformer_jax.data.packing import Packing
+
+_ENDLESS = 2**48  # batches; a length is asked for, and no run gets there
+
+
+def batches(
+    corpus: Corpus,
+    split: str,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batch n, for n = start_step, start_step + 1, ...: the packed rows n b .. (n + 1) b - 1, b = batch_size.
+
+    A batch is a dict of int32 arrays [batch_size / process_count, sequence_length]: tokens, targets, segment_ids (0 is
+    padding; what is not padding has a target). Process p holds rows p b / P .. (p + 1) b / P - 1 of the global batch,
+    which is a function of (corpus, sequence_length, batch_size, seed, n) alone, so the step number is the whole
+    position of a run.
+
+    split "train": endless, documents and rows shuffled anew each epoch; a batch may straddle two epochs.
+    split "eval": one pass in order, ignoring seed; the last batch is filled up with rows of padding.
+
+    `num_threads` threads read ahead. ValueError names an argument out of range or an empty split, at the call.
+    """
+    _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
+    rows = Packing(_usable(corpus, split), sequence_length, seed if split == "train" else None)
+    count = _ENDLESS if split == "train" else -(-rows.rows_per_epoch // batch_size)
+    # grain imports jax, which the rest of the data part does without.
+    import grain
+
+    source = _Batches(rows, batch_size, start_step, max(count - start_step, 0), process_index, process_count)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def count_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int) -> int:
+    """Batches in one pass over a split: ceil(rows / batch_size), rows = ceil((tokens + documents) / sequence_length).
+
+    ValueError as for `batches`.
+    """
+    _check(sequence_length, batch_size)
+    return -(-Packing(_usable(corpus, split), sequence_length, None).rows_per_epoch // batch_size)
+
+
+class _Batches:
+    """What grain reads from: element i is this process's part of batch start + i."""
+
+    def __init__(self, rows: Packing, batch_size: int, start: int, count: int, process_index: int, process_count: int):
+        self._rows = rows
+        self._batch_size = batch_size
+        self._start = start
+        self._count = count
+        part = batch_size // process_count
+        self._mine = np.arange(process_index * part, (process_index + 1) * part, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self._rows.rows((self._start + i) * self._batch_size + self._mine)
+
+
+def _usable(corpus: Corpus, split: str) -> Split:
+    chosen = corpus.split(split)
+    if chosen.documents == 0:
+        raise ValueError(
+            f"the {split} split of {corpus.path} has no documents: prepare it from more documents, "
+            "or with another --eval_fraction"
+        )
+    return chosen
+
+
+def _check(
+    sequence_length: int,
+    batch_size: int,
+    seed: int = 0,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 0,
+) -> None:
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 1 token")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1 sequence")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative")
+    if start_step < 0:
+        raise ValueError(f"start_step is {start_step}; it must not be negative")
+    if process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} must be a multiple of process_count {process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} must be in [0, process_count), process_count {process_count}")
+    if num_threads < 0:
+        raise ValueError(f"num_threads is {num_threads}; it must not be negative (0: no reading ahead)")

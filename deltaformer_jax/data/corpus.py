@@ -1,0 +1,169 @@
+"""A prepared corpus on disk: its manifest, tokenizer, document lengths, and tokens by random access.
+
+    DIR/manifest.json         counts, settings, hashes (of itself too: an edited one is refused)
+    DIR/tokenizer.json        the tokenizer
+    DIR/SPLIT_lengths.npy     int64 [documents]: tokens of each document, in order; SPLIT is train or eval
+    DIR/SPLIT-00000.array_record ...   the tokens: a record is a document, or the next PIECE tokens of a longer one,
+                              as little-endian uint16 (uint32 above 65,536 ids)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = "deltaformer_jax corpus"
+FORMAT_VERSION = 1
+PIECE = 8192  # tokens in a record at most: what reading one row of a very long document costs
+SPLITS = ("train", "eval")
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Split:
+    """The documents of one split. `lengths`: int64 [documents], tokens without end-of-text, none of them 0."""
+
+    def __init__(self, lengths: np.ndarray, shards: list[tuple[Path, int]], dtype: np.dtype, eot: int):
+        self.lengths = lengths
+        self.documents = len(lengths)
+        self.tokens = int(lengths.sum())
+        self.eot = eot
+        self._dtype = dtype
+        self._shards = shards
+        # Records are counted over all shards: document i's are _first_record[i] .. _first_record[i + 1] - 1.
+        self._first_record = np.concatenate([[0], np.cumsum(-(-lengths // PIECE))])
+        self._source = None
+        if shards:
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            self._source = ArrayRecordDataSource([f"{path}[0:{records}]" for path, records in shards])
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens start .. stop - 1 of a document (default: all), an array [stop - start] of the stored dtype.
+
+        Reads only the records that hold them. Thread-safe. ValueError where a shard is damaged.
+        """
+        length = int(self.lengths[document])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"tokens {start}:{stop} of document {document}, which has {length}")
+        pieces = [np.zeros(0, self._dtype)]
+        for piece in range(start // PIECE, -(-stop // PIECE)):
+            tokens = self._record(int(self._first_record[document]) + piece)
+            if len(tokens) != min(PIECE, length - piece * PIECE):
+                raise ValueError(f"{self._where()}: records and document lengths disagree; prepare the corpus again")
+            pieces.append(tokens[max(start - piece * PIECE, 0) : stop - piece * PIECE])
+        return np.concatenate(pieces[1:]) if len(pieces) > 2 else pieces[-1]
+
+    def _record(self, record: int) -> np.ndarray:
+        try:
+            return np.frombuffer(self._source[record], self._dtype)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{self._where()}: a shard is damaged ({error}); prepare the corpus again") from None
+
+    def _where(self) -> str:
+        return str(self._shards[0][0].parent)
+
+
+class Corpus:
+    """A prepared corpus, checked.
+
+    Attributes:
+      path: its folder.
+      manifest: what manifest.json holds.
+      tokenizer: the Tokenizer it was made with.
+      hash: sha256 of what decides every token (tokenizer, documents, their order and split), wherever the corpus lies.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer, splits: dict[str, Split]):
+        self.path = path
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.hash: str = manifest["content_hash"]
+        self._splits = splits
+
+    def split(self, name: str) -> Split:
+        if name not in self._splits:
+            raise ValueError(f"split {name!r} is not one of {', '.join(map(repr, SPLITS))}")
+        return self._splits[name]
+
+
+def load_corpus(path: str | os.PathLike) -> Corpus:
+    """The corpus in folder `path`. Cost: reads the document lengths, and the size of each shard, not the tokens.
+
+    FileNotFoundError for a missing folder or file; ValueError for one that is not a corpus, was edited or cut short,
+    or holds another tokenizer than its manifest says. Both name the file.
+    """
+    folder = local_folder(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; make it with python -m deltaformer_jax.data.prepare")
+    manifest = _read_manifest(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    if tokenizer.hash != manifest["tokenizer"]["hash"]:
+        raise ValueError(f"{folder / TOKENIZER_FILE}: not the tokenizer that the corpus was made with")
+    splits = {name: _load_split(folder, name, manifest, tokenizer) for name in SPLITS}
+    return Corpus(folder, manifest, tokenizer, splits)
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """`path` as a Path; ValueError for an address such as gs://..., which ArrayRecord cannot read or write."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: a corpus must lie on a local or mounted disk (ArrayRecord reads no other); copy it there")
+    return Path(path)
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest without its own "manifest_hash"."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_hash"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def lengths_file(split: str) -> str:
+    return f"{split}_lengths.npy"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing, so {folder} is not a prepared corpus") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); prepare the corpus again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not the manifest of a corpus")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {manifest.get('format_version')}, but this package reads {FORMAT_VERSION}; "
+            "prepare the corpus again"
+        )
+    if manifest.get("manifest_hash") != manifest_hash(manifest):
+        raise ValueError(f"{path}: was edited or damaged since it was written; prepare the corpus again")
+    return manifest
+
+
+def _load_split(folder: Path, name: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> Split:
+    entry = manifest["splits"][name]
+    path = folder / lengths_file(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; prepare the corpus again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["lengths_hash"]:
+        raise ValueError(f"{path}: was changed or damaged since it was written; prepare the corpus again")
+    shards = []
+    for shard in entry["shards"]:
+        file = folder / shard["file"]
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing; prepare the corpus again")
+        if file.stat().st_size != shard["size"]:
+            raise ValueError(
+                f"{file}: {file.stat().st_size} bytes where the manifest says {shard['size']}; prepare the corpus again"
+            )
+        shards.append((file, shard["records"]))
+    return Split(np.load(path), shards, np.dtype(manifest["token_dtype"]), tokenizer.eot)

@@ -1,0 +1,115 @@
+"""Documents laid end to end and cut into rows, by arithmetic alone: row r needs the cumulated lengths and its own text.
+
+A document of n tokens t is n + 1 pairs, inputs [eot, t1 .. tn] and targets [t1 .. tn, eot]: each token is predicted
+exactly once, and nothing crosses from one document into another. An epoch lays its pairs end to end, documents in an
+order given by (seed, epoch), and cuts them into rows of `sequence_length`; only the epoch's last row has padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+
+from deltaformer_jax.data.corpus import Split
+
+_ROUNDS = 6
+
+
+class Packing:
+    """Row r of the endless sequence of epochs (seed given), or of one pass in the corpus's own order (seed None).
+
+    `rows_per_epoch` = ceil((tokens + documents) / sequence_length), the same for every epoch. With a seed, row r is
+    one of epoch r // rows_per_epoch, whose documents and rows are both permuted. Memory: 16 bytes per document for
+    each of the two newest epochs. Threads may share it.
+    """
+
+    def __init__(self, split: Split, sequence_length: int, seed: int | None):
+        self.split = split
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.pairs = split.tokens + split.documents
+        self.rows_per_epoch = -(-self.pairs // sequence_length)
+        self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
+
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in the epoch's order, where each one's pairs end), int64 [documents] both."""
+        order = np.arange(self.split.documents, dtype=np.int64)
+        if self.seed is not None:
+            order = permuted(order, self.split.documents, f"{self.seed} {epoch} documents")
+        return order, np.cumsum(self.split.lengths[order] + 1, dtype=np.int64)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """tokens, targets, segment_ids: int32 [len(indices), sequence_length] of the rows `indices` (int64).
+
+        Segment ids count a row's documents from 1; 0 is padding, whose tokens and targets are 0. Without a seed, rows
+        past the end are all padding.
+        """
+        shape = (len(indices), self.sequence_length)
+        out = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
+        epochs, rows = np.divmod(np.asarray(indices, np.int64), self.rows_per_epoch)
+        for epoch in np.unique(epochs):
+            if self.seed is None and epoch > 0:
+                continue
+            (places,) = np.nonzero(epochs == epoch)
+            chosen = rows[places]
+            if self.seed is not None:
+                chosen = permuted(chosen, self.rows_per_epoch, f"{self.seed} {epoch} rows")
+            for place, row in zip(places, chosen):
+                self._fill(int(epoch), int(row), *(array[place] for array in out.values()))
+        return out
+
+    def _fill(self, epoch: int, row: int, tokens: np.ndarray, targets: np.ndarray, segment_ids: np.ndarray) -> None:
+        order, ends = self._epoch(epoch)
+        start = row * self.sequence_length
+        stop = min(start + self.sequence_length, self.pairs)
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop, side="left"))
+        filled = 0
+        for segment, place in enumerate(range(first, last + 1), start=1):
+            document = int(order[place])
+            length = int(self.split.lengths[document])
+            begin = int(ends[place]) - length - 1
+            a, b = max(start - begin, 0), min(stop - begin, length + 1)  # this row's pairs of the document: a .. b - 1
+            text = self.split.read(document, max(a - 1, 0), min(b, length))
+            # In the document's sequence [eot, t1 .. tn, eot] inputs are elements a .. b - 1 and targets a + 1 .. b.
+            sequence = np.full(b - a + 1, self.split.eot, np.int32)
+            skip = 1 if a == 0 else 0
+            sequence[skip : skip + len(text)] = text
+            here = slice(filled, filled + b - a)
+            tokens[here], targets[here], segment_ids[here] = sequence[:-1], sequence[1:], segment
+            filled += b - a
+
+
+def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
+    """P(indices), P a permutation of [0, size) chosen by `key`: int64 [N] -> int64 [N], O(N) for any size.
+
+    A Feistel network on the smallest enough number of bits, applied again wherever it leaves [0, size). Written
+    here, in 64-bit integers, so that no new release of a library can change the order of a run already begun.
+    """
+    half = max((size - 1).bit_length(), 2) // 2
+    other = max((size - 1).bit_length(), 2) - half
+    widths = (np.uint64(half), np.uint64(other))
+    masks = tuple((np.uint64(1) << width) - np.uint64(1) for width in widths)
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest(), "<u8").astype(np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        parts = [x >> widths[1], x & masks[1]]
+        for i, round_key in enumerate(keys):
+            parts[i % 2] = parts[i % 2] ^ (_mix(parts[1 - i % 2] + round_key) & masks[i % 2])
+        return (parts[0] << widths[1]) | parts[1]
+
+    x = np.asarray(indices).astype(np.uint64)
+    outside = np.arange(len(x))
+    while len(outside):
+        x[outside] = network(x[outside])
+        outside = outside[x[outside] >= np.uint64(size)]
+    return x.astype(np.int64)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """The finalising steps of splitmix64 (Steele, Lea, Flood 2014): each output bit depends on every input bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,61 @@
+"""Text into a corpus to train on:
+
+    python -m deltaformer_jax.data.prepare SOURCE --out DIR [--tokenizer bytes|FILE|bpe:SIZE] [--workers N]
+
+SOURCE is a folder or file of text or code, .jsonl (.gz, .zst) or .parquet; without it, the running Python's own
+standard library. Exit code 0 when DIR holds the corpus, 2 with one line on stderr when it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from deltaformer_jax.data.build import prepare_corpus
+from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
+from deltaformer_jax.data.sources import STDLIB
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deltaformer_jax.data.prepare", description="Turns text into a corpus to train on."
+    )
+    parser.add_argument("source", nargs="?", default=STDLIB, metavar="SOURCE", help="folder, file or stdlib (default)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus's folder, on a local disk")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:SIZE or a tokenizer.json (default: bytes)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
+    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
+    parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
+    flags = parser.parse_args(arguments)
+    already = os.path.exists(os.path.join(flags.out, MANIFEST_FILE)) and not flags.force
+    try:
+        corpus = prepare_corpus(
+            flags.source,
+            flags.out,
+            tokenizer=flags.tokenizer,
+            workers=flags.workers,
+            eval_fraction=flags.eval_fraction,
+            text_field=flags.text_field,
+            force=flags.force,
+            progress=sys.stderr.isatty(),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"error: interrupted; {flags.out} is as it was", file=sys.stderr)
+        return 130
+    print(f"{corpus.path}: {'is there already' if already else 'prepared'}, vocabulary {corpus.tokenizer.vocab_size}")
+    for name in SPLITS:
+        entry = corpus.manifest["splits"][name]
+        print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
+    if not corpus.split("eval").documents:
+        print("  no document fell to eval: evaluation needs more documents or a larger --eval_fraction")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
