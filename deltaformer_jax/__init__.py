@@ -1,0 +1,31 @@
+"""DeltaFormer and the delta-rule family of attention in JAX. What is exported here is promised; the rest may change."""
+
+from deltaformer_jax.ops import (
+    Exp,
+    KUCache,
+    KVCache,
+    Linear,
+    Relu,
+    Round,
+    Softmax,
+    causal_attention,
+    delta_attention,
+    delta_values,
+    shift_mix,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Exp",
+    "KUCache",
+    "KVCache",
+    "Linear",
+    "Relu",
+    "Round",
+    "Softmax",
+    "causal_attention",
+    "delta_attention",
+    "delta_values",
+    "shift_mix",
+]

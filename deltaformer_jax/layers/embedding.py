@@ -1,0 +1,55 @@
+"""Token embeddings and the way back to logits.
+
+    x_t = √d_model · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
+
+Rows of E are drawn with standard deviation d_model^-1/2, so x starts with unit variance and so do the logits of a
+normalised y. The table is padded to a multiple of 128 rows, so that it can be cut evenly over devices; no token
+looks the added rows up, and their logits are cut off.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.linear import kernel
+
+ROW_MULTIPLE = 128
+
+
+class Embedding(nnx.Module):
+    """tokens int [B,T] -> [B,T,d_model] in `dtype`; `logits` [B,T,d_model] -> float32 [B,T,vocab_size].
+
+    `tied`: the logits' kernel is the table. A token outside [0, vocab_size) gives NaN, a padding token (segment id 0)
+    is not looked at and gives token 0's row. Cost: 2 d_model vocab_size FLOPs per token for the logits.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, *, tied: bool, dtype=jnp.float32, rngs: nnx.Rngs):
+        rows = -(-vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
+        self.table = kernel(rngs, (rows, d_model), ("vocab", "embed"), fan_in=d_model)
+        self.head = None if tied else kernel(rngs, (d_model, rows), ("embed", "vocab"))
+        self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
+
+    def __call__(self, tokens, segment_ids=None):
+        if segment_ids is not None:
+            tokens = jnp.where(segment_ids != 0, tokens, 0)
+        row = jnp.where((tokens >= 0) & (tokens < self.vocab_size), tokens, self.rows)
+        vectors = self.table[...].at[row].get(mode="fill", fill_value=jnp.nan)
+        return (vectors * math.sqrt(self.d_model)).astype(self.dtype)
+
+    def logits(self, x):
+        # Operands in the compute dtype, sums in float32 (float64 for float64).
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(self.dtype)
+        if self.head is None:
+            scores = jnp.einsum("btd,vd->btv", x, self.table[...].astype(self.dtype), preferred_element_type=wide)
+        else:
+            scores = jnp.einsum("btd,dv->btv", x, self.head[...].astype(self.dtype), preferred_element_type=wide)
+        return scores[..., : self.vocab_size]
+
+    def flops_per_token(self, length: int) -> float:
+        """2 d_model vocab_size, of the logits; looking a row up counts nothing. The padding's columns don't count."""
+        del length
+        return 2.0 * self.d_model * self.vocab_size

@@ -1,0 +1,71 @@
+"""KV shifting: each KV head mixes its key and value with the previous token's.
+
+    k'_t = a₁ k_t + a₂ k_{t−1},      v'_t = b₁ v_t + b₂ v_{t−1}
+
+with k_{t−1} = v_{t−1} = 0 at the first token of a segment, before the rotary embedding. Four scalars per KV head; a₁
+and b₁ start uniform in (0, 1), a₂ = 1 − a₁, b₂ = 1 − b₁, unconstrained afterwards.
+Source: Xu et al., "KV Shifting Attention Enhances Language Modeling", arXiv 2411.19574.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax import ops
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShiftTail:
+    """What the next call's first token mixes with: the last real token's key [B,G,K] and value [B,G,V], unmixed."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class KVShift(nnx.Module):
+    """(k [B,T,G,K], v [B,T,G,V]) -> (k', v', tail), in their dtype; `tail` goes to the call with the next tokens.
+
+    The scalars are float32 and not decayed. Cost: two multiply-adds per feature.
+    """
+
+    def __init__(self, num_kv_heads: int, *, rngs: nnx.Rngs):
+        def uniform():
+            return jax.random.uniform(rngs.params(), (num_kv_heads,), jnp.float32)
+
+        def scalars(value):
+            return nnx.Param(value, axes=("kv_heads",), decay=False)
+
+        key, value = uniform(), uniform()
+        self.current_key, self.previous_key = scalars(key), scalars(1.0 - key)
+        self.current_value, self.previous_value = scalars(value), scalars(1.0 - value)
+
+    def __call__(self, key, value, *, segment_ids=None, tail: ShiftTail | None = None):
+        mixed_key = ops.shift_mix(
+            key, self.current_key[...], self.previous_key[...],
+            segment_ids=segment_ids, last=None if tail is None else tail.key,
+        )  # fmt: skip
+        mixed_value = ops.shift_mix(
+            value, self.current_value[...], self.previous_value[...],
+            segment_ids=segment_ids, last=None if tail is None else tail.value,
+        )  # fmt: skip
+        if tail is not None:
+            tail = ShiftTail(
+                last_real_token(key, segment_ids, tail.key), last_real_token(value, segment_ids, tail.value)
+            )
+        return mixed_key.astype(key.dtype), mixed_value.astype(value.dtype), tail
+
+
+def last_real_token(x, segment_ids, otherwise):
+    """x [B,T,...] at each row's last token whose segment id is not 0, in `otherwise`'s dtype; `otherwise` [B,...] in
+    rows that have none."""
+    if segment_ids is None:
+        return x[:, -1].astype(otherwise.dtype)
+    steps = jnp.arange(x.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(segment_ids != 0, steps, -1), axis=1)
+    tail = x[jnp.arange(x.shape[0]), jnp.maximum(last, 0)].astype(otherwise.dtype)
+    return jnp.where((last >= 0).reshape((-1,) + (1,) * (tail.ndim - 1)), tail, otherwise)

@@ -1,0 +1,45 @@
+"""Linear maps: how their kernels are drawn, and how they are applied.
+
+    y = x W,    W_ij ~ N(0, scale² / fan_in), cut off at two standard deviations (and widened to keep that variance)
+
+so that y has x's variance at the start when scale = 1. There are no biases but the gates'.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# The standard deviation of a standard normal cut off at ±2.
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def kernel(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int = 0, scale: float = 1.0
+) -> nnx.Param:
+    """A float32 `nnx.Param` of `shape`, drawn as above; `fan_in` is `shape[0]` unless given.
+
+    `axes` names its dimensions for sharding and stays with the parameter as metadata.
+    """
+    std = scale / math.sqrt(fan_in or shape[0]) / _TRUNCATED_STD
+    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32), axes=axes)
+
+
+class Gate(nnx.Module):
+    """g = x W + b, one number per head: x [B,T,d_model] -> [B,T,heads], in float32 whatever x is.
+
+    W is drawn as `kernel` says and b starts at 0, so a sigmoid of g starts around 1/2. `axis` names the heads'
+    dimension for sharding ("heads" or "kv_heads"). The product is taken at the highest precision: it is a small
+    one, and an error in a gate is multiplied along the whole sequence.
+    """
+
+    def __init__(self, d_model: int, heads: int, *, axis: str, rngs: nnx.Rngs):
+        self.kernel = kernel(rngs, (d_model, heads), ("embed", axis))
+        self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.einsum("btd,dh->bth", wide, self.kernel[...], precision="highest") + self.bias[...]

@@ -1,0 +1,28 @@
+"""What all mixers do to their input first."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from deltaformer_jax import ops
+
+
+def clear_padding(x, segment_ids):
+    """x [B,T,D] with zeros where `segment_ids` [B,T] is 0.
+
+    Whatever stands there, NaN included, then reaches neither a value nor a gradient: a kernel's gradient sums over all
+    rows, and 0 · NaN is NaN.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x must be [batch, length, d_model]; its shape is {x.shape}")
+    if segment_ids is None:
+        return x
+    if segment_ids.shape != x.shape[:2]:
+        raise ValueError(f"segment_ids must be [batch, length] = {x.shape[:2]}; its shape is {segment_ids.shape}")
+    return jnp.where(segment_ids[:, :, None] != 0, x, 0)
+
+
+def default_positions(x, segment_ids, cache):
+    """int32 [B,T]: each token's index among the real tokens of its own segment, after those that `cache` has seen."""
+    start = None if cache is None else cache.length
+    return ops.token_positions(segment_ids, x.shape[0], x.shape[1], start)

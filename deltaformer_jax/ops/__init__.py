@@ -1,0 +1,22 @@
+"""Functions of arrays: the attention family and the delta rule. No Flax, no mesh, no config."""
+
+from deltaformer_jax.ops.cache import KUCache, KVCache, token_positions
+from deltaformer_jax.ops.causal_attention import causal_attention
+from deltaformer_jax.ops.delta_attention import delta_attention, delta_values
+from deltaformer_jax.ops.shift_mix import shift_mix
+from deltaformer_jax.ops.similarity import Exp, Linear, Relu, Round, Softmax
+
+__all__ = [
+    "Exp",
+    "KUCache",
+    "KVCache",
+    "Linear",
+    "Relu",
+    "Round",
+    "Softmax",
+    "causal_attention",
+    "delta_attention",
+    "delta_values",
+    "shift_mix",
+    "token_positions",
+]

@@ -1,0 +1,162 @@
+"""Softmax attention, causal, with an optional window: the family's baseline, and the read of DeltaFormer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from deltaformer_jax.ops import checks, tiles
+from deltaformer_jax.ops import heads as H
+from deltaformer_jax.ops.cache import KVCache, check_cache, check_room, store
+from deltaformer_jax.ops.chunked_read import read_backward, read_forward
+from deltaformer_jax.ops.delta_chunked import default_chunk
+from deltaformer_jax.ops.delta_parallel import read_parallel
+from deltaformer_jax.ops.delta_recurrent import read_recurrent
+from deltaformer_jax.ops.extend import extend_attention, in_blocks
+from deltaformer_jax.ops.similarity import Softmax
+from deltaformer_jax.ops.tiles import accumulation_dtype
+
+_SOFTMAX = Softmax()
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    cache: KVCache | None = None,
+    return_cache: bool = False,
+) -> jax.Array | tuple[jax.Array, KVCache]:
+    """o_t = Σ_i p_ti v_i,  p_t = softmax over max(0, t − window + 1) ≤ i ≤ t of scale · q_t·k_i.
+
+    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), widths K and V.
+
+    Args:
+      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one float dtype.
+      scale: multiplies q·k; None means K ** -0.5.
+      window: how many tokens a token sees, itself included; None means all before it.
+      segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
+        contiguous run, and a token sees its own run only.
+      implementation: "recurrent", "parallel" or "chunked"; None chooses the fastest for the platform compiled for.
+      cache: a KVCache to go on from; with a window a ring of `window` slots. New tokens with segment id 0 are not stored.
+      return_cache: also return the cache after these tokens. Without `cache` a new one is made, of `window` slots or T.
+
+    Returns:
+      o [B, T, H, V] in value's dtype, or (o, cache) when there is a cache or `return_cache`. Sums are float32 inside.
+
+    Raises:
+      ValueError, TypeError: shapes, dtypes, names, sizes; a cache without room when its length is concrete.
+      NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
+
+    Cost: 2 T² K B H floating-point operations (T · window in place of T²/2 with a window), 2.5 times that backward; memory
+      O(T (K+V)) a head for "chunked".
+
+    Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
+      arXiv 2004.05150.
+    """
+    checks.check_heads(query, key, value)
+    name = checks.check_implementation(implementation, checks.FORMS, checks.KERNELS)
+    checks.check_size("window", window)
+    checks.check_segments(segment_ids, key)
+    scale = checks.check_scale("scale", scale, key.shape[3])
+    real = jnp.ones(key.shape[:2], bool)
+    if segment_ids is not None:
+        real = segment_ids != 0
+        query, key, value = (jnp.where(real[..., None, None], x, 0) for x in (query, key, value))
+    if cache is not None:
+        check_cache(cache, KVCache, key, value.shape[2], value.shape[3])
+        checks.check_one_document(segment_ids)
+        check_room(cache, real, window)
+        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": 128}[name]
+
+        def block(cache, query, key, value, real):
+            return extend_attention(cache, query, key, value, real, _SOFTMAX, scale, window)
+
+        return in_blocks(block, cache, (query, key, value, real), size)
+
+    if name == "chunked":
+        plan = _Plan(scale, window, default_chunk(key.shape[1]))
+        out = _chunked(plan, query, key, value, segment_ids)
+    else:
+        out = _by_definition(name, query, key, value, segment_ids, scale, window)
+    if segment_ids is not None:
+        out = jnp.where(real[..., None, None], out, 0)
+    if not return_cache:
+        return out
+    checks.check_one_document(segment_ids)
+    empty = KVCache.empty(key.shape[0], window or key.shape[1], key.shape[2], key.shape[3], value.shape[3], key.dtype)
+    return out, store(empty, key, value, real)
+
+
+def _by_definition(name, query, key, value, segment_ids, scale, window):
+    dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
+    group = query.shape[2] // heads
+    segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
+    read = {"recurrent": read_recurrent, "parallel": read_parallel}[name]
+    one_head = lambda *arguments: read(*arguments, similarity=_SOFTMAX, scale=scale, window=window)
+    q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
+    first = lambda x: H.heads_first(x.astype(dtype))
+    with jax.default_matmul_precision("highest"):
+        out = H.over_heads(one_head, shared=(3,))(q, first(key), first(value), segments)
+    return H.unfold_queries(out.reshape(batch, heads, time * group, -1), group).astype(value.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    scale: float
+    window: int | None
+    chunk: int
+
+
+def _layout(plan, query, key, value, segment_ids):
+    heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
+    q = H.fold_queries(H.pad_time(query, length), heads)
+    k, v = (H.heads_first(H.pad_time(x, length)) for x in (key, value))
+    segments = H.pad_time(segment_ids, length)
+    settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window)
+    return q, k, v, segments, tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(plan, query, key, value, segment_ids):
+    return _forward(plan, query, key, value, segment_ids)[0]
+
+
+def _forward(plan, query, key, value, segment_ids):
+    q, k, v, segments, bounds, settings = _layout(plan, query, key, value, segment_ids)
+    read = functools.partial(read_forward, first=bounds, **settings)
+    out, lse = H.over_heads(read, shared=(3,))(q, k, v, segments)
+    out = H.unfold_queries(out, query.shape[2] // key.shape[2])[:, : key.shape[1]].astype(value.dtype)
+    return out, (query, key, value, segment_ids, out, lse)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(plan, residuals, dout):
+    query, key, value, segment_ids, out, lse = residuals
+    q, k, v, segments, bounds, settings = _layout(plan, query, key, value, segment_ids)
+    last = tiles.last_chunks(bounds)
+    fold = lambda x: H.fold_queries(H.pad_time(x, k.shape[2]), k.shape[1])
+    call = lambda q, k, v, s, *rest: read_backward(q, k, v, s, last, *rest, **settings)
+    dq, dk, dv = H.over_heads(call, shared=(3,))(q, k, v, segments, fold(out), lse, fold(dout))
+    time = key.shape[1]
+    back = lambda x: H.heads_last(x)[:, :time]
+    dq = H.unfold_queries(dq, query.shape[2] // key.shape[2])[:, :time]
+    return dq.astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), None
+
+
+@_backward.defjvp
+def _no_second_derivative(plan, primals, tangents):
+    raise NotImplementedError(
+        "implementation='chunked' has a hand-written backward and no second derivative: "
+        "use implementation='parallel' or 'recurrent'"
+    )
+
+
+_chunked.defvjp(_forward, lambda plan, residuals, dout: _backward(plan, residuals, dout))

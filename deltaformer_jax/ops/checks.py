@@ -1,0 +1,154 @@
+"""What every op checks of its arguments while tracing, and of values when they are concrete."""
+
+from __future__ import annotations
+
+import difflib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def check_heads(query, key, value):
+    """query [B,T,H,K] or None, key [B,T,G,K], value [B,T,G,V] of one float dtype, H a multiple of G."""
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+            raise TypeError(f"{name} must be an array, not {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [batch, time, heads, width]; it has shape {tuple(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {x.dtype}: cast it to float64, float32, bfloat16 or float16")
+        if x.dtype != key.dtype:
+            raise TypeError(f"{name} is {x.dtype} but key is {key.dtype}: cast them to one dtype")
+        if x.shape[:2] != key.shape[:2]:
+            raise ValueError(f"{name} has [batch, time] {x.shape[:2]} but key has {key.shape[:2]}: make them equal")
+        if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: time, heads and width must be at least 1")
+    if value is not None and value.shape[2] != key.shape[2]:
+        raise ValueError(f"value has {value.shape[2]} heads but key has {key.shape[2]}: they must have the same number")
+    if query is not None:
+        if query.shape[3] != key.shape[3]:
+            raise ValueError(f"query has width {query.shape[3]} but key has {key.shape[3]}: make them equal")
+        check_multiple("query", query.shape[2], key.shape[2])
+
+
+def check_multiple(name, heads, key_heads):
+    if heads % key_heads:
+        raise ValueError(f"{name} has {heads} heads, which is not a multiple of key's {key_heads}")
+
+
+def check_gate(name, gate, key, heads):
+    """alpha or beta: [B, T, heads], a float array."""
+    if gate is None:
+        return
+    expected = (*key.shape[:2], heads)
+    if not hasattr(gate, "shape") or tuple(gate.shape) != expected:
+        shape = tuple(gate.shape) if hasattr(gate, "shape") else type(gate).__name__
+        raise ValueError(
+            f"{name} must have shape [batch, time, heads of the write query] = {expected}; it has {shape}"
+        )
+    if gate.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {gate.dtype}: cast it to a float dtype")
+
+
+def check_segments(segment_ids, key):
+    if segment_ids is None:
+        return
+    if not hasattr(segment_ids, "shape") or tuple(segment_ids.shape) != tuple(key.shape[:2]):
+        shape = tuple(segment_ids.shape) if hasattr(segment_ids, "shape") else type(segment_ids).__name__
+        raise ValueError(f"segment_ids must have shape [batch, time] = {tuple(key.shape[:2])}; it has {shape}")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids has dtype {segment_ids.dtype}: it must be an integer array")
+    concrete = concrete_value(segment_ids)
+    if concrete is not None:
+        _check_runs(concrete)
+
+
+def _check_runs(ids):
+    """Ids that come back in a row would see each other in some forms and not in others."""
+    for row in ids:
+        starts = row[np.concatenate([[True], row[1:] != row[:-1]])]
+        starts = starts[starts != 0]
+        if len(np.unique(starts)) != len(starts):
+            raise ValueError("segment_ids: an id comes back after another one in the same row; number each run anew")
+
+
+def check_size(name, size):
+    """A positive Python integer, or None."""
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"{name}={size!r}: it must be a positive integer or None")
+
+
+def check_scale(name, scale, width):
+    """The scale as a Python float; None is width ** -0.5."""
+    if scale is None:
+        return float(width) ** -0.5
+    if isinstance(scale, jax.core.Tracer) or not np.isscalar(scale) or not np.isfinite(scale):
+        raise ValueError(f"{name}={scale!r}: it must be a finite Python number or None")
+    return float(scale)
+
+
+def check_implementation(implementation, available, planned):
+    """The implementation's name; None gives "chunked", the form that runs on every platform."""
+    if implementation is None:
+        return "chunked"
+    if implementation in available:
+        return implementation
+    if implementation in planned:
+        raise NotImplementedError(f"implementation={implementation!r}: {planned[implementation]}")
+    names = (*available, *planned)
+    near = difflib.get_close_matches(str(implementation), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"implementation={implementation!r} is unknown: give one of {names} or None.{hint}")
+
+
+def concrete_value(x):
+    """x as a NumPy array when its value is known, None while tracing."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    return np.asarray(x)
+
+
+FORMS = ("recurrent", "parallel", "chunked")
+KERNELS = {
+    "pallas_tpu": "this version has no TPU kernel for this op; use None or 'chunked'",
+    "triton": "this version has no NVIDIA kernel for this op; use None or 'chunked'",
+}
+
+
+def check_write_query(write_query, query, key):
+    """An array [B, T, Hu, K] of key's dtype, Hu the number of key heads or of query heads."""
+    if not hasattr(write_query, "ndim") or write_query.ndim != 4:
+        raise ValueError('write_query must be "key", "query" or an array [batch, time, heads, width]')
+    if write_query.dtype != key.dtype:
+        raise TypeError(f"write_query is {write_query.dtype} but key is {key.dtype}: cast them to one dtype")
+    if write_query.shape[:2] != key.shape[:2] or write_query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"write_query has shape {tuple(write_query.shape)}: batch, time and width must be key's, {tuple(key.shape)}"
+        )
+    heads = write_query.shape[2]
+    if query is None:
+        check_multiple("write_query", heads, key.shape[2])
+    elif heads not in (key.shape[2], query.shape[2]):
+        raise ValueError(
+            f"write_query has {heads} heads: it must have as many as key ({key.shape[2]}) or query ({query.shape[2]})"
+        )
+
+
+def check_one_document(segment_ids):
+    """With a cache, ids say what is padding and nothing else."""
+    if segment_ids is None:
+        return
+    concrete = concrete_value(segment_ids)
+    if concrete is None:
+        return
+    for row in concrete:
+        if len(np.unique(row[row != 0])) > 1:
+            raise ValueError("segment_ids: a cache holds one document a row, but a row has several ids")

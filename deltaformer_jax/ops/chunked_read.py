@@ -1,0 +1,98 @@
+"""The read of an associative memory, one head of keys, tile by tile:
+
+    o_t = Σ_{i≤t} κ(q_t, k_i) u_i
+
+With κ = softmax this is flash attention (Dao et al., arXiv 2205.14135); the other similarities have no normaliser.
+Several query heads may share the keys: their queries are the r rows of a token, folded into q [T·r, K].
+
+Backward, with P the weights and D_i = dO_i·o_i − dlse_i for softmax, 0 otherwise:
+
+    dU = Pᵀ dO,   dS_ij = κ'(s_ij) (dO_i·u_j − D_i),   dQ = scale · dS K,   dK = scale · dSᵀ Q
+
+in five products per pair of tiles. Memory O(T (K+V)).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops import tiles
+
+
+def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
+    """Which columns of tile j the rows of tile i see: [C·r, C], or None for all of them."""
+    row = jnp.repeat(i * chunk + jnp.arange(chunk), rows_per_token)
+    column = j * chunk + jnp.arange(chunk)
+    visible = row[:, None] >= column[None, :] if diagonal else None
+    if window is not None:
+        visible = tiles.both(visible, row[:, None] - column[None, :] < window)
+    if segments is not None:
+        row_segments = jnp.repeat(tiles.take(segments, i, chunk), rows_per_token)
+        visible = tiles.both(visible, tiles.same_segment(row_segments, tiles.take(segments, j, chunk)))
+    return visible
+
+
+def read_forward(q, k, u, segments, first, *, similarity, scale, chunk, window=None):
+    """q [T·r, K], k [T, K], u [T, V], segments [T] or None, first [T/C] -> o [T·r, V], lse [T·r], accumulation dtype."""
+    length, width = u.shape
+    group = q.shape[0] // length
+    dtype = tiles.accumulation_dtype(k.dtype)
+    operand = k.dtype if similarity.normalised else dtype
+
+    def one_chunk(_, c):
+        rows = tiles.take(q, c, chunk * group)
+
+        def step(j, running, diagonal):
+            scores = tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * scale
+            visible = _visible(c, j, group, chunk, segments, window, diagonal)
+            return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
+
+        running = tiles.start_sum(chunk * group, width, dtype)
+        running = lax.fori_loop(first[c], c, lambda j, running: step(j, running, False), running)
+        running = step(c, running, True)
+        out = running[2] * tiles.inverse_normaliser(similarity, running)[:, None]
+        return None, (out, tiles.log_normaliser(similarity, running))
+
+    _, (out, lse) = lax.scan(one_chunk, None, jnp.arange(length // chunk, dtype=jnp.int32))
+    return out.reshape(length * group, width), lse.reshape(length * group)
+
+
+def read_backward(q, k, u, segments, last, out, lse, dout, dlse=None, *, similarity, scale, chunk, window=None):
+    """The gradients (dq, dk, du) for the cotangents dout [T·r, V] and dlse [T·r] (None: 0); accumulation dtype.
+
+    `out` is read for softmax only.
+    """
+    length = k.shape[0]
+    group = q.shape[0] // length
+    dtype = tiles.accumulation_dtype(k.dtype)
+    operand = k.dtype if similarity.normalised else dtype
+    row_dot = None
+    if similarity.normalised:
+        row_dot = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=1)
+        row_dot = row_dot if dlse is None else row_dot - dlse
+
+    def one_chunk(dq, j):
+        keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
+
+        def step(i, carry, diagonal):
+            dq, dkeys, dvalues = carry
+            rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
+            visible = _visible(i, j, group, chunk, segments, window, diagonal)
+            scores = tiles.dot(rows, keys.T, k.dtype) * scale
+            weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk * group), visible)
+            dots = tiles.dot(grad, values.T, operand)
+            if row_dot is not None:
+                dots = dots - tiles.take(row_dot, i, chunk * group)[:, None]
+            dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
+            dvalues = dvalues + tiles.dot(weights.T, grad, operand)
+            dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
+            return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues
+
+        carry = (dq, jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
+        carry = step(j, carry, True)
+        dq, dkeys, dvalues = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
+        return dq, (dkeys, dvalues)
+
+    dq, (dk, du) = lax.scan(one_chunk, jnp.zeros(q.shape, dtype), jnp.arange(length // chunk, dtype=jnp.int32))
+    return dq, dk.reshape(k.shape), du.reshape(u.shape)

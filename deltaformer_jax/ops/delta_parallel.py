@@ -1,0 +1,35 @@
+"""DeltaFormer as two T×T matrices, for reading and for small T:
+
+    U = (I + diag(β) A)⁻¹ diag(α) V,      O = P₂ U
+
+A the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular one of κ₂(q_i, k_j).
+Memory O(T²) a head. Source: Xu et al., DeltaFormer (NeurIPS 2025), section 3.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from deltaformer_jax.ops.similarity import row_weights
+
+
+def _visible(segments, window, strict):
+    row, column = jnp.arange(segments.shape[0])[:, None], jnp.arange(segments.shape[0])[None, :]
+    visible = (column < row if strict else column <= row) & (segments[:, None] == segments[None, :])
+    visible &= (segments != 0)[:, None]
+    return visible if window is None else visible & (row - column < window)
+
+
+def write_parallel(w, k, v, alpha, beta, segments, *, similarity, scale):
+    """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
+    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, None, strict=True))
+    matrix = jnp.eye(k.shape[0], dtype=v.dtype) + beta[:, None] * weights
+    return solve_triangular(matrix, alpha[:, None] * v, lower=True, unit_diagonal=True)
+
+
+def read_parallel(q, k, u, segments, *, similarity, scale, window=None):
+    """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+    visible = _visible(segments, window, strict=False)[:, None, :]
+    scores = jnp.einsum("irk,jk->irj", q, k) * scale
+    return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u

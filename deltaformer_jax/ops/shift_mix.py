@@ -1,0 +1,49 @@
+"""KV shifting: each token's key (or value) mixed with its predecessor's.
+
+    x'_t = current · x_t + previous · x_{t−1}
+
+Source: Xu et al., KV Shifting Attention (ICML 2025, arXiv 2411.19574), eq. 5 to 7.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from deltaformer_jax.ops.checks import check_segments
+
+
+def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array:
+    """x'_t = current x_t + previous x_{t−1}, with x_{−1} = 0 before a segment's first token.
+
+    Args:
+      x: [B, T, G, K], keys before their rotary embedding, or values.
+      current, previous: [G], one scalar per head.
+      segment_ids: [B, T] int, 0 for padding; the mix starts anew with each segment. None: one segment a row.
+      last: [B, G, K], the raw x of the token before this call's first, for decoding; enters the row's first segment.
+
+    Returns:
+      [B, T, G, K] in x's dtype, 0 at padding. Cost: two multiply-adds a number.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must have shape [batch, time, heads, width]; it has shape {tuple(x.shape)}")
+    for name, scalars in (("current", current), ("previous", previous)):
+        if jnp.shape(scalars) != (x.shape[2],):
+            raise ValueError(f"{name} must have shape [heads] = ({x.shape[2]},); it has {jnp.shape(scalars)}")
+    expected = (x.shape[0], *x.shape[2:])
+    if last is not None and last.shape != expected:
+        raise ValueError(f"last must have shape [batch, heads, width] = {expected}; it has {last.shape}")
+    check_segments(segment_ids, x)
+    carried = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
+    before = jnp.concatenate([carried, x[:, :-1]], axis=1)
+    if segment_ids is not None:
+        real = segment_ids != 0
+        x = jnp.where(real[..., None, None], x, 0)
+        follows = jnp.concatenate(
+            [jnp.zeros_like(real[:, :1]), (segment_ids[:, 1:] == segment_ids[:, :-1]) & real[:, 1:]], axis=1
+        )
+        first = real & (jnp.cumsum(real, axis=1) == 1)
+        before = jnp.where(follows[..., None, None], before, 0)
+        before = jnp.where(first[..., None, None], carried, before)
+    current, previous = (s.astype(x.dtype)[:, None] for s in (current, previous))
+    return current * x + previous * before

@@ -1,0 +1,134 @@
+"""κ(x, y): how strongly a query x matches a key y, as a function of the scaled score s = scale · x·y.
+
+    linear   κ = s
+    relu     κ = max(s, 0)
+    exp      κ = e^s
+    softmax  κ = e^s / Σ e^s, the sum over the row's own range
+    round    κ = s rounded to `decimals` decimals, with the derivative of s (straight-through)
+
+Source: Xu et al., DeltaFormer (NeurIPS 2025), section 3 and experiments 4.1; the associative-memory view in
+Zhong et al., arXiv 2505.19488.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Where a row has seen nothing yet its running maximum starts here. Finite, so that a difference of two such
+# starts is 0 and not NaN.
+LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """κ = s: the delta rule of linear attention."""
+
+    normalised = False
+
+    def weight(self, scores):
+        return scores
+
+    def slope(self, scores, weights):
+        return jnp.ones_like(scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relu:
+    """κ = max(s, 0), with derivative 0 at s = 0."""
+
+    normalised = False
+
+    def weight(self, scores):
+        return jax.nn.relu(scores)
+
+    def slope(self, scores, weights):
+        return (scores > 0).astype(scores.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exp:
+    """κ = e^s, unnormalised. Overflows where s does: bound the keys' norms."""
+
+    normalised = False
+
+    def weight(self, scores):
+        return jnp.exp(scores)
+
+    def slope(self, scores, weights):
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """κ = e^s / Σ e^s. `weight` is the numerator; whoever owns the row divides by its sum."""
+
+    normalised = True
+
+    def weight(self, scores):
+        return jnp.exp(scores)
+
+    def slope(self, scores, weights):
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """κ = s rounded half to even to `decimals` decimals; its derivative is taken to be 1."""
+
+    decimals: int = 2
+    normalised = False
+
+    def weight(self, scores):
+        return _round_straight_through(self.decimals, scores)
+
+    def slope(self, scores, weights):
+        return jnp.ones_like(scores)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _round_straight_through(decimals, scores):
+    # s + stop_gradient(round(s) - s) would have the same derivative, but is off by a rounding error.
+    return jnp.round(scores, decimals)
+
+
+@_round_straight_through.defjvp
+def _round_jvp(decimals, primals, tangents):
+    return jnp.round(primals[0], decimals), tangents[0]
+
+
+Similarity = Linear | Relu | Exp | Softmax | Round
+
+_BY_NAME = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
+
+
+def as_similarity(similarity: str | Similarity, argument: str) -> Similarity:
+    """The similarity of that name, or the object itself. Raises ValueError naming `argument`."""
+    if isinstance(similarity, Similarity):
+        return similarity
+    if isinstance(similarity, str) and similarity in _BY_NAME:
+        return _BY_NAME[similarity]
+    near = difflib.get_close_matches(str(similarity), _BY_NAME, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}={similarity!r} is no similarity: give one of {sorted(_BY_NAME)} or Round(decimals).{hint}")
+
+
+def row_weights(similarity: Similarity, scores, visible):
+    """κ of whole rows: `scores` [..., N] where `visible` (same shape), 0 elsewhere and in rows that see nothing.
+
+    Differentiable as often as one likes, and free of NaN whatever stands in the hidden scores' places as long as
+    that is finite. Rows are normalised over what they see where the similarity asks for it.
+    """
+    scores = jnp.where(visible, scores, 0.0)
+    if not similarity.normalised:
+        return jnp.where(visible, similarity.weight(scores), 0.0)
+    highest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=LOWEST)
+    highest = jax.lax.stop_gradient(jnp.where(highest > LOWEST, highest, 0.0))
+    # Mask before exp as well as after: a hidden score above the maximum would overflow.
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - highest, 0.0)), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)

@@ -1,0 +1,178 @@
+"""Checkpoints: orbax writes them in the background; checksums of our own say whether what is read back is what was written.
+
+DIR/checkpoints/STEP/ holds `state` (the TrainState), `run` (position in the data, config, tokenizer hash, dtypes and
+shapes) and, written last, `sha256.json`. A folder without it, or one that doesn't match it, is not a checkpoint: orbax
+restores flipped bytes without a word.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from deltaformer_jax.training.state import TrainState
+
+CHECKSUMS = "sha256.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be trusted or doesn't fit the run."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. `keep`: how many of the newest stay on disk."""
+
+    def __init__(self, folder: epath.PathLike, keep: int = 1):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self._folder = epath.Path(folder)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
+            item_names=("state", "run"),
+        )
+        self._sealer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sealer")
+        self._sealing: concurrent.futures.Future | None = None
+
+    def path(self, step: int) -> epath.Path:
+        return self._folder / str(step)
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder, oldest first, whole or not."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, run: dict[str, Any]) -> None:
+        """Start saving; returns when the state has been copied from the devices, which may then reuse its memory.
+
+        Waits for the save before it, and raises here what went wrong with that one.
+        """
+        self.wait()
+        step = int(run["step"])
+        saved = self._manager.save(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(state),
+                run=self._ocp.args.JsonSave({**run, "arrays": _signatures(state)}),
+            ),
+        )
+        if not saved:
+            raise CheckpointError(f"{self.path(step)}: orbax refused to save step {step}; its steps are {self.steps()}")
+        self._sealing = self._sealer.submit(self._seal, step)
+
+    def _seal(self, step: int) -> None:
+        # In a thread of its own: hashing some gigabytes must not hold up training either.
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_checksums(self.path(step))
+
+    def wait(self) -> None:
+        """Until the save under way is whole on disk, checksums included."""
+        if self._sealing is not None:
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    def restore_newest(self, abstract: TrainState, note) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint; `note(text)` is told of each newer one that was passed over.
+
+        Raises CheckpointError when there are checkpoints and none is whole; nothing on disk is changed.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                check_checksums(self.path(step))
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                note(f"passed over {problem}; going back to step {step}")
+            return self.restore(step, abstract)
+        raise CheckpointError(
+            f"{self._folder}: no whole checkpoint. " + "; ".join(problems or ["there is none"]) + ". "
+            "Restore the folder from a copy, or start a new run in another --workdir"
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of `step`, laid out as `abstract` says, and its `run` record. Call check_checksums before."""
+        run = self.run_record(step)
+        expected = _signatures(abstract)
+        if run["arrays"] != expected:
+            # orbax would cast float32 to bfloat16, and back, silently.
+            names = sorted(
+                name for name in {*run["arrays"], *expected} if run["arrays"].get(name) != expected.get(name)
+            )
+            name = names[0]
+            raise CheckpointError(
+                f"{self.path(step)}: holds other arrays than this run's: {name} is {run['arrays'].get(name)} in the "
+                f"checkpoint and {expected.get(name)} in the run ({len(names)} differ)"
+            )
+        restored = self._manager.restore(
+            step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
+        )
+        return restored["state"], run
+
+    def run_record(self, step: int) -> dict[str, Any]:
+        restored = self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore()))
+        return restored["run"]
+
+    def drop_after(self, step: int) -> None:
+        """Delete the folders of later steps: a run that went back makes them again, and orbax never overwrites."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def close(self) -> None:
+        self.wait()
+        self._sealer.shutdown()
+        self._manager.close()
+
+
+def write_checksums(folder: epath.Path) -> None:
+    """Write sha256.json: the SHA-256 of every file of a finished checkpoint."""
+    files = {name: _sha256(folder / name) for name in _files(folder)}
+    draft = folder / f"{CHECKSUMS}.tmp"
+    draft.write_text(json.dumps(files, indent=1))
+    draft.replace(folder / CHECKSUMS)
+
+
+def check_checksums(folder: epath.Path) -> None:
+    """Raise CheckpointError, naming the file, unless every file is there and as it was written."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({CHECKSUMS} is missing: the save was cut short)")
+    try:
+        expected = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path}: corrupt") from None
+    found = set(_files(folder))
+    for name, digest in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / name}: missing from the checkpoint")
+        if _sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name}: corrupt (its SHA-256 is not the one it was written with)")
+
+
+def _files(folder: epath.Path) -> list[str]:
+    found, folders = [], [folder]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.is_dir():
+                folders.append(path)
+            elif not path.name.startswith(CHECKSUMS):
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _signatures(state: TrainState) -> dict[str, list]:
+    return {
+        jax.tree_util.keystr(path): [str(leaf.dtype), list(leaf.shape)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }

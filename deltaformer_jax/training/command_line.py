@@ -1,0 +1,111 @@
+"""train.py's flags, and how every program says what is wrong: one line, exit code 2."""
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.training import saved_config
+from deltaformer_jax.training.settings import Saved, check, flatten
+
+
+class Command(NamedTuple):
+    config: Config
+    workdir: str  # "": a new folder under runs/
+    name: str  # of the config file
+    dry_run: bool
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, flags.Error) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(argv: list[str], default_config: str, usage: str) -> Command:
+    """The command line, `argv[0]` being the program, as a checked Config and the rest.
+
+    Without --config, a --workdir that holds a run supplies the config, and else `default_config` does. Raises
+    ValueError, OSError or absl's flags.Error with a message for one line; --help prints `usage` and exits.
+    """
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+        print(usage.strip())
+        sys.exit(0)
+    workdir = _value_of("workdir", argv)
+    path = _value_of("config", argv)
+    if path is not None:
+        _check_exists(path)
+    elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
+        Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
+        path = f"{saved_config.__file__}:{workdir}"
+    else:
+        path = default_config
+    _check_fields(argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
+    holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
+    rest = values(argv)
+    if len(rest) > 1:
+        raise ValueError(f"{rest[1]!r}: not a flag; flags are --config FILE, --workdir DIR, --config.section.field=value, --dry_run")
+    config = holder.value
+    check(config)
+    name = Path(path.partition(":")[0]).stem if _value_of("config", argv) or path == default_config else "resumed"
+    return Command(config, values.workdir, name, values.dry_run)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The last value of --flag, looked up before absl runs, since the config's default depends on it."""
+    found = None
+    for i, argument in enumerate(argv[1:], 1):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            if not equals and i + 1 == len(argv):
+                raise ValueError(f"--{flag}: give a value")
+            found = value if equals else argv[i + 1]
+    return found
+
+
+def _check_exists(path: str) -> None:
+    file = Path(path.partition(":")[0])
+    if file.is_file():
+        return
+    there = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    near = difflib.get_close_matches(str(file), there, n=1) or there[:1]
+    hint = f"; did you mean {near[0]}?" if near else "; give a Python file with a get_config()"
+    raise FileNotFoundError(f"--config {path}: no such file{hint}")
+
+
+def _check_fields(argv: list[str]) -> None:
+    """Raise ValueError for a --config.section.field that Config doesn't have, with the nearest one that it has."""
+    known = list(flatten(Config()))
+    sections = [section.name for section in dataclasses.fields(Config)]
+    for argument in argv[1:]:
+        if not argument.startswith("-"):
+            continue
+        flag = argument.lstrip("-").partition("=")[0]
+        field = flag.removeprefix("no").removeprefix("config.")
+        if flag.removeprefix("no").startswith("config.") and field not in known:
+            if field in sections:
+                raise ValueError(f"--config.{field}: is a section; set one of its fields, as in --config.{field}.field=value")
+            raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+
+
+def _nearest(field: str, known: list[str]) -> str:
+    # The same last name in another section is what a forgetful user meant; a near spelling is what a hasty one did.
+    last = field.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    return f"; did you mean --config.{near[0]}?" if near else f"; the sections are {', '.join(sorted({k.partition('.')[0] for k in known}))}"

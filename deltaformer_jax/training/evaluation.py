@@ -1,0 +1,78 @@
+"""bits per byte = total nats of the targets / ln 2 / total bytes of the targets, over a whole split: no mean of means."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.sharding import batch_sharding, replicated
+from deltaformer_jax.training.state import ModelParts
+
+
+class Evaluation(NamedTuple):
+    """loss: nats per token; bits_per_byte; tokens and bytes: how many targets, and how long they are as text."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def make_evaluation_step(parts: ModelParts, mesh: Mesh, params_sharding) -> Callable:
+    """jit of (params, batch) -> float32 [B], the nats of each row, the same on every host."""
+
+    def step(params, batch: dict[str, jax.Array]) -> jax.Array:
+        return jnp.sum(batch_nats(parts.graphdef, params, batch), axis=1)
+
+    return jax.jit(
+        step, in_shardings=(params_sharding, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )
+
+
+def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def evaluate(
+    evaluation_step: Callable,
+    params,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    token_bytes: np.ndarray,
+    sharding: NamedSharding,
+    limit: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Run over the batches (the first `limit`, 0: all), each host reading its own rows; None if `stop()` became true.
+
+    token_bytes: int32 [vocab], the bytes each token stands for (0 for the document separator, whose nats still count).
+    Sums of rows are added in float64 in the batches' order, so the result is the same number every time. Raises
+    ValueError if there is no target, or none with text.
+    """
+    nats, counts, waiting = 0.0, np.zeros(2, np.int64), None
+    for batch in itertools.islice(batches, limit or None):
+        if stop():
+            return None
+        real = batch["segment_ids"] > 0
+        counts += (real.sum(), token_bytes[batch["targets"][real]].sum())
+        row_nats = evaluation_step(params, to_devices(batch, sharding))
+        if waiting is not None:  # read one batch late: the devices are never idle
+            nats += float(np.sum(np.asarray(waiting), dtype=np.float64))
+        waiting = row_nats
+    if waiting is not None:
+        nats += float(np.sum(np.asarray(waiting), dtype=np.float64))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        counts = np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
+    tokens, size = int(counts[0]), int(counts[1])
+    if size == 0:
+        raise ValueError("data: the evaluation split holds no text; prepare a corpus with more documents")
+    return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size)

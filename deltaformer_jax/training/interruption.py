@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM: the first asks the run to finish its step and save, the second stops at once."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+
+class Interruption:
+    """`with Interruption() as stop:` ... `if stop.requested: ...`; outside the main thread it never is.
+
+    Python runs signal handlers between bytecodes, so one would wait for a compilation of minutes. The wake-up socket
+    is written at once, and a thread of its own reads it.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "Interruption":
+        self._active = threading.current_thread() is threading.main_thread()
+        if not self._active:
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self._active:
+            return
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()  # the thread reads the end and returns
+
+    def _watch(self) -> None:
+        with self._reader:
+            while number := self._reader.recv(1):
+                if number[0] in self.SIGNALS:
+                    self._signal(number[0])
+
+    def _signal(self, number: int) -> None:
+        if self.requested:
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h\n")  # the progress bar hides the cursor
+            os._exit(128 + number)
+        self.requested = True
+        os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")

@@ -1,0 +1,70 @@
+"""One update as one compiled, donated, pure step: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
+from deltaformer_jax.training.sharding import batch_sharding, replicated
+from deltaformer_jax.training.state import ModelParts, TrainState
+
+
+def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int):
+    """Mean nats per real token of the whole batch, its gradient, and the number of real tokens.
+
+    The batch is cut into `accumulation_steps` parts whose *sums* are added, and divided once by the tokens of all of
+    them: parts with fewer real tokens count for less, and the result is that of the uncut batch.
+    """
+
+    def part_sum(params, part):
+        return jnp.sum(batch_nats(parts.graphdef, params, part))
+
+    if accumulation_steps == 1:
+        nats, gradient = jax.value_and_grad(part_sum)(params, batch)
+    else:
+        # Part a takes rows a, a + A, a + 2A, ...: each device cuts its own rows, none has to be sent elsewhere.
+        cut = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
+            batch,
+        )
+
+        def add_part(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(part_sum)(params, part)), None
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        (nats, gradient), _ = jax.lax.scan(add_part, zero, cut)
+    tokens = jnp.sum(batch["segment_ids"] > 0)
+    share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
+
+
+def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: TrainState) -> Callable:
+    """jit of (state, batch) -> (state, metrics); the old state's memory is given to the new one.
+
+    batch: {tokens, targets, segment_ids}, int32 [batch_size, T]. metrics, float32 []: loss (before the update),
+    grad_norm (before clipping), learning_rate (of this update). They stay on the device until someone reads them.
+    """
+    optimiser = make_optimiser(config.optimizer, parts.decay)
+    schedule = learning_rate_schedule(config.optimizer)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradient, _ = loss_and_gradient(parts, state.params, batch, config.optimizer.accumulation_steps)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
