@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
+import array
 import contextlib
-import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ import numpy as np
 
 from deltaformer_jax.data import corpus as layout
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
-from deltaformer_jax.data.sources import STDLIB, Source, Unit, open_source
+from deltaformer_jax.data.sources import STDLIB, Source, open_source
+from deltaformer_jax.data.tokenize_units import digest_of, token_dtype, tokenize_units
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
 
 BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
@@ -43,7 +41,8 @@ def prepare_corpus(
     tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file.
     A document goes to the eval split if the hash of its text, as a fraction, is below eval_fraction: equal texts are
     never on both sides. Empty documents are left out. The folder's content depends on the source, tokenizer,
-    eval_fraction and text_field alone; `workers` processes only share the work.
+    eval_fraction and text_field alone; `workers` processes only share the work (more than 1 start new interpreters, so
+    a script that calls this needs `if __name__ == "__main__":`).
     `force` replaces an existing corpus. `progress` shows a bar on stderr.
 
     Errors, before anything is written where that is possible: ValueError, FileNotFoundError, FileExistsError.
@@ -57,6 +56,8 @@ def prepare_corpus(
     size = bpe_size(tokenizer)
     given = None if size else ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer)
     opened = open_source(source, text_field)
+    if opened.description["kind"] == "files" and folder.resolve().is_relative_to(opened.description["path"]):
+        raise ValueError(f"{folder}: lies in the source and would be read as a part of it; choose another folder")
     settings = {
         "tokenizer": tokenizer if size else given.hash,
         "eval_fraction": eval_fraction,
@@ -70,9 +71,9 @@ def prepare_corpus(
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    partial = _beside(folder, "partial")
     try:
-        partial.chmod(0o755)
+        partial.mkdir()
         chosen = given or _learn_bpe(opened, size, eval_fraction, progress)
         _write(partial, opened, chosen, settings, workers, progress)
         return _move(partial, folder, settings, force)
@@ -92,14 +93,23 @@ def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaformer_jax"
     version = f"v{layout.FORMAT_VERSION}"
     folder = cache / f"stdlib-{source.description['python']}-{source.description['hash'][:12]}-{name}-{version}"
-    return prepare_corpus(STDLIB, folder, tokenizer=tokenizer, eval_fraction=0.05)
+    try:
+        return prepare_corpus(STDLIB, folder, tokenizer=tokenizer, eval_fraction=0.05)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a home folder that cannot be written, a full disk
+        raise OSError(f"{folder}: cannot be made ({error}); set XDG_CACHE_HOME to a folder you can write") from None
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
 
 
 def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
     try:
         corpus = load_corpus(folder)
     except (ValueError, OSError) as error:
-        raise FileExistsError(f"{folder}: holds a damaged corpus ({error}); --force replaces it") from None
+        raise FileExistsError(f"{folder}: holds a damaged corpus ({error}); delete it, or use --force") from None
     if corpus.manifest["settings"] == settings:
         return corpus
     different = [name for name, value in settings.items() if corpus.manifest["settings"].get(name) != value]
@@ -111,7 +121,7 @@ def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
 
 def _move(partial: Path, folder: Path, settings: dict[str, Any], force: bool) -> Corpus:
     if force and folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+        old = _beside(folder, "old")
         os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old)
@@ -123,45 +133,6 @@ def _move(partial: Path, folder: Path, settings: dict[str, Any], force: bool) ->
             raise
         return _same(folder, settings)  # another process was first
     return load_corpus(folder)
-
-
-@dataclasses.dataclass
-class _Tokenized:
-    """A unit's documents. tokens: the stored dtype, end to end; the lists have an entry per document."""
-
-    size: int
-    tokens: np.ndarray
-    lengths: list[int]
-    text_bytes: list[int]
-    digests: list[bytes]
-
-
-class _TokenizeUnit:
-    """unit -> _Tokenized; a class so that worker processes can be sent it."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.dtype = token_dtype(tokenizer)
-
-    def __call__(self, unit: Unit) -> _Tokenized:
-        arrays, text_bytes, digests = [np.zeros(0, self.dtype)], [], []
-        for text in unit.documents():
-            if not text:
-                continue
-            arrays.append(self.tokenizer.encode_array(text).astype(self.dtype))
-            encoded = text.encode("utf-8")
-            text_bytes.append(len(encoded))
-            digests.append(_digest(encoded))
-        lengths = [len(array) for array in arrays[1:]]
-        return _Tokenized(unit.size, np.concatenate(arrays), lengths, text_bytes, digests)
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-
-
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _fraction(digest_part: bytes) -> float:
@@ -178,7 +149,7 @@ def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) 
     def texts(advance: Any) -> Iterator[str]:
         for unit in source.units():
             for text in unit.documents():
-                digest = _digest(text.encode("utf-8"))
+                digest = digest_of(text.encode("utf-8"))
                 if not _in_eval(digest, eval_fraction) and _fraction(digest[8:]) < share:
                     yield text
             advance(unit.size)
@@ -196,7 +167,7 @@ class _SplitWriter:
         self._writer = None
         self._shard_bytes = 0
         self._content = hashlib.sha256()
-        self._lengths: list[np.ndarray] = []
+        self._lengths = array.array("q")
         self.shards: list[dict[str, Any]] = []
         self.bytes = 0
 
@@ -247,14 +218,13 @@ def _write(
 ) -> None:
     tokenizer.save(folder / layout.TOKENIZER_FILE)
     writers = {name: _SplitWriter(folder, name) for name in layout.SPLITS}
-    tokenize = _TokenizeUnit(tokenizer)
     with _progress(progress, "tokenizing", source.size) as advance:
-        for result in _in_order(tokenizer, source.units(), workers) if workers > 1 else map(tokenize, source.units()):
-            ends = np.cumsum(result.lengths, dtype=np.int64)
-            for end, length, text_bytes, digest in zip(ends, result.lengths, result.text_bytes, result.digests):
+        for unit in tokenize_units(tokenizer, source.units(), workers):
+            ends = np.cumsum(unit.lengths, dtype=np.int64)
+            for end, length, text_bytes, digest in zip(ends, unit.lengths, unit.text_bytes, unit.digests):
                 name = "eval" if _in_eval(digest, settings["eval_fraction"]) else "train"
-                writers[name].add(result.tokens[end - length : end], text_bytes, digest)
-            advance(result.size, len(result.lengths))
+                writers[name].add(unit.tokens[end - length : end], text_bytes, digest)
+            advance(unit.size, len(unit.lengths))
     splits = {name: writer.close() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
         found = splits["eval"]["documents"]
@@ -268,42 +238,11 @@ def _write(
         "settings": settings,
         "token_dtype": token_dtype(tokenizer).str,
         "splits": splits,
+        "source_files_left_out": source.left_out,
         "content_hash": hashlib.sha256("\n".join(kinds).encode()).hexdigest(),
     }
     manifest["manifest_hash"] = layout.manifest_hash(manifest)
     (folder / layout.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-_worker: _TokenizeUnit | None = None
-
-
-def _start_worker(tokenizer_file: str) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _TokenizeUnit(load_tokenizer(tokenizer_file))
-
-
-def _work(unit: Unit) -> _Tokenized:
-    return _worker(unit)
-
-
-def _in_order(tokenizer: Tokenizer, units: Iterable[Unit], workers: int) -> Iterator[_Tokenized]:
-    """Results in the units' order, with only a few units read ahead of the writer."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        file = os.path.join(folder, layout.TOKENIZER_FILE)
-        tokenizer.save(file)
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(file,)
-        )
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting: collections.deque = collections.deque()
-        for unit in units:
-            waiting.append(pool.submit(_work, unit))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 @contextlib.contextmanager

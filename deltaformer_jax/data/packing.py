@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 
 import numpy as np
 
@@ -31,7 +32,12 @@ class Packing:
         self.seed = seed
         self.pairs = split.tokens + split.documents
         self.rows_per_epoch = -(-self.pairs // sequence_length)
-        self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
+        self._lock = threading.Lock()
+        self._kept = functools.lru_cache(maxsize=2)(self._lay_out)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:  # or several threads would lay out a new epoch at once, each in memory of its own
+            return self._kept(epoch)
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the epoch's order, where each one's pairs end), int64 [documents] both."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
     parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
     flags = parser.parse_args(arguments)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(flags.workers, 1)))  # what learning BPE uses
     already = os.path.exists(os.path.join(flags.out, MANIFEST_FILE)) and not flags.force
     try:
         corpus = prepare_corpus(
@@ -52,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in SPLITS:
         entry = corpus.manifest["splits"][name]
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
+    if left_out := corpus.manifest["source_files_left_out"]:
+        print(f"  left out {left_out:,} files of other kinds than text, code, JSON lines and Parquet")
     if not corpus.split("eval").documents:
         print("  no document fell to eval: evaluation needs more documents or a larger --eval_fraction")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
     sys.exit(main())

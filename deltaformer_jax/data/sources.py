@@ -14,14 +14,14 @@ import os
 import platform
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .css .csv .tsv .json .yaml .yml .toml .ini .cfg "
-    ".py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .m .mm .java .kt .scala .groovy .go .rs .swift .cs .fs "
+    ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .yaml .yml .toml .ini .cfg .py .pyi .pyx .c "
+    ".h .cc .cpp .cxx .hh .hpp .cu .cuh .m .mm .java .kt .scala .groovy .go .rs .swift .cs .fs "
     ".js .jsx .mjs .ts .tsx .vue .rb .php .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .sh .bash "
     ".zsh .fish .ps1 .sql .proto .thrift .cmake .mk .dart .nim .zig .v .sv .vhd .vhdl .f .f90 .f95 .asm .s .lean .mlir "
     ".ll .td".split()
@@ -100,6 +100,7 @@ class Source:
     sizes: list[int]
     text_field: str
     description: dict[str, Any]
+    left_out: int = 0  # files of other kinds
 
     @property
     def size(self) -> int:
@@ -125,10 +126,10 @@ class Source:
 
 
 def open_source(source: str | os.PathLike, text_field: str = "text") -> Source:
-    """The files of `source`: a folder (searched through; hidden names left out), a file, or "stdlib".
+    """The files of `source`: a folder (searched through, hidden names not), a file, or "stdlib".
 
-    In a folder, files of other kinds than text or code, JSON lines and Parquet are left out. FileNotFoundError or
-    ValueError if there is none, or if a single file is of another kind.
+    In a folder, files of other kinds than text or code, JSON lines and Parquet are left out and counted.
+    FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
     """
     if os.fspath(source) == STDLIB:
         return _stdlib_source()
@@ -136,10 +137,11 @@ def open_source(source: str | os.PathLike, text_field: str = "text") -> Source:
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
     kinds = f"text or code (.txt, .md, .py, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
+    left_out = 0
     if root.is_dir():
-        found = (path for path in root.rglob("*") if path.is_file() and _kind(path))
-        names = {path.relative_to(root).as_posix(): path for path in found}
-        names = {name: names[name] for name in sorted(names) if not _hidden(name)}
+        found = _files_below(root, lambda name: not name.startswith(".") and name != "__pycache__")
+        names = {name: root / name for name in found if _kind(root / name)}
+        left_out = len(found) - len(names)
         if not names:
             raise ValueError(f"{root}: the folder holds no file of a known kind: {kinds}")
     else:
@@ -153,7 +155,7 @@ def open_source(source: str | os.PathLike, text_field: str = "text") -> Source:
         sizes.append(stat.st_size)
         listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     description = {"kind": "files", "path": str(root.resolve()), "files": len(names), "hash": listing.hexdigest()}
-    return Source(list(names.values()), sizes, text_field, description)
+    return Source(list(names.values()), sizes, text_field, description, left_out)
 
 
 def _stdlib_source() -> Source:
@@ -162,7 +164,7 @@ def _stdlib_source() -> Source:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: this Python's standard library is not in a folder; name a SOURCE")
     files, sizes, content = [], [], hashlib.sha256()
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+    for name in _files_below(root, lambda name: name not in _NOT_STDLIB):
         if not _in_stdlib_corpus(name):
             continue
         text = (root / name).read_bytes()
@@ -186,14 +188,13 @@ def _stdlib_source() -> Source:
     return Source(files, sizes, "text", description)
 
 
+_NOT_STDLIB = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 _GENERATED = ("pydoc_data/", "html/entities.py", "stringprep.py", "token.py", "lib2to3/pygram.py")
 
 
 def _in_stdlib_corpus(name: str) -> bool:
-    parts = name.split("/")
-    if {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor"} & set(parts):
-        return False
-    return parts[0].removesuffix(".py") in sys.stdlib_module_names and not name.startswith(_GENERATED)
+    module = name.split("/")[0].removesuffix(".py")
+    return name.endswith(".py") and module in sys.stdlib_module_names and not name.startswith(_GENERATED)
 
 
 def _kind(path: Path) -> str | None:
@@ -205,8 +206,13 @@ def _kind(path: Path) -> str | None:
     return "text" if path.suffix.lower() in TEXT_SUFFIXES else None
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
+def _files_below(root: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Names of the files below root, relative to it with "/", sorted; folders and files not `wanted` are passed by."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = filter(wanted, folders)
+        names += [(Path(folder) / file).relative_to(root).as_posix() for file in filter(wanted, files)]
+    return sorted(names)
 
 
 def _decoded(content: bytes, where: str) -> str:

@@ -6,11 +6,13 @@ tokens' bytes, and one more token, end-of-text (`eot`), stands between documents
 
 from __future__ import annotations
 
+import abc
 import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ SMALLEST_BPE = 257  # 256 bytes and end-of-text; merges start above
 _BYTES_FILE = json.dumps({"deltaformer_jax": {"tokenizer": "bytes", "version": 1}}, sort_keys=True) + "\n"
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What both kinds share: `pieces[i]` is the bytes of token i, b"" for end-of-text and other special tokens.
 
     Attributes:
@@ -45,9 +47,9 @@ class Tokenizer:
         """Token ids of `text`, without end-of-text. A lone surrogate in `text` raises UnicodeEncodeError."""
         return self.encode_array(text).tolist()
 
+    @abc.abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """As `encode`, as an integer array [number of tokens]."""
-        raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; end-of-text has none. ValueError for an id outside [0, vocab_size)."""
@@ -141,12 +143,15 @@ class BPETokenizer(Tokenizer):
                 pieces[i] = bytes(to_byte[character] for character in token)
             except KeyError:
                 raise ValueError(f"{where}: token {i}, {token!r}, is not byte-level") from None
+        if missing := set(range(256)) - {piece[0] for piece in pieces if len(piece) == 1}:
+            raise ValueError(f"{where}: lacks tokens for {len(missing)} of the 256 bytes, whose text it would lose")
         super().__init__("bpe", pieces, eot, file_text)
         self._encoder = encoder
 
     def encode_array(self, text: str) -> np.ndarray:
-        text.encode("utf-8")  # the library would panic at a lone surrogate
-        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int64)
+        text.encode("utf-8")  # raises at a lone surrogate, where the library would panic
+        blocks = [self._encoder.encode(block, add_special_tokens=False).ids for block in _blocks(text)]
+        return np.concatenate([np.array(block, np.int64) for block in blocks])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -180,7 +185,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         text = Path(path).read_bytes().decode("utf-8")
         content = json.loads(text)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such tokenizer file") from None
+        raise FileNotFoundError(f'{path}: no such tokenizer file (nor "bytes" or "bpe:SIZE")') from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; give the tokenizer.json file in it") from None
     except ValueError as error:
@@ -207,6 +212,20 @@ def bpe_size(spec: str) -> int | None:
 def check_bpe_size(size: int) -> None:
     if size < SMALLEST_BPE:
         raise ValueError(f"bpe size {size} is too small: at least {SMALLEST_BPE} (256 bytes and end-of-text)")
+
+
+_BLOCK_CHARACTERS = 2**20
+# A single line break between ASCII: published byte-level tokenizers never join what comes before and after it.
+_CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """`text` in parts of about a million characters: the library needs some hundred bytes of memory per token."""
+    start = 0
+    while cut := _CUT.search(text, start + _BLOCK_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _is_byte_level(file_text: str) -> bool:
