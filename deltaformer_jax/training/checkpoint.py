@@ -38,6 +38,9 @@ class Checkpoints:
         self._sealer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sealer")
         self._sealing: concurrent.futures.Future | None = None
 
+    def _mark(self, step: int) -> epath.Path:
+        return self._folder / f"saving-{step}"
+
     def path(self, step: int) -> epath.Path:
         return self._folder / str(step)
 
@@ -52,6 +55,8 @@ class Checkpoints:
         """
         self.wait()
         step = int(run["step"])
+        if jax.process_index() == 0:
+            self._mark(step).write_text("being saved; not whole until this file is gone\n")
         saved = self._manager.save(
             step,
             args=self._ocp.args.Composite(
@@ -68,6 +73,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             write_checksums(self.path(step))
+            self._mark(step).unlink()
 
     def wait(self) -> None:
         """Until the save under way is whole on disk, checksums included."""
@@ -117,6 +123,14 @@ class Checkpoints:
     def run_record(self, step: int) -> dict[str, Any]:
         restored = self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore()))
         return restored["run"]
+
+    def drop_unsealed(self) -> None:
+        """Delete what a save that was cut short has left; what is damaged without that excuse stays, to be reported."""
+        for mark in self._folder.glob("saving-*"):
+            step = int(mark.name.removeprefix("saving-"))
+            if step in self.steps() and not (self.path(step) / CHECKSUMS).exists():
+                self._manager.delete(step)
+            mark.unlink()
 
     def drop_after(self, step: int) -> None:
         """Delete the folders of later steps: a run that went back makes them again, and orbax never overwrites."""

@@ -25,13 +25,16 @@ class Command(NamedTuple):
 
 
 @contextlib.contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Turn an error that the user can mend into one line on stderr and exit code 2."""
+def one_line_errors(
+    program: str, kinds: tuple[type, ...] = (ValueError, OSError, NotImplementedError, flags.Error), code: int = 2
+) -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and an exit code. Around set-up, where these kinds
+    speak of the user's input; further on they would hide a bug's traceback."""
     try:
         yield
-    except (ValueError, OSError, NotImplementedError, flags.Error) as error:
+    except kinds as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
 
 
 def parse(argv: list[str], default_config: str, usage: str) -> Command:

@@ -15,7 +15,7 @@ def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int
     """int32 [B] from float32 [B, V]: argmax at temperature 0, else a draw from softmax(logits / temperature) over the
     top_k largest (0: all; ties with the k-th stay in)."""
     if top_k:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         candidates = jnp.where(logits >= kth, logits, -jnp.inf)
     else:
         candidates = logits
@@ -41,6 +41,18 @@ def _decode(graphdef, params, token, cache, key, position, temperature, *, top_k
     return choose(logits[:, 0], jax.random.fold_in(key, position), temperature, top_k), cache
 
 
+def check_sampling(tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Raise ValueError naming the argument of `generate` that is out of range."""
+    if tokens < 1:
+        raise ValueError(f"tokens = {tokens}: give 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature = {temperature}: give 0 (always the likeliest token) or more")
+    if top_k < 0:
+        raise ValueError(f"top_k = {top_k}: give 0 (all tokens) or more")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
+
+
 def generate(
     parts: ModelParts,
     params,
@@ -54,17 +66,11 @@ def generate(
     """Yield `tokens` token ids that go on from `prompt` (which is not empty: it starts with the document separator).
 
     Prompt and cache are padded to a power of two, so that a few compiled programs serve every length. The same seed
-    gives the same text, however it is read. Raises ValueError for an empty prompt, tokens < 1, temperature < 0,
-    top_k < 0.
+    gives the same text. Raises ValueError, at the call, for an empty prompt and as `check_sampling` does.
     """
     if len(prompt) == 0:
         raise ValueError("prompt: no token; start it with the document separator")
-    if tokens < 1:
-        raise ValueError(f"tokens = {tokens}: give 1 or more")
-    if not temperature >= 0:
-        raise ValueError(f"temperature = {temperature}: give 0 (always the likeliest token) or more")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: give 0 (all tokens) or more")
+    check_sampling(tokens, temperature, top_k, seed)
     return _generate(parts, params, list(prompt), tokens, float(temperature), top_k, seed)
 
 

@@ -33,15 +33,15 @@ class ModelParts(NamedTuple):
     decay: Any
 
 
-def _make_model(config: ModelConfig, seed: int | jax.Array) -> tuple[nnx.GraphDef, Any]:
+def _make_model(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
     from deltaformer_jax.model import LanguageModel
 
-    return nnx.split(LanguageModel(config, rngs=nnx.Rngs(seed)))
+    return nnx.split(LanguageModel(config, rngs=nnx.Rngs(key)))
 
 
 def model_parts(config: ModelConfig) -> ModelParts:
     """Trace the model's construction; nothing is allocated. Raises the model's own ValueError for a bad config."""
-    graphdef, variables = jax.eval_shape(lambda: _make_model(config, 0))
+    graphdef, variables = jax.eval_shape(lambda: _make_model(config, jax.random.key(0)))
     axes, decay = {}, {}
     for path, variable in nnx.to_flat_state(variables):
         metadata = variable.get_metadata()
@@ -96,8 +96,8 @@ def create_state(config: Config, parts: ModelParts, shardings: TrainState) -> Tr
     """
     optimiser = make_optimiser(config.optimizer, parts.decay)
 
-    def create(seed: jax.Array) -> TrainState:
-        params = nnx.to_pure_dict(_make_model(config.model, seed)[1])
+    def create(key: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(_make_model(config.model, key)[1])
         return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
-    return jax.jit(create, out_shardings=shardings)(jnp.uint32(config.run.seed))
+    return jax.jit(create, out_shardings=shardings)(jax.random.key(config.run.seed))

@@ -1,0 +1,65 @@
+"""What a config costs, found out without allocating a parameter: the step is compiled from shapes alone."""
+
+import jax
+import rich.console
+import rich.table
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.training.settings import check
+from deltaformer_jax.training.setup import abstract_batch, check_batch, load_data, with_vocabulary
+from deltaformer_jax.training.sharding import make_mesh
+from deltaformer_jax.training.state import abstract_state, count_parameters, merge, model_parts
+from deltaformer_jax.training.step import make_train_step
+
+
+def dry_run(config: Config) -> None:
+    """Print parameters, FLOPs per token, shapes and shardings, and the compiled step's memory per device.
+
+    Needs the mesh's devices and, unless model.vocab_size is set, the corpus. Raises as `setup.prepare` does.
+    """
+    check(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    full = config if config.model.vocab_size else with_vocabulary(config, load_data(config).tokenizer)
+    parts = model_parts(full.model)
+    abstract, shardings = abstract_state(full, parts, mesh)
+    length = full.data.sequence_length
+    forward = merge(parts, parts.params).flops_per_token(length)
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console.print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
+    console.print(f"parameters  {count_parameters(parts):,}")
+    console.print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with the backward pass, at length {length}")
+    console.print(f"batch       {full.data.batch_size} x {length} = {full.data.batch_size * length:,} tokens per step")
+
+    table = rich.table.Table("parameter", "shape", "cut over", "of it on a device", "decayed", box=None)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
+    for (path, leaf), decay in zip(leaves, jax.tree.leaves(parts.decay)):
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        spec = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        table.add_row(name, _shape(leaf.shape), spec, _shape(shard), "yes" if decay else "no")
+    console.print(table)
+
+    compiled = make_train_step(full, parts, mesh, shardings).lower(abstract, abstract_batch(full, mesh)).compile()
+    memory = compiled.memory_analysis()
+    if memory is None:
+        console.print(f"memory      not told by the {jax.devices()[0].platform} compiler")
+        return
+    state = memory.argument_size_in_bytes
+    total = state + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    console.print("memory of the compiled step, per device:")
+    console.print(f"  state and batch   {_size(state)}")
+    console.print(f"  temporaries       {_size(memory.temp_size_in_bytes)}")
+    console.print(f"  together          {_size(total)} (the new state takes the old one's place)")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB"

@@ -1,0 +1,220 @@
+"""The training loop.
+
+The order, and why. At the top of the loop the state has seen `step` updates, and all that happens there belongs to
+that state: first evaluate it, then save it, then take the next batch. So a checkpoint of step n comes after
+everything that metrics.jsonl says up to n, and a run restored from it goes on with batch n as if it had never stopped.
+Metrics are read one step late: while the devices make update n + 1, the host reads and writes those of update n.
+"""
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import jax
+
+from deltaformer_jax.data import batches
+from deltaformer_jax.training.evaluation import evaluate, to_devices
+from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.training.metrics import Display
+from deltaformer_jax.training.sampling import generate
+from deltaformer_jax.training.settings import Saved
+from deltaformer_jax.training.setup import Run
+from deltaformer_jax.training.sharding import batch_sharding
+from deltaformer_jax.training.state import count_parameters, merge
+
+
+class RunError(RuntimeError):
+    """What stops a run on its way and is not a bug: a message for one line."""
+
+
+def train(run: Run, stop: Interruption, *, quiet: bool = False) -> bool:
+    """Train until run.steps, or until `stop` is requested; False if it stopped early.
+
+    Ends with an evaluation, a checkpoint and a sample; when it stops early, with a checkpoint.
+    """
+    display = Display(run.config.run.steps, run.step, quiet=quiet or jax.process_index() > 0)
+    with contextlib.closing(run.checkpoints), contextlib.closing(display):
+        display.note(describe(run))
+        finished = run_steps(run, display, stop)
+        display.close()
+        if finished:
+            display.note(f"finished {run.step} steps; saved in {run.checkpoints.path(run.step)}")
+            write_sample(run, display, stop)
+        else:
+            display.note(f"stopped at step {run.step} of {run.config.run.steps}; saved in {run.checkpoints.path(run.step)}")
+            display.note(f"to go on: python train.py --workdir {run.workdir}")
+    return finished
+
+
+def describe(run: Run) -> str:
+    config, corpus = run.config, run.corpus
+    tokens = config.data.batch_size * config.data.sequence_length
+    entry = corpus.manifest["splits"]["train"]
+    mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
+    flops = 3 * merge(run.parts, run.parts.params).flops_per_token(config.data.sequence_length)
+    return (
+        f"{count_parameters(run.parts):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token trained on\n"
+        f"{corpus.path}: {entry['tokens']:,} tokens in {entry['documents']:,} documents to train on\n"
+        f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {run.step}, up to {config.run.steps}; "
+        f"in {run.workdir}"
+    )
+
+
+def run_steps(run: Run, display: Display, stop: Interruption) -> bool:
+    """Train until run.steps (True) or until asked to stop (False); either way the last state is saved.
+
+    Changes run.state and run.step.
+    """
+    config, settings = run.config, run.config.run
+    reader = _LateReader(run, display)
+    stream = batches(
+        run.corpus,
+        "train",
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        seed=settings.seed,
+        start_step=run.step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    sharding = batch_sharding(run.mesh)
+    saved = run.step if run.resumed else None
+    while True:
+        done = run.step == settings.steps
+        if settings.eval_every and (done or _due(run.step, settings.eval_every)) and not stop.requested:
+            reader.flush()
+            if not run.metrics.has_evaluation(run.step):  # a resumed run may have made it before it stopped
+                _evaluate(run, display, stop)
+            reader.restart_clock()
+        stopping = stop.requested
+        if (done or stopping or _due(run.step, settings.checkpoint_every)) and run.step != saved:
+            reader.flush()
+            run.checkpoints.save(run.state, _record(run))
+            saved = run.step
+            reader.restart_clock()
+        if done or stopping:
+            run.checkpoints.wait()
+            return done
+        batch = _next(stream, run)
+        reader.before_step()
+        run.state, metrics = run.train_step(run.state, to_devices(batch, sharding))
+        run.step += 1
+        reader.after_step(run.step, metrics, int((batch["segment_ids"] > 0).sum()) * jax.process_count())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _next(stream, run: Run) -> dict[str, Any]:
+    try:
+        return next(stream)
+    except (ValueError, OSError) as error:  # a shard that is gone or damaged
+        raise RunError(f"data, batch {run.step}: {error}") from error
+
+
+def _record(run: Run) -> dict[str, Any]:
+    saved = Saved(run.config, run.corpus.tokenizer.hash, run.corpus.hash)
+    # The number of the next batch is the whole position in the data.
+    return {"step": run.step, "next_batch": run.step, **saved.as_json()}
+
+
+def _evaluate(run: Run, display: Display, stop: Interruption) -> None:
+    config, start = run.config, time.perf_counter()
+    result = evaluate(
+        run.evaluation_step,
+        run.state.params,
+        batches(
+            run.corpus,
+            "eval",
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+            seed=0,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        token_bytes=run.corpus.tokenizer.token_bytes,
+        sharding=batch_sharding(run.mesh),
+        limit=config.run.eval_batches,
+        stop=lambda: stop.requested,
+    )
+    if result is None:
+        return
+    record = {"step": run.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    if jax.process_index() == 0:
+        run.metrics.write(record)
+    display.evaluation(record, time.perf_counter() - start)
+
+
+class _LateReader:
+    """Reads the metrics of a step after the next one has been dispatched, and keeps the time.
+
+    The clock runs from dispatch to dispatch and from reading to reading; evaluations and saves are outside it.
+    """
+
+    def __init__(self, run: Run, display: Display):
+        self._run, self._display = run, display
+        self._waiting = None
+        self._last = None
+        self._tokens = self._steps = self._seconds = 0
+
+    def restart_clock(self) -> None:
+        self._last = None
+
+    def before_step(self) -> None:
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def after_step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+        self.flush()
+        self._waiting = (step, metrics, tokens)
+
+    def flush(self) -> None:
+        """Read what is waiting. Raises RunError if the loss is not finite."""
+        if self._waiting is None:
+            return
+        (step, metrics, tokens), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._tokens += tokens
+            self._steps += 1
+            self._last = now
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise RunError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest checkpoint is from "
+                "before this step. Lower optimizer.learning_rate, or raise optimizer.warmup_steps, in a new run"
+            )
+        self._display.advance(step)
+        every = self._run.config.run.log_every
+        if every and (step == 1 or step % every == 0):
+            rate = self._tokens / self._seconds if self._seconds else 0.0
+            record = {
+                "step": step,
+                "loss": values["loss"],
+                "tokens_per_second": round(rate, 1),
+                "grad_norm": values["grad_norm"],
+                "learning_rate": values["learning_rate"],
+            }
+            if jax.process_index() == 0:
+                self._run.metrics.write(record)
+            self._display.log(record, self._seconds / self._steps if self._steps else None)
+            self._tokens = self._steps = self._seconds = 0
+
+
+def write_sample(run: Run, display: Display, stop: Interruption) -> None:
+    """Go on from run.sample_prompt, as it comes."""
+    settings, tokenizer = run.config.run, run.corpus.tokenizer
+    if not settings.sample_prompt or not settings.sample_tokens:
+        return
+    prompt = [tokenizer.eot, *tokenizer.encode(settings.sample_prompt)]
+    stream = tokenizer.stream()
+    display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
+    display.write(settings.sample_prompt)
+    for token in generate(run.parts, run.state.params, prompt, settings.sample_tokens, seed=settings.seed):
+        if stop.requested:
+            break
+        display.write(stream.push(token))
+    display.note(stream.end())

@@ -1,0 +1,161 @@
+"""Everything a run needs, made and checked in the order in which it is cheap to fail."""
+
+import dataclasses
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.data import Corpus, Tokenizer, load_corpus, stdlib_corpus
+from deltaformer_jax.training.checkpoint import Checkpoints
+from deltaformer_jax.training.evaluation import make_evaluation_step
+from deltaformer_jax.training.metrics import MetricsFile
+from deltaformer_jax.training.settings import Saved, check, check_resumable
+from deltaformer_jax.training.sharding import batch_sharding, make_mesh, rows
+from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, create_state, model_parts
+from deltaformer_jax.training.step import make_train_step
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass
+class Run:
+    """A run ready to go on from `step`: `state` has seen that many updates, `metrics` and `checkpoints` agree with it."""
+
+    config: Config
+    workdir: epath.Path
+    corpus: Corpus
+    mesh: Mesh
+    parts: ModelParts
+    state: TrainState
+    step: int
+    train_step: Callable  # compiled
+    evaluation_step: Callable
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    resumed: bool
+
+
+def new_workdir(name: str) -> epath.Path:
+    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = (epath.Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def load_data(config: Config) -> Corpus:
+    if config.data.path:
+        return load_corpus(config.data.path)
+    return stdlib_corpus(config.data.tokenizer)
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with model.vocab_size filled in. A larger one (rounded up, say) is allowed, a smaller one is not."""
+    size = config.model.vocab_size
+    if 0 < size < tokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size = {size}: the data's tokenizer has {tokenizer.vocab_size} tokens; set 0 to take that")
+    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raise ValueError unless every device gets the same number of rows of every part of a batch."""
+    batch, parts, devices = config.data.batch_size, config.optimizer.accumulation_steps, rows(mesh)
+    if batch % (parts * devices):
+        raise ValueError(
+            f"data.batch_size = {batch}: not a multiple of mesh.data * mesh.fsdp * optimizer.accumulation_steps = "
+            f"{mesh.shape['data']} * {mesh.shape['fsdp']} * {parts} = {parts * devices}"
+        )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (config.data.batch_size, config.data.sequence_length)
+    leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+    return {name: leaf for name in ("tokens", "targets", "segment_ids")}
+
+
+def prepare(config: Config, workdir: epath.PathLike, note: Callable[[str], Any] = lambda _: None) -> Run:
+    """A new run in `workdir`, or the one that is there, restored. Nothing is written before everything is checked.
+
+    `note(text)` hears what is being done. Raises ValueError, OSError or NotImplementedError with a message that names
+    the field, file or argument and the fix.
+    """
+    check(config)
+    workdir = epath.Path(workdir)
+    saved = _saved_run(config, workdir)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    corpus = load_data(config)
+    if saved is not None:
+        _check_same_data(saved, corpus, workdir)
+    full = with_vocabulary(config, corpus.tokenizer)
+    parts = model_parts(full.model)
+    abstract, shardings = abstract_state(full, parts, mesh)
+    # Traced before anything is written, since the model's forward pass checks the rest of the config.
+    lowered = make_train_step(full, parts, mesh, shardings).lower(abstract, abstract_batch(full, mesh))
+
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", full.run.keep_checkpoints)
+    checkpoints.drop_unsealed()
+    resumed = bool(checkpoints.steps())
+    if resumed:
+        state, record = checkpoints.restore_newest(abstract, note)
+        step = int(record["step"])
+        if step > config.run.steps:
+            raise ValueError(f"run.steps = {config.run.steps}: the run in {workdir} has made {step} already; ask for more")
+        checkpoints.drop_after(step)
+    else:
+        state, step = create_state(full, parts, shardings), 0
+    if jax.process_index() == 0:
+        Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
+        (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
+    note(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}")
+    return Run(
+        config=full,
+        workdir=workdir,
+        corpus=corpus,
+        mesh=mesh,
+        parts=parts,
+        state=state,
+        step=step,
+        train_step=lowered.compile(),
+        evaluation_step=make_evaluation_step(parts, mesh),
+        checkpoints=checkpoints,
+        metrics=MetricsFile(workdir / "metrics.jsonl", step),
+        resumed=resumed,
+    )
+
+
+def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:
+    if not workdir.exists():
+        return None
+    if not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir}: is a file; give a folder")
+    if not (workdir / Saved.FILE).exists():
+        if any(workdir.iterdir()):
+            raise ValueError(
+                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is not the folder of a run; give that, or a new one"
+            )
+        return None
+    saved = Saved.read(workdir)
+    check_resumable(saved.config, config, workdir)
+    return saved
+
+
+def _check_same_data(saved: Saved, corpus: Corpus, workdir: epath.Path) -> None:
+    if saved.tokenizer_hash != corpus.tokenizer.hash:
+        raise ValueError(
+            f"{corpus.path}: its tokenizer (hash {corpus.tokenizer.hash[:12]}) is not the one of the run in {workdir} "
+            f"({saved.tokenizer_hash[:12]}); set data.path to the data the run was started with"
+        )
+    if saved.corpus_hash != corpus.hash:
+        raise ValueError(
+            f"{corpus.path}: its text (hash {corpus.hash[:12]}) is not that of the run in {workdir} "
+            f"({saved.corpus_hash[:12]}); set data.path to the data the run was started with"
+        )
