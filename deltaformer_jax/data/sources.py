@@ -244,7 +244,7 @@ def _jsonl_units(path: Path, field: str) -> Iterator[JSONLinesUnit]:
                     now = file.tell()
                     yield JSONLinesUnit(path, number, lines, field, now - position)
                     number, lines, size, position = number + len(lines), [], 0, now
-            yield JSONLinesUnit(path, number, lines, field, file.tell() - position)
+            yield JSONLinesUnit(path, number, lines, field, path.stat().st_size - position)
         except (EOFError, OSError, zlib.error) as error:  # of decompression
             raise ValueError(f"{path}: cannot be decompressed or read: {error}") from None
 

@@ -215,8 +215,8 @@ def check_bpe_size(size: int) -> None:
 
 
 _BLOCK_CHARACTERS = 2**20
-# A single line break between ASCII: published byte-level tokenizers never join what comes before and after it.
-_CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])")
+# A single line break before a letter: published byte-level tokenizers never join what comes before and after it.
+_CUT = re.compile(r"(?<=\S\n)(?=\w)")
 
 
 def _blocks(text: str) -> Iterator[str]:
