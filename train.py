@@ -3,8 +3,8 @@
     python train.py [--config FILE] [--workdir DIR] [--config.section.field=value ...] [--dry_run]
 
 --config   a Python file whose get_config() returns a deltaformer_jax.config.Config (default: configs/tiny.py)
---workdir  the run's folder, also gs://...; one that holds a run goes on with it, bit for bit, with its own config unless
-           --config is given. Without it: a new folder under runs/
+--workdir  the run's folder, also gs://...; a run that is there goes on, bit for bit, with its own config where --config
+           isn't given. Without --workdir: a new folder under runs/
 --dry_run  print parameters, FLOPs per token, shapes, shardings and the step's memory; allocate and write nothing
 
 Ctrl-C or SIGTERM finishes the step, saves and exits with 0; a second one stops at once.

@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
             make_evaluation_step(run.parts, run.mesh),
             run.params,
             batches(
-                corpus, "eval", sequence_length=run.config.data.sequence_length, batch_size=-(-size // parts) * parts, seed=0
+                corpus,
+                "eval",
+                sequence_length=run.config.data.sequence_length,
+                batch_size=-(-size // parts) * parts,
+                seed=0,
             ),
             token_bytes=corpus.tokenizer.token_bytes,
             sharding=batch_sharding(run.mesh),

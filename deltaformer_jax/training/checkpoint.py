@@ -1,4 +1,4 @@
-"""Checkpoints: orbax writes them in the background; checksums of our own say whether what is read back is what was written.
+"""Checkpoints: orbax writes them in the background; checksums of our own tell whether they are read as written.
 
 DIR/checkpoints/STEP/ holds `state` (the TrainState), `run` (position in the data, config, tokenizer hash, dtypes and
 shapes) and, written last, `sha256.json`. A folder without it, or one that doesn't match it, is not a checkpoint: orbax

@@ -49,7 +49,7 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
     workdir = _value_of("workdir", argv)
     path = _value_of("config", argv)
     if path is not None:
-        _check_exists(path)
+        _check_exists(path, Path(default_config).parent)
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
         Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
         path = f"{saved_config.__file__}:{workdir}"
@@ -60,10 +60,20 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
     holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
-    rest = values(argv)
+    try:
+        rest = values(argv)
+        config = holder.value
+    except Exception as error:  # absl's own, or whatever the file's code raises
+        text = str(error)
+        if not isinstance(error, flags.Error):
+            text = f"--config {path}: {type(error).__name__}: {text}"
+        elif "Traceback" in text:  # ml_collections packs the whole of get_config()'s into its message
+            text = f"--config {path}: {text.strip().splitlines()[-1]}"
+        raise ValueError(text) from error
     if len(rest) > 1:
-        raise ValueError(f"{rest[1]!r}: not a flag; flags are --config FILE, --workdir DIR, --config.section.field=value, --dry_run")
-    config = holder.value
+        raise ValueError(
+            f"{rest[1]!r}: not a flag; flags are --config FILE, --config.section.field=value, --workdir DIR, --dry_run"
+        )
     check(config)
     name = Path(path.partition(":")[0]).stem if _value_of("config", argv) or path == default_config else "resumed"
     return Command(config, values.workdir, name, values.dry_run)
@@ -81,14 +91,16 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
     return found
 
 
-def _check_exists(path: str) -> None:
+def _check_exists(path: str, default_folder: Path) -> None:
     file = Path(path.partition(":")[0])
     if file.is_file():
         return
-    there = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
-    near = difflib.get_close_matches(str(file), there, n=1) or there[:1]
-    hint = f"; did you mean {near[0]}?" if near else "; give a Python file with a get_config()"
-    raise FileNotFoundError(f"--config {path}: no such file{hint}")
+    there = [other for folder in {file.parent, default_folder} if folder.is_dir() for other in folder.glob("*.py")]
+    near = difflib.get_close_matches(file.stem, [other.stem for other in there], n=1)
+    hint = f"did you mean {next(other for other in there if other.stem == near[0])}?" if near else "there are: "
+    if not near:
+        hint += ", ".join(sorted(str(other) for other in default_folder.glob("*.py")))
+    raise FileNotFoundError(f"--config {path}: no such file; {hint}")
 
 
 def _check_fields(argv: list[str]) -> None:
@@ -102,7 +114,7 @@ def _check_fields(argv: list[str]) -> None:
         field = flag.removeprefix("no").removeprefix("config.")
         if flag.removeprefix("no").startswith("config.") and field not in known:
             if field in sections:
-                raise ValueError(f"--config.{field}: is a section; set one of its fields, as in --config.{field}.field=value")
+                raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
             raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
 
 
@@ -111,4 +123,6 @@ def _nearest(field: str, known: list[str]) -> str:
     last = field.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-    return f"; did you mean --config.{near[0]}?" if near else f"; the sections are {', '.join(sorted({k.partition('.')[0] for k in known}))}"
+    if near:
+        return f"; did you mean --config.{near[0]}?"
+    return f"; the sections are {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}"

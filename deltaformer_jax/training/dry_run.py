@@ -1,8 +1,6 @@
 """What a config costs, found out without allocating a parameter: the step is compiled from shapes alone."""
 
 import jax
-import rich.console
-import rich.table
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.training.settings import check
@@ -25,32 +23,33 @@ def dry_run(config: Config) -> None:
     abstract, shardings = abstract_state(full, parts, mesh)
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    console.print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
-    console.print(f"parameters  {count_parameters(parts):,}")
-    console.print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with the backward pass, at length {length}")
-    console.print(f"batch       {full.data.batch_size} x {length} = {full.data.batch_size * length:,} tokens per step")
+    print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
+    print(f"parameters  {count_parameters(parts):,}")
+    print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with backward, at length {length}")
+    print(f"batch       {full.data.batch_size} x {length} = {full.data.batch_size * length:,} tokens per step")
 
-    table = rich.table.Table("parameter", "shape", "cut over", "of it on a device", "decayed", box=None)
+    lines = [("parameter", "shape", "cut over", "on one device", "decayed")]
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
     for (path, leaf), decay in zip(leaves, jax.tree.leaves(parts.decay)):
         name = ".".join(str(getattr(key, "key", key)) for key in path)
-        spec = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
+        axes = [axis for axis in leaf.sharding.spec if axis and mesh.shape[axis] > 1]
         shard = leaf.sharding.shard_shape(leaf.shape)
-        table.add_row(name, _shape(leaf.shape), spec, _shape(shard), "yes" if decay else "no")
-    console.print(table)
+        lines.append((name, _shape(leaf.shape), ", ".join(axes) or "-", _shape(shard), "yes" if decay else "no"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
     compiled = make_train_step(full, parts, mesh, shardings).lower(abstract, abstract_batch(full, mesh)).compile()
     memory = compiled.memory_analysis()
     if memory is None:
-        console.print(f"memory      not told by the {jax.devices()[0].platform} compiler")
+        print(f"memory      not told by the {jax.devices()[0].platform} compiler")
         return
     state = memory.argument_size_in_bytes
     total = state + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    console.print("memory of the compiled step, per device:")
-    console.print(f"  state and batch   {_size(state)}")
-    console.print(f"  temporaries       {_size(memory.temp_size_in_bytes)}")
-    console.print(f"  together          {_size(total)} (the new state takes the old one's place)")
+    print("memory of the compiled step, per device:")
+    print(f"  state and batch   {_size(state)}")
+    print(f"  temporaries       {_size(memory.temp_size_in_bytes)}")
+    print(f"  together          {_size(total)} (the new state takes the old one's place)")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

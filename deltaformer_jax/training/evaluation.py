@@ -1,4 +1,4 @@
-"""bits per byte = total nats of the targets / ln 2 / total bytes of the targets, over a whole split: no mean of means."""
+"""bits per byte = total nats of the targets / ln 2 / their total bytes, over a whole split: no mean of means."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.training.loss import batch_nats
-from deltaformer_jax.training.sharding import batch_sharding, replicated
+from deltaformer_jax.training.sharding import replicated
 from deltaformer_jax.training.state import ModelParts
 
 
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
-    """jit of (params, batch) -> float32 [B], the nats of each row, the same on every host; params lie where they lie."""
+    """jit of (params, batch) -> float32 [B], the nats of each row, the same on every host."""
 
     def step(params, batch: dict[str, jax.Array]) -> jax.Array:
         return jnp.sum(batch_nats(parts.graphdef, params, batch), axis=1)

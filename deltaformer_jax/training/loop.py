@@ -42,7 +42,8 @@ def train(run: Run, stop: Interruption, *, quiet: bool = False) -> bool:
             display.note(f"finished {run.step} steps; saved in {run.checkpoints.path(run.step)}")
             write_sample(run, display, stop)
         else:
-            display.note(f"stopped at step {run.step} of {run.config.run.steps}; saved in {run.checkpoints.path(run.step)}")
+            where = run.checkpoints.path(run.step)
+            display.note(f"stopped at step {run.step} of {run.config.run.steps}; saved in {where}")
             display.note(f"to go on: python train.py --workdir {run.workdir}")
     return finished
 
@@ -56,8 +57,8 @@ def describe(run: Run) -> str:
     return (
         f"{count_parameters(run.parts):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token trained on\n"
         f"{corpus.path}: {entry['tokens']:,} tokens in {entry['documents']:,} documents to train on\n"
-        f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {run.step}, up to {config.run.steps}; "
-        f"in {run.workdir}"
+        f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {run.step}, "
+        f"up to {config.run.steps}; in {run.workdir}"
     )
 
 
@@ -184,8 +185,8 @@ class _LateReader:
             self._last = now
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise RunError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest checkpoint is from "
-                "before this step. Lower optimizer.learning_rate, or raise optimizer.warmup_steps, in a new run"
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest checkpoint is "
+                "from before this step. Lower optimizer.learning_rate, or raise optimizer.warmup_steps, in a new run"
             )
         self._display.advance(step)
         every = self._run.config.run.log_every

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from deltaformer_jax.config import Config
+from deltaformer_jax.config import Config, MeshConfig
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.training.checkpoint import CheckpointError, Checkpoints, check_checksums
 from deltaformer_jax.training.settings import Saved
@@ -18,7 +18,7 @@ from deltaformer_jax.training.state import ModelParts, abstract_state, model_par
 
 
 class Restored(NamedTuple):
-    """`config` has its vocabulary size; `params` are arrays on `mesh`; `step` is the number of updates they have seen."""
+    """`config` has its vocabulary size; `params` are arrays on `mesh`, and have seen `step` updates."""
 
     config: Config
     tokenizer: Tokenizer
@@ -34,8 +34,6 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
     `note(text)` hears of checkpoints that were passed over. Raises FileNotFoundError or ValueError (CheckpointError),
     naming the folder or file, for a folder that is not a run's and for checkpoints that are missing or corrupt.
     """
-    from deltaformer_jax.config import MeshConfig
-
     workdir = epath.Path(workdir)
     saved = Saved.read(workdir)
     tokenizer = read_tokenizer(workdir, saved)

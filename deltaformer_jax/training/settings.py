@@ -63,7 +63,7 @@ def check(config: Config) -> None:
     What depends on the model's parts, the corpus or the devices is checked where those are made.
     """
     if not isinstance(config, Config):
-        raise ValueError(f"the config is a {type(config).__name__}; get_config() must return a deltaformer_jax.config.Config")
+        raise ValueError(f"get_config() returned a {type(config).__name__}, not a deltaformer_jax.config.Config")
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if type(value) is not section.default_factory:
@@ -181,5 +181,5 @@ def check_resumable(saved: Config, asked: Config, workdir: epath.Path) -> None:
         listing = "; ".join(f"{name}: {old[name]!r} in the run, {new[name]!r} asked for" for name in differing)
         raise ValueError(
             f"--workdir {workdir} holds a run with other settings: {listing}. "
-            "Only run.*, mesh.* and data.path may change; take another --workdir, or leave out --config to go on as it was"
+            "Only run.*, mesh.* and data.path may change; take another --workdir, or go on without --config"
         )

@@ -25,7 +25,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclasses.dataclass
 class Run:
-    """A run ready to go on from `step`: `state` has seen that many updates, `metrics` and `checkpoints` agree with it."""
+    """A run ready to go on: `state` has seen `step` updates, and `metrics` and `checkpoints` agree with it."""
 
     config: Config
     workdir: epath.Path
@@ -58,7 +58,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with model.vocab_size filled in. A larger one (rounded up, say) is allowed, a smaller one is not."""
     size = config.model.vocab_size
     if 0 < size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size = {size}: the data's tokenizer has {tokenizer.vocab_size} tokens; set 0 to take that")
+        raise ValueError(f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size}; set 0 to take that")
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
 
@@ -79,16 +79,21 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return {name: leaf for name in ("tokens", "targets", "segment_ids")}
 
 
-def prepare(config: Config, workdir: epath.PathLike, note: Callable[[str], Any] = lambda _: None) -> Run:
+def prepare(
+    config: Config,
+    workdir: epath.PathLike,
+    note: Callable[[str], Any] = lambda _: None,
+    devices: list[jax.Device] | None = None,
+) -> Run:
     """A new run in `workdir`, or the one that is there, restored. Nothing is written before everything is checked.
 
-    `note(text)` hears what is being done. Raises ValueError, OSError or NotImplementedError with a message that names
-    the field, file or argument and the fix.
+    `note(text)` hears what is being done; `devices` are all there are by default. Raises ValueError, OSError or
+    NotImplementedError with a message that names the field, file or argument and the fix.
     """
     check(config)
     workdir = epath.Path(workdir)
     saved = _saved_run(config, workdir)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     corpus = load_data(config)
     if saved is not None:
@@ -108,7 +113,7 @@ def prepare(config: Config, workdir: epath.PathLike, note: Callable[[str], Any] 
         state, record = checkpoints.restore_newest(abstract, note)
         step = int(record["step"])
         if step > config.run.steps:
-            raise ValueError(f"run.steps = {config.run.steps}: the run in {workdir} has made {step} already; ask for more")
+            raise ValueError(f"run.steps = {config.run.steps}: the run in {workdir} has made {step}; ask for more")
         checkpoints.drop_after(step)
     else:
         state, step = create_state(full, parts, shardings), 0
@@ -140,7 +145,7 @@ def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:
     if not (workdir / Saved.FILE).exists():
         if any(workdir.iterdir()):
             raise ValueError(
-                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is not the folder of a run; give that, or a new one"
+                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is no run's folder; give one, or a new one"
             )
         return None
     saved = Saved.read(workdir)
