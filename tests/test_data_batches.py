@@ -65,16 +65,14 @@ def test_threads_change_nothing(corpus):
 
 
 def test_threads_end_with_the_iterator(corpus):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(5):
         iterator = batches(corpus, "train", **SIZES, seed=2)
         next(iterator)
         del iterator
-    for _ in range(100):
-        if threading.active_count() == before:
-            break
-        threading.Event().wait(0.05)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 def test_seeds_differ(corpus):

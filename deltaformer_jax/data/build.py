@@ -22,7 +22,7 @@ from deltaformer_jax.data.tokenize_units import digest_of, token_dtype, tokenize
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
 
 BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
-_SHARD_BYTES = 2**28  # of tokens, before compression
+_SHARD_BYTES = 2**30  # of tokens, before compression
 
 
 def prepare_corpus(

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -37,13 +38,12 @@ class Split:
         self.eot = eot
         self._dtype = dtype
         self._shards = shards
-        # Records are counted over all shards: document i's are _first_record[i] .. _first_record[i + 1] - 1.
+        # Records are counted over all shards: document i's are _first_record[i] .. _first_record[i + 1] - 1, and a
+        # document lies in one shard.
         self._first_record = np.concatenate([[0], np.cumsum(-(-lengths // PIECE))])
-        self._source = None
-        if shards:
-            from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-            self._source = ArrayRecordDataSource([f"{path}[0:{records}]" for path, records in shards])
+        self._shard_ends = np.cumsum([records for _, records in shards], dtype=np.int64)
+        # Readers may be shared by threads; as many are kept as a process may well have files open.
+        self._reader = functools.lru_cache(maxsize=256)(self._open)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start .. stop - 1 of a document (default: all), an array [stop - start] of the stored dtype.
@@ -54,22 +54,27 @@ class Split:
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise ValueError(f"tokens {start}:{stop} of document {document}, which has {length}")
-        pieces = [np.zeros(0, self._dtype)]
-        for piece in range(start // PIECE, -(-stop // PIECE)):
-            tokens = self._record(int(self._first_record[document]) + piece)
-            if len(tokens) != min(PIECE, length - piece * PIECE):
-                raise ValueError(f"{self._where()}: records and document lengths disagree; prepare the corpus again")
-            pieces.append(tokens[max(start - piece * PIECE, 0) : stop - piece * PIECE])
-        return np.concatenate(pieces[1:]) if len(pieces) > 2 else pieces[-1]
-
-    def _record(self, record: int) -> np.ndarray:
+        if start == stop:
+            return np.zeros(0, self._dtype)
+        first, last = start // PIECE, -(-stop // PIECE)
+        shard = int(np.searchsorted(self._shard_ends, self._first_record[document], side="right"))
+        path, records = self._shards[shard]
+        begin = int(self._first_record[document] - self._shard_ends[shard]) + records
         try:
-            return np.frombuffer(self._source[record], self._dtype)
+            # A range costs the same in any shard; a list of records would cost time for each record of the shard.
+            pieces = self._reader(shard).read(begin + first, begin + last)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(f"{self._where()}: a shard is damaged ({error}); prepare the corpus again") from None
+            raise ValueError(f"{path}: damaged ({error}); prepare the corpus again") from None
+        content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if len(content) != (min(last * PIECE, length) - first * PIECE) * self._dtype.itemsize:
+            raise ValueError(f"{path}: records and document lengths disagree; prepare the corpus again")
+        return np.frombuffer(content, self._dtype)[start - first * PIECE : stop - first * PIECE]
 
-    def _where(self) -> str:
-        return str(self._shards[0][0].parent)
+    def _open(self, shard: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+        return ArrayRecordReader(str(self._shards[shard][0]), options, file_reader_buffer_size=2**15)
 
 
 class Corpus:
