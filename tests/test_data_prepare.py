@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus
+from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, train_bpe
 from deltaformer_jax.data.prepare import main
 
 TEXTS = [f"Document {i}: größer, 日本, 🙂.\n" * (1 + i % 5) for i in range(50)]
@@ -225,6 +225,36 @@ def test_a_killed_run_leaves_nothing_that_loads(tmp_path):
         assert len(list(out.parent.iterdir())) == left
         with pytest.raises(FileNotFoundError, match="no such folder"):
             load_corpus(out)
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on file size stands for it: the error is one line, and what was written is gone."""
+    write(tmp_path / "a.txt", np.random.default_rng(0).bytes(2**21).hex())
+    program = (
+        "import resource, sys; from deltaformer_jax.data.prepare import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1", "--eval_fraction", "0"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write the corpus: "), done.stderr
+    assert done.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_interrupted_from_the_keyboard_with_workers(tmp_path):
+    """Ctrl-C reaches the whole process group: one line, no tracebacks from the workers, nothing left."""
+    source, out = write(tmp_path / "in" / "a.jsonl", json_lines([text * 2000 for text in TEXTS])), tmp_path / "out"
+    train_bpe(TEXTS, 300).save(tmp_path / "in" / "bpe")
+    command = [sys.executable, "-m", "deltaformer_jax.data.prepare", str(source), "--out", str(out), "--workers", "2"]
+    command += ["--tokenizer", str(tmp_path / "in" / "bpe")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 130 and printed == f"error: interrupted; {out} is as it was\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 CASES = {

@@ -158,6 +158,15 @@ def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) 
         return train_bpe(texts(advance), size)
 
 
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """ArrayRecord's RuntimeError, of a full disk for example, as the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"cannot write the corpus: {error}") from None
+
+
 class _SplitWriter:
     """Writes one split's shards and lengths into `folder`."""
 
@@ -175,7 +184,8 @@ class _SplitWriter:
         if self._writer is None or self._shard_bytes >= _SHARD_BYTES:
             self._open_shard()
         for start in range(0, len(tokens), layout.PIECE):
-            self._writer.write(tokens[start : start + layout.PIECE].tobytes())
+            with _disk_errors():
+                self._writer.write(tokens[start : start + layout.PIECE].tobytes())
             self.shards[-1]["records"] += 1
         self._shard_bytes += tokens.nbytes
         self.bytes += text_bytes
@@ -194,7 +204,8 @@ class _SplitWriter:
 
     def _close_shard(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with _disk_errors():
+                self._writer.close()
             self.shards[-1]["size"] = (self._folder / self.shards[-1]["file"]).stat().st_size
 
     def close(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     """`path` as a Path; ValueError for an address such as gs://..., which ArrayRecord cannot read or write."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: a corpus must lie on a local or mounted disk (ArrayRecord reads no other)")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -79,7 +80,8 @@ def tokenize_units(tokenizer: Tokenizer, units: Iterable[Unit], workers: int) ->
         waiting: collections.deque = collections.deque()
         try:
             for unit in units:
-                waiting.append(pool.submit(_work, unit))
+                with _keyboard_held():  # the first one starts the processes
+                    waiting.append(pool.submit(_work, unit))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -90,12 +92,21 @@ def tokenize_units(tokenizer: Tokenizer, units: Iterable[Unit], workers: int) ->
             pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _keyboard_held() -> Iterator[None]:
+    """Ctrl-C waits. Processes started meanwhile never see it: it is their parent that handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_tokenizer: Tokenizer | None = None
 
 
 def _start_worker(tokenizer_file: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = load_tokenizer(tokenizer_file)
