@@ -103,6 +103,18 @@ def test_epochs_and_seeds_differ():
     assert (first == epoch_rows(Packing(Documents(lengths), 16, seed=0), 0)["tokens"]).all()
 
 
+@pytest.mark.parametrize("key", ["rows", "documents"])
+def test_epochs_and_seeds_permute_rows_and_documents(key, monkeypatch):
+    """Each of the two alone makes epochs differ and seeds differ."""
+    monkeypatch.setattr(
+        "deltaformer_jax.data.packing.permuted",
+        lambda indices, size, name: permuted(indices, size, name) if name.endswith(key) else indices,
+    )
+    documents = Documents(list(range(1, 60)))
+    first, epoch, seed = (epoch_rows(Packing(documents, 16, s), e)["tokens"] for s, e in ((0, 0), (0, 1), (1, 0)))
+    assert all((a != b).mean() > 0.5 for a, b in ((first, epoch), (first, seed), (epoch, seed)))
+
+
 def test_a_row_of_a_long_document_reads_no_more_than_itself():
     documents = Documents([100_000])
     rows = Packing(documents, 8, seed=0).rows(np.arange(50))

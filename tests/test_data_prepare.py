@@ -317,6 +317,13 @@ def test_an_error_in_a_worker_process_is_the_same_error(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "line 51: no field" in done.stderr
 
 
+def test_lines_are_counted_over_the_whole_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaformer_jax.data.sources._UNIT_BYTES", 500)
+    write(tmp_path / "a.jsonl", json_lines(TEXTS) + b"[]\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 51: no field 'text'"):
+        prepare_corpus(tmp_path / "a.jsonl", tmp_path / "out")
+
+
 def test_progress_is_drawn_on_a_terminal(tmp_path, capsys):
     prepare_corpus(text_folder(tmp_path / "in"), tmp_path / "out", tokenizer="bpe:300", progress=True)
     printed = capsys.readouterr()

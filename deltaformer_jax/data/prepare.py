@@ -3,7 +3,8 @@
     python -m deltaformer_jax.data.prepare SOURCE --out DIR [--tokenizer bytes|FILE|bpe:SIZE] [--workers N]
 
 SOURCE is a folder or file of text or code, .jsonl (.gz, .zst) or .parquet; without it, the running Python's own
-standard library. Exit code 0 when DIR holds the corpus, 2 with one line on stderr when it does not.
+standard library. --eval_fraction F of the documents are kept for evaluation, --text_field names the text's field,
+--force replaces a corpus that is there. Exit code 0 when DIR holds the corpus; 2, and one line on stderr, when not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", nargs="?", default=STDLIB, metavar="SOURCE", help="folder, file or stdlib (default)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the corpus's folder, on a local disk")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:SIZE or a tokenizer.json (default: bytes)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more pay from 50 MB of BPE)")
     parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
     parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
