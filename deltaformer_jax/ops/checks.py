@@ -90,7 +90,7 @@ def check_scale(name, scale, width):
     """The scale as a Python float; None is width ** -0.5."""
     if scale is None:
         return float(width) ** -0.5
-    if isinstance(scale, jax.core.Tracer) or not np.isscalar(scale) or not np.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
         raise ValueError(f"{name}={scale!r}: it must be a finite Python number or None")
     return float(scale)
 
