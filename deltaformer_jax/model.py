@@ -74,7 +74,7 @@ class LanguageModel(nnx.Module):
     Parameters are float32; `compute_dtype` holds between them; norms, gates, softmax and logits are float32.
 
     Kernels start as a truncated normal of variance 1 / fan-in; those that end a residual branch are multiplied by
-    1 / √(2 num_layers); norms' gains start at 1, gates' biases at 0.
+    1 / √(2 num_layers); the embedding has standard deviation 0.02; norms' gains start at 1, gates' biases at 0.
 
     Raises ValueError naming the field `model.FIELD` for a configuration that doesn't hold together.
     """

@@ -37,18 +37,22 @@ CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]
 CASE_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in CASES]
 
 
-def make_mixer(mixer, options, *, dtype=jnp.float32, seed=0, **sizes):
-    """A mixer whose every parameter is away from its initial 0 or 1, in `dtype`."""
+def make_mixer(mixer, options, *, dtype=jnp.float32, **sizes):
+    """A mixer with random parameters in `dtype`."""
     sizes = dict(d_model=D_MODEL, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM) | sizes
-    module = mixer(**sizes, **options, dtype=dtype, rngs=nnx.Rngs(seed))
-    return perturb(module, dtype)
+    return randomise(lambda: mixer(**sizes, **options, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
 
 
-def perturb(module, dtype=jnp.float32, size=0.2):
-    leaves, structure = jax.tree.flatten(module)
+def randomise(build, dtype=jnp.float32):
+    """What `build` builds, no parameter at an initial 0 or 1: gains around 1, all else around 0. (Its own initial
+    values would take longer to compile than most tests.)"""
     random = np.random.default_rng(1)
-    noisy = [jnp.asarray(np.asarray(leaf) + size * random.standard_normal(leaf.shape), dtype) for leaf in leaves]
-    return jax.tree.unflatten(structure, noisy)
+
+    def draw(path, leaf):
+        gain = "scale" in jax.tree_util.keystr(path[-2:])
+        return jnp.asarray(gain + 0.25 * random.standard_normal(leaf.shape), dtype)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(build))
 
 
 def normal(shape, seed=0):

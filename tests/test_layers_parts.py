@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers_cases import normal, perturb
+from layers_cases import normal, randomise
 
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
@@ -17,7 +17,7 @@ from deltaformer_jax.layers.rotary import rotate
 
 def test_rms_norm():
     x = 50 * normal((2, 3, 8))
-    norm = perturb(RMSNorm(8, epsilon=1e-5))
+    norm = randomise(lambda: RMSNorm(8, epsilon=1e-5))
     expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * np.asarray(norm.scale[...])
     np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5)
     # In bfloat16 only the operand and the result are rounded, not what lies between.
@@ -60,7 +60,7 @@ def test_swiglu():
 
 
 def test_gate_is_float32_for_bfloat16_input():
-    gate = perturb(Gate(64, 3, axis="heads", rngs=nnx.Rngs(0)))
+    gate = randomise(lambda: Gate(64, 3, axis="heads", rngs=nnx.Rngs(0)))
     x = jnp.asarray(normal((2, 5, 64)), jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(gate.kernel[...], np.float64) + np.asarray(gate.bias[...])
     assert gate(x).dtype == jnp.float32
@@ -85,7 +85,7 @@ def test_shift_starts_as_a_mean_of_two():
 
 
 def test_shift_keeps_the_last_raw_token():
-    shift = perturb(KVShift(2, rngs=nnx.Rngs(0)))
+    shift = randomise(lambda: KVShift(2, rngs=nnx.Rngs(0)))
     key, value = (jnp.asarray(normal((1, 4, 2, 3), seed), jnp.float32) for seed in (0, 1))
     zeros = jnp.zeros((1, 2, 3))
     whole_key, whole_value, tail = shift(key, value, tail=ShiftTail(zeros, zeros))

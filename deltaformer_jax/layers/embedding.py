@@ -2,9 +2,10 @@
 
     x_t = √d_model · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
 
-Rows of E are drawn with standard deviation d_model^-1/2, so x starts with unit variance and so do the logits of a
-normalised y. The table is padded to a multiple of 128 rows, so that it can be cut evenly over devices; no token
-looks the added rows up, and their logits are cut off.
+E and W start as truncated normals of standard deviation 0.02: small, because with a tied table a token's logit for
+itself starts at 0.02 d_model, and a larger one is a confident wrong guess that training first has to undo; √d_model
+brings x near unit size. The table is padded to a multiple of 128 rows, so that it can be cut evenly over devices; no
+token looks the added rows up, and their logits are cut off.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.layers.linear import truncated_normal
 
 ROW_MULTIPLE = 128
+INITIAL_STD = 0.02
 
 
 class Embedding(nnx.Module):
@@ -28,8 +30,11 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, d_model: int, *, tied: bool, dtype=jnp.float32, rngs: nnx.Rngs):
         rows = -(-vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
-        self.table = kernel(rngs, (rows, d_model), ("vocab", "embed"), fan_in=d_model)
-        self.head = None if tied else kernel(rngs, (d_model, rows), ("embed", "vocab"))
+        self.table = nnx.Param(truncated_normal(rngs, (rows, d_model), INITIAL_STD), axes=("vocab", "embed"))
+        if tied:
+            self.head = None
+        else:
+            self.head = nnx.Param(truncated_normal(rngs, (d_model, rows), INITIAL_STD), axes=("embed", "vocab"))
         self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
 
     def __call__(self, tokens, segment_ids=None):

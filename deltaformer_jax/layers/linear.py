@@ -24,8 +24,13 @@ def kernel(
 
     `axes` names its dimensions for sharding and stays with the parameter as metadata.
     """
-    std = scale / math.sqrt(fan_in or shape[0]) / _TRUNCATED_STD
-    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32), axes=axes)
+    std = scale / math.sqrt(fan_in or shape[0])
+    return nnx.Param(truncated_normal(rngs, shape, std), axes=axes)
+
+
+def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
+    """float32 numbers of mean 0 and standard deviation `std`, none beyond 2.3 of them."""
+    return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
 class Gate(nnx.Module):
