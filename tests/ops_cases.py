@@ -151,8 +151,10 @@ def inverse_norm(case, inputs, segment_ids=None):
         "round": lambda s: np.round(s, 2),
     }[case.write]
     k = np.asarray(inputs["key"], np.float64)
-    w = np.asarray(inputs.get("write_query", inputs["query"] if case.write_query == "query" else inputs["key"]), np.float64)
-    batch, time, heads, width = w.shape
+    w = np.asarray(
+        inputs.get("write_query", inputs["query"] if case.write_query == "query" else inputs["key"]), np.float64
+    )
+    _, time, heads, width = w.shape
     k = np.repeat(k, heads // k.shape[2], axis=2)
     scale = width**-0.5 if case.write_scale is None else case.write_scale
     a = similarity(np.einsum("bihk,bjhk->bhij", w, k) * scale) * np.tri(time, k=-1)

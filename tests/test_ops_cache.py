@@ -1,6 +1,7 @@
 """Going on from a cache: prefill, chunked prefill and decoding equal one call over everything."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def test_prefill_then_decode_equals_the_full_call(case, x64):
     step = jax.jit(lambda inputs, cache: call(case, inputs, None, cache=cache))
     outs = []
     stops = [0, case.time // 3, case.time // 3 + 4, *range(case.time // 3 + 5, case.time + 1)]
-    for start, stop in zip(stops, stops[1:]):
+    for start, stop in itertools.pairwise(stops):
         out, cache = step(pieces(inputs, start, stop), cache)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, rtol=1e-10, atol=1e-11)
@@ -94,7 +95,7 @@ def test_attention_decodes_through_its_ring(window, first, x64):
     outs = [out]
     step = jax.jit(lambda q, k, v, cache: causal_attention(q, k, v, window=window, cache=cache))
     stops = [first, first + 6, *range(first + 7, 21)]
-    for start, stop in zip(stops, stops[1:]):
+    for start, stop in itertools.pairwise(stops):
         out, cache = step(q[:, start:stop], k[:, start:stop], v[:, start:stop], cache)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, rtol=1e-11, atol=1e-12)
@@ -139,7 +140,7 @@ def test_narrow_cache_keeps_its_dtype():
 
 
 def unit_keys():
-    """256 unit vectors in 128 dimensions: the identity and a Hadamard basis. Between the bases, |cosine| = 128 ** -0.5."""
+    """256 unit vectors in 128 dimensions: the identity and a Hadamard basis, whose |cosine| is 128 ** -0.5 or 0."""
     hadamard = np.ones((1, 1))
     while len(hadamard) < 128:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
@@ -150,8 +151,8 @@ def unit_keys():
 def test_theorem_1_swaps_are_exact(similarity, exact, x64):
     """n = 256 slots in K = 128 dimensions, 2000 swaps, one token each, through the cache; then every slot is read.
 
-    Writing k_i, v_i fills slot i; a token with key k_a − k_b and value 0 swaps slots a and b (Xu et al., Theorem 1). With
-    integer rounding cross-talk of 0.088 vanishes; the linear similarity cannot hold more slots than dimensions.
+    Writing k_i, v_i fills slot i; a token with key k_a − k_b and value 0 swaps slots a and b (Xu et al., Theorem 1).
+    With integer rounding cross-talk of 0.088 vanishes; the linear similarity cannot hold more slots than dimensions.
     """
     n, width, swaps = 256, 8, 2000
     rng = np.random.default_rng(0)
@@ -179,7 +180,14 @@ def test_theorem_1_swaps_are_exact(similarity, exact, x64):
     # α = β = 0: these tokens write u = 0 and so only read.
     nothing = jnp.zeros((1, n, 1))
     read, _ = delta_attention(
-        lift(keys), lift(keys), lift(values), alpha=nothing, beta=nothing, **settings, cache=cache, implementation="parallel"
+        lift(keys),
+        lift(keys),
+        lift(values),
+        alpha=nothing,
+        beta=nothing,
+        **settings,
+        cache=cache,
+        implementation="parallel",
     )
     error = np.abs(np.asarray(read[0, :, 0]) - expected).max()
     # Each slot's value is a sum of n + swaps terms that cancel to one of the first values: one rounding a term.
@@ -215,7 +223,9 @@ def test_shift_mix_is_the_two_term_sum(with_last, data):
                 expected[b, t] = current[:, None] * x[b, t] + previous[:, None] * before
                 before = x[b, t]
     poisoned = jnp.asarray(np.where((segment_ids == 0)[..., None, None], np.nan, x))
-    actual = shift_mix(poisoned, jnp.asarray(current), jnp.asarray(previous), segment_ids=jnp.asarray(segment_ids), last=last)
+    actual = shift_mix(
+        poisoned, jnp.asarray(current), jnp.asarray(previous), segment_ids=jnp.asarray(segment_ids), last=last
+    )
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 

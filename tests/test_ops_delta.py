@@ -29,9 +29,9 @@ def compiled(case, implementation):
 def tolerance(case, inputs, segment_ids, dtype):
     """A bound on the difference of two correct evaluations, relative to the largest number compared.
 
-    Each of u's entries sums at most T terms, so a form errs by about T roundings, magnified by ‖M⁻¹‖ in the forward and once
-    more in the backward, where M⁻ᵀ is applied to what holds u. Scores up to |s| enter through exp, whose relative error is |s|
-    roundings; 16 covers these scores, both stages and the constant.
+    Each of u's entries sums at most T terms, so a form errs by about T roundings, magnified by ‖M⁻¹‖ in the forward and
+    once more in the backward, where M⁻ᵀ is applied to what holds u. Scores up to |s| enter through exp, whose relative
+    error is |s| roundings; 16 covers these scores, both stages and the constant.
     """
     norm = inverse_norm(case, inputs, segment_ids)
     return 16 * case.time * float(jnp.finfo(dtype).eps) * norm**2
@@ -55,7 +55,9 @@ def test_forms_agree_with_the_recurrence(case, implementation, data):
         chex.assert_tree_all_finite(expected)
         for name, a, b in zip(["out", *sorted(inputs)], jax.tree.leaves(expected), jax.tree.leaves(actual)):
             error = np.abs(a - b).max()
-            assert error <= bound * max(np.abs(a).max(), 1), f"{name}: {error:.1e} > {bound:.1e} · {np.abs(a).max():.1e}"
+            assert error <= bound * max(np.abs(a).max(), 1), (
+                f"{name}: {error:.1e} > {bound:.1e} · {np.abs(a).max():.1e}"
+            )
             hidden = np.where((segment_ids == 0).reshape(*segment_ids.shape, *[1] * (b.ndim - 2)), b, 0)
             np.testing.assert_array_equal(hidden, 0, err_msg=f"{name} at padding")
 
@@ -79,16 +81,14 @@ def test_narrow_dtypes_stay_within_their_rounding(case, dtype):
         return
     narrow = draw_inputs(case, 7, dtype)
     ones = np.ones((2, case.time), np.int32)
-    cotangent = jnp.asarray(
-        np.random.default_rng(1).standard_normal((2, case.time, case.heads, case.value_dim)), dtype
-    )
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, case.time, case.heads, case.value_dim)), dtype)
     actual = compiled(case, "chunked")(narrow, ones, cotangent)
     assert all(x.dtype == dtype for x in jax.tree.leaves(actual))
     with jax.enable_x64(True):
         wide, wide_cotangent = jax.tree.map(lambda x: x.astype(jnp.float64), (narrow, cotangent))
         expected = compiled(case, "recurrent")(wide, ones, wide_cotangent)
-    # Operands are rounded tile by tile and sums are float32, so no factor T: a few roundings of each operand of the four
-    # products a gradient passes through, magnified by ‖M⁻¹‖ once forward and once backward.
+    # Operands are rounded tile by tile and sums are float32, so no factor T: a few roundings of each operand of the
+    # four products a gradient passes through, magnified by ‖M⁻¹‖ once forward and once backward.
     bound = 8 * float(jnp.finfo(dtype).eps) * inverse_norm(case, wide) ** 2
     for name, a, b in zip(["out", *sorted(narrow)], jax.tree.leaves(expected), jax.tree.leaves(actual)):
         error = np.abs(np.asarray(a) - np.asarray(b, np.float64)).max() / max(np.abs(a).max(), 1)
@@ -152,9 +152,9 @@ def test_beta_zero_is_softmax_attention(implementation, write_query, x64):
 
 @pytest.mark.parametrize("time", [600, 1000])
 def test_semantics_of_the_authors_code(time, x64):
-    """w = q, softmax twice, raw β, at lengths past 512 that 512 does not divide: values and gradients against T×T NumPy.
+    """w = q, softmax twice, raw β, at lengths past 512 that 512 does not divide: values and gradients against NumPy.
 
-    These are the settings of the flash-linear-attention port. β of either sign and above 1 is what a raw projection gives.
+    These are the settings of the flash-linear-attention port. A raw projection gives β of either sign and above 1.
     """
     rng = np.random.default_rng(time)
     q, k, v = (rng.standard_normal((1, time, 1, 8)) for _ in range(3))
@@ -204,7 +204,9 @@ def test_delta_values_gradients(implementation, x64):
     segment_ids = np.asarray([[1] * 12 + [2] * 9, [0] * 3 + [4] * 10 + [0] * 8])
 
     def gradients(implementation):
-        run = lambda inputs: delta_values(**inputs, segment_ids=segment_ids, chunk_size=8, implementation=implementation)
+        run = lambda inputs: delta_values(
+            **inputs, segment_ids=segment_ids, chunk_size=8, implementation=implementation
+        )
         out, pullback = jax.vjp(run, poison(inputs, segment_ids))
         return out, pullback(jnp.cos(jnp.arange(out.size, dtype=jnp.float64)).reshape(out.shape))
 
@@ -217,7 +219,7 @@ def test_packed_documents_equal_separate_ones(implementation, x64):
     inputs = draw_inputs(case, 4, jnp.float64, batch=1)
     packed = call(case, inputs, implementation, np.asarray([[7] * 10 + [0] * 2 + [3] * 9 + [0] * 3]))
     for rows in (slice(0, 10), slice(12, 21)):
-        alone = call(case, jax.tree.map(lambda x: x[:, rows], inputs), implementation)
+        alone = call(case, jax.tree.map(lambda x, rows=rows: x[:, rows], inputs), implementation)
         np.testing.assert_allclose(packed[:, rows], alone, rtol=1e-12, atol=1e-13)
 
 
@@ -241,9 +243,13 @@ def test_tied_pass_survives_a_dominant_diagonal(x64):
     k = q + 0.1 * rng.standard_normal(q.shape)
     v = rng.standard_normal((1, 12, 1, 3))
     beta = jnp.asarray(rng.uniform(size=(1, 12, 1)))
+
+    def one_pass(form, q, k, v, beta):
+        return delta_attention(q, k, v, beta=beta, write_query="query", chunk_size=4, implementation=form)
+
     results = [
         jax.vjp(
-            lambda *a: delta_attention(*a[:3], beta=a[3], write_query="query", chunk_size=4, implementation=form),
+            functools.partial(one_pass, form),
             *map(jnp.asarray, (q, k, v)),
             beta,
         )
@@ -255,10 +261,12 @@ def test_tied_pass_survives_a_dominant_diagonal(x64):
 
 
 def test_residuals_are_inputs_outputs_and_rows():
-    """Between forward and backward `chunked` keeps q, k, w, v, u, o, α, β and numbers per row: nothing of T×T or T×C."""
+    """Between forward and backward `chunked` keeps q, k, w, v, u, o, α, β and numbers per row, nothing larger."""
     b, t, h, g, k, v, chunk = 1, 96, 4, 2, 8, 6, 32
     for write_query in ("key", "query", "heads"):
-        case = Case(heads=h, kv_heads=g, key_dim=k, value_dim=v, time=t, chunk=chunk, write_query=write_query, alpha=True)
+        case = Case(
+            heads=h, kv_heads=g, key_dim=k, value_dim=v, time=t, chunk=chunk, write_query=write_query, alpha=True
+        )
         inputs = draw_inputs(case, 0, jnp.float32, batch=b)
         _, pullback = jax.vjp(lambda inputs, case=case: call(case, inputs, "chunked"), inputs)
         wide = sorted(tuple(x.shape) for x in jax.tree.leaves(pullback) if x.ndim == 4)
@@ -287,7 +295,9 @@ def test_second_derivatives(x64):
 
     def curvature(implementation):
         loss = lambda v: (call(case, {**inputs, "value": v}, implementation) ** 2).sum()
-        slope = lambda k: (jax.grad(lambda k: (call(case, {**inputs, "key": k}, implementation) ** 2).sum())(k) ** 2).sum()
+        slope = lambda k: (
+            jax.grad(lambda k: (call(case, {**inputs, "key": k}, implementation) ** 2).sum())(k) ** 2
+        ).sum()
         both = lambda k, v: (jax.grad(slope)(k), jax.grad(lambda v: (jax.grad(loss)(v) ** 2).sum())(v))
         return jax.jit(both)(inputs["key"], inputs["value"])
 

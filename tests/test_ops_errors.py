@@ -45,7 +45,11 @@ BAD_DELTA = [
     (dict(segment_ids=np.asarray([[1, 1, 2, 2, 1, 1]] * 2)), ValueError, "an id comes back"),
     (dict(cache=KVCache.empty(2, 8, 2, 8, 5)), TypeError, "cache must be a KUCache, not KVCache"),
     (dict(cache=KUCache.empty(2, 8, 2, 4, 8, 5)), ValueError, "cache has .* build it with KUCache.empty"),
-    (dict(cache=KUCache.empty(2, 5, 2, 2, 8, 5)), ValueError, "cache is full: row 0 holds 0 of 5 tokens and 6 more came"),
+    (
+        dict(cache=KUCache.empty(2, 5, 2, 2, 8, 5)),
+        ValueError,
+        "cache is full: row 0 holds 0 of 5 tokens and 6 more came",
+    ),
     (
         dict(cache=KUCache.empty(2, 8, 2, 2, 8, 5), segment_ids=np.asarray([[1, 1, 1, 2, 2, 2]] * 2)),
         ValueError,
@@ -73,7 +77,7 @@ def test_shapes_are_refused_while_tracing():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(write_query="query"), 'write_query=\'query\': give "key" or an array'),
+        (dict(write_query="query"), "write_query='query': give \"key\" or an array"),
         (dict(chunk_size=-1), "chunk_size=-1"),
         (dict(beta=zeros(2, 6, 3)), "beta must have shape"),
         (dict(write_similarity="cosine"), "write_similarity='cosine'"),

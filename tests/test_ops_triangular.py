@@ -24,7 +24,7 @@ def relative_error(actual, expected):
 
 
 def test_inverse_of_alike_keys_in_float32():
-    """Linear similarity, unit keys of mean cosine 0.9, 128 rows: below 1e-4, where the Neumann product fails altogether."""
+    """Linear similarity, unit keys of mean cosine 0.9, 128 rows: below 1e-4, where the Neumann product fails."""
     keys = alike_keys(128)
     assert abs((keys @ keys.T)[np.tri(128, k=-1) > 0].mean() - 0.9) < 0.02
     a = np.tril(keys @ keys.T, -1)
@@ -46,7 +46,7 @@ def test_inverse_of_alike_keys_in_float32():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 63, 64, 65, 100, 130, 192])
 def test_any_size(n, x64):
-    """Sizes that are no power of two and no multiple of the block; what stands on and above the diagonal is not read."""
+    """Sizes that are no power of two and no multiple of the block; on and above the diagonal nothing is read."""
     rng = np.random.default_rng(n)
     a = rng.standard_normal((n, n)) / np.sqrt(n)
     exact = np.linalg.inv(np.eye(n) + np.tril(a, -1))

@@ -58,7 +58,12 @@ class KVCache:
 
 def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
     sizes = dict(
-        batch=batch, capacity=capacity, key_heads=key_heads, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim
+        batch=batch,
+        capacity=capacity,
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
     )
     for name, size in sizes.items():
         if size is None:
@@ -86,7 +91,7 @@ def check_cache(cache, kind, key, value_heads, value_dim):
 
 
 def check_room(cache, real, window=None):
-    """Raises when values are concrete and the new tokens do not fit; undefined under jit (what does not fit is lost)."""
+    """Raises when values are concrete and the new tokens do not fit. Under jit what does not fit is lost, unsaid."""
     if window is not None and cache.capacity >= window:
         return
     length, real = concrete_value(cache.length), concrete_value(real)
@@ -96,8 +101,8 @@ def check_room(cache, real, window=None):
     if np.any(total > cache.capacity):
         row = int(np.argmax(total))
         raise ValueError(
-            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and {int(np.sum(real[row]))} more "
-            "came; build the cache with a larger capacity"
+            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and {real[row].sum()} "
+            "more came; build the cache with a larger capacity"
         )
 
 
@@ -119,7 +124,7 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
 
 
 def store(cache, key, value, real):
-    """The cache after the tokens where `real` [B, T] is true: key [B, T, G, K], value [B, T, ·, V]. Wraps like a ring."""
+    """The cache after the tokens where `real` [B, T] is true: key [B, T, G, K], value [B, T, ·, V]. Wraps around."""
     capacity = cache.capacity
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)

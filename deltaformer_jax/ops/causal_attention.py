@@ -45,7 +45,8 @@ def causal_attention(
       segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
         contiguous run, and a token sees its own run only.
       implementation: "recurrent", "parallel" or "chunked"; None chooses the fastest for the platform compiled for.
-      cache: a KVCache to go on from; with a window a ring of `window` slots. New tokens with segment id 0 are not stored.
+      cache: a KVCache to go on from; with a window a ring of `window` slots. New tokens with segment id 0 are not
+        stored.
       return_cache: also return the cache after these tokens. Without `cache` a new one is made, of `window` slots or T.
 
     Returns:
@@ -55,7 +56,7 @@ def causal_attention(
       ValueError, TypeError: shapes, dtypes, names, sizes; a cache without room when its length is concrete.
       NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
 
-    Cost: 2 T² K B H floating-point operations (T · window in place of T²/2 with a window), 2.5 times that backward; memory
+    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window), 2.5 times that backward; memory
       O(T (K+V)) a head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,

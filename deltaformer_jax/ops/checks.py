@@ -49,9 +49,7 @@ def check_gate(name, gate, key, heads):
     expected = (*key.shape[:2], heads)
     if not hasattr(gate, "shape") or tuple(gate.shape) != expected:
         shape = tuple(gate.shape) if hasattr(gate, "shape") else type(gate).__name__
-        raise ValueError(
-            f"{name} must have shape [batch, time, heads of the write query] = {expected}; it has {shape}"
-        )
+        raise ValueError(f"{name} must have shape [batch, time, heads of the write query] = {expected}; it has {shape}")
     if gate.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {gate.dtype}: cast it to a float dtype")
 

@@ -34,7 +34,10 @@ def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
 
 
 def read_forward(q, k, u, segments, first, *, similarity, scale, chunk, window=None):
-    """q [T·r, K], k [T, K], u [T, V], segments [T] or None, first [T/C] -> o [T·r, V], lse [T·r], accumulation dtype."""
+    """q [T·r, K], k [T, K], u [T, V], segments [T] or None, first [T/C] -> o [T·r, V], lse [T·r].
+
+    Both are in the accumulation dtype.
+    """
     length, width = u.shape
     group = q.shape[0] // length
     dtype = tiles.accumulation_dtype(k.dtype)

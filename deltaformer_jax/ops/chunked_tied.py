@@ -4,16 +4,20 @@ With E_ij = e^{s_ij}, L1_i = Σ_{j<i} E_ij, L2_i = L1_i + E_ii, π_i = E_ii / L2
 
     s_i = Σ_{j<i} P_ij u_j,    u_i = α_i v_i − β_i s_i,    o_i = (1 − π_i) s_i + π_i u_i
 
-so the forward costs one flash attention instead of two. Backward, one sweep over chunks of columns from the last to the
-first, with ρ_i = 1 − π_i, H_i = ρ_i dO_i − β_i G_i, D1_i = −G_i·(α_i v_i − u_i), D2_i = dO_i·o_i, c_i = ρ_i D2_i + D1_i:
+so the forward costs one flash attention instead of two. Backward, one sweep over chunks of columns from the last to
+the first, with ρ_i = 1 − π_i and
+
+    H_i = ρ_i dO_i − β_i G_i,   D1_i = −G_i·(α_i v_i − u_i),   D2_i = dO_i·o_i,   c_i = ρ_i D2_i + D1_i :
+
 
     G_j = Σ_{i>j} P_ij H_i + π_j dO_j              (inside a chunk a transposed solve, since H_i holds G_i)
     dS_ij = P_ij (H_i·u_j − c_i) for j < i,        dS_ii = π_i (dO_i·u_i − D2_i)
     dV = α G,   dα_i = v_i·G_i,   dβ_i = −G_i·s_i,   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-which is five products per pair of tiles, as flash attention's own backward. Two log-sum-exps are kept, each with its own
-maximum: lse1 of L1, lse2 of L2; with one shared maximum s is lost where s_ii dominates. ρ = e^{lse1 − lse2}. s is kept
-for the backward in the place of o, because neither (αv − u)/β nor (o − πu)/ρ gives it back when β or ρ is 0.
+which is five products per pair of tiles, as flash attention's own backward. Only L1 has a running maximum; π and ρ are
+sigmoids of ±(s_ii − log L1), each computed by itself: under a maximum shared with the diagonal s would be lost where
+s_ii dominates, and 1 − π would cancel. s is kept for the backward in the place of o, because neither (αv − u)/β nor
+(o − πu)/ρ gives it back when β or ρ is 0.
 
 Derived for this project from Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
 """
@@ -32,9 +36,9 @@ _SOFTMAX = Softmax()
 
 
 def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
-    """q, k [T, K], v [T, V], alpha, beta [T] or None, segments [T] or None, first [T/C] -> (o, u, s [T, V], lse1, π [T]),
+    """q, k [T, K], v [T, V], alpha, beta [T] or None, segments [T] or None, first [T/C].
 
-    in the accumulation dtype.
+    Returns (o, u, s [T, V], log L1, π, ρ [T]), all in the accumulation dtype.
     """
     length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)

@@ -3,7 +3,7 @@
     u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i,        that is   (I + diag(β) A) U = diag(α) V
 
 Forward, for each chunk in order: sum over the earlier chunks as flash attention does, then solve the chunk's own
-triangular system. Backward, for each chunk of columns from the last to the first, with M = I + diag(β) A and G = M⁻ᵀ dU:
+triangular system. Backward, for each chunk of columns from the last to the first, with M = I + diag(β) A, G = M⁻ᵀ dU:
 
     G_j  = dU_j − Σ_{i>j} A_ij β_i G_i             a transposed solve inside the chunk
     dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),         D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise

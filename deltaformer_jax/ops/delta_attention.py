@@ -43,8 +43,9 @@ def delta_attention(
 
     β = 0, α = 1, κ₂ = softmax is ordinary attention; κ₁ = κ₂ = linear, w = k, α = β is DeltaNet.
 
-    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the widths of keys and values,
-    Hu the heads of the write query: G or H. u, α and β belong to those heads, so that with w = k grouped queries share u.
+    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the widths of keys and
+    values, Hu the heads of the write query: G or H. u, α and β belong to those heads, so that with w = k grouped
+    queries share u.
 
     Args:
       query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one dtype of float64, float32, bfloat16, float16.
@@ -53,8 +54,8 @@ def delta_attention(
       write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round" or an object of
         `deltaformer_jax.ops.similarity`, as Round(decimals=0).
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. Keys of unit length want a write scale of 1.
-      segment_ids: [B, T] ints. 0 is padding: such rows return 0 and are seen by nobody, whatever they hold. Equal ids form
-        one contiguous run, and a token sees its own run only.
+      segment_ids: [B, T] ints. 0 is padding: such rows return 0 and are seen by nobody, whatever they hold. Equal ids
+        form one contiguous run, and a token sees its own run only.
       chunk_size: rows of a chunk, any positive int; None chooses. Used by "chunked", and with a cache.
       implementation: "recurrent" (the definition), "parallel" (T×T matrices), "chunked" (a scan over chunks with a
         backward of its own). None chooses the fastest for the platform being compiled for.
@@ -71,8 +72,8 @@ def delta_attention(
         without room when their values are known (under jit those two are undefined).
       NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
 
-    Cost: with F = 2 T² K B H floating-point operations (one causal pass of two products), (1 + G/H) F for w = k, 1 F where
-      one pass serves both (w = q, both softmax, equal scales: recognised), else 2 F; backward 2.5 times that.
+    Cost: with F = 2 T² K B H floating-point operations (one causal pass of two products), (1 + G/H) F for w = k, 1 F
+      where one pass serves both (w = q, both softmax, equal scales: recognised), else 2 F; backward 2.5 times that.
       Memory O(T (K+V)) a head for "chunked", O(T²) for "parallel".
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
@@ -124,7 +125,9 @@ def delta_attention(
     if not return_cache:
         return out
     checks.check_one_document(segment_ids)
-    empty = KUCache.empty(key.shape[0], key.shape[1], key.shape[2], write_heads, key.shape[3], value.shape[3], key.dtype)
+    empty = KUCache.empty(
+        key.shape[0], key.shape[1], key.shape[2], write_heads, key.shape[3], value.shape[3], key.dtype
+    )
     return out, store(empty, key, u, real)
 
 

@@ -1,15 +1,17 @@
 """DeltaFormer in chunks, over batch and heads, with its own backward: the form that trains on every platform.
 
-What is kept for the backward is query, write query, key, value, u, the output (in the tied case s instead, see
-chunked_tied), alpha, beta, the segment ids and one or two numbers a row; nothing of T×T or T×C. With
-F = 2 T² K · B H floating-point operations, one causal pass of two products, the work is
+What is kept for the backward is query, write query, key, value, u, the output (in the one-pass case s instead,
+see chunked_tied.py), alpha, beta, the segment ids and up to three numbers a row; nothing of T×T or T×C. u is kept, and used,
+in float32 also for narrower inputs: softmax's backward takes α v − u, which a rounded u would spoil for small β.
+
+With F = 2 T² K · B H floating-point operations, one causal pass of two products, the work is
 
     w = k, H/G = r      (1 + 1/r) F forward
-    tied (w = q)        1 F
+    w = q, one pass     1 F
     otherwise           2 F
 
-and 2.5 times that backward. Memory O(T (K+V)) a head. Documents of a packed row skip each other's chunks where all rows of
-the batch can.
+and 2.5 times that backward. Memory O(T (K+V)) a head. Documents of a packed row skip each other's chunks where all rows
+of the batch can.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from deltaformer_jax.ops import heads as H
 from deltaformer_jax.ops import tiles
@@ -41,7 +42,7 @@ class Plan:
 
 
 def default_chunk(length: int) -> int:
-    """512 rows, or all of them when there are fewer: long enough that products dominate, short enough to stay in cache."""
+    """512 rows, or all there are: long enough for products to dominate, short enough to stay in a cache."""
     return min(512, length)
 
 
@@ -71,9 +72,7 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
-    heads, length, w, k, v, a, b, segments, bounds = _layout(
-        plan, write_query, key, value, alpha, beta, segment_ids
-    )
+    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
         tied = functools.partial(tied_forward, first=bounds, scale=plan.write_scale, chunk=plan.chunk)
@@ -107,9 +106,7 @@ def _backward(plan, residuals, cotangents):
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
         write_query = query
-    heads, length, w, k, v, a, b, segments, bounds = _layout(
-        plan, write_query, key, value, alpha, beta, segment_ids
-    )
+    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
     first = lambda x: H.heads_first(H.pad_time(x, length))
     back = lambda x: H.heads_last(x)[:, :time]
     last = tiles.last_chunks(bounds)

@@ -3,8 +3,8 @@
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i
     o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
 
-Work O(T²) as in every form, but in T steps that nothing overlaps; differentiable as often as one likes, keeping a copy of
-u for each step, O(T² V). Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
+Work O(T²) as in every form, but in T steps that nothing overlaps; differentiable as often as one likes, keeping a copy
+of u for each step, O(T² V). Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
 """
 
 from __future__ import annotations

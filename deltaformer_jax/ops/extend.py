@@ -61,7 +61,7 @@ def _weights(similarity, scores, visible, dtype):
 
 
 def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
-    """One block: (output [B,T,H,V], cache). `write_query` [B,T,Hu,K]; `real` [B,T] marks the tokens that are no padding."""
+    """One block: (output [B,T,H,V], cache). `write_query` [B,T,Hu,K]; `real` [B,T] is False at padding."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)

@@ -114,7 +114,9 @@ def as_similarity(similarity: str | Similarity, argument: str) -> Similarity:
         return _BY_NAME[similarity]
     near = difflib.get_close_matches(str(similarity), _BY_NAME, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}={similarity!r} is no similarity: give one of {sorted(_BY_NAME)} or Round(decimals).{hint}")
+    raise ValueError(
+        f"{argument}={similarity!r} is no similarity: give one of {sorted(_BY_NAME)} or Round(decimals).{hint}"
+    )
 
 
 def row_weights(similarity: Similarity, scores, visible):

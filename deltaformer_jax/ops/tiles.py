@@ -70,7 +70,7 @@ def start_sum(rows, width, dtype):
 def absorb(similarity, running, scores, visible, values, operand_dtype):
     """The running sums Σ_j κ(s_ij) values_j after one more tile of columns.
 
-    For softmax the weights are e^{s − m} with m the running maximum; otherwise κ(s) itself, and (m, l) stay as they are.
+    For softmax the weights are e^{s − m}, m the running maximum; otherwise κ(s) itself, and (m, l) stay as they are.
     """
     highest, total, weighted = running
     if not similarity.normalised:
@@ -89,7 +89,7 @@ def absorb_weights(similarity, running, scores, visible):
 
     The tile's part is in the normaliser already, but not in the weighted sum.
     """
-    highest, total, weighted = running
+    _, total, weighted = running
     if not similarity.normalised:
         return keep(visible, similarity.weight(keep(visible, scores))), running
     weights, highest_now, shrink = _new_weights(running, scores, visible)

@@ -58,7 +58,7 @@ def _block_inverses(a: jax.Array, size: int) -> list[jax.Array]:
 
 
 def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x with (I + A) x = b; `a` [n, n], of which the strict lower triangle is read, `b` [n, m]. By blocks from the first row on."""
+    """x with (I + A) x = b; `a` [n, n], only its strict lower triangle is read, `b` [n, m]. From the first block on."""
     n = a.shape[0]
     size = min(BLOCK, n)
     x = None
@@ -71,7 +71,7 @@ def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def solve_unit_lower_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x with (I + A)ᵀ x = b; shapes as in `solve_unit_lower`. By blocks from the last row back."""
+    """x with (I + A)ᵀ x = b; shapes as in `solve_unit_lower`. From the last block back."""
     n = a.shape[0]
     size = min(BLOCK, n)
     inverses = _block_inverses(a, size)
