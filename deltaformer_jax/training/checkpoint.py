@@ -162,6 +162,8 @@ def check_checksums(folder: epath.Path) -> None:
     except (ValueError, TypeError):
         raise CheckpointError(f"{path}: corrupt") from None
     found = set(_files(folder))
+    if unlisted := sorted(found - expected.keys()):
+        raise CheckpointError(f"{path}: doesn't list {unlisted[0]}, which is there")
     for name, digest in expected.items():
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing from the checkpoint")

@@ -56,6 +56,8 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
     else:
         path = default_config
     _check_fields(argv)
+    # ml_collections loads every config file into one module, where an earlier one's get_config would linger.
+    sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)

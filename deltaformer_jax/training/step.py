@@ -57,7 +57,7 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics

@@ -1,0 +1,90 @@
+"""Sampling: what temperature 0, top-k and seeds promise; the cache gives what the full forward pass does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_cases as cases
+
+from deltaformer_jax.config import Mixer
+from deltaformer_jax.training.sampling import choose, generate
+from deltaformer_jax.training.sharding import make_mesh
+from deltaformer_jax.training.state import abstract_state, create_state, merge, model_parts
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Layers of both kinds; a window shorter than prompt and answer.
+    mixers = ("delta_former", Mixer("softmax_attention", window=8))
+    config = cases.small_config("", model__vocab_size=64, model__mixers=mixers, model__kv_shift=True)
+    parts = model_parts(config.model)
+    _, shardings = abstract_state(config, parts, make_mesh(config.mesh, jax.devices()[:1]))
+    return parts, create_state(config, parts, shardings).params
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 19])
+def test_temperature_0_is_the_argmax_of_the_full_forward(model, length):
+    parts, params = model
+    prompt = np.random.default_rng(length).integers(0, 64, length).tolist()
+    tokens = prompt + list(generate(parts, params, prompt, 12, temperature=0.0))
+    # The whole text in one call, padded to one shape for every prompt.
+    padded, real = np.zeros((2, 1, 32), np.int32)
+    padded[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
+    logits = np.asarray(_forward(parts.graphdef, params, padded, real))[0]
+    for i in range(length, len(tokens)):
+        best = logits[i - 1].max()
+        # Two summation orders may differ in a near tie: the token taken is the best within rounding.
+        assert logits[i - 1, tokens[i]] >= best - 1e-4
+    assert len(tokens) == length + 12 and len(set(tokens[length:])) > 1
+
+
+def _full(graphdef, params, tokens, real):
+    from deltaformer_jax.training.state import ModelParts
+
+    return merge(ModelParts(graphdef, None, None, None), params)(tokens, segment_ids=real)[0]
+
+
+_forward = jax.jit(_full, static_argnums=0)
+
+
+def test_seeds(model):
+    parts, params = model
+
+    def text(**options):
+        return list(generate(parts, params, [1, 2, 3], 12, **options))
+
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert text(top_k=1, seed=1) == text(temperature=0.0)
+    # A longer text begins as a shorter one.
+    longer = list(generate(parts, params, [1, 2, 3], 13, seed=1))
+    assert longer[:12] == text(seed=1)
+
+
+def test_draws_follow_the_softmax_of_the_top_k():
+    logits = jnp.tile(jnp.array([[0.0, 1.0, 2.0, 3.0, -1.0]]), (20_000, 1))
+    drawn = np.asarray(jax.jit(lambda key: choose(logits, key, jnp.float32(0.5), 3))(jax.random.key(0)))
+    share = np.bincount(drawn, minlength=5) / len(drawn)
+    weights = np.exp(np.array([-np.inf, 1, 2, 3, -np.inf]) / 0.5)
+    np.testing.assert_allclose(share, weights / weights.sum(), atol=0.01)
+    assert share[0] == share[4] == 0
+    assert drawn.dtype == np.int32
+    everything = np.asarray(choose(logits, jax.random.key(0), jnp.float32(5.0), 0))
+    assert set(everything) == set(range(5)) == set(np.asarray(choose(logits, jax.random.key(0), jnp.float32(5.0), 99)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 0}, "tokens = 0"),
+        ({"temperature": -0.1}, "temperature = -0.1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"prompt": []}, "prompt"),
+    ],
+)
+def test_errors_come_at_the_call(model, options, message):
+    parts, params = model
+    options = {"prompt": [1], "tokens": 3, **options}
+    with pytest.raises(ValueError, match=message):
+        generate(parts, params, options.pop("prompt"), options.pop("tokens"), **options)

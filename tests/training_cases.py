@@ -1,0 +1,106 @@
+"""A corpus of two kilobytes and a model of two layers: a run of seconds."""
+
+import json
+import random
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.training.loop import train
+from deltaformer_jax.training.setup import prepare
+
+
+def make_corpus(folder, words=("def", "return", "self", "import", "é", "for x in y:\n")):
+    """The path of a prepared byte corpus of 60 documents of uneven lengths."""
+    source = folder / "text"
+    source.mkdir(parents=True)
+    draw = random.Random(0)
+    for i in range(60):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(3, 40)))
+        (source / f"{i:02}.txt").write_text(f"{i} {text}", encoding="utf-8")
+    return prepare_corpus(source, folder / "corpus", eval_fraction=0.2).path
+
+
+def small_config(corpus, **fields) -> Config:
+    """fields: section__field=value. The implementation is the one that compiles fastest."""
+    config = Config(
+        model=ModelConfig(
+            d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, implementation="parallel"
+        ),
+        data=DataConfig(path=str(corpus), sequence_length=32, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3, decay_steps=20),
+        run=RunConfig(
+            steps=12, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=3, sample_prompt=""
+        ),
+    )
+    for name, value in fields.items():
+        section, field = name.split("__")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def run_training(config, workdir, stop=None, devices=1):
+    """Prepare and train on the first `devices` devices; the Run, whose state is the last one."""
+    run = prepare(config, workdir, devices=jax.devices()[:devices])
+    train(run, Interruption() if stop is None else stop(run), quiet=True)
+    return run
+
+
+def compile_once(folder):
+    """Keep compiled programs: the same run is prepared many times. Yields once, then undoes it."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    jax.config.update("jax_compilation_cache_dir", None)
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+class StopAt:
+    """An Interruption that is requested once the run has made so many steps."""
+
+    def __init__(self, run, step):
+        self._run, self._step = run, step
+
+    @property
+    def requested(self):
+        return self._run.step >= self._step
+
+
+class DieAt(StopAt):
+    """A process that dies at that step: nothing more is saved."""
+
+    @property
+    def requested(self):
+        if self._run.step >= self._step:
+            raise ProcessDied
+        return False
+
+
+class ProcessDied(Exception):
+    pass
+
+
+def read_metrics(workdir, timeless=True):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    if timeless:
+        for record in records:
+            record.pop("tokens_per_second", None)
+    return records
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
