@@ -19,10 +19,7 @@ SMALL = dict(
 # Every option of the model, and a few of the mixers'.
 MODELS = {
     "hybrid": {},
-    "one mixer, untied": dict(
-        mixers=("delta_former",), num_layers=2, tie_embeddings=False, kv_shift=True, implementation="chunked",
-        chunk_size=4,
-    ),
+    "one mixer, untied": dict(mixers=("delta_former",), num_layers=2, tie_embeddings=False, kv_shift=True),
     "three overrides": dict(
         num_layers=3, kv_shift=True, qk_norm=True, rope_base=0.0, mixers=(
             Mixer("delta_former", write_query="projected", write_similarity="relu", alpha="sigmoid"),

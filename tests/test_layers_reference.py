@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layers_cases import CASE_IDS, CASES, D_MODEL, HEAD_DIM, HEADS, KV_HEADS, make_mixer, normal
+from layers_cases import CASE_IDS, CASES, D_MODEL, HEAD_DIM, HEADS, KV_HEADS, LENGTH, ROWS, make_mixer, normal, outputs
 
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.ops import Round
-
-LENGTH = 9
 
 
 def numbers(parameter):
@@ -113,11 +111,11 @@ def delta_former(module, x, options):
 
 @pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)
 def test_definition(mixer, name, options):
-    x = normal((2, LENGTH, D_MODEL))
+    x = normal((ROWS, LENGTH, D_MODEL))
     with jax.enable_x64(True):
         module = make_mixer(mixer, options | {"implementation": "parallel"}, dtype=jnp.float64)
-        y, cache = jax.jit(lambda module, x: module(x))(module, jnp.asarray(x))
-        assert y.dtype == jnp.float64 and cache is None
+        y = outputs(module, jnp.asarray(x))
+        assert y.dtype == jnp.float64
         y = np.asarray(y)
     reference = softmax_attention if mixer is SoftmaxAttention else delta_former
     for row in range(len(x)):

@@ -1,54 +1,52 @@
 """The mixers with padding, packed documents and caches: the same numbers as each document by itself."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers_cases import CASE_IDS, CASES, D_MODEL, PLAN, PLAN_LENGTHS, feed, make_mixer, normal
+from layers_cases import CASE_IDS, CASES, D_MODEL, LENGTH, PLAN, PLAN_LENGTHS, ROWS, feed, make_mixer, normal, outputs
 
 from deltaformer_jax.layers.delta_former import DeltaFormer
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
 
-LENGTH = PLAN_LENGTHS[0]
 SIZES = dict(rtol=1e-9, atol=1e-10)
 
 
-@functools.cache
-def whole(index):
-    """A float64 case, its input, and the outputs and gradients of plain rows (jitted once for all tests)."""
+def case(index):
+    """A float64 mixer and its input."""
     mixer, _, options = CASES[index]
     module = make_mixer(mixer, options | {"implementation": "parallel"}, dtype=jnp.float64)
-    x = jnp.asarray(normal((2, LENGTH, D_MODEL)))
-    return module, x, np.asarray(jax.jit(lambda module, x: module(x)[0])(module, x))
+    return module, jnp.asarray(normal((ROWS, LENGTH, D_MODEL)))
+
+
+def loss(module, x, weight, ids):
+    y = module(x, segment_ids=ids)[0]
+    return jnp.sum(weight * y), y
+
+
+gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=CASE_IDS)
 def test_prefill_and_decode(index):
     with jax.enable_x64(True):
-        module, x, expected = whole(index)
+        module, x = case(index)
+        expected = outputs(module, x)
         call = jax.jit(lambda block, ids, cache: module(block, segment_ids=ids, cache=cache))
-        outputs, cache = feed(call, module.init_cache(2, LENGTH), np.asarray(x), PLAN, padding=np.nan)
+        parts, cache = feed(call, module.init_cache(ROWS, LENGTH), np.asarray(x), PLAN, padding=np.nan)
         np.testing.assert_array_equal(cache.length, PLAN_LENGTHS)
         for row, length in enumerate(PLAN_LENGTHS):
-            np.testing.assert_allclose(outputs[row], expected[row, :length], **SIZES)
+            np.testing.assert_allclose(parts[row], expected[row, :length], **SIZES)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=CASE_IDS)
 def test_packed_documents_and_padding(index):
     """Two documents in a row, padding that holds NaN before, between and after: outputs and gradients of each alone."""
     with jax.enable_x64(True):
-        module, x, _ = whole(index)
+        module, x = case(index)
         weight = jnp.asarray(normal(x.shape, 5))
-
-        def loss(module, x, weight, ids):
-            y = module(x, segment_ids=ids)[0]
-            return jnp.sum(weight * y), y
-
-        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         places = [(0, slice(1, 6)), (0, slice(7, 12)), (1, slice(4, 9))]
         (_, packed), packed_gradient = gradient(
             module, *_place(x, weight, places, [(0, 0, 5), (1, 0, 5), (0, 5, 10)], np.nan)
@@ -75,13 +73,14 @@ def _place(x, weight, places, sources, padding):
 
 
 def test_given_positions_are_used():
-    module = make_mixer(SoftmaxAttention, {})
-    x = jnp.asarray(normal((1, 6, D_MODEL)), jnp.float32)
-    steps = jnp.arange(6)[None]
-    y, _ = module(x)
-    np.testing.assert_array_equal(module(x, positions=steps)[0], y)
-    np.testing.assert_allclose(module(x, positions=steps + 10)[0], y, rtol=1e-3, atol=1e-5)  # only differences count
-    assert np.abs(module(x, positions=3 * steps)[0] - y).max() > 1e-3
+    module = make_mixer(SoftmaxAttention, dict(implementation="parallel"))
+    x = jnp.asarray(normal((ROWS, LENGTH, D_MODEL)), jnp.float32)
+    steps = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
+    placed = jax.jit(lambda positions: module(x, positions=positions)[0])
+    y = outputs(module, x)
+    np.testing.assert_allclose(placed(steps), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(placed(steps + 10), y, rtol=1e-3, atol=1e-5)  # only differences count
+    assert np.abs(placed(3 * steps) - y).max() > 1e-3
 
 
 def test_window_needs_no_more_slots_than_itself():
@@ -102,8 +101,8 @@ def test_bfloat16_is_near_float32(mixer):
     low, high = make_mixer(mixer, {}, dtype=jnp.bfloat16), make_mixer(mixer, {})
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(low)]
     high = jax.tree.unflatten(jax.tree.structure(high), leaves)  # the same, rounded, parameters
-    x = jnp.asarray(normal((2, 24, D_MODEL)), jnp.bfloat16)
-    exact, near = high(x.astype(jnp.float32))[0], low(x)[0]
+    x = jnp.asarray(normal((ROWS, LENGTH, D_MODEL)), jnp.bfloat16)
+    exact, near = outputs(high, x.astype(jnp.float32)), outputs(low, x)
     assert near.dtype == jnp.bfloat16
     error = np.linalg.norm(exact - near.astype(jnp.float32)) / np.linalg.norm(exact)
     assert 1e-5 < error < 8 * 2.0**-8

@@ -98,4 +98,4 @@ def test_fields_a_mixer_may_override():
 def test_errors_name_the_field(fields, message):
     fields = SMALL | dict(mixers=("softmax_attention", "delta_former")) | fields
     with pytest.raises(ValueError, match=message):
-        LanguageModel(ModelConfig(**fields), rngs=nnx.Rngs(0))
+        jax.eval_shape(lambda: LanguageModel(ModelConfig(**fields), rngs=nnx.Rngs(0)))

@@ -39,6 +39,15 @@ def test_gradients_reach_every_parameter_and_survive_rematerialisation(fields):
         np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_chunked_form_trains_as_the_parallel_one():
+    """Its hand-written backward inside rematerialised blocks inside a scan."""
+    tokens, ids = random_tokens((ROWS, LENGTH)), np.ones((ROWS, LENGTH), np.int32)
+    fields = dict(mixers=("delta_former",), num_layers=2, remat="block")
+    parallel = loss_and_gradient(make_model(**fields), tokens, ids)
+    chunked = loss_and_gradient(make_model(**fields, implementation="chunked", chunk_size=8), tokens, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *_leaves(parallel, chunked))
+
+
 def test_rematerialisation_keeps_less():
     """Of each block only its input is kept: what the forward leaves to the backward pass shrinks."""
 
@@ -87,8 +96,8 @@ def test_split_and_merge():
 
 
 def test_initial_values():
-    """Built under jit, with the tree that eval_shape promises. Kernels have variance 1 / fan-in, those into the residual
-    stream 1 / (2 layers) of that; no two layers or kernels are alike; the loss is that of a guess."""
+    """Built under jit, with the tree that eval_shape promises. Kernels have variance 1 / fan-in, those into the
+    residual stream 1 / (2 layers) of that; no two layers or kernels are alike; the loss is that of a guess."""
     config = ModelConfig(vocab_size=256, d_model=128, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=32)
 
     def build(key):
@@ -138,6 +147,10 @@ def test_linen_bridge():
     leaves = [flat[_names(path)] for path, _ in jax.tree.leaves_with_path(model)]
     same = jax.tree.unflatten(jax.tree.structure(model), leaves)
     np.testing.assert_allclose(forward(same, tokens), logits, rtol=1e-5, atol=1e-6)
+
+
+def _leaves(*trees):
+    return [jax.tree.leaves(tree) for tree in trees]
 
 
 def _names(path):
