@@ -70,7 +70,7 @@ class Display:
                 rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._task = self._bar.add_task("compiling", total=total, completed=start)
+            self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()
 
     def advance(self, step: int) -> None:

@@ -42,7 +42,10 @@ class Run:
 
 
 def new_workdir(name: str) -> epath.Path:
-    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that."""
+    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that. Raises ValueError if this is
+    one process of several, which would not agree on a time."""
+    if jax.process_count() > 1:
+        raise ValueError("--workdir: give one; the processes of a run must share it")
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     candidates = (epath.Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))
     return next(path for path in candidates if not path.exists())

@@ -1,0 +1,55 @@
+"""DeltaFormer, 341 million parameters, 15 billion tokens of FineWeb-edu: the sizes of the paper's section 4.3.
+
+Data, once, from FineWeb-edu's parquet files on a local disk, some 16 billion tokens of them:
+
+    python -m deltaformer_jax.data.prepare FOLDER --out data/fineweb_edu --tokenizer bpe:32000 --workers 32
+
+Command; the second one prints sizes and the step's memory and allocates nothing:
+
+    python train.py --config configs/deltaformer_340m.py --workdir runs/deltaformer_340m
+    python train.py --config configs/deltaformer_340m.py --dry_run
+
+Hardware: eight accelerators; the dry run, as compiled for eight CPU devices (JAX_NUM_CPU_DEVICES=8), needs 14.2 GiB on
+each, 3.8 of them state. Any number that divides 64, a part of a batch, will do; on fewer or smaller ones raise
+--config.optimizer.accumulation_steps: the batch and the result stay the same. --config.mesh.fsdp cuts the state too.
+Time: not measured. By arithmetic, 15e9 tokens at 2.65 GFLOP each, attention included, are 4.0e19 FLOP.
+Result: not measured. In the paper's Table 2 the averages over benchmarks are within noise of the Transformer's, for
+linear, relu, round and softmax writes; configs/transformer_340m.py is the Transformer to compare with.
+
+From the paper: 340M parameters, 15B tokens, peak learning rate 2e-3, context 2048, batches of 0.5M tokens. Ours, after
+the models of that size in the literature on gated delta rules: 24 layers of width 1024, 16 heads of 64, SwiGLU of 2816,
+tied embeddings, 32,000 tokens; warm-up over 1,000 steps, cosine to a tenth, AdamW (0.9, 0.95), weight decay 0.1.
+"""
+
+from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+STEPS = 28_610  # of 256 x 2048 tokens: 15.0e9
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            vocab_size=32_000,
+            d_model=1024,
+            num_layers=24,
+            num_heads=16,
+            num_kv_heads=16,
+            head_dim=64,
+            mlp_dim=2816,
+            mixers=("delta_former",),
+            compute_dtype="bfloat16",
+            remat="block",
+        ),
+        data=DataConfig(path="data/fineweb_edu", sequence_length=2048, batch_size=256),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=1000, decay_steps=STEPS, schedule="cosine", accumulation_steps=4
+        ),
+        run=RunConfig(
+            steps=STEPS,
+            log_every=10,
+            eval_every=1000,
+            eval_batches=20,
+            checkpoint_every=1000,
+            sample_prompt="The most important thing about",
+        ),
+    )
