@@ -123,14 +123,22 @@ def test_none_whole_is_an_error_that_changes_nothing(saved, made):
     assert before == {file: file.read_bytes() for file in files_of(saved)}
 
 
-def test_a_save_that_was_cut_short_is_dropped(saved, made):
-    # As a process killed between orbax's last write and ours leaves it.
+def test_killed_before_the_checksums(saved, made):
+    # As a process killed between orbax's last write and ours leaves it: the step before is whole, go back to it.
     (saved / "3" / CHECKSUMS).unlink()
     (saved / "saving-3").write_text("")
     checkpoints = Checkpoints(saved, keep=3)
-    checkpoints.drop_unsealed()
+    checkpoints.settle()
     assert checkpoints.steps() == [1, 2] and not list(saved.glob("saving-*"))
+    # The only one: orbax had written all of it.
+    checkpoints.drop_after(1)
+    (saved / "1" / CHECKSUMS).unlink()
+    (saved / "saving-1").write_text("")
+    checkpoints.settle()
     checkpoints.close()
+    state, run, _ = newest(saved, made[2])
+    assert run["step"] == 1
+    cases.assert_same_bits(state, at_step(made[3], 1))
 
 
 def test_another_dtype_or_shape_is_refused(saved, made):

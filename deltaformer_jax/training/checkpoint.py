@@ -124,12 +124,20 @@ class Checkpoints:
         restored = self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore()))
         return restored["run"]
 
-    def drop_unsealed(self) -> None:
-        """Delete what a save that was cut short has left; what is damaged without that excuse stays, to be reported."""
+    def settle(self) -> None:
+        """Clear up after a process that was killed between orbax's last write and our checksums.
+
+        What it was saving is deleted if an older checkpoint is whole, and else given its checksums now: orbax renames a
+        folder when it has written all of it. What is damaged without that excuse stays, to be reported.
+        """
         for mark in self._folder.glob("saving-*"):
             step = int(mark.name.removeprefix("saving-"))
-            if step in self.steps() and not (self.path(step) / CHECKSUMS).exists():
-                self._manager.delete(step)
+            sealed = [other for other in self.steps() if (self.path(other) / CHECKSUMS).exists()]
+            if step in self.steps() and step not in sealed:
+                if sealed:
+                    self._manager.delete(step)
+                else:
+                    write_checksums(self.path(step))
             mark.unlink()
 
     def drop_after(self, step: int) -> None:

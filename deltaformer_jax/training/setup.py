@@ -110,7 +110,7 @@ def prepare(
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", full.run.keep_checkpoints)
-    checkpoints.drop_unsealed()
+    checkpoints.settle()
     resumed = bool(checkpoints.steps())
     if resumed:
         state, record = checkpoints.restore_newest(abstract, note)
