@@ -5,8 +5,16 @@ from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerCon
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(d_model=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32),
-        data=DataConfig(sequence_length=256, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30, decay_steps=600),
-        run=RunConfig(steps=600, eval_every=200, eval_batches=40, checkpoint_every=200),
+        model=ModelConfig(
+            d_model=128,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=32,
+            mixers=("delta_former",),
+            chunk_size=64,
+        ),
+        data=DataConfig(path="", tokenizer="bytes", sequence_length=256, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=40, decay_steps=500),
+        run=RunConfig(steps=500, log_every=10, eval_every=125, eval_batches=40, checkpoint_every=125),
     )

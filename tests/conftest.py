@@ -1,4 +1,4 @@
-"""Refuse surprises: eight simulated devices, warnings are errors, rank promotion and transfers are the tests' to allow."""
+"""Eight simulated devices; warnings are errors (pyproject.toml)."""
 
 import os
 

@@ -1,8 +1,8 @@
 """DeltaFormer in chunks, over batch and heads, with its own backward: the form that trains on every platform.
 
-What is kept for the backward is query, write query, key, value, u, the output (in the one-pass case s instead,
-see chunked_tied.py), alpha, beta, the segment ids and up to three numbers a row; nothing of T×T or T×C. u is kept, and used,
-in float32 also for narrower inputs: softmax's backward takes α v − u, which a rounded u would spoil for small β.
+What is kept for the backward is query, write query, key, value, u, the output (in the one-pass case s instead, see
+chunked_tied.py), alpha, beta, the segment ids and up to three numbers a row; nothing of T×T or T×C. u is kept and used
+in float32 for narrower inputs too: softmax's backward takes α v − u, which a rounded u would spoil for small β.
 
 With F = 2 T² K · B H floating-point operations, one causal pass of two products, the work is
 

@@ -23,7 +23,10 @@ from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
 def _einsum(equation, *arrays):
-    dtype = accumulation_dtype(jnp.result_type(*arrays))
+    """Sums in the accumulation dtype; arrays of unlike dtypes are widened to it first."""
+    dtype = accumulation_dtype(arrays[0].dtype)
+    if len({x.dtype for x in arrays}) > 1:
+        arrays = [x.astype(dtype) for x in arrays]
     return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
@@ -76,7 +79,8 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
     new = weights[:, :, :, 0, :, cache.capacity :].astype(acc)
     if t > 1:
-        matrix = jnp.eye(t, dtype=acc) + jnp.moveaxis(beta, 1, -1)[..., None] * new
+        # Only the strict lower triangle is read: the diagonal is 1.
+        matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
         u = solve_triangular(matrix, jnp.moveaxis(target, 1, 3), lower=True, unit_diagonal=True)
         u = jnp.moveaxis(u, 3, 1)
     else:

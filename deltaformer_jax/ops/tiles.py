@@ -14,7 +14,7 @@ from deltaformer_jax.ops.similarity import LOWEST
 
 def accumulation_dtype(dtype) -> jnp.dtype:
     """float64 for float64, float32 for everything narrower: what sums, states and log-sum-exps are kept in."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def dot(a, b, operand_dtype):

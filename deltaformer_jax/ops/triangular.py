@@ -51,7 +51,8 @@ def _block_inverses(a: jax.Array, size: int) -> list[jax.Array]:
     n = a.shape[-1]
     whole = n // size
     blocks = jnp.stack([a[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(whole)])
-    inverses = list(invert_unit_lower(blocks))
+    # One after the other: as one batch of products, under vmap, they abort XLA's CPU compiler (jaxlib 0.10.2).
+    inverses = list(jax.lax.map(invert_unit_lower, blocks))
     if n % size:
         inverses.append(invert_unit_lower(a[whole * size :, whole * size :]))
     return inverses
