@@ -304,3 +304,11 @@ def test_second_derivatives(x64):
     chex.assert_trees_all_close(curvature("parallel"), curvature("recurrent"), rtol=1e-9, atol=1e-10)
     with pytest.raises(NotImplementedError, match="second derivative"):
         curvature("chunked")
+
+
+@pytest.mark.parametrize("write_query", ["key", "query"])
+def test_two_inverse_blocks_under_a_batch_compile(write_query):
+    """16 rows of 128 tokens: inverting a chunk's two blocks as one batch of products aborted XLA's CPU compiler."""
+    q, k = jax.ShapeDtypeStruct((16, 128, 4, 32), jnp.float32), jax.ShapeDtypeStruct((16, 128, 2, 32), jnp.float32)
+    run = lambda q, k, v: delta_attention(q, k, v, write_query=write_query).sum()
+    jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(q, k, k).compile()
