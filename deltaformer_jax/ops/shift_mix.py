@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaformer_jax.ops.checks import check_segments
+from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
 def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array:
@@ -45,5 +46,7 @@ def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array
         first = real & (jnp.cumsum(real, axis=1) == 1)
         before = jnp.where(follows[..., None, None], before, 0)
         before = jnp.where(first[..., None, None], carried, before)
-    current, previous = (s.astype(x.dtype)[:, None] for s in (current, previous))
-    return current * x + previous * before
+    # The scalars are learnt in float32: rounding them to a narrow x's dtype would lose what was learnt.
+    dtype = accumulation_dtype(x.dtype)
+    current, previous = (s.astype(dtype)[:, None] for s in (current, previous))
+    return (current * x.astype(dtype) + previous * before.astype(dtype)).astype(x.dtype)
