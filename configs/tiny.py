@@ -1,4 +1,10 @@
-"""tiny."""
+"""A DeltaFormer of 0.9 million parameters learns Python, byte by byte, from the running Python's standard library.
+
+Command:    uv run train.py      (this file is the default config)
+Hardware:   two CPU cores, no accelerator.
+Time:       2 min 22 s, start-up, compilation, evaluations and the sample included.
+Result:     2.08 bits per byte on 40 batches of the evaluation split, after 500 steps of 2,048 bytes.
+"""
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
