@@ -18,6 +18,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+@pytest.fixture(autouse=True)
+def strict_arithmetic(request):
+    """The ops' tests refuse silent broadcasts between ranks and silent changes of dtype."""
+    if not request.module.__name__.startswith("test_ops_"):
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 @pytest.fixture
 def x64():
     """float64 for the definition and whatever is compared with it."""

@@ -114,7 +114,7 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
     if segment_ids is None:
         position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     else:
-        index = jnp.arange(length, dtype=jnp.int32)
+        index = jnp.arange(length, dtype=jnp.int32)[None]
         begins = jnp.concatenate(
             [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
         )
@@ -131,7 +131,7 @@ def store(cache, key, value, real):
     # Of several tokens for one slot only the last may write; the others, and padding, aim past the end and are dropped.
     wanted = real & (position >= length[:, None] - capacity)
     slot = jnp.where(wanted, position % capacity, capacity)
-    row = jnp.arange(key.shape[0])[:, None]
+    row = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
     put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
     return type(cache)(put(cache.key, key), put(cache.value, value), length)
 

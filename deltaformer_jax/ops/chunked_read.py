@@ -22,8 +22,8 @@ from deltaformer_jax.ops import tiles
 
 def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
     """Which columns of tile j the rows of tile i see: [C·r, C], or None for all of them."""
-    row = jnp.repeat(i * chunk + jnp.arange(chunk), rows_per_token)
-    column = j * chunk + jnp.arange(chunk)
+    row = jnp.repeat(i * chunk + jnp.arange(chunk, dtype=jnp.int32), rows_per_token)
+    column = j * chunk + jnp.arange(chunk, dtype=jnp.int32)
     visible = row[:, None] >= column[None, :] if diagonal else None
     if window is not None:
         visible = tiles.both(visible, row[:, None] - column[None, :] < window)

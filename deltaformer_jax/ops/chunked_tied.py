@@ -85,7 +85,7 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
     """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents of o and u, [T, V]; accumulation dtype."""
     length = k.shape[0]
     dtype = tiles.accumulation_dtype(k.dtype)
-    dout = dout.astype(dtype)
+    dout, summary = dout.astype(dtype), summary.astype(dtype)
     out = rest[:, None] * summary + share[:, None] * u
     read_dot = jnp.sum(dout * out, axis=1)
     read_share = rest[:, None] * dout

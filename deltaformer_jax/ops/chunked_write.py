@@ -25,9 +25,10 @@ from deltaformer_jax.ops.triangular import solve_unit_lower, solve_unit_lower_tr
 
 
 def _times(gate, x):
-    """gate ⊙ x, one gate a row; None means 1."""
+    """gate ⊙ x in x's dtype, one gate a row; None means 1."""
     if gate is None:
         return x
+    gate = gate.astype(x.dtype)
     return gate[:, None] * x if x.ndim == 2 else gate * x
 
 

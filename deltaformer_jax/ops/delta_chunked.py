@@ -110,7 +110,8 @@ def _backward(plan, residuals, cotangents):
     first = lambda x: H.heads_first(H.pad_time(x, length))
     back = lambda x: H.heads_last(x)[:, :time]
     last = tiles.last_chunks(bounds)
-    u, du = first(u), first(du)
+    u = first(u)
+    du = first(du).astype(u.dtype)
     dq = None
     if plan.tied:
         tied = functools.partial(tied_backward, scale=plan.write_scale, chunk=plan.chunk)

@@ -17,7 +17,7 @@ from deltaformer_jax.ops.similarity import row_weights
 
 def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
     """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
-    index = jnp.arange(k.shape[0])
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(u, t):
         visible = (index < t) & (segments == segments[t]) & (segments[t] != 0)
@@ -30,7 +30,7 @@ def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
 
 def read_recurrent(q, k, u, segments, *, similarity, scale, window=None):
     """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
-    index = jnp.arange(k.shape[0])
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(_, t):
         visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)

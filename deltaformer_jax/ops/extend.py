@@ -48,7 +48,7 @@ def _visible(cache, real, strict, window):
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     slots = slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
-    index = jnp.arange(real.shape[1])
+    index = jnp.arange(real.shape[1], dtype=jnp.int32)
     new = index[:, None] > index[None, :] if strict else index[:, None] >= index[None, :]
     new = new[None] & real[:, None, :]
     if window is not None:

@@ -43,10 +43,10 @@ def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array
         follows = jnp.concatenate(
             [jnp.zeros_like(real[:, :1]), (segment_ids[:, 1:] == segment_ids[:, :-1]) & real[:, 1:]], axis=1
         )
-        first = real & (jnp.cumsum(real, axis=1) == 1)
+        first = real & (jnp.cumsum(real, axis=1, dtype=jnp.int32) == 1)
         before = jnp.where(follows[..., None, None], before, 0)
         before = jnp.where(first[..., None, None], carried, before)
     # The scalars are learnt in float32: rounding them to a narrow x's dtype would lose what was learnt.
     dtype = accumulation_dtype(x.dtype)
-    current, previous = (s.astype(dtype)[:, None] for s in (current, previous))
+    current, previous = (s.astype(dtype)[None, None, :, None] for s in (current, previous))
     return (current * x.astype(dtype) + previous * before.astype(dtype)).astype(x.dtype)

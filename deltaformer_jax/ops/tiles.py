@@ -139,7 +139,7 @@ def first_chunks(segment_ids: jax.Array | None, window: int | None, length: int,
     """
     start = jnp.zeros((length,), jnp.int32)
     if segment_ids is not None:
-        index = jnp.arange(length, dtype=jnp.int32)
+        index = jnp.arange(length, dtype=jnp.int32)[None]
         begins = jnp.concatenate(
             [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
         )
