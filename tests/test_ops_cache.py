@@ -80,23 +80,30 @@ def test_ragged_prompts_then_decoding(implementation, data):
             np.testing.assert_allclose(decoded[row], expected[real.sum() : real.sum() + 4], rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("forget", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("first", [3, 11])
-def test_attention_decodes_through_its_ring(window, first, x64):
+def test_attention_decodes_through_its_ring(window, first, forget, x64):
     """With a window the cache is a ring of that many slots, however long the text; a prompt may be longer than it."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 20, h, 4))) for h in (4, 2, 2))
-    whole = causal_attention(q, k, v, window=window, implementation="parallel")
-    out, cache = causal_attention(q[:, :first], k[:, :first], v[:, :first], window=window, return_cache=True)
+    arrays = [jnp.asarray(rng.standard_normal((2, 20, h, 4))) for h in (4, 2, 2)]
+    sinks = jnp.asarray(rng.standard_normal(4)) if forget else None
+    arrays.append(-jnp.asarray(10.0 ** rng.uniform(-3, 2, (2, 20, 4))) if forget else None)
+
+    def attend(start, stop, **more):
+        q, k, v, g = (None if x is None else x[:, start:stop] for x in arrays)
+        return causal_attention(q, k, v, window=window, log_decay=g, sinks=sinks, **more)
+
+    whole = attend(0, 20, implementation="recurrent")
+    out, cache = attend(0, first, return_cache=True)
     assert cache.capacity == (window or first)
     if window is None:
-        cache = KVCache.empty(2, 20, 2, 4, 4, jnp.float64)
-        out, cache = causal_attention(q[:, :first], k[:, :first], v[:, :first], cache=cache)
+        cache = KVCache.empty(2, 20, 2, 4, 4, jnp.float64, decay_heads=4 if forget else None)
+        out, cache = attend(0, first, cache=cache)
     outs = [out]
-    step = jax.jit(lambda q, k, v, cache: causal_attention(q, k, v, window=window, cache=cache))
     stops = [first, first + 6, *range(first + 7, 21)]
     for start, stop in itertools.pairwise(stops):
-        out, cache = step(q[:, start:stop], k[:, start:stop], v[:, start:stop], cache)
+        out, cache = attend(start, stop, cache=cache)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, rtol=1e-11, atol=1e-12)
 
@@ -104,14 +111,16 @@ def test_attention_decodes_through_its_ring(window, first, x64):
 @pytest.mark.parametrize("implementation", ["recurrent", "parallel", "chunked"])
 def test_attention_with_padded_prompts(implementation, x64):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 9, 2, 4))) for _ in range(3))
+    inputs = {name: jnp.asarray(rng.standard_normal((2, 9, 2, 4))) for name in ("query", "key", "value")}
+    inputs["log_decay"] = -jnp.asarray(rng.uniform(size=(2, 9, 2)))
     segment_ids = np.asarray([[0, 0, 1, 1, 1, 0, 0, 0, 0], [1] * 8 + [0]])
-    poisoned = poison(dict(query=q, key=k, value=v), segment_ids)
+    poisoned = poison(inputs, segment_ids)
     out, cache = causal_attention(**poisoned, window=3, segment_ids=segment_ids, return_cache=True)
-    more, cache = causal_attention(q[:, :1], k[:, :1], v[:, :1], window=3, cache=cache, implementation=implementation)
+    token = {name: x[:, :1] for name, x in inputs.items()}
+    more, cache = causal_attention(**token, window=3, cache=cache, implementation=implementation)
     for row, real in enumerate(segment_ids != 0):
-        alone = [jnp.concatenate([x[row][real], x[row, :1]])[None] for x in (q, k, v)]
-        expected = causal_attention(*alone, window=3, implementation="recurrent")[0]
+        alone = {name: jnp.concatenate([x[row][real], x[row, :1]])[None] for name, x in inputs.items()}
+        expected = causal_attention(**alone, window=3, implementation="recurrent")[0]
         np.testing.assert_allclose(jnp.concatenate([out[row][real], more[row]]), expected, rtol=1e-11, atol=1e-12)
 
 

@@ -96,6 +96,11 @@ def test_delta_values(change, message):
         (dict(query=zeros(2, 6, 3, 8)), "not a multiple"),
         (dict(cache=KVCache.empty(2, 5, 2, 8, 5)), "cache is full"),
         (dict(implementation="flash"), "implementation='flash' is unknown"),
+        (dict(log_decay=zeros(2, 6, 2)), r"log_decay must have shape \(2, 6, 4\); it has \(2, 6, 2\)"),
+        (dict(log_decay=zeros(2, 6, 4) + 0.5), "log_decay holds 0.5: natural logs of decays are at most 0; pass"),
+        (dict(sinks=zeros(2)), r"sinks must have shape \[query heads\] = \(4,\); it has \(2,\)"),
+        (dict(cache=KVCache.empty(2, 8, 2, 8, 5), log_decay=zeros(2, 6, 4)), "cache and log_decay must go together"),
+        (dict(cache=KVCache.empty(2, 8, 2, 8, 5, decay_heads=4)), "cache and log_decay must go together"),
     ],
 )
 def test_causal_attention(change, message):

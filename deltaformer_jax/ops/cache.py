@@ -11,8 +11,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from deltaformer_jax.ops.checks import check_size, concrete_value
+from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -39,21 +41,29 @@ class KUCache:
 class KVCache:
     """key [B, N, G, K], value [B, N, G, V], length [B] int32: tokens seen so far; slot = position mod N.
 
+    decay [B, N, H], where attention forgets (`log_decay`), else None: the sum of the log decays of all tokens after the
+    slot's own, float32 or float64.
     Without a window no more than N tokens may come. With one, N ≥ window slots are enough for any number.
     """
 
     key: jax.Array
     value: jax.Array
     length: jax.Array
+    decay: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
         return self.key.shape[1]
 
     @classmethod
-    def empty(cls, batch, capacity, heads, key_dim, value_dim, dtype=jnp.float32) -> KVCache:
-        """All zeros, length 0."""
-        return cls(*_zeros(batch, capacity, heads, heads, key_dim, value_dim, dtype))
+    def empty(cls, batch, capacity, heads, key_dim, value_dim, dtype=jnp.float32, decay_heads=None) -> KVCache:
+        """All zeros, length 0. `decay_heads` is the number of query heads where attention forgets."""
+        arrays = _zeros(batch, capacity, heads, heads, key_dim, value_dim, dtype)
+        check_size("decay_heads", decay_heads)
+        decay = None
+        if decay_heads is not None:
+            decay = jnp.zeros((batch, capacity, decay_heads), accumulation_dtype(jnp.dtype(dtype)))
+        return cls(*arrays, decay)
 
 
 def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
@@ -76,7 +86,7 @@ def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
     )
 
 
-def check_cache(cache, kind, key, value_heads, value_dim):
+def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
     """That `cache` is a `kind` of the shapes the arguments ask for."""
     if not isinstance(cache, kind):
         raise TypeError(f"cache must be a {kind.__name__}, not {type(cache).__name__}")
@@ -87,6 +97,13 @@ def check_cache(cache, kind, key, value_heads, value_dim):
         raise ValueError(
             f"cache has key {cache.key.shape}, value {cache.value.shape}, length {cache.length.shape}; these arguments "
             f"need key {expected_key}, value {expected_value}, length {(batch,)}: build it with {kind.__name__}.empty"
+        )
+    decay = getattr(cache, "decay", None)
+    expected_decay = None if decay_heads is None else (batch, cache.capacity, decay_heads)
+    if (None if decay is None else decay.shape) != expected_decay:
+        raise ValueError(
+            "cache and log_decay must go together: give log_decay in every call or in none, and build an empty cache "
+            f"for it with {kind.__name__}.empty(..., decay_heads=the number of query heads)"
         )
 
 
@@ -118,13 +135,16 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
         begins = jnp.concatenate(
             [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
         )
-        position = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+        position = index - lax.cummax(jnp.where(begins, index, 0), axis=1)
         position = jnp.where(segment_ids != 0, position, 0)
     return position if start is None else position + start[:, None].astype(jnp.int32)
 
 
-def store(cache, key, value, real):
-    """The cache after the tokens where `real` [B, T] is true: key [B, T, G, K], value [B, T, ·, V]. Wraps around."""
+def store(cache, key, value, real, log_decay=None):
+    """The cache after the tokens where `real` [B, T] is true: key [B, T, G, K], value [B, T, ·, V]. Wraps around.
+
+    log_decay [B, T, H], 0 at padding, where the cache has a `decay`.
+    """
     capacity = cache.capacity
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
@@ -133,7 +153,11 @@ def store(cache, key, value, real):
     slot = jnp.where(wanted, position % capacity, capacity)
     row = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
     put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
-    return type(cache)(put(cache.key, key), put(cache.value, value), length)
+    more = {}
+    if log_decay is not None:
+        passed = lax.cumsum(log_decay, axis=1, reverse=True)
+        more["decay"] = put(cache.decay + passed[:, :1], passed - log_decay)
+    return dataclasses.replace(cache, key=put(cache.key, key), value=put(cache.value, value), length=length, **more)
 
 
 def slot_positions(cache) -> jax.Array:

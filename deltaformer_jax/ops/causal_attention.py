@@ -10,11 +10,10 @@ import jax.numpy as jnp
 
 from deltaformer_jax.ops import checks, tiles
 from deltaformer_jax.ops import heads as H
+from deltaformer_jax.ops.attention_definition import attend_parallel, attend_recurrent
 from deltaformer_jax.ops.cache import KVCache, check_cache, check_room, store
 from deltaformer_jax.ops.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.delta_chunked import default_chunk
-from deltaformer_jax.ops.delta_parallel import read_parallel
-from deltaformer_jax.ops.delta_recurrent import read_recurrent
 from deltaformer_jax.ops.extend import extend_attention, in_blocks
 from deltaformer_jax.ops.similarity import Softmax
 from deltaformer_jax.ops.tiles import accumulation_dtype
@@ -29,12 +28,19 @@ def causal_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    log_decay: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
     cache: KVCache | None = None,
     return_cache: bool = False,
 ) -> jax.Array | tuple[jax.Array, KVCache]:
-    """o_t = Σ_i p_ti v_i,  p_t = softmax over max(0, t − window + 1) ≤ i ≤ t of scale · q_t·k_i.
+    """Softmax attention, each token over itself and the window − 1 before it.
+
+        s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,          p_ti = e^{s_ti} / (e^{b} + Σ_{t−window<j≤t} e^{s_tj})
+        o_t = Σ_i p_ti v_i
+
+    g ≤ 0 the log decay (the forgetting gate) and b the sink's logit of the head; without sinks e^b is 0.
 
     Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), widths K and V.
 
@@ -42,6 +48,8 @@ def causal_attention(
       query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one float dtype.
       scale: multiplies q·k; None means K ** -0.5.
       window: how many tokens a token sees, itself included; None means all before it.
+      log_decay: g [B, T, H], at most 0, the natural log of how much of the past a token leaves; None means 0.
+      sinks: b [H], a logit each head may always attend to, of value 0; None means none.
       segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
         contiguous run, and a token sees its own run only.
       implementation: "recurrent", "parallel" or "chunked"; None chooses the fastest for the platform compiled for.
@@ -53,59 +61,77 @@ def causal_attention(
       o [B, T, H, V] in value's dtype, or (o, cache) when there is a cache or `return_cache`. Sums are float32 inside.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, names, sizes; a cache without room when its length is concrete.
+      ValueError, TypeError: shapes, dtypes, names, sizes; a positive log decay, or a cache without room, where values
+        are concrete (under jit the first is computed as it stands and the second loses tokens).
       NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
 
     Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window), 2.5 times that backward; memory
       O(T (K+V)) a head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
-      arXiv 2004.05150.
+      arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
     """
     checks.check_heads(query, key, value)
     name = checks.check_implementation(implementation, checks.FORMS, checks.KERNELS)
     checks.check_size("window", window)
     checks.check_segments(segment_ids, key)
     scale = checks.check_scale("scale", scale, key.shape[3])
+    checks.check_log_decay(log_decay, (*key.shape[:2], query.shape[2]), segment_ids)
+    checks.check_sinks(sinks, query.shape[2])
     real = jnp.ones(key.shape[:2], bool)
     if segment_ids is not None:
         real = segment_ids != 0
         query, key, value = (jnp.where(real[..., None, None], x, 0) for x in (query, key, value))
+    if log_decay is not None:
+        log_decay = jnp.where(real[..., None], log_decay, 0).astype(accumulation_dtype(key.dtype))
+    decay_heads = None if log_decay is None else query.shape[2]
     if cache is not None:
-        check_cache(cache, KVCache, key, value.shape[2], value.shape[3])
+        check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
         checks.check_one_document(segment_ids)
         check_room(cache, real, window)
         size = {"recurrent": 1, "parallel": key.shape[1], "chunked": 128}[name]
 
-        def block(cache, query, key, value, real):
-            return extend_attention(cache, query, key, value, real, _SOFTMAX, scale, window)
+        def block(cache, query, key, value, log_decay, real):
+            return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, scale, window)
 
-        return in_blocks(block, cache, (query, key, value, real), size)
+        return in_blocks(block, cache, (query, key, value, log_decay, real), size)
 
     if name == "chunked":
         plan = _Plan(scale, window, default_chunk(key.shape[1]))
-        out = _chunked(plan, query, key, value, segment_ids)
+        out, lse = _chunked(plan, query, key, value, log_decay, segment_ids)
+        if sinks is not None:
+            # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
+            share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
+            out = (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
     else:
-        out = _by_definition(name, query, key, value, segment_ids, scale, window)
+        out = _by_definition(name, query, key, value, log_decay, sinks, segment_ids, scale, window)
     if segment_ids is not None:
         out = jnp.where(real[..., None, None], out, 0)
     if not return_cache:
         return out
     checks.check_one_document(segment_ids)
-    empty = KVCache.empty(key.shape[0], window or key.shape[1], key.shape[2], key.shape[3], value.shape[3], key.dtype)
-    return out, store(empty, key, value, real)
+    empty = KVCache.empty(
+        key.shape[0], window or key.shape[1], key.shape[2], key.shape[3], value.shape[3], key.dtype, decay_heads
+    )
+    return out, store(empty, key, value, real, log_decay)
 
 
-def _by_definition(name, query, key, value, segment_ids, scale, window):
+def _by_definition(name, query, key, value, log_decay, sinks, segment_ids, scale, window):
     dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
     group = query.shape[2] // heads
     segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
-    read = {"recurrent": read_recurrent, "parallel": read_parallel}[name]
-    one_head = lambda *arguments: read(*arguments, similarity=_SOFTMAX, scale=scale, window=window)
-    q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
+    read = {"recurrent": attend_recurrent, "parallel": attend_parallel}[name]
+    one_head = lambda *arguments: read(*arguments, scale=scale, window=window)
+    grouped = lambda x: H.fold_queries(x.astype(dtype), heads).reshape(batch, heads, time, group, *x.shape[3:])
     first = lambda x: H.heads_first(x.astype(dtype))
+    if log_decay is None:
+        log_decay = jnp.zeros(query.shape[:3], dtype)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks.astype(dtype).reshape(1, heads, group), (batch, heads, group))
     with jax.default_matmul_precision("highest"):
-        out = H.over_heads(one_head, shared=(3,))(q, first(key), first(value), segments)
+        out = H.over_heads(one_head, shared=(3,))(
+            grouped(query), first(key), first(value), segments, grouped(log_decay), sinks
+        )
     return H.unfold_queries(out.reshape(batch, heads, time * group, -1), group).astype(value.dtype)
 
 
@@ -116,40 +142,48 @@ class _Plan:
     chunk: int
 
 
-def _layout(plan, query, key, value, segment_ids):
+def _layout(plan, query, key, value, log_decay, segment_ids):
     heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
+    group = query.shape[2] // heads
     q = H.fold_queries(H.pad_time(query, length), heads)
     k, v = (H.heads_first(H.pad_time(x, length)) for x in (key, value))
+    if log_decay is not None:
+        log_decay = H.fold_queries(H.pad_time(log_decay, length), heads).reshape(*k.shape[:3], group)
     segments = H.pad_time(segment_ids, length)
     settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window)
-    return q, k, v, segments, tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
+    return (q, k, v, segments, log_decay), tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(plan, query, key, value, segment_ids):
-    return _forward(plan, query, key, value, segment_ids)[0]
+def _chunked(plan, query, key, value, log_decay, segment_ids):
+    """(output [B,T,H,V] in value's dtype, log-sum-exps [B,T,H] in the accumulation dtype)."""
+    return _forward(plan, query, key, value, log_decay, segment_ids)[0]
 
 
-def _forward(plan, query, key, value, segment_ids):
-    q, k, v, segments, bounds, settings = _layout(plan, query, key, value, segment_ids)
+def _forward(plan, query, key, value, log_decay, segment_ids):
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
     read = functools.partial(read_forward, first=bounds, **settings)
-    out, lse = H.over_heads(read, shared=(3,))(q, k, v, segments)
-    out = H.unfold_queries(out, query.shape[2] // key.shape[2])[:, : key.shape[1]].astype(value.dtype)
-    return out, (query, key, value, segment_ids, out, lse)
+    out, lse = H.over_heads(read, shared=(3,))(*arrays)
+    back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
+    out, lse = back(out).astype(value.dtype), back(lse)
+    return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(plan, residuals, dout):
-    query, key, value, segment_ids, out, lse = residuals
-    q, k, v, segments, bounds, settings = _layout(plan, query, key, value, segment_ids)
-    last = tiles.last_chunks(bounds)
-    fold = lambda x: H.fold_queries(H.pad_time(x, k.shape[2]), k.shape[1])
-    call = lambda q, k, v, s, *rest: read_backward(q, k, v, s, last, *rest, **settings)
-    dq, dk, dv = H.over_heads(call, shared=(3,))(q, k, v, segments, fold(out), lse, fold(dout))
-    time = key.shape[1]
+def _backward(plan, residuals, cotangents):
+    query, key, value, log_decay, segment_ids, out, lse = residuals
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
+    last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
+    group = query.shape[2] // heads
+    fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)
+    call = lambda q, k, v, s, g, *rest: read_backward(q, k, v, s, g, last, *rest, **settings)
+    rest = [fold(x) for x in (out, lse, *cotangents)]
+    dq, dk, dv, dg = H.over_heads(call, shared=(3,))(*arrays, *rest)
     back = lambda x: H.heads_last(x)[:, :time]
-    dq = H.unfold_queries(dq, query.shape[2] // key.shape[2])[:, :time]
-    return dq.astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), None
+    rows = lambda x: H.unfold_queries(x, group)[:, :time]
+    if dg is not None:
+        dg = rows(dg.reshape(*dg.shape[:2], length * group)).astype(log_decay.dtype)
+    return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None
 
 
 @_backward.defjvp
@@ -160,4 +194,4 @@ def _no_second_derivative(plan, primals, tangents):
     )
 
 
-_chunked.defvjp(_forward, lambda plan, residuals, dout: _backward(plan, residuals, dout))
+_chunked.defvjp(_forward, lambda plan, residuals, cotangents: _backward(plan, residuals, cotangents))

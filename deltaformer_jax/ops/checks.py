@@ -54,6 +54,38 @@ def check_gate(name, gate, key, heads):
         raise TypeError(f"{name} has dtype {gate.dtype}: cast it to a float dtype")
 
 
+def check_log_decay(log_decay, shape, segment_ids):
+    """Log decays of `shape`, floats, and at most 0 at every real token where their values are known."""
+    if log_decay is None:
+        return
+    if not hasattr(log_decay, "shape") or tuple(log_decay.shape) != tuple(shape):
+        found = tuple(log_decay.shape) if hasattr(log_decay, "shape") else type(log_decay).__name__
+        raise ValueError(f"log_decay must have shape {tuple(shape)}; it has {found}")
+    if log_decay.dtype not in FLOATS:
+        raise TypeError(f"log_decay has dtype {log_decay.dtype}: cast it to a float dtype")
+    values, ids = concrete_value(log_decay), None if segment_ids is None else concrete_value(segment_ids)
+    if values is None or (segment_ids is not None and ids is None):
+        return
+    if ids is not None:
+        values = values[ids != 0]
+    if np.any(values > 0):
+        raise ValueError(
+            f"log_decay holds {float(values.max()):.3g}: natural logs of decays are at most 0; pass "
+            "jax.nn.log_sigmoid(x) or -jax.nn.softplus(x)"
+        )
+
+
+def check_sinks(sinks, heads):
+    """[heads], floats: a logit for each query head."""
+    if sinks is None:
+        return
+    if not hasattr(sinks, "shape") or tuple(sinks.shape) != (heads,):
+        found = tuple(sinks.shape) if hasattr(sinks, "shape") else type(sinks).__name__
+        raise ValueError(f"sinks must have shape [query heads] = ({heads},); it has {found}")
+    if sinks.dtype not in FLOATS:
+        raise TypeError(f"sinks has dtype {sinks.dtype}: cast it to a float dtype")
+
+
 def check_segments(segment_ids, key):
     if segment_ids is None:
         return

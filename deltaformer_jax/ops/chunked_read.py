@@ -9,7 +9,7 @@ Backward, with P the weights and D_i = dO_i·o_i − dlse_i for softmax, 0 other
 
     dU = Pᵀ dO,   dS_ij = κ'(s_ij) (dO_i·u_j − D_i),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-in five products per pair of tiles. Memory O(T (K+V)).
+in five products per pair of tiles. Memory O(T (K+V)). What score_decay.py adds to the scores costs no product.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops import tiles
+from deltaformer_jax.ops.score_decay import add_decay, log_decay_gradient, score_decay
 
 
 def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
@@ -33,8 +34,8 @@ def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
     return visible
 
 
-def read_forward(q, k, u, segments, first, *, similarity, scale, chunk, window=None):
-    """q [T·r, K], k [T, K], u [T, V], segments [T] or None, first [T/C] -> o [T·r, V], lse [T·r].
+def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None):
+    """q [T·r, K], k [T, K], u [T, V], segments [T], log_decay [T, r] or None, first [T/C] -> o [T·r, V], lse [T·r].
 
     Both are in the accumulation dtype.
     """
@@ -42,12 +43,14 @@ def read_forward(q, k, u, segments, first, *, similarity, scale, chunk, window=N
     group = q.shape[0] // length
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = k.dtype if similarity.normalised else dtype
+    decay = score_decay(log_decay, chunk)
 
     def one_chunk(_, c):
         rows = tiles.take(q, c, chunk * group)
 
         def step(j, running, diagonal):
             scores = tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * scale
+            scores = add_decay(scores, decay, c, j, chunk, diagonal)
             visible = _visible(c, j, group, chunk, segments, window, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
@@ -61,15 +64,18 @@ def read_forward(q, k, u, segments, first, *, similarity, scale, chunk, window=N
     return out.reshape(length * group, width), lse.reshape(length * group)
 
 
-def read_backward(q, k, u, segments, last, out, lse, dout, dlse=None, *, similarity, scale, chunk, window=None):
-    """The gradients (dq, dk, du) for the cotangents dout [T·r, V] and dlse [T·r] (None: 0); accumulation dtype.
+def read_backward(
+    q, k, u, segments, log_decay, last, out, lse, dout, dlse=None, *, similarity, scale, chunk, window=None
+):
+    """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [T·r, V] and dlse [T·r] (None: 0).
 
-    `out` is read for softmax only.
+    All are in the accumulation dtype, dlog_decay [T, r] or None; `out` is read for softmax only.
     """
     length = k.shape[0]
     group = q.shape[0] // length
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = k.dtype if similarity.normalised else dtype
+    decay = score_decay(log_decay, chunk)
     row_dot = None
     if similarity.normalised:
         row_dot = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=1)
@@ -79,23 +85,34 @@ def read_backward(q, k, u, segments, last, out, lse, dout, dlse=None, *, similar
         keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
 
         def step(i, carry, diagonal):
-            dq, dkeys, dvalues = carry
+            dq, dkeys, dvalues, column_sums = carry
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
             visible = _visible(i, j, group, chunk, segments, window, diagonal)
-            scores = tiles.dot(rows, keys.T, k.dtype) * scale
+            scores = add_decay(tiles.dot(rows, keys.T, k.dtype) * scale, decay, i, j, chunk, diagonal)
             weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk * group), visible)
             dots = tiles.dot(grad, values.T, operand)
             if row_dot is not None:
                 dots = dots - tiles.take(row_dot, i, chunk * group)[:, None]
-            dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
+            dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots)
+            if decay is not None:
+                column_sums = column_sums + jnp.sum(dscores.reshape(chunk, group, chunk), axis=0)
+            dscores = dscores * scale
             dvalues = dvalues + tiles.dot(weights.T, grad, operand)
             dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
-            return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues
+            return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues, column_sums
 
-        carry = (dq, jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
+        column_sums = None if decay is None else jnp.zeros((group, chunk), dtype)
+        carry = (dq, jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype), column_sums)
         carry = step(j, carry, True)
-        dq, dkeys, dvalues = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
-        return dq, (dkeys, dvalues)
+        dq, *columns = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
+        return dq, columns
 
-    dq, (dk, du) = lax.scan(one_chunk, jnp.zeros(q.shape, dtype), jnp.arange(length // chunk, dtype=jnp.int32))
-    return dq, dk.reshape(k.shape), du.reshape(u.shape)
+    chunks = jnp.arange(length // chunk, dtype=jnp.int32)
+    dq, (dk, du, column_sums) = lax.scan(one_chunk, jnp.zeros(q.shape, dtype), chunks)
+    dlog_decay = None
+    if decay is not None:
+        column_sums = jnp.swapaxes(column_sums, 1, 2).reshape(length, group)
+        # A softmax row's dS adds up to what comes in through its log-sum-exp.
+        row_sums = jnp.zeros_like(column_sums) if dlse is None else dlse.reshape(length, group)
+        dlog_decay = log_decay_gradient(row_sums, column_sums)
+    return dq, dk.reshape(k.shape), du.reshape(u.shape), dlog_decay

@@ -87,8 +87,9 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
         u = back(u)
         return (None, u.astype(dtype)), (given, u, None, (lse_write,))
     read = functools.partial(
-        read_forward, first=bounds, similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk
-    )
+        read_forward, log_decay=None, first=bounds, similarity=plan.read_similarity, scale=plan.read_scale,
+        chunk=plan.chunk,
+    )  # fmt: skip
     q = H.fold_queries(H.pad_time(query, length), heads)
     out, lse_read = H.over_heads(read, shared=(3,))(q, k, u, segments)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
@@ -126,8 +127,8 @@ def _backward(plan, residuals, cotangents):
                 read_backward, similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk
             )
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
-            call = lambda q, k, u, s, out, lse, dout: read(q, k, u, s, last, out, lse, dout)
-            dq, dk_read, du_read = H.over_heads(call, shared=(3,))(
+            call = lambda q, k, u, s, out, lse, dout: read(q, k, u, s, None, last, out, lse, dout)
+            dq, dk_read, du_read, _ = H.over_heads(call, shared=(3,))(
                 fold(query), k, u, segments, fold(kept), rows[1], fold(dout)
             )
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)

@@ -14,22 +14,21 @@ from jax.scipy.linalg import solve_triangular
 from deltaformer_jax.ops.similarity import row_weights
 
 
-def _visible(segments, window, strict):
+def _visible(segments, strict):
     row, column = jnp.arange(segments.shape[0])[:, None], jnp.arange(segments.shape[0])[None, :]
     visible = (column < row if strict else column <= row) & (segments[:, None] == segments[None, :])
-    visible &= (segments != 0)[:, None]
-    return visible if window is None else visible & (row - column < window)
+    return visible & (segments != 0)[:, None]
 
 
 def write_parallel(w, k, v, alpha, beta, segments, *, similarity, scale):
     """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
-    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, None, strict=True))
+    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, strict=True))
     matrix = jnp.eye(k.shape[0], dtype=v.dtype) + beta[:, None] * weights
     return solve_triangular(matrix, alpha[:, None] * v, lower=True, unit_diagonal=True)
 
 
-def read_parallel(q, k, u, segments, *, similarity, scale, window=None):
+def read_parallel(q, k, u, segments, *, similarity, scale):
     """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
-    visible = _visible(segments, window, strict=False)[:, None, :]
+    visible = _visible(segments, strict=False)[:, None, :]
     scores = jnp.einsum("irk,jk->irj", q, k) * scale
     return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u

@@ -28,14 +28,12 @@ def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
     return lax.scan(token, jnp.zeros_like(v), index)[0]
 
 
-def read_recurrent(q, k, u, segments, *, similarity, scale, window=None):
+def read_recurrent(q, k, u, segments, *, similarity, scale):
     """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(_, t):
         visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
-        if window is not None:
-            visible &= t - index < window
         scores = q[t] @ k.T * scale
         return None, row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u
 

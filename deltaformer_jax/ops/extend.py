@@ -18,6 +18,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from deltaformer_jax.ops.cache import slot_positions, store
+from deltaformer_jax.ops.score_decay import decay_between
 from deltaformer_jax.ops.similarity import row_weights
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
@@ -93,13 +94,30 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     return out, store(cache, key, u.reshape(b, t, g * n, -1), real)
 
 
-def extend_attention(cache, query, key, value, real, similarity, scale, window):
-    """One block of plain attention: (output [B,T,H,V], cache)."""
+def extend_attention(cache, query, key, value, log_decay, sinks, real, similarity, scale, window):
+    """One block of plain attention, log_decay [B,T,H] and sinks [H] or None: (output [B,T,H,V], cache)."""
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key, key, scale)
-    weights = _weights(similarity, scores, _visible(cache, real, False, window), key.dtype)
+    if log_decay is not None:
+        scores = scores + _decay(cache.decay, log_decay).reshape(scores.shape)
+    visible = jnp.broadcast_to(_visible(cache, real, False, window), scores.shape)
+    if sinks is not None:
+        # One more column, of value 0: it only takes its part of the normaliser.
+        column = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, g, 1, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+        visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
+    weights = _weights(similarity, scores, visible, key.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     out = _values(weights, cache.value[:, :, :, None], value[:, :, :, None])
-    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), store(cache, key, value, real)
+    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), store(cache, key, value, real, log_decay)
+
+
+def _decay(old, log_decay):
+    """[B,H,T,N+T]: the sum of the log decays after each slot's token, old [B,N,H], and after each new token."""
+    prefix = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, 2)
+    among_new = jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 1, 0)), (2, 3), (0, 1))
+    return jnp.concatenate([jnp.moveaxis(old, 1, 2)[:, :, None] + prefix[..., None], among_new], axis=-1)
 
 
 def in_blocks(step, cache, arrays, size):
