@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, train_bpe
+from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, shards, train_bpe
 from deltaformer_jax.data.prepare import main
 
 TEXTS = [f"Document {i}: größer, 日本, 🙂.\n" * (1 + i % 5) for i in range(50)]
@@ -90,6 +90,17 @@ def test_parquet(tmp_path):
     assert texts_of(prepared) == TEXTS
 
 
+@pytest.mark.parametrize(("name", "pack"), [("a.txt.gz", gzip.compress), ("a.py.zst", zstd), ("a.md", bytes)])
+def test_compressed_text_and_documents_cut_at_a_separator(tmp_path, name, pack, capsys):
+    source = write(tmp_path / name, pack("<|endoftext|>\n".join(TEXTS).encode()))
+    whole = prepare_corpus(source, tmp_path / "whole", eval_fraction=0)
+    assert texts_of(whole) == ["<|endoftext|>\n".join(TEXTS)]
+    arguments = [str(source), "--out", str(tmp_path / "cut"), "--eval_fraction", "0"]
+    assert main([*arguments, "--separator", "<|endoftext|>\\n"]) == 0
+    assert texts_of(load_corpus(tmp_path / "cut")) == TEXTS
+    assert main(arguments) == 2 and "made with another separator" in capsys.readouterr().err
+
+
 def test_a_folder_of_several_kinds_in_sorted_order_without_hidden_or_unknown_files(tmp_path):
     source = tmp_path / "in"
     write(source / "b.jsonl", json_lines(TEXTS[1:3]))
@@ -136,11 +147,11 @@ def test_hash_follows_content_not_place(tmp_path):
 
 def test_shards_and_long_documents(tmp_path, monkeypatch):
     """A document of many records, shards closed at a document's end, any slice read back."""
-    monkeypatch.setattr(build, "_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     texts = ["ab" * 50_000, "c", "de" * 8192, "f" * 8192, "g" * 8193, *TEXTS]
     prepared = prepare_corpus(write(tmp_path / "a.jsonl", json_lines(texts)), tmp_path / "out", eval_fraction=0)
-    shards = prepared.manifest["splits"]["train"]["shards"]
-    assert len(shards) == 2 and shards[0]["records"] == 13
+    written = prepared.manifest["splits"]["train"]["shards"]
+    assert len(written) == 2 and written[0]["records"] == 13
     assert texts_of(prepared) == texts
     split = prepared.split("train")
     whole = np.frombuffer(texts[0].encode(), np.uint8)
@@ -227,6 +238,93 @@ def test_a_killed_run_leaves_nothing_that_loads(tmp_path):
             load_corpus(out)
 
 
+def small_units(monkeypatch):
+    monkeypatch.setattr("deltaformer_jax.data.sources._UNIT_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, ValueError])
+def test_what_was_cut_short_goes_on_and_ends_the_same(tmp_path, monkeypatch, stop):
+    small_units(monkeypatch)
+    text_folder(tmp_path / "in", TEXTS[:20])
+    source = write(tmp_path / "in" / "z.jsonl", json_lines([text * 3 for text in TEXTS])).parent
+    settings = {"tokenizer": "bpe:300", "eval_fraction": 0.3}
+    whole = prepare_corpus(source, tmp_path / "whole", **settings).path
+    assert len(list(whole.glob("train-*"))) > 3 and len(list(whole.glob("eval-*"))) > 3
+    really, left, read, learnt = build.tokenize_units, [], [], []
+    monkeypatch.setattr(build, "train_bpe", lambda *arguments: learnt.append(1) or train_bpe(*arguments))
+
+    def cut_short(after):
+        def units(tokenizer, units, workers):
+            for i, unit in enumerate(really(tokenizer, units, workers)):
+                if i == after:
+                    raise stop("no more")
+                read.append(unit)
+                yield unit
+
+        return units
+
+    for after in (1, 9, 4, 8, None):  # units made before each stop
+        monkeypatch.setattr(build, "tokenize_units", cut_short(after))
+        if after is None:
+            prepare_corpus(source, tmp_path / "out", **settings)
+        else:
+            with pytest.raises(stop):
+                prepare_corpus(source, tmp_path / "out", **settings)
+        left.append(build.unfinished(tmp_path / "out"))
+    assert files_of(tmp_path / "out") == files_of(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+    kept = stop is not ValueError  # input that is wrong will be other input when it is right
+    assert left == [False, kept, kept, kept, False]
+    assert len(learnt) == (2 if kept else 5)
+    count = len(list(build.open_source(source).units()))
+    assert len(read) < count + 1 + 4 * 3 if kept else len(read) == count + 22
+
+
+def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, capsys):
+    """SIGKILL in the middle of a unit, three times, then to the end: the folder of a run that was never killed."""
+    small_units(monkeypatch)
+    source = write(tmp_path / "in" / "a.jsonl", json_lines([text * 3 for text in TEXTS]))
+    whole = prepare_corpus(source, tmp_path / "whole", eval_fraction=0.3).path
+    program = (
+        "import os, signal, sys; from deltaformer_jax.data import build, shards, sources, tokenize_units as t\n"
+        "sources._UNIT_BYTES, shards.SHARD_BYTES, really, made = 1000, 1000, build.SplitWriter.add, []\n"
+        "def add(*arguments):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 22: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    really(*arguments)\n"
+        "build.SplitWriter.add = add\n"
+        "from deltaformer_jax.data.prepare import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, str(source), "--out", str(tmp_path / "out"), "--eval_fraction", "0.3"]
+    codes = [subprocess.run(command, capture_output=True, timeout=60).returncode for _ in range(4)]
+    assert codes[0] == codes[1] == -signal.SIGKILL and codes[-1] == 0, codes
+    assert files_of(tmp_path / "out") == files_of(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_a_damaged_unfinished_folder_is_not_gone_on_with(tmp_path, monkeypatch):
+    small_units(monkeypatch)
+    source = write(tmp_path / "in" / "a.jsonl", json_lines([text * 3 for text in TEXTS]))
+    really = build.tokenize_units
+
+    def units(*arguments):
+        for i, unit in enumerate(really(*arguments)):
+            if i == 10:
+                raise KeyboardInterrupt
+            yield unit
+
+    monkeypatch.setattr(build, "tokenize_units", units)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(source, tmp_path / "out")
+    monkeypatch.setattr(build, "tokenize_units", really)
+    (shard,) = tmp_path.glob(".out.partial-*/train-00000.array_record")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-00000.array_record: not as it was left; the same call again starts"):
+        prepare_corpus(source, tmp_path / "out")
+    assert sorted(texts_of(prepare_corpus(source, tmp_path / "out"))) == sorted(text * 3 for text in TEXTS)
+
+
 def test_a_full_disk(tmp_path):
     """A limit on file size stands for it: the error is one line, and what was written is gone."""
     write(tmp_path / "a.txt", np.random.default_rng(0).bytes(2**21).hex())
@@ -258,6 +356,11 @@ def test_interrupted_from_the_keyboard_with_workers(tmp_path):
 
 
 CASES = {
+    "no source": (lambda p: "", [], "SOURCE is empty"),
+    "bucket source": (lambda p: "gs://bucket/a.txt", [], "gs://bucket/a.txt: not on a local or mounted disk"),
+    "no out": (lambda p: write(p / "a.txt", "x"), ["--out", ""], "--out is empty"),
+    "no place": (lambda p: write(p / "a.txt", "x"), ["--out", "/proc/none/x"], "/proc/none/x: cannot be made"),
+    "not gzipped text": (lambda p: write(p / "a.py.gz", "x"), [], "a.py.gz: cannot be decompressed"),
     "no such source": (lambda p: p / "none", [], "none: no such file or folder"),
     "unknown suffix": (lambda p: write(p / "a.docx", "x"), [], r"a.docx: unknown suffix '.docx'; known: text or code"),
     "nothing known in it": (lambda p: write(p / "in/a.png", "x").parent, [], "holds no file of a known kind"),

@@ -1,10 +1,15 @@
-"""Making a corpus: read, tokenize, split, write into a temporary folder, and rename it when it is whole."""
+"""Making a corpus: read, tokenize, split, write into an unfinished folder beside, and rename it when it is whole.
+
+The unfinished folder's name is a hash of the settings, so that the same command after a kill finds it and goes on after
+the last shards that were closed. A lock tells one that was left behind from one that is being written.
+"""
 
 from __future__ import annotations
 
-import array
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -16,13 +21,15 @@ from typing import Any
 import numpy as np
 
 from deltaformer_jax.data import corpus as layout
+from deltaformer_jax.data import shards
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
+from deltaformer_jax.data.shards import JOURNAL, Journal, SplitWriter
 from deltaformer_jax.data.sources import STDLIB, Source, open_source
 from deltaformer_jax.data.tokenize_units import digest_of, token_dtype, tokenize_units
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
 
 BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
-_SHARD_BYTES = 2**30  # of tokens, before compression
+_LOCK = "lock"
 
 
 def prepare_corpus(
@@ -33,6 +40,7 @@ def prepare_corpus(
     workers: int = 1,
     eval_fraction: float = 0.02,
     text_field: str = "text",
+    separator: str = "",
     force: bool = False,
     progress: bool = False,
 ) -> Corpus:
@@ -40,13 +48,15 @@ def prepare_corpus(
 
     tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file.
     A document goes to the eval split if the hash of its text, as a fraction, is below eval_fraction: equal texts are
-    never on both sides. Empty documents are left out. The folder's content depends on the source, tokenizer,
-    eval_fraction and text_field alone; `workers` processes only share the work (more than 1 start new interpreters, so
-    a script that calls this needs `if __name__ == "__main__":`).
+    never on both sides. Empty documents are left out. `separator`: cut text files into documents wherever it stands,
+    as "<|endoftext|>" does in some; without it a text file is one document. The folder's content depends on the source,
+    tokenizer, eval_fraction, text_field and separator alone; `workers` processes only share the work (more than 1 start
+    new interpreters, so a script that calls this needs `if __name__ == "__main__":`).
     `force` replaces an existing corpus. `progress` shows a bar on stderr.
 
     Errors, before anything is written where that is possible: ValueError, FileNotFoundError, FileExistsError.
-    An interrupted run leaves nothing in `out`.
+    A call that is killed or interrupted leaves nothing in `out`; the same call later goes on after the shards that it
+    had closed, kept in a hidden folder beside `out`, and makes the same corpus, byte for byte.
     """
     folder = local_folder(out)
     if not 0 <= eval_fraction < 1:
@@ -55,7 +65,7 @@ def prepare_corpus(
         raise ValueError(f"workers is {workers}; it must be at least 1")
     size = bpe_size(tokenizer)
     given = None if size else ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer)
-    opened = open_source(source, text_field)
+    opened = open_source(source, text_field, separator)
     if opened.description["kind"] == "files" and folder.resolve().is_relative_to(opened.description["path"]):
         raise ValueError(f"{folder}: lies in the source and would be read as a part of it; choose another folder")
     settings = {
@@ -63,6 +73,7 @@ def prepare_corpus(
         "eval_fraction": eval_fraction,
         "text_field": text_field,
         "source": opened.description,
+        **({"separator": separator} if separator else {}),
     }
     if (folder / layout.MANIFEST_FILE).exists():
         if not force:
@@ -70,15 +81,30 @@ def prepare_corpus(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(folder, "partial")
     try:
-        partial.mkdir()
-        chosen = given or _learn_bpe(opened, size, eval_fraction, progress)
-        _write(partial, opened, chosen, settings, workers, progress)
-        return _move(partial, folder, settings, force)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial, lock = _open_partial(folder, settings)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made: {error}") from None
+    with lock:
+        try:
+            chosen = given or _learnt(partial, opened, size, eval_fraction, progress)
+            _write(partial, opened, chosen, settings, workers, progress)
+            corpus = _move(partial, folder, settings, force)
+        except BaseException as error:
+            # Wrong input needs another source, and so another folder; after a kill or on a full disk work is kept.
+            if isinstance(error, ValueError) or not (partial / JOURNAL).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # when another process was first
+    _sweep(folder)
+    return corpus
+
+
+def unfinished(out: str | os.PathLike) -> bool:
+    """True if a preparation of `out` was cut short and the same call would go on with it."""
+    folder = local_folder(out)
+    return any(folder.parent.glob(f".{folder.name}.partial-*/{JOURNAL}"))
 
 
 def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
@@ -105,6 +131,41 @@ def _beside(folder: Path, what: str) -> Path:
     return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
 
 
+def _open_partial(folder: Path, settings: dict[str, Any]) -> tuple[Path, Any]:
+    """(the unfinished folder of these settings, its lock held); a fresh one if another process is at work in that."""
+    kind = json.dumps([layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, settings], sort_keys=True)
+    name = hashlib.sha256(kind.encode()).hexdigest()[:8]
+    for partial in (folder.parent / f".{folder.name}.partial-{name}", _beside(folder, f"partial-{name}")):
+        partial.mkdir(exist_ok=True)
+        if lock := _try_lock(partial):
+            return partial, lock
+    raise OSError("no unfinished folder could be locked")
+
+
+def _try_lock(partial: Path) -> Any:
+    """The lock file, open and locked until it is closed or its process ends; None if another process holds it."""
+    try:
+        lock = open(partial / _LOCK, "a")
+    except FileNotFoundError:  # the folder has just been finished or removed by its owner
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / _LOCK)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    lock.close()
+    return None
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed have left of other preparations of `folder`."""
+    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
+        if lock := _try_lock(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.close()
+
+
 def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
     try:
         corpus = load_corpus(folder)
@@ -112,7 +173,8 @@ def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
         raise FileExistsError(f"{folder}: holds a damaged corpus ({error}); delete it, or use --force") from None
     if corpus.manifest["settings"] == settings:
         return corpus
-    different = [name for name, value in settings.items() if corpus.manifest["settings"].get(name) != value]
+    made = corpus.manifest["settings"]
+    different = [name for name in {**settings, **made} if made.get(name) != settings.get(name)]
     raise FileExistsError(
         f"{folder}: holds a corpus made with another {' and '.join(different)}; "
         "choose another folder, or --force replaces it"
@@ -120,6 +182,7 @@ def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
 
 
 def _move(partial: Path, folder: Path, settings: dict[str, Any], force: bool) -> Corpus:
+    (partial / _LOCK).unlink()
     if force and folder.exists():
         old = _beside(folder, "old")
         os.replace(folder, old)
@@ -143,6 +206,16 @@ def _in_eval(digest: bytes, eval_fraction: float) -> bool:
     return _fraction(digest[:8]) < eval_fraction
 
 
+def _learnt(partial: Path, source: Source, size: int, eval_fraction: float, progress: bool) -> Tokenizer:
+    """The BPE that this preparation had learnt before it was cut short, or learns now."""
+    path = partial / layout.TOKENIZER_FILE
+    if not path.exists():
+        draft = partial / f"{layout.TOKENIZER_FILE}.tmp"
+        _learn_bpe(source, size, eval_fraction, progress).save(draft)
+        os.replace(draft, path)
+    return load_tokenizer(path)
+
+
 def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) -> Tokenizer:
     share = BPE_TRAINING_BYTES / max(source.size, 1)
 
@@ -158,85 +231,30 @@ def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) 
         return train_bpe(texts(advance), size)
 
 
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """ArrayRecord's RuntimeError, of a full disk for example, as the OSError that it is."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"cannot write the corpus: {error}") from None
-
-
-class _SplitWriter:
-    """Writes one split's shards and lengths into `folder`."""
-
-    def __init__(self, folder: Path, name: str):
-        self._folder = folder
-        self._name = name
-        self._writer = None
-        self._shard_bytes = 0
-        self._content = hashlib.sha256()
-        self._lengths = array.array("q")
-        self.shards: list[dict[str, Any]] = []
-        self.bytes = 0
-
-    def add(self, tokens: np.ndarray, text_bytes: int, digest: bytes) -> None:
-        if self._writer is None or self._shard_bytes >= _SHARD_BYTES:
-            self._open_shard()
-        for start in range(0, len(tokens), layout.PIECE):
-            with _disk_errors():
-                self._writer.write(tokens[start : start + layout.PIECE].tobytes())
-            self.shards[-1]["records"] += 1
-        self._shard_bytes += tokens.nbytes
-        self.bytes += text_bytes
-        self._lengths.append(len(tokens))
-        self._content.update(digest)
-
-    def _open_shard(self) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._close_shard()
-        file = f"{self._name}-{len(self.shards):05d}.array_record"
-        # group_size 1: a record is compressed by itself, so that random access reads nothing else.
-        self._writer = ArrayRecordWriter(str(self._folder / file), "group_size:1,zstd:3")
-        self._shard_bytes = 0
-        self.shards.append({"file": file, "records": 0})
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            with _disk_errors():
-                self._writer.close()
-            self.shards[-1]["size"] = (self._folder / self.shards[-1]["file"]).stat().st_size
-
-    def close(self) -> dict[str, Any]:
-        """The split's entry in the manifest."""
-        self._close_shard()
-        lengths = np.array(self._lengths, np.int64)
-        path = self._folder / layout.lengths_file(self._name)
-        np.save(path, lengths)
-        return {
-            "documents": len(lengths),
-            "tokens": int(lengths.sum()),
-            "bytes": self.bytes,
-            "documents_hash": self._content.hexdigest(),
-            "lengths_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "shards": self.shards,
-        }
-
-
 def _write(
     folder: Path, source: Source, tokenizer: Tokenizer, settings: dict[str, Any], workers: int, progress: bool
 ) -> None:
     tokenizer.save(folder / layout.TOKENIZER_FILE)
-    writers = {name: _SplitWriter(folder, name) for name in layout.SPLITS}
-    with _progress(progress, "tokenizing", source.size) as advance:
-        for unit in tokenize_units(tokenizer, source.units(), workers):
+    journal = Journal(folder)
+    units = itertools.islice(source.units(), journal.units, None)
+    count, size, since = journal.units, journal.size, 0
+    with contextlib.ExitStack() as stack, _progress(progress, "tokenizing", source.size) as advance:
+        writers = {
+            name: stack.enter_context(contextlib.closing(SplitWriter(folder, name, journal.splits.get(name))))
+            for name in layout.SPLITS
+        }
+        advance(size, sum(state["documents"] for state in journal.splits.values()))
+        for unit in tokenize_units(tokenizer, units, workers):
             ends = np.cumsum(unit.lengths, dtype=np.int64)
             for end, length, text_bytes, digest in zip(ends, unit.lengths, unit.text_bytes, unit.digests):
                 name = "eval" if _in_eval(digest, settings["eval_fraction"]) else "train"
                 writers[name].add(unit.tokens[end - length : end], text_bytes, digest)
             advance(unit.size, len(unit.lengths))
-    splits = {name: writer.close() for name, writer in writers.items()}
+            count, size, since = count + 1, size + unit.size, since + unit.tokens.nbytes
+            if since >= shards.SHARD_BYTES:  # where, does not depend on where it was cut short
+                journal.write(count, size, {name: writer.checkpoint() for name, writer in writers.items()})
+                since = 0
+    splits = {name: writer.finish() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
         found = splits["eval"]["documents"]
         why = f"all {found} documents fell to eval; lower --eval_fraction" if found else "no document with text in it"
@@ -254,6 +272,7 @@ def _write(
     }
     manifest["manifest_hash"] = layout.manifest_hash(manifest)
     (folder / layout.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    journal.remove()
 
 
 @contextlib.contextmanager

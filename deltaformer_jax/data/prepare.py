@@ -2,9 +2,10 @@
 
     python -m deltaformer_jax.data.prepare SOURCE --out DIR [--tokenizer bytes|FILE|bpe:SIZE] [--workers N]
 
-SOURCE is a folder or file of text or code, .jsonl (.gz, .zst) or .parquet; without it, the running Python's own
-standard library. --eval_fraction F of the documents are kept for evaluation, --text_field names the text's field,
---force replaces a corpus that is there. Exit code 0 when DIR holds the corpus; 2, and one line on stderr, when not.
+SOURCE is a folder or file of text or code or .jsonl (each also .gz, .zst) or .parquet; without it, the running Python's
+own standard library. --eval_fraction F of the documents are kept for evaluation, --text_field names the text's field,
+--separator cuts text files into documents, --force replaces a corpus that is there. Killed or stopped, the same command
+goes on where it was. Exit code 0 when DIR holds the corpus; 2, and one line on stderr, when not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from deltaformer_jax.data.build import prepare_corpus
+from deltaformer_jax.data.build import prepare_corpus, unfinished
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
 from deltaformer_jax.data.sources import STDLIB
 
@@ -30,11 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more pay from 50 MB of BPE)")
     parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
+    parser.add_argument("--separator", default="", help="cut text files into documents at it (\\n: a new line)")
     parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
     flags = parser.parse_args(arguments)
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(flags.workers, 1)))  # what learning BPE uses
     already = os.path.exists(os.path.join(flags.out, MANIFEST_FILE)) and not flags.force
     try:
+        if not flags.out:
+            raise ValueError("--out is empty; name a folder")
+        if not already and unfinished(flags.out):
+            print(f"{flags.out}: going on with what was not finished, if it is of the same settings", file=sys.stderr)
         corpus = prepare_corpus(
             flags.source,
             flags.out,
@@ -42,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=flags.workers,
             eval_fraction=flags.eval_fraction,
             text_field=flags.text_field,
+            separator=flags.separator.replace("\\n", "\n"),
             force=flags.force,
             progress=sys.stderr.isatty(),
         )
@@ -49,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"error: interrupted; {flags.out} is as it was", file=sys.stderr)
+        rest = "; the same command goes on from here" if unfinished(flags.out) else ""
+        print(f"error: interrupted; {flags.out} is as it was{rest}", file=sys.stderr)
         return 130
     print(f"{corpus.path}: {'is there already' if already else 'prepared'}, vocabulary {corpus.tokenizer.vocab_size}")
     for name in SPLITS:

@@ -32,15 +32,17 @@ _UNIT_BYTES = 2**20
 
 
 class TextUnit:
-    """Whole files, a document each. `size`: bytes of source, what progress counts."""
+    """Whole files, a document each, or several where `separator` stands. `size`: bytes of source, for progress."""
 
-    def __init__(self, files: list[Path], size: int):
+    def __init__(self, files: list[Path], size: int, separator: str):
         self.files = files
         self.size = size
+        self.separator = separator
 
     def documents(self) -> Iterator[str]:
         for path in self.files:
-            yield _decoded(path.read_bytes(), str(path))
+            text = _decoded(_content(path), str(path))
+            yield from text.split(self.separator) if self.separator else [text]
 
 
 class JSONLinesUnit:
@@ -100,6 +102,7 @@ class Source:
     sizes: list[int]
     text_field: str
     description: dict[str, Any]
+    separator: str = ""  # of the documents in a text file
     left_out: int = 0  # files of other kinds
 
     @property
@@ -113,7 +116,7 @@ class Source:
         for path, size in zip(self.files, self.sizes):
             kind = _kind(path)
             if gathered and (kind != "text" or gathered_size + size > _UNIT_BYTES):
-                yield TextUnit(gathered, gathered_size)
+                yield TextUnit(gathered, gathered_size, self.separator)
                 gathered, gathered_size = [], 0
             if kind == "text":
                 gathered, gathered_size = [*gathered, path], gathered_size + size
@@ -122,21 +125,25 @@ class Source:
             else:
                 yield from _parquet_units(path, self.text_field)
         if gathered:
-            yield TextUnit(gathered, gathered_size)
+            yield TextUnit(gathered, gathered_size, self.separator)
 
 
-def open_source(source: str | os.PathLike, text_field: str = "text") -> Source:
+def open_source(source: str | os.PathLike, text_field: str = "text", separator: str = "") -> Source:
     """The files of `source`: a folder (searched through, hidden names not), a file, or "stdlib".
 
     In a folder, files of other kinds than text or code, JSON lines and Parquet are left out and counted.
     FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
     """
     if os.fspath(source) == STDLIB:
-        return _stdlib_source()
-    root = Path(source)
+        return dataclasses.replace(_stdlib_source(), separator=separator)
+    if not os.fspath(source):
+        raise ValueError("SOURCE is empty; name a file, a folder or stdlib")
+    if "://" in os.fspath(source):
+        raise ValueError(f"{source}: not on a local or mounted disk; copy it there first")
+    root = Path(source).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
-    kinds = f"text or code (.txt, .md, .py, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
+    kinds = f"text or code (.txt, .md, .py.gz, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
     left_out = 0
     if root.is_dir():
         found = _files_below(root, lambda name: not name.startswith(".") and name != "__pycache__")
@@ -155,7 +162,7 @@ def open_source(source: str | os.PathLike, text_field: str = "text") -> Source:
         sizes.append(stat.st_size)
         listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     description = {"kind": "files", "path": str(root.resolve()), "files": len(names), "hash": listing.hexdigest()}
-    return Source(list(names.values()), sizes, text_field, description, left_out)
+    return Source(list(names.values()), sizes, text_field, description, separator, left_out)
 
 
 def _stdlib_source() -> Source:
@@ -203,7 +210,8 @@ def _kind(path: Path) -> str | None:
         return "jsonl"
     if name.endswith(PARQUET_SUFFIX):
         return "parquet"
-    return "text" if path.suffix.lower() in TEXT_SUFFIXES else None
+    name = name.removesuffix(".gz").removesuffix(".zst")
+    return "text" if Path(name).suffix in TEXT_SUFFIXES else None
 
 
 def _files_below(root: Path, wanted: Callable[[str], bool]) -> list[str]:
@@ -220,6 +228,14 @@ def _decoded(content: bytes, where: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert it to UTF-8 or leave it out") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return b"".join(_decompressed(path, file))
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be decompressed or read: {error}") from None
 
 
 def _text(value: Any, field: str, where: str) -> str:
