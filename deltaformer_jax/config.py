@@ -64,7 +64,9 @@ class ModelConfig:
 class DataConfig:
     """Where the text is and how it is cut. `batch_size` counts sequences over all devices and all hosts."""
 
-    path: str = ""  # a folder made by deltaformer_jax.data.prepare; "": the running Python's standard library
+    # A folder made by deltaformer_jax.data.prepare (also gs://, copied here once), or several, mixed by their share of
+    # the rows: "FOLDER=WEIGHT,FOLDER=WEIGHT"; "": the running Python's standard library.
+    path: str = ""
     tokenizer: str = "bytes"  # used when path is "": "bytes", a tokenizer.json file, or "bpe:SIZE"
     sequence_length: int = 256
     batch_size: int = 16

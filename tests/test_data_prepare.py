@@ -271,7 +271,7 @@ def test_what_was_cut_short_goes_on_and_ends_the_same(tmp_path, monkeypatch, sto
         else:
             with pytest.raises(stop):
                 prepare_corpus(source, tmp_path / "out", **settings)
-        left.append(build.unfinished(tmp_path / "out"))
+        left.append(build.can_go_on(tmp_path / "out"))
     assert files_of(tmp_path / "out") == files_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
     kept = stop is not ValueError  # input that is wrong will be other input when it is right
@@ -396,7 +396,7 @@ CASES = {
     "bpe no number": (lambda p: write(p / "a.txt", "x"), ["--tokenizer", "bpe:big"], "must be a whole number"),
     "no workers": (lambda p: write(p / "a.txt", "x"), ["--workers", "0"], "workers is 0"),
     "eval_fraction": (lambda p: write(p / "a.txt", "x"), ["--eval_fraction", "1"], "eval_fraction is 1.0"),
-    "bucket": (lambda p: write(p / "a.txt", "x"), ["--out", "gs://b/c"], "gs://b/c: a corpus must lie on a local"),
+    "bucket": (lambda p: write(p / "a.txt", "x"), ["--out", "gs://b/c"], "gs://b/c: a corpus is made on a local"),
     "out in source": (lambda p: write(p / "a.txt", "x").parent, [], "lies in the source"),
 }
 

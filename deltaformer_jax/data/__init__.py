@@ -3,6 +3,7 @@
 from deltaformer_jax.data.batches import batches, count_batches
 from deltaformer_jax.data.build import prepare_corpus, stdlib_corpus
 from deltaformer_jax.data.corpus import Corpus, Split, load_corpus
+from deltaformer_jax.data.mixture import Mixture, load_data
 from deltaformer_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -16,12 +17,14 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "Corpus",
+    "Mixture",
     "Split",
     "StreamDecoder",
     "Tokenizer",
     "batches",
     "count_batches",
     "load_corpus",
+    "load_data",
     "load_tokenizer",
     "prepare_corpus",
     "stdlib_corpus",

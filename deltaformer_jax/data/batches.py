@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from deltaformer_jax.data.corpus import Corpus, Split
+from deltaformer_jax.data.mixture import MixedPacking, Mixture
 from deltaformer_jax.data.packing import Packing
 
 _ENDLESS = 2**48  # batches; a length is asked for, and no run gets there
 
 
 def batches(
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     split: str,
     *,
     sequence_length: int,
@@ -33,11 +34,12 @@ def batches(
 
     split "train": endless, documents and rows shuffled anew each epoch; a batch may straddle two epochs.
     split "eval": one pass in order, ignoring seed; the last batch is filled up with rows of padding.
+    Of a Mixture, the rows of its corpora by weight, or one pass over all of them.
 
     `num_threads` threads read ahead. ValueError names an argument out of range or an empty split, at the call.
     """
     _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
-    rows = Packing(_usable(corpus, split), sequence_length, seed if split == "train" else None)
+    rows = _packing(corpus, split, sequence_length, seed if split == "train" else None)
     count = _ENDLESS if split == "train" else -(-rows.rows_per_epoch // batch_size)
     # grain imports jax, which the rest of the data part does without.
     import grain
@@ -47,19 +49,27 @@ def batches(
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def count_batches(corpus: Corpus, split: str, *, sequence_length: int, batch_size: int) -> int:
+def count_batches(corpus: Corpus | Mixture, split: str, *, sequence_length: int, batch_size: int) -> int:
     """Batches in one pass over a split: ceil(rows / batch_size), rows = ceil((tokens + documents) / sequence_length).
 
     ValueError as for `batches`.
     """
     _check(sequence_length, batch_size)
-    return -(-Packing(_usable(corpus, split), sequence_length, None).rows_per_epoch // batch_size)
+    return -(-_packing(corpus, split, sequence_length, None).rows_per_epoch // batch_size)
 
 
 class _Batches:
     """What grain reads from: element i is this process's part of batch start + i."""
 
-    def __init__(self, rows: Packing, batch_size: int, start: int, count: int, process_index: int, process_count: int):
+    def __init__(
+        self,
+        rows: Packing | MixedPacking,
+        batch_size: int,
+        start: int,
+        count: int,
+        process_index: int,
+        process_count: int,
+    ):
         self._rows = rows
         self._batch_size = batch_size
         self._start = start
@@ -74,7 +84,20 @@ class _Batches:
         return self._rows.rows((self._start + i) * self._batch_size + self._mine)
 
 
-def _usable(corpus: Corpus, split: str) -> Split:
+def _packing(corpus: Corpus | Mixture, split: str, sequence_length: int, seed: int | None) -> Packing | MixedPacking:
+    if isinstance(corpus, Corpus):
+        return Packing(check_split(corpus, split), sequence_length, seed)
+    if split == "train":
+        return MixedPacking([check_split(one, split) for one in corpus.corpora], corpus.weights, sequence_length, seed)
+    # Evaluation takes whatever documents there are, of whichever corpora.
+    splits = [one.split(split) for one in corpus.corpora if one.split(split).documents]
+    if not splits:
+        check_split(corpus.corpora[0], split)
+    return MixedPacking(splits, [1.0] * len(splits), sequence_length, seed)
+
+
+def check_split(corpus: Corpus, split: str) -> Split:
+    """The split; ValueError if it has no documents."""
     chosen = corpus.split(split)
     if chosen.documents == 0:
         raise ValueError(

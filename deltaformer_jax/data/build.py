@@ -1,13 +1,11 @@
 """Making a corpus: read, tokenize, split, write into an unfinished folder beside, and rename it when it is whole.
 
-The unfinished folder's name is a hash of the settings, so that the same command after a kill finds it and goes on after
-the last shards that were closed. A lock tells one that was left behind from one that is being written.
+After a kill the same call finds the unfinished folder and goes on after the last shards that were closed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -23,13 +21,14 @@ import numpy as np
 from deltaformer_jax.data import corpus as layout
 from deltaformer_jax.data import shards
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
+from deltaformer_jax.data.remote import cache_folder
 from deltaformer_jax.data.shards import JOURNAL, Journal, SplitWriter
 from deltaformer_jax.data.sources import STDLIB, Source, open_source
 from deltaformer_jax.data.tokenize_units import digest_of, token_dtype, tokenize_units
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
+from deltaformer_jax.data.unfinished import Unfinished, open_unfinished, sweep, unfinished
 
 BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
-_LOCK = "lock"
 
 
 def prepare_corpus(
@@ -82,29 +81,27 @@ def prepare_corpus(
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial, lock = _open_partial(folder, settings)
+        partial = open_unfinished(folder, [layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, settings])
     except OSError as error:
         raise OSError(f"{folder}: cannot be made: {error}") from None
-    with lock:
+    with partial.lock:
         try:
-            chosen = given or _learnt(partial, opened, size, eval_fraction, progress)
-            _write(partial, opened, chosen, settings, workers, progress)
+            chosen = given or _learnt(partial.path, opened, size, eval_fraction, progress)
+            _write(partial.path, opened, chosen, settings, workers, progress)
             corpus = _move(partial, folder, settings, force)
         except BaseException as error:
             # Wrong input needs another source, and so another folder; after a kill or on a full disk work is kept.
-            if isinstance(error, ValueError) or not (partial / JOURNAL).exists():
-                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, ValueError) or not (partial.path / JOURNAL).exists():
+                partial.remove()
             raise
-        shutil.rmtree(partial, ignore_errors=True)  # when another process was first
-    _sweep(folder)
+        partial.remove()  # what there is of it when another process was first
+    sweep(folder)
     return corpus
 
 
-def unfinished(out: str | os.PathLike) -> bool:
+def can_go_on(out: str | os.PathLike) -> bool:
     """True if a preparation of `out` was cut short and the same call would go on with it."""
-    folder = local_folder(out)
-    return any(folder.parent.glob(f".{folder.name}.partial-*/{JOURNAL}"))
+    return unfinished(local_folder(out), JOURNAL)
 
 
 def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
@@ -116,9 +113,8 @@ def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
     source = open_source(STDLIB)
     size = bpe_size(tokenizer)
     name = tokenizer.replace(":", "") if size or tokenizer == "bytes" else load_tokenizer(tokenizer).hash[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaformer_jax"
-    version = f"v{layout.FORMAT_VERSION}"
-    folder = cache / f"stdlib-{source.description['python']}-{source.description['hash'][:12]}-{name}-{version}"
+    name = f"{source.description['hash'][:12]}-{name}-v{layout.FORMAT_VERSION}"
+    folder = cache_folder() / f"stdlib-{source.description['python']}-{name}"
     try:
         return prepare_corpus(STDLIB, folder, tokenizer=tokenizer, eval_fraction=0.05)
     except FileExistsError:
@@ -129,41 +125,6 @@ def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
 
 def _beside(folder: Path, what: str) -> Path:
     return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
-
-
-def _open_partial(folder: Path, settings: dict[str, Any]) -> tuple[Path, Any]:
-    """(the unfinished folder of these settings, its lock held); a fresh one if another process is at work in that."""
-    kind = json.dumps([layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, settings], sort_keys=True)
-    name = hashlib.sha256(kind.encode()).hexdigest()[:8]
-    for partial in (folder.parent / f".{folder.name}.partial-{name}", _beside(folder, f"partial-{name}")):
-        partial.mkdir(exist_ok=True)
-        if lock := _try_lock(partial):
-            return partial, lock
-    raise OSError("no unfinished folder could be locked")
-
-
-def _try_lock(partial: Path) -> Any:
-    """The lock file, open and locked until it is closed or its process ends; None if another process holds it."""
-    try:
-        lock = open(partial / _LOCK, "a")
-    except FileNotFoundError:  # the folder has just been finished or removed by its owner
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / _LOCK)):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    lock.close()
-    return None
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed have left of other preparations of `folder`."""
-    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
-        if lock := _try_lock(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            lock.close()
 
 
 def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
@@ -181,16 +142,15 @@ def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
     )
 
 
-def _move(partial: Path, folder: Path, settings: dict[str, Any], force: bool) -> Corpus:
-    (partial / _LOCK).unlink()
+def _move(partial: Unfinished, folder: Path, settings: dict[str, Any], force: bool) -> Corpus:
     if force and folder.exists():
         old = _beside(folder, "old")
         os.replace(folder, old)
-        os.replace(partial, folder)
+        partial.move(folder)
         shutil.rmtree(old)
         return load_corpus(folder)
     try:
-        os.replace(partial, folder)  # onto nothing or an empty folder
+        partial.move(folder)  # onto nothing or an empty folder
     except OSError:
         if not (folder / layout.MANIFEST_FILE).exists():
             raise

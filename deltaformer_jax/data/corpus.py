@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaformer_jax.data.remote import fetch
 from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "deltaformer_jax corpus"
@@ -103,10 +104,12 @@ class Corpus:
 def load_corpus(path: str | os.PathLike) -> Corpus:
     """The corpus in folder `path`. Cost: reads the document lengths, and the size of each shard, not the tokens.
 
+    An address such as gs://bucket/corpus is copied to this host first, once (see `remote.fetch`).
+
     FileNotFoundError for a missing folder or file; ValueError for one that is not a corpus, was edited or cut short,
     or holds another tokenizer than its manifest says. Both name the file.
     """
-    folder = local_folder(path)
+    folder = fetch(os.fspath(path), MANIFEST_FILE) if "://" in os.fspath(path) else local_folder(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; make it with python -m deltaformer_jax.data.prepare")
     manifest = _read_manifest(folder)
@@ -118,9 +121,9 @@ def load_corpus(path: str | os.PathLike) -> Corpus:
 
 
 def local_folder(path: str | os.PathLike) -> Path:
-    """`path` as a Path; ValueError for an address such as gs://..., which ArrayRecord cannot read or write."""
+    """`path` as a Path; ValueError for an address such as gs://..., where ArrayRecord cannot write."""
     if "://" in os.fspath(path):
-        raise ValueError(f"{path}: a corpus must lie on a local or mounted disk (ArrayRecord reads no other)")
+        raise ValueError(f"{path}: a corpus is made on a local or mounted disk; copy the finished folder there")
     return Path(path).expanduser()
 
 

@@ -26,7 +26,7 @@ class Packing:
     each of the two newest epochs. Threads may share it.
     """
 
-    def __init__(self, split: Split, sequence_length: int, seed: int | None):
+    def __init__(self, split: Split, sequence_length: int, seed: int | str | None):
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from deltaformer_jax.data.build import prepare_corpus, unfinished
+from deltaformer_jax.data.build import can_go_on, prepare_corpus
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
 from deltaformer_jax.data.sources import STDLIB
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not flags.out:
             raise ValueError("--out is empty; name a folder")
-        if not already and unfinished(flags.out):
+        if not already and can_go_on(flags.out):
             print(f"{flags.out}: going on with what was not finished, if it is of the same settings", file=sys.stderr)
         corpus = prepare_corpus(
             flags.source,
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        rest = "; the same command goes on from here" if unfinished(flags.out) else ""
+        rest = "; the same command goes on from here" if can_go_on(flags.out) else ""
         print(f"error: interrupted; {flags.out} is as it was{rest}", file=sys.stderr)
         return 130
     print(f"{corpus.path}: {'is there already' if already else 'prepared'}, vocabulary {corpus.tokenizer.vocab_size}")

@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from deltaformer_jax import data
 from deltaformer_jax.config import Config
-from deltaformer_jax.data import Corpus, Tokenizer, load_corpus, stdlib_corpus
+from deltaformer_jax.data import Corpus, Mixture, Tokenizer, count_batches, stdlib_corpus
 from deltaformer_jax.training.checkpoint import Checkpoints
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.metrics import MetricsFile
@@ -29,7 +30,7 @@ class Run:
 
     config: Config
     workdir: epath.Path
-    corpus: Corpus
+    corpus: Corpus | Mixture
     mesh: Mesh
     parts: ModelParts
     state: TrainState
@@ -51,9 +52,9 @@ def new_workdir(name: str) -> epath.Path:
     return next(path for path in candidates if not path.exists())
 
 
-def load_data(config: Config) -> Corpus:
+def load_data(config: Config) -> Corpus | Mixture:
     if config.data.path:
-        return load_corpus(config.data.path)
+        return data.load_data(config.data.path)
     return stdlib_corpus(config.data.tokenizer)
 
 
@@ -101,6 +102,7 @@ def prepare(
     corpus = load_data(config)
     if saved is not None:
         _check_same_data(saved, corpus, workdir)
+    _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
     parts = model_parts(full.model)
     abstract, shardings = abstract_state(full, parts, mesh)
@@ -156,7 +158,15 @@ def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:
     return saved
 
 
-def _check_same_data(saved: Saved, corpus: Corpus, workdir: epath.Path) -> None:
+def _check_evaluation(config: Config, corpus: Corpus | Mixture) -> None:
+    if config.run.eval_every:
+        try:
+            count_batches(corpus, "eval", sequence_length=config.data.sequence_length, batch_size=1)
+        except ValueError as error:
+            raise ValueError(f"{error}; or set run.eval_every=0") from None
+
+
+def _check_same_data(saved: Saved, corpus: Corpus | Mixture, workdir: epath.Path) -> None:
     if saved.tokenizer_hash != corpus.tokenizer.hash:
         raise ValueError(
             f"{corpus.path}: its tokenizer (hash {corpus.tokenizer.hash[:12]}) is not the one of the run in {workdir} "

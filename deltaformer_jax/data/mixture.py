@@ -1,0 +1,153 @@
+"""Several corpora as one, mixed by weight: of every BLOCK rows each corpus gives a fixed number, in shuffled places.
+
+Row r lies in block r // BLOCK, whose places a permutation of (seed, block) deals out to the corpora. So the row's
+corpus, and which of that corpus's own rows it is, follow from (seed, r) alone, by arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaformer_jax.data.corpus import SPLITS, Corpus, Split, load_corpus
+from deltaformer_jax.data.packing import Packing, permuted
+
+BLOCK = 10_000  # rows; weights are rounded to so many parts
+
+
+class Mixture:
+    """Corpora to be read as one by `batches`; they were made with the same tokenizer.
+
+    In training corpus i gives weights[i] / sum(weights) of the *rows*, its epochs one after the other at its own pace:
+    what is small and heavy is read more often. Evaluation passes once over every corpus, weights aside, their rows
+    spread evenly among each other.
+
+    Attributes: corpora; weights; path (what it was loaded from); tokenizer; hash (of the corpora and weights, wherever
+    they lie); manifest (as a Corpus's, with the counts of the splits added up).
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], path: str = "mixture"):
+        if len(corpora) != len(weights) or not corpora:
+            raise ValueError(f"a mixture of {len(corpora)} corpora with {len(weights)} weights: give one for each")
+        for weight in weights:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weight {weight} in a mixture: must be a number above 0")
+        for corpus in corpora:
+            if corpus.tokenizer.hash != corpora[0].tokenizer.hash:
+                raise ValueError(
+                    f"{corpus.path}: made with another tokenizer than {corpora[0].path}; prepare it with "
+                    f"--tokenizer {corpora[0].path / 'tokenizer.json'}"
+                )
+        self.corpora = tuple(corpora)
+        self.weights = tuple(map(float, weights))
+        self.path = path
+        self.tokenizer = corpora[0].tokenizer
+        quotas(self.weights)
+        parts = [f"{corpus.hash} {weight!r}" for corpus, weight in zip(corpora, self.weights)]
+        self.hash = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self.manifest: dict[str, Any] = {
+            "splits": {
+                name: {
+                    count: sum(corpus.manifest["splits"][name][count] for corpus in corpora)
+                    for count in ("documents", "tokens", "bytes")
+                }
+                for name in SPLITS
+            }
+        }
+
+    def split(self, name: str) -> list[Split]:
+        return [corpus.split(name) for corpus in self.corpora]
+
+
+def load_data(spec: str | os.PathLike) -> Corpus | Mixture:
+    """The corpus in a folder, or the mixture "FOLDER=WEIGHT,FOLDER=WEIGHT,...".
+
+    A text without "," and "=WEIGHT" is one folder, and so is one that exists. ValueError or FileNotFoundError as for
+    `load_corpus`; ValueError for a weight that is no number above 0, or below one part in BLOCK of the sum.
+    """
+    text = os.fspath(spec)
+    if Path(text).exists() or not ("," in text or "=" in text):
+        return load_corpus(text)
+    corpora, weights = [], []
+    for part in filter(None, map(str.strip, text.split(","))):
+        folder, equals, weight = part.rpartition("=")
+        if not equals or not folder:
+            raise ValueError(f"{text!r}: {part!r} has no weight; a mixture is FOLDER=WEIGHT,FOLDER=WEIGHT")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"{text!r}: the weight {weight!r} of {folder} is not a number") from None
+        corpora.append(load_corpus(folder))
+    return Mixture(corpora, weights, text)
+
+
+def quotas(weights: Sequence[float]) -> np.ndarray:
+    """Rows of each corpus in a block, int64, summing to BLOCK: shares rounded so that the largest remainders go up.
+
+    ValueError where a weight is too small for one row.
+    """
+    shares = np.asarray(weights, np.float64) / sum(weights) * BLOCK
+    counts = np.floor(shares).astype(np.int64)
+    order = np.argsort(-(shares - counts), kind="stable")
+    counts[order[: BLOCK - counts.sum()]] += 1
+    if not counts.all():
+        weight = weights[int(np.argmin(counts))]
+        raise ValueError(f"weight {weight} in a mixture: below 1/{BLOCK} of their sum {sum(weights)}; leave it out")
+    return counts
+
+
+class MixedPacking:
+    """Rows of a mixture, as `Packing`'s of a split: `rows(indices)`, and `rows_per_epoch` where there is no seed."""
+
+    def __init__(self, splits: Sequence[Split], weights: Sequence[float], sequence_length: int, seed: int | None):
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._quotas = quotas(weights)
+        self._starts = np.concatenate([[0], np.cumsum(self._quotas)])
+        # A corpus of its own seed: two copies of one corpus would otherwise give the same rows.
+        self._packings = [
+            Packing(split, sequence_length, None if seed is None else f"{seed} of corpus {i}")
+            for i, split in enumerate(splits)
+        ]
+        counts = [packing.rows_per_epoch for packing in self._packings]
+        self.rows_per_epoch = sum(counts)
+        if seed is None:
+            # Spread evenly, so that the first batches are of every corpus.
+            middles = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+            self._order = np.argsort(middles, kind="stable")
+            self._ends = np.cumsum(counts)
+
+    def place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which corpus, which of its rows), int64 [N] both, of the rows `indices` int64 [N]."""
+        indices = np.asarray(indices, np.int64)
+        if self.seed is None:
+            flat = self._order[indices]
+            corpus = np.searchsorted(self._ends, flat, side="right")
+            return corpus, flat - (self._ends - np.diff(self._ends, prepend=0))[corpus]
+        blocks, places = np.divmod(indices, BLOCK)
+        for block in np.unique(blocks):
+            here = blocks == block
+            places[here] = permuted(places[here], BLOCK, f"{self.seed} {block} mixture")
+        corpus = np.searchsorted(self._starts, places, side="right") - 1
+        return corpus, blocks * self._quotas[corpus] + places - self._starts[corpus]
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """As `Packing.rows`. Without a seed, rows past the end are all padding."""
+        indices = np.asarray(indices, np.int64)
+        out = {
+            name: np.zeros((len(indices), self.sequence_length), np.int32)
+            for name in ("tokens", "targets", "segment_ids")
+        }
+        (real,) = np.nonzero(indices < self.rows_per_epoch) if self.seed is None else (np.arange(len(indices)),)
+        corpus, rows = self.place(indices[real])
+        for i in np.unique(corpus):
+            mine = corpus == i
+            for name, array in self._packings[i].rows(rows[mine]).items():
+                out[name][real[mine]] = array
+        return out

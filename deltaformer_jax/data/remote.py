@@ -1,0 +1,71 @@
+"""A corpus in an object store (gs://, by etils.epath), copied once to this host: ArrayRecord reads local files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from deltaformer_jax.data.unfinished import sweep, try_open
+
+_BLOCK = 2**24
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/deltaformer_jax, by default ~/.cache/deltaformer_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaformer_jax"
+
+
+def fetch(address: str, manifest_file: str) -> Path:
+    """The local copy, in `cache_folder()`, of the corpus at `address`; copied if it is not there.
+
+    Copies are named after the manifest's hash: a corpus that changes at its address is copied anew. A copy that was cut
+    short goes on with the files that are missing; other processes of this host wait for the one that copies.
+    FileNotFoundError or ValueError names the address; OSError where the disk is full or the store does not answer.
+    """
+    source = epath.Path(address)
+    try:
+        manifest = json.loads((source / manifest_file).read_text())
+        name = f"corpus-{manifest['manifest_hash'][:16]}"
+        files = [shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{address}: no corpus there (no {manifest_file})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source / manifest_file}: not the manifest of a corpus ({error})") from None
+    folder = cache_folder() / name
+    while not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = try_open(folder.parent / f".{name}.partial-copy")
+        if partial is None:
+            time.sleep(0.5)
+            continue
+        with partial.lock:
+            if folder.exists():  # its maker has just finished, and this folder is new and empty
+                partial.remove()
+                break
+            others = [path.name for path in source.iterdir() if path.name not in {manifest_file, *files}]
+            _copy(source, [*others, *files, manifest_file], partial.path)
+            partial.move(folder)
+        sweep(folder)
+    return folder
+
+
+def _copy(source: Any, names: list[str], folder: Path) -> None:
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    columns = (*progress.Progress.get_default_columns(), progress.TextColumn("of {task.total:.0f} files"))
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        for name in bar.track(names, description=f"copying {source}"):
+            target, draft = folder / name, folder / f"{name}.draft"
+            if not target.exists():
+                with (source / name).open("rb") as reader, open(draft, "wb") as writer:
+                    shutil.copyfileobj(reader, writer, _BLOCK)
+                os.replace(draft, target)

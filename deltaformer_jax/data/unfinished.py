@@ -1,0 +1,71 @@
+"""Folders that are made beside their place and renamed when they are whole, and found again after a kill.
+
+An unfinished folder's name is a hash of what it is to hold, so that the same call finds it. A lock, which ends with the
+process, tells one that was left behind from one that is being written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_LOCK = "lock"
+
+
+class Unfinished(NamedTuple):
+    """`path`: the folder; `lock`: its lock, held until it is closed."""
+
+    path: Path
+    lock: Any
+
+    def move(self, folder: Path) -> None:
+        """Renames it to `folder`, which does not exist or is empty: OSError otherwise."""
+        (self.path / _LOCK).unlink()
+        os.replace(self.path, folder)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def open_unfinished(folder: Path, content: Any) -> Unfinished:
+    """The unfinished `folder` of this content (plain data), as it was left; a new one if another process has that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    path = folder.parent / f".{folder.name}.partial-{name}"
+    return try_open(path) or try_open(path.with_name(f"{path.name}-{secrets.token_hex(4)}"))
+
+
+def try_open(path: Path) -> Unfinished | None:
+    """The folder `path`, made if it is not there and locked; None if another process holds it."""
+    path.mkdir(exist_ok=True)
+    try:
+        lock = open(path / _LOCK, "a")
+    except FileNotFoundError:  # its owner has just renamed it
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / _LOCK)):
+            return Unfinished(path, lock)
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    lock.close()
+    return None
+
+
+def unfinished(folder: Path, file: str) -> bool:
+    """True if there is an unfinished `folder` with `file` in it."""
+    return any(folder.parent.glob(f".{folder.name}.partial-*/{file}"))
+
+
+def sweep(folder: Path) -> None:
+    """Removes the unfinished folders of `folder` that no process holds."""
+    for path in folder.parent.glob(f".{folder.name}.partial-*"):
+        if left := try_open(path):
+            left.remove()
+            left.lock.close()
