@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import training_cases as cases
 
-from deltaformer_jax.training.loss import batch_nats, token_nats
+from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, token_nats
 from deltaformer_jax.training.sharding import batch_sharding, make_mesh
 from deltaformer_jax.training.state import (
     ModelParts,
@@ -132,3 +132,40 @@ def test_a_batch_of_padding_changes_nothing_but_by_decay(built):
     loss, gradient, tokens = compute(parts, params, batch, 1)
     assert float(loss) == 0 and int(tokens) == 0
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_logits_in_pieces_are_the_logits_at_once(built):
+    """Values and gradients, with a length that the pieces don't divide, a loss mask and NaN-free padding."""
+    config, _, parts, shardings = built
+    batch = {**ragged_batch(length=30), "loss_mask": np.random.default_rng(1).random((8, 30)) < 0.7}
+    params = create_state(config, parts, shardings).params
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(8, 30)), jnp.float32)
+
+    def total(params, max_logits):
+        return jnp.sum(weights * batch_nats(parts.graphdef, params, batch, max_logits=max_logits))
+
+    whole = jax.jit(jax.value_and_grad(lambda params: total(params, 2**26)))(params)
+    pieces = jax.jit(jax.value_and_grad(lambda params: total(params, 8 * 128 * 4)))(params)  # 4 positions of 30
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces)):
+        # The same terms, added in another order.
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=2e-5 * np.abs(a).max())
+
+
+def test_masked_tokens_do_not_count(built):
+    config, _, parts, shardings = built
+    params, batch = create_state(config, parts, shardings).params, ragged_batch()
+    mask = np.random.default_rng(1).random((8, 32)) < 0.5
+    loss, _, tokens = compute(parts, params, {**batch, "loss_mask": mask}, 1)
+    nats = np.asarray(batch_nats(parts.graphdef, params, batch))
+    assert tokens == (mask & (batch["segment_ids"] > 0)).sum()
+    np.testing.assert_allclose(loss, (nats * mask).sum() / tokens, rtol=1e-5)
+
+
+def test_a_large_vocabulary_never_has_all_its_logits_at_once():
+    """128k words, 8192 tokens: the logits alone are 4.3 GB; the gradient's temporaries, two pieces and the rest, are 0.6 GB."""
+    config = cases.small_config("", model__vocab_size=131_072, model__num_layers=1, model__implementation="chunked")
+    parts = model_parts(config.model)
+    batch = {name: jax.ShapeDtypeStruct((4, 2048), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+    gradient = lambda params, batch: loss_and_gradient(parts, params, batch, 1)[1]
+    memory = jax.jit(gradient).lower(parts.params, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * 4 * MAX_LOGITS

@@ -47,12 +47,12 @@ class Embedding(nnx.Module):
     def logits(self, x):
         # Operands in the compute dtype, sums in float32 (float64 for float64).
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        x = x.astype(self.dtype)
+        rows = x.astype(self.dtype).reshape(-1, self.d_model)
         if self.head is None:
-            scores = jnp.einsum("btd,vd->btv", x, self.table[...].astype(self.dtype), preferred_element_type=wide)
+            scores = jnp.einsum("nd,vd->nv", rows, self.table[...].astype(self.dtype), preferred_element_type=wide)
         else:
-            scores = jnp.einsum("btd,dv->btv", x, self.head[...].astype(self.dtype), preferred_element_type=wide)
-        return scores[..., : self.vocab_size]
+            scores = jnp.einsum("nd,dv->nv", rows, self.head[...].astype(self.dtype), preferred_element_type=wide)
+        return scores[:, : self.vocab_size].reshape(*x.shape[:-1], self.vocab_size)
 
     def flops_per_token(self, length: int) -> float:
         """2 d_model vocab_size, of the logits; looking a row up counts nothing. The padding's columns don't count."""

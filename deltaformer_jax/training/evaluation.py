@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.training.loss import batch_nats
-from deltaformer_jax.training.sharding import replicated
+from deltaformer_jax.training.sharding import replicated, rows
 from deltaformer_jax.training.state import ModelParts
 
 
@@ -28,7 +28,7 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     """jit of (params, batch) -> float32 [B], the nats of each row, the same on every host."""
 
     def step(params, batch: dict[str, jax.Array]) -> jax.Array:
-        return jnp.sum(batch_nats(parts.graphdef, params, batch), axis=1)
+        return jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), axis=1)
 
     return jax.jit(step, out_shardings=replicated(mesh))
 

@@ -8,21 +8,24 @@ import optax
 from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.loss import batch_nats, counted
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.sharding import batch_sharding, replicated
+from deltaformer_jax.training.sharding import batch_sharding, replicated, rows
 from deltaformer_jax.training.state import ModelParts, TrainState
 
 
-def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int):
-    """Mean nats per real token of the whole batch, its gradient, and the number of real tokens.
+def loss_and_gradient(
+    parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, row_shards: int = 1
+):
+    """Mean nats per counted token of the whole batch, its gradient, and the number of counted tokens.
 
     The batch is cut into `accumulation_steps` parts whose *sums* are added, and divided once by the tokens of all of
-    them: parts with fewer real tokens count for less, and the result is that of the uncut batch.
+    them: parts with fewer real tokens count for less, and the result is that of the uncut batch. `row_shards`: over how
+    many groups of devices the batch's rows are spread.
     """
 
     def part_sum(params, part):
-        return jnp.sum(batch_nats(parts.graphdef, params, part))
+        return jnp.sum(batch_nats(parts.graphdef, params, part, row_shards=row_shards))
 
     if accumulation_steps == 1:
         nats, gradient = jax.value_and_grad(part_sum)(params, batch)
@@ -38,7 +41,7 @@ def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], ac
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         (nats, gradient), _ = jax.lax.scan(add_part, zero, cut)
-    tokens = jnp.sum(batch["segment_ids"] > 0)
+    tokens = jnp.sum(counted(batch))
     share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
 
@@ -53,7 +56,9 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
     schedule = learning_rate_schedule(config.optimizer)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient, _ = loss_and_gradient(parts, state.params, batch, config.optimizer.accumulation_steps)
+        loss, gradient, _ = loss_and_gradient(
+            parts, state.params, batch, config.optimizer.accumulation_steps, rows(mesh)
+        )
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": loss,
