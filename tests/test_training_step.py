@@ -162,7 +162,7 @@ def test_masked_tokens_do_not_count(built):
 
 
 def test_a_large_vocabulary_never_has_all_its_logits_at_once():
-    """128k words, 8192 tokens: the logits alone are 4.3 GB; the gradient's temporaries, two pieces and the rest, are 0.6 GB."""
+    """128k words, 8192 tokens: the logits alone are 4.3 GB; its gradient needs 0.6 GB of temporaries."""
     config = cases.small_config("", model__vocab_size=131_072, model__num_layers=1, model__implementation="chunked")
     parts = model_parts(config.model)
     batch = {name: jax.ShapeDtypeStruct((4, 2048), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
