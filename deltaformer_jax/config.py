@@ -113,6 +113,10 @@ class RunConfig:
     keep_checkpoints: int = 3
     sample_prompt: str = "def "  # written on from at the end of the run; "": no sample
     sample_tokens: int = 200
+    tensorboard: bool = False  # curves in DIR/tensorboard too; needs the extra "tensorboard"
+    statistics_every: int = 0  # norms of every layer's parameters, gradients and activations, in DIR/statistics.jsonl
+    profile_steps: int = 0  # how many steps jax.profiler traces, after the first two made, into DIR/profile
+    compilation_cache: str = ""  # a folder to keep compiled programs in; "": as JAX_COMPILATION_CACHE_DIR says
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ import jax
 
 from deltaformer_jax.data import batches
 from deltaformer_jax.training.evaluation import evaluate, to_devices
+from deltaformer_jax.training.instruments import Instruments
 from deltaformer_jax.training.interruption import Interruption
 from deltaformer_jax.training.metrics import Display
 from deltaformer_jax.training.sampling import generate
@@ -36,7 +37,8 @@ def train(run: Run, stop: Interruption, *, quiet: bool = False) -> bool:
     display = Display(run.config.run.steps, run.step, quiet=quiet or jax.process_index() > 0)
     with contextlib.closing(run.checkpoints), contextlib.closing(display):
         display.note(describe(run))
-        finished = run_steps(run, display, stop)
+        with contextlib.closing(Instruments(run)) as instruments:
+            finished = run_steps(run, display, stop, instruments)
         display.close()
         if finished:
             display.note(f"finished {run.step} steps; saved in {run.checkpoints.path(run.step)}")
@@ -62,7 +64,7 @@ def describe(run: Run) -> str:
     )
 
 
-def run_steps(run: Run, display: Display, stop: Interruption) -> bool:
+def run_steps(run: Run, display: Display, stop: Interruption, instruments: Instruments) -> bool:
     """Train until run.steps (True) or until asked to stop (False); either way the last state is saved.
 
     Changes run.state and run.step.
@@ -98,9 +100,12 @@ def run_steps(run: Run, display: Display, stop: Interruption) -> bool:
             run.checkpoints.wait()
             return done
         batch = _next(stream, run)
+        on_devices = to_devices(batch, sharding)
+        instruments.before_step(on_devices)
         reader.before_step()
-        run.state, metrics = run.train_step(run.state, to_devices(batch, sharding))
+        run.state, metrics = run.train_step(run.state, on_devices)
         run.step += 1
+        instruments.after_step()
         reader.after_step(run.step, metrics, int((batch["segment_ids"] > 0).sum()) * jax.process_count())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import rich.console
@@ -21,6 +22,7 @@ class MetricsFile:
         self._path = epath.Path(path)
         self._appends = "://" not in str(path)
         self.records = []
+        self._followers: list[Callable[[dict[str, Any]], None]] = []
         if self._path.exists():
             for line in self._path.read_text().splitlines():
                 try:
@@ -42,8 +44,14 @@ class MetricsFile:
         else:
             self._path.write_text(text)
 
+    def follow(self, follower: Callable[[dict[str, Any]], None]) -> None:
+        """Have `follower` called with every record written from now on."""
+        self._followers.append(follower)
+
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        for follower in self._followers:
+            follower(record)
         if self._appends:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

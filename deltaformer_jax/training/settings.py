@@ -42,6 +42,8 @@ _AT_LEAST = {
     "run.checkpoint_every": 0,
     "run.keep_checkpoints": 1,
     "run.sample_tokens": 0,
+    "run.statistics_every": 0,
+    "run.profile_steps": 0,
 }
 _BELOW = {"optimizer.b1": 1, "optimizer.b2": 1, "run.seed": 2**32}
 _AT_MOST = {"optimizer.wsd_decay_fraction": 1, "optimizer.final_learning_rate": 1}

@@ -14,12 +14,14 @@ from deltaformer_jax import data
 from deltaformer_jax.config import Config
 from deltaformer_jax.data import Corpus, Mixture, Tokenizer, count_batches, stdlib_corpus
 from deltaformer_jax.training.checkpoint import Checkpoints
+from deltaformer_jax.training.compilation_cache import use_compilation_cache
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.metrics import MetricsFile
 from deltaformer_jax.training.settings import Saved, check, check_resumable
 from deltaformer_jax.training.sharding import batch_sharding, make_mesh, rows
 from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, create_state, model_parts
 from deltaformer_jax.training.step import make_train_step
+from deltaformer_jax.training.tensorboard import check_installed
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -95,6 +97,9 @@ def prepare(
     NotImplementedError with a message that names the field, file or argument and the fix.
     """
     check(config)
+    if config.run.tensorboard:
+        check_installed()
+    use_compilation_cache(config.run.compilation_cache)
     workdir = epath.Path(workdir)
     saved = _saved_run(config, workdir)
     mesh = make_mesh(config.mesh, devices)

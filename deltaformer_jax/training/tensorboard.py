@@ -1,0 +1,47 @@
+"""metrics.jsonl and statistics.jsonl as curves in TensorBoard, from DIR/tensorboard."""
+
+from typing import Any
+
+from etils import epath
+
+_TAGS = {"eval_loss": "evaluation/loss", "eval_bits_per_byte": "evaluation/bits_per_byte"}
+
+
+class TensorBoard:
+    """Writes records {step, name: number, ...}; a name may hold numbers of its own. Other values are passed by.
+
+    What an earlier process had written after `step` disappears from the curves.
+    Raises ValueError if tensorboardX is not installed.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int):
+        check_installed()
+        import tensorboardX
+
+        folder = str(epath.Path(workdir) / "tensorboard")
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, dict):
+                for part, number in value.items():
+                    self._add(f"{name}/{part}", number, record["step"])
+            elif name != "step":
+                self._add(_TAGS.get(name, f"training/{name}"), value, record["step"])
+
+    def _add(self, tag: str, value: Any, step: int) -> None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def check_installed() -> None:
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "run.tensorboard = True: needs tensorboardX, which is not installed; "
+            "pip install 'deltaformer-jax[tensorboard]', or uv run --extra tensorboard train.py"
+        ) from None
