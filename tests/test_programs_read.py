@@ -1,6 +1,7 @@
 """sample and evaluate, on a run of seconds."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import training_cases as cases
 
 from deltaformer_jax import evaluate, sample
 from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.training import restore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,12 +56,72 @@ def test_sample_of_a_step(workdir, capsys):
     assert len(texts) == 2
 
 
-def test_sample_errors(workdir, capsys, tmp_path):
+def test_sample_of_several_prompts(workdir, capsys, tmp_path):
+    (tmp_path / "prompts").write_text("self é\nimport\n", encoding="utf-8")
+    several = ["--prompt", "dé", "--prompt", "", "--prompts", tmp_path / "prompts", "--tokens", 30]
+    text = output(capsys, sample.main, "--workdir", workdir, *several).out
+    parts = re.split(r"^--- (\d) of 4\n", text, flags=re.MULTILINE)
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3", "4"]
+    lines = output(capsys, sample.main, "--workdir", workdir, *several, "--json").out.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["prompt"] for record in records] == ["dé", "", "self é", "import"]
+    assert [record["prompt"] + record["text"] + "\n" for record in records] == parts[2::2]
+    alone = output(capsys, sample.main, "--workdir", workdir, "--prompt", "dé", "--tokens", 30).out
+    assert alone == parts[2]
+    assert all(record["tokens"] == 30 or record["finish"] == "end_of_text" for record in records)
+    twice = output(capsys, sample.main, "--workdir", workdir, "--prompt", "dé", "--samples", 2, "--json").out
+    assert len({json.loads(line)["text"] for line in twice.splitlines()}) == 2
+
+
+def test_sample_stops(workdir, capsys):
+    arguments = ["--workdir", workdir, "--prompt", "def", "--tokens", 60, "--json"]
+    whole = json.loads(output(capsys, sample.main, *arguments).out)
+    assert len(whole["text"]) > 5
+    stop = whole["text"][4:6]
+    cut = json.loads(output(capsys, sample.main, *arguments, "--stop", "never there", "--stop", stop).out)
+    assert cut["finish"] == "stop" and cut["tokens"] < whole["tokens"]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    streamed = output(capsys, sample.main, *arguments[:-1], "--stop", stop).out
+    assert streamed == "def" + cut["text"] + "\n"
+
+
+def test_sample_top_p(workdir, capsys):
+    arguments = ["--workdir", workdir, "--prompt", "def", "--tokens", 40]
+    likeliest = output(capsys, sample.main, *arguments, "--temperature", 0).out
+    assert output(capsys, sample.main, *arguments, "--top_p", 1e-6, "--top_k", 0).out == likeliest
+
+
+def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     assert "no such folder" in error(capsys, sample.main, "--workdir", tmp_path / "x", "--prompt", "a")
     assert "not the folder of a run" in error(capsys, sample.main, "--workdir", tmp_path, "--prompt", "a")
     message = error(capsys, sample.main, "--workdir", workdir, "--prompt", "a", "--step", 5)
     assert "--step 5: no such checkpoint" in message and "4, 8, 12" in message
-    assert "tokens = 0" in error(capsys, sample.main, "--workdir", workdir, "--prompt", "a", "--tokens", 0)
+    given = ["--workdir", workdir, "--prompt", "a"]
+    assert "tokens = 0" in error(capsys, sample.main, *given, "--tokens", 0)
+    assert "top_p = 2.0" in error(capsys, sample.main, *given, "--top_p", 2)
+    assert "samples = 0" in error(capsys, sample.main, *given, "--samples", 0)
+    assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
+    assert "no prompt; give --prompt TEXT" in error(capsys, sample.main, "--workdir", workdir)
+    assert "--prompts none: No such file" in error(capsys, sample.main, "--workdir", workdir, "--prompts", "none")
+    (tmp_path / "latin").write_bytes(b"gr\xfcn")
+    assert "latin: not UTF-8 (byte 2)" in error(capsys, sample.main, *given, "--prompts", tmp_path / "latin")
+    assert r"--prompt 'a\udcff': not UTF-8" in error(capsys, sample.main, "--workdir", workdir, "--prompt", "a\udcff")
+    monkeypatch.setattr(restore, "restore", raising(ImportError("Please install gcsfs to access Google Storage")))
+    assert "gs:// needs gcsfs: pip install" in error(capsys, sample.main, "--workdir", "gs://b/run", "--prompt", "a")
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    monkeypatch.setattr(restore, "restore", raising(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--workdir", "x", "--prompt", "a"])
+    assert exit.value.code == 130 and capsys.readouterr().err == "\ndeltaformer_jax.sample: interrupted\n"
 
 
 def test_evaluate_says_what_the_run_said(workdir, corpus, capsys):

@@ -220,7 +220,7 @@ def write_sample(run: Run, display: Display, stop: Interruption) -> None:
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
     display.write(settings.sample_prompt)
     for token in generate(run.parts, run.state.params, prompt, settings.sample_tokens, seed=settings.seed):
-        if stop.requested:
+        if stop.requested or token == tokenizer.eot:
             break
         display.write(stream.push(token))
     display.note(stream.end())

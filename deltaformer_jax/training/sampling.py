@@ -1,4 +1,4 @@
-"""Text from a model: the prompt in one call, then one token at a time through the cache."""
+"""Text from a model: the prompts in one call, then one token of each at a time through the cache."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,37 +11,50 @@ from flax import nnx
 from deltaformer_jax.training.state import ModelParts
 
 
-def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int) -> jax.Array:
-    """int32 [B] from float32 [B, V]: argmax at temperature 0, else a draw from softmax(logits / temperature) over the
-    top_k largest (0: all; ties with the k-th stay in)."""
+def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: float = 1.0) -> jax.Array:
+    """int32 [B] from float32 [B, V] and keys [B]: argmax at temperature 0, else a draw from p = softmax(logits /
+    temperature) over the top_k largest (0: all) and of these the fewest likeliest whose p sum to top_p (1: all).
+
+    Ties with the last token that is in stay in. Nucleus sampling: Holtzman et al., arXiv 1904.09751.
+    """
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     if top_k:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        candidates = jnp.where(logits >= kth, logits, -jnp.inf)
-    else:
-        candidates = logits
-    drawn = jax.random.categorical(key, candidates / jnp.where(temperature > 0, temperature, 1.0))
+        kth = jax.lax.top_k(scaled, min(top_k, logits.shape[-1]))[0][:, -1:]
+        scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
+    if top_p < 1:
+        falling = -jnp.sort(-scaled, axis=-1)
+        shares = jax.nn.softmax(falling, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier
+        least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
+        scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k"))
-def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacity: int, top_k: int):
+def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
+    """A key for each row's draw at a position, whatever the number of rows."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, position), jnp.arange(rows))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k", "top_p"))
+def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacity: int, top_k: int, top_p: float):
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, cache = model.hidden(
         tokens, segment_ids=segment_ids, positions=None, cache=model.init_cache(tokens.shape[0], capacity)
     )
     last = jnp.sum(segment_ids > 0, axis=1) - 1
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
-    return choose(logits, key, temperature, top_k), cache
+    return choose(logits, _row_keys(key, 0, tokens.shape[0]), temperature, top_k, top_p), cache
 
 
-@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames=("cache",))
-def _decode(graphdef, params, token, cache, key, position, temperature, *, top_k: int):
+@partial(jax.jit, static_argnames=("graphdef", "top_k", "top_p"), donate_argnames=("cache",))
+def _decode(graphdef, params, token, cache, key, position, temperature, *, top_k: int, top_p: float):
     model = nnx.merge(graphdef, nnx.State(params))
     logits, cache = model(token[:, None], cache=cache)
-    return choose(logits[:, 0], jax.random.fold_in(key, position), temperature, top_k), cache
+    return choose(logits[:, 0], _row_keys(key, position, token.shape[0]), temperature, top_k, top_p), cache
 
 
-def check_sampling(tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     """Raise ValueError naming the argument of `generate` that is out of range."""
     if tokens < 1:
         raise ValueError(f"tokens = {tokens}: give 1 or more")
@@ -49,46 +62,57 @@ def check_sampling(tokens: int, temperature: float, top_k: int, seed: int) -> No
         raise ValueError(f"temperature = {temperature}: give 0 (always the likeliest token) or more")
     if top_k < 0:
         raise ValueError(f"top_k = {top_k}: give 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: give a probability above 0, at most 1 (all tokens)")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
 
 
-def generate(
+def generate(parts: ModelParts, params, prompt: Sequence[int], tokens: int, **options) -> Iterator[int]:
+    """As `generate_batch` for one prompt: yields `tokens` token ids."""
+    return (int(row[0]) for row in generate_batch(parts, params, [prompt], tokens, **options))
+
+
+def generate_batch(
     parts: ModelParts,
     params,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
     seed: int = 0,
-) -> Iterator[int]:
-    """Yield `tokens` token ids that go on from `prompt` (which is not empty: it starts with the document separator).
+) -> Iterator[np.ndarray]:
+    """Yield `tokens` times the next token id of every prompt, int32 [len(prompts)].
 
-    Prompt and cache are padded to a power of two, so that a few compiled programs serve every length. The same seed
-    gives the same text. Raises ValueError, at the call, for an empty prompt and as `check_sampling` does.
+    Prompts, of any lengths but 0, start with the document separator. They are padded on the right to one power of two,
+    as is the cache, so that a few compiled programs serve every length; padding has segment id 0 and enters neither
+    attention nor cache. Row b's draws depend on (seed, b, position): the same seed gives the same texts, and a row's
+    text does not depend on the other prompts. Raises ValueError, at the call, for an empty prompt and as
+    `check_sampling` does.
     """
-    if len(prompt) == 0:
+    if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: no token; start it with the document separator")
-    check_sampling(tokens, temperature, top_k, seed)
-    return _generate(parts, params, list(prompt), tokens, float(temperature), top_k, seed)
+    check_sampling(tokens, temperature, top_k, top_p, seed)
+    return _generate(parts, params, prompts, tokens, float(temperature), {"top_k": top_k, "top_p": float(top_p)}, seed)
 
 
-def _generate(parts, params, prompt, tokens, temperature, top_k, seed):
-    width = _power_of_two(len(prompt))
-    padded = np.zeros((1, width), np.int32)
-    padded[0, : len(prompt)] = prompt
-    real = (np.arange(width) < len(prompt)).astype(np.int32)[None]
+def _generate(parts, params, prompts, tokens, temperature, among, seed):
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = _power_of_two(lengths.max())
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = prompt
+    real = (np.arange(width) < lengths[:, None]).astype(np.int32)
     key, heat = jax.random.key(seed), jnp.float32(temperature)
-    capacity = _power_of_two(len(prompt) + tokens)
-    token, cache = _prefill(
-        parts.graphdef, params, padded, real, jax.random.fold_in(key, 0), heat, capacity=capacity, top_k=top_k
-    )
-    yield int(token[0])
+    capacity = _power_of_two(lengths.max() + tokens)
+    token, cache = _prefill(parts.graphdef, params, padded, real, key, heat, capacity=capacity, **among)
+    yield np.asarray(token)
     for position in range(1, tokens):
-        token, cache = _decode(parts.graphdef, params, token, cache, key, position, heat, top_k=top_k)
-        yield int(token[0])
+        token, cache = _decode(parts.graphdef, params, token, cache, key, position, heat, **among)
+        yield np.asarray(token)
 
 
 def _power_of_two(length: int) -> int:
-    return max(16, 1 << (length - 1).bit_length())
+    return max(16, 1 << (int(length) - 1).bit_length())
