@@ -23,11 +23,12 @@ from deltaformer_jax.ops.score_decay import add_decay, log_decay_gradient, score
 
 def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
     """Which columns of tile j the rows of tile i see: [C·r, C], or None for all of them."""
-    row = jnp.repeat(i * chunk + jnp.arange(chunk, dtype=jnp.int32), rows_per_token)
-    column = j * chunk + jnp.arange(chunk, dtype=jnp.int32)
-    visible = row[:, None] >= column[None, :] if diagonal else None
+    # Inside a tile the same for all of them, and so made once for all loops.
+    column = jnp.arange(chunk, dtype=jnp.int32)
+    ago = jnp.repeat(column, rows_per_token)[:, None] - column[None, :]
+    visible = ago >= 0 if diagonal else None
     if window is not None:
-        visible = tiles.both(visible, row[:, None] - column[None, :] < window)
+        visible = tiles.both(visible, ago < window - (i - j) * chunk)
     if segments is not None:
         row_segments = jnp.repeat(tiles.take(segments, i, chunk), rows_per_token)
         visible = tiles.both(visible, tiles.same_segment(row_segments, tiles.take(segments, j, chunk)))
@@ -46,10 +47,10 @@ def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chun
     decay = score_decay(log_decay, chunk)
 
     def one_chunk(_, c):
-        rows = tiles.take(q, c, chunk * group)
+        rows, left = tiles.scale_rows(tiles.take(q, c, chunk * group), scale)
 
         def step(j, running, diagonal):
-            scores = tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * scale
+            scores = tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
             visible = _visible(c, j, group, chunk, segments, window, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)

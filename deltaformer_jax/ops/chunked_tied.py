@@ -45,11 +45,11 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
     strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
 
     def one_chunk(u, c):
-        rows = tiles.take(q, c, chunk)
+        rows, left = tiles.scale_rows(tiles.take(q, c, chunk), scale)
         row_segments = tiles.take(segments, c, chunk)
 
         def scores(j):
-            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * scale
+            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))

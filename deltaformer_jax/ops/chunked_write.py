@@ -48,11 +48,11 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
     strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
 
     def one_chunk(u, c):
-        rows = tiles.take(w, c, chunk)
+        rows, left = tiles.scale_rows(tiles.take(w, c, chunk), scale)
         row_segments = tiles.take(segments, c, chunk)
 
         def scores(j):
-            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * scale
+            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))

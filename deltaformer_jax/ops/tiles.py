@@ -27,6 +27,14 @@ def dot(a, b, operand_dtype):
     )
 
 
+def scale_rows(rows, scale):
+    """(rows · scale, 1) where that costs no digits, else (rows, scale): what is left to multiply the scores by.
+
+    On a CPU a scaled tile of scores is an array of its own; a scaled row is not worth mentioning.
+    """
+    return (rows * scale, 1) if rows.dtype == accumulation_dtype(rows.dtype) else (rows, scale)
+
+
 def take(x, i, size):
     """Rows i·size … (i+1)·size of x; None stays None."""
     return None if x is None else lax.dynamic_slice_in_dim(x, i * size, size)
