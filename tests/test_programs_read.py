@@ -4,12 +4,16 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 import training_cases as cases
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltaformer_jax import evaluate, sample
-from deltaformer_jax.data import prepare_corpus
-from deltaformer_jax.training import restore
+from deltaformer_jax.data import load_corpus, prepare_corpus
+from deltaformer_jax.training import by_position, restore
+from deltaformer_jax.training.state import merge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,6 +138,64 @@ def test_evaluate_says_what_the_run_said(workdir, corpus, capsys):
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-6) and again["tokens"] == result["tokens"]
 
 
+def test_evaluate_by_position(workdir, corpus, capsys):
+    """Against log softmax of the model's own logits, one document at a time."""
+    arguments = ["--workdir", workdir, "--batch_size", 3]
+    printed = output(capsys, evaluate.main, *arguments)
+    result = json.loads(printed.out)
+    run, split = restore.restore(workdir), load_corpus(corpus).split("eval")
+    pairs, length = [], 32
+    for i in range(split.documents):
+        text = split.read(i).tolist()
+        pairs += [(i, token, target) for token, target in zip([256, *text], [*text, 256])]
+    sums = {}
+    forward = jax.jit(merge(run.parts, run.params))
+    for start in range(0, len(pairs), length):
+        row = pairs[start : start + length]
+        tokens, ids = np.zeros((2, 1, length), np.int32)
+        tokens[0, : len(row)], ids[0, : len(row)] = [pair[1] for pair in row], [pair[0] + 1 for pair in row]
+        logits = np.asarray(forward(tokens, segment_ids=ids)[0], np.float64)[0]
+        seen = 0
+        for place, (document, _, target) in enumerate(row):
+            seen = seen + 1 if place and row[place - 1][0] == document else 1
+            nats = np.log(np.exp(logits[place]).sum()) - logits[place, target]
+            bucket = sums.setdefault(1 << (seen - 1).bit_length(), [0.0, 0, 0])
+            bucket[:] = bucket[0] + nats, bucket[1] + 1, bucket[2] + (target < 256)
+    assert [report["to"] for report in result["by_position"]] == sorted(sums) == [1, 2, 4, 8, 16, 32]
+    assert [report["from"] for report in result["by_position"]] == [1, 2, 3, 5, 9, 17]
+    for report in result["by_position"]:
+        nats, tokens, size = sums[report["to"]]
+        assert (report["tokens"], report["bytes"]) == (tokens, size)
+        assert report["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+        assert report["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-3)
+        assert report["bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+    assert result["tokens"] == len(pairs)
+    lines = printed.err.splitlines()
+    assert lines[0].split()[0] == "position" and lines[-1].split()[0] == "all" and len(lines) == 8
+
+
+def test_evaluate_longer_rows_and_fewer_batches(workdir, capsys):
+    result = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--sequence_length", 100).out)
+    assert result["sequence_length"] == 100 and result["by_position"][-1]["to"] == 100
+    few = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--batches", 1).out)
+    assert few["tokens"] == 8 * 32 < result["tokens"]
+
+
+def test_evaluate_on_a_mixture(workdir, corpus, capsys):
+    once = json.loads(output(capsys, evaluate.main, "--workdir", workdir).out)
+    twice = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--data", f"{corpus}=1,{corpus}=2").out)
+    assert twice["tokens"] == 2 * once["tokens"] and twice["loss"] == pytest.approx(once["loss"], rel=1e-6)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_positions(rows):
+    found = by_position.positions(np.array(rows))
+    for row, places in zip(rows, found):
+        for i, place in enumerate(places):
+            assert place == (places[i - 1] + 1 if i and row[i] == row[i - 1] else 0)
+
+
 def test_evaluate_plain_text(workdir, capsys, tmp_path):
     path = tmp_path / "some.txt"
     path.write_text("def é")
@@ -146,6 +208,12 @@ def test_evaluate_errors(workdir, corpus, capsys, tmp_path):
     assert "--data nowhere" in error(capsys, evaluate.main, "--workdir", workdir, "--data", "nowhere")
     other = prepare_corpus(corpus.parent / "text", tmp_path / "bpe", tokenizer="bpe:300").path
     assert "another tokenizer" in error(capsys, evaluate.main, "--workdir", workdir, "--data", other)
+    assert "--sequence_length 0" in error(capsys, evaluate.main, "--workdir", workdir, "--sequence_length", 0)
+    assert "--batches -1" in error(capsys, evaluate.main, "--workdir", workdir, "--batches", -1)
+    assert "none: no such folder" in error(capsys, evaluate.main, "--workdir", workdir, "--data", "none=1,x=2")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "no document with text" in error(capsys, evaluate.main, "--workdir", workdir, "--data", empty)
     assert "--batch_size -1" in error(capsys, evaluate.main, "--workdir", workdir, "--batch_size", -1)
 
 

@@ -1,0 +1,106 @@
+"""Loss by position: nats of targets summed by how many tokens of their document the model saw before them."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from deltaformer_jax.training.evaluation import to_devices
+from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.sharding import replicated, rows
+from deltaformer_jax.training.state import ModelParts
+
+
+class PositionSums:
+    """Sums over targets at each position; index p - 1 is position p, at which the model has seen p tokens.
+
+    The separator before a document is the first of them; where a row begins in the middle of a document, positions
+    begin there too, since the model sees nothing earlier. nats float64, tokens and bytes int64, each [sequence_length].
+    """
+
+    def __init__(self, sequence_length: int):
+        self.nats = np.zeros(sequence_length, np.float64)
+        self.tokens = np.zeros(sequence_length, np.int64)
+        self.bytes = np.zeros(sequence_length, np.int64)
+
+    def add(self, nats: np.ndarray, segment_ids: np.ndarray, target_bytes: np.ndarray) -> None:
+        """nats, segment ids and bytes of the targets of a batch, each [B, T]; segment id 0 is padding."""
+        real = segment_ids > 0
+        places = positions(segment_ids)[real]
+        np.add.at(self.nats, places, nats[real].astype(np.float64))
+        np.add.at(self.tokens, places, 1)
+        np.add.at(self.bytes, places, target_bytes[real])
+
+    def report(self, first: int = 1, last: int | None = None) -> dict[str, Any]:
+        """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens, bytes of positions first .. last.
+
+        None where there are no tokens, or no bytes, to divide by.
+        """
+        nats, tokens, size = (float(values[first - 1 : last].sum()) for values in (self.nats, self.tokens, self.bytes))
+        loss = nats / tokens if tokens else None
+        return {
+            "loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            "bits_per_byte": nats / math.log(2) / size if size else None,
+            "tokens": int(tokens),
+            "bytes": int(size),
+        }
+
+    def by_position(self) -> list[dict[str, Any]]:
+        """Reports of positions 1, 2, 3 .. 4, 5 .. 8, ..., each with its "from" and "to"; those without tokens aren't."""
+        reports = []
+        first = 1
+        while first <= len(self.nats):
+            last = min(1 << (first - 1).bit_length(), len(self.nats))
+            report = self.report(first, last)
+            if report["tokens"]:
+                reports.append({"from": first, "to": last, **report})
+            first = last + 1
+        return reports
+
+
+def positions(segment_ids: np.ndarray) -> np.ndarray:
+    """int64 [B, T]: each place's index in its run of equal ids."""
+    index = np.arange(segment_ids.shape[1])
+    begins = np.ones(segment_ids.shape, bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+
+
+def evaluate_by_position(
+    parts: ModelParts,
+    mesh: Mesh,
+    params,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    sequence_length: int,
+    token_bytes: np.ndarray,
+    sharding: NamedSharding,
+    limit: int = 0,
+    advance: Callable[[], Any] = lambda: None,
+) -> PositionSums:
+    """Run over the batches (the first `limit`, 0: all) of this one process; `advance()` is called after each.
+
+    token_bytes: int32 [vocab], the bytes each token stands for (0 for the document separator, whose nats still count).
+    Raises ValueError if there is no target with text.
+    """
+    step = jax.jit(
+        lambda params, batch: batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    sums = PositionSums(sequence_length)
+    waiting = None
+    for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):
+        running = None if batch is None else (step(params, to_devices(batch, sharding)), batch)
+        if waiting is not None:  # read one batch late: the devices are never idle
+            nats, done = waiting
+            sums.add(np.asarray(nats), done["segment_ids"], token_bytes[done["targets"]])
+            advance()
+        waiting = running
+    if not sums.bytes.sum():
+        raise ValueError("data: the evaluation split holds no text; prepare a corpus with more documents")
+    return sums
