@@ -51,7 +51,7 @@ class PositionSums:
         }
 
     def by_position(self) -> list[dict[str, Any]]:
-        """Reports of positions 1, 2, 3 .. 4, 5 .. 8, ..., each with its "from" and "to"; those without tokens aren't."""
+        """Reports of positions 1, 2, 3 .. 4, 5 .. 8, ..., as far as there are tokens, each with its "from" and "to"."""
         reports = []
         first = 1
         while first <= len(self.nats):
