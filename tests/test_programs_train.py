@@ -156,8 +156,10 @@ def test_dry_run_prints_and_writes_nothing(base, tmp_path):
         (["--config.model=3"], "--config.model: is a section"),
         (["--config.model.d_model=abc"], "--config.model.d_model=abc: invalid literal for int"),
         (["--config.run.steps=0"], "run.steps = 0: must be at least 1"),
-        (["--config", "tinny.py"], "tinny.py: no such file; did you mean .*tiny.py"),
-        (["--config=qqqqqqq.py"], "qqqqqqq.py: no such file; there are: .*tiny.py"),
+        (["--config", "tinny.py"], "tinny.py: no such file, and no config of that name; did you mean tiny?"),
+        (["--config", "deltaformer_340"], "deltaformer_340: no such file.*; did you mean deltaformer_340m?"),
+        (["--config=configs/tiny"], "configs/tiny: no such file.*; did you mean .*tiny"),
+        (["--config=qqqqqqq.py"], "qqqqqqq.py: no such file.*; there are: .*deltaformer_340m, tiny"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         (["--workdir"], "--workdir: give a value"),
         (["stray"], "'stray': not a flag"),
@@ -174,7 +176,12 @@ def test_command_line_errors(flags, message):
         ("x = 1", "no attribute 'get_config'"),
         ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
         ("def get_config(): return {}", "returned a dict"),
-        ("from deltaformer_jax.config import *\ndef get_config(): return ModelConfig(d_modle=1)", "d_modle"),
+        (
+            "from deltaformer_jax.config import *\ndef get_config(): return ModelConfig(d_modle=1)",
+            "unexpected keyword argument 'd_modle'.*[dD]id you mean '?d_model",
+        ),
+        ("from deltaformer_jax.config import *\ndef get_config(): return Config(modle=1)", "[dD]id you mean '?model"),
+        ("from deltaformer_jax.config import *\ndef get_config(): return RunConfig(zz=1)", "its fields are steps"),
         ("def get_config(:", "SyntaxError"),
     ],
 )
@@ -226,3 +233,5 @@ def test_one_line_errors_lets_bugs_through(capsys):
 def test_configs_that_come_with_it(name):
     command = parse(["train.py", f"--config={ROOT / 'configs' / name}.py"], TINY, "usage")
     assert type(command.config) is Config and command.name == name
+    by_name = parse(["train.py", "--config", name, "--config.run.steps=3"], TINY, "usage")
+    assert by_name.name == name and by_name.config.run.steps == 3 and by_name.config.model == command.config.model

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.training import saved_config
+from deltaformer_jax.training.config_files import find_config
 from deltaformer_jax.training.settings import Saved, check, flatten
 
 
@@ -59,7 +61,8 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
     workdir = _value_of("workdir", argv)
     path = _value_of("config", argv)
     if path is not None:
-        _check_exists(path, Path(default_config).parent)
+        path = find_config(path, Path(default_config).parent)
+        argv = _with_value("config", path, argv)
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
         Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
         path = f"{saved_config.__file__}:{workdir}"
@@ -81,7 +84,7 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
             text = f"--config {path}: {type(error).__name__}: {text}"
         elif "Traceback" in text:  # ml_collections packs the whole of get_config()'s into its message
             text = f"--config {path}: {text.strip().splitlines()[-1]}"
-        raise ValueError(text) from error
+        raise ValueError(text + _nearest_keyword(text)) from error
     if len(rest) > 1:
         raise ValueError(
             f"{rest[1]!r}: not a flag; flags are --config FILE, --config.section.field=value, --workdir DIR, --dry_run"
@@ -103,16 +106,17 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
     return found
 
 
-def _check_exists(path: str, default_folder: Path) -> None:
-    file = Path(path.partition(":")[0])
-    if file.is_file():
-        return
-    there = [other for folder in {file.parent, default_folder} if folder.is_dir() for other in folder.glob("*.py")]
-    near = difflib.get_close_matches(file.stem, [other.stem for other in there], n=1)
-    hint = f"did you mean {next(other for other in there if other.stem == near[0])}?" if near else "there are: "
-    if not near:
-        hint += ", ".join(sorted(str(other) for other in default_folder.glob("*.py")))
-    raise FileNotFoundError(f"--config {path}: no such file; {hint}")
+def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:
+    """The command line with that value of a flag that is in it: a config's name becomes its file's path."""
+    out, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            if not equals:
+                next(rest)
+            argument = f"--{flag}={value}"
+        out.append(argument)
+    return out
 
 
 def _check_fields(argv: list[str]) -> None:
@@ -128,6 +132,19 @@ def _check_fields(argv: list[str]) -> None:
             if field in sections:
                 raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
             raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+
+
+def _nearest_keyword(text: str) -> str:
+    """Of a misspelt argument of ModelConfig(...) and its like in a config file, what Python's message leaves out."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if not found or "Did you mean" in text:
+        return ""
+    for section in (Config, *(field.default_factory for field in dataclasses.fields(Config))):
+        if section.__name__ == found[1]:
+            names = [field.name for field in dataclasses.fields(section)]
+            near = difflib.get_close_matches(found[2], names, n=1, cutoff=0.5)
+            return f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(names)}"
+    return ""
 
 
 def _nearest(field: str, known: list[str]) -> str:

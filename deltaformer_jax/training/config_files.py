@@ -1,0 +1,37 @@
+"""Where config files are: those that come with the package, by name, and the user's own, by path."""
+
+import difflib
+from pathlib import Path
+
+import deltaformer_jax
+
+
+def config_folder() -> Path:
+    """The configs that come with the package: inside it in a wheel, beside it in a clone."""
+    package = Path(deltaformer_jax.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(given: str, folder: Path) -> str:
+    """The path of the config file `given`: a file, or a name without folder or .py of one in `folder`.
+
+    What follows a ":" is the argument of its get_config and stays. Raises FileNotFoundError that names the nearest one.
+    """
+    name, colon, argument = given.partition(":")
+    file = Path(name)
+    if file.is_file():
+        return given
+    if file.parent == Path(".") and (named := folder / f"{file.stem}.py").is_file():
+        return f"{named}{colon}{argument}"
+    others = sorted({path for place in (file.parent, folder) if place.is_dir() for path in place.glob("*.py")})
+    near = difflib.get_close_matches(file.stem, [path.stem for path in others], n=1)
+    if near:
+        hint = f"did you mean {next(_short(path, folder) for path in others if path.stem == near[0])}?"
+    else:
+        hint = f"there are: {', '.join(sorted(path.stem for path in folder.glob('*.py')))}"
+    raise FileNotFoundError(f"--config {given}: no such file, and no config of that name; {hint}")
+
+
+def _short(path: Path, folder: Path) -> str:
+    return path.stem if path.parent == folder else str(path)
