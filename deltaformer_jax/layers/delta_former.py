@@ -9,6 +9,8 @@ arXiv 2505.19488.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,6 +23,7 @@ from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue, project
 from deltaformer_jax.layers.rotary import rotate
 from deltaformer_jax.ops.similarity import Similarity, Softmax, as_similarity
+from deltaformer_jax.parallel import over_devices
 
 
 class DeltaFormer(nnx.Module):
@@ -105,16 +108,23 @@ class DeltaFormer(nnx.Module):
         query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
         if self.unit_keys:
             key = rms_normalize(key)
-        options = dict(
-            write_query=self._write_query(x, query, positions), alpha=self._alpha(x), beta=self._beta(x),
-            write_similarity=self.write_similarity, read_similarity=self.read_similarity,
-            write_scale=self.write_scale, read_scale=self.read_scale,
-            segment_ids=segment_ids, chunk_size=self.chunk_size, implementation=self.implementation,
+        attend = functools.partial(
+            ops.delta_attention, write_similarity=self.write_similarity, read_similarity=self.read_similarity,
+            write_scale=self.write_scale, read_scale=self.read_scale, chunk_size=self.chunk_size,
+            implementation=self.implementation,
         )  # fmt: skip
-        if cache is None:
-            read = ops.delta_attention(query, key, value, **options)
+        arrays = dict(
+            query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
+        )
+        write_query = self._write_query(x, query, positions)
+        if isinstance(write_query, str):
+            attend = functools.partial(attend, write_query=write_query)
         else:
-            read, memory = ops.delta_attention(query, key, value, cache=cache.memory, return_cache=True, **options)
+            arrays["write_query"] = write_query
+        if cache is None:
+            read = over_devices(attend, arrays)
+        else:
+            read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
             cache = AttentionCache(memory, tail)
         return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
 

@@ -7,6 +7,8 @@ Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,6 +17,7 @@ from deltaformer_jax.layers.attention_cache import AttentionCache
 from deltaformer_jax.layers.linear import kernel
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
+from deltaformer_jax.parallel import over_devices
 
 
 class SoftmaxAttention(nnx.Module):
@@ -60,11 +63,12 @@ class SoftmaxAttention(nnx.Module):
             positions = default_positions(x, segment_ids, cache)
         tail = None if cache is None else cache.tail
         query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
-        options = dict(window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        attend = functools.partial(ops.causal_attention, window=self.window, implementation=self.implementation)
+        arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
         if cache is None:
-            read = ops.causal_attention(query, key, value, **options)
+            read = over_devices(attend, arrays)
         else:
-            read, memory = ops.causal_attention(query, key, value, cache=cache.memory, return_cache=True, **options)
+            read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
             cache = AttentionCache(memory, tail)
         return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
 

@@ -11,14 +11,28 @@ import jax.numpy as jnp
 from deltaformer_jax.ops import checks, tiles
 from deltaformer_jax.ops import heads as H
 from deltaformer_jax.ops.attention_definition import attend_parallel, attend_recurrent
+from deltaformer_jax.ops.attention_kernels import (
+    cudnn_attention,
+    fastest_attention,
+    lacks_cudnn,
+    lacks_splash,
+    splash_attention,
+)
 from deltaformer_jax.ops.cache import KVCache, check_cache, check_room, store
 from deltaformer_jax.ops.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.delta_chunked import default_chunk
 from deltaformer_jax.ops.extend import extend_attention, in_blocks
+from deltaformer_jax.ops.platforms import only_on
 from deltaformer_jax.ops.similarity import Softmax
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
 _SOFTMAX = Softmax()
+
+# What cannot be done, the function, the platform.
+_KERNELS = {
+    "cudnn": (lacks_cudnn, cudnn_attention, "cuda"),
+    "splash": (lacks_splash, splash_attention, "tpu"),
+}
 
 
 def causal_attention(
@@ -52,7 +66,9 @@ def causal_attention(
       sinks: b [H], a logit each head may always attend to, of value 0; None means none.
       segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
         contiguous run, and a token sees its own run only.
-      implementation: "recurrent", "parallel" or "chunked"; None chooses the fastest for the platform compiled for.
+      implementation: "recurrent", "parallel", "chunked"; "cudnn" (NVIDIA) or "splash" (TPU), which take bfloat16, one
+        width and neither decays nor sinks. None chooses by the platform compiled for: these where they can do the call
+        (cuDNN only where this process sees an NVIDIA device), else "chunked".
       cache: a KVCache to go on from; with a window a ring of `window` slots. New tokens with segment id 0 are not
         stored.
       return_cache: also return the cache after these tokens. Without `cache` a new one is made, of `window` slots or T.
@@ -72,7 +88,7 @@ def causal_attention(
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
     """
     checks.check_heads(query, key, value)
-    name = checks.check_implementation(implementation, checks.FORMS, checks.KERNELS)
+    name = checks.check_implementation(implementation, (*checks.FORMS, *_KERNELS), checks.KERNELS)
     checks.check_size("window", window)
     checks.check_segments(segment_ids, key)
     scale = checks.check_scale("scale", scale, key.shape[3])
@@ -89,20 +105,38 @@ def causal_attention(
         check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
         checks.check_one_document(segment_ids)
         check_room(cache, real, window)
-        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": 128}[name]
+        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": 128}.get(name)
+        if size is None:
+            raise NotImplementedError(f"implementation={name!r} has no cache: use None or 'chunked'")
 
         def block(cache, query, key, value, log_decay, real):
             return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, scale, window)
 
         return in_blocks(block, cache, (query, key, value, log_decay, real), size)
 
-    if name == "chunked":
+    def chunked(query, key, value, segment_ids):
         plan = _Plan(scale, window, default_chunk(key.shape[1]))
         out, lse = _chunked(plan, query, key, value, log_decay, segment_ids)
-        if sinks is not None:
-            # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
-            share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
-            out = (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
+        if sinks is None:
+            return out
+        # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
+        share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
+        return (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
+
+    if implementation is None:
+        out = fastest_attention(
+            query, key, value, log_decay, sinks, segment_ids, scale=scale, window=window, default=chunked
+        )
+    elif name == "chunked":
+        out = chunked(query, key, value, segment_ids)
+    elif name in _KERNELS:
+        lacks, kernel, platform = _KERNELS[name]
+        reason = lacks(query, key, value, log_decay, sinks)
+        if reason is not None:
+            raise NotImplementedError(f"implementation={name!r}: {reason}; use None or 'chunked'")
+        kernel = functools.partial(kernel, scale=scale, window=window)
+        message = f"implementation={name!r} runs on {platform} only: use None or 'chunked' to run on what there is"
+        out = only_on(platform, message, kernel, query, key, value, segment_ids)
     else:
         out = _by_definition(name, query, key, value, log_decay, sinks, segment_ids, scale, window)
     if segment_ids is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.training.loss import batch_nats
-from deltaformer_jax.training.sharding import replicated, rows
+from deltaformer_jax.training.sharding import on_mesh, replicated, rows
 from deltaformer_jax.training.state import ModelParts
 
 
@@ -30,7 +30,7 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     def step(params, batch: dict[str, jax.Array]) -> jax.Array:
         return jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), axis=1)
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -1,11 +1,14 @@
 """Where every array lies: a table of the parameters' axis names, read from top to bottom, and a mesh of devices."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.parallel import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -19,7 +22,7 @@ RULES = {
 }
 
 # A batch [B, T]: rows over every device that holds a different part of the data.
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(ROW_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -56,7 +59,18 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def rows(mesh: Mesh) -> int:
     """The number of parts a batch is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced with `mesh` in force, which tells the mixers how to spread their ops."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

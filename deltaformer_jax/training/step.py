@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from deltaformer_jax.config import Config
 from deltaformer_jax.training.loss import batch_nats, counted
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.sharding import batch_sharding, replicated, rows
+from deltaformer_jax.training.sharding import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training.state import ModelParts, TrainState
 
 
@@ -68,7 +68,7 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return jax.jit(
-        step,
+        on_mesh(mesh, step),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
