@@ -54,6 +54,16 @@ def test_comes_back_bit_for_bit(saved, made):
     assert not list(saved.glob("saving-*"))
 
 
+def test_a_relative_folder(tmp_path, made, monkeypatch):
+    _, _, abstract, state = made
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints")
+    checkpoints.save(state, {"step": 1})
+    checkpoints.close()
+    assert checkpoints.path(1) == tmp_path / "run" / "checkpoints" / "1"
+    cases.assert_same_bits(newest("run/checkpoints", abstract)[0], state)
+
+
 def test_keeps_the_newest(tmp_path, made):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):

@@ -30,6 +30,8 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self._folder = self._folder.absolute()  # orbax refuses relative paths, at the first save
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
