@@ -1,8 +1,13 @@
 """What a config costs, found out without allocating a parameter: the step is compiled from shapes alone."""
 
+import dataclasses
+import math
+
 import jax
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.data import ByteTokenizer, load_tokenizer
+from deltaformer_jax.data.tokenizer import bpe_size
 from deltaformer_jax.training.settings import check
 from deltaformer_jax.training.setup import abstract_batch, check_batch, load_data, with_vocabulary
 from deltaformer_jax.training.sharding import make_mesh
@@ -11,14 +16,15 @@ from deltaformer_jax.training.step import make_train_step
 
 
 def dry_run(config: Config) -> None:
-    """Print parameters, FLOPs per token, shapes and shardings, and the compiled step's memory per device.
+    """Print parameters, FLOPs, shapes and shardings, and the compiled step's memory per device; write nothing.
 
-    Needs the mesh's devices and, unless model.vocab_size is set, the corpus. Raises as `setup.prepare` does.
+    Needs the mesh's devices and, where data.path is set and model.vocab_size is not, the corpus there. A data.tokenizer
+    "bpe:SIZE" counts as SIZE tokens, which is the most it learns. Raises as `setup.prepare` does.
     """
     check(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    full = config if config.model.vocab_size else with_vocabulary(config, load_data(config).tokenizer)
+    full = _with_vocabulary(config)
     parts = model_parts(full.model)
     abstract, shardings = abstract_state(full, parts, mesh)
     length = full.data.sequence_length
@@ -26,7 +32,9 @@ def dry_run(config: Config) -> None:
     print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
     print(f"parameters  {count_parameters(parts):,}")
     print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with backward, at length {length}")
-    print(f"batch       {full.data.batch_size} x {length} = {full.data.batch_size * length:,} tokens per step")
+    tokens, steps, parts_of_batch = full.data.batch_size * length, full.run.steps, full.optimizer.accumulation_steps
+    print(f"batch       {full.data.batch_size} x {length} = {tokens:,} tokens per step, in {parts_of_batch} part(s)")
+    print(f"run         {steps:,} steps, {steps * tokens:,} tokens, {3 * forward * steps * tokens:.3g} FLOPs")
 
     lines = [("parameter", "shape", "cut over", "on one device", "decayed")]
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
@@ -47,9 +55,30 @@ def dry_run(config: Config) -> None:
     state = memory.argument_size_in_bytes
     total = state + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     print("memory of the compiled step, per device:")
+    print(f"  parameters        {_size(_bytes(abstract.params))}")
+    print(f"  optimiser         {_size(_bytes(abstract.opt_state))}")
     print(f"  state and batch   {_size(state)}")
-    print(f"  temporaries       {_size(memory.temp_size_in_bytes)}")
+    print(f"  temporaries       {_size(memory.temp_size_in_bytes)} (gradients, activations)")
     print(f"  together          {_size(total)} (the new state takes the old one's place)")
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """The config with model.vocab_size filled in, without preparing the standard library's corpus for it."""
+    if config.model.vocab_size:
+        return config
+    if config.data.path:
+        return with_vocabulary(config, load_data(config).tokenizer)
+    tokenizer = config.data.tokenizer
+    if size := bpe_size(tokenizer):
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    return with_vocabulary(config, ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer))
+
+
+def _bytes(tree) -> int:
+    """Of the arrays' parts on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
