@@ -1,13 +1,19 @@
 """DeltaFormer, 341 million parameters, 15 billion tokens of FineWeb-edu: the sizes of the paper's section 4.3.
 
-Data, once, from FineWeb-edu's parquet files on a local disk, some 16 billion tokens of them:
+Data, once. Put FineWeb-edu's parquet files (HuggingFaceFW/fineweb-edu) into a folder, as many as hold some 16 billion
+tokens, 2 % of which are kept for evaluation. The text is their column "text"; the others are not read. Then
 
     python -m deltaformer_jax.data.prepare FOLDER --out data/fineweb_edu --tokenizer bpe:32000 --workers 32
 
+learns 32,000 tokens from a sample of the training documents and writes at most 32 GB; stopped, the same command goes
+on. It prints the number of training tokens: with fewer than 15 billion the run passes over some of them twice. To mix
+in other text, prepare that with --tokenizer data/fineweb_edu/tokenizer.json and set
+--config.data.path=data/fineweb_edu=0.8,data/code=0.2 (shares of the tokens).
+
 Command; the second one prints sizes and the step's memory and allocates nothing:
 
-    python train.py --config configs/deltaformer_340m.py --workdir runs/deltaformer_340m
-    python train.py --config configs/deltaformer_340m.py --dry_run
+    python train.py --config deltaformer_340m --workdir runs/deltaformer_340m
+    python train.py --config deltaformer_340m --dry_run
 
 Hardware: eight accelerators; the dry run, as compiled for eight CPU devices (JAX_NUM_CPU_DEVICES=8), needs 14.2 GiB on
 each, 3.8 of them state. Any number that divides 64, a part of a batch, will do; on fewer or smaller ones raise

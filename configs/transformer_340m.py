@@ -3,7 +3,7 @@
 341 million parameters (DeltaFormer's gates are 0.4 million more), 15 billion tokens of FineWeb-edu, made as that file's
 docstring says. Command:
 
-    python train.py --config configs/transformer_340m.py --workdir runs/transformer_340m
+    python train.py --config transformer_340m --workdir runs/transformer_340m
 
 Hardware: as there.
 Time: not measured. By arithmetic, 15e9 tokens at 2.35 GFLOP each, attention included, are 3.5e19 FLOP.
