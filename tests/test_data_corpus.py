@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import object_store
 import pytest
-from etils import epath
-from etils.epath import testing  # noqa: F401  (epath.testing)
 
 import deltaformer_jax.data
 from deltaformer_jax.data import ByteTokenizer, batches, load_corpus, prepare_corpus, stdlib_corpus, train_bpe
@@ -91,20 +90,8 @@ def test_no_place_for_a_corpus(tmp_path):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """gs://bucket is a folder; what is opened in it is noted. The cache is another."""
-    opened, calls = [], ("exists", "isdir", "listdir", "glob", "makedirs", "mkdir", "remove", "rmtree", "stat")
-
-    def inside(path):
-        return os.fspath(path).replace("gs://bucket", str(tmp_path / "bucket"))
-
-    def called(original, path, **options):
-        return original(inside(path), **options)
-
-    def open_file(original, path, mode):
-        opened.append(os.fspath(path))
-        return original(inside(path), mode)
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with epath.testing.mock_epath(open=open_file, **dict.fromkeys(calls, called)):
+    with object_store.bucket(tmp_path / "bucket") as opened:
         yield opened
 
 

@@ -1,15 +1,13 @@
 """plot: the numbers drawn are the run's, every panel says what it is, bad input gets one line."""
 
 import json
-import os
 
 import matplotlib.image
 import numpy as np
 import pytest
-from etils import epath
-from etils.epath import testing  # noqa: F401  (epath.testing)
 from hypothesis import given
 from hypothesis import strategies as st
+from object_store import bucket
 
 from deltaformer_jax import plot
 
@@ -105,15 +103,7 @@ def test_a_run_that_is_being_written(tmp_path):
 
 def test_an_object_store(tmp_path):
     make_run(tmp_path / "run")
-
-    def inside(path):
-        return os.fspath(path).replace("gs://bucket", str(tmp_path))
-
-    def called(original, path, **options):
-        return original(inside(path), **options)
-
-    functions = dict.fromkeys(("exists", "makedirs", "mkdir"), called)
-    with epath.testing.mock_epath(open=lambda original, path, mode: original(inside(path), mode), **functions):
+    with bucket(tmp_path):
         plot.main(["gs://bucket/run"])
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
 
