@@ -297,10 +297,34 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, capsys):
         "from deltaformer_jax.data.prepare import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, str(source), "--out", str(tmp_path / "out"), "--eval_fraction", "0.3"]
-    codes = [subprocess.run(command, capture_output=True, timeout=60).returncode for _ in range(4)]
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(4)]
+    codes = [run.returncode for run in runs]
     assert codes[0] == codes[1] == -signal.SIGKILL and codes[-1] == 0, codes
+    assert "going on with what was not finished" in runs[1].stderr and runs[0].stderr == ""
     assert files_of(tmp_path / "out") == files_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    small_units(monkeypatch)
+    source = write(tmp_path / "in" / "a.jsonl", json_lines([text * 3 for text in TEXTS]))
+    really = build.tokenize_units
+
+    def units(*arguments):
+        for i, unit in enumerate(really(*arguments)):
+            if i == 10:
+                raise KeyboardInterrupt
+            yield unit
+
+    monkeypatch.setattr(build, "tokenize_units", units)
+    arguments = [str(source), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == f"error: interrupted; {tmp_path / 'out'} is as it was; " + (
+        "the same command goes on from here\n"
+    )
+    monkeypatch.setattr(build, "tokenize_units", really)
+    assert main([*arguments, "--eval_fraction", "0.5"]) == 0  # another corpus: what was left is no use to it
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_damaged_unfinished_folder_is_not_gone_on_with(tmp_path, monkeypatch):
