@@ -11,6 +11,8 @@ from deltaformer_jax.ops import (
     causal_attention,
     delta_attention,
     delta_values,
+    gated_delta_rule,
+    gated_linear_attention,
     shift_mix,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "causal_attention",
     "delta_attention",
     "delta_values",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "shift_mix",
 ]

@@ -1,0 +1,80 @@
+"""The gated delta rule: DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
+
+from __future__ import annotations
+
+import jax
+
+from deltaformer_jax.ops.gated_forms import run_gated
+
+
+def gated_delta_rule(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    beta: jax.Array | None = None,
+    log_decay: jax.Array | None = None,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = 64,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A memory that is decayed, corrected towards k_t → v_t, and read.
+
+        S ← Diag(e^{g_t}) S                       decay: g_t one number a head, or one for each of the K key channels
+        S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ           delete and write: a step of size β on ½‖Sᵀ k − v‖²
+        o_t = scale · Sᵀ q_t                      read
+
+    Without decay this is DeltaNet, with one decay a head Gated DeltaNet, with one a channel Kimi Delta Attention.
+
+    Letters: B rows, T tokens, H heads of queries and keys, Hv of values (a multiple of H; value heads h·r … h·r + r − 1
+    share key head h, r = Hv/H), K and V the widths of keys and values.
+
+    Args:
+      query, key: [B, T, H, K], value: [B, T, Hv, V]; one dtype of float64, float32, bfloat16, float16. Keys of unit
+        length (or ‖k‖² β ≤ 2) keep S bounded; longer ones make it grow without bound, and nothing here normalises them.
+      beta: β [B, T, Hv], floats; None means 1. In [0, 1] the transition I − β k kᵀ has eigenvalues in [0, 1], up to 2
+        in [−1, 1].
+      log_decay: g [B, T, Hv] or [B, T, Hv, K], natural logarithms of decays, at most 0 and finite, as strong as you
+        like: e^g underflows to 0 and nothing is clipped. None means no decay.
+      scale: multiplies q; None means K ** -0.5.
+      initial_state: S [B, Hv, K, V] that a row's first segment starts from; None means 0.
+      segment_ids: [B, T] ints. 0 is padding: such rows return 0, write nothing and decay nothing, whatever they hold.
+        Equal ids form one contiguous run, and the state is emptied where a row's second and later runs start.
+      chunk_size: about how many tokens "chunked" solves for at once, any positive int; None means 64. Rounded up to a
+        power of two.
+      implementation: "recurrent" (the definition, a scan over tokens) or "chunked" (a scan over chunks with a backward
+        of its own); None chooses for the platform compiled for. One token, T = 1, is a step of the recurrence in both:
+        decoding is this call with the last `final_state`.
+
+    Returns:
+      (o [B, T, Hv, V] in value's dtype, final_state [B, Hv, K, V], the state of each row's last segment).
+      The state and all sums are float32 (float64 for float64).
+
+    Raises:
+      ValueError, TypeError: shapes, dtypes, names and sizes, while tracing; positive decays and ids that come back
+        within a row when their values are known (under jit those two are undefined).
+      NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
+
+    Cost: for "chunked", multiply-adds a token and value head, about C (2 K + 2 V) + 3 K V forward with chunks of C, and
+      two and a half times that backward, which makes the forward's states again; beside arguments, output and gradients
+      O(√(T/C) K V) numbers a head (gated_chunked.py). O(T K V) for the backward of "recurrent".
+
+    Source: Schlag, Irie, Schmidhuber, arXiv 2102.11174 (the delta rule); Yang et al., arXiv 2406.06484 (in chunks);
+      Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv 2412.06464 (one decay a head); Kimi Linear, arXiv 2510.26692
+      (one a channel); Grazzi et al., arXiv 2411.12537 (β up to 2).
+    """
+    return run_gated(
+        query,
+        key,
+        value,
+        beta=beta,
+        log_decay=log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        delta=True,
+    )
