@@ -1,0 +1,1 @@
+"""The papers' tables and figures, and comparisons: `python -m deltaformer_jax.reproduce NAME --out DIR`."""

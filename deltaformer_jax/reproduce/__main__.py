@@ -1,0 +1,107 @@
+"""A table or a figure, made again:
+
+    python -m deltaformer_jax.reproduce NAME --out DIR [--quick] [--force]
+
+writes DIR/NAME.json (every setting, score and time, and the machine) and DIR/NAME.png. It goes on where an interrupted
+one stopped, cell by cell, and never overwrites what is there: --force throws NAME's results in DIR away first. --quick
+is a small form of two minutes. Without NAME: the list of names. Bad input: one line, exit code 2.
+"""
+
+import argparse
+import difflib
+import io
+import sys
+import time
+
+from etils import epath
+
+from deltaformer_jax.reproduce.experiment import NAMES, load
+from deltaformer_jax.training.command_line import one_line_errors
+
+PROGRAM = "deltaformer_jax.reproduce"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    listing = "\n".join(f"  {name:14}{about}" for name, (about, _) in NAMES.items())
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}", description="A table or a figure, made again.",
+        epilog=f"names:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("name", nargs="?", metavar="NAME", help="what to make; without it, the list of names")
+    parser.add_argument("--out", metavar="DIR", help="where NAME.json and NAME.png go; may be gs://")
+    parser.add_argument("--quick", action="store_true", help="a small form, two minutes on two cores")
+    parser.add_argument("--force", action="store_true", help="throw away what DIR holds of NAME, and start anew")
+    flags = parser.parse_args(arguments)
+    if flags.name is None:
+        print(f"names:\n{listing}")
+        return
+    with one_line_errors(PROGRAM):
+        if flags.name not in NAMES:
+            near = difflib.get_close_matches(flags.name, NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{flags.name!r} is no name: give one of {', '.join(NAMES)}{hint}")
+        if not flags.out:
+            raise ValueError("--out: give a folder for the results")
+        finished = reproduce(flags.name, epath.Path(flags.out), flags.quick, flags.force)
+    if not finished:
+        again = f"python -m {PROGRAM} {flags.name} --out {flags.out}{' --quick' if flags.quick else ''}"
+        print(f"stopped; to go on: {again}", file=sys.stderr)
+        sys.exit(130)
+
+
+def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = False) -> bool:
+    """Do what is left of an experiment; False if it was interrupted. Raises ValueError or OSError for one line."""
+    from deltaformer_jax.reproduce.notebook import Notebook
+    from deltaformer_jax.training.interruption import Interruption
+
+    experiment = load(name)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
+    if force:
+        _remove(out, name)
+    cells = experiment.cells(quick)
+    notebook = Notebook(out, name, quick, cells)
+    out.mkdir(parents=True, exist_ok=True)
+    note = lambda text: print(text, file=sys.stderr, flush=True)
+    note(f"{name}: {NAMES[name][0]}\n{experiment.cost}; {len(notebook.records)} of {len(cells)} parts are done")
+    with Interruption() as stop:
+        for number, settings in enumerate(cells, 1):
+            if settings["label"] in notebook.records:
+                continue
+            if stop.requested:
+                return False
+            note(f"[{number}/{len(cells)}] {settings['label']}")
+            start = time.perf_counter()
+            result = experiment.run(settings, out / name / settings["label"].replace(" ", "_"), note, stop)
+            if result is None:
+                return False
+            notebook.add(settings, result, time.perf_counter() - start)
+    show(experiment.rows(notebook.done))
+    picture = io.BytesIO()
+    experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
+    (out / f"{name}.png").write_bytes(picture.getvalue())
+    print(f"{notebook.path}\n{out / name}.png")
+    return True
+
+
+def _remove(out: epath.Path, name: str) -> None:
+    for path in (out / f"{name}.json", out / f"{name}.png"):
+        path.unlink(missing_ok=True)
+    if (out / name).exists():
+        (out / name).rmtree()
+
+
+def show(rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+
+
+if __name__ == "__main__":
+    main()

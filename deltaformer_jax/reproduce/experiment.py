@@ -1,0 +1,36 @@
+"""What an experiment is: cells of work that know nothing of each other, a table and a figure of what they found."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """`cells(quick)` gives the settings of each cell, plain JSON, "label" among them and different in each.
+
+    `run(settings, folder, note, stop)` does one and returns plain JSON, or None if `stop.requested` ended it early; it
+    may keep what it needs to go on in `folder`. `rows(done)` are the lines of the table and `figure(done)` a matplotlib
+    Figure, of the finished cells' records {"settings", "result", "seconds"}. `cost(quick)` says how long it takes.
+    """
+
+    cells: Callable[[bool], list[dict[str, Any]]]
+    run: Callable[[dict[str, Any], epath.Path, Callable[[str], Any], Any], dict[str, Any] | None]
+    rows: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+    figure: Callable[[list[dict[str, Any]]], Any]
+    cost: str
+
+
+# Name -> (what it shows, the module that holds EXPERIMENT).
+NAMES = {
+    "mixers": ("every mixer on the standard library's text, parameters and tokens equal", "mixers"),
+}
+
+
+def load(name: str) -> Experiment:
+    return importlib.import_module(f"deltaformer_jax.reproduce.{NAMES[name][1]}").EXPERIMENT

@@ -1,0 +1,161 @@
+"""Every mixer as a language model of the standard library's text: parameters, tokens, seeds and schedule are equal.
+
+The feed-forward width is what is left over: each model's is chosen so that it has as many parameters as DeltaFormer's,
+to within 16 features. Scores are bits per byte of the evaluation split. No paper has this table; it shows that every
+mixer trains, and what a small model of Python gains from each memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.reproduce.experiment import Experiment
+
+# Label -> the repeating pattern of mixers.
+PATTERNS: dict[str, tuple[str | Mixer, ...]] = {
+    "DeltaFormer": ("delta_former",),
+    "softmax attention": ("softmax_attention",),
+}
+
+FULL = dict(d_model=128, num_layers=4, num_heads=4, head_dim=32, sequence_length=256, batch_size=8, steps=500)
+QUICK = dict(d_model=64, num_layers=4, num_heads=2, head_dim=32, sequence_length=128, batch_size=8, steps=40)
+
+
+def cells(quick: bool) -> list[dict[str, Any]]:
+    sizes = QUICK if quick else FULL
+    target = _parameters(_model(sizes, PATTERNS["DeltaFormer"], mlp_dim=0))
+    found = []
+    for label, pattern in PATTERNS.items():
+        width = _matching_width(sizes, pattern, target)
+        found.append(
+            {
+                "label": label,
+                "mixers": [_plain(mixer) for mixer in pattern],
+                **sizes,
+                "mlp_dim": width,
+                "parameters": _parameters(_model(sizes, pattern, width)),
+                "learning_rate": 4e-3,
+                "seed": 0,
+                "eval_batches": 4 if quick else 40,
+            }
+        )
+    return found
+
+
+def _plain(mixer: str | Mixer) -> Any:
+    return mixer if isinstance(mixer, str) else [mixer.name, dict(mixer.overrides)]
+
+
+def _mixer(plain: Any) -> str | Mixer:
+    return plain if isinstance(plain, str) else Mixer(plain[0], **plain[1])
+
+
+def _model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=257, d_model=sizes["d_model"], num_layers=sizes["num_layers"], num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_heads"], head_dim=sizes["head_dim"], mlp_dim=mlp_dim, mixers=pattern, chunk_size=64,
+    )  # fmt: skip
+
+
+def _parameters(model: ModelConfig) -> int:
+    from deltaformer_jax.training.state import count_parameters, model_parts
+
+    return count_parameters(model_parts(model))
+
+
+def _matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
+    """The feed-forward width, a multiple of 16, that brings the parameters nearest to `target`."""
+    two = [_parameters(_model(sizes, pattern, width)) for width in (16, 32)]
+    each = (two[1] - two[0]) / 16  # the count is linear in the width
+    return max(16, 16 * round((16 + (target - two[0]) / each) / 16))
+
+
+def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, Any] | None:
+    from deltaformer_jax.training.loop import train
+    from deltaformer_jax.training.setup import prepare
+
+    steps = settings["steps"]
+    config = Config(
+        model=_model(settings, tuple(_mixer(mixer) for mixer in settings["mixers"]), settings["mlp_dim"]),
+        data=DataConfig(sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
+        optimizer=OptimizerConfig(
+            learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
+        ),
+        run=RunConfig(
+            steps=steps, seed=settings["seed"], log_every=max(1, steps // 50), eval_every=max(1, steps // 4),
+            eval_batches=settings["eval_batches"], checkpoint_every=max(1, steps // 4), keep_checkpoints=1,
+            sample_prompt="",
+        ),
+    )  # fmt: skip
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0))
+    # One device, however many there are: the models are small and the batches smaller.
+    if not train(prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True):
+        return None
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    scores = [(record["step"], record["eval_bits_per_byte"]) for record in records if "eval_bits_per_byte" in record]
+    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    return {
+        "eval_bits_per_byte": scores[-1][1],
+        "tokens": steps * settings["sequence_length"] * settings["batch_size"],
+        "tokens_per_second": float(np.median(speeds)),
+        "losses": losses,
+        "evaluations": scores,
+    }
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    best_first = sorted(done, key=lambda record: record["result"]["eval_bits_per_byte"])
+    return [
+        {
+            "mixer": record["settings"]["label"],
+            "bits per byte": f"{record['result']['eval_bits_per_byte']:.3f}",
+            "parameters": f"{record['settings']['parameters']:,}",
+            "feed-forward width": record["settings"]["mlp_dim"],
+            "tokens": f"{record['result']['tokens']:,}",
+            "tokens a second": f"{record['result']['tokens_per_second']:,.0f}",
+        }
+        for record in best_first
+    ]
+
+
+def figure(done: list[dict[str, Any]]):
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(11, 4.5), layout="constrained")
+    curves, bars = picture.subplots(1, 2, width_ratios=(3, 2))
+    best_first = sorted(done, key=lambda record: record["result"]["eval_bits_per_byte"])
+    colours = {record["settings"]["label"]: f"C{i}" for i, record in enumerate(done)}
+    for record in best_first:
+        label, (steps, losses) = record["settings"]["label"], np.array(record["result"]["losses"]).T
+        curves.plot(steps, losses / np.log(2), label=label, color=colours[label], linewidth=1.2)
+    curves.set(xlabel="step", ylabel="training loss (bits per byte)", title="training")
+    curves.set_ylim(top=min(curves.get_ylim()[1], 5.5))
+    curves.legend(fontsize=8)
+    labels = [record["settings"]["label"] for record in best_first]
+    scores = [record["result"]["eval_bits_per_byte"] for record in best_first]
+    bars.barh(labels, scores, color=[colours[label] for label in labels])
+    bars.invert_yaxis()
+    bars.set(xlabel="bits per byte, evaluation split (lower is better)", title="after the last step")
+    bars.set_xlim(0.9 * min(scores), 1.02 * max(scores))
+    for place, score in enumerate(scores):
+        bars.text(score, place, f" {score:.3f}", va="center", fontsize=8)
+    bars.set_xlim(right=1.05 * max(scores))
+    settings = done[0]["settings"]
+    picture.suptitle(
+        f"{settings['parameters']:,} parameters, {done[0]['result']['tokens']:,} tokens of the Python standard library"
+    )
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=run, rows=rows, figure=figure,
+    cost="about two and a half minutes a mixer on two cores; --quick: about twelve seconds a mixer",
+)  # fmt: skip
