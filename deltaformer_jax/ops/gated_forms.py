@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deltaformer_jax.ops import checks
 from deltaformer_jax.ops.gated_chunked import Plan, chunk_rows, gated_chunked
@@ -29,7 +30,8 @@ def run_gated(
     _check_state(initial_state, state_shape)
     state = initial_state
     if state is None:
-        state = jnp.zeros(state_shape, accumulation_dtype(value.dtype))
+        # full_like and not zeros: inside shard_map it varies over the mesh axes that value varies over.
+        state = lax.full_like(value, 0, accumulation_dtype(value.dtype), state_shape)
 
     real, resets = _flags(segment_ids)
     arguments = (query, key, value, beta, log_decay, state, real, resets)

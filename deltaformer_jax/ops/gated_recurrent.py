@@ -29,13 +29,12 @@ def recurrent(query, key, value, beta, log_decay, state, real, resets, *, scale,
     value_heads = value.shape[2]
     per_channel = log_decay is not None and log_decay.ndim == 4
 
+    def clean(x):
+        """Padding zeroed: such a token decays by e^0, writes 0 at the key 0 and reads with the query 0."""
+        return x if real is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+
     def prepare(x):
-        """Padding zeroed: such a token decays by e^0 and writes 0 at the key 0."""
-        if x is None:
-            return None
-        if real is not None:
-            x = jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
-        return jnp.moveaxis(x.astype(dtype), 1, 0)
+        return None if x is None else jnp.moveaxis(clean(x).astype(dtype), 1, 0)
 
     def token(state, inputs):
         q, k, v, b, g, reset = inputs
@@ -57,9 +56,10 @@ def recurrent(query, key, value, beta, log_decay, state, real, resets, *, scale,
     )
     if value.shape[1] == 1:
         state, out = token(state.astype(dtype), jax.tree.map(lambda x: x[0], inputs))
-        return out[:, None].astype(value.dtype), state
+        return clean(out[:, None]).astype(value.dtype), state
     state, out = lax.scan(token, state.astype(dtype), inputs)
-    return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
+    # They are 0 already; this keeps whatever comes back to them, NaN included, out of the gradients.
+    return clean(jnp.moveaxis(out, 0, 1)).astype(value.dtype), state
 
 
 def _read(state, x):

@@ -116,7 +116,8 @@ def _delta_states(pairs, inverse, v, beta, state):
         return (_put(states, state, i), _put(rests, rest, i), _put(written, new, i), now), None
 
     chunks = v.shape[2]
-    states = jnp.zeros((*v.shape[:3], *state.shape[2:]), v.dtype)
+    # full_like and not zeros: inside shard_map it varies over the mesh axes that v varies over.
+    states = lax.full_like(v, 0, shape=(*v.shape[:3], *state.shape[2:]))
     start = (states, jnp.zeros_like(v), jnp.zeros_like(v), state)
     (*parts, state), _ = lax.scan(chunk, start, jnp.arange(chunks, dtype=jnp.int32))
     return parts, state
