@@ -1,5 +1,6 @@
 """prepare: every kind of source, the same folder whatever the workers, nothing half made, one clear error."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, shards, train_bpe
 from deltaformer_jax.data.prepare import main
+from deltaformer_jax.data.unfinished import open_unfinished, try_open
 
 TEXTS = [f"Document {i}: größer, 日本, 🙂.\n" * (1 + i % 5) for i in range(50)]
 
@@ -325,6 +327,28 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(build, "tokenize_units", really)
     assert main([*arguments, "--eval_fraction", "0.5"]) == 0  # another corpus: what was left is no use to it
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_on_a_disk_without_locks(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    (tmp_path / ".out.partial-0").mkdir()  # of another process, for all that can be known
+    assert sorted(texts_of(prepare_corpus(text_folder(tmp_path / "in"), tmp_path / "out"))) == sorted(TEXTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-0", "in", "out"]
+
+
+def test_a_second_process_leaves_the_first_ones_work_alone(tmp_path):
+    source, out = text_folder(tmp_path / "in"), tmp_path / "out"
+    first = open_unfinished(out, ["something else"])
+    prepare_corpus(source, out)
+    assert first.path.exists()
+    with first.lock:
+        assert try_open(first.path) is None
+    second = try_open(first.path)
+    with second.lock:
+        assert second.locked
 
 
 def test_a_damaged_unfinished_folder_is_not_gone_on_with(tmp_path, monkeypatch):

@@ -170,6 +170,9 @@ def test_the_compilation_cache(corpus, tmp_path):
         cases.run_training(config, tmp_path / "run")
         kept = {path.name for path in (tmp_path / "cache").iterdir()}
         assert any("jit_step" in name for name in kept) and any("jit_create" in name for name in kept)
+        jax.clear_caches()  # as a new process has it
+        cases.run_training(config, tmp_path / "again")
+        assert {path.name for path in (tmp_path / "cache").iterdir()} == kept
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

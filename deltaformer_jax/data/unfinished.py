@@ -19,10 +19,11 @@ _LOCK = "lock"
 
 
 class Unfinished(NamedTuple):
-    """`path`: the folder; `lock`: its lock, held until it is closed."""
+    """`path`: the folder; `lock`: its lock, held until it is closed. `locked`: False where the disk has no locks."""
 
     path: Path
     lock: Any
+    locked: bool = True
 
     def move(self, folder: Path) -> None:
         """Renames it to `folder`, which does not exist or is empty: OSError otherwise."""
@@ -42,7 +43,10 @@ def open_unfinished(folder: Path, content: Any) -> Unfinished:
 
 
 def try_open(path: Path) -> Unfinished | None:
-    """The folder `path`, made if it is not there and locked; None if another process holds it."""
+    """The folder `path`, made if it is not there and locked; None if another process holds it.
+
+    On a disk without locks (some cluster file systems) it is taken to be free.
+    """
     path.mkdir(exist_ok=True)
     try:
         lock = open(path / _LOCK, "a")
@@ -54,6 +58,8 @@ def try_open(path: Path) -> Unfinished | None:
             return Unfinished(path, lock)
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:
+        return Unfinished(path, lock, locked=False)
     lock.close()
     return None
 
@@ -67,5 +73,6 @@ def sweep(folder: Path) -> None:
     """Removes the unfinished folders of `folder` that no process holds."""
     for path in folder.parent.glob(f".{folder.name}.partial-*"):
         if left := try_open(path):
-            left.remove()
+            if left.locked:
+                left.remove()
             left.lock.close()
