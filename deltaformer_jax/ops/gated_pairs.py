@@ -81,7 +81,7 @@ def channel_pairs(k, q, log_decay, local, delta) -> Pairs:
     batch, heads, _, chunk, width = k.shape
     # The axis of chunks counts blocks of b tokens here: [B, h, n C/b, b, ...].
     blocks = lambda x, b: x.reshape(batch, heads, -1, b, width)
-    own = lambda x: jnp.sum(x * k, axis=-1).reshape(batch, heads, -1, 1, 1)
+    own = lambda x: row_dots(x, k).reshape(batch, heads, -1, 1, 1)
     kk, qk = (own(k) if delta else None), own(q)
     # The sums of a block's gates up to each token, and of those after it.
     until = blocks(log_decay, 1)
@@ -125,6 +125,11 @@ def join_blocks(diagonal, below):
 def dot(equation, a, b):
     """An einsum whose float32 is float32 on every platform."""
     return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
+
+
+def row_dots(a, b):
+    """[..., C] of two [..., C, K]: a product batched over rows, on a CPU many times faster than summed products."""
+    return dot("...k,...k->...", a, b)
 
 
 def _at_or_below(chunk):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.gated_pairs import Pairs, dot, halves, join_blocks
+from deltaformer_jax.ops.gated_pairs import Pairs, dot, halves, join_blocks, row_dots
 
 
 def _times(factor, x):
@@ -152,7 +152,7 @@ def delta_retreat(pairs: Pairs, v, beta, state, dout, dstate):
     row = jnp.arange(v.shape[3], dtype=jnp.int32)
     strict = jnp.broadcast_to(row[:, None] > row[None, :], inverse.shape)
     da = jnp.where(strict, -dot("...iv,...jv->...ij", solved, written), jnp.zeros((), v.dtype))
-    dbeta = jnp.sum(solved * rest, axis=-1) + jnp.sum(da * pairs.kk, axis=-1)
+    dbeta = row_dots(solved, rest) + row_dots(da, pairs.kk)
     dpairs = _pairs_gradient(pairs, _times(beta, da), dv, dout, written, states, dstates)
     return dpairs, dv, dbeta, dstate
 
@@ -164,15 +164,15 @@ def _pairs_gradient(pairs: Pairs, dkk, deleted, dout, written, states, dstates) 
     dwrites = dot("...cv,...kv->...ck", written, dstates)
     denter = dleave = dtotal = None
     if pairs.enter is not None:
-        denter = jnp.sum(dq_reads * pairs.q_reads, axis=-1)
+        denter = row_dots(dq_reads, pairs.q_reads)
         dq_reads = _times(pairs.enter, dq_reads)
         if deleted is not None:
-            denter = denter + jnp.sum(dk_reads * pairs.k_reads, axis=-1)
+            denter = denter + row_dots(dk_reads, pairs.k_reads)
             dk_reads = _times(pairs.enter, dk_reads)
-        dleave = jnp.sum(dwrites * pairs.writes, axis=-1)
+        dleave = row_dots(dwrites, pairs.writes)
         dwrites = _times(pairs.leave, dwrites)
     if pairs.total is not None:
-        axes = (-2, -1) if pairs.total.shape[-2] == 1 else -1
-        dtotal = jnp.sum(dstates * states, axis=axes).reshape(pairs.total.shape)
+        dtotal = row_dots(dstates, states)
+        dtotal = (jnp.sum(dtotal, axis=-1) if pairs.total.shape[-2] == 1 else dtotal).reshape(pairs.total.shape)
     dqk = dot("...iv,...jv->...ij", dout, written)
     return Pairs(dkk, dqk, dk_reads, dq_reads, dwrites, denter, dleave, dtotal)
