@@ -27,8 +27,8 @@ class Case:
     scale: float | None = None
 
 
-# Both ops with each decay, grouped values with each, V != K, chunks that are no power of two, longer than T, of one token,
-# not dividing T, and few enough for several groups of them.
+# Both ops with each decay, grouped values with each, V != K; chunks that are no power of two, longer than T, of one
+# token, not dividing T, and small enough for several groups of them.
 CASES = [
     Case(decay="none"),
     Case(value_heads=4, key_dim=5, value_dim=3),
@@ -86,16 +86,11 @@ def draw_cotangents(case, dtype, batch=2, seed=1):
 def call(case, inputs, implementation, segment_ids=None):
     """The case's op."""
     op = gated_delta_rule if case.delta else gated_linear_attention
-    return op(
-        **inputs, scale=case.scale, segment_ids=segment_ids, chunk_size=case.chunk, implementation=implementation
-    )
+    return op(**inputs, scale=case.scale, segment_ids=segment_ids, chunk_size=case.chunk, implementation=implementation)
 
 
 def poison(inputs, segment_ids):
     """The inputs with NaN wherever there is padding; states as they are."""
     hidden = np.asarray(segment_ids == 0)
-
-    def mark(name, x):
-        return x if name == "initial_state" else jnp.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), np.nan, x)
-
-    return {name: mark(name, x) for name, x in inputs.items()}
+    mark = lambda x: jnp.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), np.nan, x)
+    return {name: x if name == "initial_state" else mark(x) for name, x in inputs.items()}

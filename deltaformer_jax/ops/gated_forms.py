@@ -56,6 +56,7 @@ def _flags(segment_ids):
 
 
 def _check_heads(query, key, value):
+    checks.check_heads(None, key, None)
     checks.check_heads(query, key, None)
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query has {query.shape[2]} heads but key has {key.shape[2]}: they must have the same number")
