@@ -88,6 +88,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # 0: no clipping
     accumulation_steps: int = 1  # a batch is cut into this many equal parts, weighted by their tokens
+    # A step whose gradient is not finite, or whose norm is so many standard deviations above the mean of those before
+    # it, is skipped (0: only what is not finite is). After so many skipped in a row, the run goes back to its last
+    # checkpoint and passes over their batches.
+    skip_deviations: float = 20.0
+    rollback_after: int = 3
 
 
 @dataclasses.dataclass

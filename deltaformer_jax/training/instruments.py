@@ -45,6 +45,12 @@ class Instruments:
             jax.profiler.start_trace(str(self._run.workdir / "profile"))
             self._tracing = True
 
+    def cut(self, step: int) -> None:
+        """The run has gone back to `step`: drop what was written after it."""
+        for written in (self._file, self._board):
+            if written is not None:
+                written.cut(step)
+
     def after_step(self) -> None:
         self._made += 1
         if self._tracing and self._made == self._profile.stop:

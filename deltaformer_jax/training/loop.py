@@ -7,17 +7,18 @@ Metrics are read one step late: while the devices make update n + 1, the host re
 """
 
 import contextlib
-import math
 import time
 from typing import Any
 
 import jax
 
 from deltaformer_jax.data import batches
+from deltaformer_jax.training.data_stream import number_batches
 from deltaformer_jax.training.evaluation import evaluate, to_devices
 from deltaformer_jax.training.instruments import Instruments
 from deltaformer_jax.training.interruption import Interruption
 from deltaformer_jax.training.metrics import Display
+from deltaformer_jax.training.rollback import LIMIT, roll_back
 from deltaformer_jax.training.sampling import generate
 from deltaformer_jax.training.settings import Saved
 from deltaformer_jax.training.setup import Run
@@ -71,59 +72,68 @@ def run_steps(run: Run, display: Display, stop: Interruption, instruments: Instr
     """
     config, settings = run.config, run.config.run
     reader = _LateReader(run, display)
-    stream = batches(
-        run.corpus,
-        "train",
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        seed=settings.seed,
-        start_step=run.step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    stream, rollbacks = number_batches(run.corpus, config, run.next_batch, run.passed), 0
     sharding = batch_sharding(run.mesh)
     saved = run.step if run.resumed else None
     while True:
         done = run.step == settings.steps
-        if settings.eval_every and (done or _due(run.step, settings.eval_every)) and not stop.requested:
+        evaluating = settings.eval_every and (done or _due(run.step, settings.eval_every)) and not stop.requested
+        stopping = stop.requested
+        saving = (done or stopping or _due(run.step, settings.checkpoint_every)) and run.step != saved
+        if evaluating or saving:
             reader.flush()
+        if reader.too_many:
+            rollbacks += 1
+            if rollbacks > LIMIT:
+                raise RunError(
+                    f"step {run.step}: {reader.last_skip}, and so again after going back {LIMIT} times; the newest "
+                    "checkpoint is from before this step. Lower optimizer.learning_rate, raise optimizer.warmup_steps "
+                    "or, if such gradients are to be taken, optimizer.skip_deviations, in a new run"
+                )
+            roll_back(run, reader.too_many, display.note)
+            saved = run.step if run.checkpoints.steps() else None
+            instruments.cut(run.step)
+            reader.forget()
+            stream = number_batches(run.corpus, config, run.next_batch, run.passed)
+            continue
+        if evaluating:
             if not run.metrics.has_evaluation(run.step):  # a resumed run may have made it before it stopped
                 _evaluate(run, display, stop)
             reader.restart_clock()
-        stopping = stop.requested
-        if (done or stopping or _due(run.step, settings.checkpoint_every)) and run.step != saved:
-            reader.flush()
+        # In the middle of skipped steps there is nothing worth going back to.
+        if saving and (done or stopping or not run.streak):
             run.checkpoints.save(run.state, _record(run))
-            saved = run.step
+            saved, rollbacks = run.step, 0
             reader.restart_clock()
         if done or stopping:
             run.checkpoints.wait()
             return done
-        batch = _next(stream, run)
+        number, batch = _next(stream, run)
         on_devices = to_devices(batch, sharding)
         instruments.before_step(on_devices)
         reader.before_step()
         run.state, metrics = run.train_step(run.state, on_devices)
-        run.step += 1
+        run.step, run.next_batch = run.step + 1, number + 1
         instruments.after_step()
-        reader.after_step(run.step, metrics, int((batch["segment_ids"] > 0).sum()) * jax.process_count())
+        reader.after_step(run.step, number, metrics, int((batch["segment_ids"] > 0).sum()) * jax.process_count())
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _next(stream, run: Run) -> dict[str, Any]:
+def _next(stream, run: Run) -> tuple[int, dict[str, Any]]:
     try:
         return next(stream)
     except (ValueError, OSError) as error:  # a shard that is gone or damaged
-        raise RunError(f"data, batch {run.step}: {error}") from error
+        raise RunError(f"data, batch {run.next_batch}: {error}") from error
 
 
 def _record(run: Run) -> dict[str, Any]:
     saved = Saved(run.config, run.corpus.tokenizer.hash, run.corpus.hash)
-    # The number of the next batch is the whole position in the data.
-    return {"step": run.step, "next_batch": run.step, **saved.as_json()}
+    # The number of the next batch, and those to pass over, are the whole position in the data.
+    position = {"step": run.step, "next_batch": run.next_batch, "passed": run.passed, "streak": run.streak}
+    return {**position, **saved.as_json()}
 
 
 def _evaluate(run: Run, display: Display, stop: Interruption) -> None:
@@ -164,6 +174,14 @@ class _LateReader:
         self._waiting = None
         self._last = None
         self._tokens = self._steps = self._seconds = 0
+        self.last_skip = ""
+        self.too_many: list[int] = []  # batches skipped in a row, once they are as many as rollback_after
+
+    def forget(self) -> None:
+        """What is waiting belongs to a state that is gone."""
+        self._waiting, self.too_many = None, []
+        self._tokens = self._steps = self._seconds = 0
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         self._last = None
@@ -172,15 +190,15 @@ class _LateReader:
         if self._last is None:
             self._last = time.perf_counter()
 
-    def after_step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+    def after_step(self, step: int, number: int, metrics: dict[str, jax.Array], tokens: int) -> None:
         self.flush()
-        self._waiting = (step, metrics, tokens)
+        self._waiting = (step, number, metrics, tokens)
 
     def flush(self) -> None:
-        """Read what is waiting. Raises RunError if the loss is not finite."""
+        """Read what is waiting, and keep run.streak."""
         if self._waiting is None:
             return
-        (step, metrics, tokens), self._waiting = self._waiting, None
+        (step, number, metrics, tokens), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         if self._last is not None:
@@ -188,12 +206,11 @@ class _LateReader:
             self._tokens += tokens
             self._steps += 1
             self._last = now
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise RunError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the newest checkpoint is "
-                "from before this step. Lower optimizer.learning_rate, or raise optimizer.warmup_steps, in a new run"
-            )
         self._display.advance(step)
+        if values["skipped"]:
+            self._skipped(step, number, values)
+            return
+        self._run.streak.clear()
         every = self._run.config.run.log_every
         if every and (step == 1 or step % every == 0):
             rate = self._tokens / self._seconds if self._seconds else 0.0
@@ -208,6 +225,18 @@ class _LateReader:
                 self._run.metrics.write(record)
             self._display.log(record, self._seconds / self._steps if self._steps else None)
             self._tokens = self._steps = self._seconds = 0
+
+
+    def _skipped(self, step: int, number: int, values: dict[str, float]) -> None:
+        self._run.streak.append(number)
+        if len(self._run.streak) >= self._run.config.optimizer.rollback_after:
+            self.too_many = list(self._run.streak)
+        self.last_skip = f"loss {values['loss']:.4g}, gradient {values['grad_norm']:.4g}"
+        # JSON has no NaN: what was seen is told as text.
+        record = {"step": step, "skipped_batch": number, "because": self.last_skip}
+        if jax.process_index() == 0:
+            self._run.metrics.write(record)
+        self._display.note(f"step {step}/{self._run.config.run.steps}  skipped batch {number}: {self.last_skip}")
 
 
 def write_sample(run: Run, display: Display, stop: Interruption) -> None:

@@ -58,6 +58,11 @@ class MetricsFile:
         else:
             self._rewrite()
 
+    def cut(self, step: int) -> None:
+        """Drop what was written after `step`: the run has gone back to it."""
+        self.records = [record for record in self.records if record["step"] <= step]
+        self._rewrite()
+
     def has_evaluation(self, step: int) -> bool:
         return any(record["step"] == step and "eval_loss" in record for record in reversed(self.records))
 

@@ -34,6 +34,8 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
     "optimizer.accumulation_steps": 1,
+    "optimizer.skip_deviations": 0,
+    "optimizer.rollback_after": 1,
     "run.steps": 1,
     "run.seed": 0,
     "run.log_every": 0,

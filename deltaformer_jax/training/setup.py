@@ -25,18 +25,29 @@ from deltaformer_jax.training.tensorboard import check_installed
 
 TOKENIZER_FILE = "tokenizer.json"
 
+# Where in the data a run begins.
+NEW_RECORD = {"step": 0, "next_batch": 0, "passed": [], "streak": []}
+
 
 @dataclasses.dataclass
 class Run:
-    """A run ready to go on: `state` has seen `step` updates, and `metrics` and `checkpoints` agree with it."""
+    """A run ready to go on: `state` has seen `step` batches, and `metrics` and `checkpoints` agree with it.
+
+    `next_batch` is the number of the next one: step, and one more for each in `passed`, the batches that this run never
+    takes. `streak` are the newest ones if they were skipped.
+    """
 
     config: Config
     workdir: epath.Path
     corpus: Corpus | Mixture
     mesh: Mesh
     parts: ModelParts
+    abstract: TrainState
     state: TrainState
     step: int
+    next_batch: int
+    passed: list[int]
+    streak: list[int]
     train_step: Callable  # compiled
     evaluation_step: Callable
     checkpoints: Checkpoints
@@ -126,7 +137,7 @@ def prepare(
             raise ValueError(f"run.steps = {config.run.steps}: the run in {workdir} has made {step}; ask for more")
         checkpoints.drop_after(step)
     else:
-        state, step = create_state(full, parts, shardings), 0
+        state, record, step = create_state(full, parts, shardings), NEW_RECORD, 0
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
@@ -137,8 +148,12 @@ def prepare(
         corpus=corpus,
         mesh=mesh,
         parts=parts,
+        abstract=abstract,
         state=state,
         step=step,
+        next_batch=int(record["next_batch"]),
+        passed=list(record["passed"]),
+        streak=list(record["streak"]),
         train_step=lowered.compile(),
         evaluation_step=make_evaluation_step(parts, mesh),
         checkpoints=checkpoints,

@@ -9,16 +9,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.config import Config, ModelConfig
+from deltaformer_jax.training.guard import Guard, new_guard
 from deltaformer_jax.training.optimiser import make_optimiser
 from deltaformer_jax.training.sharding import partition, replicated
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays; opt_state: optax's; step: int32 [], the number of updates made."""
+    """params: nested dict of float32 arrays; opt_state: optax's; step: int32 [], the number of batches seen, made into
+    an update or skipped; guard: which is which."""
 
     params: Any
     opt_state: Any
     step: jax.Array
+    guard: Guard
 
 
 class ModelParts(NamedTuple):
@@ -81,8 +84,9 @@ def abstract_state(config: Config, parts: ModelParts, mesh: Mesh) -> tuple[Train
     opt_sharding = optax.tree_map_params(
         optimiser, lambda _, sharding: sharding, opt_state, params_sharding, transform_non_params=lambda _: whole
     )
-    shardings = TrainState(params_sharding, opt_sharding, whole)
-    shapes = TrainState(parts.params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+    guard = jax.eval_shape(new_guard)
+    shardings = TrainState(params_sharding, opt_sharding, whole, jax.tree.map(lambda _: whole, guard))
+    shapes = TrainState(parts.params, opt_state, jax.ShapeDtypeStruct((), jnp.int32), guard)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
@@ -98,6 +102,6 @@ def create_state(config: Config, parts: ModelParts, shardings: TrainState) -> Tr
 
     def create(key: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(_make_model(config.model, key)[1])
-        return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
+        return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32), new_guard())
 
     return jax.jit(create, out_shardings=shardings)(jax.random.key(config.run.seed))

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats, counted
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
 from deltaformer_jax.training.sharding import batch_sharding, on_mesh, replicated, rows
@@ -50,7 +51,8 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
     """jit of (state, batch) -> (state, metrics); the old state's memory is given to the new one.
 
     batch: {tokens, targets, segment_ids}, int32 [batch_size, T]. metrics, float32 []: loss (before the update),
-    grad_norm (before clipping), learning_rate (of this update). They stay on the device until someone reads them.
+    grad_norm (before clipping), learning_rate (of this update), skipped (1 where guard.py says no update is made).
+    They stay on the device until someone reads them.
     """
     optimiser = make_optimiser(config.optimizer, parts.decay)
     schedule = learning_rate_schedule(config.optimizer)
@@ -59,13 +61,24 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
         loss, gradient, _ = loss_and_gradient(
             parts, state.params, batch, config.optimizer.accumulation_steps, rows(mesh)
         )
+        norm = optax.tree.norm(gradient)
+        ok = guard.good(state.guard, loss, norm, config.optimizer.skip_deviations)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            # The schedule counts updates, as the optimiser does.
+            "learning_rate": jnp.asarray(schedule(state.guard.made), jnp.float32),
+            "skipped": 1.0 - ok.astype(jnp.float32),
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        new = TrainState(
+            keep(optax.apply_updates(state.params, updates), state.params),
+            keep(opt_state, state.opt_state),
+            state.step + 1,
+            guard.after(state.guard, ok, norm),
+        )
+        return new, metrics
 
     return jax.jit(
         on_mesh(mesh, step),

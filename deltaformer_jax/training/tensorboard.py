@@ -16,10 +16,18 @@ class TensorBoard:
 
     def __init__(self, workdir: epath.PathLike, step: int):
         check_installed()
+        self._folder = str(epath.Path(workdir) / "tensorboard")
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         import tensorboardX
 
-        folder = str(epath.Path(workdir) / "tensorboard")
-        self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+        self._writer = tensorboardX.SummaryWriter(self._folder, purge_step=step + 1, flush_secs=10)
+
+    def cut(self, step: int) -> None:
+        """Drop what was written after `step`: the run has gone back to it."""
+        self._writer.close()
+        self._open(step)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
