@@ -23,6 +23,7 @@ def main() -> None:
     with Interruption() as stop:
         with one_line_errors("train.py"):
             command = parse(sys.argv, str(config_folder() / "tiny.py"), __doc__)
+            from deltaformer_jax.training.checkpoint import SaveError
             from deltaformer_jax.training.dry_run import dry_run
             from deltaformer_jax.training.loop import RunError, train
             from deltaformer_jax.training.setup import new_workdir, prepare
@@ -30,7 +31,7 @@ def main() -> None:
             if command.dry_run:
                 return dry_run(command.config)
             run = prepare(command.config, command.workdir or new_workdir(command.name), print)
-        with one_line_errors("train.py", (RunError,), code=1):
+        with one_line_errors("train.py", (RunError, SaveError), code=1):
             train(run, stop)
 
 

@@ -80,7 +80,7 @@ def files_of(folder):
 def test_any_flipped_byte_is_found(saved):
     draw = random.Random(0)
     files = [file for file in files_of(saved / "3") if file.stat().st_size]
-    for file in files + draw.choices(files, k=20):
+    for file in files + draw.choices(files, k=100):
         original = file.read_bytes()
         damaged = bytearray(original)
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)

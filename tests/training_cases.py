@@ -101,6 +101,17 @@ def read_metrics(workdir, timeless=True):
     return records
 
 
+def read_metrics_of_a_torn_file(workdir):
+    """The whole lines of a file whose last one a full disk may have cut short."""
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def assert_same_bits(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

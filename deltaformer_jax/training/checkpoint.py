@@ -6,8 +6,11 @@ restores flipped bytes without a word.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +23,10 @@ CHECKSUMS = "sha256.json"
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be trusted or doesn't fit the run."""
+
+
+class SaveError(RuntimeError):
+    """A save that failed, a full disk for one: a message for one line."""
 
 
 class Checkpoints:
@@ -57,31 +64,49 @@ class Checkpoints:
         """
         self.wait()
         step = int(run["step"])
-        if jax.process_index() == 0:
-            self._mark(step).write_text("being saved; not whole until this file is gone\n")
-        saved = self._manager.save(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(state),
-                run=self._ocp.args.JsonSave({**run, "arrays": _signatures(state)}),
-            ),
-        )
+        with self._named(step):
+            if jax.process_index() == 0:
+                self._mark(step).write_text("being saved; not whole until this file is gone\n")
+            saved = self._manager.save(
+                step,
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardSave(state),
+                    run=self._ocp.args.JsonSave({**run, "arrays": _signatures(state)}),
+                ),
+            )
         if not saved:
             raise CheckpointError(f"{self.path(step)}: orbax refused to save step {step}; its steps are {self.steps()}")
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
         # In a thread of its own: hashing some gigabytes must not hold up training either.
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_checksums(self.path(step))
-            self._mark(step).unlink()
+        with self._named(step):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_checksums(self.path(step))
+                self._mark(step).unlink()
+
+    @contextlib.contextmanager
+    def _named(self, step: int) -> Iterator[None]:
+        """What orbax and the disk say, as a SaveError that names the step and what there is to go back to."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            whole = [other for other in self.steps() if other != step and (self.path(other) / CHECKSUMS).exists()]
+            left = f"the newest whole checkpoint is {whole[-1]}" if whole else "there is no whole checkpoint"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise SaveError(f"{self.path(step)}: not saved: {reason}; {left}") from error
 
     def wait(self) -> None:
-        """Until the save under way is whole on disk, checksums included."""
+        """Until the save under way is whole on disk, checksums included. Raises SaveError if it failed."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
+
+    def poll(self) -> None:
+        """Raise SaveError if the save under way has failed already; never waits."""
+        if self._sealing is not None and self._sealing.done():
+            self.wait()
 
     def restore_newest(self, abstract: TrainState, note) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole checkpoint; `note(text)` is told of each newer one that was passed over.
@@ -152,6 +177,15 @@ class Checkpoints:
         self.wait()
         self._sealer.shutdown()
         self._manager.close()
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause at the bottom, where an OSError says it best."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    found = re.search(r"No space left on device|Disk quota exceeded", text)
+    return found.group() if found else text[:300]
 
 
 def write_checksums(folder: epath.Path) -> None:

@@ -39,7 +39,11 @@ def train(run: Run, stop: Interruption, *, quiet: bool = False) -> bool:
     with contextlib.closing(run.checkpoints), contextlib.closing(display):
         display.note(describe(run))
         with contextlib.closing(Instruments(run)) as instruments:
-            finished = run_steps(run, display, stop, instruments)
+            try:
+                finished = run_steps(run, display, stop, instruments)
+            except OSError as error:  # metrics.jsonl on a full disk, or a disk that is gone
+                where, what = error.filename or run.workdir, error.strerror or error
+                raise RunError(f"step {run.step}: {where}: {what}") from error
         display.close()
         if finished:
             display.note(f"finished {run.step} steps; saved in {run.checkpoints.path(run.step)}")
@@ -78,9 +82,8 @@ def run_steps(run: Run, display: Display, stop: Interruption, instruments: Instr
     while True:
         done = run.step == settings.steps
         evaluating = settings.eval_every and (done or _due(run.step, settings.eval_every)) and not stop.requested
-        stopping = stop.requested
-        saving = (done or stopping or _due(run.step, settings.checkpoint_every)) and run.step != saved
-        if evaluating or saving:
+        due = done or _due(run.step, settings.checkpoint_every)
+        if evaluating or due or stop.requested:
             reader.flush()
         if reader.too_many:
             rollbacks += 1
@@ -100,12 +103,17 @@ def run_steps(run: Run, display: Display, stop: Interruption, instruments: Instr
             if not run.metrics.has_evaluation(run.step):  # a resumed run may have made it before it stopped
                 _evaluate(run, display, stop)
             reader.restart_clock()
+        stopping = stop.requested
+        if stopping:
+            reader.flush()
+            if reader.too_many:
+                continue
         # In the middle of skipped steps there is nothing worth going back to.
-        if saving and (done or stopping or not run.streak):
+        if (done or stopping or (due and not run.streak)) and run.step != saved:
             run.checkpoints.save(run.state, _record(run))
             saved, rollbacks = run.step, 0
             reader.restart_clock()
-        if done or stopping:
+        if done or (stop.requested and run.step == saved):
             run.checkpoints.wait()
             return done
         number, batch = _next(stream, run)
@@ -115,6 +123,7 @@ def run_steps(run: Run, display: Display, stop: Interruption, instruments: Instr
         run.state, metrics = run.train_step(run.state, on_devices)
         run.step, run.next_batch = run.step + 1, number + 1
         instruments.after_step()
+        run.checkpoints.poll()
         reader.after_step(run.step, number, metrics, int((batch["segment_ids"] > 0).sum()) * jax.process_count())
 
 
