@@ -23,3 +23,13 @@ def test_example_runs_and_has_the_shape_it_says(code):
     exec(code, names)
     for name, shape in re.findall(r"^(\w+)(?:, _)? = .*  # (\[[\d, ]+\])$", code, re.M):
         assert list(names[name].shape) == eval(shape), name
+
+
+def test_the_tests_that_docs_name_exist():
+    text = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"test_\w+\.py", text))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", sources, re.M))
+    assert len(files) > 10 and all((ROOT / "tests" / name).exists() for name in files)
+    named = set(re.findall(r"::(test_\w+)", text))
+    assert named <= defined, named - defined

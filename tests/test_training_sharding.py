@@ -60,7 +60,7 @@ def test_batch_must_divide():
     check_batch(config, make_mesh(MeshConfig(data=2, fsdp=1, tensor=4)))
 
 
-def losses_on(mesh_config, devices, steps=5):
+def losses_on(mesh_config, devices, steps=20):
     config = cases.small_config("", model__vocab_size=64, optimizer__accumulation_steps=2)
     config.mesh = mesh_config
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
