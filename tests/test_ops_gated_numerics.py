@@ -13,8 +13,8 @@ from deltaformer_jax import gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.gated_state import invert_blocks
 
 OPS = [gated_delta_rule, gated_linear_attention]
-# Independent roundings of float32 sums over T steps that magnify none of them add up like √T; 16 covers the operations of
-# a step and the products a gradient passes through.
+# Independent roundings of float32 sums over T steps that magnify none of them add up like √T; 16 covers the operations
+# of a step and the products a gradient passes through.
 ROUNDINGS = 16 * float(jnp.finfo(jnp.float32).eps)
 
 
@@ -143,7 +143,7 @@ def backward_bytes(op, length, width, decay):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_memory_of_the_backward(decay, op):
-    """The law of gated_chunked.py, with groups of √n of the n = T/C chunks: 16 times the tokens take 4 times as much."""
+    """The law of gated_chunked.py, with groups of √n of n = T/C chunks: 16 times the tokens take 4 times as much."""
     width, chunk, heads = 64, 64, 2
     sizes = {length: backward_bytes(op, length, width, decay) for length in (4096, 65536)}
     for length, size in sizes.items():

@@ -7,9 +7,9 @@ What is kept for the backward is the arguments and the state at the start of eac
 groups from the last to the first, makes a group's states again and then its gradients. So beside the arguments and
 their gradients there are, for each of the B·Hv heads,
 
-    (n/G + 3 G) K V numbers, about 4 √(T/C) K V,     and about 8 G C (C + K + V) more of what is inside a group:
+    (n/G + 3 G) K V numbers, about 4 √(T/C) K V,     and 8 G C (C + K + V), or less, of what is inside a group
 
-nothing of T×C, and no state for each chunk.
+(12 with a decay of each channel): nothing of T×C, and no state for each chunk.
 """
 
 from __future__ import annotations

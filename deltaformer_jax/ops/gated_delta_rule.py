@@ -58,8 +58,8 @@ def gated_delta_rule(
       NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
 
     Cost: for "chunked", multiply-adds a token and value head, about C (2 K + 2 V) + 3 K V forward with chunks of C, and
-      two and a half times that backward, which makes the forward's states again; beside arguments, output and gradients
-      O(√(T/C) K V) numbers a head (gated_chunked.py). O(T K V) for the backward of "recurrent".
+      two to three times that backward, which makes the forward's states again; beside arguments, output and gradients
+      O(√(T/C) K V + √(T C) (C + K + V)) numbers a head (gated_chunked.py). The backward of "recurrent" keeps T K V.
 
     Source: Schlag, Irie, Schmidhuber, arXiv 2102.11174 (the delta rule); Yang et al., arXiv 2406.06484 (in chunks);
       Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv 2412.06464 (one decay a head); Kimi Linear, arXiv 2510.26692

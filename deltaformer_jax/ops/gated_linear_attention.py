@@ -53,9 +53,9 @@ def gated_linear_attention(
         within a row when their values are known (under jit those two are undefined).
       NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
 
-    Cost: for "chunked", multiply-adds a token and value head, C (K + V) + 2 K V forward with chunks of C, and two and a
-      half times that backward; beside arguments, output and gradients O(√(T/C) K V) numbers a head (gated_chunked.py).
-      O(T K V) for the backward of "recurrent".
+    Cost: for "chunked", multiply-adds a token and value head, C (K + V) + 2 K V forward with chunks of C, and two to
+      three times that backward; beside arguments, output and gradients O(√(T/C) K V + √(T C) (C + K + V)) numbers a
+      head (gated_chunked.py). The backward of "recurrent" keeps T K V.
 
     Source: Katharopoulos et al., arXiv 2006.16236 (linear attention); Sun et al., RetNet, arXiv 2307.08621; Dao and Gu,
       Mamba-2, arXiv 2405.21060; Yang et al., Gated Linear Attention, arXiv 2312.06635.
