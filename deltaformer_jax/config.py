@@ -46,6 +46,8 @@ class ModelConfig:
     qk_norm: bool = False
     kv_shift: bool = False
     window: int = 0  # softmax attention only; 0: no window
+    forget_gate: bool = False  # softmax attention only: scores fade as the tokens between say
+    sinks: bool = False  # softmax attention only: a trained score of value 0 in each head
     chunk_size: int = 0  # 0: chosen by the op
     implementation: str = ""  # "": chosen by the op
     # DeltaFormer.
@@ -58,6 +60,12 @@ class ModelConfig:
     write_key_norm: str = "auto"
     alpha: str = "off"  # "off", or "sigmoid": of a projection with bias
     beta: str = "sigmoid"  # "sigmoid" or "raw": of a projection with bias; "one": 1 everywhere
+    # Mixers with a memory of fixed size: num_heads heads of queries and keys.
+    num_value_heads: int = 0  # of the delta nets, a multiple of num_heads; 0: num_heads
+    value_dim: int = 0  # 0: head_dim
+    conv_size: int = -1  # tokens of the short convolutions, 0: none; -1: the mixer's own
+    output_gate: str = "auto"  # "on", "off"; "auto": the mixer's own
+    negative_eigenvalues: bool = False  # the delta nets' β in (0, 2) instead of (0, 1)
 
 
 @dataclasses.dataclass

@@ -22,16 +22,35 @@ from flax import nnx
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.layers.delta_former import DeltaFormer
+from deltaformer_jax.layers.delta_net import DeltaNet
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
+from deltaformer_jax.layers.gated_delta_net import GatedDeltaNet
+from deltaformer_jax.layers.gated_linear_attention import GatedLinearAttention
+from deltaformer_jax.layers.kimi_delta_attention import KimiDeltaAttention
+from deltaformer_jax.layers.linear_attention import LinearAttention
 from deltaformer_jax.layers.norms import RMSNorm
+from deltaformer_jax.layers.retention import Retention
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
 
 # What a name in `model.mixers` stands for.
-MIXERS = {"delta_former": DeltaFormer, "softmax_attention": SoftmaxAttention}
+MIXERS = {
+    "delta_former": DeltaFormer,
+    "softmax_attention": SoftmaxAttention,
+    "linear_attention": LinearAttention,
+    "retention": Retention,
+    "gated_linear_attention": GatedLinearAttention,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kimi_delta_attention": KimiDeltaAttention,
+}
 
 # Fields of ModelConfig whose 0 or "" is a mixer's None.
-_ZERO_IS_NONE = ("rope_base", "window", "chunk_size", "implementation", "write_scale", "read_scale")
+_ZERO_IS_NONE = (
+    "rope_base", "window", "chunk_size", "implementation", "write_scale", "read_scale", "num_value_heads", "value_dim",
+)  # fmt: skip
+# Fields whose value means: what the mixer does by itself.
+_MIXERS_OWN = {"conv_size": -1, "output_gate": "auto"}
 
 
 class Block(nnx.Module):
@@ -167,6 +186,11 @@ def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float,
     for field in _ZERO_IS_NONE:
         if field in arguments and not arguments[field]:
             arguments[field] = None
+    for field, own in _MIXERS_OWN.items():
+        if field in arguments and arguments[field] == own:
+            del arguments[field]
+    if "output_gate" in arguments:
+        arguments["output_gate"] = arguments["output_gate"] == "on"
     try:
         return MIXERS[name](
             config.d_model, **arguments, output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs
@@ -196,6 +220,7 @@ def check_config(config: ModelConfig):
         raise ValueError(f"model.norm_epsilon={config.norm_epsilon} must be positive")
     _check_choice("model.compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     _check_choice("model.remat", config.remat, ("none", "block"))
+    _check_choice("model.output_gate", config.output_gate, ("auto", "on", "off"))
     if not isinstance(config.mixers, (tuple, list)) or not config.mixers:
         raise ValueError(f"model.mixers={config.mixers!r} must be a tuple of mixer names or Mixer(name, ...)")
     for mixer in config.mixers:

@@ -33,6 +33,11 @@ def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
     return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
+def product_flops(*kernels: nnx.Param | None) -> float:
+    """2 FLOPs for each number of the kernels of one layer, stacked or not; None counts nothing."""
+    return 2.0 * sum(math.prod(x.shape[-len(x.get_metadata("axes")) :]) for x in kernels if x is not None)
+
+
 class Gate(nnx.Module):
     """g = x W + b, one number per head: x [B,T,d_model] -> [B,T,heads], in float32 whatever x is.
 

@@ -2,19 +2,24 @@
 
     o_t = Σ_{t−window < i ≤ t} softmax_i(q_t · k_i / √K) v_i,        y_t = o_t W_o
 
-Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245.
+With a forgetting gate Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of i, each query head its own; with
+sinks each head has one more score, trained, of value 0.
+
+Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
+et al., arXiv 2503.02130; sinks: Xiao et al., arXiv 2309.17453.
 """
 
 from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.attention_cache import AttentionCache
-from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.parallel import over_devices
@@ -27,7 +32,8 @@ class SoftmaxAttention(nnx.Module):
 
     `window=W` lets a token see itself and the W − 1 before it; None: all. `rope_base=None`: no rotary embedding.
     `qk_norm`: RMSNorm of each query and key head. `kv_shift`: see `kv_shift.py`. `output_scale` multiplies the output
-    kernel's initial values. Parameters are float32, the arithmetic is `dtype`'s, the softmax float32.
+    kernel's initial values. `forget_gate`, `sinks`: as above; the gate starts around 1/2 where its input is 0, so give
+    long contexts its bias time. Parameters are float32, the arithmetic is `dtype`'s, the softmax float32.
     `implementation` goes to `ops.causal_attention`.
 
     Raises ValueError naming the argument for sizes that don't fit.
@@ -35,8 +41,9 @@ class SoftmaxAttention(nnx.Module):
 
     def __init__(
         self, d_model: int, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None = None,
-        rope_base: float | None = 10_000.0, qk_norm: bool = False, kv_shift: bool = False, norm_epsilon: float = 1e-6,
-        output_scale: float = 1.0, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
+        rope_base: float | None = 10_000.0, qk_norm: bool = False, kv_shift: bool = False, forget_gate: bool = False,
+        sinks: bool = False, norm_epsilon: float = 1e-6, output_scale: float = 1.0, implementation: str | None = None,
+        dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1 token")
@@ -48,6 +55,8 @@ class SoftmaxAttention(nnx.Module):
             rngs, (num_heads, head_dim, d_model), ("heads", "head_dim", "embed"),
             fan_in=num_heads * head_dim, scale=output_scale,
         )  # fmt: skip
+        self.forget = Gate(d_model, num_heads, axis="heads", rngs=rngs) if forget_gate else None
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
 
@@ -65,6 +74,10 @@ class SoftmaxAttention(nnx.Module):
         query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
         attend = functools.partial(ops.causal_attention, window=self.window, implementation=self.implementation)
         arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
+        if self.forget is not None:
+            arrays["log_decay"] = jax.nn.log_sigmoid(self.forget(x))
+        if self.sinks is not None:
+            arrays["sinks"] = self.sinks[...]
         if cache is None:
             read = over_devices(attend, arrays)
         else:
@@ -75,13 +88,17 @@ class SoftmaxAttention(nnx.Module):
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row; with a window, a ring of at most `window` slots."""
         slots = capacity if self.window is None else min(capacity, self.window)
-        memory = ops.KVCache.empty(batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype)
+        decay_heads = None if self.forget is None else self.num_heads
+        memory = ops.KVCache.empty(
+            batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype, decay_heads
+        )
         return AttentionCache(memory, self.inputs.empty_tail(batch))
 
     def flops_per_token(self, length: int) -> float:
         """2 d_model K (2 H + 2 G) + 4 H K n, n the mean number of tokens seen: length/2, or W − W²/(2 length) when a
         window W < length cuts it. Forward, the mean over a sequence of `length` tokens; a multiply-add counts 2."""
         projections = 2.0 * self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         return projections + 4.0 * self.num_heads * self.head_dim * mean_tokens_seen(length, self.window)
 
 

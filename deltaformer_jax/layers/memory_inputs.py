@@ -1,0 +1,100 @@
+"""What a recurrent mixer's memory is given, and how its answer comes back: the two ends that all of them share.
+
+    q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)          conv with its SiLU, where the mixer has one
+    y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate where the mixer has one
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.head_norm import HeadNorm
+from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.query_key_value import project
+from deltaformer_jax.layers.short_convolution import ShortConvolution
+
+
+class MemoryInputs(nnx.Module):
+    """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, and the convolutions' tails.
+
+    `conv_size` 0: no convolutions, and tails are (). Raises ValueError, naming the argument, for sizes that don't fit.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, num_value_heads: int, head_dim: int, value_dim: int, *,
+        conv_size: int, dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        sizes = dict(num_heads=num_heads, num_value_heads=num_value_heads, head_dim=head_dim, value_dim=value_dim)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if num_value_heads % num_heads:
+            raise ValueError(f"num_value_heads={num_value_heads} must be a multiple of num_heads={num_heads}")
+        self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
+        self.key = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
+        self.value = kernel(rngs, (d_model, num_value_heads, value_dim), ("embed", "heads", "head_dim"))
+        if conv_size:
+            shapes = [(num_heads, head_dim), (num_heads, head_dim), (num_value_heads, value_dim)]
+            self.convolutions = nnx.List([ShortConvolution(conv_size, *shape, rngs=rngs) for shape in shapes])
+        else:
+            self.convolutions = None
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x, *, segment_ids=None, tails=None):
+        maps = [project(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        if self.convolutions is None:
+            return *maps, ()
+        before = (None, None, None) if tails is None else tails
+        done = [
+            convolution(mapped, segment_ids=segment_ids, tail=tail)
+            for convolution, mapped, tail in zip(self.convolutions, maps, before)
+        ]
+        return *(mapped for mapped, _ in done), tuple(tail for _, tail in done)
+
+    def empty_tails(self, batch: int):
+        """The convolutions' tails before the first token."""
+        if self.convolutions is None:
+            return ()
+        return tuple(convolution.empty_tail(batch, self.dtype) for convolution in self.convolutions)
+
+    def flops_per_token(self) -> float:
+        """The three products, and a multiply-add for each feature and place of a convolution."""
+        convolutions = () if self.convolutions is None else [part.weight for part in self.convolutions]
+        return product_flops(self.query, self.key, self.value, *convolutions)
+
+
+class MemoryOutput(nnx.Module):
+    """(o [B,T,Hv,V], x [B,T,d_model]) -> [B,T,d_model] in `dtype`. `gate`: "", "swish" or "sigmoid".
+
+    `gate_rank` above 0 makes the gate's kernel a product of two, d_model × rank × (Hv V).
+    """
+
+    def __init__(
+        self, d_model: int, heads: int, value_dim: int, *, gate: str, gate_rank: int = 0, epsilon: float,
+        output_scale: float, dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.norm = HeadNorm(value_dim, activation=gate or "swish", epsilon=epsilon)
+        low_rank = bool(gate and gate_rank)
+        self.gate_down = kernel(rngs, (d_model, gate_rank), ("embed", None)) if low_rank else None
+        rows, axis = (gate_rank, None) if low_rank else (d_model, "embed")
+        self.gate = kernel(rngs, (rows, heads, value_dim), (axis, "heads", "head_dim")) if gate else None
+        self.output = kernel(
+            rngs, (heads, value_dim, d_model), ("heads", "head_dim", "embed"),
+            fan_in=heads * value_dim, scale=output_scale,
+        )  # fmt: skip
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, o, x):
+        gate = None
+        if self.gate is not None:
+            rows = x.astype(self.dtype)
+            if self.gate_down is not None:
+                rows = rows @ self.gate_down[...].astype(self.dtype)
+            gate = project(rows, self.gate, self.dtype)
+        read = self.norm(o.astype(self.dtype), gate)
+        return jnp.einsum("bthv,hvd->btd", read, self.output[...].astype(self.dtype))
+
+    def flops_per_token(self) -> float:
+        """The products with the gate's and the output's kernels."""
+        return product_flops(self.gate, self.gate_down, self.output)

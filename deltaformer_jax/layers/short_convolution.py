@@ -1,0 +1,68 @@
+"""A short causal convolution of each feature with itself, as the recurrent mixers put before their memory.
+
+    y_t = silu(Σ_{j=0}^{W−1} w_j ⊙ x_{t−j}),      x_{t−j} = 0 before the first token of a segment
+
+Source: Fu et al., H3, arXiv 2212.14052, section 3; in DeltaNet, Yang et al., arXiv 2406.06484, section 3.3.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.linear import kernel
+
+
+class ShortConvolution(nnx.Module):
+    """x [B,T,H,K] -> (y [B,T,H,K] in x's dtype, the tail for the call with the next tokens, or None).
+
+    `tail` [B,W−1,H,K] holds the last W − 1 real tokens before this call's, the newest last, zeros where there were
+    none; with it, rows hold one document each, contiguous, with padding on either side. w [W, H, K], drawn with fan-in
+    W. Cost: 2 W multiply-adds per feature.
+    Raises ValueError for a width below 1.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, axis: str = "heads", rngs: nnx.Rngs):
+        if width < 1:
+            raise ValueError(f"conv_size={width} must be at least 1 token, or 0 for none")
+        self.weight = kernel(rngs, (width, heads, head_dim), (None, axis, "head_dim"))
+        self.width = width
+
+    def __call__(self, x, *, segment_ids=None, tail=None):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        weight = self.weight[...].astype(wide)
+        time = x.shape[1]
+        real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        x = jnp.where(real[:, :, None, None], x, 0)
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # among the row's real tokens; -1 before the first
+        total = weight[0] * x.astype(wide)
+        for j in range(1, self.width):
+            before = jnp.pad(x, ((0, 0), (j, 0), (0, 0), (0, 0)))[:, :time]
+            if segment_ids is not None:
+                ids = jnp.pad(segment_ids, ((0, 0), (j, 0)))[:, :time]
+                before = jnp.where((ids == segment_ids)[:, :, None, None], before, 0)
+            if tail is not None:
+                # A token of rank r < j sees the tail's slot W − 1 + r − j.
+                slot = jnp.clip(self.width - 1 + rank - j, 0, self.width - 2)
+                older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
+                before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
+            total = total + weight[j] * before.astype(wide)
+        y = jnp.where(real[:, :, None, None], jax.nn.silu(total), 0).astype(x.dtype)
+        return y, None if tail is None else self._next_tail(x, real, rank, tail)
+
+    def empty_tail(self, batch: int, dtype):
+        """No token yet: zeros."""
+        return jnp.zeros((batch, self.width - 1, *self.weight.shape[-2:]), dtype)
+
+    def _next_tail(self, x, real, rank, tail):
+        """The last W − 1 of the tail's tokens followed by the row's real ones."""
+        slots = self.width - 1
+        if slots == 0:
+            return tail
+        count = rank[:, -1:] + 1
+        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)  # ranks; negative ones are in the old tail
+        first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
+        new = jnp.take_along_axis(x, jnp.clip(first + wanted, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
+        old = jnp.take_along_axis(tail, jnp.clip(slots + wanted, 0, slots - 1)[:, :, None, None], axis=1)
+        return jnp.where((wanted >= 0)[:, :, None, None], new.astype(tail.dtype), old)
