@@ -16,9 +16,10 @@ import argparse
 import os
 import statistics
 
-# Two batched triangular solves at once, as in the yardstick's backward, wait for ever for a pool of two threads (jaxlib
-# 0.10.2). Before the first import of jax.
+# Before the first import of jax, for the yardstick's sake. Two batched triangular solves at once, as in its backward,
+# wait for ever for a pool of two threads (jaxlib 0.10.2); and OpenBLAS's threads inside each of them only slow it down.
 os.environ.setdefault("PJRT_NPROC", str(max(4, os.cpu_count())))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -103,19 +104,22 @@ def forms(inputs):
     }
 
 
-def with_gradient(function):
-    """The output's sum and the gradients of all arguments."""
+def program(function, arguments, direction) -> Compiled:
+    """The outputs, and with "forward+backward" the gradients of all arguments, for cotangents given as arguments: they
+    are nobody's temporaries."""
+    if direction == "forward":
+        return Compiled(function, *arguments)
 
-    def run(*arguments):
-        loss = lambda *x: function(*x)[0].sum()
-        return jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))(*arguments)
+    def run(cotangents, *arguments):
+        outputs, pullback = jax.vjp(function, *arguments)
+        return outputs, pullback(cotangents)
 
-    return run
+    cotangents = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+    return Compiled(run, cotangents, *arguments)
 
 
 def table(shape, direction, rounds) -> list[dict]:
-    wrap = with_gradient if direction == "forward+backward" else lambda f: f
-    compiled = {name: Compiled(wrap(f), *arguments) for name, (f, arguments) in forms(draw(shape)).items()}
+    compiled = {name: program(*call, direction) for name, call in forms(draw(shape)).items()}
     times = in_rounds(compiled, rounds)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     best = min((name for name in median if name.startswith("yardstick")), key=median.get)
@@ -126,11 +130,11 @@ def table(shape, direction, rounds) -> list[dict]:
             "direction": direction,
             "ms": 1e3 * median[name],
             "speed": 1 / median_ratio(times, name, best),
-            "temporaries MB": program.temporary_bytes / 1e6,
-            "memory": program.temporary_bytes / compiled[best].temporary_bytes,
-            "compiled in s": program.compile_seconds,
+            "temporaries MB": form.temporary_bytes / 1e6,
+            "memory": form.temporary_bytes / compiled[best].temporary_bytes,
+            "compiled in s": form.compile_seconds,
         }
-        for name, program in compiled.items()
+        for name, form in compiled.items()
         if name == best or not name.startswith("yardstick")
     ]
 
@@ -139,17 +143,17 @@ def length_rows(rounds) -> list[dict]:
     """What grows with T, forward and backward, one row of 4 heads of 64."""
     rows = []
     for length in (4096, 16384, 65536):
-        for name, (function, arguments) in forms(draw((1, length, 4, 64))).items():
+        for name, call in forms(draw((1, length, 4, 64))).items():
             if "head's" not in name and "channel's" not in name:
                 continue
-            program = Compiled(with_gradient(function), *arguments)
-            seconds = statistics.median(in_rounds({name: program}, max(2, rounds // 3))[name])
+            form = program(*call, "forward+backward")
+            seconds = statistics.median(in_rounds({name: form}, max(2, rounds // 3))[name])
             rows.append(
                 {
                     "form": name,
                     "T": length,
                     "ns a token and head": 1e9 * seconds / length / 4,
-                    "temporaries MB": program.temporary_bytes / 1e6,
+                    "temporaries MB": form.temporary_bytes / 1e6,
                 }
             )
     return rows

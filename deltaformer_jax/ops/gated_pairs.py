@@ -144,8 +144,8 @@ def _same_segment(local):
 def _between(log_decay):
     """D [..., C, C] of log_decay [..., C], 0 for j ≥ i: a product with ones, each D a sum over its own gates."""
     causal = _at_or_below(log_decay.shape[-1])
-    later = _keep(~causal.T, log_decay[..., :, None])
-    return dot("il,...lj->...ij", causal.astype(log_decay.dtype), later)
+    until = _keep(causal, log_decay[..., None, :])
+    return dot("...il,lj->...ij", until, (~causal.T).astype(log_decay.dtype))
 
 
 def _keep(visible, x):
