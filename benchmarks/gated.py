@@ -3,10 +3,10 @@
     uv run python benchmarks/gated.py [--rounds 9] [--json FILE]
     taskset -c 0,1 ...                                       on two cores
 
-Two minutes on two cores. The yardstick is the gated delta rule with one decay a head as a `lax.scan` over chunks, W and
-U by `jax.scipy.linalg.solve_triangular`, products at HIGHEST precision, under autodiff; of its chunk sizes the one that
-is fastest for the shape and direction is the one compared with. `speed` is the yardstick's time over the form's, the
-median over rounds in one process (measure.py), so 2 is twice as fast; `memory` the form's temporaries over the
+Three minutes on two cores. The yardstick is the gated delta rule with one decay a head as a `lax.scan` over chunks, W
+and U by `jax.scipy.linalg.solve_triangular`, products at HIGHEST precision, under autodiff; of its chunk sizes the one
+that is fastest for the shape and direction is the one compared with. `speed` is the yardstick's time over the form's,
+the median over rounds in one process (measure.py), so 2 is twice as fast; `memory` the form's temporaries over the
 yardstick's.
 """
 

@@ -36,6 +36,7 @@ BAD = [
     (dict(log_decay=-0.5), ValueError, "log_decay must have shape .* it has float"),
     (dict(log_decay=np.zeros((2, 6, 4), np.int32)), TypeError, "log_decay has dtype int32"),
     (dict(log_decay=zeros(2, 6, 4).at[0, 3, 1].set(0.25)), ValueError, "log_decay holds 0.25: .* at most 0"),
+    (dict(log_decay=zeros(2, 6, 4).at[1, 2, 3].set(-jnp.inf)), ValueError, "log_decay holds -inf or NaN.* pass -1000"),
     (dict(scale=float("inf")), ValueError, "scale=inf: it must be a finite"),
     (dict(initial_state=zeros(2, 2, 8, 5)), ValueError, r"initial_state must have shape .* = \(2, 4, 8, 5\); it has"),
     (dict(initial_state=np.zeros((2, 4, 8, 5), np.int32)), TypeError, "initial_state has dtype int32"),

@@ -40,7 +40,7 @@ def tolerance(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(data=st.data())
 def test_chunks_agree_with_the_recurrence(case, data):
     """Values, final states and all gradients, in float64, over packed rows with NaN in their padding."""
@@ -100,13 +100,14 @@ def test_the_recurrence_matches_numpy(case, x64):
     segment_ids[0, third : 2 * third] = 1
     segment_ids[1, 1:] = 2
     inputs = draw_inputs(case, 3, jnp.float64)
-    actual = jax.jit(lambda inputs: call(case, inputs, "recurrent", segment_ids))(poison(inputs, segment_ids))
+    cotangents = draw_cotangents(case, jnp.float64)
+    actual, _ = compiled(case, "recurrent")(poison(inputs, segment_ids), segment_ids, cotangents)
     for a, b in zip(literal(case, inputs, segment_ids), actual):
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance(case, jnp.float64) * max(np.abs(a).max(), 1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[6], CASES[10]], ids=case_id)
 def test_narrow_dtypes_stay_within_their_rounding(case, dtype):
     """chunked in float32 and bfloat16 against the float64 recurrence on the same (rounded) inputs.
 
@@ -129,20 +130,19 @@ def test_narrow_dtypes_stay_within_their_rounding(case, dtype):
         assert np.all(error <= allowed), f"{name}: {(error - allowed).max():.1e} too much"
 
 
-@pytest.mark.parametrize("implementation", FORMS)
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[10]], ids=case_id)
+@pytest.mark.parametrize("case, implementation", [(CASES[1], "recurrent"), (CASES[2], None), (CASES[10], None)])
 def test_decoding_equals_the_forward(case, implementation, x64):
     """A prompt, with padding on its left, then one token after another from the state: the whole text in one call."""
     inputs = draw_inputs(case, 4, jnp.float64)
     segment_ids = np.ones((2, case.time), np.int32)
     segment_ids[1, :3] = 0
     inputs = poison(inputs, segment_ids)
-    expected, final = call(case, inputs, implementation, segment_ids)
+    step = jax.jit(lambda inputs, ids: call(case, inputs, implementation, ids))
+    expected, final = step(inputs, segment_ids)
     at = lambda tokens: {name: x[:, tokens] for name, x in inputs.items() if name != "initial_state"}
     state, prompt = inputs["initial_state"], case.time - 6
-    out, state = call(case, {**at(slice(0, prompt)), "initial_state": state}, implementation, segment_ids[:, :prompt])
+    out, state = step({**at(slice(0, prompt)), "initial_state": state}, segment_ids[:, :prompt])
     outputs = [out]
-    step = jax.jit(lambda inputs, ids: call(case, inputs, implementation, ids))
     for t in range(prompt, case.time):
         out, state = step({**at(slice(t, t + 1)), "initial_state": state}, jnp.asarray(segment_ids[:, t : t + 1]))
         outputs.append(out)
@@ -151,19 +151,20 @@ def test_decoding_equals_the_forward(case, implementation, x64):
     np.testing.assert_allclose(state, final, rtol=0, atol=bound * np.abs(final).max())
 
 
-def test_a_row_of_padding_keeps_its_state(x64):
+@pytest.mark.parametrize("implementation", FORMS)
+@pytest.mark.parametrize("time", [1, 5])
+def test_a_row_of_padding_keeps_its_state(time, implementation, x64):
     """Decoding a batch of which one row has ended: its token is padding, its state stays."""
-    for time in (1, 5):
-        case = Case(time=time)
-        inputs = draw_inputs(case, 0, jnp.float64)
-        segment_ids = np.repeat([[1], [0]], time, axis=1)
-        for implementation in FORMS:
-            out, state = call(case, poison(inputs, segment_ids), implementation, segment_ids)
-            np.testing.assert_array_equal(out[1], 0)
-            np.testing.assert_array_equal(state[1], inputs["initial_state"][1])
+    case = Case(time=time)
+    inputs = draw_inputs(case, 0, jnp.float64)
+    segment_ids = np.repeat([[1], [0]], time, axis=1)
+    run = jax.jit(lambda inputs, ids: call(case, inputs, implementation, ids))
+    out, state = run(poison(inputs, segment_ids), segment_ids)
+    np.testing.assert_array_equal(out[1], 0)
+    np.testing.assert_array_equal(state[1], inputs["initial_state"][1])
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[10]], ids=case_id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[9]], ids=case_id)
 def test_packed_equals_separate(case, x64):
     """Two documents in a row, padding around them: the outputs of each alone; the first one's from the initial state,
     the second one's final state."""
@@ -171,15 +172,16 @@ def test_packed_equals_separate(case, x64):
     first, second = slice(1, 10), slice(12, case.time - 1)
     segment_ids = np.zeros((2, case.time), np.int32)
     segment_ids[:, first], segment_ids[:, second] = 1, 2
-    out, final = call(case, poison(inputs, segment_ids), "chunked", segment_ids)
+    run = jax.jit(lambda inputs, ids=None: call(case, inputs, "chunked", ids))
+    out, final = run(poison(inputs, segment_ids), segment_ids)
     alone = lambda part: {name: x[:, part] for name, x in inputs.items() if name != "initial_state"}
-    expected_first, _ = call(case, {**alone(first), "initial_state": inputs["initial_state"]}, "chunked")
-    expected_second, expected_final = call(case, alone(second), "chunked")
+    expected_first, _ = run({**alone(first), "initial_state": inputs["initial_state"]})
+    expected_second, expected_final = run(alone(second))
     for a, b in ((expected_first, out[:, first]), (expected_second, out[:, second]), (expected_final, final)):
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance(case, jnp.float64) * max(np.abs(a).max(), 1))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[9]], ids=case_id)
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=case_id)
 def test_without_segments_equals_one_segment(case, x64):
     inputs = draw_inputs(case, 5, jnp.float64)
     cotangents = draw_cotangents(case, jnp.float64)
@@ -212,16 +214,15 @@ def test_one_decay_a_head_is_the_same_decay_of_every_channel(delta, x64):
 
 def test_the_chunk_does_not_matter(x64):
     inputs = draw_inputs(Case(decay="channel", time=70), 9, jnp.float64)
-    run = jax.jit(lambda inputs: [gated_delta_rule(**inputs, chunk_size=size) for size in (None, 1, 12, 16, 1000)])
+    run = jax.jit(lambda inputs: [gated_delta_rule(**inputs, chunk_size=size) for size in (None, 1, 12, 1000)])
     results = run(inputs)
     for result in results[1:]:
         chex.assert_trees_all_close(result, results[0], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
-def test_mapped_over_a_further_axis(decay):
+def test_mapped_over_a_further_axis():
     """vmap, forward and backward, in float32: what a population of models does."""
-    case = Case(decay=decay, time=40, chunk=16)
+    case = Case(decay="channel", time=40, chunk=16)
     inputs = [draw_inputs(case, seed, jnp.float32) for seed in (1, 2, 3)]
     cotangents = draw_cotangents(case, jnp.float32)
 
