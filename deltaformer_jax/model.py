@@ -89,7 +89,8 @@ class LanguageModel(nnx.Module):
 
     An nnx module and a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it as it is. `blocks` holds one
     Block per entry of the pattern, every parameter with a leading axis over the periods. Each parameter carries `axes`,
-    the names of its dimensions without that leading one: "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp".
+    the names of its dimensions without that leading one: "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp",
+    "rank", "conv".
     Parameters are float32; `compute_dtype` holds between them; norms, gates, softmax and logits are float32.
 
     Kernels start as a truncated normal of variance 1 / fan-in; those that end a residual branch are multiplied by

@@ -1,11 +1,19 @@
 """The mixers' cases and what several tests do with them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deltaformer_jax.layers.delta_former import DeltaFormer
+from deltaformer_jax.layers.delta_net import DeltaNet
+from deltaformer_jax.layers.gated_delta_net import GatedDeltaNet
+from deltaformer_jax.layers.gated_linear_attention import GatedLinearAttention
+from deltaformer_jax.layers.kimi_delta_attention import KimiDeltaAttention
+from deltaformer_jax.layers.linear_attention import LinearAttention
+from deltaformer_jax.layers.retention import Retention
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.ops import Round
 
@@ -17,6 +25,8 @@ SOFTMAX_CASES = {
     "window": dict(window=3),
     "no rope": dict(rope_base=None),
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
+    "forgetting": dict(forget_gate=True, rope_base=None),
+    "sinks": dict(forget_gate=True, sinks=True, window=4),
 }
 DELTA_CASES = {
     "key": {},
@@ -36,10 +46,27 @@ CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES
 CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]
 CASE_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in CASES]
 
+# Mixers with a memory of fixed size; HEADS counts their heads of queries and keys.
+MEMORY_CASES = [
+    (LinearAttention, "plain", {}),
+    (Retention, "wide values", dict(value_dim=5)),
+    (Retention, "no rope, no gate", dict(rope_base=None, output_gate=False)),
+    (GatedLinearAttention, "plain", {}),
+    (GatedLinearAttention, "convolutions", dict(conv_size=3, value_dim=5)),
+    (DeltaNet, "plain", {}),
+    (DeltaNet, "all", dict(num_value_heads=8, value_dim=3, output_gate=True, negative_eigenvalues=True, conv_size=2)),
+    (GatedDeltaNet, "plain", {}),
+    (GatedDeltaNet, "no convolutions, grouped", dict(num_value_heads=8, conv_size=0, output_gate=False)),
+    (KimiDeltaAttention, "plain", {}),
+    (KimiDeltaAttention, "wide values", dict(value_dim=8, conv_size=1, negative_eigenvalues=True)),
+]
+MEMORY_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in MEMORY_CASES]
+
 
 def make_mixer(mixer, options, *, dtype=jnp.float32, **sizes):
     """A mixer with random parameters in `dtype`."""
     sizes = dict(d_model=D_MODEL, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM) | sizes
+    sizes = {name: size for name, size in sizes.items() if name in inspect.signature(mixer.__init__).parameters}
     return randomise(lambda: mixer(**sizes, **options, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
 
 

@@ -27,6 +27,10 @@ MODELS = {
             Mixer("delta_former", write_query="query", beta="one"),
         ),
     ),
+    "memories": dict(
+        num_layers=2, implementation="",
+        mixers=("gated_delta_net", Mixer("softmax_attention", forget_gate=True, sinks=True)),
+    ),
 }  # fmt: skip
 
 

@@ -60,11 +60,17 @@ def similarity(kind, scores):
 def softmax_attention(module, x, options):
     q, k, v = inputs(module, x, options)
     out = np.zeros((len(x), HEADS, HEAD_DIM))
+    if options.get("forget_gate"):
+        decay = -np.log1p(np.exp(-(x @ numbers(module.forget.kernel) + numbers(module.forget.bias))))
     for t in range(len(x)):
         first = max(0, t + 1 - options.get("window", len(x)))
         for h in range(HEADS):
             g = h * KV_HEADS // HEADS
-            out[t, h] = similarity("softmax", k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5) @ v[first : t + 1, g]
+            scores = k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5
+            if options.get("forget_gate"):
+                scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
+            sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0
+            out[t, h] = np.exp(scores) @ v[first : t + 1, g] / (np.exp(scores).sum() + sink)
     return np.einsum("thk,hkd->td", out, numbers(module.output))
 
 

@@ -5,19 +5,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers_cases import CASE_IDS, CASES, D_MODEL, LENGTH, PLAN, PLAN_LENGTHS, ROWS, feed, make_mixer, normal, outputs
+from layers_cases import (
+    CASE_IDS,
+    CASES,
+    D_MODEL,
+    LENGTH,
+    MEMORY_CASES,
+    MEMORY_IDS,
+    PLAN,
+    PLAN_LENGTHS,
+    ROWS,
+    feed,
+    make_mixer,
+    normal,
+    outputs,
+)  # fmt: skip
 
 from deltaformer_jax.layers.delta_former import DeltaFormer
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
 
 SIZES = dict(rtol=1e-9, atol=1e-10)
+ALL = CASES + MEMORY_CASES
 
 
 def case(index):
     """A float64 mixer and its input."""
-    mixer, _, options = CASES[index]
-    module = make_mixer(mixer, options | {"implementation": "parallel"}, dtype=jnp.float64)
+    mixer, _, options = ALL[index]
+    if index < len(CASES):
+        options = options | {"implementation": "parallel"}
+    module = make_mixer(mixer, options, dtype=jnp.float64)
     return module, jnp.asarray(normal((ROWS, LENGTH, D_MODEL)))
 
 
@@ -29,7 +46,7 @@ def loss(module, x, weight, ids):
 gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=CASE_IDS)
+@pytest.mark.parametrize("index", range(len(ALL)), ids=CASE_IDS + MEMORY_IDS)
 def test_prefill_and_decode(index):
     with jax.enable_x64(True):
         module, x = case(index)
@@ -41,7 +58,7 @@ def test_prefill_and_decode(index):
             np.testing.assert_allclose(parts[row], expected[row, :length], **SIZES)
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=CASE_IDS)
+@pytest.mark.parametrize("index", range(len(ALL)), ids=CASE_IDS + MEMORY_IDS)
 def test_packed_documents_and_padding(index):
     """Two documents in a row, padding that holds NaN before, between and after: outputs and gradients of each alone."""
     with jax.enable_x64(True):

@@ -34,7 +34,11 @@ def test_mlp_dim():
     assert mlp_dim(ModelConfig(mlp_dim=100)) == 100
 
 
-@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+# The memories have no parallel form: test_layers_memory.py counts theirs.
+ATTENTION = {name: fields for name, fields in MODELS.items() if name != "memories"}
+
+
+@pytest.mark.parametrize("fields", ATTENTION.values(), ids=ATTENTION)
 def test_flops_are_those_of_the_parallel_form(fields):
     model = make_model(**fields | dict(implementation="parallel"))
     windowed = model.blocks[-1].mixer if fields == {} else None

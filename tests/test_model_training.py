@@ -23,7 +23,7 @@ from model_cases import (
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
 
-AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
+AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "rank", "conv"}
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)

@@ -105,12 +105,19 @@ def test_bad_arguments(squares, tmp_path, capsys):
     assert "x squared" in capsys.readouterr().out
 
 
+def test_the_mixers_parameters_are_equal():
+    for quick in (True, False):
+        sizes = {cell["label"]: cell["parameters"] for cell in mixers.cells(quick)}
+        assert sizes.keys() == mixers.PATTERNS.keys() and max(sizes.values()) < 1.02 * min(sizes.values()), sizes
+
+
 def test_mixers(monkeypatch, tmp_path):
-    """Every mixer for three steps; parameters equal within a hundredth."""
+    """Two of them for three steps."""
+    few = ("DeltaFormer", "Gated DeltaNet")
+    monkeypatch.setattr(mixers, "PATTERNS", {label: mixers.PATTERNS[label] for label in few})
     monkeypatch.setattr(mixers, "QUICK", {**mixers.QUICK, "d_model": 32, "num_heads": 1, "steps": 3, "batch_size": 2})
     assert program.reproduce("mixers", epath.Path(tmp_path), quick=True)
     saved = json.loads((tmp_path / "mixers.json").read_text())
-    sizes = [cell["settings"]["parameters"] for cell in saved["cells"]]
-    assert len(sizes) == len(mixers.PATTERNS) and max(sizes) < 1.02 * min(sizes)
+    assert [cell["settings"]["label"] for cell in saved["cells"]] == list(few)
     assert all(cell["result"]["eval_bits_per_byte"] < 9 for cell in saved["cells"])
     assert (tmp_path / "mixers.png").exists()

@@ -52,8 +52,8 @@ class ChannelDecay(nnx.Module):
     """x [B,T,d_model] -> g [B,T,heads,width], at most 0, W = W₁ W₂ of rank `rank`, A one number a head."""
 
     def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
-        self.down = kernel(rngs, (d_model, rank), ("embed", None))
-        self.up = kernel(rngs, (rank, heads, width), (None, "heads", "head_dim"))
+        self.down = kernel(rngs, (d_model, rank), ("embed", "rank"))
+        self.up = kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
 

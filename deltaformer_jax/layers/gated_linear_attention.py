@@ -44,8 +44,8 @@ class GatedLinearAttention(nnx.Module):
         self.inputs = MemoryInputs(
             d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
         )
-        self.decay_down = kernel(rngs, (d_model, RANK), ("embed", None))
-        self.decay_up = kernel(rngs, (RANK, num_heads, head_dim), (None, "heads", "head_dim"))
+        self.decay_down = kernel(rngs, (d_model, RANK), ("embed", "rank"))
+        self.decay_up = kernel(rngs, (RANK, num_heads, head_dim), ("rank", "heads", "head_dim"))
         self.decay_bias = nnx.Param(
             jnp.zeros((num_heads, head_dim), jnp.float32), axes=("heads", "head_dim"), decay=False
         )

@@ -76,8 +76,8 @@ class MemoryOutput(nnx.Module):
     ):  # fmt: skip
         self.norm = HeadNorm(value_dim, activation=gate or "swish", epsilon=epsilon)
         low_rank = bool(gate and gate_rank)
-        self.gate_down = kernel(rngs, (d_model, gate_rank), ("embed", None)) if low_rank else None
-        rows, axis = (gate_rank, None) if low_rank else (d_model, "embed")
+        self.gate_down = kernel(rngs, (d_model, gate_rank), ("embed", "rank")) if low_rank else None
+        rows, axis = (gate_rank, "rank") if low_rank else (d_model, "embed")
         self.gate = kernel(rngs, (rows, heads, value_dim), (axis, "heads", "head_dim")) if gate else None
         self.output = kernel(
             rngs, (heads, value_dim, d_model), ("heads", "head_dim", "embed"),

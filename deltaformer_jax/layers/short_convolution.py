@@ -26,7 +26,7 @@ class ShortConvolution(nnx.Module):
     def __init__(self, width: int, heads: int, head_dim: int, *, axis: str = "heads", rngs: nnx.Rngs):
         if width < 1:
             raise ValueError(f"conv_size={width} must be at least 1 token, or 0 for none")
-        self.weight = kernel(rngs, (width, heads, head_dim), (None, axis, "head_dim"))
+        self.weight = kernel(rngs, (width, heads, head_dim), ("conv", axis, "head_dim"))
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
