@@ -1,0 +1,98 @@
+"""A kernel launch as data, so that one description serves three readers: JAX runs it, a test interprets it on the CPU,
+and a compiler without a GPU turns it into machine code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """An array a kernel fills. `zeroed`: it is 0 before the kernel starts."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    zeroed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """kernel[grid](*arrays, *scalars, *outputs, **constants); scalars are ints or np.float32."""
+
+    kernel: triton.JITFunction
+    arrays: tuple
+    outputs: tuple[Output, ...]
+    scalars: tuple
+    grid: int
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+
+
+# The names of Triton's types.
+_TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "int32": "i32",
+}
+
+
+def type_name(dtype) -> str:
+    """Triton's name of an array's or a scalar's type."""
+    return _TYPES[np.dtype(dtype).name]
+
+
+def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array]:
+    """The launch's outputs, as part of a JAX program for an NVIDIA GPU.
+
+    `compute_capability` (90 for an H100) is asked of the device unless given; without a device it has to be.
+    Raises NotImplementedError under jvp and vmap: derivatives and folded batches are the callers' business (delta.py).
+    """
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *launch.arrays,
+        *launch.scalars,
+        kernel=launch.kernel,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in launch.outputs],
+        grid=(launch.grid,),
+        name=launch.kernel.__name__,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        compute_capability=compute_capability,
+        zeroed_outputs=tuple(i for i, x in enumerate(launch.outputs) if x.zeroed),
+        **launch.constants,
+    )
+
+
+def compile_for(launch: Launch, compute_capability: int):
+    """Triton's compiled kernel for that architecture (80, 90, 100, 120); needs no GPU. `.asm` has "ptx" and "cubin".
+
+    `launch.arrays` may be `jax.ShapeDtypeStruct`s.
+    """
+    arguments = [*launch.arrays, *launch.scalars, *launch.outputs]
+    names = launch.kernel.arg_names[: len(arguments)]
+    signature, attributes = {}, {}
+    for i, (name, x) in enumerate(zip(names, arguments)):
+        if isinstance(x, int):
+            signature[name] = "i32"
+        elif isinstance(x, np.float32):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*" + type_name(x.dtype)
+            # JAX's arrays begin at multiples of 16 bytes.
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(launch.constants, "constexpr")
+    source = ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)

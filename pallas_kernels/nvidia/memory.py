@@ -1,0 +1,59 @@
+"""Tiles of rows in and out of arrays [B, T, heads, width], read where they lie: no copy puts heads first."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_base(x, batch, head, T, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first element of a head of x [B, T, HEADS, WIDTH]."""
+    return x + (tl.cast(batch, tl.int64) * T * HEADS + head) * WIDTH
+
+
+@triton.jit
+def tile_pointers(base, start, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] pointers to rows `start`…; 64-bit only where a long context needs it."""
+    base += tl.cast(start, tl.int64) * STRIDE
+    return base + tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def tile_mask(start, T, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    return ((start + tl.arange(0, ROWS))[:, None] < T) & (tl.arange(0, BLOCK)[None, :] < WIDTH)
+
+
+@triton.jit
+def load_tile(
+    base, start, T, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Rows start … start + ROWS, 0 past T and past the width. WHOLE: the caller knows that they all lie before T."""
+    pointers = tile_pointers(base, start, STRIDE, ROWS, BLOCK)
+    if WHOLE:
+        if WIDTH == BLOCK:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=tl.arange(0, BLOCK)[None, :] < WIDTH, other=0.0)
+    else:
+        return tl.load(pointers, mask=tile_mask(start, T, WIDTH, ROWS, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, start, T, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    pointers = tile_pointers(base, start, STRIDE, ROWS, BLOCK)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=tile_mask(start, T, WIDTH, ROWS, BLOCK))
+
+
+@triton.jit
+def load_row(base, start, T, ROWS: tl.constexpr):
+    """Numbers start … start + ROWS of a contiguous row of T; 0 past its end."""
+    index = start + tl.arange(0, ROWS)
+    return tl.load(base + index, mask=index < T, other=0)
+
+
+@triton.jit
+def store_row(base, start, T, numbers, ROWS: tl.constexpr):
+    index = start + tl.arange(0, ROWS)
+    tl.store(base + index, numbers, mask=index < T)

@@ -1,0 +1,141 @@
+"""The write, u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i: one kernel for all blocks of rows of all heads.
+
+A block streams the earlier columns as flash attention does, following its head's earlier blocks as they get ready
+(order.py). While the last of them is still at work it goes through that block's and its own scores, which need no u:
+the softmax sums are complete, and its own triangular system is inverted. What then remains between one block and the
+next is two products and a substitution.
+"""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
+from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
+from pallas_kernels.nvidia.solve import prepare, solve
+from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum
+
+
+@triton.jit
+def score_tile(
+    rows, k, columns, row_segments, segments, T, scale, highest, total, strict,
+    HAS_SEGMENTS: tl.constexpr, STRICT: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`absorb` of one tile of columns."""
+    keys = load_tile(k, columns, T, STRIDE, K, COLUMNS, BLOCK_K, WHOLE)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale
+    visible = strict
+    if HAS_SEGMENTS:
+        same = row_segments[:, None] == load_row(segments, columns, T, COLUMNS)[None, :]
+        if STRICT:
+            visible = strict & same
+        else:
+            visible = same
+    return absorb(scores, visible, highest, total, SIMILARITY, POWER, HAS_SEGMENTS or STRICT)
+
+
+@triton.jit
+def stream(
+    rows, k, u, start, stop, row_segments, segments, T, scale, highest, total, weighted,
+    HAS_SEGMENTS: tl.constexpr, K_STRIDE: tl.constexpr, K: tl.constexpr, U_STRIDE: tl.constexpr, V: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running sums Σ κ u over columns start … stop, all of them before T and before the rows."""
+    for columns in tl.range(start, stop, COLUMNS):
+        weights, highest, total, shrink = score_tile(
+            rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
+            HAS_SEGMENTS, False, True, K_STRIDE, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
+        values = load_tile(u, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, True)
+        if SIMILARITY == "softmax":
+            weighted *= shrink[:, None]
+        weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
+    return highest, total, weighted
+
+
+@triton.jit
+def write_forward(
+    w, k, v, alpha, beta, segments, first, T, scale, u, operand, lse, counters,
+    B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, NARROW: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], v [B,T,KV_HEADS,V], alpha, beta [B,HEADS,T], segments [B,T],
+    first [B,blocks] -> u [B,T,HEADS,V] float32, operand (NARROW: u again, in v's dtype), lse [B,HEADS,T] in base 2."""
+    blocks = tl.cdiv(T, ROWS)
+    n, block = draw(counters, B * HEADS, GROUP, blocks)
+    batch, head = n // HEADS, n % HEADS
+    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
+    u = head_base(u, batch, head, T, HEADS, V)
+    if NARROW:
+        operand = head_base(operand, batch, head, T, HEADS, V)
+    else:
+        operand = u
+    start = block * ROWS
+    rows = load_tile(head_base(w, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
+    earliest = 0
+    row_segments = start
+    if HAS_SEGMENTS:
+        segments += batch.to(tl.int64) * T
+        row_segments = load_row(segments, start, T, ROWS)
+        earliest = tl.load(first + batch * blocks + block) // COLUMNS * COLUMNS
+    highest = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS, BLOCK_V], tl.float32)
+
+    # All but the last of the earlier blocks, as they get ready.
+    last_start = tl.maximum(start - ROWS, earliest)
+    columns = earliest
+    while columns < last_start:
+        ready = tl.minimum(done_blocks(counters + 1 + n) * ROWS, last_start)
+        highest, total, weighted = stream(
+            rows, k, operand, columns, ready, row_segments, segments, T, scale, highest, total, weighted,
+            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
+            SCORE_PRECISION, PRECISION,
+        )  # fmt: skip
+        columns = tl.maximum(columns, ready)
+
+    # The softmax sums need no u: complete them, and invert, before the last block is ready.
+    if SIMILARITY == "softmax":
+        before = highest
+        for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
+            weights, highest, total, shrink = score_tile(
+                rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
+                HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+            )  # fmt: skip
+    strict = tl.arange(0, ROWS)[:, None] > tl.arange(0, ROWS)[None, :]
+    own, highest, total, shrink = score_tile(
+        rows, k, start, row_segments, segments, T, scale, highest, total, strict,
+        HAS_SEGMENTS, True, False, KV_HEADS * K, K, ROWS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+    )  # fmt: skip
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_BETA:
+        factor = load_row(beta + n.to(tl.int64) * T, start, T, ROWS)
+    if SIMILARITY == "softmax":
+        factor *= inverse_or_zero(total)
+        weighted *= tl.exp2(before - highest)[:, None]
+        store_row(lse + n.to(tl.int64) * T, start, T, log_sum(highest, total), ROWS)
+    upper, below, lower = prepare(own * factor[:, None], ROWS, HALVES, PRECISION)
+
+    wait_for(counters + 1 + n, block)
+    for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
+        weights, highest, total, shrink = score_tile(
+            rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
+            HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
+        values = load_tile(operand, columns, T, HEADS * V, V, COLUMNS, BLOCK_V, True)
+        weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
+    target = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+    if HAS_ALPHA:
+        target *= load_row(alpha + n.to(tl.int64) * T, start, T, ROWS)[:, None]
+    target -= factor[:, None] * weighted
+    solved = solve(upper, below, lower, target, ROWS, BLOCK_V, HALVES, PRECISION)
+    if NARROW:
+        store_tile(operand, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
+    store_tile(u, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
+    publish(counters + 1 + n, block + 1)

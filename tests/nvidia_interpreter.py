@@ -1,0 +1,76 @@
+"""Runs descriptions of kernel launches (pallas_kernels/nvidia/launch.py) on the CPU, through Triton's interpreter.
+
+The interpreter has to be chosen before Triton is first imported (TRITON_INTERPRET=1), so the tests start this file as a
+program of its own; it reads one pickle from its standard input and writes one to its standard output. Arrays are NumPy's.
+"""
+
+import os
+import pickle
+import sys
+import types
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from triton.runtime import interpreter
+
+from pallas_kernels.nvidia.launch import Launch, type_name
+
+
+class _Executor(interpreter.GridExecutor):
+    """The interpreter's own, for arguments that are in the CPU's memory already and no torch tensors."""
+
+    def _init_args_hst(self, arguments, named):
+        return arguments, named
+
+    def _restore_args_dev(self, *_):
+        pass
+
+
+def _index_by_item(patch):
+    """NumPy 2.4 refuses int() of an array of one number, which Triton 3.6's interpreter asks for."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patched
+
+
+interpreter._patch_lang_tensor = _index_by_item(interpreter._patch_lang_tensor)
+
+
+def _pointer(array):
+    return types.SimpleNamespace(data_ptr=lambda: array.ctypes.data, dtype=type_name(array.dtype))
+
+
+def interpret(launch: Launch) -> list[np.ndarray]:
+    """The launch's outputs. What it should fill itself starts as NaN, or as a number that is no answer."""
+    arrays = [np.ascontiguousarray(x) for x in launch.arrays]
+    outputs = []
+    for output in launch.outputs:
+        dtype = np.dtype(output.dtype)
+        fill = 0 if output.zeroed else (-(10**6) if np.issubdtype(dtype, np.integer) else np.nan)
+        outputs.append(np.full(output.shape, fill, dtype))
+    scalars = [float(x) if isinstance(x, np.floating) else x for x in launch.scalars]
+    kernel = launch.kernel
+    _Executor(kernel.rewrite(), kernel.arg_names, (launch.grid,))(
+        *map(_pointer, arrays), *scalars, *map(_pointer, outputs), **launch.constants
+    )
+    return outputs
+
+
+def main():
+    with jax.enable_x64(False):
+        pass
+    from pallas_kernels.nvidia import delta
+
+    name, arguments, settings = pickle.load(sys.stdin.buffer)
+    result = getattr(delta, name)(*arguments, **settings, run=interpret)
+    pickle.dump(jax.tree.map(np.asarray, result), sys.stdout.buffer)
+
+
+if __name__ == "__main__":
+    main()
