@@ -141,12 +141,13 @@ def backward_bytes(op, length, width, decay):
 
 @pytest.mark.parametrize("op, decay", EACH)
 def test_memory_of_the_backward(op, decay):
-    """The law of gated_chunked.py, with groups of √n of n = T/C chunks: 16 times the tokens take 4 times as much."""
+    """The law of gated_chunked.py, for groups of G = √(n/3) of n = T/C chunks: 16 times the tokens, 4 times as much."""
     width, chunk, heads = 64, 64, 2
     sizes = {length: backward_bytes(op, length, width, decay) for length in (4096, 65536)}
     for length, size in sizes.items():
-        group = (length // chunk) ** 0.5
-        states = 4 * group * width * width
+        chunks = length // chunk
+        group = (chunks / 3) ** 0.5
+        states = (chunks / group + 3 * group) * width * width
         rows = (12 if decay == "channel" else 8) * group * chunk * (chunk + 2 * width)
         assert size < 4 * heads * (states + rows)
     # A state for each chunk, to say nothing of more, would take 8 times as much.

@@ -1,13 +1,14 @@
 """The gated ops in chunks, with a backward of their own: the form that trains on every platform.
 
-T is cut into chunks of C tokens, and the n = T/C chunks into groups of G ≈ √n. A scan over the groups does, for all
-chunks of a group at once, what needs no state (gated_pairs), and lets the state through them one by one (gated_state).
+T is cut into chunks of C tokens, and the n = T/C chunks into groups of G ≈ √(n/3). A scan over the groups does, for
+all chunks of a group at once, what needs no state (gated_pairs), and lets the state through them one by one
+(gated_state).
 
 What is kept for the backward is the arguments and the state at the start of each group. The backward goes through the
 groups from the last to the first, makes a group's states again and then its gradients. So beside the arguments and
 their gradients there are, for each of the B·Hv heads,
 
-    (n/G + 3 G) K V numbers, about 4 √(T/C) K V,     and 8 G C (C + K + V), or less, of what is inside a group
+    (n/G + 3 G) K V numbers, about 3.5 √(T/C) K V,     and 8 G C (C + K + V), or less, of what is inside a group
 
 (12 with a decay of each channel): nothing of T×C, and no state for each chunk.
 """
@@ -43,8 +44,8 @@ def chunk_rows(chunk_size: int, length: int) -> int:
 
 
 def chunks_of_a_group(chunks: int) -> int:
-    """About the square root, with as little as possible to pad at the end."""
-    root = math.sqrt(chunks)
+    """About √(n/3), which makes n/G + 3 G least, with as little as possible to pad at the end."""
+    root = math.sqrt(chunks / 3)
     sizes = range(max(1, math.ceil(root / 1.5)), max(1, math.floor(root * 1.5)) + 1)
     return min(sizes, key=lambda size: (-(-chunks // size) * size, abs(size - root)))
 
