@@ -13,7 +13,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from pallas_kernels.nvidia.launch import Launch, type_name
@@ -40,6 +43,30 @@ def _index_by_item(patch):
 
 
 interpreter._patch_lang_tensor = _index_by_item(interpreter._patch_lang_tensor)
+
+
+def _numbers(handle):
+    """The numbers of an interpreter's tensor in float32; it keeps bfloat16 as its bits."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return handle.data.view(jnp.bfloat16).astype(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _to_tf32(x):
+    """float32 rounded to TF32's ten bits of fraction."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """A product as the tensor cores make it: the interpreter's own multiplies bits of bfloat16, and ignores TF32."""
+    left, right = _numbers(a), _numbers(b)
+    if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
+        left, right = _to_tf32(left), _to_tf32(right)
+    return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def _pointer(array):

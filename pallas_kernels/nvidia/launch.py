@@ -96,3 +96,8 @@ def compile_for(launch: Launch, compute_capability: int):
     source = ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
+
+
+def device_capability() -> int:
+    """The compute capability of the first NVIDIA device, 90 for an H100. Raises RuntimeError where there is none."""
+    return int(round(float(jax.devices("cuda")[0].compute_capability) * 10))

@@ -4,6 +4,12 @@ A block streams the earlier columns as flash attention does, following its head'
 (order.py). While the last of them is still at work it goes through that block's and its own scores, which need no u:
 the softmax sums are complete, and its own triangular system is inverted. What then remains between one block and the
 next is two products and a substitution.
+
+TIED: one softmax writes and reads (w = q). With the write's sums over i < t the same pass gives
+
+    s_t = Σ_{i<t} P_ti u_i,    o_t = (1 − π_t) s_t + π_t u_t,    π_t = e^{s_tt} / (e^{s_tt} + Σ_{i<t} e^{s_ti})
+
+where π and 1 − π are two sigmoids, each computed by itself: neither cancels, whatever dominates the row.
 """
 
 import triton
@@ -12,7 +18,7 @@ import triton.language as tl
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
 from pallas_kernels.nvidia.solve import prepare, solve
-from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum
+from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum, weights_again
 
 
 @triton.jit
@@ -57,31 +63,37 @@ def stream(
 
 @triton.jit
 def write_forward(
-    w, k, v, alpha, beta, segments, first, T, scale, u, operand, lse, counters,
+    w, k, v, alpha, beta, segments, first, T, scale,
+    u, operand, lse, counters, out, summary, share, rest,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, NARROW: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
+    COPY: tl.constexpr, TIED: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], v [B,T,KV_HEADS,V], alpha, beta [B,HEADS,T], segments [B,T],
-    first [B,blocks] -> u [B,T,HEADS,V] float32, operand (NARROW: u again, in v's dtype), lse [B,HEADS,T] in base 2."""
+    first [B,blocks]: the first column that a block's first row sees ->
+    u [B,T,HEADS,V] float32; operand: u again, narrow (COPY: stored, NARROW: read again here); lse [B,HEADS,T], base 2;
+    TIED: out, summary [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in it for softmax."""
     blocks = tl.cdiv(T, ROWS)
     n, block = draw(counters, B * HEADS, GROUP, blocks)
     batch, head = n // HEADS, n % HEADS
+    row = tl.cast(n, tl.int64) * T
     k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
     v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
     u = head_base(u, batch, head, T, HEADS, V)
-    if NARROW:
+    if COPY:
         operand = head_base(operand, batch, head, T, HEADS, V)
+    if NARROW:
+        source = operand
     else:
-        operand = u
+        source = u
     start = block * ROWS
     rows = load_tile(head_base(w, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
     earliest = 0
     row_segments = start
     if HAS_SEGMENTS:
-        segments += batch.to(tl.int64) * T
+        segments += tl.cast(batch, tl.int64) * T
         row_segments = load_row(segments, start, T, ROWS)
         earliest = tl.load(first + batch * blocks + block) // COLUMNS * COLUMNS
     highest = tl.full([ROWS], LOWEST, tl.float32)
@@ -94,7 +106,7 @@ def write_forward(
     while columns < last_start:
         ready = tl.minimum(done_blocks(counters + 1 + n) * ROWS, last_start)
         highest, total, weighted = stream(
-            rows, k, operand, columns, ready, row_segments, segments, T, scale, highest, total, weighted,
+            rows, k, source, columns, ready, row_segments, segments, T, scale, highest, total, weighted,
             HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
             SCORE_PRECISION, PRECISION,
         )  # fmt: skip
@@ -115,27 +127,48 @@ def write_forward(
     )  # fmt: skip
     factor = tl.full([ROWS], 1.0, tl.float32)
     if HAS_BETA:
-        factor = load_row(beta + n.to(tl.int64) * T, start, T, ROWS)
+        factor = load_row(beta + row, start, T, ROWS)
     if SIMILARITY == "softmax":
         factor *= inverse_or_zero(total)
         weighted *= tl.exp2(before - highest)[:, None]
-        store_row(lse + n.to(tl.int64) * T, start, T, log_sum(highest, total), ROWS)
+        store_row(lse + row, start, T, log_sum(highest, total), ROWS)
     upper, below, lower = prepare(own * factor[:, None], ROWS, HALVES, PRECISION)
 
     wait_for(counters + 1 + n, block)
     for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
-        weights, highest, total, shrink = score_tile(
+        # These columns are in the sums already: of what comes back only the weights are new.
+        weights, same_highest, twice, shrink = score_tile(
             rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
             HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
-        values = load_tile(operand, columns, T, HEADS * V, V, COLUMNS, BLOCK_V, True)
+        values = load_tile(source, columns, T, HEADS * V, V, COLUMNS, BLOCK_V, True)
         weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
     target = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
     if HAS_ALPHA:
-        target *= load_row(alpha + n.to(tl.int64) * T, start, T, ROWS)[:, None]
+        target *= load_row(alpha + row, start, T, ROWS)[:, None]
     target -= factor[:, None] * weighted
     solved = solve(upper, below, lower, target, ROWS, BLOCK_V, HALVES, PRECISION)
-    if NARROW:
+    if COPY:
         store_tile(operand, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
     store_tile(u, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
     publish(counters + 1 + n, block + 1)
+
+    if TIED:
+        keys = load_tile(k, start, T, KV_HEADS * K, K, ROWS, BLOCK_K, False)
+        scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
+        visible = strict
+        if HAS_SEGMENTS:
+            visible = strict & (row_segments[:, None] == load_row(segments, start, T, ROWS)[None, :])
+        log_total = log_sum(highest, total)
+        own = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
+        past = weighted * inverse_or_zero(total)[:, None] + tl.dot(own, solved, input_precision=PRECISION)
+        excess = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], scores, 0.0), 1) - log_total
+        seen = total > 0
+        # Without a past all of the row's weight is its own.
+        own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
+        past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
+        store_row(share + row, start, T, own_share, ROWS)
+        store_row(rest + row, start, T, past_share, ROWS)
+        store_tile(head_base(summary, batch, head, T, HEADS, V), start, T, past, HEADS * V, V, ROWS, BLOCK_V)
+        read = past_share[:, None] * past + own_share[:, None] * solved
+        store_tile(head_base(out, batch, head, T, HEADS, V), start, T, read, HEADS * V, V, ROWS, BLOCK_V)
