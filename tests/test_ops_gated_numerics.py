@@ -10,7 +10,7 @@ import pytest
 from gated_cases import Case, call, draw_cotangents, draw_inputs
 
 from deltaformer_jax import gated_delta_rule, gated_linear_attention
-from deltaformer_jax.ops.gated_state import invert_blocks
+from deltaformer_jax.ops.triangular import invert_blocks
 
 EVERY = [(gated_delta_rule, "head"), (gated_delta_rule, "channel"), (gated_linear_attention, "channel")]
 # Each op and each decay once, where a test is long.

@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deltaformer_jax.ops.triangular import halves, join_blocks
+
 
 class Pairs(NamedTuple):
     """Of chunks "...": with a decay of each channel `enter` and `leave` are in the arrays and these two are None, as
@@ -107,19 +109,6 @@ def channel_pairs(k, q, log_decay, local, delta) -> Pairs:
         )
     k_reads = k * enter if delta else None
     return Pairs(kk, qk, k_reads, q * enter, k * leave, None, None, jnp.swapaxes(total, -1, -2))
-
-
-def halves(x):
-    """[..., 2m, ., .] -> two of [..., m, ., .]: the first and the second block of each pair."""
-    return x[..., 0::2, :, :], x[..., 1::2, :, :]
-
-
-def join_blocks(diagonal, below):
-    """[..., 2m, b, b] and [..., m, b, b] -> [..., m, 2b, 2b]: [[first, 0], [below, second]] of each pair of blocks."""
-    first, second = halves(diagonal)
-    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-    lower = jnp.concatenate([below, second], axis=-1)
-    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def dot(equation, a, b):

@@ -23,7 +23,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.gated_pairs import Pairs, dot, halves, join_blocks, row_dots
+from deltaformer_jax.ops.gated_pairs import Pairs, dot, row_dots
+from deltaformer_jax.ops.triangular import invert_blocks
 
 
 def _times(factor, x):
@@ -42,24 +43,6 @@ def _chunk(x, i):
 
 def _put(x, part, i):
     return lax.dynamic_update_index_in_dim(x, part, i, axis=2)
-
-
-def invert_blocks(a):
-    """(I + A)⁻¹ of m strictly lower triangular A [..., m, C, C], C a power of two; the rest of `a` is not read.
-
-    [[M₁, 0], [L, M₂]]⁻¹ = [[X₁, 0], [−X₂ L X₁, X₂]], from single rows up: C³/3 multiply-adds, no power of A.
-    """
-    *lead, blocks, size, _ = a.shape
-    half = size // 2
-    if half == 0:
-        return jnp.ones_like(a)
-    diagonal = jnp.stack([a[..., :half, :half], a[..., half:, half:]], axis=-3)
-    inverses = invert_blocks(diagonal.reshape(*lead, 2 * blocks, half, half))
-    below = a[..., half:, :half]
-    if half > 1:
-        first, second = halves(inverses)
-        below = dot("...ij,...jk->...ik", dot("...ij,...jk->...ik", second, below), first)
-    return join_blocks(inverses, -below)
 
 
 def linear_advance(pairs: Pairs, v, beta, state):
