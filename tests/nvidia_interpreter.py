@@ -1,7 +1,8 @@
 """Runs descriptions of kernel launches (pallas_kernels/nvidia/launch.py) on the CPU, through Triton's interpreter.
 
 The interpreter has to be chosen before Triton is first imported (TRITON_INTERPRET=1), so the tests start this file as a
-program of its own; it reads one pickle from its standard input and writes one to its standard output. Arrays are NumPy's.
+program of its own; it reads one pickle from its standard input and writes one to its standard output. Arrays are
+NumPy's.
 """
 
 import os

@@ -80,8 +80,8 @@ def lacks(settings: Settings, key, value) -> str | None:
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids, run=launching.run):
     """(out [B,T,H,V] or None, u [B,T,Hu,V], both in value's dtype; residuals for `backward`).
 
-    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key [B,T,G,K],
-    value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0 in all of
+    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key
+    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0 in all of
     them, and its rows come out as 0 in u. Under vmap the batch is folded.
 
     Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.

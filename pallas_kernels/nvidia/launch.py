@@ -100,4 +100,4 @@ def compile_for(launch: Launch, compute_capability: int):
 
 def device_capability() -> int:
     """The compute capability of the first NVIDIA device, 90 for an H100. Raises RuntimeError where there is none."""
-    return int(round(float(jax.devices("cuda")[0].compute_capability) * 10))
+    return round(float(jax.devices("cuda")[0].compute_capability) * 10)

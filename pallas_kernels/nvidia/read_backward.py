@@ -9,22 +9,19 @@ programs at once, so that its last bits differ from run to run. Everything here 
 import triton
 import triton.language as tl
 
-from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_tile, tile_mask, tile_pointers
+from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_tile
 from pallas_kernels.nvidia.weights import times_slope, weights_again
 
 
 @triton.jit
-def weights_and_dots(
-    keys, values, rows, grads, lse, segments, column_segments, column, start, T, score_scale,
+def weights_seen(
+    scores, lse, segments, column_segments, column, start, T,
     HAS_SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr, DIAGONAL: tl.constexpr, ROWS: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """κ, the scores, u·(the rows' gradients), and what is visible, all [columns, rows].
-
-    CAUSAL: the rows may lie before some columns; DIAGONAL: a row sees its own column.
-    """
-    scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
-    visible = column_segments
+    """κ, and what is visible, [columns, rows]. CAUSAL: the rows may lie before some columns; DIAGONAL: a row sees its
+    own column."""
+    visible = column
     if CAUSAL:
         row = start + tl.arange(0, ROWS)
         if DIAGONAL:
@@ -37,7 +34,7 @@ def weights_and_dots(
         if HAS_SEGMENTS:
             visible = column_segments[:, None] == load_row(segments, start, T, ROWS)[None, :]
     weights = weights_again(scores, visible, lse[None, :], SIMILARITY, POWER, CAUSAL or HAS_SEGMENTS)
-    return weights, scores, tl.dot(values, tl.trans(grads), input_precision=PRECISION), visible
+    return weights, visible
 
 
 @triton.jit
@@ -50,12 +47,14 @@ def score_gradient(dots, scores, weights, visible, MASKED: tl.constexpr, SIMILAR
 
 
 @triton.jit
-def add_tile(
+def add_transposed(
     base, start, T, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds a tile of rows to an array that other programs add to as well."""
-    pointers = tile_pointers(base, start, STRIDE, ROWS, BLOCK)
-    tl.atomic_add(pointers, tile, mask=tile_mask(start, T, WIDTH, ROWS, BLOCK), sem="relaxed")
+    """Adds a tile [BLOCK, ROWS] of the transposed rows to an array that other programs add to as well."""
+    base += tl.cast(start, tl.int64) * STRIDE
+    row = tl.arange(0, ROWS)[None, :]
+    column = tl.arange(0, BLOCK)[:, None]
+    tl.atomic_add(base + row * STRIDE + column, tile, mask=(start + row < T) & (column < WIDTH), sem="relaxed")
 
 
 @triton.jit
@@ -70,18 +69,20 @@ def read_rows(
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         rows = load_tile(q, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         grads = load_tile(dout, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(values.dtype)
-        weights, scores, dots, visible = weights_and_dots(
-            keys, values, rows, grads, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
-            score_scale, HAS_SEGMENTS, CAUSAL, True, ROWS, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        weights, visible = weights_seen(
+            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            HAS_SEGMENTS, CAUSAL, True, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
         dvalues = tl.dot(weights.to(values.dtype), grads, dvalues, input_precision=PRECISION)
+        dots = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         if SIMILARITY == "softmax":
             dots -= load_row(row_dot, start, T, ROWS)[None, :]
         dscores = score_gradient(dots, scores, weights, visible, CAUSAL or HAS_SEGMENTS, SIMILARITY)
         dscores = dscores.to(values.dtype)
         dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
-        drows = tl.dot(tl.trans(dscores), keys.to(values.dtype), input_precision=PRECISION) * scale
-        add_tile(dq, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
+        drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION) * scale
+        add_transposed(dq, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
     return dkeys, dvalues
 
 

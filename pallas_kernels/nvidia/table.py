@@ -1,4 +1,4 @@
-"""Sizes of tiles by kernel, width and architecture: chosen offline, looked up while tracing, never tried at run time."""
+"""Sizes of tiles by kernel, width and architecture: chosen offline, looked up while tracing, not tried at run time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The write's gradients: one sweep over blocks of columns from the last to the first. With M = I + diag(β) A, G = M⁻ᵀ dU:
+"""The write's gradients: one sweep over blocks of columns from the last to the first. M = I + diag(β) A, G = M⁻ᵀ dU:
 
     G_j = dU_j − Σ_{i>j} A_ij β_i G_i                  a transposed solve inside the block
     dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),             D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise
@@ -7,7 +7,7 @@
 A block follows its head's later blocks as they get ready (order.py), in five products per pair of tiles. Its own
 triangular system needs no G and is inverted before the last of them is ready.
 
-TIED: one softmax writes and reads. With P the write's weights, s its sums, π and ρ = 1 − π a row's own share and the rest:
+TIED: one softmax writes and reads. P the write's weights, s its sums, π and ρ = 1 − π a row's own share and the rest:
 
     H_i = ρ_i dO_i − β_i G_i,    c_i = ρ_i dO_i·o_i + D_i,    G_j = dU_j + π_j dO_j + Σ_{i>j} P_ij H_i
     dS_ij = P_ij (H_i·u_j − c_i) for j < i,    dβ_i = −G_i·s_i
@@ -22,8 +22,8 @@ import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
-from pallas_kernels.nvidia.read_backward import add_tile, score_gradient, weights_and_dots
-from pallas_kernels.nvidia.solve import prepare, solve_transposed
+from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, weights_seen
+from pallas_kernels.nvidia.solve import halves, invert
 from pallas_kernels.nvidia.weights import weights_again
 
 
@@ -31,42 +31,100 @@ from pallas_kernels.nvidia.weights import weights_again
 def write_rows(
     keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column, begin, end,
     T, scale, score_scale,
-    HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr,
+    GRADIENTS: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dkeys and what comes in to the columns' G after the rows from `end` back to `begin`. OWN: the block's own rows,
-    whose part in G is known already."""
+    """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW and dβ
+    added to memory (GRADIENTS). OWN: the rows are the columns' own block."""
     for back in tl.range(0, end - begin, ROWS, num_stages=STAGES):
         start = end - ROWS - back
         rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         grads = load_tile(adjoint, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
-        weights, scores, dots, visible = weights_and_dots(
-            keys, values, rows, grads, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
-            score_scale, HAS_SEGMENTS, OWN, False, ROWS, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        weights, visible = weights_seen(
+            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            HAS_SEGMENTS, OWN, False, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
-        if TIED:
-            if not OWN:
+        gate = tl.full([ROWS], -1.0, tl.float32)
+        if HAS_BETA:
+            gate = -load_row(beta, start, T, ROWS)
+        if INCOMING:
+            if TIED:
                 rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
-        else:
-            index = start + tl.arange(0, ROWS)
-            tl.atomic_add(dbeta + index, -tl.sum(weights * dots, 0), mask=index < T, sem="relaxed")
-            if HAS_BETA:
-                gate = load_row(beta, start, T, ROWS)[None, :]
-                dots = -gate * dots
-                if not OWN:
-                    rest = tl.dot((-gate * weights).to(values.dtype), grads, rest, input_precision=PRECISION)
             else:
-                dots = -dots
-                if not OWN:
-                    rest = tl.dot((-weights).to(values.dtype), grads, rest, input_precision=PRECISION)
-        if SIMILARITY == "softmax":
-            dots -= load_row(centre, start, T, ROWS)[None, :]
-        dscores = score_gradient(dots, scores, weights, visible, OWN or HAS_SEGMENTS, SIMILARITY).to(values.dtype)
-        dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
-        drows = tl.dot(tl.trans(dscores), keys.to(values.dtype), input_precision=PRECISION) * scale
-        add_tile(dw, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
+                rest = tl.dot((weights * gate[None, :]).to(values.dtype), grads, rest, input_precision=PRECISION)
+        if GRADIENTS:
+            dots = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            if not TIED:
+                index = start + tl.arange(0, ROWS)
+                tl.atomic_add(dbeta + index, -tl.sum(weights * dots, 0), mask=index < T, sem="relaxed")
+                dots *= gate[None, :]
+            if SIMILARITY == "softmax":
+                dots -= load_row(centre, start, T, ROWS)[None, :]
+            dscores = score_gradient(dots, scores, weights, visible, OWN or HAS_SEGMENTS, SIMILARITY)
+            dscores = dscores.to(values.dtype)
+            dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
+            drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION) * scale
+            add_transposed(dw, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
     return dkeys, rest
+
+
+@triton.jit
+def own_weights(
+    w, keys, lse, segments, start, columns, T, score_scale, STRICT: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A of half a block of rows and half a block of its own columns, rows first."""
+    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * score_scale
+    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
+    if HAS_SEGMENTS:
+        same = load_row(segments, start, T, HALF)[:, None] == load_row(segments, columns, T, HALF)[None, :]
+        if STRICT:
+            visible &= same
+        else:
+            visible = same
+    log_total = load_row(lse, start, T, HALF)
+    return weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
+
+
+@triton.jit
+def kept_gradient(dout, rest_share, start, T, HEADS: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip  # noqa: E501
+    """ρ dO in float32."""
+    grads = load_tile(dout, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+    return grads * load_row(rest_share, start, T, ROWS)[:, None]
+
+
+@triton.jit
+def settle(
+    grad, start, T, v, alpha, beta, u, dout, summary, rest_share, read_dot, dv, dalpha, dbeta, adjoint, centre,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    V: tl.constexpr, SIMILARITY: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """All that follows from some rows' G without a product; stores what earlier blocks and the caller need of it."""
+    written = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+    store_row(dalpha, start, T, tl.sum(written * grad, 1), ROWS)
+    if HAS_ALPHA:
+        gate = load_row(alpha, start, T, ROWS)[:, None]
+        written *= gate
+        store_tile(dv, start, T, gate * grad, HEADS * V, V, ROWS, BLOCK_V)
+    else:
+        store_tile(dv, start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
+    if SIMILARITY == "softmax":
+        row_dot = -tl.sum(grad * (written - load_tile(u, start, T, HEADS * V, V, ROWS, BLOCK_V, False)), 1)
+        if TIED:
+            row_dot += load_row(rest_share, start, T, ROWS) * load_row(read_dot, start, T, ROWS)
+        store_row(centre, start, T, row_dot, ROWS)
+    if TIED:
+        past = load_tile(summary, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+        store_row(dbeta, start, T, -tl.sum(grad * past, 1), ROWS)
+        if HAS_BETA:
+            grad *= load_row(beta, start, T, ROWS)[:, None]
+        grad = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V) - grad
+    store_tile(adjoint, start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
 
 
 @triton.jit
@@ -111,6 +169,7 @@ def write_backward(
         end = tl.cdiv(tl.load(last + batch * blocks + block), ROWS) * ROWS
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     rest = load_tile(head_base(du, batch, head, T, HEADS, V), begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
+    dk = head_base(dk, batch, head, T, HEADS, K)
 
     # All but the nearest of the later blocks, as they get ready.
     near = begin + COLUMNS
@@ -120,65 +179,93 @@ def write_backward(
         dkeys, rest = write_rows(
             keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
             ready, end, T, scale, score_scale,
-            HAS_BETA, HAS_SEGMENTS, False, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS,
-            BLOCK_K, BLOCK_V, STAGES,
+            HAS_BETA, HAS_SEGMENTS, False, True, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            ROWS, BLOCK_K, BLOCK_V, STAGES,
         )  # fmt: skip
         end = ready
+    # Nobody else's business until the end: meanwhile the registers are needed.
+    store_tile(dk, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)
 
-    rows = load_tile(w, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
-    strict = tl.arange(0, COLUMNS)[:, None] > tl.arange(0, COLUMNS)[None, :]
-    if HAS_SEGMENTS:
-        strict &= column_segments[:, None] == column_segments[None, :]
-    own = weights_again(scores, strict, load_row(lse, begin, T, COLUMNS)[:, None], SIMILARITY, POWER, True)
+    # The block's own system needs no G: invert it before the nearest block is ready.
+    HALF: tl.constexpr = COLUMNS // HALVES
+    v = head_base(v, batch, kv_head, T, KV_HEADS, V)
+    dv = head_base(dv, batch, head, T, HEADS, V)
+    dout = head_base(dout, batch, head, T, HEADS, V)
+    u = head_base(u, batch, head, T, HEADS, V)
+    summary = head_base(summary, batch, head, T, HEADS, V)
+    half_keys = load_tile(k, begin, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+    upper = own_weights(
+        w, half_keys, lse, segments, begin, begin, T, score_scale, True, HAS_SEGMENTS, HEADS, K, HALF, BLOCK_K,
+        SIMILARITY, POWER, SCORE_PRECISION,
+    )  # fmt: skip
+    if HALVES == 2:
+        below = own_weights(
+            w, half_keys, lse, segments, begin + HALF, begin, T, score_scale, False, HAS_SEGMENTS, HEADS, K, HALF,
+            BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
+        half_keys = load_tile(k, begin + HALF, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+        lower = own_weights(
+            w, half_keys, lse, segments, begin + HALF, begin + HALF, T, score_scale, True, HAS_SEGMENTS, HEADS, K,
+            HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
     if TIED:
-        kept = load_row(rest_share + row, begin, T, COLUMNS)
-        grads = load_tile(head_base(dout, batch, head, T, HEADS, V), begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
-        grads = grads.to(tl.float32) * kept[:, None]
-        rest += tl.dot(tl.trans(own), grads, input_precision=PRECISION)
+        kept = kept_gradient(dout, rest_share + row, begin, T, HEADS, V, HALF, BLOCK_V)
+        more = tl.dot(tl.trans(upper), kept, input_precision=PRECISION)
+        if HALVES == 2:
+            kept = kept_gradient(dout, rest_share + row, begin + HALF, T, HEADS, V, HALF, BLOCK_V)
+            more += tl.dot(tl.trans(below), kept, input_precision=PRECISION)
+            lower_more = tl.dot(tl.trans(lower), kept, input_precision=PRECISION)
     if HAS_BETA:
-        own *= load_row(beta, begin, T, COLUMNS)[:, None]
-    upper, below, lower = prepare(own, COLUMNS, HALVES, PRECISION)
+        upper *= load_row(beta, begin, T, HALF)[:, None]
+        if HALVES == 2:
+            gate = load_row(beta, begin + HALF, T, HALF)[:, None]
+            below *= gate
+            lower *= gate
+    upper = invert(upper, HALF, PRECISION)
+    if HALVES == 2:
+        lower = invert(lower, HALF, PRECISION)
 
     wait_for(counters + 1 + n, later_blocks)
+    # Only what G needs; the gradients of these rows can wait until this block's G is out.
+    dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     dkeys, rest = write_rows(
         keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
         near, tl.maximum(end, near), T, scale, score_scale,
-        HAS_BETA, HAS_SEGMENTS, False, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS,
-        BLOCK_K, BLOCK_V, 1,
+        HAS_BETA, HAS_SEGMENTS, False, True, False, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        ROWS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
-    grad = solve_transposed(upper, below, lower, rest, COLUMNS, BLOCK_V, HALVES, PRECISION)
-    v = head_base(v, batch, kv_head, T, KV_HEADS, V)
-    written = load_tile(v, begin, T, KV_HEADS * V, V, COLUMNS, BLOCK_V, False).to(tl.float32)
-    store_row(dalpha + row, begin, T, tl.sum(written * grad, 1), COLUMNS)
-    dwritten = grad
-    if HAS_ALPHA:
-        gate = load_row(alpha + row, begin, T, COLUMNS)[:, None]
-        written *= gate
-        dwritten = gate * grad
-    if SIMILARITY == "softmax":
-        exact = load_tile(head_base(u, batch, head, T, HEADS, V), begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
-        row_dot = -tl.sum(grad * (written - exact), 1)
+    if HALVES == 2:
+        rest, lower_rest = halves(rest, COLUMNS, BLOCK_V)
         if TIED:
-            row_dot += kept * load_row(read_dot + row, begin, T, COLUMNS)
-        store_row(centre, begin, T, row_dot, COLUMNS)
-    store_tile(head_base(dv, batch, head, T, HEADS, V), begin, T, dwritten, HEADS * V, V, COLUMNS, BLOCK_V)
+            lower_rest += lower_more
+        grad = tl.dot(tl.trans(lower), lower_rest, input_precision=PRECISION)
+        rest -= tl.dot(tl.trans(below), grad, input_precision=PRECISION)
+        settle(
+            grad, begin + HALF, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv,
+            dalpha + row, dbeta, adjoint, centre,
+            HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
+        )  # fmt: skip
     if TIED:
-        base = head_base(summary, batch, head, T, HEADS, V)
-        past = load_tile(base, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False).to(tl.float32)
-        store_row(dbeta, begin, T, -tl.sum(grad * past, 1), COLUMNS)
-        if HAS_BETA:
-            grad *= load_row(beta, begin, T, COLUMNS)[:, None]
-        base = head_base(dout, batch, head, T, HEADS, V)
-        grads = load_tile(base, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False).to(tl.float32)
-        grad = kept[:, None] * grads - grad
-    store_tile(adjoint, begin, T, grad, HEADS * V, V, COLUMNS, BLOCK_V)
+        rest += more
+    grad = tl.dot(tl.trans(upper), rest, input_precision=PRECISION)
+    settle(
+        grad, begin, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv, dalpha + row,
+        dbeta, adjoint, centre,
+        HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
+    )  # fmt: skip
     publish(counters + 1 + n, later_blocks + 1)
 
-    dkeys, rest = write_rows(
-        keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
-        begin, near, T, scale, score_scale,
-        HAS_BETA, HAS_SEGMENTS, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS,
-        BLOCK_K, BLOCK_V, 1,
+    dkeys, end = write_rows(
+        keys, values, dkeys, end, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
+        near, tl.maximum(end, near), T, scale, score_scale,
+        HAS_BETA, HAS_SEGMENTS, False, False, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        ROWS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
-    store_tile(head_base(dk, batch, head, T, HEADS, K), begin, T, dkeys * scale, HEADS * K, K, COLUMNS, BLOCK_K)
+    dkeys, end = write_rows(
+        keys, values, dkeys, end, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
+        begin, near, T, scale, score_scale,
+        HAS_BETA, HAS_SEGMENTS, True, False, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        ROWS, BLOCK_K, BLOCK_V, 1,
+    )  # fmt: skip
+    dkeys += load_tile(dk, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
+    store_tile(dk, begin, T, dkeys * scale, HEADS * K, K, COLUMNS, BLOCK_K)

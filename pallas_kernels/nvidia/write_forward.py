@@ -17,7 +17,7 @@ import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
-from pallas_kernels.nvidia.solve import prepare, solve
+from pallas_kernels.nvidia.solve import halves, invert, joined_rows, row_halves
 from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum, weights_again
 
 
@@ -59,6 +59,85 @@ def stream(
             weighted *= shrink[:, None]
         weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
     return highest, total, weighted
+
+
+@triton.jit
+def own_tile(
+    w, k, start, columns, segments, T, scale, highest, total, strict,
+    HAS_SEGMENTS: tl.constexpr, STRICT: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_K: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`score_tile` of half a block of rows and half a block of its own columns."""
+    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
+    row_segments = start
+    if HAS_SEGMENTS:
+        row_segments = load_row(segments, start, T, HALF)
+    return score_tile(
+        rows, k, columns, row_segments, segments, T, scale, highest, total, strict,
+        HAS_SEGMENTS, STRICT, False, KV_HEADS * K, K, HALF, BLOCK_K, SIMILARITY, POWER, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_factor(beta, start, T, total, HAS_BETA: tl.constexpr, SIMILARITY: tl.constexpr, ROWS: tl.constexpr):
+    """What multiplies a row's weights: β over the softmax's normaliser."""
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_BETA:
+        factor = load_row(beta, start, T, ROWS)
+    if SIMILARITY == "softmax":
+        factor *= inverse_or_zero(total)
+    return factor
+
+
+@triton.jit
+def load_target(
+    v, alpha, start, T,
+    HAS_ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """α v in float32."""
+    target = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+    if HAS_ALPHA:
+        target *= load_row(alpha, start, T, ROWS)[:, None]
+    return target
+
+
+@triton.jit
+def tied_rows(
+    w, k, u, source, begin, start, past, log_total, seen, segments, T, scale, out, summary, share, rest,
+    HAS_SEGMENTS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s and o of the HALF rows at `start`, given `past`, their sums over the columns before the block's `begin`.
+
+    TILES: how many tiles of HALF columns lie between `begin` and the rows' end; u there has just been stored.
+    """
+    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
+    row = start + tl.arange(0, HALF)
+    own = tl.zeros([HALF], tl.float32)
+    for tile in tl.range(0, TILES, num_stages=1):
+        columns = begin + tile * HALF
+        column = columns + tl.arange(0, HALF)
+        keys = load_tile(k, columns, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+        scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
+        own += tl.sum(tl.where(row[:, None] == column[None, :], scores, 0.0), 1)
+        visible = row[:, None] > column[None, :]
+        if HAS_SEGMENTS:
+            same = load_row(segments, start, T, HALF)[:, None] == load_row(segments, columns, T, HALF)[None, :]
+            visible = visible & same
+        weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
+        values = load_tile(source, columns, T, HEADS * V, V, HALF, BLOCK_V, False)
+        past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
+    excess = own - log_total
+    # Without a past all of the row's weight is its own.
+    own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
+    past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
+    store_row(share, start, T, own_share, HALF)
+    store_row(rest, start, T, past_share, HALF)
+    store_tile(summary, start, T, past, HEADS * V, V, HALF, BLOCK_V)
+    values = load_tile(u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+    store_tile(out, start, T, past_share[:, None] * past + own_share[:, None] * values, HEADS * V, V, HALF, BLOCK_V)
 
 
 @triton.jit
@@ -113,62 +192,90 @@ def write_forward(
         columns = tl.maximum(columns, ready)
 
     # The softmax sums need no u: complete them, and invert, before the last block is ready.
+    before = highest
     if SIMILARITY == "softmax":
-        before = highest
         for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
             weights, highest, total, shrink = score_tile(
                 rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
                 HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
             )  # fmt: skip
-    strict = tl.arange(0, ROWS)[:, None] > tl.arange(0, ROWS)[None, :]
-    own, highest, total, shrink = score_tile(
-        rows, k, start, row_segments, segments, T, scale, highest, total, strict,
-        HAS_SEGMENTS, True, False, KV_HEADS * K, K, ROWS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+    HALF: tl.constexpr = ROWS // HALVES
+    w = head_base(w, batch, head, T, HEADS, K)
+    strict = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
+    if HALVES == 2:
+        upper_highest, lower_highest = row_halves(highest, ROWS)
+        upper_total, lower_total = row_halves(total, ROWS)
+        below, lower_highest, lower_total, shrink = own_tile(
+            w, k, start + HALF, start, segments, T, scale, lower_highest, lower_total, strict,
+            HAS_SEGMENTS, False, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
+        lower, lower_highest, lower_total, shrink = own_tile(
+            w, k, start + HALF, start + HALF, segments, T, scale, lower_highest, lower_total, strict,
+            HAS_SEGMENTS, True, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        )  # fmt: skip
+        lower_factor = row_factor(beta + row, start + HALF, T, lower_total, HAS_BETA, SIMILARITY, HALF)
+        below *= (shrink * lower_factor)[:, None]
+        lower = invert(lower * lower_factor[:, None], HALF, PRECISION)
+    else:
+        upper_highest, upper_total = highest, total
+    upper, upper_highest, upper_total, shrink = own_tile(
+        w, k, start, start, segments, T, scale, upper_highest, upper_total, strict,
+        HAS_SEGMENTS, True, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
     )  # fmt: skip
-    factor = tl.full([ROWS], 1.0, tl.float32)
-    if HAS_BETA:
-        factor = load_row(beta + row, start, T, ROWS)
+    upper_factor = row_factor(beta + row, start, T, upper_total, HAS_BETA, SIMILARITY, HALF)
+    upper = invert(upper * upper_factor[:, None], HALF, PRECISION)
     if SIMILARITY == "softmax":
-        factor *= inverse_or_zero(total)
+        if HALVES == 2:
+            highest = joined_rows(upper_highest, lower_highest, ROWS)
+            store_row(lse + row, start + HALF, T, log_sum(lower_highest, lower_total), HALF)
+        else:
+            highest = upper_highest
+        store_row(lse + row, start, T, log_sum(upper_highest, upper_total), HALF)
         weighted *= tl.exp2(before - highest)[:, None]
-        store_row(lse + row, start, T, log_sum(highest, total), ROWS)
-    upper, below, lower = prepare(own * factor[:, None], ROWS, HALVES, PRECISION)
 
     wait_for(counters + 1 + n, block)
     for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
         # These columns are in the sums already: of what comes back only the weights are new.
-        weights, same_highest, twice, shrink = score_tile(
+        weights, _same_highest, _twice, _shrink = score_tile(
             rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
             HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
         values = load_tile(source, columns, T, HEADS * V, V, COLUMNS, BLOCK_V, True)
         weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
-    target = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
-    if HAS_ALPHA:
-        target *= load_row(alpha + row, start, T, ROWS)[:, None]
-    target -= factor[:, None] * weighted
-    solved = solve(upper, below, lower, target, ROWS, BLOCK_V, HALVES, PRECISION)
+    if HALVES == 2:
+        upper_weighted, lower_weighted = halves(weighted, ROWS, BLOCK_V)
+    else:
+        upper_weighted = weighted
+    target = load_target(v, alpha + row, start, T, HAS_ALPHA, KV_HEADS, V, HALF, BLOCK_V)
+    target -= upper_factor[:, None] * upper_weighted
+    upper_u = tl.dot(upper, target, input_precision=PRECISION)
+    store_tile(u, start, T, upper_u, HEADS * V, V, HALF, BLOCK_V)
     if COPY:
-        store_tile(operand, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
-    store_tile(u, start, T, solved, HEADS * V, V, ROWS, BLOCK_V)
+        store_tile(operand, start, T, upper_u, HEADS * V, V, HALF, BLOCK_V)
+    if HALVES == 2:
+        target = load_target(v, alpha + row, start + HALF, T, HAS_ALPHA, KV_HEADS, V, HALF, BLOCK_V)
+        target -= lower_factor[:, None] * lower_weighted + tl.dot(below, upper_u, input_precision=PRECISION)
+        lower_u = tl.dot(lower, target, input_precision=PRECISION)
+        store_tile(u, start + HALF, T, lower_u, HEADS * V, V, HALF, BLOCK_V)
+        if COPY:
+            store_tile(operand, start + HALF, T, lower_u, HEADS * V, V, HALF, BLOCK_V)
     publish(counters + 1 + n, block + 1)
 
     if TIED:
-        keys = load_tile(k, start, T, KV_HEADS * K, K, ROWS, BLOCK_K, False)
-        scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
-        visible = strict
-        if HAS_SEGMENTS:
-            visible = strict & (row_segments[:, None] == load_row(segments, start, T, ROWS)[None, :])
-        log_total = log_sum(highest, total)
-        own = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
-        past = weighted * inverse_or_zero(total)[:, None] + tl.dot(own, solved, input_precision=PRECISION)
-        excess = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], scores, 0.0), 1) - log_total
-        seen = total > 0
-        # Without a past all of the row's weight is its own.
-        own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
-        past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
-        store_row(share + row, start, T, own_share, ROWS)
-        store_row(rest + row, start, T, past_share, ROWS)
-        store_tile(head_base(summary, batch, head, T, HEADS, V), start, T, past, HEADS * V, V, ROWS, BLOCK_V)
-        read = past_share[:, None] * past + own_share[:, None] * solved
-        store_tile(head_base(out, batch, head, T, HEADS, V), start, T, read, HEADS * V, V, ROWS, BLOCK_V)
+        out = head_base(out, batch, head, T, HEADS, V)
+        summary = head_base(summary, batch, head, T, HEADS, V)
+        past = upper_weighted * inverse_or_zero(upper_total)[:, None]
+        tied_rows(
+            w, k, u, source, start, start, past, log_sum(upper_highest, upper_total), upper_total > 0, segments, T,
+            scale, out, summary, share + row, rest + row,
+            HAS_SEGMENTS, 1, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+            PRECISION,
+        )  # fmt: skip
+        if HALVES == 2:
+            past = lower_weighted * inverse_or_zero(lower_total)[:, None]
+            tied_rows(
+                w, k, u, source, start, start + HALF, past, log_sum(lower_highest, lower_total), lower_total > 0,
+                segments, T, scale, out, summary, share + row, rest + row,
+                HAS_SEGMENTS, 2, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+                PRECISION,
+            )  # fmt: skip
