@@ -1,1 +1,1 @@
-"""Kernels for accelerators: Pallas for TPU, jax-triton for NVIDIA. None yet; imports nothing of deltaformer_jax."""
+"""Kernels for accelerators; imports nothing of deltaformer_jax. nvidia/: Triton kernels, which no op uses yet."""
