@@ -1,5 +1,8 @@
 """What a configuration means, what it costs, and what it is told when it doesn't hold together."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -103,3 +106,16 @@ def test_errors_name_the_field(fields, message):
     fields = SMALL | dict(mixers=("softmax_attention", "delta_former")) | fields
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: LanguageModel(ModelConfig(**fields), rngs=nnx.Rngs(0)))
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*_340m.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_340m_configs_have_340m_parameters(path):
+    """To within 2.5 million, whatever the mixer, and nothing but the model differs between them."""
+    both = (path, path.with_stem("transformer_340m"))
+    config, transformer = (runpy.run_path(str(each))["get_config"]() for each in both)
+    shapes = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    assert abs(num_parameters(shapes) - 341e6) < 2.5e6
+    assert (config.data, config.optimizer, config.run) == (transformer.data, transformer.optimizer, transformer.run)
