@@ -6,7 +6,6 @@ NumPy's.
 """
 
 import os
-import pickle
 import sys
 import types
 
@@ -90,14 +89,34 @@ def interpret(launch: Launch) -> list[np.ndarray]:
     return outputs
 
 
-def main():
-    with jax.enable_x64(False):
-        pass
+def forward_and_backward(settings, tiles, arrays, dout, du):
+    """(out, u, gradients) of pallas_kernels.nvidia.delta; `arrays` in its order."""
     from pallas_kernels.nvidia import delta
+    from pallas_kernels.nvidia.table import Tile
 
-    name, arguments, settings = pickle.load(sys.stdin.buffer)
-    result = getattr(delta, name)(*arguments, **settings, run=interpret)
-    pickle.dump(jax.tree.map(np.asarray, result), sys.stdout.buffer)
+    write, read, tied = settings
+    settings = delta.Settings(
+        delta.Kappa(*write),
+        None if read is None else delta.Kappa(*read),
+        tied,
+        tiles=tuple((name, Tile(*sizes)) for name, sizes in tiles),
+    )
+    out, u, residuals = delta.forward(settings, *arrays, run=interpret)
+    gradients = delta.backward(settings, residuals, dout, du, run=interpret)
+    return jax.tree.map(np.asarray, (out, u, gradients))
+
+
+def main():
+    from nvidia_worker import receive, send
+
+    # Whatever prints must not print into the answers.
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    while True:
+        try:
+            name, arguments = receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        send(answers, globals()[name](*arguments))
 
 
 if __name__ == "__main__":
