@@ -142,7 +142,7 @@ def everything(workdir):
 
 def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     """SIGKILL, whatever the process is doing; started again, it ends as if it had never been killed, bit for bit."""
-    variables, flags = environment(tmp_path_factory), flags_of(corpus, steps=200)
+    variables, flags = environment(tmp_path_factory), flags_of(corpus, steps=100)
     begin = time.monotonic()
     code, _, err = finish(start([f"--workdir={tmp_path / 'whole'}", *flags], variables, tmp_path))
     assert code == 0, err
