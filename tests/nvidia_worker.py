@@ -1,5 +1,5 @@
-"""What the tests ask of the interpreter: a process of its own that answers requests, since Triton's interpreter has to be
-chosen before Triton is first imported."""
+"""What the tests ask of the interpreter: a process of its own that answers requests, since Triton's interpreter has to
+be chosen before Triton is first imported."""
 
 from __future__ import annotations
 

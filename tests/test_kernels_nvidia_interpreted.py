@@ -1,11 +1,10 @@
-"""The Triton kernels' arithmetic, run by Triton's interpreter on the CPU, against the recurrence in float64: values and all
-gradients. What a kernel should fill starts as NaN; products round as tensor cores do."""
+"""The Triton kernels' arithmetic, run by Triton's interpreter on the CPU, against the recurrence in float64: values and
+all gradients. What a kernel should fill starts as NaN; products round as tensor cores do."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from ops_cases import Case, call, case_id, draw_inputs, inverse_norm
 
 pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
@@ -107,8 +106,8 @@ def check(interpreter, case, tiles, segmented, dtype, unit):
     if write_query is inputs["query"]:
         # The op's caller adds the two uses of one array.
         found["query"] = found["query"] + found.pop("write_query")
-    # Values take a rounding of the weights, of u and of the result, each magnified; gradients those of G and dS too, and
-    # a score's derivative sums over the width.
+    # Values take a rounding of the weights, of u and of the result, each magnified; gradients those of G and dS too,
+    # and a score's derivative sums over the width.
     _close(out, expected, 3 * unit * growth, "out")
     for name, expected_gradient in gradients.items():
         _close(found[name], expected_gradient, 8 * unit * growth, name)
@@ -134,4 +133,3 @@ def test_bfloat16(interpreter, case, tiles, segmented):
 
 def test_float16(interpreter):
     check(interpreter, _case(write_query="heads"), HALVED, False, jnp.float16, 2.0**-11)
-

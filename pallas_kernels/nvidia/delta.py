@@ -81,8 +81,8 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     """(out [B,T,H,V] or None, u [B,T,Hu,V], both in value's dtype; residuals for `backward`).
 
     query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key
-    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0 in all of
-    them, and its rows come out as 0 in u. Under vmap the batch is folded.
+    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0
+    in all of them, and its rows come out as 0 in u. Under vmap the batch is folded.
 
     Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
     """
@@ -112,7 +112,7 @@ def _transformable(function, name):
     @batched.def_vmap
     def fold(size, in_batched, *arguments):
         spread = lambda x, there: x if there else jnp.broadcast_to(x, (size, *x.shape))
-        folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.tree.map(spread, arguments, in_batched))
+        folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.tree.map(spread, arguments, tuple(in_batched)))
         out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), batched(*folded))
         return out, jax.tree.map(lambda _: True, out)
 

@@ -1,7 +1,7 @@
 """The triangular system of one block, (I + A) x = b or (I + A)ᵀ x = b, A strictly lower triangular, in registers.
 
-A block of rows is solved as one tile or as two halves: each half's own tile is inverted by the ladder, which doubles the
-blocks that are inverted already and never forms a power of A,
+A block of rows is solved as one tile or as two halves: each half's own tile is inverted by the ladder, which doubles
+the blocks that are inverted already and never forms a power of A,
 
     X ← X − X L_b X,      L_b: A inside the 2b-blocks but outside the b-blocks,      b = 1, 2, 4, …
 

@@ -1,0 +1,294 @@
+"""The Triton kernels of delta_attention on an NVIDIA GPU: first right, then fast. One command:
+
+    uv run --extra cuda --group kernels python benchmarks/gpu.py --json gpu.json
+
+1. Against the definition (`recurrent`, float64, on the CPU): random shapes, values and all gradients, float32 and
+   bfloat16.
+2. One shape a thousand times: what has no additions in arbitrary order must come out bit for bit the same, and the rest
+   within rounding. A race between blocks would show here.
+3. Medians of runs on the device at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention
+   in the same process. F = 2 T² K B H floating-point operations are one causal pass of two products: flash attention and
+   the tied form take 1 F forward and 3.5 F with the backward, the untied form twice that, w = k with r query heads a key
+   (1 + 1/r) times.
+
+`--only shapes|repeats|times` does one of the three, `--tile write_forward=128,64,8,3,2,16` tries another tile (rows,
+columns, warps, stages, halves, group: pallas_kernels/nvidia/table.py). A few minutes in all; no result, no table: the
+first disagreement ends the program with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measure import report
+
+from deltaformer_jax import delta_attention
+from pallas_kernels.nvidia import delta
+from pallas_kernels.nvidia.table import Tile
+
+NAMES = ("query", "write_query", "key", "value", "alpha", "beta")
+
+# What each time should come to, milliseconds on an H100.
+AIMS = {
+    ("untied", "forward"): 5.5,
+    ("tied", "forward"): 3.3,
+    ("w = k, 8 queries a key", "forward"): 2.8,
+    ("untied", "forward+backward"): 22.0,
+    ("tied", "forward+backward"): 11.0,
+}
+
+
+def draw(rng):
+    """One random call: its settings and shapes."""
+    kv_heads = int(rng.integers(1, 3))
+    heads = kv_heads * int(rng.integers(1, 4))
+    write = str(rng.choice(["softmax", "softmax", "linear", "relu", "exp"]))
+    width, value_width = (int(x) for x in rng.choice([16, 24, 32, 64, 80, 128], 2))
+    return dict(
+        batch=int(rng.integers(1, 3)),
+        time=int(rng.integers(1, 400)),
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=value_width,
+        write=write,
+        read=str(rng.choice(["softmax", "softmax", write])),
+        write_query=str(rng.choice(["key", "query", "heads"])),
+        alpha=bool(rng.integers(2)),
+        beta=bool(rng.integers(2)) or write != "softmax",
+        segments=bool(rng.integers(2)),
+    )
+
+
+def inputs_of(shape, rng, dtype):
+    b, t, h, g, k, v = (shape[x] for x in ("batch", "time", "heads", "kv_heads", "width", "value_width"))
+    write_heads = g if shape["write_query"] == "key" else h
+    normal = lambda *sizes: np.asarray(jnp.asarray(rng.standard_normal(sizes), dtype))
+    arrays = {"query": normal(b, t, h, k), "key": normal(b, t, g, k), "value": normal(b, t, g, v)}
+    if shape["write_query"] == "heads":
+        arrays["write_query"] = normal(b, t, h, k)
+    if shape["alpha"]:
+        arrays["alpha"] = normal(b, t, write_heads)
+    if shape["beta"]:
+        gates = 1 / (1 + np.exp(-rng.standard_normal((b, t, write_heads))))
+        arrays["beta"] = np.asarray(jnp.asarray(gates, dtype))
+    segments = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32) if shape["segments"] else None
+    return arrays, segments, normal(b, t, h, v)
+
+
+def scales(shape):
+    # Short keys' similarities other than softmax's are kept small enough for u not to grow over 400 tokens.
+    return shape["width"] ** -0.5 * (1 if shape["write"] == "softmax" else 0.05), shape["width"] ** -0.5
+
+
+def expected(shape, arrays, segments, dout):
+    write_scale, read_scale = scales(shape)
+    tied_scale = read_scale if shape["read"] == "softmax" else write_scale
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+
+        @jax.jit
+        def both(wide, dout):
+            def call(x):
+                named = {} if "write_query" in x else {"write_query": shape["write_query"]}
+                return delta_attention(
+                    **x, **named, write_similarity=shape["write"], read_similarity=shape["read"],
+                    write_scale=write_scale, read_scale=tied_scale, segment_ids=segments, implementation="recurrent",
+                )  # fmt: skip
+
+            out, pull = jax.vjp(call, wide)
+            return out, pull(dout)[0]
+
+        out, gradients = both(wide, jnp.asarray(dout, jnp.float64))
+        return np.asarray(out), {name: np.asarray(x) for name, x in gradients.items()}
+
+
+def settings_of(shape, tiles):
+    write_scale, read_scale = scales(shape)
+    read_scale = read_scale if shape["read"] == "softmax" else write_scale
+    tied = shape["write_query"] == "query" and shape["write"] == shape["read"] == "softmax"
+    read = None if tied else delta.Kappa(shape["read"], read_scale)
+    return delta.Settings(delta.Kappa(shape["write"], write_scale), read, tied, tiles=tiles)
+
+
+def forward_and_backward(settings):
+    """A jitted (arrays in NAMES' order, segments, dout) -> out, u, gradients."""
+
+    @jax.jit
+    def call(arrays, segments, dout):
+        out, u, residuals = delta.forward(settings, *arrays, segments)
+        return out, u, delta.backward(settings, residuals, dout, jnp.zeros_like(u))
+
+    return call
+
+
+def by_kernels(shape, arrays, segments, dout, tiles):
+    settings = settings_of(shape, tiles)
+    given = dict(arrays)
+    if shape["write_query"] == "query" and not settings.tied:
+        given["write_query"] = arrays["query"]
+    out, _, gradients = forward_and_backward(settings)([given.get(name) for name in NAMES], segments, dout)
+    found = {name: np.asarray(x, np.float64) for name, x in zip(NAMES, gradients) if x is not None}
+    if "write_query" in found and "write_query" not in arrays:
+        found["query"] = found["query"] + found.pop("write_query")
+    return np.asarray(out, np.float64), found
+
+
+def check_shapes(count, tiles):
+    """The largest error of each dtype relative to the largest number of its array."""
+    rng = np.random.default_rng(0)
+    # Rounding units times what a few hundred rows of a softmax with sigmoid gates let them grow by.
+    bounds = {"float32": 2e-4, "bfloat16": 0.15}
+    worst = dict.fromkeys(bounds, 0.0)
+    for number in range(count):
+        shape = draw(rng)
+        for dtype in bounds:
+            arrays, segments, dout = inputs_of(shape, np.random.default_rng(number), dtype)
+            out, gradients = expected(shape, arrays, segments, dout)
+            found, found_gradients = by_kernels(shape, arrays, segments, dout, tiles)
+            pairs = {"out": (found, out)} | {name: (found_gradients[name], x) for name, x in gradients.items()}
+            for name, (a, b) in pairs.items():
+                error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
+                # Not `error > bound`: NaN has to fail too.
+                if not error <= bounds[dtype]:
+                    sys.exit(f"{name} of {shape} in {dtype} is off by {error:.2g}, more than {bounds[dtype]}")
+                worst[dtype] = max(worst[dtype], error)
+    print(f"{count} random shapes agree with the recurrence; largest relative errors {worst}")
+    return {"shapes": count, "largest relative error": worst}
+
+
+def check_repeats(count, tiles):
+    """One shape again and again, forward and backward."""
+    results = {}
+    for form in ("heads", "query"):
+        shape = dict(
+            batch=2, time=2048, heads=8, kv_heads=8, width=128, value_width=128, write="softmax", read="softmax",
+            write_query=form, alpha=False, beta=True, segments=False,
+        )  # fmt: skip
+        arrays, segments, dout = inputs_of(shape, np.random.default_rng(0), "bfloat16")
+        call = forward_and_backward(settings_of(shape, tiles))
+        arguments = jax.device_put(([arrays.get(name) for name in NAMES], segments, dout))
+        first = call(*arguments)
+        exact, near = (first[0], first[1], first[2][3]), (first[2][0], first[2][2])
+
+        @jax.jit
+        def compare(result, exact=exact, near=near):
+            out, u, gradients = result
+            same = [jnp.array_equal(a, b) for a, b in zip(exact, (out, u, gradients[3]))]
+            apart = [
+                jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)))
+                / jnp.max(jnp.abs(a)).astype(jnp.float32)
+                for a, b in zip(near, (gradients[0], gradients[2]))
+            ]
+            return jnp.stack(same).all(), jnp.max(jnp.stack(apart))
+
+        checks = [compare(call(*arguments)) for _ in range(count)]
+        same, apart = (np.asarray(x) for x in zip(*jax.device_get(checks)))
+        if not same.all() or not apart.max() <= 2.0**-6:
+            sys.exit(f"write_query={form}: {int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}")
+        results[form] = {"runs": count, "dq and dk apart by": float(apart.max())}
+        print(
+            f"write_query={form}: {count} runs, out, u and dv the same bit for bit, dq and dk within {apart.max():.2g}"
+        )
+    return results
+
+
+def device_milliseconds(call, arguments, rounds=15, calls=5):
+    """The median over rounds of a call's time in a row of calls: the device never waits for the host."""
+    jax.block_until_ready([call(*arguments) for _ in range(2)])
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready([call(*arguments) for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def time_table(length, tiles):
+    batch, heads, width = 2, 32, 128
+    one_pass = 2 * length**2 * width * batch * heads
+    rng = np.random.default_rng(0)
+    normal = lambda h: jnp.asarray(rng.standard_normal((batch, length, h, width)), jnp.bfloat16)
+    gate = lambda h: jnp.asarray(1 / (1 + np.exp(-rng.standard_normal((batch, length, h)))), jnp.bfloat16)
+    q, w, k, v, dout = (normal(heads) for _ in range(5))
+    few_k, few_v = normal(heads // 8), normal(heads // 8)
+    kappa = delta.Kappa("softmax", width**-0.5)
+    separate, tied = delta.Settings(kappa, kappa, tiles=tiles), delta.Settings(kappa, None, True, tiles=tiles)
+    forms = {
+        "untied": (separate, (q, w, k, v, None, gate(heads), None), 2),
+        "tied": (tied, (q, None, k, v, None, gate(heads), None), 1),
+        "w = k, 8 queries a key": (separate, (q, None, few_k, few_v, None, gate(heads // 8), None), 1 + 1 / 8),
+    }
+
+    def flash(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    def flash_both(q, k, v, dout):
+        out, pull = jax.vjp(flash, q, k, v)
+        return out, pull(dout)
+
+    yardstick = {
+        "forward": device_milliseconds(jax.jit(flash), (q, k, v)),
+        "forward+backward": device_milliseconds(jax.jit(flash_both), (q, k, v, dout)),
+    }
+    rows = []
+
+    def add(form, direction, passes, milliseconds):
+        flops = passes * (1 if direction == "forward" else 3.5) * one_pass
+        rows.append(
+            {
+                "form": form,
+                "direction": direction,
+                "ms": milliseconds,
+                "aim ms": AIMS.get((form, direction)) if length == 8192 else None,
+                "of cuDNN's": milliseconds / yardstick[direction],
+                "TFLOP/s": flops / milliseconds / 1e9,
+            }
+        )
+
+    for direction, milliseconds in yardstick.items():
+        add("cuDNN flash attention", direction, 1, milliseconds)
+    for form, (settings, arguments, passes) in forms.items():
+        forward = jax.jit(lambda *arrays, settings=settings: delta.forward(settings, *arrays)[0])
+        add(form, "forward", passes, device_milliseconds(forward, arguments))
+        both = forward_and_backward(settings)
+        arguments = (list(arguments[:6]), None, dout)
+        add(form, "forward+backward", passes, device_milliseconds(both, arguments))
+    return rows
+
+
+def parse_tile(text):
+    name, sizes = text.split("=")
+    return name, Tile(*map(int, sizes.split(",")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["shapes", "repeats", "times"])
+    parser.add_argument("--shapes", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--tile", type=parse_tile, action="append", default=[])
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        sys.exit("no NVIDIA device is here: this program measures one")
+    tiles = tuple(options.tile)
+    more = {"tiles": [str(x) for x in tiles]}
+    wanted = lambda name: options.only in (None, name)
+    if wanted("shapes"):
+        more["correct"] = check_shapes(options.shapes, tiles)
+    if wanted("repeats"):
+        more["repeats"] = check_repeats(options.repeats, tiles)
+    rows = time_table(options.length, tiles) if wanted("times") else []
+    report("delta_attention by Triton kernels, bfloat16, batch 2, 32 heads, width 128", rows, options.json, **more)
+
+
+if __name__ == "__main__":
+    main()
