@@ -7,9 +7,9 @@
 2. One shape a thousand times: what has no additions in arbitrary order must come out bit for bit the same, and the rest
    within rounding. A race between blocks would show here.
 3. Medians of runs on the device at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention
-   in the same process. F = 2 T² K B H floating-point operations are one causal pass of two products: flash attention and
-   the tied form take 1 F forward and 3.5 F with the backward, the untied form twice that, w = k with r query heads a key
-   (1 + 1/r) times.
+   in the same process. F = 2 T² K B H floating-point operations are one causal pass of two products: flash attention
+   and the tied form take 1 F forward and 3.5 F with the backward, the untied form twice that, w = k with r query heads
+   a key (1 + 1/r) times.
 
 `--only shapes|repeats|times` does one of the three, `--tile write_forward=128,64,8,3,2,16` tries another tile (rows,
 columns, warps, stages, halves, group: pallas_kernels/nvidia/table.py). A few minutes in all; no result, no table: the

@@ -146,6 +146,8 @@ def _tile(settings, name, key, value, narrow) -> Tile:
     given = dict(settings.tiles).get(name)
     if given is not None:
         return given
+    if settings.tied:
+        name = name.replace("write", "tied")
     capability = settings.compute_capability or launching.device_capability()
     return choose(name, capability, max(block_width(key.shape[3]), block_width(value.shape[3])), narrow)
 

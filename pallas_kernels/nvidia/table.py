@@ -1,4 +1,8 @@
-"""Sizes of tiles by kernel, width and architecture: chosen offline, looked up while tracing, not tried at run time."""
+"""Sizes of tiles by kernel, width and architecture: chosen offline, looked up while tracing, never tried at run time.
+
+Chosen among tiles that fit the shared memory of a block, by the registers that the compiler spills; not yet by time,
+which takes a GPU (benchmarks/gpu.py --tile).
+"""
 
 from __future__ import annotations
 
@@ -22,5 +26,65 @@ class Tile:
     group: int = 16
 
 
+# Bytes of shared memory that one block may have, by compute capability.
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+
+WIDTHS = (64, 128, 256)
+
+# Kernel, whether products take two-byte operands, compute capability -> the tiles for WIDTHS; None: none fits.
+# "tied_" kernels are the write's with the read in them.
+_LARGE = {
+    ("write_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
+    ("tied_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
+    ("read_forward", True): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    ("read_backward", True): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+    ("write_backward", True): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    ("tied_backward", True): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    ("write_forward", False): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ("tied_forward", False): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ("read_forward", False): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ("read_backward", False): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("write_backward", False): (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 8, 1)),
+    ("tied_backward", False): (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1), Tile(16, 32, 8, 1)),
+}
+_MEDIUM = {
+    ("write_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 3), Tile(32, 16, 4, 1)),
+    ("tied_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 3), Tile(32, 16, 4, 1)),
+    ("read_forward", True): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
+    ("read_backward", True): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 32, 4, 1)),
+    ("write_backward", True): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(16, 32, 4, 1)),
+    ("tied_backward", True): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(16, 32, 4, 1)),
+    ("write_forward", False): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),
+    ("tied_forward", False): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)),
+    ("read_forward", False): (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ("read_backward", False): (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ("write_backward", False): (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ("tied_backward", False): (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+}
+_SMALL = _MEDIUM | {
+    ("read_forward", True): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
+    ("read_backward", True): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), Tile(16, 32, 4, 1)),
+    ("read_backward", False): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), None),
+}
+TABLE = {80: _MEDIUM, 90: _LARGE, 100: _LARGE, 120: _SMALL}
+
+
 def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> Tile:
-    return Tile(64, 32, 4, 2)
+    """The tile for `width`, the larger of the keys' and the values'. Raises NotImplementedError where none fits.
+
+    An architecture that is not in the table takes the entry of the nearest older one: 86 that of 80, 103 that of 100.
+    """
+    known = [x for x in TABLE if x <= compute_capability]
+    if not known:
+        raise NotImplementedError(f"Triton kernels need compute capability 8.0 or more, not {compute_capability / 10}")
+    # 8.6 and 8.9 have the shared memory of 12.0.
+    entry = 120 if 80 < compute_capability < 90 else max(known)
+    tiles = TABLE[entry][kernel, narrow]
+    tile = next((tile for limit, tile in zip(WIDTHS, tiles) if width <= limit), None)
+    if tile is None:
+        operands = "two-byte" if narrow else "float32"
+        raise NotImplementedError(
+            f"no tile of the Triton kernel {kernel} fits width {width} with {operands} operands on compute capability "
+            f"{compute_capability / 10}: use implementation='chunked'"
+        )
+    return tile
