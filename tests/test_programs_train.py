@@ -150,7 +150,7 @@ def test_dry_run_prints_and_writes_nothing(base, tmp_path):
         (["--config", "tinny.py"], "tinny.py: no such file, and no config of that name; did you mean tiny?"),
         (["--config", "deltaformer_340"], "deltaformer_340: no such file.*; did you mean deltaformer_340m?"),
         (["--config=configs/tiny"], "configs/tiny: no such file.*; did you mean .*tiny"),
-        (["--config=qqqqqqq.py"], "qqqqqqq.py: no such file.*; there are: .*deltaformer_340m, tiny"),
+        (["--config=qqqqqqq.py"], "qqqqqqq.py: no such file.*; there are: .*deltaformer_340m, .*tiny"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         (["--workdir"], "--workdir: give a value"),
         (["stray"], "'stray': not a flag"),
