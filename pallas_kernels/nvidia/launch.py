@@ -38,6 +38,9 @@ class Launch:
     stages: int
 
 
+# Columns of tensor memory of a multiprocessor (compute capability 10.0).
+TENSOR_MEMORY = 512
+
 # The names of Triton's types.
 _TYPES = {
     "bfloat16": "bf16",
@@ -95,7 +98,11 @@ def compile_for(launch: Launch, compute_capability: int):
     signature |= dict.fromkeys(launch.constants, "constexpr")
     source = ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
+    if compiled.metadata.tmem_size > TENSOR_MEMORY:
+        # Triton compiles such a kernel to a trap, without a word.
+        raise ValueError(f"{launch.kernel.__name__} takes {compiled.metadata.tmem_size} columns of tensor memory")
+    return compiled
 
 
 def device_capability() -> int:

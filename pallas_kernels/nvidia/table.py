@@ -66,7 +66,16 @@ _SMALL = _MEDIUM | {
     ("read_backward", True): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), Tile(16, 32, 4, 1)),
     ("read_backward", False): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), None),
 }
-TABLE = {80: _MEDIUM, 90: _LARGE, 100: _LARGE, 120: _SMALL}
+# Tiles of 64 rows or more multiply in tensor memory, of which three TF32 products of wide tiles take more than there
+# is: Triton then emits a trap instead of a kernel.
+_TENSOR_MEMORY = _LARGE | {
+    ("write_forward", False): (*_LARGE["write_forward", False][:2], Tile(32, 16, 4, 1)),
+    ("tied_forward", False): (*_LARGE["tied_forward", False][:2], Tile(32, 16, 4, 1)),
+    ("read_forward", False): (*_LARGE["read_forward", False][:2], Tile(16, 16, 4, 1)),
+    ("write_backward", False): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    ("tied_backward", False): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+}
+TABLE = {80: _MEDIUM, 90: _LARGE, 100: _TENSOR_MEMORY, 120: _SMALL}
 
 
 def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> Tile:

@@ -1,0 +1,65 @@
+"""Descriptions of the Triton kernels' launches at training shapes, compiled to machine code with no GPU at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from triton import knobs
+
+from pallas_kernels.nvidia import delta
+from pallas_kernels.nvidia.launch import compile_for
+from pallas_kernels.nvidia.table import TABLE, WIDTHS
+
+CONFIGURATIONS = [
+    (kernel, narrow, width)
+    for (kernel, narrow), tiles in TABLE[90].items()
+    for width, tile in zip(WIDTHS, tiles)
+    if tile is not None
+]
+
+
+def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=False):
+    """The launch of a kernel of the table at batch 2, 8192 tokens, 32 query heads and 8 key/value heads."""
+    dtype = jnp.bfloat16 if narrow else jnp.float32
+    array = lambda heads, dtype: jax.ShapeDtypeStruct((2, 8192, heads, width), dtype)
+    x, kv, exact = array(32, dtype), array(8, dtype), array(32, jnp.float32)
+    gate, row = jax.ShapeDtypeStruct((2, 8192, 32), dtype), jax.ShapeDtypeStruct((2, 32, 8192), jnp.float32)
+    tied = kernel.startswith("tied")
+    kappa = delta.Kappa(similarity, 0.1)
+    settings = delta.Settings(kappa, None if tied else kappa, tied, capability)
+    u = x if narrow else exact
+    found = []
+
+    def build(gate, ids):
+        ids = ids if segments else None
+        if kernel in ("write_forward", "tied_forward"):
+            launch = delta.write_forward_launch(settings, x, kv, kv, gate, gate, ids)
+        elif kernel == "read_forward":
+            launch = delta.read_forward_launch(settings, x, kv, u, ids)
+        elif kernel == "read_backward":
+            launch = delta.read_backward_launch(settings, x, kv, u, x, row, row, ids)
+        else:
+            both = (x, x, row, row) if tied else None
+            launch = delta.write_backward_launch(settings, x, kv, kv, gate, gate, ids, exact, u, row, exact, both)
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in launch.arrays)
+        found.append(dataclasses.replace(launch, arrays=shapes))
+
+    jax.eval_shape(build, gate, jax.ShapeDtypeStruct((2, 8192), jnp.int32))
+    return found[0]
+
+
+def compiled(launch, capability):
+    """(PTX, bytes of shared memory, bytes of registers spilled to memory by a thread)."""
+    kernel = compile_for(launch, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return kernel.asm["ptx"], kernel.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])

@@ -1,0 +1,42 @@
+"""Every Triton kernel and tile of the table compiled for an H100: tensor cores, shared memory, registers."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
+
+from nvidia_compile import CONFIGURATIONS, compiled, launch_of
+
+from pallas_kernels.nvidia.table import SHARED_MEMORY
+
+# Bytes a thread spills, where it spills at all: outside the inner loop over pairs of tiles but for a register or two.
+# The float32 kernels of three TF32 products spill more; what they are held to is that they compile and fit.
+SPILLS = {
+    ("tied_forward", 128): 64,
+    ("write_forward", 256): 512,
+    ("tied_forward", 256): 512,
+    ("read_backward", 256): 256,
+    ("write_backward", 64): 128,
+    ("tied_backward", 64): 160,
+    ("write_backward", 128): 400,
+    ("tied_backward", 128): 512,
+    ("write_backward", 256): 1200,
+    ("tied_backward", 256): 1200,
+}
+
+
+@pytest.mark.parametrize("kernel, narrow, width", CONFIGURATIONS)
+def test_sm_90(kernel, narrow, width):
+    ptx, shared, spilled = compiled(launch_of(kernel, 90, width, narrow), 90)
+    assert "wgmma.mma_async" in ptx
+    assert shared <= SHARED_MEMORY[90]
+    if narrow:
+        assert spilled <= SPILLS.get((kernel, width), 0)
+
+
+@pytest.mark.parametrize("similarity", ["linear", "relu", "exp", "round"])
+@pytest.mark.parametrize("kernel", ["write_forward", "read_forward", "read_backward", "write_backward"])
+def test_sm_90_other_similarities(kernel, similarity):
+    """bfloat16 inputs, float32 u, documents: the other branches of every kernel."""
+    ptx, shared, _ = compiled(launch_of(kernel, 90, 64, False, similarity, segments=True), 90)
+    assert "wgmma.mma_async" in ptx
+    assert shared <= SHARED_MEMORY[90]
