@@ -34,9 +34,10 @@ def lowered_calls(function, *arguments):
 
 def needs_the_plugin():
     """jax-triton describes its calls with a library of JAX's CUDA plugin; it needs no GPU."""
-    pytest.importorskip("jax_triton", reason="jax-triton is in the dependency group `kernels`, on Linux")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        # Without it jax-triton does not even import.
         pytest.skip("JAX's CUDA plugin (extra `cuda`) is not installed")
+    pytest.importorskip("jax_triton", reason="jax-triton is in the dependency group `kernels`, on Linux")
 
 
 def arguments(*batch):
