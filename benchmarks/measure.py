@@ -36,8 +36,8 @@ class Compiled:
 
 
 def in_rounds(candidates: dict[str, Compiled], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round. It runs twice and the second counts: the first pays for what ran before it,
-    whose half gigabyte of temporaries must leave the caches and go back to the system."""
+    """Seconds of each candidate in each round. It runs twice and the second counts: the first pays for what ran before
+    it, whose half gigabyte of temporaries must leave the caches and go back to the system."""
     times = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
