@@ -41,6 +41,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     compute_dtype: str = "float32"  # parameters are always float32
     remat: str = "none"  # "none", or "block": recompute each block in the backward pass
+    conv_size: int = -1  # tokens of the short convolutions, 0: none; -1: the mixer's own (retention, linear: none)
+    output_gate: str = "auto"  # "on", "off"; "auto": the mixer's own (linear_attention: none)
     # Attention mixers.
     rope_base: float = 10_000.0  # 0: no rotary embedding
     qk_norm: bool = False
@@ -63,8 +65,6 @@ class ModelConfig:
     # Mixers with a memory of fixed size: num_heads heads of queries and keys.
     num_value_heads: int = 0  # of the delta nets, a multiple of num_heads; 0: num_heads
     value_dim: int = 0  # 0: head_dim
-    conv_size: int = -1  # tokens of the short convolutions, 0: none; -1: the mixer's own
-    output_gate: str = "auto"  # "on", "off"; "auto": the mixer's own
     negative_eigenvalues: bool = False  # the delta nets' β in (0, 2) instead of (0, 1)
 
 

@@ -36,10 +36,28 @@ def heads(x, weight):
     return np.einsum("td,dhk->thk", x, numbers(weight))
 
 
+def convolved(x, part):
+    """silu of each feature of x [T,H,K] with those before it."""
+    weight = numbers(part.weight)
+    total = np.zeros_like(x)
+    for t in range(len(x)):
+        for j in range(min(len(weight), t + 1)):
+            total[t] += weight[j] * x[t - j]
+    return total / (1 + np.exp(-total))
+
+
+def gated(out, module, x, options):
+    if not options.get("output_gate"):
+        return out
+    return out / (1 + np.exp(-heads(x, module.output_gate.kernel)))
+
+
 def inputs(module, x, options):
     """q, k, v [T,H,K] of one sequence x [T,D], up to the rotation."""
     maps = module.inputs
     q, k, v = heads(x, maps.query), heads(x, maps.key), heads(x, maps.value)
+    if options.get("conv_size"):
+        q, k, v = (convolved(mapped, part) for mapped, part in zip((q, k, v), maps.convolutions))
     if options.get("kv_shift"):
         k = shifted(k, maps.shift.current_key, maps.shift.previous_key)
         v = shifted(v, maps.shift.current_value, maps.shift.previous_value)
@@ -71,7 +89,7 @@ def softmax_attention(module, x, options):
                 scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
             sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0
             out[t, h] = np.exp(scores) @ v[first : t + 1, g] / (np.exp(scores).sum() + sink)
-    return np.einsum("thk,hkd->td", out, numbers(module.output))
+    return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 
 
 def delta_former(module, x, options):
@@ -82,6 +100,7 @@ def delta_former(module, x, options):
     unit = norm == "on" or (norm == "auto" and write != "softmax")
     if kind == "projected":
         w = heads(x, module.write_kernel)
+        w = convolved(w, module.write_convolution) if options.get("conv_size") else w
         w = rms(w, module.write_norm.scale) if options.get("qk_norm") else w
         base = options.get("rope_base", 10_000.0)
         w = w if base is None else rotate(w, base)
@@ -112,7 +131,7 @@ def delta_former(module, x, options):
         for h in range(HEADS):
             scores = k[: t + 1, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
             out[t, h] = similarity(read, scores) @ u[: t + 1, h * u_heads // HEADS]
-    return np.einsum("thk,hkd->td", out, numbers(module.output))
+    return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 
 
 @pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)

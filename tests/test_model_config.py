@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from model_cases import MODELS, SMALL, VOCABULARY, make_model
-from test_layers_flops import counted_per_token
+from test_layers_flops import convolution_flops, counted_per_token
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.model import LanguageModel, mixer_fields, mlp_dim, num_parameters
@@ -52,6 +52,7 @@ def test_flops_are_those_of_the_parallel_form(fields):
         return jax.make_jaxpr(lambda tokens: model(tokens)[0])(jnp.zeros((1, length), jnp.int32)).jaxpr
 
     counted = counted_per_token(trace, 10)
+    counted += convolution_flops(model)
     counted -= 2 * 16 * (model.embedding.rows - VOCABULARY)  # the padded columns of the logits
     for block in model.blocks:
         if getattr(block.mixer, "tied", False):

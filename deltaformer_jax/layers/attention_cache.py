@@ -7,19 +7,21 @@ import dataclasses
 import jax
 
 from deltaformer_jax import ops
-from deltaformer_jax.layers.kv_shift import ShiftTail
+from deltaformer_jax.layers.query_key_value import InputTail
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """One document per row: the op's memory, and the shift's tail where the mixer shifts keys and values.
+    """One document per row: the op's memory, and what its shift and its short convolutions look back at.
 
-    `length` int32 [B] counts the real tokens seen so far.
+    `write_tail`: of the convolution of DeltaFormer's projected write queries, where it has both. `length` int32 [B]
+    counts the real tokens seen so far.
     """
 
     memory: ops.KUCache | ops.KVCache
-    tail: ShiftTail | None
+    tail: InputTail
+    write_tail: jax.Array | None = None
 
     @property
     def length(self):

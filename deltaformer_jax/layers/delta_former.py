@@ -17,11 +17,13 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.attention_cache import AttentionCache
-from deltaformer_jax.layers.linear import Gate, kernel
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
+from deltaformer_jax.layers.output_gate import OutputGate
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue, project
 from deltaformer_jax.layers.rotary import rotate
+from deltaformer_jax.layers.short_convolution import ShortConvolution
 from deltaformer_jax.ops.similarity import Similarity, Softmax, as_similarity
 from deltaformer_jax.parallel import over_devices
 
@@ -44,7 +46,9 @@ class DeltaFormer(nnx.Module):
       at their usual size (a unit key would make them √K times too small to tell tokens apart).
     * `read_scale`: by default K^-1/2.
     * `rope_base=None`: no rotary embedding; `qk_norm`: RMSNorm of each query, key (and projected w) head; `kv_shift`:
-      see `kv_shift.py`. `output_scale` multiplies the output kernel's initial values.
+      see `kv_shift.py`; `conv_size`: width of short convolutions (with SiLU) of queries, keys, values and projected w,
+      before their norms and rotations, see `short_convolution.py`, 0: none; `output_gate`: o_t ⊙ sigmoid(x_t W_g)
+      goes to W_o. `output_scale` multiplies the output kernel's initial values.
     * `chunk_size` and `implementation` go to `ops.delta_attention`.
 
     Parameters are float32, the arithmetic is `dtype`'s; gates, norms and similarities float32.
@@ -56,8 +60,9 @@ class DeltaFormer(nnx.Module):
         write_similarity: str | Similarity = "softmax", read_similarity: str | Similarity = "softmax",
         write_scale: float | None = None, read_scale: float | None = None, write_key_norm: str = "auto",
         alpha: str = "off", beta: str = "sigmoid", rope_base: float | None = 10_000.0, qk_norm: bool = False,
-        kv_shift: bool = False, norm_epsilon: float = 1e-6, output_scale: float = 1.0, chunk_size: int | None = None,
-        implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
+        kv_shift: bool = False, conv_size: int = 0, output_gate: bool = False, norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0, chunk_size: int | None = None, implementation: str | None = None,
+        dtype=jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         check_choice("write_query", write_query, ("key", "query", "projected"))
         check_choice("write_key_norm", write_key_norm, ("auto", "on", "off"))
@@ -67,11 +72,14 @@ class DeltaFormer(nnx.Module):
         self.read_similarity = as_similarity(read_similarity, "read_similarity")
         self.inputs = QueryKeyValue(
             d_model, num_heads, num_kv_heads, head_dim, rope_base=rope_base, qk_norm=qk_norm, kv_shift=kv_shift,
-            norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs,
+            conv_size=conv_size, norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         projected = write_query == "projected"
         self.write_kernel = (
             kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim")) if projected else None
+        )
+        self.write_convolution = (
+            ShortConvolution(conv_size, num_heads, head_dim, rngs=rngs) if projected and conv_size else None
         )
         self.write_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if projected and qk_norm else None
         self.u_heads, u_axis = (num_kv_heads, "kv_heads") if write_query == "key" else (num_heads, "heads")
@@ -82,6 +90,7 @@ class DeltaFormer(nnx.Module):
             rngs, (num_heads, head_dim, d_model), ("heads", "head_dim", "embed"),
             fan_in=num_heads * head_dim, scale=output_scale,
         )  # fmt: skip
+        self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
         if self.unit_keys:
@@ -104,7 +113,7 @@ class DeltaFormer(nnx.Module):
         x = clear_padding(x, segment_ids)
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
-        tail = None if cache is None else cache.tail
+        tail, write_tail = (None, None) if cache is None else (cache.tail, cache.write_tail)
         query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
         if self.unit_keys:
             key = rms_normalize(key)
@@ -116,7 +125,7 @@ class DeltaFormer(nnx.Module):
         arrays = dict(
             query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
         )
-        write_query = self._write_query(x, query, positions)
+        write_query, write_tail = self._write_query(x, query, positions, segment_ids, write_tail)
         if isinstance(write_query, str):
             attend = functools.partial(attend, write_query=write_query)
         else:
@@ -125,20 +134,25 @@ class DeltaFormer(nnx.Module):
             read = over_devices(attend, arrays)
         else:
             read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
-            cache = AttentionCache(memory, tail)
+            cache = AttentionCache(memory, tail, write_tail)
+        if self.output_gate is not None:
+            read = self.output_gate(read, x)
         return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
 
-    def _write_query(self, x, query, positions):
+    def _write_query(self, x, query, positions, segment_ids, tail):
+        """w, or its name, and the tail of its convolution."""
         if self.write_query == "key":
-            return "key"  # normalised with the keys, where they are
+            return "key", None  # normalised with the keys, where they are
         if self.write_query == "query":
-            return rms_normalize(query) if self.unit_keys else "query"
+            return rms_normalize(query) if self.unit_keys else "query", None
         write_query = project(x, self.write_kernel, self.dtype)
+        if self.write_convolution is not None:
+            write_query, tail = self.write_convolution(write_query, segment_ids=segment_ids, tail=tail)
         if self.write_norm is not None:
             write_query = self.write_norm(write_query)
         if self.inputs.rope_base is not None:
             write_query = rotate(write_query, positions, self.inputs.rope_base)
-        return rms_normalize(write_query) if self.unit_keys else write_query
+        return rms_normalize(write_query) if self.unit_keys else write_query, tail
 
     def _alpha(self, x):
         return None if self.alpha_gate is None else jax.nn.sigmoid(self.alpha_gate(x))
@@ -160,20 +174,24 @@ class DeltaFormer(nnx.Module):
         memory = ops.KUCache.empty(
             batch, capacity, self.num_kv_heads, self.u_heads, self.head_dim, self.head_dim, self.dtype
         )
-        return AttentionCache(memory, self.inputs.empty_tail(batch))
+        convolution = self.write_convolution
+        write_tail = None if convolution is None else convolution.empty_tail(batch, self.dtype)
+        return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)
 
     def flops_per_token(self, length: int) -> float:
-        """2 d_model K (2 H + 2 G) + gates + write + read. Forward, the mean over a sequence of `length` tokens; a
-        multiply-add counts 2, norms and gates' sigmoids nothing.
+        """2 d_model K (2 H + 2 G) + gates + convolutions + write + read. Forward, the mean over a sequence of `length`
+        tokens; a multiply-add counts 2, norms and gates' sigmoids nothing.
 
-        gates: 2 d_model Hu each for α and β, and 2 d_model H K for a projected w. read: 2 H K length (half the square
-        of scores and half the square of weights times u). write: 2 Hu K length, or nothing where it is tied to the
-        read. Hu is G for w = k, else H. The chunked solve's own cost, O(chunk) per token, is left out.
+        gates: 2 d_model Hu each for α and β, 2 d_model H K for a projected w and again for an output gate. read:
+        2 H K length (half the square of scores and half the square of weights times u). write: 2 Hu K length, or
+        nothing where it is tied to the read. Hu is G for w = k, else H. The chunked solve's own cost, O(chunk) per
+        token, is left out.
         """
-        per_head = 2.0 * self.d_model * self.head_dim
-        projections = per_head * (2 * self.num_heads + 2 * self.num_kv_heads)
-        if self.write_kernel is not None:
-            projections += per_head * self.num_heads
+        projections = self.inputs.flops_per_token() + product_flops(self.write_kernel, self.output)
+        if self.write_convolution is not None:
+            projections += product_flops(self.write_convolution.weight)
+        if self.output_gate is not None:
+            projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
         return projections + gates + 2.0 * passes * self.head_dim * length

@@ -1,34 +1,49 @@
 """The queries, keys and values of an attention mixer.
 
-    q = rotate(norm(x W_q)),     k = rotate(norm(shift(x W_k))),     v = shift(x W_v)
+    q = rotate(norm(conv(x W_q))),     k = rotate(norm(shift(conv(x W_k)))),     v = shift(conv(x W_v))
 
-where the rotation (RoPE), the norm (a per-head RMSNorm, "qk-norm") and the shift (KV shifting) are each there or not.
+where the rotation (RoPE), the norm (a per-head RMSNorm, "qk-norm"), the shift (KV shifting) and the short convolution
+(with its SiLU) are each there or not.
 Source: RoPE arXiv 2104.09864; qk-norm as in Dehghani et al., arXiv 2302.05442, with RMSNorm for LayerNorm; KV shifting
-arXiv 2411.19574.
+arXiv 2411.19574; the convolutions as in DeltaNet, arXiv 2406.06484.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
-from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.layers.linear import kernel, product_flops
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.rotary import rotate
+from deltaformer_jax.layers.short_convolution import ShortConvolution
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputTail:
+    """What the next call's first tokens look back at: the shift's tail, and those of the convolutions of q, k and v."""
+
+    shift: ShiftTail | None
+    convolutions: tuple[jax.Array, ...]
 
 
 class QueryKeyValue(nnx.Module):
-    """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, and the shift's tail.
+    """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, and the tail for the next call.
 
-    `rope_base=None` leaves out the rotation. The gains of qk-norm are [K], shared by the heads.
-    Cost: 2 d_model K (H + 2 G) FLOPs per token.
+    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. The gains of qk-norm are [K], shared by
+    the heads. Cost: `flops_per_token`.
     Raises ValueError for sizes that don't fit each other.
     """
 
     def __init__(
         self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
-        rope_base: float | None, qk_norm: bool, kv_shift: bool, norm_epsilon: float, dtype, rngs: nnx.Rngs,
+        rope_base: float | None, qk_norm: bool, kv_shift: bool, conv_size: int, norm_epsilon: float, dtype,
+        rngs: nnx.Rngs,
     ):  # fmt: skip
         check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base)
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
@@ -37,27 +52,45 @@ class QueryKeyValue(nnx.Module):
         self.query_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if qk_norm else None
         self.key_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if qk_norm else None
         self.shift = KVShift(num_kv_heads, rngs=rngs) if kv_shift else None
+        if conv_size:
+            heads = ((num_heads, "heads"), (num_kv_heads, "kv_heads"), (num_kv_heads, "kv_heads"))
+            self.convolutions = nnx.List(
+                [ShortConvolution(conv_size, number, head_dim, axis=axis, rngs=rngs) for number, axis in heads]
+            )
+        else:
+            self.convolutions = None
         self.rope_base = rope_base
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x, *, positions, segment_ids=None, tail: ShiftTail | None = None):
-        query = project(x, self.query, self.dtype)
-        key = project(x, self.key, self.dtype)
-        value = project(x, self.value, self.dtype)
+    def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None):
+        maps = [project(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        shift, convolutions = (None, (None,) * 3) if tail is None else (tail.shift, tail.convolutions)
+        if self.convolutions is not None:
+            done = [
+                convolution(mapped, segment_ids=segment_ids, tail=before)
+                for convolution, mapped, before in zip(self.convolutions, maps, convolutions)
+            ]
+            maps, convolutions = [mapped for mapped, _ in done], tuple(after for _, after in done)
+        query, key, value = maps
         if self.shift is not None:
-            key, value, tail = self.shift(key, value, segment_ids=segment_ids, tail=tail)
+            key, value, shift = self.shift(key, value, segment_ids=segment_ids, tail=shift)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_base is not None:
             query, key = rotate(query, positions, self.rope_base), rotate(key, positions, self.rope_base)
-        return query, key, value, tail
+        return query, key, value, None if tail is None else InputTail(shift, convolutions)
 
-    def empty_tail(self, batch: int) -> ShiftTail | None:
-        """The tail before the first token: zeros, or None without a shift."""
-        if self.shift is None:
-            return None
+    def empty_tail(self, batch: int) -> InputTail:
+        """The tail before the first token: zeros, for what there is."""
         zeros = jnp.zeros((batch, *self.key.shape[-2:]), self.dtype)
-        return ShiftTail(zeros, zeros)
+        shift = None if self.shift is None else ShiftTail(zeros, zeros)
+        convolutions = () if self.convolutions is None else self.convolutions
+        return InputTail(shift, tuple(part.empty_tail(batch, self.dtype) for part in convolutions))
+
+    def flops_per_token(self) -> float:
+        """2 d_model K (H + 2 G), and a multiply-add for each feature and place of a convolution."""
+        convolutions = () if self.convolutions is None else [part.weight for part in self.convolutions]
+        return product_flops(self.query, self.key, self.value, *convolutions)
 
 
 def project(x, weight: nnx.Param, dtype):

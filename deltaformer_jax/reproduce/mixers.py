@@ -21,6 +21,7 @@ from deltaformer_jax.reproduce.experiment import Experiment
 # Label -> the repeating pattern of mixers.
 PATTERNS: dict[str, tuple[str | Mixer, ...]] = {
     "DeltaFormer": ("delta_former",),
+    "DeltaFormer, gated": (Mixer("delta_former", output_gate="on", conv_size=4),),
     "softmax attention": ("softmax_attention",),
     "forgetting attention": (Mixer("softmax_attention", forget_gate=True),),
     "linear attention": ("linear_attention",),

@@ -1,0 +1,52 @@
+"""Window layers and global layers in turn, each with heads of its own shape, as in Baichuan-M1, at the size and on the
+data of deltaformer_340m.py.
+
+341 million parameters (the feed-forward's width makes up for the few KV heads), 15 billion tokens of FineWeb-edu, made
+as that file's docstring says. Command:
+
+    python train.py --config baichuan_m1_340m --workdir runs/baichuan_m1_340m
+
+Hardware: as there.
+Time: not measured. By arithmetic, 15e9 tokens at 2.26 GFLOP each are 3.4e19 FLOP.
+Result: not measured.
+
+From Baichuan-M1 (arXiv 2502.12671): the alternation, KV shifting in every layer, the RoPE base of 1e6, and the
+proportions: there 40 heads of 128 over 8 KV heads with a window of 8192 tokens, and 20 heads of 256 over 2 without;
+here 16 of 64 over 4 with a window of 512, a quarter of the context, and 8 of 128 over 2. Its normalised output head is
+left out.
+"""
+
+from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+
+STEPS = 28_610  # of 256 x 2048 tokens: 15.0e9
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            vocab_size=32_000,
+            d_model=1024,
+            num_layers=24,
+            mlp_dim=3328,
+            mixers=(
+                Mixer("softmax_attention", num_heads=16, num_kv_heads=4, head_dim=64, window=512),
+                Mixer("softmax_attention", num_heads=8, num_kv_heads=2, head_dim=128),
+            ),
+            kv_shift=True,
+            rope_base=1e6,
+            compute_dtype="bfloat16",
+            remat="block",
+        ),
+        data=DataConfig(path="data/fineweb_edu", sequence_length=2048, batch_size=256),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=1000, decay_steps=STEPS, schedule="cosine", accumulation_steps=4
+        ),
+        run=RunConfig(
+            steps=STEPS,
+            log_every=10,
+            eval_every=1000,
+            eval_batches=20,
+            checkpoint_every=1000,
+            sample_prompt="The most important thing about",
+        ),
+    )
