@@ -1,0 +1,196 @@
+"""Six tasks on strings: the input, then empty tokens from which the answer is read, all at once.
+
+    x_1 … x_L  ∅ ∅ … ∅ (padding)        target at the i-th ∅: the answer's i-th symbol
+
+Trained on lengths L uniform in 1 … 40 and tested on 41 … 500, the score is the mean accuracy of the answer's symbols.
+
+Source: Delétang et al., "Neural networks and the Chomsky hierarchy", 2022; Xu et al., DeltaFormer (NeurIPS 2025),
+appendix D, Table 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from deltaformer_jax.tasks.draws import Draws
+from deltaformer_jax.tasks.examples import Examples, check_least
+
+
+@dataclasses.dataclass(frozen=True)
+class StringTask:
+    """What the six share. A task has `symbols` (of the input; the empty token is the one after them), `answers` (how
+    many symbols an answer is made of), `answer_length(L)`, and `solve`.
+
+    Args: length: tokens in a row, at least longest + answer_length(longest). shortest, longest: bounds of the input's
+      length L, uniform between them. Raises ValueError for what does not fit.
+    `task(seed, indices)` -> Examples; input_vocabulary is symbols + 1, target_vocabulary answers.
+    """
+
+    length: int = 128
+    shortest: int = 1
+    longest: int = 40
+
+    symbols: ClassVar[int] = 2
+    answers: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_least("shortest", self.shortest, 1)
+        check_least("longest", self.longest, self.shortest)
+        least = self.longest + self.answer_length(self.longest)
+        if self.length < least:
+            raise ValueError(
+                f"length={self.length}: must be at least {least}, the longest input ({self.longest}) and its answer; "
+                "or choose a smaller longest"
+            )
+
+    @property
+    def input_vocabulary(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def target_vocabulary(self) -> int:
+        return self.answers
+
+    @staticmethod
+    def answer_length(length):
+        """Empty tokens after an input of `length` symbols, an int or an array of them."""
+        return length
+
+    def input_lengths(self, draws: Draws) -> np.ndarray:
+        return self.shortest + draws.integers(1, self.longest - self.shortest + 1)[:, 0]
+
+    def inputs(self, draws: Draws, lengths: np.ndarray) -> np.ndarray:
+        """int64 [N, longest]: symbols; what stands after a row's length is not looked at."""
+        return draws.integers(self.longest, self.symbols)
+
+    def solve(self, inputs: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(answers int64 [N, A], their lengths int64 [N]) of inputs [N, longest], A = answer_length(longest)."""
+        raise NotImplementedError
+
+    def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
+        draws = Draws(seed, type(self).__name__, indices)
+        lengths = self.input_lengths(draws)
+        inputs = self.inputs(draws, lengths)
+        answers, answered = self.solve(inputs, lengths)
+        place = np.arange(self.length)
+        ends = lengths + self.answer_length(lengths)
+        given, real = place < lengths[:, None], place < ends[:, None]
+        tokens = np.where(real, self.symbols, 0)
+        tokens[:, : self.longest] = np.where(given[:, : self.longest], inputs, tokens[:, : self.longest])
+        counted = ~given & (place < (lengths + answered)[:, None])
+        symbol = np.clip(place - lengths[:, None], 0, answers.shape[1] - 1)
+        targets = np.where(counted, np.take_along_axis(answers, symbol, axis=1), 0)
+        return Examples(tokens.astype(np.int32), targets.astype(np.int32), counted, real)
+
+
+class ModularArithmetic(StringTask):
+    """Digits and operators in turn, as 3 + 4 · 2 − 1, of odd length; the answer is the value mod 5; · binds tighter.
+
+    Symbols: 0 … 4, then 5 for +, 6 for −, 7 for ·. Lengths are uniform among the odd ones from shortest to longest.
+    """
+
+    symbols, answers = 8, 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shortest == self.longest and self.longest % 2 == 0:
+            raise ValueError(f"shortest={self.shortest}, longest={self.longest}: no odd length is between them")
+
+    @staticmethod
+    def answer_length(length):
+        return 0 * length + 1
+
+    def input_lengths(self, draws):
+        first = self.shortest | 1
+        return first + 2 * draws.integers(1, (self.longest - first) // 2 + 1)[:, 0]
+
+    def inputs(self, draws, lengths):
+        digits, operators = draws.integers(self.longest, 5), 5 + draws.integers(self.longest, 3)
+        return np.where(np.arange(self.longest) % 2 == 0, digits, operators)
+
+    def solve(self, inputs, lengths):
+        # total + sign · product of the factors since the last + or −.
+        total, sign, product = np.zeros_like(lengths), np.ones_like(lengths), inputs[:, 0]
+        for place in range(1, self.longest - 1, 2):
+            operator, digit, inside = inputs[:, place], inputs[:, place + 1], place < lengths
+            times, adds = inside & (operator == 7), inside & (operator != 7)
+            total = np.where(adds, total + sign * product, total)
+            sign = np.where(adds, np.where(operator == 5, 1, -1), sign)
+            product = np.where(times, product * digit % 5, np.where(adds, digit, product))
+        return ((total + sign * product) % 5)[:, None], np.ones_like(lengths)
+
+
+class Parity(StringTask):
+    """Of a string of 0 and 1 the number of ones, mod 2."""
+
+    @staticmethod
+    def answer_length(length):
+        return 0 * length + 1
+
+    def solve(self, inputs, lengths):
+        inside = np.arange(self.longest) < lengths[:, None]
+        return (np.sum(inputs * inside, axis=1) % 2)[:, None], np.ones_like(lengths)
+
+
+class ReverseString(StringTask):
+    """x_L … x_1 of a string of 0 and 1."""
+
+    def solve(self, inputs, lengths):
+        places = np.maximum(lengths[:, None] - 1 - np.arange(self.longest), 0)
+        return np.take_along_axis(inputs, places, axis=1), lengths
+
+
+class DuplicateString(StringTask):
+    """x x: a string of 0 and 1 twice."""
+
+    @staticmethod
+    def answer_length(length):
+        return 2 * length
+
+    def solve(self, inputs, lengths):
+        places = np.arange(2 * self.longest) % lengths[:, None]
+        return np.take_along_axis(inputs, places, axis=1), 2 * lengths
+
+
+class OddsFirst(StringTask):
+    """x_2 x_4 … then x_1 x_3 …: of a string of 0 and 1, in Python's words, x[1::2] + x[::2]."""
+
+    def solve(self, inputs, lengths):
+        place, odds = np.arange(self.longest), (lengths // 2)[:, None]
+        places = np.where(place < odds, 2 * place + 1, 2 * (place - odds))
+        return np.take_along_axis(inputs, np.minimum(places, self.longest - 1), axis=1), lengths
+
+
+class StackManipulation(StringTask):
+    """A stack, bottom to top, then actions; the answer is the stack after them, top to bottom, and a terminator.
+
+    Symbols: 0 and 1 of the stack, then 2 for POP, 3 for PUSH 0, 4 for PUSH 1. POP does nothing on an empty stack. The
+    stack's first size is uniform in 1 … L − 1 (1 where L = 1), the actions are uniform. Answers: 0, 1, and 2 for the
+    terminator, up to which is counted. There are L + 1 empty tokens whatever the answer's length, so as not to tell it.
+    """
+
+    symbols, answers = 5, 3
+
+    @staticmethod
+    def answer_length(length):
+        return length + 1
+
+    def inputs(self, draws, lengths):
+        size = 1 + draws.integers(1, np.maximum(lengths - 1, 1)[:, None])
+        contents, actions = draws.integers(self.longest, 2), 2 + draws.integers(self.longest, 3)
+        return np.where(np.arange(self.longest) < size, contents, actions)
+
+    def solve(self, inputs, lengths):
+        rows = np.arange(len(lengths))
+        stack, height = np.zeros((len(lengths), self.longest + 1), np.int64), np.zeros_like(lengths)
+        for place in range(self.longest):
+            symbol, inside = inputs[:, place], place < lengths
+            pushes = inside & (symbol != 2)
+            stack[rows, height] = np.where(pushes, symbol % 3, stack[rows, height])  # 3 and 4 push 0 and 1
+            height = np.where(pushes, height + 1, np.where(inside, np.maximum(height - 1, 0), height))
+        down = height[:, None] - 1 - np.arange(self.longest + 1)
+        answers = np.where(down >= 0, np.take_along_axis(stack, np.maximum(down, 0), axis=1), 2)
+        return answers, height + 1

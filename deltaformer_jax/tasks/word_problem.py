@@ -1,0 +1,76 @@
+"""The word problem of a group: tokens are elements; what is their product so far?
+
+Over S5 and A5, which are not solvable, it is complete for NC¹ (Barrington, 1989): beyond what a Transformer of fixed
+depth or a linear recurrence with diagonal transitions computes at every length, if TC⁰ ≠ NC¹ (Merrill et al., "The
+illusion of state in state-space models", 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+
+from deltaformer_jax.tasks.draws import Draws
+from deltaformer_jax.tasks.examples import Examples, check_least
+
+GROUPS = ("S3", "S4", "S5", "A3", "A4", "A5")
+
+
+@dataclasses.dataclass(frozen=True)
+class WordProblem:
+    """target_t = x_1 x_2 ⋯ x_t, where (x y)(i) = x(y(i)).
+
+    Token and target i are the i-th permutation, in lexicographic order of (x(0), x(1), …); in A_n of the even ones.
+    Token 0 is the identity. Tokens are uniform, every position is counted.
+
+    Args: length: elements in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". Raises ValueError for others.
+    `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
+    """
+
+    length: int = 32
+    group: str = "S5"
+
+    def __post_init__(self):
+        check_least("length", self.length, 1)
+        if self.group not in GROUPS:
+            raise ValueError(f"group={self.group!r}: must be one of {', '.join(GROUPS)}")
+
+    @property
+    def input_vocabulary(self) -> int:
+        return len(elements(self.group))
+
+    @property
+    def target_vocabulary(self) -> int:
+        return len(elements(self.group))
+
+    def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
+        tokens = Draws(seed, f"word problem {self.group}", indices).integers(self.length, self.input_vocabulary)
+        table = products(self.group)
+        targets = np.empty_like(tokens)
+        product = np.zeros(len(tokens), np.int64)
+        for t in range(self.length):
+            product = table[product, tokens[:, t]]
+            targets[:, t] = product
+        every = np.ones(tokens.shape, bool)
+        return Examples(tokens.astype(np.int32), targets.astype(np.int32), every, every.copy())
+
+
+@functools.cache
+def elements(group: str) -> np.ndarray:
+    """int64 [order, n]: the group's permutations in lexicographic order, row x holding x(0), …, x(n − 1)."""
+    n = int(group[1])
+    every = np.array(list(itertools.permutations(range(n))))
+    inversions = sum(every[:, i] > every[:, j] for i in range(n) for j in range(i + 1, n))
+    return every if group[0] == "S" else every[inversions % 2 == 0]
+
+
+@functools.cache
+def products(group: str) -> np.ndarray:
+    """int64 [order, order]: the element x y in row x, column y."""
+    permutations = elements(group)
+    digits = permutations.shape[1] ** np.arange(permutations.shape[1])[::-1]
+    composed = permutations[:, permutations]  # [x, y, i] = x(y(i))
+    return np.searchsorted(permutations @ digits, composed @ digits)
