@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,14 @@ from deltaformer_jax.ops import checks
 from deltaformer_jax.ops import heads as H
 from deltaformer_jax.ops.cache import KUCache, check_cache, check_room, store
 from deltaformer_jax.ops.delta_chunked import Plan, default_chunk, delta_chunked
+from deltaformer_jax.ops.delta_kernels import KERNELS, delta_by_kernel, fastest_delta
 from deltaformer_jax.ops.delta_parallel import read_parallel, write_parallel
 from deltaformer_jax.ops.delta_recurrent import read_recurrent, write_recurrent
 from deltaformer_jax.ops.extend import extend_delta, in_blocks
 from deltaformer_jax.ops.similarity import Similarity, Softmax, as_similarity
 from deltaformer_jax.ops.tiles import accumulation_dtype
+
+_DEFINITIONS = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}
 
 
 def delta_attention(
@@ -58,7 +62,9 @@ def delta_attention(
         form one contiguous run, and a token sees its own run only.
       chunk_size: rows of a chunk, any positive int; None chooses. Used by "chunked", and with a cache.
       implementation: "recurrent" (the definition), "parallel" (T×T matrices), "chunked" (a scan over chunks with a
-        backward of its own). None chooses the fastest for the platform being compiled for.
+        backward of its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256, no
+        cache). None chooses the fastest for the platform being compiled for: the kernels where they can do the call,
+        else "chunked".
       cache: a KUCache to go on from, which holds one document a row; the new tokens follow its tokens, and those with
         segment id 0 are not stored. The same call prefills (T > 1) and decodes (T = 1).
       return_cache: also return the cache after these tokens. Without `cache` a new one of capacity T is made.
@@ -70,7 +76,8 @@ def delta_attention(
     Raises:
       ValueError, TypeError: shapes, dtypes, names and sizes, while tracing; ids that come back within a row and a cache
         without room when their values are known (under jit those two are undefined).
-      NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
+      NotImplementedError: an implementation this op does not have, for this platform or this call or without a
+        package that is not installed; a second derivative of any but "recurrent" and "parallel".
 
     Cost: with F = 2 T² K B H floating-point operations (one causal pass of two products), (1 + G/H) F for w = k, 1 F
       where one pass serves both (w = q, both softmax, equal scales: recognised), else 2 F; backward 2.5 times that.
@@ -80,7 +87,7 @@ def delta_attention(
       caches, segments, the one-pass form and the backward are this project's.
     """
     checks.check_heads(query, key, value)
-    name = checks.check_implementation(implementation, checks.FORMS, checks.KERNELS)
+    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
     checks.check_size("chunk_size", chunk_size)
     write_query = _resolve_write_query(write_query, query, key)
     write_heads = key.shape[2] if write_query is None else write_query.shape[2]
@@ -102,7 +109,9 @@ def delta_attention(
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
         checks.check_one_document(segment_ids)
         check_room(cache, real)
-        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": chunk_size or 128}[name]
+        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": chunk_size or 128}.get(name)
+        if size is None:
+            raise NotImplementedError(f"implementation={name!r} goes on from no cache: use None or 'chunked'")
         w = key if write_query is None else write_query
 
         def block(cache, *arrays):
@@ -110,15 +119,16 @@ def delta_attention(
 
         return in_blocks(block, cache, (query, w, key, value, alpha, beta, real), size)
 
-    if name == "chunked":
+    if name in _DEFINITIONS:
+        out, u = _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids)
+    else:
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
         if same_query and softmax and plan.write_scale == plan.read_scale:
             plan, write_query = dataclasses.replace(plan, tied=True), None
         elif same_query:
             write_query = query
-        out, u = delta_chunked(plan, query, write_query, key, value, alpha, beta, segment_ids)
-    else:
-        out, u = _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids)
+        form = _in_blocks_of_rows(implementation)
+        out, u = form(plan, query, write_query, key, value, alpha, beta, segment_ids)
     if segment_ids is not None:
         # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
         out = jnp.where(real[..., None, None], out, 0)
@@ -152,7 +162,7 @@ def delta_values(
       u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
     """
     checks.check_heads(None, key, value)
-    name = checks.check_implementation(implementation, checks.FORMS, checks.KERNELS)
+    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
     checks.check_size("chunk_size", chunk_size)
     write_query = _resolve_write_query(write_query, None, key)
     write_heads = key.shape[2] if write_query is None else write_query.shape[2]
@@ -167,9 +177,16 @@ def delta_values(
         chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
     )
     real, (write_query, key, value, alpha, beta) = _without_padding(segment_ids, write_query, key, value, alpha, beta)
-    form = delta_chunked if name == "chunked" else (lambda *arguments: _by_definition(name, *arguments))
+    form = functools.partial(_by_definition, name) if name in _DEFINITIONS else _in_blocks_of_rows(implementation)
     _, u = form(plan, None, write_query, key, value, alpha, beta, segment_ids)
     return u if segment_ids is None else jnp.where(real[..., None, None], u, 0)
+
+
+def _in_blocks_of_rows(implementation):
+    """The form of `delta_chunked`'s arguments that goes by that name."""
+    if implementation is None:
+        return fastest_delta
+    return delta_chunked if implementation == "chunked" else functools.partial(delta_by_kernel, implementation)
 
 
 def _resolve_write_query(write_query, query, key):
@@ -204,7 +221,7 @@ def _without_padding(segment_ids, *arrays):
 
 def _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids):
     """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
-    write, read = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}[name]
+    write, read = _DEFINITIONS[name]
     dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype
     batch, time = key.shape[:2]
     w = key if write_query is None else write_query

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
@@ -40,10 +41,22 @@ def only_on(platform: str, message: str, function: Callable, *arguments):
 
     Lowering for another raises NotImplementedError(message).
     """
-    shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arguments))
+    outputs, inputs = jax.eval_shape(function, *arguments), jax.eval_shape(lambda *x: x, *arguments)
 
+    # The gradients are a refusal too: zeros would do for a value nobody uses, and the program would be compiled.
+    @jax.custom_vjp
     def refuse(*_):
-        out = _refusal.bind(message=message, shapes=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes))
-        return jax.tree.unflatten(structure, out)
+        return _refused(message, outputs)
 
+    def gradients(*_):
+        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, _refused(message, inputs))
+
+    refuse.defvjp(lambda *_: (_refused(message, outputs), None), gradients)
     return jax.lax.platform_dependent(*arguments, default=refuse, **{platform: function})
+
+
+def _refused(message, like):
+    """Arrays as `like`'s that make the program one that cannot be lowered."""
+    shapes, structure = jax.tree.flatten(like)
+    out = _refusal.bind(message=message, shapes=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes))
+    return jax.tree.unflatten(structure, out)

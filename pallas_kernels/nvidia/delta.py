@@ -57,8 +57,8 @@ class Kappa:
 class Settings:
     """What is known while tracing. `read` None: only u is wanted. `tied`: w = q, and `write`, one softmax, serves both.
 
-    `compute_capability`: 90 for an H100; None asks the device. `tiles`: (kernel's name, Tile) pairs in the table's
-    place, for tests and for choosing the table.
+    `compute_capability`: 90 for an H100; None asks the device, and is 90 where there is none. `tiles`: (kernel's name,
+    Tile) pairs in the table's place, for tests and for choosing the table.
     """
 
     write: Kappa
@@ -74,6 +74,13 @@ def lacks(settings: Settings, key, value) -> str | None:
         return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
     if max(key.shape[3], value.shape[3]) > WIDEST:
         return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
+    try:
+        for name, kappa in (("write", settings.write), ("read", settings.read)):
+            if kappa is not None:
+                for direction in ("forward", "backward"):
+                    _tile(settings, f"{name}_{direction}", key, value, _is_narrow(kappa, value.dtype))
+    except NotImplementedError as error:
+        return str(error)
     return None
 
 
@@ -121,8 +128,8 @@ def _transformable(function, name):
     @wrapped.defjvp
     def no_derivative(primals, tangents):
         raise NotImplementedError(
-            f"the Triton {name} of delta attention has no derivative of its own: differentiate the op once, in reverse "
-            "mode, or use implementation='parallel' or 'recurrent'"
+            f"the Triton {name} of delta attention has a hand-written backward and no second derivative, nor one in "
+            "forward mode: use implementation='parallel' or 'recurrent'"
         )
 
     return wrapped
@@ -148,7 +155,7 @@ def _tile(settings, name, key, value, narrow) -> Tile:
         return given
     if settings.tied:
         name = name.replace("write", "tied")
-    capability = settings.compute_capability or launching.device_capability()
+    capability = settings.compute_capability or launching.target_capability()
     return choose(name, capability, max(block_width(key.shape[3]), block_width(value.shape[3])), narrow)
 
 

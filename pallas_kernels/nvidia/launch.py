@@ -5,6 +5,7 @@ and a compiler without a GPU turns it into machine code.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,12 +59,10 @@ def type_name(dtype) -> str:
 def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array]:
     """The launch's outputs, as part of a JAX program for an NVIDIA GPU.
 
-    `compute_capability` (90 for an H100) is asked of the device unless given; without a device it has to be.
+    `compute_capability` (90 for an H100): None is that of `target_capability`.
     Raises NotImplementedError under jvp and vmap: derivatives and folded batches are the callers' business (delta.py).
     """
-    import jax_triton
-
-    return jax_triton.triton_call(
+    return _jax_triton().triton_call(
         *launch.arrays,
         *launch.scalars,
         kernel=launch.kernel,
@@ -72,10 +71,22 @@ def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array
         name=launch.kernel.__name__,
         num_warps=launch.warps,
         num_stages=launch.stages,
-        compute_capability=compute_capability,
+        compute_capability=compute_capability or target_capability(),
         zeroed_outputs=tuple(i for i, x in enumerate(launch.outputs) if x.zeroed),
         **launch.constants,
     )
+
+
+def _jax_triton():
+    """The package, whose import would leave Triton without its folder of compiled kernels."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if before is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+    return jax_triton
 
 
 def compile_for(launch: Launch, compute_capability: int):
@@ -105,6 +116,12 @@ def compile_for(launch: Launch, compute_capability: int):
     return compiled
 
 
-def device_capability() -> int:
-    """The compute capability of the first NVIDIA device, 90 for an H100. Raises RuntimeError where there is none."""
-    return round(float(jax.devices("cuda")[0].compute_capability) * 10)
+def target_capability() -> int:
+    """The compute capability to compile for: the first NVIDIA device's, 90 for an H100; 90 where there is none.
+
+    A program that is compiled on a machine without a GPU is one for an H100, unless Settings say otherwise.
+    """
+    try:
+        return round(float(jax.devices("cuda")[0].compute_capability) * 10)
+    except RuntimeError:
+        return 90

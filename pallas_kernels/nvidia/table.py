@@ -94,6 +94,6 @@ def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> Ti
         operands = "two-byte" if narrow else "float32"
         raise NotImplementedError(
             f"no tile of the Triton kernel {kernel} fits width {width} with {operands} operands on compute capability "
-            f"{compute_capability / 10}: use implementation='chunked'"
+            f"{compute_capability / 10}"
         )
     return tile
