@@ -1,0 +1,113 @@
+"""DeltaFormer's forward, one head of u at a time, chunk by chunk: the write, and the reads of it in the same pass.
+
+    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
+
+A chunk's rows go over the earlier chunks once: each tile of k and u is loaded once and serves w and every query head
+that shares it. Then the chunk's own triangular system is solved, its u joins those in VMEM, and the reads take the
+diagonal tile. Tied (w = q, one softmax for both): o = (1 − π) s + π u, so that the read costs nothing.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu.products import NT, dot
+from pallas_kernels.tpu.solve import solve
+from pallas_kernels.tpu.weights import (
+    absorb_weights,
+    both,
+    inverse_normaliser,
+    log_normaliser,
+    start_sum,
+)
+
+
+def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, operand, write_dtype, read_dtype):
+    """One chunk of one head. refs: k [1,T,K]; w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and columns
+    (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
+    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [T,V]. Which there are, delta.py says.
+
+    `first` [B, T/C]: the first chunk that a chunk's rows see. `operand`: dtype of keys and queries; `write_dtype`,
+    `read_dtype`: of the products with u.
+    """
+    write, read = settings.write, settings.read
+    head, c = pl.program_id(0), pl.program_id(1)
+    own = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
+    width = refs["values"].shape[1]
+
+    def block(name, j):
+        return pl.ds(pl.multiple_of(j * chunk, chunk), chunk)
+
+    own_keys = refs["k"][0, own, :]
+    queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
+    w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
+    row_segments = _column(refs["rows"][0, 0, :]) if "rows" in refs else None
+    reads = [] if settings.tied else queries
+
+    def segment_mask(j):
+        if row_segments is None:
+            return None
+        return row_segments == refs["columns"][0, :, block("columns", j)]
+
+    def scores(kappa, rows, keys):
+        return dot(rows, keys, operand, NT) * kappa.factor
+
+    def absorb(kappa, running, rows, keys, values, visible, dtype):
+        weights, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
+        return *running[:2], running[2] + dot(weights, values, dtype)
+
+    def earlier(j, sums):
+        keys, values = refs["k"][0, block("k", j), :], refs["values"][block("values", j), :]
+        visible = segment_mask(j)
+        written = absorb(write, sums[0], w, keys, values, visible, write_dtype)
+        return written, *(
+            absorb(read, running, rows, keys, values, visible, read_dtype) for running, rows in zip(sums[1:], reads)
+        )
+
+    sums = tuple(start_sum(chunk, width) for _ in range(1 + len(reads)))
+    sums = lax.fori_loop(first[head // group_of_batch, c], c, earlier, sums)
+
+    row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
+    column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
+    visible = both(row > column, segment_mask(c))
+    weights, running = absorb_weights(write, sums[0], scores(write, w, own_keys), visible)
+    inverse = inverse_normaliser(write, running)
+    weights, past = weights * inverse, running[2] * inverse
+    target = refs["v"][0].astype(jnp.float32)
+    if "alpha" in refs:
+        target = target * _column(refs["alpha"][0, 0, :])
+    system, forced = weights, past
+    if "beta" in refs:
+        beta = _column(refs["beta"][0, 0, :])
+        system, forced = weights * beta, past * beta
+    u = solve(system, target - forced, write_dtype)
+    refs["u"][0] = u
+    refs["values"][own, :] = u.astype(refs["values"].dtype)
+    if "lse_write" in refs:
+        refs["lse_write"][0, 0, :] = log_normaliser(running)[:, 0]
+    summary = None
+    if "summary" in refs:
+        summary = past + dot(weights, u, write_dtype)
+        refs["summary"][0] = summary.astype(refs["summary"].dtype)
+    if settings.tied:
+        score = jnp.sum(w.astype(jnp.float32) * own_keys.astype(jnp.float32), axis=1, keepdims=True) * write.factor
+        seen = running[1] > 0
+        ahead = jnp.where(seen, log_normaliser(running) - score, 0.0)
+        share = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(ahead)), 1.0)
+        rest = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(-ahead)), 0.0)
+        refs["out"][0, 0] = (rest * summary + share * u).astype(refs["out"].dtype)
+        refs["share"][0, 0, :], refs["rest"][0, 0, :] = share[:, 0], rest[:, 0]
+
+    visible = both(row >= column, segment_mask(c))
+    for h, (running, rows) in enumerate(zip(sums[1:], reads)):
+        running = absorb(read, running, rows, own_keys, u, visible, read_dtype)
+        refs["out"][0, h] = (running[2] * inverse_normaliser(read, running)).astype(refs["out"].dtype)
+        if "lse_read" in refs:
+            refs["lse_read"][0, h, :] = log_normaliser(running)[:, 0]
+
+
+def _column(row):
+    """[C] -> [C, 1]."""
+    return row[:, None]
