@@ -73,7 +73,8 @@ class DataConfig:
     """Where the text is and how it is cut. `batch_size` counts sequences over all devices and all hosts."""
 
     # A folder made by deltaformer_jax.data.prepare (also gs://, copied here once), or several, mixed by their share of
-    # the rows: "FOLDER=WEIGHT,FOLDER=WEIGHT"; "": the running Python's standard library.
+    # the rows: "FOLDER=WEIGHT,FOLDER=WEIGHT"; "": the running Python's standard library. Or a synthetic task:
+    # "task:NAME,option=value,option=value", whose rows are examples of sequence_length tokens (deltaformer_jax.tasks).
     path: str = ""
     tokenizer: str = "bytes"  # used when path is "": "bytes", a tokenizer.json file, or "bpe:SIZE"
     sequence_length: int = 256

@@ -4,9 +4,11 @@
                                        [--batches N]
 
 On the evaluation split of the run's own data; with --data on that of another prepared corpus (or several,
-FOLDER=WEIGHT,FOLDER=WEIGHT), or on all of a text file or of a folder of text. A table goes to stderr, and one line of
-JSON to stdout. A position is the number of tokens the model has seen of a document when it predicts the next; with
---sequence_length it may be a longer document than those it was trained on. Bad input: one line, exit code 2.
+FOLDER=WEIGHT,FOLDER=WEIGHT), or on all of a text file or of a folder of text. Of a run on a synthetic task the accuracy
+too, on request with other options (--data task:parity,shortest=41,longest=500 --sequence_length 501). A table goes to
+stderr, and one line of JSON to stdout. A position is the number of tokens the model has seen of a document when it
+predicts the next; with --sequence_length it may be a longer document than those it was trained on. Bad input: one line,
+exit code 2.
 """
 
 import argparse
@@ -84,11 +86,12 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
     """Lines for people, the whole last."""
-    lines = [("position", "tokens", "loss", "perplexity", "bits per byte")]
+    score = ("accuracy", "accuracy") if "accuracy" in whole else ("bits_per_byte", "bits per byte")
+    lines = [("position", "tokens", "loss", "perplexity", score[1])]
     for report in [*by_position, whole]:
         first, last = report.get("from"), report.get("to")
         name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
-        numbers = [report[key] for key in ("loss", "perplexity", "bits_per_byte")]
+        numbers = [report[key] for key in ("loss", "perplexity", score[0])]
         lines.append((name, f"{report['tokens']:,}", *("-" if n is None else f"{n:,.4f}" for n in numbers)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
@@ -106,7 +109,9 @@ def evaluation_corpus(run, data: str | None, folder: Path):
 
     if data is None:
         corpus = load_data(run.config)
-    elif "://" in data or (Path(data) / MANIFEST_FILE).exists() or (not Path(data).exists() and "=" in data):
+    elif library.is_task(data) or "://" in data or (Path(data) / MANIFEST_FILE).exists():
+        corpus = library.load_data(data)
+    elif not Path(data).exists() and "=" in data:
         corpus = library.load_data(data)
     elif not Path(data).exists():
         raise FileNotFoundError(f"--data {data}: no such file or folder")

@@ -4,6 +4,7 @@ from deltaformer_jax.data.batches import batches, count_batches
 from deltaformer_jax.data.build import prepare_corpus, stdlib_corpus
 from deltaformer_jax.data.corpus import Corpus, Split, load_corpus
 from deltaformer_jax.data.mixture import Mixture, load_data
+from deltaformer_jax.data.task_data import TaskData, is_task
 from deltaformer_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -20,9 +21,11 @@ __all__ = [
     "Mixture",
     "Split",
     "StreamDecoder",
+    "TaskData",
     "Tokenizer",
     "batches",
     "count_batches",
+    "is_task",
     "load_corpus",
     "load_data",
     "load_tokenizer",

@@ -9,12 +9,13 @@ import numpy as np
 from deltaformer_jax.data.corpus import Corpus, Split
 from deltaformer_jax.data.mixture import MixedPacking, Mixture
 from deltaformer_jax.data.packing import Packing
+from deltaformer_jax.data.task_data import TaskData, TaskRows
 
 _ENDLESS = 2**48  # batches; a length is asked for, and no run gets there
 
 
 def batches(
-    corpus: Corpus | Mixture,
+    corpus: Corpus | Mixture | TaskData,
     split: str,
     *,
     sequence_length: int,
@@ -34,7 +35,8 @@ def batches(
 
     split "train": endless, documents and rows shuffled anew each epoch; a batch may straddle two epochs.
     split "eval": one pass in order, ignoring seed; the last batch is filled up with rows of padding.
-    Of a Mixture, the rows of its corpora by weight, or one pass over all of them.
+    Of a Mixture, the rows of its corpora by weight, or one pass over all of them. Of a TaskData, the examples n b ..
+    (n + 1) b - 1, and one array more, bool: loss_mask, the positions that have a target.
 
     `num_threads` threads read ahead. ValueError names an argument out of range or an empty split, at the call.
     """
@@ -49,10 +51,10 @@ def batches(
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def count_batches(corpus: Corpus | Mixture, split: str, *, sequence_length: int, batch_size: int) -> int:
+def count_batches(corpus: Corpus | Mixture | TaskData, split: str, *, sequence_length: int, batch_size: int) -> int:
     """Batches in one pass over a split: ceil(rows / batch_size), rows = ceil((tokens + documents) / sequence_length).
 
-    ValueError as for `batches`.
+    Of a TaskData, whose training never ends, in its evaluation. ValueError as for `batches`.
     """
     _check(sequence_length, batch_size)
     return -(-_packing(corpus, split, sequence_length, None).rows_per_epoch // batch_size)
@@ -63,7 +65,7 @@ class _Batches:
 
     def __init__(
         self,
-        rows: Packing | MixedPacking,
+        rows: Packing | MixedPacking | TaskRows,
         batch_size: int,
         start: int,
         count: int,
@@ -84,7 +86,11 @@ class _Batches:
         return self._rows.rows((self._start + i) * self._batch_size + self._mine)
 
 
-def _packing(corpus: Corpus | Mixture, split: str, sequence_length: int, seed: int | None) -> Packing | MixedPacking:
+def _packing(
+    corpus: Corpus | Mixture | TaskData, split: str, sequence_length: int, seed: int | None
+) -> Packing | MixedPacking | TaskRows:
+    if isinstance(corpus, TaskData):
+        return TaskRows(corpus, sequence_length, seed)
     if isinstance(corpus, Corpus):
         return Packing(check_split(corpus, split), sequence_length, seed)
     if split == "train":

@@ -17,6 +17,7 @@ import numpy as np
 
 from deltaformer_jax.data.corpus import SPLITS, Corpus, Split, load_corpus
 from deltaformer_jax.data.packing import Packing, permuted
+from deltaformer_jax.data.task_data import TaskData, is_task
 
 BLOCK = 10_000  # rows; weights are rounded to so many parts
 
@@ -65,13 +66,15 @@ class Mixture:
         return [corpus.split(name) for corpus in self.corpora]
 
 
-def load_data(spec: str | os.PathLike) -> Corpus | Mixture:
-    """The corpus in a folder, or the mixture "FOLDER=WEIGHT,FOLDER=WEIGHT,...".
+def load_data(spec: str | os.PathLike) -> Corpus | Mixture | TaskData:
+    """The corpus in a folder, the mixture "FOLDER=WEIGHT,FOLDER=WEIGHT,...", or "task:NAME,option=value,...".
 
     A text without "," and "=WEIGHT" is one folder, and so is one that exists. ValueError or FileNotFoundError as for
     `load_corpus`; ValueError for a weight that is no number above 0, or below one part in BLOCK of the sum.
     """
     text = os.fspath(spec)
+    if is_task(text):
+        return TaskData(text)
     if Path(text).exists() or not ("," in text or "=" in text):
         return load_corpus(text)
     corpora, weights = [], []

@@ -104,6 +104,20 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
 
+class TaskVocabulary(Tokenizer):
+    """The `vocab_size` ids of a synthetic task: numbers without text. `encode` raises ValueError."""
+
+    def __init__(self, vocab_size: int):
+        content = {"deltaformer_jax": {"tokenizer": "task", "version": 1, "vocab_size": vocab_size}}
+        super().__init__("task", [b""] * vocab_size, 0, json.dumps(content, sort_keys=True) + "\n")
+
+    def encode_array(self, text: str) -> np.ndarray:
+        raise ValueError(
+            "the tokens of a synthetic task are numbers, not text: its runs neither write on from prompts nor read "
+            "text; python -m deltaformer_jax.evaluate scores them"
+        )
+
+
 class BPETokenizer(Tokenizer):
     """Byte-level BPE from the text of a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and our own).
 
@@ -192,9 +206,17 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer file (JSON): {error}") from None
     if text == _BYTES_FILE:
         return ByteTokenizer()
+    if task := _task_vocabulary(content):
+        return task
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{path}: neither this package's byte tokenizer nor a Hugging Face tokenizer.json")
     return BPETokenizer(text, str(path))
+
+
+def _task_vocabulary(content: object) -> TaskVocabulary | None:
+    own = content.get("deltaformer_jax") if isinstance(content, dict) else None
+    size = own.get("vocab_size") if isinstance(own, dict) and own.get("tokenizer") == "task" else None
+    return TaskVocabulary(size) if isinstance(size, int) and size > 0 else None
 
 
 def bpe_size(spec: str) -> int | None:

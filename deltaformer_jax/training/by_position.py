@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from deltaformer_jax.training.evaluation import to_devices
-from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.evaluation import has_target, to_devices
+from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 from deltaformer_jax.training.sharding import replicated, rows
 from deltaformer_jax.training.state import ModelParts
 
@@ -26,23 +26,35 @@ class PositionSums:
         self.nats = np.zeros(sequence_length, np.float64)
         self.tokens = np.zeros(sequence_length, np.int64)
         self.bytes = np.zeros(sequence_length, np.int64)
+        self.hits: np.ndarray | None = None  # of a task: int64 [sequence_length]
 
-    def add(self, nats: np.ndarray, segment_ids: np.ndarray, target_bytes: np.ndarray) -> None:
-        """nats, segment ids and bytes of the targets of a batch, each [B, T]; segment id 0 is padding."""
-        real = segment_ids > 0
-        places = positions(segment_ids)[real]
-        np.add.at(self.nats, places, nats[real].astype(np.float64))
+    def add(
+        self, nats: np.ndarray, batch: dict[str, np.ndarray], target_bytes: np.ndarray, hits: np.ndarray | None = None
+    ) -> None:
+        """nats, bytes and, of a task, hits of the targets of a batch, each [B, T], counted where it has a target."""
+        asked = has_target(batch)
+        places = positions(batch["segment_ids"])[asked]
+        np.add.at(self.nats, places, nats[asked].astype(np.float64))
         np.add.at(self.tokens, places, 1)
-        np.add.at(self.bytes, places, target_bytes[real])
+        np.add.at(self.bytes, places, target_bytes[asked])
+        if hits is not None:
+            if self.hits is None:
+                self.hits = np.zeros(len(self.nats), np.int64)
+            np.add.at(self.hits, places, hits[asked])
 
     def report(self, first: int = 1, last: int | None = None) -> dict[str, Any]:
-        """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens, bytes of positions first .. last.
+        """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens, bytes of positions first .. last, and of a
+        task accuracy, the share of the targets that were the likeliest.
 
         None where there are no tokens, or no bytes, to divide by.
         """
         nats, tokens, size = (float(values[first - 1 : last].sum()) for values in (self.nats, self.tokens, self.bytes))
         loss = nats / tokens if tokens else None
+        accuracy = {}
+        if self.hits is not None:
+            accuracy["accuracy"] = float(self.hits[first - 1 : last].sum()) / tokens if tokens else None
         return {
+            **accuracy,
             "loss": loss,
             "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
             "bits_per_byte": nats / math.log(2) / size if size else None,
@@ -88,19 +100,23 @@ def evaluate_by_position(
     token_bytes: int32 [vocab], the bytes each token stands for (0 for the document separator, whose nats still count).
     Raises ValueError if there is no target with text.
     """
-    step = jax.jit(
-        lambda params, batch: batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)),
-        out_shardings=replicated(mesh),
-    )
+
+    def scores(params, batch):
+        if "loss_mask" in batch:
+            return batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
+        return batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), None
+
+    step = jax.jit(scores, out_shardings=replicated(mesh))
     sums = PositionSums(sequence_length)
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):
         running = None if batch is None else (step(params, to_devices(batch, sharding)), batch)
         if waiting is not None:  # read one batch late: the devices are never idle
-            nats, done = waiting
-            sums.add(np.asarray(nats), done["segment_ids"], token_bytes[done["targets"]])
+            (nats, hits), done = waiting
+            hits = None if hits is None else np.asarray(hits)
+            sums.add(np.asarray(nats), done, token_bytes[done["targets"]], hits)
             advance()
         waiting = running
-    if not sums.bytes.sum():
+    if sums.hits is None and not sums.bytes.sum():
         raise ValueError("data: the evaluation split holds no text; prepare a corpus with more documents")
     return sums

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.data import Corpus, batches
+from deltaformer_jax.data import Corpus, Mixture, TaskData, batches
 
 
 def number_batches(
-    corpus: Corpus, config: Config, start: int, passed: Collection[int]
+    corpus: Corpus | Mixture | TaskData, config: Config, start: int, passed: Collection[int]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(number, this process's rows of the batch) from batch `start` on, without those in `passed`."""
     stream = batches(

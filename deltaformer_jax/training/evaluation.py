@@ -10,25 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 from deltaformer_jax.training.sharding import on_mesh, replicated, rows
 from deltaformer_jax.training.state import ModelParts
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per token; bits_per_byte; tokens and bytes: how many targets, and how long they are as text."""
+    """loss: nats per token; bits_per_byte; tokens and bytes: how many targets, and how long they are as text.
+
+    Of a task accuracy, the share of targets that were the likeliest, stands in the place of bits_per_byte.
+    """
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
+    accuracy: float | None = None
 
 
 def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
-    """jit of (params, batch) -> float32 [B], the nats of each row, the same on every host."""
+    """jit of (params, batch) -> {"nats": float32 [B]}, of each row, and of a task "hits": int32 [B]; on every host."""
 
-    def step(params, batch: dict[str, jax.Array]) -> jax.Array:
-        return jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), axis=1)
+    def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if "loss_mask" not in batch:
+            return {"nats": jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), axis=1)}
+        nats, hits = batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
+        return {"nats": jnp.sum(nats, axis=1), "hits": jnp.sum(hits, axis=1, dtype=jnp.int32)}
 
     return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))
 
@@ -54,23 +61,38 @@ def evaluate(
     Sums of rows are added in float64 in the batches' order, so the result is the same number every time. Raises
     ValueError if there is no target, or none with text.
     """
-    nats, counts, waiting = 0.0, np.zeros(2, np.int64), None
+    sums: dict[str, float] = {}
+    counts, waiting = np.zeros(2, np.int64), None
     for batch in itertools.islice(batches, limit or None):
         if stop():
             return None
-        real = batch["segment_ids"] > 0
-        counts += (real.sum(), token_bytes[batch["targets"][real]].sum())
-        row_nats = evaluation_step(params, to_devices(batch, sharding))
+        asked = has_target(batch)
+        counts += (asked.sum(), token_bytes[batch["targets"][asked]].sum())
+        of_rows = evaluation_step(params, to_devices(batch, sharding))
         if waiting is not None:  # read one batch late: the devices are never idle
-            nats += float(np.sum(np.asarray(waiting), dtype=np.float64))
-        waiting = row_nats
+            _add(sums, waiting)
+        waiting = of_rows
     if waiting is not None:
-        nats += float(np.sum(np.asarray(waiting), dtype=np.float64))
+        _add(sums, waiting)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         counts = np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
     tokens, size = int(counts[0]), int(counts[1])
+    nats = sums.get("nats", 0.0)
+    if "hits" in sums:
+        return Evaluation(nats / tokens, None, tokens, size, sums["hits"] / tokens)
     if size == 0:
         raise ValueError("data: the evaluation split holds no text; prepare a corpus with more documents")
     return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size)
+
+
+def has_target(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """bool [B, T], on the host: what `loss.counted` counts on the devices."""
+    real = batch["segment_ids"] > 0
+    return real & batch["loss_mask"] if "loss_mask" in batch else real
+
+
+def _add(sums: dict[str, float], of_rows: dict[str, jax.Array]) -> None:
+    for name, values in of_rows.items():
+        sums[name] = sums.get(name, 0.0) + float(np.sum(np.asarray(values), dtype=np.float64))

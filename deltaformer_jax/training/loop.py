@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from deltaformer_jax.data import batches
+from deltaformer_jax.data import TaskData, batches
 from deltaformer_jax.training.data_stream import number_batches
 from deltaformer_jax.training.evaluation import evaluate, to_devices
 from deltaformer_jax.training.instruments import Instruments
@@ -58,12 +58,16 @@ def train(run: Run, stop: Interruption, *, quiet: bool = False) -> bool:
 def describe(run: Run) -> str:
     config, corpus = run.config, run.corpus
     tokens = config.data.batch_size * config.data.sequence_length
-    entry = corpus.manifest["splits"]["train"]
+    if isinstance(corpus, TaskData):
+        material = "drawn anew for every batch"
+    else:
+        entry = corpus.manifest["splits"]["train"]
+        material = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents to train on"
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
     flops = 3 * merge(run.parts, run.parts.params).flops_per_token(config.data.sequence_length)
     return (
         f"{count_parameters(run.parts):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token trained on\n"
-        f"{corpus.path}: {entry['tokens']:,} tokens in {entry['documents']:,} documents to train on\n"
+        f"{corpus.path}: {material}\n"
         f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {run.step}, "
         f"up to {config.run.steps}; in {run.workdir}"
     )
@@ -166,7 +170,11 @@ def _evaluate(run: Run, display: Display, stop: Interruption) -> None:
     )
     if result is None:
         return
-    record = {"step": run.step, "eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+    record = {"step": run.step, "eval_loss": result.loss}
+    if result.accuracy is None:
+        record["eval_bits_per_byte"] = result.bits_per_byte
+    else:
+        record["eval_accuracy"] = result.accuracy
     if jax.process_index() == 0:
         run.metrics.write(record)
     display.evaluation(record, time.perf_counter() - start)
@@ -230,6 +238,8 @@ class _LateReader:
                 "grad_norm": values["grad_norm"],
                 "learning_rate": values["learning_rate"],
             }
+            if "accuracy" in values:
+                record["accuracy"] = values["accuracy"]
             if jax.process_index() == 0:
                 self._run.metrics.write(record)
             self._display.log(record, self._seconds / self._steps if self._steps else None)
@@ -249,9 +259,9 @@ class _LateReader:
 
 
 def write_sample(run: Run, display: Display, stop: Interruption) -> None:
-    """Go on from run.sample_prompt, as it comes."""
+    """Go on from run.sample_prompt, as it comes; a task has no text to go on with."""
     settings, tokenizer = run.config.run, run.corpus.tokenizer
-    if not settings.sample_prompt or not settings.sample_tokens:
+    if not settings.sample_prompt or not settings.sample_tokens or isinstance(run.corpus, TaskData):
         return
     prompt = [tokenizer.eot, *tokenizer.encode(settings.sample_prompt)]
     stream = tokenizer.stream()

@@ -3,6 +3,8 @@
 A token counts where its segment id is not 0 and, if the batch has a `loss_mask`, where that is true.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,7 +62,38 @@ def batch_nats(
 ) -> jax.Array:
     """Nats of every counted target of a batch {tokens, targets, segment_ids[, loss_mask]}, each [B, T]; 0 elsewhere.
 
-    Returns float32 [B, T]. Positions restart at every document, so nothing but the segment ids is needed. The batch's
+    Returns float32 [B, T]. `over_logits` says what it costs.
+    """
+    return over_logits(token_nats, graphdef, params, batch, row_shards, max_logits)
+
+
+def batch_nats_and_hits(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    row_shards: int = 1,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[jax.Array, jax.Array]:
+    """As `batch_nats`, and where the likeliest word is the target: bool [B, T], False where nothing counts."""
+
+    def scores(logits, targets, mask):
+        return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
+
+    return over_logits(scores, graphdef, params, batch, row_shards, max_logits)
+
+
+def over_logits(
+    function: Callable,
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    row_shards: int,
+    max_logits: int,
+):
+    """function(logits, targets, mask) of the model's logits of a batch: arrays [B, T].
+
+    Positions restart at every document, so nothing but the segment ids is needed. The batch's
     rows lie on `row_shards` groups of devices. Where a group's logits would be more than `max_logits` numbers, they are
     made for some positions at a time and made again in the backward pass: memory max_logits, not tokens · vocabulary,
     for a third more work on the logits (2 d_model V FLOPs a token).
@@ -71,7 +104,7 @@ def batch_nats(
     rows, length = targets.shape
     positions = max(1, max_logits // (-(-rows // row_shards) * model.embedding.rows))
     if positions >= length:
-        return token_nats(model.logits(hidden), targets, mask)
+        return function(model.logits(hidden), targets, mask)
     pieces = -(-length // positions)
     positions = -(-length // pieces)
 
@@ -81,8 +114,9 @@ def batch_nats(
         return jnp.moveaxis(x.reshape(rows, pieces, positions, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def piece_nats(hidden, targets, mask):
-        return token_nats(model.logits(hidden), targets, mask)
+    def of_piece(hidden, targets, mask):
+        return function(model.logits(hidden), targets, mask)
 
-    nats = jax.lax.map(lambda piece: piece_nats(*piece), (cut(hidden), cut(targets), cut(mask)))
-    return jnp.moveaxis(nats, 0, 1).reshape(rows, pieces * positions)[:, :length]
+    results = jax.lax.map(lambda piece: of_piece(*piece), (cut(hidden), cut(targets), cut(mask)))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, pieces * positions)[:, :length]
+    return jax.tree.map(join, results)

@@ -92,7 +92,8 @@ class Display:
 
     def log(self, record: dict[str, Any], seconds_per_step: float | None) -> None:
         rate = f"{_short(record['tokens_per_second'])} tokens/s" if record["tokens_per_second"] else ""
-        text = f"loss {record['loss']:.4f}  {rate}".rstrip()
+        right = f"accuracy {record['accuracy']:.4f}  " if "accuracy" in record else ""
+        text = f"loss {record['loss']:.4f}  {right}{rate}".rstrip()
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=record["step"])
             return
@@ -101,8 +102,12 @@ class Display:
         self.note(f"step {record['step']}/{self._total}  {text}  gradient {record['grad_norm']:.3g}")
 
     def evaluation(self, record: dict[str, Any], seconds: float) -> None:
+        if "eval_accuracy" in record:
+            score = f"accuracy {record['eval_accuracy']:.4f}"
+        else:
+            score = f"{record['eval_bits_per_byte']:.4f} bits per byte"
         self.note(
-            f"step {record['step']}/{self._total}  evaluation: {record['eval_bits_per_byte']:.4f} bits per byte, "
+            f"step {record['step']}/{self._total}  evaluation: {score}, "
             f"loss {record['eval_loss']:.4f}  ({seconds:.1f} s)"
         )
 

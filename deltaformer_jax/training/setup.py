@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
-from deltaformer_jax.data import Corpus, Mixture, Tokenizer, count_batches, stdlib_corpus
+from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.training.checkpoint import Checkpoints
 from deltaformer_jax.training.compilation_cache import use_compilation_cache
 from deltaformer_jax.training.evaluation import make_evaluation_step
@@ -39,7 +39,7 @@ class Run:
 
     config: Config
     workdir: epath.Path
-    corpus: Corpus | Mixture
+    corpus: Corpus | Mixture | TaskData
     mesh: Mesh
     parts: ModelParts
     abstract: TrainState
@@ -65,7 +65,14 @@ def new_workdir(name: str) -> epath.Path:
     return next(path for path in candidates if not path.exists())
 
 
-def load_data(config: Config) -> Corpus | Mixture:
+def load_data(config: Config) -> Corpus | Mixture | TaskData:
+    if is_task(config.data.path):
+        try:
+            task = TaskData(config.data.path)
+            task.check_length(config.data.sequence_length)
+        except ValueError as error:
+            raise ValueError(f"data.path = {error}") from None
+        return task
     if config.data.path:
         return data.load_data(config.data.path)
     return stdlib_corpus(config.data.tokenizer)
@@ -93,7 +100,8 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.data.batch_size, config.data.sequence_length)
     leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-    return {name: leaf for name in ("tokens", "targets", "segment_ids")}
+    batch = {name: leaf for name in ("tokens", "targets", "segment_ids")}
+    return {**batch, "loss_mask": leaf.update(dtype=np.bool_)} if is_task(config.data.path) else batch
 
 
 def prepare(
@@ -178,7 +186,7 @@ def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:
     return saved
 
 
-def _check_evaluation(config: Config, corpus: Corpus | Mixture) -> None:
+def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> None:
     if config.run.eval_every:
         try:
             count_batches(corpus, "eval", sequence_length=config.data.sequence_length, batch_size=1)
@@ -186,7 +194,12 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture) -> None:
             raise ValueError(f"{error}; or set run.eval_every=0") from None
 
 
-def _check_same_data(saved: Saved, corpus: Corpus | Mixture, workdir: epath.Path) -> None:
+def _check_same_data(saved: Saved, corpus: Corpus | Mixture | TaskData, workdir: epath.Path) -> None:
+    if saved.corpus_hash != corpus.hash and isinstance(corpus, TaskData):
+        raise ValueError(
+            f"data.path = {corpus.path!r}: not the data of the run in {workdir}; set data.path to what the run was "
+            f"started with, {saved.config.data.path!r}"
+        )
     if saved.tokenizer_hash != corpus.tokenizer.hash:
         raise ValueError(
             f"{corpus.path}: its tokenizer (hash {corpus.tokenizer.hash[:12]}) is not the one of the run in {workdir} "

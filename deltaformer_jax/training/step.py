@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.training import guard
-from deltaformer_jax.training.loss import batch_nats, counted
+from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits, counted
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
 from deltaformer_jax.training.sharding import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training.state import ModelParts, TrainState
@@ -26,10 +26,33 @@ def loss_and_gradient(
     """
 
     def part_sum(params, part):
-        return jnp.sum(batch_nats(parts.graphdef, params, part, row_shards=row_shards))
+        return jnp.sum(batch_nats(parts.graphdef, params, part, row_shards=row_shards)), ()
 
+    nats, _, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    tokens = jnp.sum(counted(batch))
+    share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
+
+
+def loss_gradient_and_accuracy(
+    parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, row_shards: int = 1
+):
+    """As `loss_and_gradient`, but with the share of counted tokens whose target is the likeliest in the last place."""
+
+    def part_sum(params, part):
+        nats, hits = batch_nats_and_hits(parts.graphdef, params, part, row_shards=row_shards)
+        return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
+
+    nats, hits, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    share = 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
+    return nats * share, jax.tree.map(lambda g: g * share, gradient), hits.astype(jnp.float32) * share
+
+
+def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_steps: int):
+    """(nats, beside, gradient), each added up over the batch's parts; part_sum(params, part) -> (nats, beside)."""
+    part_gradient = jax.value_and_grad(part_sum, has_aux=True)
     if accumulation_steps == 1:
-        nats, gradient = jax.value_and_grad(part_sum)(params, batch)
+        (nats, beside), gradient = part_gradient(params, batch)
     else:
         # Part a takes rows a, a + A, a + 2A, ...: each device cuts its own rows, none has to be sent elsewhere.
         cut = jax.tree.map(
@@ -38,29 +61,31 @@ def loss_and_gradient(
         )
 
         def add_part(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(part_sum)(params, part)), None
+            return jax.tree.map(jnp.add, total, part_gradient(params, part)), None
 
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        (nats, gradient), _ = jax.lax.scan(add_part, zero, cut)
-    tokens = jnp.sum(counted(batch))
-    share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-    return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
+        _, beside = jax.eval_shape(part_sum, params, jax.tree.map(lambda x: x[0], cut))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
+        ((nats, beside), gradient), _ = jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, params)), cut)
+    return nats, beside, gradient
 
 
 def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: TrainState) -> Callable:
     """jit of (state, batch) -> (state, metrics); the old state's memory is given to the new one.
 
-    batch: {tokens, targets, segment_ids}, int32 [batch_size, T]. metrics, float32 []: loss (before the update),
-    grad_norm (before clipping), learning_rate (of this update), skipped (1 where guard.py says no update is made).
-    They stay on the device until someone reads them.
+    batch: {tokens, targets, segment_ids}, int32 [batch_size, T], and of a task loss_mask, bool. metrics, float32 []:
+    loss and, of a task, accuracy (before the update), grad_norm (before clipping), learning_rate (of this update),
+    skipped (1 where guard.py says no update is made). They stay on the device until someone reads them.
     """
     optimiser = make_optimiser(config.optimizer, parts.decay)
     schedule = learning_rate_schedule(config.optimizer)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient, _ = loss_and_gradient(
-            parts, state.params, batch, config.optimizer.accumulation_steps, rows(mesh)
-        )
+        arguments = (parts, state.params, batch, config.optimizer.accumulation_steps, rows(mesh))
+        more = {}
+        if "loss_mask" in batch:
+            loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments)
+        else:
+            loss, gradient, _ = loss_and_gradient(*arguments)
         norm = optax.tree.norm(gradient)
         ok = guard.good(state.guard, loss, norm, config.optimizer.skip_deviations)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
@@ -71,6 +96,7 @@ def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: Tr
             # The schedule counts updates, as the optimiser does.
             "learning_rate": jnp.asarray(schedule(state.guard.made), jnp.float32),
             "skipped": 1.0 - ok.astype(jnp.float32),
+            **more,
         }
         new = TrainState(
             keep(optax.apply_updates(state.params, updates), state.params),

@@ -4,7 +4,11 @@ from typing import Any
 
 from etils import epath
 
-_TAGS = {"eval_loss": "evaluation/loss", "eval_bits_per_byte": "evaluation/bits_per_byte"}
+_TAGS = {
+    "eval_loss": "evaluation/loss",
+    "eval_bits_per_byte": "evaluation/bits_per_byte",
+    "eval_accuracy": "evaluation/accuracy",
+}
 
 
 class TensorBoard:
