@@ -2,6 +2,7 @@
 
 from deltaformer_jax.ops.cache import KUCache, KVCache, token_positions
 from deltaformer_jax.ops.causal_attention import causal_attention
+from deltaformer_jax.ops.compression import compress_cache
 from deltaformer_jax.ops.delta_attention import delta_attention, delta_values
 from deltaformer_jax.ops.gated_delta_rule import gated_delta_rule
 from deltaformer_jax.ops.gated_linear_attention import gated_linear_attention
@@ -17,6 +18,7 @@ __all__ = [
     "Round",
     "Softmax",
     "causal_attention",
+    "compress_cache",
     "delta_attention",
     "delta_values",
     "gated_delta_rule",
