@@ -25,7 +25,7 @@ def compress_cache(
 
     Where the slots hold all that is ever read, and reading one brings nothing of the others, as in Theorem 1's
     construction (keys nearly orthogonal, κ₂ rounding), nothing is lost; otherwise it is an approximation: "softmax"
-    mixes the slots' values. Compressed every O(n) tokens, a memory of n slots needs O(n) entries, however long the text.
+    mixes the slots' values. Compressed every O(n) tokens, a memory of n slots needs O(n) entries at every length.
 
     Letters as in `delta_attention`: G key heads of width K, Hu heads of u, a multiple of G, of width V.
 

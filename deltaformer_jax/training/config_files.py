@@ -14,7 +14,7 @@ def config_folder() -> Path:
 
 
 def find_config(given: str, folder: Path) -> str:
-    """The path of the config file `given`: a file, or a name without folder or .py of one in `folder`.
+    """The path of the config file `given`: a file, or the name of one in `folder`, with or without .py, as tasks/swap.
 
     What follows a ":" is the argument of its get_config and stays. Raises FileNotFoundError that names the nearest one.
     """
@@ -22,7 +22,7 @@ def find_config(given: str, folder: Path) -> str:
     file = Path(name)
     if file.is_file():
         return given
-    if file.parent == Path(".") and (named := folder / f"{file.stem}.py").is_file():
+    if not file.is_absolute() and (named := folder / file.parent / f"{file.stem}.py").is_file():
         return f"{named}{colon}{argument}"
     others = sorted({path for place in (file.parent, folder) if place.is_dir() for path in place.glob("*.py")})
     near = difflib.get_close_matches(file.stem, [path.stem for path in others], n=1)
