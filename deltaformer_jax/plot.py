@@ -2,9 +2,10 @@
 
     python -m deltaformer_jax.plot DIR... [--out FILE.png] [--x step|tokens] [--smooth N] [--names NAME,NAME]
 
-Loss (its mean over N logged steps around each, and every logged step faintly), evaluation in bits per byte, norm of the
-gradient, learning rate and tokens per second, from DIR/metrics.jsonl; a run may still be going on. Without --out:
-curves.png in the first DIR. DIRs may be gs:// paths. Bad input: one line, exit code 2.
+Loss (its mean over N logged steps around each, and every logged step faintly), evaluation in bits per byte or, of a
+synthetic task, accuracy, norm of the gradient, learning rate and tokens per second, from DIR/metrics.jsonl; a run may
+still be going on. Without --out: curves.png in the first DIR. DIRs may be gs:// paths. Bad input: one line, exit code
+2.
 """
 
 import argparse
@@ -30,6 +31,8 @@ class Curves(NamedTuple):
 PANELS = (
     ("loss", "training loss (nats per token)"),
     ("eval_bits_per_byte", "evaluation (bits per byte)"),
+    ("accuracy", "training accuracy"),
+    ("eval_accuracy", "evaluation (accuracy)"),
     ("grad_norm", "norm of the gradient"),
     ("learning_rate", "learning rate"),
     ("tokens_per_second", "tokens per second"),
@@ -181,7 +184,7 @@ def _draw(panel: Any, run: Curves, name: str, x: str, width: int, colour: Any) -
     if name == "loss" and width > 1:
         panel.plot(places, values, color=colour, alpha=0.25, linewidth=0.8)
         panel.plot(places, smoothed(values, width), color=colour, linewidth=1.6, label=label)
-    elif name == "eval_bits_per_byte":
+    elif name in ("eval_bits_per_byte", "eval_accuracy"):
         panel.plot(places, values, color=colour, linewidth=1.4, marker="o", markersize=3.5, label=label)
     else:
         panel.plot(places, values, color=colour, linewidth=1.2, label=label)
@@ -190,6 +193,8 @@ def _draw(panel: Any, run: Curves, name: str, x: str, width: int, colour: Any) -
 def _last(run: Curves) -> str:
     """What the legend says of a run: how far it is, and its last evaluation or loss."""
     steps = max(int(steps[-1]) for steps, _ in run.values.values())
+    if "eval_accuracy" in run.values:
+        return f": accuracy {run.values['eval_accuracy'][1][-1]:.4g}, step {steps:,}"
     if "eval_bits_per_byte" in run.values:
         return f": {run.values['eval_bits_per_byte'][1][-1]:.4g} bits per byte, step {steps:,}"
     return f": loss {run.values['loss'][1][-1]:.4g}, step {steps:,}" if "loss" in run.values else f": step {steps:,}"

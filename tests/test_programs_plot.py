@@ -11,7 +11,7 @@ from object_store import bucket
 
 from deltaformer_jax import plot
 
-TITLES = [title for _, title in plot.PANELS]
+TITLES = [title for name, title in plot.PANELS if "accuracy" not in name]
 
 
 def make_run(folder, steps=40, offset=0.0, evaluates=True):
@@ -47,6 +47,18 @@ def test_what_is_drawn(tmp_path):
     tokens = plot.figure(runs, "tokens", 1).axes[0]
     np.testing.assert_allclose(lines_of(tokens)[second][:, 0], 32 * np.arange(1, 21))
     assert tokens.get_xlabel() == "tokens"
+
+
+def test_a_run_on_a_task(tmp_path):
+    folder = make_run(tmp_path / "a", evaluates=False)
+    records = [{"step": step, "accuracy": step / 40} for step in range(1, 41)] + [{"step": 40, "eval_accuracy": 0.875}]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+    figure = plot.figure([plot.read_curves(folder)], "step", 1)
+    panels = {axis.get_ylabel(): axis for axis in figure.axes if axis.axison}
+    label = "a: accuracy 0.875, step 40"
+    np.testing.assert_allclose(lines_of(panels["training accuracy"])[label][:, 1], np.arange(1, 41) / 40)
+    np.testing.assert_allclose(lines_of(panels["evaluation (accuracy)"])[label], [(40, 0.875)])
 
 
 def test_a_run_without_evaluations_and_many_runs(tmp_path):
