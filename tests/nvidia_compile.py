@@ -1,10 +1,21 @@
-"""Descriptions of the Triton kernels' launches at training shapes, compiled to machine code with no GPU at hand."""
+"""Descriptions of the Triton kernels' launches at training shapes, compiled to machine code with no GPU at hand.
+
+The tests compile every tile for an H100, and for other architectures those of one width. As a program,
+
+    python tests/nvidia_compile.py [CAPABILITY ...]
+
+this compiles every tile of the table, each for its architecture, and prints what it takes of shared memory and what it
+spills: some minutes, for whoever changes a tile.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 
 import jax
@@ -13,7 +24,7 @@ from triton import knobs
 
 from pallas_kernels.nvidia import delta
 from pallas_kernels.nvidia.launch import compile_for
-from pallas_kernels.nvidia.table import TABLE, WIDTHS
+from pallas_kernels.nvidia.table import SHARED_MEMORY, TABLE, WIDTHS
 
 CONFIGURATIONS = [
     (kernel, narrow, width)
@@ -21,6 +32,8 @@ CONFIGURATIONS = [
     for width, tile in zip(WIDTHS, tiles)
     if tile is not None
 ]
+# Of other architectures than the H100's: what differs between them is the instructions, not the width.
+ONE_WIDTH = [(kernel, narrow, width) for kernel, narrow, width in CONFIGURATIONS if width == 128]
 
 
 def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=False):
@@ -63,3 +76,18 @@ def compiled(launch, capability):
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return kernel.asm["ptx"], kernel.metadata.shared, int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def _report(configuration):
+    kernel, narrow, width, capability = configuration
+    if TABLE[capability][kernel, narrow][WIDTHS.index(width)] is None:
+        return configuration, "no tile"
+    _, shared, spilled = compiled(launch_of(kernel, capability, width, narrow), capability)
+    return configuration, f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled"
+
+
+if __name__ == "__main__":
+    wanted = [int(x) for x in sys.argv[1:]] or list(TABLE)
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for answer in pool.map(_report, [(*x, capability) for capability in wanted for x in CONFIGURATIONS]):
+            print(*answer, flush=True)

@@ -106,6 +106,18 @@ def forward_and_backward(settings, tiles, arrays, dout, du):
     return jax.tree.map(np.asarray, (out, u, gradients))
 
 
+def gated_forward_and_backward(settings, arrays, dout, dstate):
+    """(out, final state, gradients) of pallas_kernels.nvidia.gated; `arrays` in its order, `settings` its first five
+    with the tile as three numbers."""
+    from pallas_kernels.nvidia import gated
+    from pallas_kernels.nvidia.gated_table import GatedTile
+
+    settings = gated.Settings(*settings[:4], GatedTile(*settings[4]))
+    out, final, residuals = gated.forward(settings, *arrays, run=interpret)
+    gradients = gated.backward(settings, residuals, dout, dstate, run=interpret)
+    return jax.tree.map(np.asarray, (out, final, gradients))
+
+
 def main():
     from nvidia_worker import receive, send
 

@@ -87,3 +87,10 @@ def test_first_columns_and_last_rows():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0, 3]], jnp.int32)
     assert delta.first_columns(ids, 4).tolist() == [[0, 3, 7]]
     assert delta.last_rows(ids, 4).tolist() == [[7, 9, 10]]
+
+
+def test_a_width_without_a_tile_is_refused():
+    float32 = jax.ShapeDtypeStruct((1, 8, 1, 256), jnp.float32)
+    settings = delta.Settings(SOFTMAX, SOFTMAX, compute_capability=120)
+    assert "no tile of the Triton kernel read_backward fits width 256" in delta.lacks(settings, float32, float32)
+    assert delta.lacks(settings, _array(1, 8, 1, 256), _array(1, 8, 1, 256)) is None

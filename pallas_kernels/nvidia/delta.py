@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -26,6 +25,7 @@ from pallas_kernels.nvidia.launch import Launch, Output
 from pallas_kernels.nvidia.read_backward import read_backward
 from pallas_kernels.nvidia.read_forward import read_forward
 from pallas_kernels.nvidia.table import Tile, choose
+from pallas_kernels.nvidia.transform import transformable
 from pallas_kernels.nvidia.weights import LOG2_E
 from pallas_kernels.nvidia.write_backward import write_backward
 from pallas_kernels.nvidia.write_forward import write_forward
@@ -33,6 +33,9 @@ from pallas_kernels.nvidia.write_forward import write_forward
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
 DTYPES = ("bfloat16", "float16", "float32")
 WIDEST = 256
+
+# The implementations of the op that can be differentiated in any way.
+_INSTEAD = "'parallel' or 'recurrent'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,8 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     arrays = (query, write_query, key, value, alpha, beta, segment_ids)
     if run is not launching.run:
         return _forward(settings, run, *arrays)
-    return _transformable(functools.partial(_forward, settings, run), "forward")(*arrays)
+    function = functools.partial(_forward, settings, run)
+    return transformable(function, "the Triton forward of delta attention", _INSTEAD)(*arrays)
 
 
 def backward(settings: Settings, residuals, dout, du, run=launching.run):
@@ -109,30 +113,8 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
     """
     if run is not launching.run:
         return _backward(settings, run, residuals, dout, du)
-    return _transformable(functools.partial(_backward, settings, run), "backward")(residuals, dout, du)
-
-
-def _transformable(function, name):
-    """`function` with its batch folded under vmap, and a clear error under jvp. All arrays lead with the batch."""
-    batched = jax.custom_batching.custom_vmap(function)
-
-    @batched.def_vmap
-    def fold(size, in_batched, *arguments):
-        spread = lambda x, there: x if there else jnp.broadcast_to(x, (size, *x.shape))
-        folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.tree.map(spread, arguments, tuple(in_batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), batched(*folded))
-        return out, jax.tree.map(lambda _: True, out)
-
-    wrapped = jax.custom_jvp(lambda *arguments: batched(*arguments))
-
-    @wrapped.defjvp
-    def no_derivative(primals, tangents):
-        raise NotImplementedError(
-            f"the Triton {name} of delta attention has a hand-written backward and no second derivative, nor one in "
-            "forward mode: use implementation='parallel' or 'recurrent'"
-        )
-
-    return wrapped
+    function = functools.partial(_backward, settings, run)
+    return transformable(function, "the Triton backward of delta attention", _INSTEAD)(residuals, dout, du)
 
 
 def block_width(width: int) -> int:

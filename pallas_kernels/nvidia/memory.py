@@ -57,3 +57,25 @@ def load_row(base, start, T, ROWS: tl.constexpr):
 def store_row(base, start, T, numbers, ROWS: tl.constexpr):
     index = start + tl.arange(0, ROWS)
     tl.store(base + index, numbers, mask=index < T)
+
+
+@triton.jit
+def columns_mask(start, T, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    return ((start + tl.arange(0, ROWS))[:, None] < T) & ((column + tl.arange(0, BLOCK))[None, :] < WIDTH)
+
+
+@triton.jit
+def load_columns(
+    base, start, T, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows start … start + ROWS, of each the columns `column` … column + BLOCK; 0 past T and past the width."""
+    pointers = tile_pointers(base + column, start, STRIDE, ROWS, BLOCK)
+    return tl.load(pointers, mask=columns_mask(start, T, column, WIDTH, ROWS, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_columns(
+    base, start, T, column, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    pointers = tile_pointers(base + column, start, STRIDE, ROWS, BLOCK)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=columns_mask(start, T, column, WIDTH, ROWS, BLOCK))

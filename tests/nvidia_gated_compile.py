@@ -1,0 +1,53 @@
+"""Descriptions of the gated ops' Triton launches at training shapes, to be compiled with no GPU at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+from nvidia_compile import compiled
+
+from pallas_kernels.nvidia import gated
+from pallas_kernels.nvidia.gated_table import CHUNKS, KERNELS
+from pallas_kernels.nvidia.table import SHARED_MEMORY, WIDTHS
+
+CONFIGURATIONS = [(kernel, narrow, width) for kernel in KERNELS for narrow in (True, False) for width in WIDTHS]
+
+
+def launches(capability, width, narrow, delta=True, decay=True, segments=True):
+    """{kernel's name: Launch} of a forward and a backward at batch 4, 8192 tokens, 16 heads, 32 of values."""
+    dtype = jnp.bfloat16 if narrow else jnp.float32
+    array = lambda heads, *more: jax.ShapeDtypeStruct((4, 8192, heads, *more), dtype)
+    x, v, gate = array(16, width), array(32, width), array(32)
+    state = jax.ShapeDtypeStruct((4, 32, width, width), jnp.float32)
+    resets = jax.ShapeDtypeStruct((4, 8192), jnp.bool_)
+    settings = gated.Settings(0.1, delta, capability)
+    found = {}
+
+    def note(launch):
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in launch.arrays)
+        found[launch.kernel.__name__] = dataclasses.replace(launch, arrays=shapes)
+        return [jnp.zeros(x.shape, x.dtype) for x in launch.outputs]
+
+    def both(query, key, value, beta, log_decay, state, resets, dout):
+        arrays = (query, key, value, beta, log_decay if decay else None, state, resets if segments else None)
+        out, final, residuals = gated.forward(settings, *arrays, run=note)
+        return gated.backward(settings, residuals, dout, final, run=note)
+
+    jax.eval_shape(both, x, x, v, gate, gate, state, resets, v)
+    return found
+
+
+if __name__ == "__main__":
+    for capability in [int(x) for x in sys.argv[1:]] or sorted({x for x, _ in CHUNKS}):
+        for width in WIDTHS:
+            for narrow in (True, False):
+                for name, launch in launches(capability, width, narrow).items():
+                    ptx, shared, spilled = compiled(launch, capability)
+                    print(
+                        capability, width, "two-byte" if narrow else "float32", name,
+                        f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled,",
+                        "wgmma" if "wgmma" in ptx else "", flush=True,
+                    )  # fmt: skip
