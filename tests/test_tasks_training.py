@@ -255,5 +255,7 @@ def test_configs_of_tasks(name):
     by_path = parse(["train.py", f"--config={config_folder() / 'tasks' / name}.py"], tiny, "usage")
     by_name = parse(["train.py", f"--config=tasks/{name}"], tiny, "usage")
     assert by_path.config == by_name.config and by_name.name == name
+    with pytest.raises(FileNotFoundError, match=f"did you mean tasks/{name}\\?"):
+        parse(["train.py", f"--config=tasks/{name}s"], tiny, "usage")
     task = tasks.make_task(by_name.config.data.path, by_name.config.data.sequence_length)
     assert task(0, np.arange(3)).tokens.shape == (3, by_name.config.data.sequence_length)

@@ -24,14 +24,15 @@ def find_config(given: str, folder: Path) -> str:
         return given
     if not file.is_absolute() and (named := folder / file.parent / f"{file.stem}.py").is_file():
         return f"{named}{colon}{argument}"
-    others = sorted({path for place in (file.parent, folder) if place.is_dir() for path in place.glob("*.py")})
+    own = sorted(folder.rglob("*.py"))
+    others = sorted({*file.parent.glob("*.py"), *own})
     near = difflib.get_close_matches(file.stem, [path.stem for path in others], n=1)
     if near:
         hint = f"did you mean {next(_short(path, folder) for path in others if path.stem == near[0])}?"
     else:
-        hint = f"there are: {', '.join(sorted(path.stem for path in folder.glob('*.py')))}"
+        hint = f"there are: {', '.join(_short(path, folder) for path in own)}"
     raise FileNotFoundError(f"--config {given}: no such file, and no config of that name; {hint}")
 
 
 def _short(path: Path, folder: Path) -> str:
-    return path.stem if path.parent == folder else str(path)
+    return str(path.relative_to(folder).with_suffix("")) if path.is_relative_to(folder) else str(path)
