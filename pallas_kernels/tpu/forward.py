@@ -24,6 +24,10 @@ from pallas_kernels.tpu.weights import (
 )
 
 
+# Columns of the longest tile. On v5e 512 rows fill 83 % of the matrix unit's slots at 1024 columns, 75 % at 512.
+LONGEST = 1024
+
+
 def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, operand, write_dtype, read_dtype):
     """One chunk of one head. refs: k [1,T,K]; w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and columns
     (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
@@ -37,19 +41,18 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
     own = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
     width = refs["values"].shape[1]
 
-    def block(name, j):
-        return pl.ds(pl.multiple_of(j * chunk, chunk), chunk)
+    def block(j, chunks=1):
+        return pl.ds(pl.multiple_of(j * chunk, chunk), chunks * chunk)
 
+    lengths = [2**n for n in reversed(range((LONGEST // chunk).bit_length()))] or [1]
     own_keys = refs["k"][0, own, :]
     queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
     w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
     row_segments = _column(refs["rows"][0, 0, :]) if "rows" in refs else None
     reads = [] if settings.tied else queries
 
-    def segment_mask(j):
-        if row_segments is None:
-            return None
-        return row_segments == refs["columns"][0, :, block("columns", j)]
+    def segment_mask(columns):
+        return None if row_segments is None else row_segments == refs["columns"][0, :, columns]
 
     def scores(kappa, rows, keys):
         return dot(rows, keys, operand, NT) * kappa.factor
@@ -58,21 +61,27 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
         weights, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
         return *running[:2], running[2] + dot(weights, values, dtype)
 
-    def earlier(j, sums):
-        keys, values = refs["k"][0, block("k", j), :], refs["values"][block("values", j), :]
-        visible = segment_mask(j)
-        written = absorb(write, sums[0], w, keys, values, visible, write_dtype)
-        return written, *(
-            absorb(read, running, rows, keys, values, visible, read_dtype) for running, rows in zip(sums[1:], reads)
-        )
+    def over_earlier(kappa, rows, dtype):
+        """The sums of all earlier chunks, by tiles as long as what is left allows."""
 
-    sums = tuple(start_sum(chunk, width) for _ in range(1 + len(reads)))
-    sums = lax.fori_loop(first[head // group_of_batch, c], c, earlier, sums)
+        def step(columns, running):
+            keys, values = refs["k"][0, columns, :], refs["values"][columns, :]
+            return absorb(kappa, running, rows, keys, values, segment_mask(columns), dtype)
 
+        done, running = first[head // group_of_batch, c], start_sum(chunk, width)
+        for chunks in lengths:
+            start, count = done, (c - done) // chunks
+            running = lax.fori_loop(
+                0, count, lambda n, x, start=start, chunks=chunks: step(block(start + n * chunks, chunks), x), running
+            )
+            done = start + count * chunks
+        return running
+
+    running = over_earlier(write, w, write_dtype)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    visible = both(row > column, segment_mask(c))
-    weights, running = absorb_weights(write, sums[0], scores(write, w, own_keys), visible)
+    visible = both(row > column, segment_mask(own))
+    weights, running = absorb_weights(write, running, scores(write, w, own_keys), visible)
     inverse = inverse_normaliser(write, running)
     weights, past = weights * inverse, running[2] * inverse
     target = refs["v"][0].astype(jnp.float32)
@@ -100,8 +109,9 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
         refs["out"][0, 0] = (rest * summary + share * u).astype(refs["out"].dtype)
         refs["share"][0, 0, :], refs["rest"][0, 0, :] = share[:, 0], rest[:, 0]
 
-    visible = both(row >= column, segment_mask(c))
-    for h, (running, rows) in enumerate(zip(sums[1:], reads)):
+    visible = both(row >= column, segment_mask(own))
+    for h, rows in enumerate(reads):
+        running = over_earlier(read, rows, read_dtype)
         running = absorb(read, running, rows, own_keys, u, visible, read_dtype)
         refs["out"][0, h] = (running[2] * inverse_normaliser(read, running)).astype(refs["out"].dtype)
         if "lse_read" in refs:

@@ -1,6 +1,6 @@
 """x with (I + A) x = b or (I + A)ᵀ x = b for a strictly lower triangular tile A.
 
-64-row diagonal blocks are inverted all at once by the ladder X ← X − X L X (L the part of A that joins blocks of b
+32-row diagonal blocks are inverted all at once by the ladder X ← X − X L X (L the part of A that joins blocks of b
 into blocks of 2b rows), which never forms a power of A; the rest is substitution, block by block.
 """
 
@@ -11,11 +11,11 @@ from jax import lax
 
 from pallas_kernels.tpu.products import BATCHED, NN, TN, dot
 
-BLOCK = 64
+BLOCK = 32
 
 
 def block_inverses(a, dtype):
-    """[C/64, 64, 64]: the inverses of the diagonal blocks of I + A, a [C, C]; what is not below the diagonal is not
+    """[C/32, 32, 32]: the inverses of the diagonal blocks of I + A, a [C, C]; what is not below the diagonal is not
     read. Products take operands of `dtype`."""
     size = a.shape[0]
     blocks = jnp.stack([a[i : i + BLOCK, i : i + BLOCK] for i in range(0, size, BLOCK)])
@@ -33,7 +33,7 @@ def block_inverses(a, dtype):
 
 
 def solve(a, b, dtype):
-    """(I + A) x = b, a [C, C] with C a multiple of 64, b [C, V]: from the first block on."""
+    """(I + A) x = b, a [C, C] with C a multiple of 32, b [C, V]: from the first block on."""
     inverses = block_inverses(a, dtype)
     parts = []
     for i in range(a.shape[0] // BLOCK):
