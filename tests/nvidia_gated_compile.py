@@ -32,8 +32,9 @@ def launches(capability, width, narrow, delta=True, decay=True, segments=True):
         return [jnp.zeros(x.shape, x.dtype) for x in launch.outputs]
 
     def both(query, key, value, beta, log_decay, state, resets, dout):
-        arrays = (query, key, value, beta, log_decay if decay else None, state, resets if segments else None)
-        out, final, residuals = gated.forward(settings, *arrays, run=note)
+        gates = (beta if delta else None, log_decay if decay else None)
+        arrays = (query, key, value, *gates, state, resets if segments else None)
+        _, final, residuals = gated.forward(settings, *arrays, run=note)
         return gated.backward(settings, residuals, dout, final, run=note)
 
     jax.eval_shape(both, x, x, v, gate, gate, state, resets, v)

@@ -44,9 +44,11 @@ def gated_delta_rule(
         Equal ids form one contiguous run, and the state is emptied where a row's second and later runs start.
       chunk_size: about how many tokens "chunked" solves for at once, any positive int; None means 64. Rounded up to a
         power of two.
-      implementation: "recurrent" (the definition, a scan over tokens) or "chunked" (a scan over chunks with a backward
-        of its own); None chooses for the platform compiled for. One token, T = 1, is a step of the recurrence in both:
-        decoding is this call with the last `final_state`.
+      implementation: "recurrent" (the definition, a scan over tokens), "chunked" (a scan over chunks with a backward of
+        its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256, one decay a head or
+        none). None chooses the fastest for the platform being compiled for: the kernels where they can do the call,
+        else "chunked". One token, T = 1, is a step of the recurrence unless a kernel is named: decoding is this call
+        with the last `final_state`.
 
     Returns:
       (o [B, T, Hv, V] in value's dtype, final_state [B, Hv, K, V], the state of each row's last segment).
@@ -55,7 +57,8 @@ def gated_delta_rule(
     Raises:
       ValueError, TypeError: shapes, dtypes, names and sizes, while tracing; positive decays and ids that come back
         within a row when their values are known (under jit those two are undefined).
-      NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
+      NotImplementedError: an implementation this op does not have, for this platform or this call or without a
+        package that is not installed; a second derivative of any but "recurrent".
 
     Cost: for "chunked", multiply-adds a token and value head, about C (2 K + 2 V) + 3 K V forward with chunks of C, and
       two to three times that backward, which makes the forward's states again; beside arguments, output and gradients

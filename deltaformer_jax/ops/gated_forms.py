@@ -9,6 +9,7 @@ from jax import lax
 
 from deltaformer_jax.ops import checks
 from deltaformer_jax.ops.gated_chunked import Plan, chunk_rows, gated_chunked
+from deltaformer_jax.ops.gated_kernels import KERNELS, fastest_gated, gated_by_kernel
 from deltaformer_jax.ops.gated_recurrent import recurrent
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
@@ -20,8 +21,7 @@ def run_gated(
 ) -> tuple[jax.Array, jax.Array]:
     """(output, final_state) of gated_delta_rule (`delta`) or gated_linear_attention."""
     _check_heads(query, key, value)
-    # None is "chunked" on every platform.
-    name = checks.check_implementation(implementation, FORMS, checks.KERNELS)
+    name = checks.check_implementation(implementation, (*FORMS, *KERNELS), checks.KERNELS)
     checks.check_size("chunk_size", chunk_size)
     scale = checks.check_scale("scale", scale, key.shape[3])
     checks.check_segments(segment_ids, key)
@@ -36,11 +36,13 @@ def run_gated(
 
     real, resets = _flags(segment_ids)
     arguments = (query, key, value, beta, log_decay, state, real, resets)
-    if name == "recurrent" or value.shape[1] == 1:
+    if name == "recurrent" or (value.shape[1] == 1 and implementation not in KERNELS):
         # A chunk of one token is a step of the recurrence.
         return recurrent(*arguments, scale=scale, delta=delta)
     plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
-    return gated_chunked(plan, *arguments)
+    if implementation is None:
+        return fastest_gated(plan, *arguments)
+    return gated_chunked(plan, *arguments) if name == "chunked" else gated_by_kernel(name, plan, *arguments)
 
 
 def _flags(segment_ids):

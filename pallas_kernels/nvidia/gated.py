@@ -338,7 +338,7 @@ def _states(call, state, store_inverse):
     u = call.value
     if call.settings.delta:
         w, u, inverse = call.solve(store_inverse)
-    return (*call.advance(u, w, state), w, inverse)
+    return (*call.advance(u, w, state.astype(jnp.float32)), w, inverse)
 
 
 def _forward(settings, run, query, key, value, beta, log_decay, state, resets):
@@ -352,7 +352,7 @@ def _backward(settings, run, residuals, dout, dstate):
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     states, written, _, w, inverse = _states(call, state, True)
     dout = dout.astype(value.dtype)
-    dstates, dwritten, dinitial = call.retreat(w, dout, call.read_values(dout), dstate)
+    dstates, dwritten, dinitial = call.retreat(w, dout, call.read_values(dout), dstate.astype(jnp.float32))
     dq, dk, dg, denter, dleave, dtotal = call.read_gradients(written, dout, states, dstates)
     tokens = lambda x: jnp.moveaxis(x, 1, 2)[:, : call.time]
     dvalue, dbeta = dwritten, None
