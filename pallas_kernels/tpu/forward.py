@@ -23,7 +23,6 @@ from pallas_kernels.tpu.weights import (
     start_sum,
 )
 
-
 # Columns of the longest tile. On v5e 512 rows fill 83 % of the matrix unit's slots at 1024 columns, 75 % at 512.
 LONGEST = 1024
 
@@ -44,7 +43,9 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
     def block(j, chunks=1):
         return pl.ds(pl.multiple_of(j * chunk, chunk), chunks * chunk)
 
-    lengths = [2**n for n in reversed(range((LONGEST // chunk).bit_length()))] or [1]
+    # In chunks; no longer than what there is before the last one.
+    longest = max(1, min(LONGEST // chunk, refs["k"].shape[1] // chunk - 1))
+    lengths = [2**n for n in reversed(range(longest.bit_length()))]
     own_keys = refs["k"][0, own, :]
     queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
     w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
