@@ -1,0 +1,32 @@
+"""A DeltaFormer of one layer and width 32 recalls 32 pairs of 256 words: MQAR at the sizes of the paper's Table 1.
+
+Command:    python train.py --config tasks/mqar
+Hardware:   two CPU cores, no accelerator.
+Time:       about a minute on busy cores.
+Result:     accuracy 1.0000 on the evaluation split after 400 steps of 64 rows.
+
+KV shifting is what makes one layer enough: it lets a value be stored under the key before it. Without it
+(--config.model.kv_shift=False) two layers have 0.05 after 1,500 steps of the same size, and 1.00 after 1,000 of 8 pairs
+in rows of 64 at width 64 and learning rate 3e-3.
+"""
+
+from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            d_model=32,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=16,
+            mixers=("delta_former",),
+            tie_embeddings=False,
+            kv_shift=True,
+            chunk_size=64,
+        ),
+        data=DataConfig(path="task:mqar,vocabulary=256,pairs=32", sequence_length=128, batch_size=64),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=100, decay_steps=400, weight_decay=0.0),
+        run=RunConfig(steps=400, log_every=50, eval_every=200, checkpoint_every=200),
+    )
