@@ -5,6 +5,7 @@ program of its own; it reads one pickle from its standard input and writes one t
 NumPy's.
 """
 
+import importlib
 import os
 import sys
 import types
@@ -19,7 +20,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from pallas_kernels.nvidia.launch import Launch, type_name
+from pallas_kernels.nvidia.launch import Launch, Output, type_name
 
 
 class _Executor(interpreter.GridExecutor):
@@ -87,6 +88,13 @@ def interpret(launch: Launch) -> list[np.ndarray]:
         *map(_pointer, arrays), *scalars, *map(_pointer, outputs), **launch.constants
     )
     return outputs
+
+
+def run_kernel(module, name, arrays, outputs, scalars, grid, constants):
+    """`interpret` of a kernel given by its name; outputs are (shape, dtype, zeroed)."""
+    kernel = getattr(importlib.import_module(module), name)
+    outputs = tuple(Output(*x) for x in outputs)
+    return interpret(Launch(kernel, tuple(arrays), outputs, tuple(scalars), grid, constants, 4, 1))
 
 
 def forward_and_backward(settings, tiles, arrays, dout, du):
