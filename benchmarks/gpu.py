@@ -1,4 +1,4 @@
-"""The Triton kernels of delta_attention on an NVIDIA GPU: first right, then fast. One command:
+"""The Triton kernels on an NVIDIA GPU: first right, then fast. One command:
 
     uv run --extra cuda --group kernels python benchmarks/gpu.py --json gpu.json
 
@@ -11,18 +11,26 @@
    and the tied form take 1 F forward and 3.5 F with the backward, the untied form twice that, w = k with r query heads
    a key (1 + 1/r) times.
 
-`--only shapes|repeats|times` does one of the three, `--tile write_forward=128,64,8,3,2,16` tries another tile (rows,
-columns, warps, stages, halves, group: pallas_kernels/nvidia/table.py). A few minutes in all; no result, no table: the
-first disagreement ends the program with exit code 1.
+The same of the gated ops, by gpu_gated.py, beside fla's kernel.
+
+`--op delta|gated` does one of the two families, `--only shapes|repeats|times` one of the three, and
+`--tile write_forward=128,64,8,3,2,16` tries another tile of delta_attention (rows, columns, warps, stages, halves,
+group: pallas_kernels/nvidia/table.py). A few minutes in all; no result, no table: the first disagreement ends the
+program with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 
+# What fla's kernels, run by torch in this process, find free.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+
+import gpu_gated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,6 +279,7 @@ def parse_tile(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["shapes", "repeats", "times"])
+    parser.add_argument("--op", choices=["delta", "gated"])
     parser.add_argument("--shapes", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--length", type=int, default=8192)
@@ -281,12 +290,19 @@ def main():
         sys.exit("no NVIDIA device is here: this program measures one")
     tiles = tuple(options.tile)
     more = {"tiles": [str(x) for x in tiles]}
-    wanted = lambda name: options.only in (None, name)
-    if wanted("shapes"):
+    wanted = lambda op, name: options.op in (None, op) and options.only in (None, name)
+    if wanted("delta", "shapes"):
         more["correct"] = check_shapes(options.shapes, tiles)
-    if wanted("repeats"):
+    if wanted("gated", "shapes"):
+        more["gated correct"] = gpu_gated.check_shapes(options.shapes)
+    if wanted("delta", "repeats"):
         more["repeats"] = check_repeats(options.repeats, tiles)
-    rows = time_table(options.length, tiles) if wanted("times") else []
+    if wanted("gated", "repeats"):
+        more["gated repeats"] = gpu_gated.check_repeats(options.repeats)
+    if wanted("gated", "times"):
+        more["gated"] = gpu_gated.time_table(options.length, device_milliseconds)
+        report("gated ops, bfloat16, batch 4, 32 heads, width 128", more["gated"], None)
+    rows = time_table(options.length, tiles) if wanted("delta", "times") else []
     report("delta_attention by Triton kernels, bfloat16, batch 2, 32 heads, width 128", rows, options.json, **more)
 
 

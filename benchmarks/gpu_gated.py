@@ -1,0 +1,188 @@
+"""The gated ops' part of benchmarks/gpu.py: the Triton kernels of gated_delta_rule and gated_linear_attention.
+
+Against the recurrence (random shapes, values and all gradients), the same bits a thousand times, and times at batch 4,
+32 heads, 8192 tokens, width 128, bfloat16, beside fla's `chunk_gated_delta_rule` in the same process where torch and
+flash-linear-attention are installed (`pip install flash-linear-attention`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaformer_jax import gated_delta_rule, gated_linear_attention
+
+
+def _draw(rng):
+    heads = int(rng.integers(1, 3))
+    width, value_width = (int(x) for x in rng.choice([16, 24, 32, 64, 80, 128, 256], 2))
+    return dict(
+        batch=int(rng.integers(1, 3)), time=int(rng.integers(2, 400)), heads=heads,
+        value_heads=heads * int(rng.integers(1, 4)), width=width, value_width=value_width, delta=bool(rng.integers(3)),
+        decay=bool(rng.integers(4)), segments=bool(rng.integers(2)),
+    )  # fmt: skip
+
+
+def _inputs(shape, rng, dtype):
+    """The arguments by name, segment ids or None, and the cotangents of the output and the final state."""
+    b, t, h, hv, k, v = (shape[x] for x in ("batch", "time", "heads", "value_heads", "width", "value_width"))
+    cast = lambda x: np.asarray(jnp.asarray(x, dtype))
+    normal = lambda *sizes: rng.standard_normal((b, t, *sizes))
+    key = normal(h, k)
+    arrays = dict(
+        query=cast(normal(h, k)),
+        key=cast(key / np.linalg.norm(key, axis=-1, keepdims=True)),
+        value=cast(normal(hv, v)),
+        initial_state=rng.standard_normal((b, hv, k, v)).astype(np.float32),
+    )
+    if shape["delta"]:
+        arrays["beta"] = cast(1 / (1 + np.exp(-normal(hv))))
+    if shape["decay"]:
+        arrays["log_decay"] = (-np.exp(2 * normal(hv) - 2)).astype(np.float32)
+    ids = np.sort(rng.integers(0, 4, (b, t)), axis=1).astype(np.int32) if shape["segments"] else None
+    return arrays, ids, (cast(normal(hv, v)), rng.standard_normal((b, hv, k, v)).astype(np.float32))
+
+
+@functools.cache
+def _both(delta, implementation):
+    op = gated_delta_rule if delta else gated_linear_attention
+
+    @jax.jit
+    def call(arrays, ids, cotangents):
+        out, pull = jax.vjp(lambda x: op(**x, segment_ids=ids, implementation=implementation), arrays)
+        return out, pull(tuple(x.astype(y.dtype) for x, y in zip(cotangents, out)))[0]
+
+    return call
+
+
+def check_shapes(count):
+    """The largest error of each dtype relative to the largest number of its array."""
+    rng = np.random.default_rng(0)
+    # Rounding units times what a few hundred tokens add up to.
+    bounds = {"float32": 2e-4, "bfloat16": 0.1}
+    worst = dict.fromkeys(bounds, 0.0)
+    for number in range(count):
+        shape = _draw(rng)
+        for dtype in bounds:
+            given = _inputs(shape, np.random.default_rng(number), dtype)
+            with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+                arrays, ids, cotangents = given
+                wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+                expected = _both(shape["delta"], "recurrent")(wide, ids, cotangents)
+            found = _both(shape["delta"], "triton")(*given)
+            for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected)):
+                a, b = np.asarray(a, np.float64), np.asarray(b)
+                error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
+                # Not `error > bound`: NaN has to fail too.
+                if not error <= bounds[dtype]:
+                    where = jax.tree_util.keystr(path)
+                    sys.exit(f"gated op: {where} of {shape} in {dtype} is off by {error:.2g}, over {bounds[dtype]}")
+                worst[dtype] = max(worst[dtype], error)
+    print(f"gated ops: {count} random shapes agree with the recurrence; largest relative errors {worst}")
+    return {"shapes": count, "largest relative error": worst}
+
+
+def check_repeats(count):
+    """Nothing is added in an arbitrary order: every run gives the same bits."""
+    for delta in (True, False):
+        shape = dict(
+            batch=2, time=2048, heads=8, value_heads=8, width=128, value_width=128, delta=delta, decay=True,
+            segments=False,
+        )  # fmt: skip
+        given = jax.device_put(_inputs(shape, np.random.default_rng(0), "bfloat16"))
+        call = _both(delta, "triton")
+        first = call(*given)
+
+        @jax.jit
+        def same(result, first=first):
+            return jnp.stack([jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first, result)))]).all()
+
+        agree = np.asarray(jax.device_get([same(call(*given)) for _ in range(count)]))
+        if not agree.all():
+            sys.exit(f"gated op, delta={delta}: {int((~agree).sum())} of {count} runs differ")
+    print(f"gated ops: {count} runs the same bit for bit, gradients too")
+    return {"runs": count}
+
+
+def _torch_milliseconds(call, rounds=15, calls=5):
+    import torch
+
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def _fla(arrays, dout):
+    """Milliseconds of fla's chunk_gated_delta_rule by direction, or None where it is not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
+        print("gated ops: torch and fla are not installed, so that there is nothing to compare with")
+        return None
+    import torch
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    there = lambda x: torch.tensor(np.asarray(x, np.float32), device="cuda", dtype=torch.bfloat16)
+    q, k, v, beta = (there(arrays[name]) for name in ("query", "key", "value", "beta"))
+    g = torch.tensor(arrays["log_decay"], device="cuda")
+    cotangent = there(dout)
+
+    def forward():
+        with torch.no_grad():
+            return chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, g, beta)]
+
+    def both():
+        out, _ = chunk_gated_delta_rule(*leaves[:3], g=leaves[3], beta=leaves[4])
+        torch.autograd.grad(out, leaves, cotangent)
+
+    return {"forward": _torch_milliseconds(forward), "forward+backward": _torch_milliseconds(both)}
+
+
+def time_table(length, device_milliseconds):
+    """Rows of milliseconds; `device_milliseconds(call, arguments)` measures."""
+    shape = dict(
+        batch=4, time=length, heads=32, value_heads=32, width=128, value_width=128, delta=True, decay=True,
+        segments=False,
+    )  # fmt: skip
+    arrays, _, (dout, _) = _inputs(shape, np.random.default_rng(0), "bfloat16")
+    del arrays["initial_state"]
+    fla, rows = _fla(arrays, dout), []
+    for op in (gated_delta_rule, gated_linear_attention):
+        given = {name: x for name, x in arrays.items() if name != "beta" or op is gated_delta_rule}
+        given, there = jax.device_put((given, dout))
+        for implementation in ("triton", "chunked"):
+            call = lambda x, op=op, implementation=implementation: op(**x, implementation=implementation)[0]
+
+            def both(x, dout, call=call):
+                out, pull = jax.vjp(call, x)
+                return out, pull(dout)
+
+            for direction, function, more in (("forward", call, ()), ("forward+backward", both, (there,))):
+                milliseconds = device_milliseconds(jax.jit(function), (given, *more))
+                beside = fla[direction] if fla and op is gated_delta_rule else None
+                rows.append(
+                    {
+                        "op": op.__name__,
+                        "implementation": implementation,
+                        "direction": direction,
+                        "ms": milliseconds,
+                        "fla ms": beside,
+                        "of fla's": milliseconds / beside if beside else None,
+                    }
+                )
+    return rows
