@@ -21,37 +21,39 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.products import NT, dot
 from pallas_kernels.tpu.solve import solve_transposed
+from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import both, keep, weights_again
 
 
-def backward_kernel(last, refs, *, settings, chunk, group, group_of_batch, steps, operand, write_dtype, read_dtype):
-    """One chunk of columns of one head. refs: k, w [1,T,K], q [1,r,T,K], dout [1,r,T,V], lse_write, segments [1,1,T],
-    lse_read, row_dot [1,r,T], of all rows; keys [1,C,K], u, du, summary, v, read_share [1,C,V], alpha, beta,
-    read_dot [1,1,C], of the chunk; out: dq [1,r,K,T], dw [1,K,T], dk [1,C,K], dv [1,C,V], dalpha, dbeta [1,1,C];
-    scratch: adjoint [T,V] (H), centre [1,T] (c). Which there are, delta.py says.
+def backward_kernel(
+    last, refs, *, settings, chunk, group, group_of_batch, write_head, steps, operand, write_dtype, read_dtype
+):
+    """One chunk of columns of one head. refs, of all rows: w [1,T,K] (the write query, be it k or q), q [1,r,T,K],
+    dout [1,r,T,V]; lse_write, segments [1,1,T], lse_read, row_dot [1,r,T]; of the chunk: keys, own_w [1,C,K],
+    own_q [1,r,C,K], own_dout [1,r,C,V], u, du, summary, v, read_share [1,C,V], alpha, beta, read_dot [1,1,C]; out:
+    dq [1,r,K,T], dw [1,K,T], dk [1,C,K], dv [1,C,V], dalpha, dbeta [1,1,C]; scratch: adjoint [T,V] (H), centre [1,T]
+    (c). Which there are, delta.py says. With `tied` dw is the gradient of q.
 
-    `last` [B, T/C]: the last chunk of rows that sees a chunk of columns.
+    Past what VMEM holds, the arrays of all rows, dq and dw stay in HBM, and H goes there as `adjoints` [.,T,V];
+    `adjoint` is [C,V] then, and tiles come through NAME_tiles [2, ...].
+
+    `last` [B, T/C]: the last chunk of rows that sees a chunk of columns. `write_head`: head of u -> head of w.
     """
     write, read = settings.write, settings.read
     head, step = pl.program_id(0), pl.program_id(1)
     j = steps - 1 - step
-    own = pl.ds(pl.multiple_of(j * chunk, chunk), chunk)
     keys, u = refs["keys"][0], refs["u"][0]
     keys_across = keys.astype(jnp.float32).T
-    all_w = refs["q"].at[0, 0] if settings.tied else refs["w"].at[0] if "w" in refs else refs["k"].at[0]
-    column_segments = refs["segments"][0, 0, own][:, None] if "segments" in refs else None
+    streamed = "adjoints" in refs
     reads = range(0 if settings.tied or read is None else group)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
 
-    @pl.when(step == 0)
-    def _():
-        for name in ("dq", "dw"):
-            if name in refs:
-                refs[name][...] = jnp.zeros(refs[name].shape, jnp.float32)
-
     def rows_of(i):
         return pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+
+    own = rows_of(j)
+    column_segments = refs["segments"][0, 0, own][:, None] if "segments" in refs else None
 
     def segment_mask(i):
         return None if column_segments is None else column_segments == refs["segments"][0, :, rows_of(i)]
@@ -60,56 +62,94 @@ def backward_kernel(last, refs, *, settings, chunk, group, group_of_batch, steps
         scores = dot(keys, rows, operand, NT) * kappa.factor
         return scores, weights_again(kappa, scores, lse, visible)
 
-    def write_tile(i, visible, adjoint, centre):
-        """What row chunk i gives to G_j and dK_j; its dW is added where it grows."""
-        rows, w = rows_of(i), all_w[rows_of(i), :]
-        lse = refs["lse_write"][0, :, rows] if write.normalised else None
+    def write_tile(i, visible, w, adjoint, centre):
+        """What row chunk i gives to G_j and dK_j, and what it gets: its part of dW, [K, C]."""
+        lse = refs["lse_write"][0, :, rows_of(i)] if write.normalised else None
         scores, weights = scores_and_weights(write, w, lse, visible)
         dots = dot(u, adjoint, write_dtype, NT)
         if write.normalised:
             dots = dots - centre
         dscores = keep(visible, write.sloped(scores, weights, dots))
-        grow = refs["dq"].at[0, 0] if settings.tied else refs["dw"].at[0]
-        grow[:, rows] += dot(keys_across, dscores, write_dtype)
-        return dot(weights, adjoint, write_dtype), dot(dscores, w, write_dtype)
+        return (
+            dot(weights, adjoint, write_dtype), dot(dscores, w, write_dtype), dot(keys_across, dscores, write_dtype),
+        )  # fmt: skip
 
-    def read_tile(h, i, visible):
-        rows = rows_of(i)
-        q, dout = refs["q"][0, h, rows, :], refs["dout"][0, h, rows, :]
-        lse = refs["lse_read"][0, h : h + 1, rows] if read.normalised else None
+    def read_tile(h, i, visible, q, dout):
+        """The same for one of the query heads."""
+        lse = refs["lse_read"][0, h : h + 1, rows_of(i)] if read.normalised else None
         scores, weights = scores_and_weights(read, q, lse, visible)
         dots = dot(u, dout, read_dtype, NT)
         if read.normalised:
-            dots = dots - refs["row_dot"][0, h : h + 1, rows]
+            dots = dots - refs["row_dot"][0, h : h + 1, rows_of(i)]
         dscores = keep(visible, read.sloped(scores, weights, dots))
-        refs["dq"][0, h, :, rows] += dot(keys_across, dscores, read_dtype)
-        return dot(weights, dout, read_dtype), dot(dscores, q, read_dtype)
+        return dot(weights, dout, read_dtype), dot(dscores, q, read_dtype), dot(keys_across, dscores, read_dtype)
 
-    def add(a, b):
-        return tuple(x + y for x, y in zip(a, b))
-
-    def later(i, sums):
+    def later(i, at, sums):
+        """Row chunk i > j; `at` are its tiles."""
         incoming, dkeys_write, dkeys_read = sums
         visible = segment_mask(i)
-        rows = rows_of(i)
-        incoming, dkeys_write = add(
-            (incoming, dkeys_write), write_tile(i, visible, refs["adjoint"][rows, :], refs["centre"][:, rows])
-        )
+        more, dkeys, grow = write_tile(i, visible, at["w"][...], at["adjoint"][...], refs["centre"][:, rows_of(i)])
+        at["dw"][...] += grow
+        incoming, dkeys_write = incoming + more, dkeys_write + dkeys
         for h in reads:
-            incoming, dkeys_read = add((incoming, dkeys_read), read_tile(h, i, visible))
+            more, dkeys, grow = read_tile(h, i, visible, at["q"][h], at["dout"][h])
+            at["dq"][h] += grow
+            incoming, dkeys_read = incoming + more, dkeys_read + dkeys
         return incoming, dkeys_write, dkeys_read
+
+    def resident(i, sums):
+        rows = rows_of(i)
+        at = {
+            "w": refs["w"].at[0, rows, :],
+            "adjoint": refs["adjoint"].at[rows, :],
+            "dw": refs["dw"].at[0, :, rows],
+        }
+        if reads:
+            at |= {
+                "q": refs["q"].at[0, :, rows, :],
+                "dout": refs["dout"].at[0, :, rows, :],
+                "dq": refs["dq"].at[0, :, :, rows],
+            }
+        return later(i, at, sums)
+
+    def tiles_of(name, array, index, writes=False):
+        return Stream(refs[array], index, refs[f"{name}_tiles"], refs[f"{name}_semaphores"], writes)
 
     nothing = jnp.zeros(keys.shape, jnp.float32)
     sums = (refs["du"][0].astype(jnp.float32), nothing, nothing)
-    sums = lax.fori_loop(j + 1, last[head // group_of_batch, j] + 1, later, sums)
+    start, stop = j + 1, last[head // group_of_batch, j] + 1
+    if streamed:
+        tiles = {
+            "w": tiles_of("w", "w", lambda i: (write_head(head), rows_of(i))),
+            "adjoint": tiles_of("adjoint", "adjoints", lambda i: (head, rows_of(i))),
+            "dw": tiles_of("dw", "dw", lambda i: (head, slice(None), rows_of(i)), writes=True),
+        }
+        if reads:
+            every = slice(None)
+            tiles |= {
+                "q": tiles_of("q", "q", lambda i: (head, every, rows_of(i))),
+                "dout": tiles_of("dout", "dout", lambda i: (head, every, rows_of(i))),
+                "dq": tiles_of("dq", "dq", lambda i: (head, every, every, rows_of(i)), writes=True),
+            }
+        sums = over_tiles(start, stop, tiles, later, sums)
+    else:
+        sums = lax.fori_loop(start, stop, resident, sums)
     incoming, dkeys_write, dkeys_read = sums
 
     visible = both(row >= column, segment_mask(j))
     for h in reads:
-        incoming, dkeys_read = add((incoming, dkeys_read), read_tile(h, j, visible))
+        more, dkeys, grow = read_tile(h, j, visible, refs["own_q"][0, h], refs["own_dout"][0, h])
+        incoming, dkeys_read = incoming + more, dkeys_read + dkeys
+        # The diagonal is the first that a row chunk meets, and begins its sum.
+        if streamed:
+            refs["dq_tiles"][0, h] = grow
+        else:
+            refs["dq"][0, h, :, own] = grow
+    if streamed and reads:
+        copy(refs["dq_tiles"].at[0], refs["dq"].at[head, :, :, own], refs["semaphore"])
 
     visible = both(row > column, segment_mask(j))
-    w = all_w[own, :]
+    w = refs["own_w"][0]
     lse = refs["lse_write"][0, :, own] if write.normalised else None
     _, across = scores_and_weights(write, w, lse, visible)  # Aᵀ
     if settings.tied:
@@ -128,8 +168,16 @@ def backward_kernel(last, refs, *, settings, chunk, group, group_of_batch, steps
         adjoint = adjoint + read_share
         centre = centre + refs["read_dot"][0, 0, :][:, None]
     adjoint, centre = adjoint.astype(refs["adjoint"].dtype), centre[:, 0][None, :]
-    refs["adjoint"][own, :], refs["centre"][:, own] = adjoint, centre
-    _, dkeys = write_tile(j, visible, adjoint, centre)
+    refs["centre"][:, own] = centre
+    _, dkeys, grow = write_tile(j, visible, w, adjoint, centre)
+    if streamed:
+        refs["adjoint"][...] = adjoint
+        refs["dw_tiles"][0] = grow
+        copy(refs["adjoint"], refs["adjoints"].at[head, own], refs["semaphore"])
+        copy(refs["dw_tiles"].at[0], refs["dw"].at[head, :, own], refs["semaphore"])
+    else:
+        refs["adjoint"][own, :] = adjoint
+        refs["dw"][0, :, own] = grow
 
     refs["dk"][0] = (dkeys_write + dkeys) * write.scale + (0.0 if read is None else dkeys_read * read.scale)
     refs["dv"][0] = grad if alpha is None else alpha * grad

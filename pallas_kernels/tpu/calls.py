@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -12,21 +13,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An array and how it is cut: the block's shape, and its index from (head, step, prefetched)."""
+    """An array and how it is cut: the block's shape, and its index from (head, step, prefetched). A block () leaves it
+    in HBM."""
 
     array: jax.Array
-    block: tuple[int, ...]
-    index: Callable
+    block: tuple[int, ...] = ()
+    index: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A result's shape and dtype, and how it is cut."""
+    """A result's shape and dtype, and how it is cut; a block () leaves it in HBM."""
 
     shape: tuple[int, ...]
     dtype: jax.typing.DTypeLike
-    block: tuple[int, ...]
-    index: Callable
+    block: tuple[int, ...] = ()
+    index: Callable | None = None
 
 
 def call(
@@ -36,14 +38,14 @@ def call(
     prefetched: jax.Array,
     inputs: dict[str, Input | None],
     outputs: dict[str, Output | None],
-    scratch: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]],
+    scratch: dict[str, Any],
     *,
     vmem_bytes: int,
     interpret=False,
 ) -> dict[str, jax.Array]:
     """Runs kernel(prefetched, refs) over `grid` (heads, steps), steps of one head in order; absent arrays are None.
 
-    `scratch` lies in VMEM and lasts over the steps. `interpret`: False, True or a pltpu.InterpretParams.
+    `scratch` (pltpu.VMEM and semaphores) lasts over the steps. `interpret`: False, True or a pltpu.InterpretParams.
     """
     inputs = {key: x for key, x in inputs.items() if x is not None}
     outputs = {key: x for key, x in outputs.items() if x is not None}
@@ -58,9 +60,9 @@ def call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[pl.BlockSpec(x.block, x.index) for x in inputs.values()],
-            out_specs=[pl.BlockSpec(x.block, x.index) for x in outputs.values()],
-            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch.values()],
+            in_specs=[_spec(x) for x in inputs.values()],
+            out_specs=[_spec(x) for x in outputs.values()],
+            scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
@@ -69,3 +71,7 @@ def call(
         interpret=interpret,
     )(prefetched, *(x.array for x in inputs.values()))
     return dict(zip(outputs, results, strict=True))
+
+
+def _spec(x: Input | Output) -> pl.BlockSpec:
+    return pl.BlockSpec(x.block, x.index) if x.block else pl.BlockSpec(memory_space=pl.ANY)

@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import calls
 from pallas_kernels.tpu.backward import backward_kernel
@@ -26,8 +27,10 @@ from pallas_kernels.tpu.weights import Kappa
 
 DTYPES = ("bfloat16", "float32")
 WIDEST = 256
-# Of 64 MiB, the least that a core of the generations these kernels are compiled for has (v5p, 7x).
+# Of 64 MiB, the least that a core of the generations these kernels are compiled for has (v5p, 7x); and what arrays of
+# all rows may take of it, the rest being tiles'.
 VMEM_BYTES = 60 * 2**20
+RESIDENT_BYTES = 32 * 2**20
 LANES = 128
 
 
@@ -35,13 +38,15 @@ LANES = 128
 class Settings:
     """What is known while tracing. `read` None: only u is wanted. `tied`: w = q, and `write`, one softmax, serves both.
 
-    `chunk`: rows of a chunk, a multiple of 128; 0: chosen. `interpret`: goes to pallas_call.
+    `chunk`: rows of a chunk, a multiple of 128; 0: chosen. `streamed`: whether arrays of all rows stay in HBM; None:
+    where VMEM does not hold them. `interpret`: goes to pallas_call.
     """
 
     write: Kappa
     read: Kappa | None
     tied: bool = False
     chunk: int = 0
+    streamed: bool | None = None
     interpret: object = False
 
 
@@ -171,6 +176,23 @@ class _Layout:
             write_dtype=self.write_dtype, read_dtype=self.read_dtype,
         )  # fmt: skip
 
+    def streams_forward(self, settings, kept_dtype):
+        """Whether k, twice, and u of all rows are too much for VMEM."""
+        lanes = lambda width: -(-width // LANES) * LANES
+        row = 2 * lanes(self.width) * self.operand.itemsize + lanes(self.value_width) * kept_dtype.itemsize
+        return self._streams(settings, row)
+
+    def streams_backward(self, settings, reads):
+        """The same of what the backward sweep keeps of all rows: w, H, dW; q, dO and dQ of each query head."""
+        lanes = lambda width: -(-width // LANES) * LANES
+        operand, width, value_width = self.operand.itemsize, lanes(self.width), lanes(self.value_width)
+        row = 2 * width * (operand + 4) + value_width * self.write_dtype.itemsize
+        row += (2 * width * (operand + 4) + 2 * value_width * operand) * self.group * reads
+        return self._streams(settings, row)
+
+    def _streams(self, settings, bytes_per_row):
+        return settings.streamed if settings.streamed is not None else self.length * bytes_per_row > RESIDENT_BYTES
+
 
 def first_chunks(ids, chunk: int):
     """[B, T/C] int32: the chunk where the segment of each chunk's first row begins; ids [B, T]."""
@@ -193,6 +215,12 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
     at = _Layout(settings, query, write_query, key, value, segment_ids)
     heads, length, chunk, group = at.batch * at.heads, at.length, at.chunk, at.group
     width, value_width = at.width, at.value_width
+    reads = settings.tied or settings.read is not None
+    kept_dtype = at.write_dtype if settings.read is None or settings.tied else max(
+        at.write_dtype, at.read_dtype, key=lambda dtype: dtype.itemsize
+    )  # fmt: skip
+    streamed = at.streams_forward(settings, kept_dtype)
+    k = at.tall(key)
     segments = None if segment_ids is None else at.pad(segment_ids)[:, None, :]
     whole = lambda x, index: x if x is None else calls.Input(x, (1, *x.shape[1:]), index)
     tall = lambda x, w, of=lambda h: h: (
@@ -202,7 +230,8 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
         None if x is None else calls.Input(x, (1, 1, chunk), lambda h, c, _: (of(h), 0, c))
     )
     inputs = {
-        "k": whole(at.tall(key), lambda h, c, _: (at.kv(h), 0, 0)),
+        "k": calls.Input(k) if streamed else whole(k, lambda h, c, _: (at.kv(h), 0, 0)),
+        "keys": tall(k, width, at.kv),
         "w": None if write_query is None or settings.tied else tall(at.tall(write_query), width),
         "q": None if query is None or (settings.read is None and not settings.tied) else calls.Input(
             at.folded(query), (1, group, chunk, width), lambda h, c, _: (h, 0, c, 0)
@@ -217,8 +246,8 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
         (heads, length, value_width), dtype, (1, chunk, value_width), lambda h, c, _: (h, c, 0)
     )
     out_row = calls.Output((heads, 1, length), jnp.float32, (1, 1, chunk), lambda h, c, _: (h, 0, c))
-    reads = settings.tied or settings.read is not None
     outputs = {
+        "operand": calls.Output((heads, length, value_width), kept_dtype) if streamed else None,
         "u": out_tall(jnp.float32),
         "out": calls.Output(
             (heads, group, length, value_width), value.dtype, (1, group, chunk, value_width),
@@ -232,21 +261,27 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
         "share": out_row if settings.tied else None,
         "rest": out_row if settings.tied else None,
     }  # fmt: skip
-    kept_dtype = at.write_dtype if settings.read is None or settings.tied else max(
-        at.write_dtype, at.read_dtype, key=lambda dtype: dtype.itemsize
-    )  # fmt: skip
+    scratch = {"values": pltpu.VMEM((chunk if streamed else length, value_width), kept_dtype)}
+    if streamed:
+        scratch |= {
+            "k_tiles": pltpu.VMEM((2, chunk, width), at.operand),
+            "k_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
+            "u_tiles": pltpu.VMEM((2, chunk, value_width), kept_dtype),
+            "u_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
+            "semaphore": pltpu.SemaphoreType.DMA(()),
+        }
     results = calls.call(
-        functools.partial(forward_kernel, settings=settings, **at.sizes()),
+        functools.partial(forward_kernel, settings=settings, kv_head=at.kv, **at.sizes()),
         "delta_forward",
         (heads, at.steps),
         at.first,
         inputs,
         outputs,
-        {"values": ((length, value_width), kept_dtype)},
+        scratch,
         vmem_bytes=VMEM_BYTES,
         interpret=settings.interpret,
     )
-    kept = {name: x for name, x in results.items() if name not in ("out", "u")} | {"given": given, "u": results["u"]}
+    kept = {name: x for name, x in results.items() if name not in ("out", "operand")} | {"given": given}
     out = at.unfolded(results["out"]) if reads else None
     normalised = reads and not settings.tied and settings.read.normalised
     kept["out"] = out if normalised else None
@@ -288,17 +323,25 @@ def _backward(settings, residuals, dout, du):
         row_dot = jnp.sum(dout.astype(jnp.float32) * residuals["out"].astype(jnp.float32), axis=3)
         row_dot = at.folded(row_dot[..., None])[..., 0]
     segments = None if segment_ids is None else at.pad(segment_ids)[:, None, :]
-    key_rows = write_query is None and not settings.tied
+    separate = reads and not settings.tied
+    streamed = at.streams_backward(settings, separate)
+    w = at.tall(query if settings.tied else key if write_query is None else write_query)
+    write_head = at.kv if write_query is None and not settings.tied else lambda h: h
+    of_rows = (lambda x, of=None: None if x is None else calls.Input(x)) if streamed else whole
+    folded = lambda x, w: calls.Input(x, (1, group, chunk, w), lambda h, s, _: (h, 0, j(s), 0)) if separate else None
+    q, wide_dout = (at.folded(query), at.folded(dout)) if separate else (None, None)
     inputs = {
-        "k": whole(k, at.kv) if key_rows else None,
-        "w": None if write_query is None or settings.tied else whole(at.tall(write_query)),
-        "q": whole(at.folded(query)) if reads else None,
-        "dout": whole(at.folded(dout)) if reads and not settings.tied else None,
+        "w": of_rows(w, write_head),
+        "q": of_rows(q),
+        "dout": of_rows(wide_dout),
         "lse_write": whole(merged("lse_write")) if settings.write.normalised else None,
         "lse_read": whole(merged("lse_read")) if row_dot is not None else None,
         "row_dot": whole(row_dot),
         "segments": whole(segments, at.of_batch),
         "keys": tall(k, width, at.kv),
+        "own_w": tall(w, width, write_head),
+        "own_q": folded(q, width),
+        "own_dout": folded(wide_dout, value_width),
         "u": tall(u, value_width),
         "du": tall(du, value_width),
         "summary": tall(merged("summary"), value_width) if beta is not None else None,
@@ -308,45 +351,67 @@ def _backward(settings, residuals, dout, du):
         "beta": None if beta is None else row(at.row(beta)),
         "read_dot": row(read_dot),
     }
-    grown = lambda *shape: calls.Output(
-        (heads, *shape), jnp.float32, (1, *shape), lambda h, s, _: (h, *[0] * len(shape))
+    grown = lambda *shape: (
+        calls.Output((heads, *shape), jnp.float32)
+        if streamed
+        else calls.Output((heads, *shape), jnp.float32, (1, *shape), lambda h, s, _: (h, *[0] * len(shape)))
     )
     out_tall = lambda w: calls.Output((heads, length, w), jnp.float32, (1, chunk, w), lambda h, s, _: (h, j(s), 0))
     out_row = calls.Output((heads, 1, length), jnp.float32, (1, 1, chunk), lambda h, s, _: (h, 0, j(s)))
     outputs = {
-        "dq": grown(group, width, length) if reads else None,
-        "dw": None if settings.tied else grown(width, length),
+        "dq": grown(group, width, length) if separate else None,
+        "dw": grown(width, length),
+        "adjoints": calls.Output((heads, length, value_width), at.write_dtype) if streamed else None,
         "dk": out_tall(width),
         "dv": out_tall(value_width),
         "dalpha": out_row if alpha is not None else None,
         "dbeta": out_row if beta is not None else None,
     }
+    scratch = {
+        "adjoint": pltpu.VMEM((chunk if streamed else length, value_width), at.write_dtype),
+        "centre": pltpu.VMEM((1, length), jnp.float32),
+    }
+    if streamed:
+        tiles = {
+            "w": ((2, chunk, width), at.operand),
+            "adjoint": ((2, chunk, value_width), at.write_dtype),
+            "dw": ((2, width, chunk), jnp.float32),
+        }
+        if separate:
+            tiles |= {
+                "q": ((2, group, chunk, width), at.operand),
+                "dout": ((2, group, chunk, value_width), at.operand),
+                "dq": ((2, group, width, chunk), jnp.float32),
+            }
+        scratch |= {f"{name}_tiles": pltpu.VMEM(*tile) for name, tile in tiles.items()}
+        scratch |= {f"{name}_semaphores": pltpu.SemaphoreType.DMA((2, 2)) for name in tiles}
+        scratch["semaphore"] = pltpu.SemaphoreType.DMA(())
     results = calls.call(
-        functools.partial(backward_kernel, settings=settings, steps=at.steps, **at.sizes()),
+        functools.partial(
+            backward_kernel, settings=settings, steps=at.steps, write_head=write_head, **at.sizes()
+        ),
         "delta_backward",
         (heads, at.steps),
         at.last,
         inputs,
         outputs,
-        {"adjoint": ((length, value_width), at.write_dtype), "centre": ((1, length), jnp.float32)},
+        scratch,
         vmem_bytes=VMEM_BYTES,
         interpret=settings.interpret,
     )
-    dk, dq, dw = results["dk"], None, None
-    if reads:
-        dq = results["dq"].swapaxes(2, 3) * (settings.write if settings.tied else settings.read).scale
+    dk, dq, dw = results["dk"], None, results["dw"].swapaxes(1, 2) * settings.write.scale
     if settings.tied:
         # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
         own = across(share * (jnp.sum(wide * u, axis=2)[:, None] - read)) * settings.write.scale
-        repeated = jnp.repeat(k, at.heads // at.kv_heads, axis=0)
-        dq = dq + (own * repeated.astype(jnp.float32))[:, None]
-        dk = dk + own * at.tall(query).astype(jnp.float32)
-    else:
-        dw = results["dw"].swapaxes(1, 2) * settings.write.scale
+        dq = at.back(dw + own * jnp.repeat(k, at.heads // at.kv_heads, axis=0).astype(jnp.float32))
+        dk, dw = dk + own * w.astype(jnp.float32), None
+    elif separate:
+        dq = at.unfolded(results["dq"].swapaxes(2, 3) * settings.read.scale)
+    if not settings.tied:
         dk, dw = (dk + dw, None) if write_query is None else (dk, at.back(dw).astype(write_query.dtype))
     gate = lambda name, x: None if x is None else at.back(results[name].swapaxes(1, 2))[..., 0].astype(x.dtype)
     return (
-        None if dq is None else at.unfolded(dq).astype(query.dtype),
+        None if dq is None else dq.astype(query.dtype),
         dw,
         _sum_heads(at.back(dk), at.kv_heads).astype(key.dtype),
         _sum_heads(at.back(results["dv"]), at.kv_heads).astype(value.dtype),

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.products import NT, dot
 from pallas_kernels.tpu.solve import solve
+from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import (
     absorb_weights,
     both,
@@ -27,18 +28,24 @@ from pallas_kernels.tpu.weights import (
 LONGEST = 1024
 
 
-def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, operand, write_dtype, read_dtype):
-    """One chunk of one head. refs: k [1,T,K]; w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and columns
-    (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
+def forward_kernel(
+    first, refs, *, settings, chunk, group, group_of_batch, kv_head, operand, write_dtype, read_dtype
+):
+    """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
+    columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
     lse_read [1,r,C], share, rest [1,1,C]; scratch: values [T,V]. Which there are, delta.py says.
 
+    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `operand` [.,T,V]; `values` is [C,V] then, and
+    tiles of both come through k_tiles [2,C,K] and u_tiles [2,C,V].
+
     `first` [B, T/C]: the first chunk that a chunk's rows see. `operand`: dtype of keys and queries; `write_dtype`,
-    `read_dtype`: of the products with u.
+    `read_dtype`: of the products with u. `kv_head`: head of u -> head of k.
     """
     write, read = settings.write, settings.read
     head, c = pl.program_id(0), pl.program_id(1)
     own = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-    width = refs["values"].shape[1]
+    width = refs["u"].shape[2]
+    streamed = "operand" in refs
 
     def block(j, chunks=1):
         return pl.ds(pl.multiple_of(j * chunk, chunk), chunks * chunk)
@@ -46,7 +53,7 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
     # In chunks; no longer than what there is before the last one.
     longest = max(1, min(LONGEST // chunk, refs["k"].shape[1] // chunk - 1))
     lengths = [2**n for n in reversed(range(longest.bit_length()))]
-    own_keys = refs["k"][0, own, :]
+    own_keys = refs["keys"][0]
     queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
     w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
     row_segments = _column(refs["rows"][0, 0, :]) if "rows" in refs else None
@@ -63,18 +70,30 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
         return *running[:2], running[2] + dot(weights, values, dtype)
 
     def over_earlier(kappa, rows, dtype):
-        """The sums of all earlier chunks, by tiles as long as what is left allows."""
+        """The sums of all earlier chunks."""
+        done, running = first[head // group_of_batch, c], start_sum(chunk, width)
 
-        def step(columns, running):
-            keys, values = refs["k"][0, columns, :], refs["values"][columns, :]
+        def step(columns, keys, values, running):
             return absorb(kappa, running, rows, keys, values, segment_mask(columns), dtype)
 
-        done, running = first[head // group_of_batch, c], start_sum(chunk, width)
+        if streamed:
+            tiles = {
+                "k": Stream(
+                    refs["k"], lambda j: (kv_head(head), block(j)), refs["k_tiles"], refs["k_semaphores"]
+                ),
+                "u": Stream(
+                    refs["operand"], lambda j: (head, block(j)), refs["u_tiles"], refs["u_semaphores"]
+                ),
+            }  # fmt: skip
+            return over_tiles(done, c, tiles, lambda j, at, x: step(block(j), at["k"][...], at["u"][...], x), running)
         for chunks in lengths:
             start, count = done, (c - done) // chunks
-            running = lax.fori_loop(
-                0, count, lambda n, x, start=start, chunks=chunks: step(block(start + n * chunks, chunks), x), running
-            )
+
+            def tile(n, running, start=start, chunks=chunks):
+                columns = block(start + n * chunks, chunks)
+                return step(columns, refs["k"][0, columns, :], refs["values"][columns, :], running)
+
+            running = lax.fori_loop(0, count, tile, running)
             done = start + count * chunks
         return running
 
@@ -94,7 +113,11 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, opera
         system, forced = weights * beta, past * beta
     u = solve(system, target - forced, write_dtype)
     refs["u"][0] = u
-    refs["values"][own, :] = u.astype(refs["values"].dtype)
+    if streamed:
+        refs["values"][...] = u.astype(refs["values"].dtype)
+        copy(refs["values"], refs["operand"].at[head, own], refs["semaphore"])
+    else:
+        refs["values"][own, :] = u.astype(refs["values"].dtype)
     if "lse_write" in refs:
         refs["lse_write"][0, 0, :] = log_normaliser(running)[:, 0]
     summary = None

@@ -1,0 +1,81 @@
+"""Products of tiles that `jax.vjp` can go through inside a kernel: the products of a gradient are written out, so that
+their operands' types are as much said as those of the product itself.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.products import NN, NT, TN, dot
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(a, b, dtype):
+    """a bᵀ, operands rounded to `dtype` there and in the gradients."""
+    return dot(a, b, dtype, NT)
+
+
+product.defvjp(
+    lambda a, b, dtype: (dot(a, b, dtype, NT), (a, b)),
+    lambda dtype, kept, c: (dot(c, kept[1], dtype, NN), dot(c, kept[0], dtype, TN)),
+)
+
+
+def _parts(x):
+    """Three bfloat16 numbers whose sum is x exactly: 8 bits of it each, cut off and not rounded."""
+    parts = []
+    for _ in range(2):
+        # By its bits: a compiler may take x.astype(bfloat16).astype(float32) for x.
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -65536, jnp.float32)
+        parts.append(high.astype(jnp.bfloat16))
+        x = x - high
+    return [*parts, x.astype(jnp.bfloat16)]
+
+
+def _add(a_parts, b_parts, dimensions):
+    return sum(dot(a, b, jnp.bfloat16, dimensions) for a in a_parts for b in b_parts)
+
+
+def _ones(where):
+    return jnp.where(where, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+@jax.custom_vjp
+def sums_of_columns(x, where):
+    """Σ_l x_il [where_lj] of float32 x, as accurate as float32 sums: three passes of the matrix unit."""
+    return _add(_parts(x), [_ones(where)], NN)
+
+
+sums_of_columns.defvjp(
+    lambda x, where: (sums_of_columns(x, where), where),
+    lambda where, c: (_add(_parts(c), [_ones(where)], NT), None),
+)
+
+
+@jax.custom_vjp
+def sums_of_rows(where, x):
+    """Σ_l [where_il] x_lj, likewise."""
+    return _add([_ones(where)], _parts(x), NN)
+
+
+sums_of_rows.defvjp(
+    lambda where, x: (sums_of_rows(where, x), where),
+    lambda where, c: (None, _add([_ones(where)], _parts(c), TN)),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def down(x, rows):
+    """Row i of x [C, W] moved to row i + rows, modulo C."""
+    return pltpu.roll(x, rows % x.shape[0], 0)
+
+
+down.defvjp(
+    lambda x, rows: (down(x, rows), None),
+    lambda rows, _, c: (down(c, -rows),),
+)

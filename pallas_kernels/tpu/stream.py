@@ -1,0 +1,72 @@
+"""Tiles of arrays that lie in HBM, brought to VMEM one ahead of where they are used, and written back behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Tiles `array.at[index(n)]` of an array in HBM, through two places `buffer` [2, ...] of VMEM and `semaphores`
+    [2, 2]. `writes`: what `step` leaves in the tile goes back to where it came from."""
+
+    array: jax.Array
+    index: Callable
+    buffer: jax.Array
+    semaphores: jax.Array
+    writes: bool = False
+
+    def tile(self, n):
+        return self.buffer.at[lax.rem(n, 2)]
+
+    def fetch(self, n):
+        return pltpu.make_async_copy(self.array.at[self.index(n)], self.tile(n), self.semaphores.at[0, lax.rem(n, 2)])
+
+    def store(self, n):
+        return pltpu.make_async_copy(self.tile(n), self.array.at[self.index(n)], self.semaphores.at[1, lax.rem(n, 2)])
+
+
+def over_tiles(start, stop, streams: dict[str, Stream], step: Callable, carry):
+    """carry = step(n, {name: tile n}, carry) for n = start … stop − 1; every copy has ended when it returns."""
+    writers = [stream for stream in streams.values() if stream.writes]
+
+    @pl.when(start < stop)
+    def _():
+        for stream in streams.values():
+            stream.fetch(start).start()
+
+    def body(n, carry):
+        for stream in streams.values():
+            stream.fetch(n).wait()
+
+        @pl.when(n + 1 < stop)
+        def _():
+            for stream in streams.values():
+                if stream.writes:
+                    # The place of tile n + 1 is that of n − 1.
+                    pl.when(n > start)(stream.store(n - 1).wait)
+                stream.fetch(n + 1).start()
+
+        carry = step(n, {name: stream.tile(n) for name, stream in streams.items()}, carry)
+        for stream in writers:
+            stream.store(n).start()
+        return carry
+
+    carry = lax.fori_loop(start, stop, body, carry)
+    for stream in writers:
+        pl.when(stop - start > 1)(stream.store(stop - 2).wait)
+        pl.when(stop > start)(stream.store(stop - 1).wait)
+    return carry
+
+
+def copy(source, target, semaphore):
+    """source -> target, waited for."""
+    transfer = pltpu.make_async_copy(source, target, semaphore)
+    transfer.start()
+    transfer.wait()
