@@ -34,6 +34,7 @@ class Kernels:
 
 KERNELS = {
     "triton": Kernels("cuda", "pallas_kernels.nvidia.delta", nvidia_packages.missing),
+    "pallas_tpu": Kernels("tpu", "pallas_kernels.tpu.delta", lambda: None),
 }
 
 
