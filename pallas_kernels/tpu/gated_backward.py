@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.gated_forward import Chunk, Plan, advance
+from pallas_kernels.tpu.gated_forward import Chunk, Plan, advance, solve
 from pallas_kernels.tpu.gated_pairs import Pairs
+from pallas_kernels.tpu.gated_products import dot_exact
 from pallas_kernels.tpu.products import NN, NT, TN, dot
 
 
@@ -37,7 +38,7 @@ def backward_kernel(_, refs, *, plan: Plan):
 
     group = [Chunk(refs, plan, i) for i in range(plan.chunks)]
     pairs, pulls = zip(*(jax.vjp(chunk.pairs_of, chunk.k, chunk.q, chunk.g) for chunk in group))
-    solved = [chunk.solve(p) for chunk, p in zip(group, pairs)] if plan.delta else None
+    solved = solve(group, pairs, operand) if plan.delta else None
 
     state, states, all_written = refs["states"][0, 0], [], []
     for i, (chunk, p) in enumerate(zip(group, pairs)):
@@ -64,7 +65,7 @@ def backward_kernel(_, refs, *, plan: Plan):
         if plan.delta:
             inverse, w, _ = solved[i]
             dstate = dstate - dot(dwritten, w, operand, TN)
-            y = dot(inverse, dwritten, jnp.float32, TN)
+            y = dot_exact(inverse, dwritten, operand, TN)
             dv = chunk.times_beta(y)
             dkk = -dot(y, written, operand, NT)
             if "dbeta" in refs:

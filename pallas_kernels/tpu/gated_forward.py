@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.tpu.gated_inverse import inverses
 from pallas_kernels.tpu.gated_pairs import Segments, channel_pairs, head_pairs
+from pallas_kernels.tpu.gated_products import dot_exact
 from pallas_kernels.tpu.products import NT, TN, dot
-from pallas_kernels.tpu.solve import solve
 
 
 class Plan(NamedTuple):
@@ -51,14 +51,13 @@ class Chunk:
     def times_beta(self, x):
         return x if self.beta is None else self.beta * x
 
-    def solve(self, pairs):
-        """(X, W, U) of the delta rule."""
-        chunk = self.k.shape[0]
-        row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
-        column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-        inverse = solve(self.times_beta(pairs.kk), jnp.where(row == column, 1.0, 0.0), jnp.float32)
-        times = lambda x: dot(inverse, self.times_beta(x), jnp.float32)
-        return inverse, times(pairs.k_reads), times(self.v)
+
+def solve(group, pairs, operand):
+    """(X, W, U) of the delta rule, of each chunk."""
+    found = inverses([chunk.times_beta(p.kk) for chunk, p in zip(group, pairs)], operand)
+    w = [dot_exact(x, chunk.times_beta(p.k_reads), operand) for x, chunk, p in zip(found, group, pairs)]
+    u = [dot_exact(x, chunk.times_beta(chunk.v), operand) for x, chunk in zip(found, group)]
+    return list(zip(found, w, u))
 
 
 def advance(pairs, written, state, operand):
@@ -80,7 +79,7 @@ def forward_kernel(_, refs, *, plan: Plan):
     refs["states"][0, 0] = state
     group = [Chunk(refs, plan, i) for i in range(plan.chunks)]
     pairs = [chunk.pairs_of(chunk.k, chunk.q, chunk.g) for chunk in group]
-    solved = [chunk.solve(p) for chunk, p in zip(group, pairs)] if plan.delta else None
+    solved = solve(group, pairs, plan.operand) if plan.delta else None
     for i, (chunk, p) in enumerate(zip(group, pairs)):
         written = chunk.v
         if plan.delta:

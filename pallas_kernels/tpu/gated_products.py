@@ -26,10 +26,10 @@ product.defvjp(
 )
 
 
-def _parts(x):
-    """Three bfloat16 numbers whose sum is x exactly: 8 bits of it each, cut off and not rounded."""
+def _parts(x, number):
+    """bfloat16 numbers whose sum is float32 x, exactly if they are three: 8 bits of it each, cut off and not rounded."""
     parts = []
-    for _ in range(2):
+    for _ in range(number - 1):
         # By its bits: a compiler may take x.astype(bfloat16).astype(float32) for x.
         high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -65536, jnp.float32)
         parts.append(high.astype(jnp.bfloat16))
@@ -45,27 +45,36 @@ def _ones(where):
     return jnp.where(where, 1.0, 0.0).astype(jnp.bfloat16)
 
 
+def dot_exact(a, b, dtype, dimensions=NN):
+    """The product of float32 a and b in a call whose inputs are of `dtype`: as accurate as float32 products for
+    float32, 2^-15 of |a||b| for bfloat16, in three passes instead of six."""
+    if dtype == jnp.float32:
+        return dot(a, b, jnp.float32, dimensions)
+    (a, a_rest), (b, b_rest) = _parts(a, 2), _parts(b, 2)
+    return _add([a], [b, b_rest], dimensions) + _add([a_rest], [b], dimensions)
+
+
 @jax.custom_vjp
 def sums_of_columns(x, where):
     """Σ_l x_il [where_lj] of float32 x, as accurate as float32 sums: three passes of the matrix unit."""
-    return _add(_parts(x), [_ones(where)], NN)
+    return _add(_parts(x, 3), [_ones(where)], NN)
 
 
 sums_of_columns.defvjp(
     lambda x, where: (sums_of_columns(x, where), where),
-    lambda where, c: (_add(_parts(c), [_ones(where)], NT), None),
+    lambda where, c: (_add(_parts(c, 3), [_ones(where)], NT), None),
 )
 
 
 @jax.custom_vjp
 def sums_of_rows(where, x):
     """Σ_l [where_il] x_lj, likewise."""
-    return _add([_ones(where)], _parts(x), NN)
+    return _add([_ones(where)], _parts(x, 3), NN)
 
 
 sums_of_rows.defvjp(
     lambda where, x: (sums_of_rows(where, x), where),
-    lambda where, c: (None, _add([_ones(where)], _parts(c), TN)),
+    lambda where, c: (None, _add([_ones(where)], _parts(c, 3), TN)),
 )
 
 
