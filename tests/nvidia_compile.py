@@ -1,6 +1,7 @@
 """Descriptions of the Triton kernels' launches at training shapes, compiled to machine code with no GPU at hand.
 
-The tests compile every tile for an H100, and for other architectures those of one width. As a program,
+The tests compile every tile for an H100, and for other architectures those of one width in either precision. As a
+program,
 
     python tests/nvidia_compile.py [CAPABILITY ...]
 
@@ -33,7 +34,7 @@ CONFIGURATIONS = [
     if tile is not None
 ]
 # Of other architectures than the H100's: what differs between them is the instructions, not the width.
-ONE_WIDTH = [(kernel, narrow, width) for kernel, narrow, width in CONFIGURATIONS if width == 128]
+ONE_WIDTH = [(kernel, narrow, width) for kernel, narrow, width in CONFIGURATIONS if width == (128 if narrow else 64)]
 
 
 def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.nvidia.table import SHARED_MEMORY, WIDTHS
 CONFIGURATIONS = [(kernel, narrow, width) for kernel in KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
+@functools.cache
 def launches(capability, width, narrow, delta=True, decay=True, segments=True):
     """{kernel's name: Launch} of a forward and a backward at batch 4, 8192 tokens, 16 heads, 32 of values."""
     dtype = jnp.bfloat16 if narrow else jnp.float32

@@ -1,6 +1,8 @@
 """The gated ops' Triton kernels, run by Triton's interpreter on the CPU, against the recurrence in float64: values and
 all gradients. What a kernel should fill starts as NaN; products round as tensor cores do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,17 @@ pytest.importorskip("triton", reason="Triton is in the dependency group `kernels
 
 from nvidia_worker import Worker
 
-_case = lambda **more: Case(**{"time": 50, "key_dim": 24, "value_dim": 40} | more)
+# The definition runs once: what XLA would spend on making it fast is more than it takes.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+_case = lambda **more: Case(**{"time": 36, "key_dim": 20, "value_dim": 24} | more)
 
 # (case, segments, strength of the decays)
 CASES = [
     (_case(), False, 1.0),
     (_case(value_heads=4, scale=0.3, state=False), True, 1.0),
     (_case(decay="none"), False, 1.0),
-    (_case(decay="none", beta="to_two", time=37), True, 1.0),
+    (_case(decay="none", beta="to_two", time=31), True, 1.0),
     (_case(beta="none", heads=1, value_heads=1, time=16), False, 1000.0),
     (_case(beta="zero", heads=1, value_heads=1, time=33), True, 1000.0),
     (_case(delta=False), True, 1.0),
@@ -29,7 +34,7 @@ CASES = [
 ]
 TWO_BYTE = [(_case(value_heads=4), True, 1.0), (_case(delta=False), False, 1.0), (_case(decay="none"), False, 1.0)]
 
-SEGMENTS = [[1] * 9 + [0] * 5 + [2] * 20 + [5] * 1 + [3] * 15, [0] * 7 + [4] * 43]
+SEGMENTS = [[1] * 9 + [0] * 5 + [2] * 14 + [5] * 1 + [3] * 7, [0] * 7 + [4] * 29]
 NAMES = ("query", "key", "value", "beta", "log_decay", "initial_state")
 
 
@@ -46,8 +51,13 @@ def check(interpreter, case, segmented, strength, dtype, unit):
         inputs = draw_inputs(case, 0, jnp.float64, strength=strength)
         inputs = {name: x.astype(dtype).astype(jnp.float64) for name, x in inputs.items()}
         cotangents = [x.astype(dtype).astype(jnp.float64) for x in draw_cotangents(case, jnp.float64)]
-        expected, pull = jax.vjp(lambda x: call(case, x, "recurrent", ids), inputs)
-        gradients = pull(tuple(cotangents))[0]
+
+        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        def definition(inputs, cotangents):
+            out, pull = jax.vjp(lambda x: call(case, x, "recurrent", ids), inputs)
+            return out, pull(tuple(cotangents))[0]
+
+        expected, gradients = definition(inputs, cotangents)
     real = np.ones((2, case.time), bool) if ids is None else ids != 0
     resets = None
     if segmented:
@@ -74,14 +84,14 @@ def check(interpreter, case, segmented, strength, dtype, unit):
     )
     assert out.dtype == np.dtype(dtype) and final.dtype == np.float32
     # Errors add up over the tokens of a chunk and its neighbours; keys of unit length make no system grow.
-    _close(out, expected[0], 8 * unit, "out")
-    _close(final, expected[1], 8 * unit, "final state")
+    _close(out, expected[0], 4 * unit, "out")
+    _close(final, expected[1], 4 * unit, "final state")
     for name, gradient in zip(NAMES, found):
         if name in gradients:
             if name != "initial_state":
                 # What comes back to padding ends with the op, which had put zeros there.
                 gradient = np.where(real.reshape(*real.shape, *[1] * (gradient.ndim - 2)), gradient, 0)
-            _close(gradient, gradients[name], 16 * unit, name)
+            _close(gradient, gradients[name], 8 * unit, name)
 
 
 def _close(found, expected, bound, name):

@@ -44,7 +44,7 @@ def test_sm_90_with_less(less):
 @pytest.mark.parametrize("capability", [80, 100, 120])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_others(kernel, capability, narrow):
-    ptx, shared, _ = compiled(launches(capability, 128, narrow)[kernel], capability)
+    ptx, shared, _ = compiled(launches(capability, 128 if narrow else 64, narrow)[kernel], capability)
     assert ("tcgen05.mma" if capability == 100 and narrow else "mma.sync") in ptx
     assert shared <= SHARED_MEMORY[capability]
 

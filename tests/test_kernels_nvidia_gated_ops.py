@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(
 
 SEGMENTS = np.asarray([[1] * 20 + [2] * 30 + [0] * 14, [0] * 10 + [3] * 54], np.int32)
 DELTA = Case(time=64, key_dim=16, value_dim=32, value_heads=4)
-LINEAR = Case(time=64, key_dim=16, value_dim=32, delta=False)
+LINEAR = Case(time=64, key_dim=16, value_dim=32, delta=False, scale=1.0)
 
 
 def kernels(function, *arguments, platform="cuda"):
@@ -55,11 +55,11 @@ def test_lowers_for_cuda(implementation, case, segments, forward, both):
 @needs_triton
 @pytest.mark.parametrize("case", [DELTA, LINEAR], ids=["delta", "linear"])
 def test_vmap_folds_the_batch(case):
-    inputs = jax.tree.map(lambda x: jnp.stack([x, x, x]), draw_inputs(case, 0, jnp.float32))
+    inputs = jax.tree.map(lambda x: jnp.stack([x, x, x]), draw_inputs(case, 0, jnp.bfloat16))
     mapped = jax.vmap(total(case, "triton", SEGMENTS))
     assert kernels(mapped, inputs) == (3 if case.delta else 2)
     # The backward keeps nothing of the forward's: where only gradients are asked for, that is not run.
-    assert kernels(jax.vmap(jax.grad(total(case, None))), inputs) == (6 if case.delta else 4)
+    assert kernels(jax.vmap(jax.grad(total(case, None, SEGMENTS))), inputs) == (6 if case.delta else 4)
 
 
 @needs_triton
