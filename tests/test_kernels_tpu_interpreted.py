@@ -72,19 +72,23 @@ def at_length(case, time=TIME):
     return dataclasses.replace(case, time=time)
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+# Every similarity and every write query, grouped heads, V != K, gates or none.
+SOME = [CASES[i] for i in (1, 3, 5, 6, 9, 10, 11, 12)]
+
+
+@pytest.mark.parametrize("case", SOME, ids=case_id)
 def test_float32(case, interpreted):
     interpreted()
     compare(at_length(case), jnp.float32, SEGMENTS, digits=TIME * 2.0**-24)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=case_id)
+@pytest.mark.parametrize("case", [CASES[4]], ids=case_id)
 def test_one_document_a_row(case, interpreted):
     interpreted()
     compare(at_length(case, 2 * CHUNK), jnp.float32, None, digits=2 * CHUNK * 2.0**-24)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[12]], ids=case_id)
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=case_id)
 def test_bfloat16(case, interpreted):
     """A rounding of an operand does not add up over T, as those of a sum do: they have no common sign."""
     interpreted()

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.products import NT, dot
-from pallas_kernels.tpu.solve import solve_transposed
+from pallas_kernels.tpu.solve import solve_across_transposed
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import both, keep, weights_again
 
@@ -157,7 +157,7 @@ def backward_kernel(
         incoming = incoming + dot(across, read_share, write_dtype)
     beta = refs["beta"][0] if "beta" in refs else None  # [1, C]
     system = across if beta is None else across * beta
-    grad = solve_transposed(system.T, incoming, write_dtype)
+    grad = solve_across_transposed(system, incoming.T, write_dtype).T
 
     v = refs["v"][0].astype(jnp.float32)
     alpha = refs["alpha"][0, 0, :][:, None] if "alpha" in refs else None

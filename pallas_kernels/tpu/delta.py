@@ -247,7 +247,7 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
     )
     out_row = calls.Output((heads, 1, length), jnp.float32, (1, 1, chunk), lambda h, c, _: (h, 0, c))
     outputs = {
-        "operand": calls.Output((heads, length, value_width), kept_dtype) if streamed else None,
+        "operand": calls.Output((heads, value_width, length), kept_dtype) if streamed else None,
         "u": out_tall(jnp.float32),
         "out": calls.Output(
             (heads, group, length, value_width), value.dtype, (1, group, chunk, value_width),
@@ -261,12 +261,12 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
         "share": out_row if settings.tied else None,
         "rest": out_row if settings.tied else None,
     }  # fmt: skip
-    scratch = {"values": pltpu.VMEM((chunk if streamed else length, value_width), kept_dtype)}
+    scratch = {"values": pltpu.VMEM((value_width, chunk if streamed else length), kept_dtype)}
     if streamed:
         scratch |= {
             "k_tiles": pltpu.VMEM((2, chunk, width), at.operand),
             "k_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
-            "u_tiles": pltpu.VMEM((2, chunk, value_width), kept_dtype),
+            "u_tiles": pltpu.VMEM((2, value_width, chunk), kept_dtype),
             "u_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
             "semaphore": pltpu.SemaphoreType.DMA(()),
         }

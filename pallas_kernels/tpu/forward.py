@@ -5,6 +5,9 @@
 A chunk's rows go over the earlier chunks once: each tile of k and u is loaded once and serves w and every query head
 that shares it. Then the chunk's own triangular system is solved, its u joins those in VMEM, and the reads take the
 diagonal tile. Tied (w = q, one softmax for both): o = (1 − π) s + π u, so that the read costs nothing.
+
+Tiles are columns × rows and sums [V, rows]: what belongs to a row is a row vector, its maximum and sum go down the
+sublanes, and the unit that moves data across lanes has nothing to do.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.products import NT, dot
-from pallas_kernels.tpu.solve import solve
+from pallas_kernels.tpu.solve import solve_across
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import (
     absorb_weights,
@@ -24,7 +27,7 @@ from pallas_kernels.tpu.weights import (
     start_sum,
 )
 
-# Columns of the longest tile. On v5e 512 rows fill 83 % of the matrix unit's slots at 1024 columns, 75 % at 512.
+# Columns of the longest tile: on v5e two of 512 take 2690 bundles, one of 1024 2640.
 LONGEST = 1024
 
 
@@ -33,10 +36,10 @@ def forward_kernel(
 ):
     """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
     columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
-    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [T,V]. Which there are, delta.py says.
+    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T]. Which there are, delta.py says.
 
-    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `operand` [.,T,V]; `values` is [C,V] then, and
-    tiles of both come through k_tiles [2,C,K] and u_tiles [2,C,V].
+    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `operand` [.,V,T]; `values` is [V,C] then, and
+    tiles of both come through k_tiles [2,C,K] and u_tiles [2,V,C].
 
     `first` [B, T/C]: the first chunk that a chunk's rows see. `operand`: dtype of keys and queries; `write_dtype`,
     `read_dtype`: of the products with u. `kv_head`: head of u -> head of k.
@@ -56,92 +59,86 @@ def forward_kernel(
     own_keys = refs["keys"][0]
     queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
     w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
-    row_segments = _column(refs["rows"][0, 0, :]) if "rows" in refs else None
     reads = [] if settings.tied else queries
 
     def segment_mask(columns):
-        return None if row_segments is None else row_segments == refs["columns"][0, :, columns]
+        if "rows" not in refs:
+            return None
+        return refs["columns"][0, 0, columns][:, None] == refs["rows"][0]
 
     def scores(kappa, rows, keys):
-        return dot(rows, keys, operand, NT) * kappa.factor
+        return dot(keys, rows, operand, NT) * kappa.factor
 
     def absorb(kappa, running, rows, keys, values, visible, dtype):
         weights, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
-        return *running[:2], running[2] + dot(weights, values, dtype)
+        return *running[:2], running[2] + dot(values, weights, dtype)
 
     def over_earlier(kappa, rows, dtype):
         """The sums of all earlier chunks."""
-        done, running = first[head // group_of_batch, c], start_sum(chunk, width)
+        done, running = first[head // group_of_batch, c], start_sum(width, chunk)
 
         def step(columns, keys, values, running):
             return absorb(kappa, running, rows, keys, values, segment_mask(columns), dtype)
 
         if streamed:
+            place = lambda j: (head, slice(None), block(j))
             tiles = {
-                "k": Stream(
-                    refs["k"], lambda j: (kv_head(head), block(j)), refs["k_tiles"], refs["k_semaphores"]
-                ),
-                "u": Stream(
-                    refs["operand"], lambda j: (head, block(j)), refs["u_tiles"], refs["u_semaphores"]
-                ),
-            }  # fmt: skip
+                "k": Stream(refs["k"], lambda j: (kv_head(head), block(j)), refs["k_tiles"], refs["k_semaphores"]),
+                "u": Stream(refs["operand"], place, refs["u_tiles"], refs["u_semaphores"]),
+            }
             return over_tiles(done, c, tiles, lambda j, at, x: step(block(j), at["k"][...], at["u"][...], x), running)
         for chunks in lengths:
             start, count = done, (c - done) // chunks
 
             def tile(n, running, start=start, chunks=chunks):
                 columns = block(start + n * chunks, chunks)
-                return step(columns, refs["k"][0, columns, :], refs["values"][columns, :], running)
+                return step(columns, refs["k"][0, columns, :], refs["values"][:, columns], running)
 
             running = lax.fori_loop(0, count, tile, running)
             done = start + count * chunks
         return running
 
     running = over_earlier(write, w, write_dtype)
-    row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
-    column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
+    row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
+    column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     visible = both(row > column, segment_mask(own))
-    weights, running = absorb_weights(write, running, scores(write, w, own_keys), visible)
+    own_scores = scores(write, w, own_keys)
+    weights, running = absorb_weights(write, running, own_scores, visible)
     inverse = inverse_normaliser(write, running)
     weights, past = weights * inverse, running[2] * inverse
-    target = refs["v"][0].astype(jnp.float32)
+    target = refs["v"][0].astype(jnp.float32).T
     if "alpha" in refs:
-        target = target * _column(refs["alpha"][0, 0, :])
+        target = target * refs["alpha"][0]
     system, forced = weights, past
     if "beta" in refs:
-        beta = _column(refs["beta"][0, 0, :])
+        beta = refs["beta"][0]
         system, forced = weights * beta, past * beta
-    u = solve(system, target - forced, write_dtype)
-    refs["u"][0] = u
+    u = solve_across(system, target - forced, write_dtype)
+    refs["u"][0] = u.T
     if streamed:
         refs["values"][...] = u.astype(refs["values"].dtype)
-        copy(refs["values"], refs["operand"].at[head, own], refs["semaphore"])
+        copy(refs["values"], refs["operand"].at[head, :, own], refs["semaphore"])
     else:
-        refs["values"][own, :] = u.astype(refs["values"].dtype)
+        refs["values"][:, own] = u.astype(refs["values"].dtype)
     if "lse_write" in refs:
-        refs["lse_write"][0, 0, :] = log_normaliser(running)[:, 0]
+        refs["lse_write"][0] = log_normaliser(running)
     summary = None
     if "summary" in refs:
-        summary = past + dot(weights, u, write_dtype)
-        refs["summary"][0] = summary.astype(refs["summary"].dtype)
+        summary = past + dot(u, weights, write_dtype)
+        refs["summary"][0] = summary.T.astype(refs["summary"].dtype)
     if settings.tied:
-        score = jnp.sum(w.astype(jnp.float32) * own_keys.astype(jnp.float32), axis=1, keepdims=True) * write.factor
+        score = jnp.sum(jnp.where(row == column, own_scores, 0.0), axis=0, keepdims=True)
         seen = running[1] > 0
         ahead = jnp.where(seen, log_normaliser(running) - score, 0.0)
         share = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(ahead)), 1.0)
         rest = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(-ahead)), 0.0)
-        refs["out"][0, 0] = (rest * summary + share * u).astype(refs["out"].dtype)
-        refs["share"][0, 0, :], refs["rest"][0, 0, :] = share[:, 0], rest[:, 0]
+        refs["out"][0, 0] = (rest * summary + share * u).T.astype(refs["out"].dtype)
+        refs["share"][0], refs["rest"][0] = share, rest
 
     visible = both(row >= column, segment_mask(own))
     for h, rows in enumerate(reads):
         running = over_earlier(read, rows, read_dtype)
         running = absorb(read, running, rows, own_keys, u, visible, read_dtype)
-        refs["out"][0, h] = (running[2] * inverse_normaliser(read, running)).astype(refs["out"].dtype)
+        refs["out"][0, h] = (running[2] * inverse_normaliser(read, running)).T.astype(refs["out"].dtype)
         if "lse_read" in refs:
-            refs["lse_read"][0, h, :] = log_normaliser(running)[:, 0]
-
-
-def _column(row):
-    """[C] -> [C, 1]."""
-    return row[:, None]
+            refs["lse_read"][0, h : h + 1, :] = log_normaliser(running)

@@ -1,6 +1,6 @@
-"""x with (I + A) x = b or (I + A)ᵀ x = b for a strictly lower triangular tile A.
+"""Unit triangular systems of a tile's rows, given across: a [columns, rows] = Aᵀ, A strictly lower triangular.
 
-32-row diagonal blocks are inverted all at once by the ladder X ← X − X L X (L the part of A that joins blocks of b
+32-row diagonal blocks are inverted all at once by the ladder X ← X − X L X (L the part of Aᵀ that joins blocks of b
 into blocks of 2b rows), which never forms a power of A; the rest is substitution, block by block.
 """
 
@@ -9,50 +9,50 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.products import BATCHED, NN, TN, dot
+from pallas_kernels.tpu.products import BATCHED, NN, NT, dot
 
 BLOCK = 32
 
 
 def block_inverses(a, dtype):
-    """[C/32, 32, 32]: the inverses of the diagonal blocks of I + A, a [C, C]; what is not below the diagonal is not
-    read. Products take operands of `dtype`."""
+    """[C/32, 32, 32]: the inverses of the diagonal blocks of I + a, a [C, C] strictly upper triangular; what is not
+    above the diagonal is not read. Products take operands of `dtype`."""
     size = a.shape[0]
     blocks = jnp.stack([a[i : i + BLOCK, i : i + BLOCK] for i in range(0, size, BLOCK)])
     row = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
     column = lax.broadcasted_iota(jnp.int32, blocks.shape, 2)
     identity = jnp.where(row == column, 1.0, 0.0)
-    inverse = identity - jnp.where((row // 2 == column // 2) & (row > column), blocks, 0.0)
+    inverse = identity - jnp.where((row // 2 == column // 2) & (row < column), blocks, 0.0)
     b = 2
     while b < BLOCK:
-        joins = (row // (2 * b) == column // (2 * b)) & (row // b > column // b)
+        joins = (row // (2 * b) == column // (2 * b)) & (row // b < column // b)
         step = dot(jnp.where(joins, blocks, 0.0), inverse, dtype, BATCHED)
         inverse = inverse - dot(inverse, step, dtype, BATCHED)
         b *= 2
     return inverse
 
 
-def solve(a, b, dtype):
-    """(I + A) x = b, a [C, C] with C a multiple of 32, b [C, V]: from the first block on."""
+def solve_across(a, b, dtype):
+    """x with x (I + a) = b, b [V, C]: xᵀ solves (I + A) xᵀ = bᵀ. From the first block on."""
     inverses = block_inverses(a, dtype)
     parts = []
     for i in range(a.shape[0] // BLOCK):
-        rows = slice(i * BLOCK, (i + 1) * BLOCK)
-        rest = b[rows]
+        own = slice(i * BLOCK, (i + 1) * BLOCK)
+        rest = b[:, own]
         if parts:
-            rest = rest - dot(a[rows, : i * BLOCK], jnp.concatenate(parts), dtype, NN)
-        parts.append(dot(inverses[i], rest, dtype, NN))
-    return jnp.concatenate(parts)
+            rest = rest - dot(jnp.concatenate(parts, axis=1), a[: i * BLOCK, own], dtype, NN)
+        parts.append(dot(rest, inverses[i], dtype, NN))
+    return jnp.concatenate(parts, axis=1)
 
 
-def solve_transposed(a, b, dtype):
-    """(I + A)ᵀ x = b: from the last block back."""
+def solve_across_transposed(a, b, dtype):
+    """x with (I + a) xᵀ = bᵀ, b [V, C]: xᵀ solves (I + A)ᵀ xᵀ = bᵀ. From the last block back."""
     inverses = block_inverses(a, dtype)
     parts = []
     for i in reversed(range(a.shape[0] // BLOCK)):
-        rows = slice(i * BLOCK, (i + 1) * BLOCK)
-        rest = b[rows]
+        own = slice(i * BLOCK, (i + 1) * BLOCK)
+        rest = b[:, own]
         if parts:
-            rest = rest - dot(a[rows.stop :, rows], jnp.concatenate(parts), dtype, TN)
-        parts.insert(0, dot(inverses[i], rest, dtype, TN))
-    return jnp.concatenate(parts)
+            rest = rest - dot(jnp.concatenate(parts, axis=1), a[own, own.stop :], dtype, NT)
+        parts.insert(0, dot(rest, inverses[i], dtype, NT))
+    return jnp.concatenate(parts, axis=1)

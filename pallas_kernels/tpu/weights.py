@@ -1,8 +1,7 @@
 """κ of tiles of scores inside a kernel, and softmax sums that grow tile by tile.
 
 Softmax's exponentials are powers of two: log₂ e is in the factor of its scores (`Kappa.factor`), and so in its running
-maxima and log-sum-exps. Rows lie along the first dimension of a tile going forward; in the backward pass tiles are
-transposed, columns first, so that what belongs to a row is a row vector there.
+maxima and log-sum-exps. Tiles are columns × rows, so that what belongs to a row is a row vector [1, R].
 """
 
 from __future__ import annotations
@@ -68,12 +67,12 @@ def both(a, b):
     return a if b is None else a & b
 
 
-def start_sum(rows: int, width: int):
-    """(maximum [R, 1], normaliser [R, 1], weighted sum [R, V]) of rows that have seen nothing."""
+def start_sum(width: int, rows: int):
+    """(maximum [1, R], normaliser [1, R], weighted sum [V, R]) of rows that have seen nothing."""
     return (
-        jnp.full((rows, 1), LOWEST, jnp.float32),
-        jnp.zeros((rows, 1), jnp.float32),
-        jnp.zeros((rows, width), jnp.float32),
+        jnp.full((1, rows), LOWEST, jnp.float32),
+        jnp.zeros((1, rows), jnp.float32),
+        jnp.zeros((width, rows), jnp.float32),
     )
 
 
@@ -85,16 +84,16 @@ def absorb_weights(kappa: Kappa, running, scores, visible):
         return keep(visible, kappa.weight(keep(visible, scores))), running
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
-    highest_now = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
+    highest_now = jnp.maximum(highest, jnp.max(scores, axis=0, keepdims=True))
     # In a row that has seen nothing both are LOWEST and the power is 1: mask again.
     weights = keep(visible, jnp.exp2(scores - highest_now))
     shrink = jnp.exp2(highest - highest_now)
-    total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    total = total * shrink + jnp.sum(weights, axis=0, keepdims=True)
     return weights, (highest_now, total, weighted * shrink)
 
 
 def inverse_normaliser(kappa: Kappa, running):
-    """1/l of each row [R, 1], 0 for a row that saw nothing; 1 without a normaliser."""
+    """1/l of each row [1, R], 0 for a row that saw nothing; 1 without a normaliser."""
     total = running[1]
     if not kappa.normalised:
         return jnp.ones_like(total)
@@ -102,7 +101,7 @@ def inverse_normaliser(kappa: Kappa, running):
 
 
 def log_normaliser(running):
-    """log₂ Σ_j 2^{s_ij} [R, 1]; 0 in rows that saw nothing, where nothing multiplies it."""
+    """log₂ Σ_j 2^{s_ij} [1, R]; 0 in rows that saw nothing, where nothing multiplies it."""
     highest, total, _ = running
     return jnp.where(total > 0, highest + jnp.log2(jnp.where(total > 0, total, 1.0)), 0.0)
 
