@@ -29,6 +29,11 @@ class Experiment:
 # Name -> (what it shows, the module that holds EXPERIMENT).
 NAMES = {
     "mixers": ("every mixer on the standard library's text, parameters and tokens equal", "mixers"),
+    "theorem1": ("an exact memory of n slots under swaps, with and without compression of its cache", "theorem1"),
+    "snr": ("retrieval: noise to signal against pairs and width, measured and by formula", "snr"),
+    "rope_base": ("the bases of a rotary embedding that bound the context", "rope_base"),
+    "table6": ("times of the recurrent, parallel and chunked forms on this machine", "table6"),
+    "figure3": ("tracking swaps of 5 elements: similarities of DeltaFormer against Transformers", "figure3"),
 }
 
 

@@ -1,0 +1,112 @@
+"""Figure 3: tracking the exchange of 5 elements in 16 swaps, DeltaFormer of one layer against Transformers of 1, 2, 4.
+
+Around one choice of settings (no rotary embedding, keys not normalised, learnt β, learning rate 1e-3, 4 heads) each
+other choice is tried alone: these cells are the search. Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaformer_jax.reproduce import train_task
+from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
+
+FULL = dict(
+    elements=5, length=16, width=128, heads=4, steps=2000, seeds=3, search=True, batch_size=64,
+    similarities=("linear", "relu", "exp", "softmax", "round"), layers=(1, 2, 4),
+)  # fmt: skip
+QUICK = dict(
+    elements=5, length=16, width=64, heads=4, steps=500, seeds=1, search=False, batch_size=64,
+    similarities=("linear", "softmax", "round"), layers=(1, 2),
+)  # fmt: skip
+
+BASE = "no RoPE, raw keys, learnt β, 1e-3"
+# What each variant changes in (model, learning rate).
+DELTA_VARIANTS = {
+    "RoPE": ({"rope_base": 10_000.0}, 1e-3),
+    "unit keys": ({"write_key_norm": "on"}, 1e-3),
+    "β = 1": ({"beta": "one"}, 1e-3),
+    "learnt α": ({"alpha": "sigmoid"}, 1e-3),
+    "3e-3": ({}, 3e-3),
+    "1 head": ("1 head", 1e-3),
+}
+TRANSFORMER_VARIANTS = {
+    "RoPE": ({"rope_base": 10_000.0}, 1e-3),
+    "RoPE, 3e-4": ({"rope_base": 10_000.0}, 3e-4),
+    "3e-3": ({}, 3e-3),
+}
+
+
+def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    sizes = sizes or (QUICK if quick else FULL)
+    found = []
+    for similarity in sizes["similarities"]:
+        model = {"write_similarity": similarity, "write_key_norm": "off"}
+        found += _family(sizes, f"DeltaFormer, {similarity}", 1, "delta_former", model, DELTA_VARIANTS)
+    for layers in sizes["layers"]:
+        name = f"Transformer, {layers} layer{'s' if layers > 1 else ''}"
+        found += _family(sizes, name, layers, "softmax_attention", {}, TRANSFORMER_VARIANTS)
+    return found
+
+
+def _family(sizes, family, layers, mixer, model, variants) -> list[dict[str, Any]]:
+    width, heads = sizes["width"], sizes["heads"]
+    model = {
+        "mixers": [mixer], "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
+        "head_dim": width // heads, "tie_embeddings": False, "rope_base": 0.0, "chunk_size": 16, **model,
+    }  # fmt: skip
+
+    def cell(variant, changes, learning_rate, seed):
+        if changes == "1 head":
+            changes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": width}
+        settings = train_task.settings_of(
+            f"{family}, {variant}, seed {seed}", f"task:swap,elements={sizes['elements']}", [sizes["length"]],
+            model={**model, **changes}, learning_rate=learning_rate, steps=sizes["steps"], seed=seed,
+            batch_size=sizes["batch_size"],
+        )  # fmt: skip
+        return {**settings, "family": family, "variant": variant}
+
+    found = [cell(BASE, {}, 1e-3, seed) for seed in range(sizes["seeds"])]
+    if sizes["search"]:
+        found += [cell(name, changes, rate, 0) for name, (changes, rate) in variants.items()]
+    return found
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = {}
+    for record in done:
+        settings, result = record["settings"], record["result"]
+        key = (settings["family"], settings["variant"])
+        lines.setdefault(key, []).append((result["accuracy"], result["solved_at"][0], record["seconds"]))
+    return [
+        {
+            "model": family,
+            "settings": variant,
+            "runs": len(runs),
+            "worst": f"{min(run[0] for run in runs):.4f}",
+            "best": f"{max(run[0] for run in runs):.4f}",
+            "0.995 at step": ", ".join(str(run[1] or "–") for run in runs),
+            "seconds": f"{sum(run[2] for run in runs):.0f}",
+        }
+        for (family, variant), runs in lines.items()
+    ]
+
+
+def figure(done: list[dict[str, Any]]):
+    picture = new_figure(12, 4.8)
+    curves, bars = picture.subplots(1, 2, width_ratios=(3, 2))
+    settings = done[0]["settings"]
+    elements = int(settings["task"].split("=")[1])
+    accuracy_curves(curves, [r for r in done if r["settings"]["variant"] == BASE], "family", 1 / elements)
+    curves.set_title(BASE)
+    accuracy_bars(bars, done, "family")
+    bars.set_title("all settings tried")
+    picture.suptitle(f"swaps of {elements} elements, {settings['lengths'][0]} in a row: which element is first?")
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cost="half a minute to two minutes a run on two cores, 54 runs; --quick: a minute and a half in all",
+)  # fmt: skip

@@ -1,0 +1,156 @@
+"""The base of a rotary embedding bounds the context: which bases tell a like token from another at every distance.
+
+    B_m(θ) = Σ_{i < d/2} cos(m θ_i),    θ_i = base^(−2i/d)        is to be ≥ 0 for every distance 1 ≤ m ≤ L
+
+The set of bases for which it is has holes, so a base is found by going up the numbers of two digits, and not by
+halving an interval. Source: Men et al., "Base of RoPE bounds context length", NeurIPS 2024, arXiv 2405.14591.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.pictures import new_figure
+
+WIDTH = 128  # d, as in the paper
+# Context length -> the paper's least base.
+PAPER = {
+    "1k": 4.3e3, "2k": 1.6e4, "4k": 2.7e4, "8k": 8.4e4, "16k": 3.1e5, "32k": 6.4e5, "64k": 2.1e6, "128k": 7.8e6,
+    "256k": 3.6e7, "512k": 6.4e7, "1M": 5.1e8,
+}  # fmt: skip
+# Base -> the first distance at which B is negative: arithmetic, the same on every machine.
+FIRST_NEGATIVE = {1e4: 1707, 5e5: 18438, 1e6: 27115, 5e6: 82999}
+# Frequencies that were interpolated for 8 times the context -> (distances up to, how many of them are negative).
+INTERPOLATED = ((15360, 97), (30720, 2554))
+BLOCK = 65536
+
+
+def tokens(length: str) -> int:
+    """4096 of "4k"."""
+    return int(length[:-1]) * {"k": 1024, "M": 1024**2}[length[-1]]
+
+
+def frequencies(base: float) -> np.ndarray:
+    return float(base) ** (-2.0 * np.arange(WIDTH // 2) / WIDTH)
+
+
+def interpolated_frequencies() -> np.ndarray:
+    """θ_i = 1e4^(−2i/128)/8 for i ≥ 44, and (1e4 · 8^(128/88))^(−2i/128) below."""
+    return np.where(np.arange(64) >= 44, frequencies(1e4) / 8, frequencies(1e4 * 8 ** (128 / 88)))
+
+
+def sums(theta: np.ndarray, first: int, last: int) -> np.ndarray:
+    """B_m for m = first … last, float64."""
+    return np.cos(np.arange(first, last + 1, dtype=np.float64)[:, None] * theta).sum(axis=1)
+
+
+def blocks(theta: np.ndarray, longest: int, size: int = BLOCK):
+    """(m of the first, B of a block) up to `longest`."""
+    for first in range(1, longest + 1, size):
+        yield first, sums(theta, first, min(first + size - 1, longest))
+
+
+def first_negative(theta: np.ndarray, longest: int) -> int | None:
+    """The least m ≤ longest with B_m < 0."""
+    for first, values in blocks(theta, longest, 4096):
+        negative = np.flatnonzero(values < 0)
+        if len(negative):
+            return first + int(negative[0])
+    return None
+
+
+def least_base(longest: int, start: float, stop=lambda: False) -> float | None:
+    """The least base of two digits, from `start` on, whose B is nowhere negative up to `longest`; None if stopped."""
+    digits, power = (int(part) for part in f"{start:.1e}".replace(".", "").split("e"))
+    while not stop():
+        if digits == 100:
+            digits, power = 10, power + 1
+        base = digits * 10.0 ** (power - 1)
+        if first_negative(frequencies(base), longest) is None:
+            return base
+        digits += 1
+    return None
+
+
+def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    lengths = (sizes or {}).get("lengths") or (list(PAPER)[:6] if quick else list(PAPER))
+    bounds = [{"label": f"bound for {length}", "kind": "bound", "length": length, "width": WIDTH} for length in lengths]
+    checks = [
+        {"label": f"first negative for {base:.0e}", "kind": "first negative", "base": base, "width": WIDTH}
+        for base in FIRST_NEGATIVE
+    ]
+    return [*bounds, *checks, {"label": "interpolated frequencies", "kind": "interpolated", "width": WIDTH}]
+
+
+def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
+    del folder, note
+    if settings["kind"] == "first negative":
+        base = settings["base"]
+        expected = FIRST_NEGATIVE[base]
+        return {"expected": expected, "found": first_negative(frequencies(base), 2 * expected)}
+    if settings["kind"] == "interpolated":
+        theta = interpolated_frequencies()
+        counts = [int((sums(theta, 1, longest) < 0).sum()) for longest, _ in INTERPOLATED]
+        return {"expected": [count for _, count in INTERPOLATED], "found": counts}
+    length = settings["length"]
+    longest, paper = tokens(length), PAPER[length]
+    negative, least, at = 0, np.inf, 0
+    for first, values in blocks(frequencies(paper), longest):
+        negative += int((values < 0).sum())
+        if values.min() < least:
+            least, at = float(values.min()), first + int(values.argmin())
+    found = least_base(longest, 1e3, lambda: stop.requested)
+    if found is None:
+        return None
+    points = np.unique(np.geomspace(1, longest, 400).astype(int))
+    curve = np.cos(points[:, None] * frequencies(paper)).sum(axis=1)
+    return {
+        "paper": paper, "least": least, "least_at": at, "negative": negative, "found": found,
+        "curve": [[int(m), round(float(b), 4)] for m, b in zip(points, curve)],
+    }  # fmt: skip
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lines = []
+    for record in done:
+        settings, result = record["settings"], record["result"]
+        bound = settings["kind"] == "bound"
+        lines.append(
+            {
+                "what": settings["label"],
+                "the paper's": f"{result['paper']:.1e}" if bound else str(result["expected"]),
+                "found": f"{result['found']:.1e}" if bound else str(result["found"]),
+                "min B with the paper's": f"{result['least']:.3f} at {result['least_at']}" if bound else "",
+                "negative m": result["negative"] if bound else "",
+            }
+        )
+    return lines
+
+
+def figure(done: list[dict[str, Any]]):
+    picture = new_figure(12, 4.5)
+    curves, bounds = picture.subplots(1, 2)
+    records = [record for record in done if record["settings"]["kind"] == "bound"]
+    for place, record in enumerate(records):
+        distances, values = np.array(record["result"]["curve"]).T
+        label = f"{record['settings']['length']}: {record['result']['paper']:.1e}"
+        curves.plot(distances, values, linewidth=1, color=f"C{place % 10}", label=label)
+    curves.axhline(0, color="grey", linewidth=0.8)
+    curves.set(xlabel="distance m", ylabel="B_m with the paper's base for L", xscale="log", title="context L: base")
+    curves.legend(fontsize=7)
+    lengths = [tokens(record["settings"]["length"]) for record in records]
+    bounds.plot(lengths, [record["result"]["paper"] for record in records], "x", color="red", label="the paper's")
+    found = [record["result"]["found"] for record in records]
+    bounds.plot(lengths, found, "o-", color="C0", fillstyle="none", label="least of two digits with no negative m")
+    bounds.set(xlabel="context length L", ylabel="least base", xscale="log", yscale="log", title=f"width {WIDTH}")
+    bounds.legend(fontsize=8)
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=run, rows=rows, figure=figure,
+    cost="a few minutes on two cores; --quick: ten seconds, contexts to 32k",
+)  # fmt: skip

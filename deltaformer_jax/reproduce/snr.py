@@ -1,0 +1,143 @@
+"""Retrieval from an associative memory: signal to noise against the number of pairs, the width and the similarity.
+
+N pairs (k_j, v_j) of standard Gaussian vectors, asked with a stored key k_i, give Σ_j κ(k_j, k_i) v_j = c v_i + r and
+
+    1/SNR = E[‖r‖² / (c² ‖v_i‖²)] = N E[κ(k_j, k_i)²] / κ(k_i, k_i)²        for ‖k_i‖² = ‖v_i‖² = d, their mean:
+
+    linear  N/d      relu  N/(2d)      relu²  3N/(2d²)      exp(x·y/τ), softmax  N exp(2 (1 − τ) d/τ²)
+
+The pair that is asked for has these lengths exactly; the N − 1 others are drawn freely. e^{2x·y/τ} has a heavy tail:
+its sample mean comes near the formula only where the width is small beside τ². τ = √d is softmax attention's scale.
+Source: Zhong et al., arXiv 2505.19488.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaformer_jax.ops import Exp, Linear, Relu, Softmax
+from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.pictures import new_figure
+
+FULL = dict(widths=(16, 32, 64, 128), pairs=(64, 256, 1024, 4096), trials=512)
+QUICK = dict(widths=(16, 64), pairs=(64, 256, 1024), trials=256)
+SIMILARITIES = ("linear", "relu", "relu²", "exp", "softmax")
+BATCH = 16  # trials at once
+
+
+def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    sizes = sizes or (QUICK if quick else FULL)
+    return [
+        {
+            "label": f"{name}, d = {width}, N = {pairs}", "similarity": name, "width": width, "pairs": pairs,
+            "tau": math.sqrt(width) if name in ("exp", "softmax") else 1.0, "trials": sizes["trials"], "seed": 0,
+        }
+        for name in SIMILARITIES
+        for width in sizes["widths"]
+        for pairs in sizes["pairs"]
+    ]  # fmt: skip
+
+
+def by_formula(name: str, width: int, pairs: int, tau: float) -> float:
+    """1/SNR."""
+    return {
+        "linear": pairs / width,
+        "relu": pairs / (2 * width),
+        "relu²": 3 * pairs / (2 * width**2),
+        "exp": pairs * math.exp(2 * (1 - tau) * width / tau**2),
+        "softmax": pairs * math.exp(2 * (1 - tau) * width / tau**2),
+    }[name]
+
+
+def weights_of(name: str, scores: jax.Array) -> jax.Array:
+    """κ of a row's scaled scores [..., N], by the library's similarities."""
+    if name == "relu²":
+        return Relu().weight(scores) ** 2
+    if name == "softmax":
+        weights = Softmax().weight(scores)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return {"linear": Linear(), "relu": Relu(), "exp": Exp()}[name].weight(scores)
+
+
+def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
+    del folder, note
+    name, width, pairs, tau = (settings[key] for key in ("similarity", "width", "pairs", "tau"))
+
+    @jax.jit
+    def trials(key):
+        for_key, for_value = jax.random.split(key)
+        keys = jax.random.normal(for_key, (BATCH, pairs, width))
+        keys = _first_of_length(math.sqrt(width), keys)
+        values = _first_of_length(math.sqrt(width), jax.random.normal(for_value, (BATCH, pairs, width)))
+        with jax.default_matmul_precision("highest"):
+            weights = weights_of(name, jnp.einsum("bnd,bd->bn", keys, keys[:, 0]) / tau)
+            read = jnp.einsum("bn,bnv->bv", weights, values)
+        signal = weights[:, :1] * values[:, 0]
+        return jnp.sum((read - signal) ** 2, axis=-1) / jnp.sum(signal**2, axis=-1)
+
+    found = []
+    for batch in range(-(-settings["trials"] // BATCH)):
+        if stop.requested:
+            return None
+        found.append(np.asarray(trials(jax.random.key(settings["seed"] + batch)), np.float64))
+    found = np.concatenate(found)[: settings["trials"]]
+    formula = by_formula(name, width, pairs, tau)
+    return {
+        "inverse_snr": float(found.mean()),
+        "standard_error": float(found.std(ddof=1) / math.sqrt(len(found))),
+        "median": float(np.median(found)),
+        "formula": formula,
+        "ratio": float(found.mean() / formula),
+    }
+
+
+def _first_of_length(length: float, vectors: jax.Array) -> jax.Array:
+    first = vectors[:, :1]
+    return jnp.concatenate([first * (length / jnp.linalg.norm(first, axis=-1, keepdims=True)), vectors[:, 1:]], axis=1)
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "similarity": record["settings"]["similarity"],
+            "width d": record["settings"]["width"],
+            "pairs N": record["settings"]["pairs"],
+            "1/SNR measured": f"{record['result']['inverse_snr']:.4g} ± {record['result']['standard_error']:.1g}",
+            "formula": f"{record['result']['formula']:.4g}",
+            "ratio": f"{record['result']['ratio']:.3f}",
+            "median": f"{record['result']['median']:.4g}",
+        }
+        for record in done
+    ]
+
+
+def figure(done: list[dict[str, Any]]):
+    picture = new_figure(14, 4.2)
+    panels = picture.subplots(1, len(SIMILARITIES), sharey=True)
+    widths = list(dict.fromkeys(record["settings"]["width"] for record in done))
+    for panel, name in zip(panels, SIMILARITIES):
+        for place, width in enumerate(widths):
+            here = [r for r in done if r["settings"]["similarity"] == name and r["settings"]["width"] == width]
+            pairs = [r["settings"]["pairs"] for r in here]
+            means = [r["result"]["inverse_snr"] for r in here]
+            panel.errorbar(
+                pairs, means, yerr=[2 * r["result"]["standard_error"] for r in here], fmt="o", markersize=4,
+                color=f"C{place}", label=f"d = {width}, measured",
+            )  # fmt: skip
+            panel.plot(pairs, [r["result"]["formula"] for r in here], color=f"C{place}", label="formula")
+        panel.set(title=name, xlabel="pairs N", xscale="log", yscale="log")
+    panels[0].set_ylabel("noise to signal, 1/SNR")
+    panels[0].legend(fontsize=7)
+    picture.suptitle("retrieval from a memory of Gaussian pairs")
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=run, rows=rows, figure=figure,
+    cost="about three minutes on two cores; --quick: twenty seconds",
+)  # fmt: skip

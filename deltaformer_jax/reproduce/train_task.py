@@ -1,0 +1,181 @@
+"""Training on a synthetic task until it is solved: the library's model, optimiser and step, and a curve of accuracies.
+
+What a cell trains is in its settings, plain JSON:
+
+    task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved
+    model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
+    batch_size, steps      steps over all lengths together
+    eval_every, eval_rows  every so many steps, the accuracy on so many rows that are never trained on
+    target, patience       a length is solved once `patience` evaluations in a row are at least `target`
+    seed                   of the parameters and of the examples
+    tests                  {name: [task, length, rows]}, asked once training has ended
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deltaformer_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from deltaformer_jax.tasks import make_task
+from deltaformer_jax.training.evaluation import make_evaluation_step
+from deltaformer_jax.training.guard import new_guard
+from deltaformer_jax.training.optimiser import make_optimiser
+from deltaformer_jax.training.sharding import make_mesh
+from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, count_parameters
+from deltaformer_jax.training.step import make_train_step
+
+EVALUATION = "evaluation"  # the seed of the examples that no run trains on
+EVALUATION_TOKENS = 8192  # in one batch of an evaluation
+SAY_EVERY = 10.0  # seconds
+
+
+def settings_of(
+    label: str, task: str, lengths: list[int], *, model: dict, learning_rate: float, steps: int, seed: int = 0,
+    batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256, target: float = 0.995, patience: int = 2,
+    tests: dict[str, list] | None = None, **optimizer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine."""
+    chosen = dict(
+        learning_rate=learning_rate, warmup_steps=min(100, max(1, steps // 10)), decay_steps=steps, weight_decay=0.0
+    )
+    return {
+        "label": label, "task": task, "lengths": lengths, "model": model, "optimizer": {**chosen, **optimizer},
+        "batch_size": batch_size, "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "target": target,
+        "patience": patience, "seed": seed, "tests": tests or {},
+    }  # fmt: skip
+
+
+class Trainer:
+    """A model of `settings` on one device, and what it has learnt so far.
+
+    `embedding(model_config, rngs)`, if given, makes what reads the tokens and gives the logits in the place of the
+    model's own embedding. Programs are compiled once for each model and optimiser in a process, whatever the seeds.
+    """
+
+    def __init__(self, settings: dict[str, Any], task: Any, embedding: Callable | None = None):
+        words = max(task.input_vocabulary, task.target_vocabulary)
+        model = json.dumps({**settings["model"], "vocab_size": words}, sort_keys=True)
+        programs = _programs(model, json.dumps(settings["optimizer"], sort_keys=True), embedding)
+        self._step, self._evaluate, create, self.parameters = programs
+        self.settings = settings
+        self.state: TrainState = create(jax.random.key(settings["seed"]))
+        self._seen = 0
+
+    def step(self, task: Any) -> dict[str, jax.Array]:
+        """One update on the next examples of `task`; the step's metrics, on the device."""
+        size = self.settings["batch_size"]
+        batch = _batch(task, self.settings["seed"], np.arange(self._seen, self._seen + size))
+        self._seen += size
+        self.state, metrics = self._step(self.state, batch)
+        return metrics
+
+    def accuracy(self, task: Any, rows: int) -> float:
+        """The share of what `task` counts that is right, on `rows` examples of the evaluation."""
+        size = max(1, min(rows, EVALUATION_TOKENS // task.length))
+        hits = asked = 0
+        for first in range(0, rows, size):
+            batch = _batch(task, EVALUATION, np.arange(first, first + size))
+            real = (np.arange(first, first + size) < rows)[:, None]
+            batch["loss_mask"] = batch["loss_mask"] & real
+            hits += int(np.sum(self._evaluate(self.state.params, batch)["hits"]))
+            asked += int(batch["loss_mask"].sum())
+        return hits / asked
+
+
+def run(
+    settings: dict[str, Any], folder: Any, note: Callable[[str], Any], stop: Any, *,
+    make: Callable[[str, int], Any] = make_task, embedding: Callable | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Train a cell; None if `stop.requested`. `make(spec, length)` gives the task.
+
+    Returns accuracy (the last, at the last length reached), solved_at (the step at which each length was, null where
+    it was not), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (updates
+    that the guard against infinities left out), and tests.
+    """
+    del folder
+    tasks = [make(settings["task"], length) for length in settings["lengths"]]
+    trainer = Trainer(settings, tasks[0], embedding)
+    curve, solved, place, streak, tokens, said = [], [None] * len(tasks), 0, 0, 0, time.perf_counter()
+    for step in range(1, settings["steps"] + 1):
+        if stop.requested:
+            return None
+        task = tasks[place]
+        metrics = trainer.step(task)
+        tokens += settings["batch_size"] * task.length
+        if step % settings["eval_every"] and step != settings["steps"]:
+            continue
+        accuracy = trainer.accuracy(task, settings["eval_rows"])
+        curve.append([step, task.length, round(accuracy, 5), round(float(metrics["loss"]), 5)])
+        if time.perf_counter() > said + SAY_EVERY:
+            said = time.perf_counter()
+            note(f"    step {step} of at most {settings['steps']}, length {task.length}: accuracy {accuracy:.4f}")
+        streak = streak + 1 if accuracy >= settings["target"] else 0
+        if streak == settings["patience"]:
+            solved[place], streak = step, 0
+            if place + 1 == len(tasks):
+                break
+            place += 1
+    tests = {}
+    for name, (spec, length, rows) in settings["tests"].items():
+        if stop.requested:
+            return None
+        tests[name] = round(trainer.accuracy(make(spec, length), rows), 5)
+    note(f"    accuracy {curve[-1][2]:.4f} after {step} steps{''.join(f', {k}: {v:.4f}' for k, v in tests.items())}")
+    return {
+        "accuracy": curve[-1][2], "solved_at": solved, "steps": step, "tokens": tokens, "tests": tests,
+        "parameters": trainer.parameters, "skipped": int(trainer.state.guard.skipped), "curve": curve,
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(model: str, optimizer: str, embedding: Callable | None):
+    """(step, evaluation, create(key) -> state, number of parameters) for JSON of the two sections."""
+    fields = json.loads(model)
+    config = Config(
+        model=ModelConfig(**{**fields, "mixers": tuple(fields.get("mixers", ("delta_former",)))}),
+        optimizer=OptimizerConfig(**json.loads(optimizer)),
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def new_model(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+        from deltaformer_jax.model import LanguageModel
+
+        rngs = nnx.Rngs(key)
+        made = LanguageModel(config.model, rngs=rngs)
+        if embedding is not None:
+            made.embedding = embedding(config.model, rngs=rngs)
+        return nnx.split(made)
+
+    graphdef, variables = jax.eval_shape(lambda: new_model(jax.random.key(0)))
+    params = nnx.to_pure_dict(variables)
+    everywhere = lambda value: jax.tree.map(lambda _: value, params)
+    parts = ModelParts(graphdef, params, everywhere(()), everywhere(False))
+    optimiser = make_optimiser(config.optimizer, parts.decay)
+    _, shardings = abstract_state(config, parts, mesh)
+
+    def create(key: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(new_model(key)[1])
+        return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32), new_guard())
+
+    step = make_train_step(config, parts, mesh, shardings)
+    evaluation = make_evaluation_step(parts, mesh)
+    return step, evaluation, jax.jit(create, out_shardings=shardings), count_parameters(parts)
+
+
+def _batch(task: Any, seed: int | str, indices: np.ndarray) -> dict[str, np.ndarray]:
+    examples = task(seed, indices)
+    return {
+        "tokens": examples.tokens,
+        "targets": examples.targets,
+        "segment_ids": examples.real.astype(np.int32),
+        "loss_mask": examples.counted,
+    }
