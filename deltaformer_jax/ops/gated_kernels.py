@@ -21,6 +21,7 @@ from pallas_kernels.nvidia import packages as nvidia_packages
 
 KERNELS = {
     "triton": Kernels("cuda", "pallas_kernels.nvidia.gated", nvidia_packages.missing),
+    "pallas_tpu": Kernels("tpu", "pallas_kernels.tpu.gated", lambda: None),
 }
 
 

@@ -67,9 +67,11 @@ def forward(settings: Settings, query, key, value, beta, log_decay, state, reset
     reason = lacks(settings, key, value, log_decay)
     if reason:
         raise NotImplementedError(reason)
+    arrays = (query, key, value, beta, log_decay, state, resets)
     function = functools.partial(_forward, settings)
     function = transformable(function, "the Pallas forward of the gated ops", "'recurrent'")
-    return function(query, key, value, beta, log_decay, state, resets)
+    out, final, states = function(*arrays)
+    return out, final, (arrays, states)
 
 
 def backward(settings: Settings, residuals, dout, dstate):
@@ -181,8 +183,9 @@ def chunks_of_a_group(chunk: int, time: int) -> int:
     return max(rows // chunk, 1)
 
 
+# Jitted, so that a call whose shapes were seen before is not traced again, on whatever platform it runs.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, key, value, beta, log_decay, state, resets):
-    given = (query, key, value, beta, log_decay, state, resets)
     layout = _Layout(settings, query, key, value, beta, log_decay, resets)
     at = lambda s: s
     block = (layout.value_width, layout.width)
@@ -203,9 +206,10 @@ def _forward(settings, query, key, value, beta, log_decay, state, resets):
     final = layout.across(results["final"]).reshape(state.shape)
     # Everything kept leads with the batch, so that vmap can fold it.
     states = results["states"].reshape(layout.batch, layout.heads, layout.steps, *block)
-    return layout.back(results["out"]), final, (given, states)
+    return layout.back(results["out"]), final, states
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, dout, dstate):
     (query, key, value, beta, log_decay, state, resets), states = residuals
     layout = _Layout(settings, query, key, value, beta, log_decay, resets)
@@ -218,9 +222,7 @@ def _backward(settings, residuals, dout, dstate):
         "gated_backward",
         layout.inputs(query, key, value, beta, log_decay, at)
         | {
-            "dout": calls.Input(
-                layout.tall(dout), (1, layout.rows, layout.value_width), lambda h, s, _: (h, at(s), 0)
-            ),
+            "dout": calls.Input(layout.tall(dout), (1, layout.rows, layout.value_width), lambda h, s, _: (h, at(s), 0)),
             "states": calls.Input(
                 states.reshape(-1, layout.steps, *block), (1, 1, *block), lambda h, s, _: (h, at(s), 0, 0)
             ),

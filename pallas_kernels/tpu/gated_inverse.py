@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.gated_products import dot_exact
+from pallas_kernels.tpu.gated_products import block, dot_exact, place
 
 BLOCK = 16
 TILE = 8
@@ -30,7 +30,7 @@ def inverses(tiles, dtype):
     size = tiles[0].shape[0]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    apart = lambda b: row // b != column // b
+    apart = lambda b: block(row, b) != block(column, b)
     blocks = [_inverse_blocks(jnp.where(apart(BLOCK), 0.0, a)) for a in tiles]
     found = [jnp.where(apart(BLOCK), 0.0, jnp.concatenate([x] * (size // BLOCK))) for x in blocks]
     b = BLOCK
@@ -50,8 +50,8 @@ def _inverse_blocks(blocks):
     parts = [packed[i : i + TILE] for i in range(0, BLOCK, TILE)]
     lane = lax.broadcasted_iota(jnp.int32, (TILE, size), 1)
     row = lax.broadcasted_iota(jnp.int32, (TILE, size), 0)
-    first = lane // BLOCK * BLOCK
-    x = [jnp.where(lane % BLOCK == row + i, 1.0, 0.0) for i in range(0, BLOCK, TILE)]
+    first = lane - place(lane, BLOCK)
+    x = [jnp.where(place(lane, BLOCK) == row + i, 1.0, 0.0) for i in range(0, BLOCK, TILE)]
     for j in range(BLOCK - 1):
         done = x[j // TILE][j % TILE : j % TILE + 1]
         for t in range((j + 1) // TILE, BLOCK // TILE):

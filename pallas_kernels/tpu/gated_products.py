@@ -1,5 +1,5 @@
 """Products of tiles that `jax.vjp` can go through inside a kernel: the products of a gradient are written out, so that
-their operands' types are as much said as those of the product itself.
+their operands' types are as much said as those of the product itself. And a few operations that kernels lack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ product.defvjp(
 
 
 def _parts(x, number):
-    """bfloat16 numbers whose sum is float32 x, exactly if they are three: 8 bits of it each, cut off and not rounded."""
+    """bfloat16 numbers whose sum is float32 x, exactly so if they are three: 8 bits each, cut off and not rounded."""
     parts = []
     for _ in range(number - 1):
         # By its bits: a compiler may take x.astype(bfloat16).astype(float32) for x.
@@ -88,3 +88,13 @@ down.defvjp(
     lambda x, rows: (down(x, rows), None),
     lambda rows, _, c: (down(c, -rows),),
 )
+
+
+def block(index, size: int):
+    """index // size of non-negative numbers, size a power of two: a shift, where a division is many instructions."""
+    return index >> (size.bit_length() - 1)
+
+
+def place(index, size: int):
+    """index % size, likewise."""
+    return index & (size - 1)
