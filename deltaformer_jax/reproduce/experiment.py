@@ -34,6 +34,13 @@ NAMES = {
     "rope_base": ("the bases of a rotary embedding that bound the context", "rope_base"),
     "table6": ("times of the recurrent, parallel and chunked forms on this machine", "table6"),
     "figure3": ("tracking swaps of 5 elements: similarities of DeltaFormer against Transformers", "figure3"),
+    "figure4": ("swaps in rows of 256 by a curriculum and directly, and at 512 and 1024", "figure4"),
+    "figure5": ("reachability in a graph: similarities of DeltaFormer against Transformers", "figure5"),
+    "figure6": ("more elements than width, with fixed keys: linear against round", "figure6"),
+    "table1": ("associative recall by read similarity", "table1"),
+    "table5": ("formal languages at lengths never trained on", "table5"),
+    "mqar": ("associative recall at the usual sizes, every mixer", "mqar"),
+    "word_problem": ("products of permutations of five things", "word_problem"),
 }
 
 

@@ -1,0 +1,113 @@
+"""Table 5: six formal languages, trained on inputs of 1 to 40 symbols, asked for inputs of 41 to 500.
+
+Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix D; Delétang et al., "Neural networks and the Chomsky
+hierarchy", 2022, whose recurrent models' numbers the paper repeats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaformer_jax.reproduce import train_task
+from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.tasks import TOKEN_TASKS
+
+# Task -> the paper's accuracies (%) at longer lengths.
+PAPER = {
+    "modular_arithmetic": {"RNN": 100, "LSTM": 100, "Transformer": 24.2, "DeltaFormer": 100},
+    "parity": {"RNN": 100, "LSTM": 100, "Transformer": 52.0, "DeltaFormer": 100},
+    "stack_manipulation": {"RNN": 56.0, "LSTM": 59.1, "Transformer": 57.5, "DeltaFormer": 58.3},
+    "reverse_string": {"RNN": 62.0, "LSTM": 60.9, "Transformer": 62.3, "DeltaFormer": 63.4},
+    "duplicate_string": {"RNN": 50.3, "LSTM": 57.6, "Transformer": 52.8, "DeltaFormer": 54.7},
+    "odds_first": {"RNN": 51.0, "LSTM": 55.6, "Transformer": 52.8, "DeltaFormer": 52.5},
+}
+
+MODELS = {
+    "DeltaFormer": {
+        "mixers": ["delta_former"], "rope_base": 0.0, "write_similarity": "round", "write_key_norm": "off",
+    },
+    "Transformer": {"mixers": ["softmax_attention"]},
+    "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
+    "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
+    "gated linear attention": {"mixers": ["gated_linear_attention"]},
+}  # fmt: skip
+FULL = dict(
+    tasks=tuple(PAPER), models=tuple(MODELS), layers=(1, 3), width=64, heads=2, longest=40, steps=3000, batch_size=64,
+    test=(41, 500), test_rows=512,
+)  # fmt: skip
+QUICK = dict(
+    tasks=("parity",), models=("DeltaFormer", "Transformer", "DeltaNet"), layers=(1,), width=64, heads=2, longest=20,
+    steps=500, batch_size=64, test=(21, 100), test_rows=256,
+)  # fmt: skip
+
+
+def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    sizes = sizes or (QUICK if quick else FULL)
+    width, heads, found = sizes["width"], sizes["heads"], []
+    for task in sizes["tasks"]:
+        shortest, longest = sizes["test"]
+        answer = TOKEN_TASKS[task].answer_length
+        row, long_row = (most + answer(most) for most in (sizes["longest"], longest))
+        tests = {
+            "within": [f"task:{task},longest={sizes['longest']}", row, sizes["test_rows"]],
+            "longer": [f"task:{task},shortest={shortest},longest={longest}", long_row, sizes["test_rows"]],
+        }
+        for name in sizes["models"]:
+            for layers in sizes["layers"]:
+                settings = train_task.settings_of(
+                    f"{task}, {name}, {layers} layer{'s' if layers > 1 else ''}",
+                    f"task:{task},longest={sizes['longest']}", [row],
+                    model={
+                        "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
+                        "head_dim": width // heads, "tie_embeddings": False, "chunk_size": 64, **MODELS[name],
+                    },
+                    learning_rate=1e-3, steps=sizes["steps"], batch_size=sizes["batch_size"], eval_every=100,
+                    eval_rows=512, target=0.9999, patience=3, tests=tests,
+                )  # fmt: skip
+                found.append({**settings, "family": name, "problem": task, "layers": layers})
+    return found
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": record["settings"]["problem"],
+            "model": record["settings"]["family"],
+            "layers": record["settings"]["layers"],
+            "within (%)": f"{100 * record['result']['tests']['within']:.1f}",
+            "longer (%)": f"{100 * record['result']['tests']['longer']:.1f}",
+            "the paper's (%)": PAPER[record["settings"]["problem"]].get(record["settings"]["family"], ""),
+            "steps": record["result"]["steps"],
+            "seconds": f"{record['seconds']:.0f}",
+        }
+        for record in done
+    ]
+
+
+def figure(done: list[dict[str, Any]]):
+    tasks = list(dict.fromkeys(record["settings"]["problem"] for record in done))
+    models = list(dict.fromkeys(record["settings"]["family"] for record in done))
+    picture = new_figure(4 + 2.2 * len(tasks), 4.6)
+    panel = picture.subplots()
+    for place, name in enumerate(models):
+        best = []
+        for task in tasks:
+            here = [r for r in done if (r["settings"]["problem"], r["settings"]["family"]) == (task, name)]
+            best.append(100 * max((r["result"]["tests"]["longer"] for r in here), default=0.0))
+        x = [i + 0.85 * place / len(models) for i in range(len(tasks))]
+        panel.bar(x, best, 0.85 / len(models), label=name, color=f"C{place}", alpha=0.6)
+        paper = [(at, PAPER[task][name]) for at, task in zip(x, tasks) if name in PAPER[task]]
+        if paper:
+            panel.plot(*zip(*paper), "_", color="red", markersize=20, label=None if place else "the paper's")
+    panel.set_xticks([i + 0.35 for i in range(len(tasks))], [task.replace("_", "\n") for task in tasks])
+    longer = done[0]["settings"]["tests"]["longer"][0].split(",", 1)[1]
+    panel.set(ylabel="accuracy (%), the best over depths", ylim=(0, 105), title=f"inputs of {longer} symbols")
+    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cost="one to ten minutes a run on two cores, 60 runs; --quick: a minute and a half, parity alone",
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""The word problem of S5 and A5: the product of permutations so far, which is complete for NC¹.
+
+By a curriculum from short words to long ones. No paper of DeltaFormer has this table; the theory it is about is
+Merrill et al., "The illusion of state in state-space models", 2024.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaformer_jax.reproduce import train_task
+from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
+
+MODELS = {
+    "DeltaFormer": {
+        "mixers": ["delta_former"], "write_similarity": "round", "write_key_norm": "off", "write_query": "projected",
+    },
+    "DeltaFormer, softmax": {"mixers": ["delta_former"]},
+    "Transformer": {"mixers": ["softmax_attention"]},
+    "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
+    "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
+}  # fmt: skip
+FULL = dict(
+    groups=("S5", "A5"), models=tuple(MODELS), layers=(1, 4), lengths=(4, 8, 16), longer=32, width=128, heads=4,
+    steps=5000, batch_size=64, rate=1e-3, target=0.99,
+)  # fmt: skip
+QUICK = dict(
+    groups=("S3",), models=("DeltaFormer", "Transformer", "DeltaNet"), layers=(2,), lengths=(4, 8), longer=16,
+    width=64, heads=2, steps=500, batch_size=64, rate=2e-3, target=0.99,
+)  # fmt: skip
+
+
+def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    sizes = sizes or (QUICK if quick else FULL)
+    width, heads, found = sizes["width"], sizes["heads"], []
+    for group in sizes["groups"]:
+        task = f"task:word_problem,group={group}"
+        for name in sizes["models"]:
+            for layers in sizes["layers"]:
+                depth = f"{layers} layer{'s' if layers > 1 else ''}"
+                settings = train_task.settings_of(
+                    f"{group}, {name}, {depth}", task, list(sizes["lengths"]),
+                    model={
+                        "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
+                        "head_dim": width // heads, "tie_embeddings": False, "chunk_size": max(sizes["lengths"]),
+                        **MODELS[name],
+                    },
+                    learning_rate=sizes["rate"], schedule="constant", steps=sizes["steps"],
+                    batch_size=sizes["batch_size"], target=sizes["target"],
+                    tests={
+                        str(length): [task, length, 256] for length in (sizes["lengths"][-1], sizes["longer"])
+                    },
+                )  # fmt: skip
+                found.append({**settings, "family": f"{group}, {name}, {depth}"})
+    return found
+
+
+def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": record["settings"]["family"],
+            "0.99 at step": ", ".join(
+                f"{length}: {step or '–'}"
+                for length, step in zip(record["settings"]["lengths"], record["result"]["solved_at"])
+            ),
+            **{f"at {length}": f"{score:.4f}" for length, score in record["result"]["tests"].items()},
+            "steps": record["result"]["steps"],
+            "seconds": f"{record['seconds']:.0f}",
+        }
+        for record in done
+    ]
+
+
+def figure(done: list[dict[str, Any]]):
+    picture = new_figure(12, 2.5 + 0.3 * len(done))
+    curves, bars = picture.subplots(1, 2)
+    accuracy_curves(curves, done, "family")
+    longest = done[0]["settings"]["lengths"][-1]
+    curves.set_title(f"words of {', '.join(str(length) for length in done[0]['settings']['lengths'])} in turn")
+    accuracy_bars(bars, done, "family", score=lambda record: record["result"]["tests"][str(longest)])
+    bars.set_title(f"words of {longest} after training")
+    picture.suptitle("the word problem: what is the product so far?")
+    return picture
+
+
+EXPERIMENT = Experiment(
+    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cost="two to ten minutes a run on two cores, 20 runs; --quick: a minute and a half, S3",
+)  # fmt: skip
