@@ -22,6 +22,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.nvidia.transform import transformable
@@ -129,7 +130,8 @@ class _Layout:
             self.tall(x), (1, self.rows, x.shape[3]), lambda h, s, _: (of(h), at(s), 0)
         )
         row = lambda x, of=lambda h: h: calls.Input(x, (1, 1, self.rows), lambda h, s, _: (of(h), 0, at(s)))
-        of_keys, of_batch = lambda h: h // self.group, lambda h: h // self.heads
+        # No `//`: of traced numbers it asks the device for its kind, and a program may be lowered with none at hand.
+        of_keys, of_batch = lambda h: lax.div(h, self.group), lambda h: lax.div(h, self.heads)
         g = None if log_decay is None else log_decay.astype(jnp.float32)
         return {
             "k": wide(key, of_keys),
