@@ -136,12 +136,13 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(11, 4.5), layout="constrained")
     curves, bars = picture.subplots(1, 2, width_ratios=(3, 2))
     best_first = sorted(done, key=lambda record: record["result"]["eval_bits_per_byte"])
-    colours = {record["settings"]["label"]: f"C{i}" for i, record in enumerate(done)}
+    colours = {record["settings"]["label"]: colormaps["tab20"](i % 20) for i, record in enumerate(done)}
     for record in best_first:
         label, (steps, losses) = record["settings"]["label"], np.array(record["result"]["losses"]).T
         curves.plot(steps, losses / np.log(2), label=label, color=colours[label], linewidth=1.2)
