@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.gated_inverse import inverses
-from pallas_kernels.tpu.gated_pairs import Segments, channel_pairs, head_pairs
+from pallas_kernels.tpu.gated_pairs import channel_pairs, head_pairs
 from pallas_kernels.tpu.gated_products import dot_exact
 from pallas_kernels.tpu.products import NT, TN, dot
 
@@ -44,9 +44,9 @@ class Chunk:
         self.g = None
         if "g" in refs:
             self.g = refs["g"][0, self.rows, :] if plan.channels else refs["g"][0, :, self.rows]
-        segments = Segments(refs["local"][0, :, self.rows] if "local" in refs else None)
+        local = refs["local"][0, :, self.rows] if "local" in refs else None
         form = channel_pairs if plan.channels else head_pairs
-        self.pairs_of = lambda k, q, g: form(k, q, g, segments, plan.operand, plan.delta)
+        self.pairs_of = lambda k, q, g: form(k, q, g, local, plan.operand, plan.delta)
 
     def times_beta(self, x):
         return x if self.beta is None else self.beta * x

@@ -18,6 +18,7 @@ Source of the reference rows: Yang et al., Gated Linear Attention, arXiv 2312.06
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class Pairs(NamedTuple):
 
 
 class Segments:
-    """Which of a chunk's tokens see one another; `row` [1,C] int32 counts the segments begun in the chunk, or None."""
+    """Which of a chunk's tokens see one another; `row` [1,C] counts the segments begun in the chunk, or None."""
 
     def __init__(self, row):
         self.local = row is not None
@@ -60,9 +61,11 @@ class Segments:
         return jnp.where(getattr(self, name), x, 0.0) if self.local else x
 
 
-def head_pairs(k, q, g, segments: Segments, operand, delta: bool) -> Pairs:
-    """One decay a head, or none: k, q [C,K] float32, g [1,C] or None. `operand`: what products round to."""
-    chunk = k.shape[0]
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def head_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
+    """One decay a head, or none: k, q [C,K] float32, g [1,C] or None. `local` [1,C] int32 or
+    None: the segments begun in the chunk; `operand`: what products round to. Jitted: one trace for all chunks."""
+    chunk, segments = k.shape[0], Segments(local)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
     kk, qk = (product(k, k, operand) if delta else None), product(q, k, operand)
@@ -91,9 +94,10 @@ def head_pairs(k, q, g, segments: Segments, operand, delta: bool) -> Pairs:
     )
 
 
-def channel_pairs(k, q, g, segments: Segments, operand, delta: bool) -> Pairs:
-    """A decay of each channel: k, q, g [C,K] float32, C a power of two of at least SUB."""
-    chunk = k.shape[0]
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def channel_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
+    """A decay of each channel: k, q, g [C,K] float32, C a power of two of at least SUB; the rest as above."""
+    chunk, segments = k.shape[0], Segments(local)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
     kk, qk = _near_pairs(k, q, g, delta)
