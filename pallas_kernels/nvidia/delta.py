@@ -25,10 +25,10 @@ from pallas_kernels.nvidia.launch import Launch, Output
 from pallas_kernels.nvidia.read_backward import read_backward
 from pallas_kernels.nvidia.read_forward import read_forward
 from pallas_kernels.nvidia.table import Tile, choose
-from pallas_kernels.nvidia.transform import transformable
 from pallas_kernels.nvidia.weights import LOG2_E
 from pallas_kernels.nvidia.write_backward import write_backward
 from pallas_kernels.nvidia.write_forward import write_forward
+from pallas_kernels.transform import transformable
 
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -31,7 +31,7 @@ from pallas_kernels.nvidia.gated_solve_gradients import gated_solve_gradients
 from pallas_kernels.nvidia.gated_states import gated_advance, gated_retreat
 from pallas_kernels.nvidia.gated_table import GatedTile, choose, chunk_rows
 from pallas_kernels.nvidia.launch import Launch, Output
-from pallas_kernels.nvidia.transform import transformable
+from pallas_kernels.transform import transformable
 
 
 @dataclasses.dataclass(frozen=True)

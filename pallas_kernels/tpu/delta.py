@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
@@ -24,6 +23,7 @@ from pallas_kernels.tpu import calls
 from pallas_kernels.tpu.backward import backward_kernel
 from pallas_kernels.tpu.forward import forward_kernel
 from pallas_kernels.tpu.weights import Kappa
+from pallas_kernels.transform import transformable
 
 DTYPES = ("bfloat16", "float32")
 WIDEST = 256
@@ -32,6 +32,7 @@ WIDEST = 256
 VMEM_BYTES = 60 * 2**20
 RESIDENT_BYTES = 32 * 2**20
 LANES = 128
+_DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     if reason:
         raise NotImplementedError(reason)
     arrays = (query, write_query, key, value, alpha, beta, segment_ids)
-    return _transformable(functools.partial(_forward, settings), "forward")(*arrays)
+    function = functools.partial(_forward, settings)
+    return transformable(function, "the Pallas forward of delta attention", _DIFFERENTIABLE)(*arrays)
 
 
 def backward(settings: Settings, residuals, dout, du):
@@ -86,30 +88,8 @@ def backward(settings: Settings, residuals, dout, du):
 
     Each in its argument's shape and dtype; None where the argument was None (and dwrite_query with `tied`).
     """
-    return _transformable(functools.partial(_backward, settings), "backward")(residuals, dout, du)
-
-
-def _transformable(function, name):
-    """`function` with its batch folded under vmap, and a clear error under jvp. All arrays lead with the batch."""
-    batched = jax.custom_batching.custom_vmap(function)
-
-    @batched.def_vmap
-    def fold(size, in_batched, *arguments):
-        spread = lambda x, there: x if there else jnp.broadcast_to(x, (size, *x.shape))
-        folded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.tree.map(spread, arguments, tuple(in_batched)))
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), batched(*folded))
-        return out, jax.tree.map(lambda _: True, out)
-
-    wrapped = jax.custom_jvp(lambda *arguments: batched(*arguments))
-
-    @wrapped.defjvp
-    def no_derivative(primals, tangents):
-        raise NotImplementedError(
-            f"the Pallas {name} of delta attention has no derivative of its own: differentiate the op once, in reverse "
-            "mode, or use implementation='parallel' or 'recurrent'"
-        )
-
-    return wrapped
+    function = functools.partial(_backward, settings)
+    return transformable(function, "the Pallas backward of delta attention", _DIFFERENTIABLE)(residuals, dout, du)
 
 
 class _Layout:

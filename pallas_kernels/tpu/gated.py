@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.nvidia.transform import transformable
 from pallas_kernels.tpu import calls
 from pallas_kernels.tpu.delta import DTYPES, LANES, VMEM_BYTES, WIDEST
 from pallas_kernels.tpu.gated_backward import backward_kernel
 from pallas_kernels.tpu.gated_forward import Plan, forward_kernel
+from pallas_kernels.transform import transformable
 
 
 @dataclasses.dataclass(frozen=True)
