@@ -158,3 +158,18 @@ def test_no_second_derivative():
     twice = jax.grad(lambda x: gradient(x)["query"].sum())
     with pytest.raises(NotImplementedError, match="hand-written backward and no second derivative"):
         jax.eval_shape(twice, draw_inputs(DELTA, 0, jnp.float32))
+
+
+def test_inside_shard_map_that_keeps_account_of_axes_none_is_chunked():
+    """Kernels do not say which axes their outputs vary over; where nothing asks for it they are chosen."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("rows")
+    inputs = draw_inputs(DELTA, 0, jnp.float32)
+
+    def lowered(check):
+        step = jax.grad(lambda x: call(DELTA, x, None)[0].sum())
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check)
+        return jax.jit(mapped).trace(inputs).lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+
+    assert lowered(True) == 0
+    assert lowered(False) == 2

@@ -16,7 +16,7 @@ from jax import lax
 
 from deltaformer_jax.ops.delta_kernels import Kernels
 from deltaformer_jax.ops.gated_chunked import Plan, gated_chunked
-from deltaformer_jax.ops.platforms import only_on
+from deltaformer_jax.ops.platforms import only_on, varies
 from pallas_kernels.nvidia import packages as nvidia_packages
 
 KERNELS = {
@@ -66,6 +66,8 @@ def gated_by_kernel(name: str, plan: Plan, *arrays):
 def fastest_gated(plan: Plan, *arrays):
     """`gated_chunked`, by the kernels of the platform that the program is compiled for where they can do the call."""
     _, key, value, _, log_decay, *_ = arrays
+    if varies(*arrays):
+        return gated_chunked(plan, *arrays)
     calls = {kernels.platform: _call_of(name, plan, key, value, log_decay)[0] for name, kernels in KERNELS.items()}
     bound = {platform: functools.partial(_without_padding, call) for platform, call in calls.items() if call}
     chunked = functools.partial(gated_chunked, plan)

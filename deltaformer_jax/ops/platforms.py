@@ -36,6 +36,15 @@ _refusal.def_impl(_refuse_now)
 batching.primitive_batchers[_refusal] = lambda arguments, dims, **settings: (_refusal.bind(**settings), ())
 
 
+def varies(*arrays) -> bool:
+    """Whether JAX keeps account of mesh axes that any of the arrays varies over, as inside shard_map by default.
+
+    A kernel says nothing of its outputs' axes: there it needs check_vma=False, under which nothing is accounted for.
+    """
+    kinds = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(arrays)]
+    return any(kind.varying for kind in kinds)
+
+
 def only_on(platform: str, message: str, function: Callable, *arguments):
     """function(*arguments) where the program is compiled for `platform` ("tpu", "cuda", "cpu").
 
