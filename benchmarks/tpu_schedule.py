@@ -5,7 +5,7 @@
 Two minutes. Compiles delta_attention's kernels (8 heads of 128, bfloat16) and JAX's splash attention without a mask for
 the same TPU, and counts instruction bundles, one a cycle where nothing stalls, and the slots that each unit takes of
 them. "a chunk" is what 512 rows take once: the diagonal, the triangular system, loads and stores; "inner loops" what
-they take for earlier columns: one step of each loop there is, a write's and a read's, 1024 columns and 512, forward, and
+they take for earlier columns: one step of each loop there is: forward a write's and a read's, 1024 columns and 512, and
 512 rows backward. Splash attention's only part is one step of 512×512, masks and sums included. Spills and fills are
 stores and loads of registers that did not suffice.
 """

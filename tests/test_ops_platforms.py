@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaformer_jax import causal_attention
+from deltaformer_jax import causal_attention, delta_attention, gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.attention_kernels import splash_attention
 
 SEGMENTS = np.asarray([[1] * 100 + [2] * 150 + [0] * 50, [0] * 20 + [3] * 280], np.int32)
@@ -71,3 +71,39 @@ def test_named_kernels_are_refused_elsewhere():
     with pytest.raises(NotImplementedError, match=r"'cudnn': .* no NVIDIA device is here; use None or 'chunked'"):
         causal_attention(**draw(), implementation="cudnn")
     assert kernels(lowered(lambda x: causal_attention(**x, implementation="splash"), "tpu", draw())) == 1
+
+
+X = jnp.ones((2, 40, 2, 32))
+GATE = jnp.full((2, 40, 2), 0.5)
+FOR_TPU = {
+    "delta_attention": lambda x: delta_attention(x, x, x, beta=GATE, segment_ids=jnp.ones((2, 40), jnp.int32)),
+    "one pass": lambda x: delta_attention(x, x, x, write_query="query"),
+    "rounded": lambda x: delta_attention(x, x, x, write_similarity="round", read_similarity="exp"),
+    "mapped": jax.vmap(lambda x: delta_attention(x[None], x[None], x[None])),
+    "gated_delta_rule": lambda x: gated_delta_rule(x, x, x, beta=GATE, log_decay=-GATE)[0],
+    "a decay a channel": lambda x: gated_linear_attention(x, x, x, log_decay=-x)[0],
+}
+
+
+@pytest.mark.parametrize("function", FOR_TPU.values(), ids=FOR_TPU)
+def test_on_tpu_the_kernels_are_taken_and_lower_where_no_device_is_known(function):
+    gradient = jax.grad(lambda x: function(x).sum())
+    assert kernels(lowered(gradient, "tpu", X)) == 2
+    assert kernels(lowered(gradient, "cpu", X)) == 0
+
+
+def test_a_cache_is_filled_by_the_kernels_and_gone_on_from_without_them():
+    prefill = lambda x: delta_attention(x, x, x, return_cache=True)
+    assert kernels(lowered(prefill, "tpu", X)) == 1
+    cache = jax.eval_shape(prefill, X)[1]
+    decode = lambda x, cache: delta_attention(x, x, x, cache=cache)[0]
+    assert kernels(lowered(decode, "tpu", X[:, :1], cache)) == 0
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["value", "gradient"])
+def test_named_on_another_platform_is_refused(differentiated):
+    function = lambda x: delta_attention(x, x, x, implementation="pallas_tpu").sum()
+    with pytest.raises(NotImplementedError, match="implementation='pallas_tpu' runs on tpu only: use None or"):
+        lowered(jax.grad(function) if differentiated else function, "cpu", X)
+    with pytest.raises(NotImplementedError, match="one dtype of bfloat16, float32"):
+        jax.eval_shape(function, jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.float16))

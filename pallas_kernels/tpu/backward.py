@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.products import NT, dot
+from pallas_kernels.tpu.products import NT, dot, quotient
 from pallas_kernels.tpu.solve import solve_across_transposed
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import both, keep, weights_again
@@ -117,7 +117,7 @@ def backward_kernel(
 
     nothing = jnp.zeros(keys.shape, jnp.float32)
     sums = (refs["du"][0].astype(jnp.float32), nothing, nothing)
-    start, stop = j + 1, last[head // group_of_batch, j] + 1
+    start, stop = j + 1, last[quotient(head, group_of_batch), j] + 1
     if streamed:
         tiles = {
             "w": tiles_of("w", "w", lambda i: (write_head(head), rows_of(i))),

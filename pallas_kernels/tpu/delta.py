@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import calls
 from pallas_kernels.tpu.backward import backward_kernel
 from pallas_kernels.tpu.forward import forward_kernel
+from pallas_kernels.tpu.products import quotient
 from pallas_kernels.tpu.weights import Kappa
 from pallas_kernels.transform import transformable
 
@@ -145,10 +146,10 @@ class _Layout:
 
     def kv(self, head):
         """Which of the B G heads of keys and values a head of u has."""
-        return head // (self.heads // self.kv_heads)
+        return quotient(head, self.heads // self.kv_heads)
 
     def of_batch(self, head):
-        return head // self.heads
+        return quotient(head, self.heads)
 
     def sizes(self):
         return dict(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.products import NT, dot
+from pallas_kernels.tpu.products import NT, dot, quotient
 from pallas_kernels.tpu.solve import solve_across
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import (
@@ -75,7 +75,7 @@ def forward_kernel(
 
     def over_earlier(kappa, rows, dtype):
         """The sums of all earlier chunks."""
-        done, running = first[head // group_of_batch, c], start_sum(width, chunk)
+        done, running = first[quotient(head, group_of_batch), c], start_sum(width, chunk)
 
         def step(columns, keys, values, running):
             return absorb(kappa, running, rows, keys, values, segment_mask(columns), dtype)
@@ -88,7 +88,7 @@ def forward_kernel(
             }
             return over_tiles(done, c, tiles, lambda j, at, x: step(block(j), at["k"][...], at["u"][...], x), running)
         for chunks in lengths:
-            start, count = done, (c - done) // chunks
+            start, count = done, quotient(c - done, chunks)
 
             def tile(n, running, start=start, chunks=chunks):
                 columns = block(start + n * chunks, chunks)

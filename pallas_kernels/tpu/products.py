@@ -17,6 +17,12 @@ TN = (((0,), (0,)), ((), ()))  # aᵀ b
 BATCHED = (((2,), (1,)), ((0,), (0,)))  # a b of each matrix of a stack
 
 
+def quotient(a, b: int):
+    """a // b of numbers that are not negative. `//` looks at signs, which Mosaic lowers for known devices only, and a
+    program may be lowered where there is none."""
+    return lax.div(a, jnp.asarray(b, jnp.asarray(a).dtype))
+
+
 def dot(a, b, dtype, dimensions=NN):
     """The product with operands rounded to `dtype` (bfloat16 or float32), in float32."""
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT

@@ -22,10 +22,12 @@ def block_inverses(a, dtype):
     row = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
     column = lax.broadcasted_iota(jnp.int32, blocks.shape, 2)
     identity = jnp.where(row == column, 1.0, 0.0)
-    inverse = identity - jnp.where((row // 2 == column // 2) & (row < column), blocks, 0.0)
+    # Where an entry's row and column differ in a bit is the size of the blocks it joins.
+    apart, above = row ^ column, row < column
+    inverse = identity - jnp.where((apart == 1) & above, blocks, 0.0)
     b = 2
     while b < BLOCK:
-        joins = (row // (2 * b) == column // (2 * b)) & (row // b < column // b)
+        joins = (apart >= b) & (apart < 2 * b) & above
         step = dot(jnp.where(joins, blocks, 0.0), inverse, dtype, BATCHED)
         inverse = inverse - dot(inverse, step, dtype, BATCHED)
         b *= 2
