@@ -79,3 +79,16 @@ def test_a_kernel_lowers_on_a_mesh_because_it_is_told():
         assert "tpu_custom_call" in export(lambda x: over_devices(causal_attention, x)).mlir_module()
         with pytest.raises(NotImplementedError, match="automatically partitioned"):
             export(lambda x: causal_attention(**x))
+
+
+@pytest.mark.parametrize("account", [True, False], ids=["axes accounted for", "not"])
+@pytest.mark.parametrize("write_query", ["key", "query"])
+def test_the_op_in_a_users_own_shard_map(write_query, account):
+    """By default shard_map keeps account of the axes that arrays vary over, and loops must keep to it."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("rows")
+    x = jax.random.normal(jax.random.key(0), (4, 20, 2, 8))
+    gradient = jax.grad(lambda x: (delta_attention(x, x, x, write_query=write_query, chunk_size=8) ** 2).sum())
+    mapped = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=account))(x)
+    # The same arithmetic, in another order.
+    np.testing.assert_allclose(mapped, gradient(x), rtol=1e-5, atol=1e-5)

@@ -55,7 +55,7 @@ def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chun
             visible = _visible(c, j, group, chunk, segments, window, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
-        running = tiles.start_sum(chunk * group, width, dtype)
+        running = tiles.start_sum(chunk * group, width, dtype, u)
         running = lax.fori_loop(first[c], c, lambda j, running: step(j, running, False), running)
         running = step(c, running, True)
         out = running[2] * tiles.inverse_normaliser(similarity, running)[:, None]
@@ -102,14 +102,14 @@ def read_backward(
             dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
             return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues, column_sums
 
-        column_sums = None if decay is None else jnp.zeros((group, chunk), dtype)
-        carry = (dq, jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype), column_sums)
+        column_sums = None if decay is None else tiles.zeros((group, chunk), dtype, u)
+        carry = (dq, tiles.zeros(keys.shape, dtype, u), tiles.zeros(values.shape, dtype, u), column_sums)
         carry = step(j, carry, True)
         dq, *columns = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
         return dq, columns
 
     chunks = jnp.arange(length // chunk, dtype=jnp.int32)
-    dq, (dk, du, column_sums) = lax.scan(one_chunk, jnp.zeros(q.shape, dtype), chunks)
+    dq, (dk, du, column_sums) = lax.scan(one_chunk, tiles.zeros(q.shape, dtype, u), chunks)
     dlog_decay = None
     if decay is not None:
         column_sums = jnp.swapaxes(column_sums, 1, 2).reshape(length, group)

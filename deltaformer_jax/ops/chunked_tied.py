@@ -55,7 +55,7 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
             return tiles.absorb(_SOFTMAX, running, scores(j), visible, tiles.take(u, j, chunk), k.dtype)
 
-        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype))
+        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         own = scores(c)
         weights, running = tiles.absorb_weights(_SOFTMAX, running, own, visible)
@@ -75,7 +75,7 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
         return tiles.put(u, solved, c), (out, summary, lse1, share, rest)
 
     u, (out, summary, lse1, share, rest) = lax.scan(
-        one_chunk, jnp.zeros((length, width), dtype), jnp.arange(length // chunk, dtype=jnp.int32)
+        one_chunk, tiles.zeros((length, width), dtype, v), jnp.arange(length // chunk, dtype=jnp.int32)
     )
     flat = lambda x: x.reshape(length, *x.shape[2:])
     return flat(out), u, flat(summary), flat(lse1), flat(share), flat(rest)
@@ -119,7 +119,7 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
 
         own_share, own_dout = tiles.take(share, j, chunk), tiles.take(dout, j, chunk)
         incoming = tiles.take(du, j, chunk).astype(dtype) + own_share[:, None] * own_dout
-        start = (dq, incoming, jnp.zeros(keys.shape, dtype))
+        start = (dq, incoming, tiles.zeros(keys.shape, dtype, v))
         dq, incoming, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
@@ -135,7 +135,7 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
         dq = tiles.add_to(dq, tiles.dot(dscores, keys, k.dtype), j)
         return (tiles.put(g, grad, j), dq), dkeys
 
-    start = (jnp.zeros(v.shape, dtype), jnp.zeros(q.shape, dtype))
+    start = (tiles.zeros(v.shape, dtype, v), tiles.zeros(q.shape, dtype, v))
     (g, dq), dk = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
     dalpha = jnp.sum(v.astype(dtype) * g, axis=1)
     return dq, dk.reshape(k.shape), _times(alpha, g), dalpha, -jnp.sum(g * summary, axis=1)

@@ -58,7 +58,7 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
             return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
 
-        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype))
+        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
         # One factor for the row: β over the softmax's normaliser.
@@ -67,7 +67,7 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
         solved = solve_unit_lower(factor[:, None] * weights, target - factor[:, None] * running[2])
         return tiles.put(u, solved, c), tiles.log_normaliser(similarity, running)
 
-    u, lse = lax.scan(one_chunk, jnp.zeros((length, width), dtype), jnp.arange(length // chunk, dtype=jnp.int32))
+    u, lse = lax.scan(one_chunk, tiles.zeros((length, width), dtype, v), jnp.arange(length // chunk, dtype=jnp.int32))
     return u, lse.reshape(length)
 
 
@@ -112,7 +112,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
             dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=1), i)
             return dw, dbeta, rest, dkeys
 
-        start = (dw, dbeta, tiles.take(du, j, chunk).astype(dtype), jnp.zeros(keys.shape, dtype))
+        start = (dw, dbeta, tiles.take(du, j, chunk).astype(dtype), tiles.zeros(keys.shape, dtype, v))
         dw, dbeta, rest, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
@@ -127,10 +127,10 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
         return (tiles.put(g, grad, j), dw, tiles.put(dk, dkeys, j), dbeta), None
 
     start = (
-        jnp.zeros(v.shape, dtype),
-        jnp.zeros(k.shape, dtype),
-        jnp.zeros(k.shape, dtype),
-        jnp.zeros((length,), dtype),
+        tiles.zeros(v.shape, dtype, v),
+        tiles.zeros(k.shape, dtype, v),
+        tiles.zeros(k.shape, dtype, v),
+        tiles.zeros((length,), dtype, v),
     )
     (g, dw, dk, dbeta), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
     return dw, dk, _times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=1), dbeta

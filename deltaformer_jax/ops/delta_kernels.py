@@ -18,7 +18,7 @@ import jax
 from jax import lax
 
 from deltaformer_jax.ops.delta_chunked import Plan, delta_chunked
-from deltaformer_jax.ops.platforms import only_on
+from deltaformer_jax.ops.platforms import only_on, varies
 from deltaformer_jax.ops.similarity import Round
 from pallas_kernels.nvidia import packages as nvidia_packages
 
@@ -85,6 +85,8 @@ def delta_by_kernel(name: str, plan: Plan, *arrays):
 
 def fastest_delta(plan: Plan, *arrays):
     """`delta_chunked`, by the kernels of the platform that the program is compiled for where they can do the call."""
+    if varies(*arrays):
+        return delta_chunked(plan, *arrays)
     calls = {kernels.platform: _call_of(name, plan, *arrays[2:4])[0] for name, kernels in KERNELS.items()}
     bound = {platform: functools.partial(_delta, call) for platform, call in calls.items() if call is not None}
     chunked = functools.partial(delta_chunked, plan)

@@ -70,9 +70,16 @@ def keep(visible, x):
     return x if visible is None else jnp.where(visible, x, 0)
 
 
-def start_sum(rows, width, dtype):
+def zeros(shape, dtype, like):
+    """Zeros that vary over the mesh axes that `like` varies over, where shard_map keeps account of them: a loop's carry
+    must come in as it goes out."""
+    return jnp.zeros_like(like, dtype, shape=shape)
+
+
+def start_sum(rows, width, dtype, like):
     """(maximum, normaliser, weighted sum) of rows that have seen nothing yet."""
-    return jnp.full((rows,), LOWEST, dtype), jnp.zeros((rows,), dtype), jnp.zeros((rows, width), dtype)
+    lowest = jnp.full_like(like, LOWEST, dtype, shape=(rows,))
+    return lowest, zeros((rows,), dtype, like), zeros((rows, width), dtype, like)
 
 
 def absorb(similarity, running, scores, visible, values, operand_dtype):
