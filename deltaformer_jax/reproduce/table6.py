@@ -2,8 +2,9 @@
 
 Every form runs once a round, and a ratio is the median over rounds of its time over that of the chunked form in the
 same round. Where a GPU is found, the Triton kernels are among them and the shape is the paper's. The parallel form
-holds T × T matrices, so it has a longest T; its backward is not timed on a CPU, where XLA's batched triangular solve
-was seen to wait for ever with a pool of two threads. Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix E.
+holds T × T matrices and the recurrent one's backward T memories of T × K, so both have a longest T. The parallel form's
+backward is not timed on a CPU, where XLA's batched triangular solve was seen to wait for ever with a pool of two
+threads. Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix E.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deltaformer_jax.reproduce.pictures import new_figure
 # The paper's, on an H100, [B, T, H, K] = [2, 8192, 32, 128].
 PAPER_MS = {"recurrent": 279.9, "parallel": 102.2, "chunked": 12.7}
 LONGEST_PARALLEL = 2**32  # numbers in B H T²
+LONGEST_RECURRENT_BACKWARD = 2**28  # numbers in B H T² K
 
 FULL = dict(
     cpu=dict(batch=1, heads=4, width=64, lengths=(512, 1024, 2048, 4096), rounds=7, dtype="float32"),
@@ -43,8 +45,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
         {
             "label": f"T = {length}, {direction}", "direction": direction, "length": length, "platform": platform,
             "forms": [
-                form for form in forms
-                if form != "parallel" or _parallel_fits(chosen, length, direction, platform)
+                form for form in forms if _fits(form, chosen, length, direction, platform)
             ],
             **shared,
         }
@@ -53,9 +54,11 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     ]  # fmt: skip
 
 
-def _parallel_fits(sizes: dict[str, Any], length: int, direction: str, platform: str) -> bool:
-    small = sizes["batch"] * sizes["heads"] * length**2 <= LONGEST_PARALLEL
-    return small and (platform != "cpu" or direction == "forward")
+def _fits(form: str, sizes: dict[str, Any], length: int, direction: str, platform: str) -> bool:
+    scores = sizes["batch"] * sizes["heads"] * length**2
+    if form == "parallel":
+        return scores <= LONGEST_PARALLEL and (platform != "cpu" or direction == "forward")
+    return form != "recurrent" or direction == "forward" or scores * sizes["width"] <= LONGEST_RECURRENT_BACKWARD
 
 
 def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:

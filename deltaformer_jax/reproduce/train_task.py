@@ -43,10 +43,15 @@ def settings_of(
     batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256, target: float = 0.995, patience: int = 2,
     tests: dict[str, list] | None = None, **optimizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine."""
+    """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
+
+    Of the guard against bad steps only that against infinities is on: after a long gradient no one goes back to a
+    checkpoint here, and the guard would leave out all that follow.
+    """
     chosen = dict(
-        learning_rate=learning_rate, warmup_steps=min(100, max(1, steps // 10)), decay_steps=steps, weight_decay=0.0
-    )
+        learning_rate=learning_rate, warmup_steps=min(100, max(1, steps // 10)), decay_steps=steps, weight_decay=0.0,
+        skip_deviations=0.0,
+    )  # fmt: skip
     return {
         "label": label, "task": task, "lengths": lengths, "model": model, "optimizer": {**chosen, **optimizer},
         "batch_size": batch_size, "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "target": target,

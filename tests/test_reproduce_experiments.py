@@ -1,0 +1,178 @@
+"""Every experiment in a form smaller than --quick: it runs, and its claim holds where so little can show it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from deltaformer_jax.reproduce import __main__ as program
+from deltaformer_jax.reproduce import (
+    experiment,
+    figure3,
+    figure4,
+    figure5,
+    figure6,
+    mqar,
+    rope_base,
+    snr,
+    table1,
+    table5,
+    table6,
+    theorem1,
+    word_problem,
+)
+from deltaformer_jax.tasks import Reachability
+
+ONE = dict(steps=3, batch_size=2)  # enough to go through every line of an experiment that trains
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path, capsys):
+    """results(module, sizes): the records by label, once the program has made the table, the JSON and the figure."""
+
+    def make(module, sizes):
+        name = module.__name__.rsplit(".", 1)[1]
+        small = dataclasses.replace(module.EXPERIMENT, cells=lambda quick: module.cells(quick, sizes))
+        monkeypatch.setattr(program, "load", lambda _: small)
+        assert program.reproduce(name, epath.Path(tmp_path), quick=True)
+        saved = json.loads((tmp_path / f"{name}.json").read_text())
+        assert saved["finished"] and (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert all(cell["seconds"] > 0 for cell in saved["cells"])
+        assert capsys.readouterr().out.count("│") > len(saved["cells"]) / 4
+        return {cell["settings"]["label"]: cell["result"] for cell in saved["cells"]}
+
+    return make
+
+
+@pytest.mark.parametrize("name", experiment.NAMES)
+def test_cells_are_named_once_and_are_json(name):
+    for quick in (True, False):
+        cells = experiment.load(name).cells(quick)
+        assert len({cell["label"] for cell in cells}) == len(cells)
+        assert json.loads(json.dumps(cells)) == cells
+
+
+def test_theorem1_is_exact_where_it_rounds_to_integers(results):
+    found = results(theorem1, dict(width=64, slots=(8, 128), swaps=60))
+    for label, result in found.items():
+        exact = "integers" in label or "n = 8" in label  # at n ≤ K the keys are orthogonal, and all are exact
+        assert (result["error"] < 1e-12) == exact, label
+        # What is kept: every write, or the slots and those since the last restart.
+        most = (2 if "compressed" in label else 1) * int(label.split("n = ")[1].split(",")[0])
+        assert result["entries"] <= most + (0 if "compressed" in label else 60), label
+
+
+def test_snr_is_the_formula(results):
+    found = results(snr, dict(widths=(32,), pairs=(256,), trials=64))
+    for label, result in found.items():
+        assert abs(result["inverse_snr"] - result["formula"]) < 5 * result["standard_error"], label
+    assert found["softmax, d = 32, N = 256"]["ratio"] == pytest.approx(found["exp, d = 32, N = 256"]["ratio"], rel=1e-4)
+
+
+def test_rope_base_is_exact(results):
+    found = results(rope_base, dict(lengths=["1k", "2k", "4k"]))
+    for label, result in found.items():
+        if not label.startswith("bound"):
+            assert result["found"] == result["expected"], label
+    assert [found[f"bound for {length}"]["found"] for length in ("1k", "2k")] == [4.3e3, 1.6e4]
+    assert found["bound for 4k"]["negative"] == 2 and found["bound for 4k"]["least"] < 0
+
+
+def test_least_base_is_the_least():
+    """Against every base of two digits below it, each by itself."""
+    longest, found = 300, rope_base.least_base(300, 10.0)
+    positive = lambda base: (rope_base.sums(rope_base.frequencies(base), 1, longest) >= 0).all()
+    bases = [digits * 10.0**power for power in range(0, 3) for digits in range(10, 100)]
+    assert positive(found) and not any(positive(base) for base in bases if base < found)
+
+
+def test_table6(results):
+    found = results(table6, {"cpu": dict(batch=1, heads=1, width=8, lengths=(64,), rounds=1, dtype="float32")})
+    assert set(found["T = 64, forward"]["ms"]) == {"recurrent", "parallel", "chunked"}
+    assert all(result["over_chunked"]["chunked"] == 1 for result in found.values())
+
+
+def test_figure6_rounding_keeps_more_elements_than_the_width(results):
+    found = results(figure6, dict(width=64, elements=(64, 128), lengths=(64,), rows=4, steps=30))
+    for label, result in found.items():
+        lost = "n = 128" in label and "integers" not in label
+        assert (result["accuracy"] < 0.9) if lost else (result["accuracy"] == 1), label
+
+
+def test_figure3_one_layer_tracks_three_elements(results):
+    sizes = dict(figure3.QUICK, elements=3, length=8, width=32, heads=2, steps=250, similarities=("round",), layers=())
+    (found,) = results(figure3, sizes).values()
+    assert found["solved_at"][0] is not None and found["accuracy"] >= 0.995
+    assert found["steps"] == found["solved_at"][0] == found["curve"][-1][0] and found["skipped"] == 0
+    assert found["tokens"] == found["steps"] * 64 * 8
+
+
+def test_figure3_transformer_and_search(results, monkeypatch):
+    monkeypatch.setattr(figure3, "DELTA_VARIANTS", {"1 head": figure3.DELTA_VARIANTS["1 head"]})
+    monkeypatch.setattr(figure3, "TRANSFORMER_VARIANTS", {"RoPE": figure3.TRANSFORMER_VARIANTS["RoPE"]})
+    sizes = {**figure3.FULL, **ONE, "width": 16, "heads": 2, "seeds": 1, "similarities": ("exp",), "layers": (2,)}
+    assert len(results(figure3, sizes)) == 4
+
+
+def test_figure4_curriculum_goes_up(results, monkeypatch):
+    settings_of = figure4.train_task.settings_of
+    easy = lambda *args, **kwargs: settings_of(*args, **{**kwargs, "target": 0.0, "patience": 1, "eval_every": 2})
+    monkeypatch.setattr(figure4.train_task, "settings_of", easy)
+    sizes = dict(elements=3, lengths=(4, 8), longer=(16,), width=16, heads=2, steps=10, rows=4)
+    found = results(figure4, sizes)
+    assert found["curriculum, no RoPE"]["solved_at"] == [2, 4] and found["direct, RoPE"]["solved_at"] == [2]
+    assert found["curriculum, RoPE"]["tokens"] == 32 * (2 * 4 + 2 * 8)
+    assert set(found["direct, no RoPE"]["tests"]) == {"8", "16"}
+
+
+def test_figure5(results):
+    sizes = {**figure5.FULL, **ONE, "nodes": 8, "width": 16, "heads": 2, "seeds": 1, "search": False}
+    assert len(results(figure5, {**sizes, "similarities": ("linear",), "layers": (1,)})) == 2
+
+
+def test_adjacency_rows_are_the_tasks():
+    from flax import nnx
+
+    from deltaformer_jax.config import ModelConfig
+
+    rows = Reachability(nodes=8, width=12)("seed", np.arange(5)).rows
+    examples = figure5.GraphTokens(8)("seed", np.arange(5))
+    reader = figure5.AdjacencyRows(ModelConfig(vocab_size=64, d_model=12), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(reader(examples.tokens), rows)
+    assert len(nnx.to_flat_state(nnx.state(reader))) == 1  # the logits' kernel, and nothing else to learn
+
+
+SMALL = {
+    "table1": {
+        **table1.FULL, **ONE, "vocabulary": 32, "pairs": 2, "length": 8, "width": 8, "heads": 1, "rates": (1e-3,),
+        "variants": ("1 layer, KV shifting",),
+    },
+    "mqar": {
+        **mqar.FULL, **ONE, "sizes": ((8, 2),), "vocabulary": 32, "width": 8, "heads": 1, "rates": (1e-3,),
+        "mixers": ("retention", "Kimi Delta Attention"),
+    },
+    "table5": {
+        **table5.FULL, **ONE, "tasks": ("duplicate_string",), "models": ("DeltaFormer",), "layers": (1,),
+        "width": 8, "heads": 1, "longest": 4, "test": (5, 9), "test_rows": 4,
+    },
+    "word_problem": {
+        **word_problem.FULL, **ONE, "groups": ("A5",), "models": ("DeltaNet",), "layers": (1,),
+        "lengths": (4,), "longer": 8, "width": 16, "heads": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_line_of(results, name):
+    found = results({"table1": table1, "mqar": mqar, "table5": table5, "word_problem": word_problem}[name], SMALL[name])
+    assert found and all(0 <= result["accuracy"] <= 1 and result["steps"] == 3 for result in found.values())
+
+
+def test_a_stop_leaves_the_cell_undone():
+    class Stop:
+        requested = True
+
+    settings = figure3.cells(True)[0]
+    assert figure3.train_task.run(settings, None, print, Stop) is None
