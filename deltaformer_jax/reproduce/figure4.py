@@ -14,7 +14,7 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import colours_of, new_figure
 
 FULL = dict(elements=5, lengths=(32, 64, 128, 256), longer=(512, 1024), width=128, heads=4, steps=2000, rows=64)
-QUICK = dict(elements=5, lengths=(16, 32, 64), longer=(128, 256), width=64, heads=4, steps=500, rows=64)
+QUICK = dict(elements=5, lengths=(32, 64), longer=(128, 256), width=64, heads=4, steps=500, rows=64)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
