@@ -38,12 +38,12 @@ TRANSFORMER_VARIANTS = {"RoPE": ({"rope_base": 10_000.0}, 1e-3)}
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     sizes = sizes or (QUICK if quick else FULL)
     found = []
-    for layers in sizes["layers"]:
-        name = f"Transformer, {layers} layer{'s' if layers > 1 else ''}"
-        found += _family(sizes, name, layers, "softmax_attention", {}, TRANSFORMER_VARIANTS)
     for similarity in sizes["similarities"]:
         model = {"write_similarity": similarity, "write_key_norm": "off"}
         found += _family(sizes, f"DeltaFormer, {similarity}", 1, "delta_former", model, DELTA_VARIANTS)
+    for layers in sizes["layers"]:
+        name = f"Transformer, {layers} layer{'s' if layers > 1 else ''}"
+        found += _family(sizes, name, layers, "softmax_attention", {}, TRANSFORMER_VARIANTS)
     return found
 
 
