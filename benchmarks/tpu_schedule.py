@@ -6,7 +6,8 @@ Two minutes. Compiles delta_attention's kernels (8 heads of 128, bfloat16) and J
 the same TPU, and counts instruction bundles, one a cycle where nothing stalls, and the slots that each unit takes of
 them. "a chunk" is what 512 rows take once: the diagonal, the triangular system, loads and stores; "inner loops" what
 they take for earlier columns: one step of each loop there is: forward a write's and a read's, 1024 columns and 512, and
-512 rows backward. Splash attention's only part is one step of 512×512, masks and sums included. Spills and fills are
+512 rows backward. The gated ops' kernels have no inner loops: "a chunk" is a group of four chunks of 128 there. Splash
+attention's only part is one step of 512×512, masks and sums included. Spills and fills are
 stores and loads of registers that did not suffice.
 """
 
@@ -33,7 +34,7 @@ def programs(length: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    from deltaformer_jax import delta_attention, delta_values
+    from deltaformer_jax import delta_attention, delta_values, gated_delta_rule
 
     def attention(q, k, v, beta):
         mask = masks.MultiHeadMask([masks.FullMask((length, length))] * HEADS)
@@ -48,6 +49,9 @@ def programs(length: int):
     gradient = lambda f: lambda q, k, v, beta: jax.grad(
         lambda *x: f(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)
     )(q, k, v, beta)
+    def gated(q, k, v, beta):
+        return gated_delta_rule(q, k, v, beta=beta, log_decay=-beta, implementation="pallas_tpu")[0]
+
     return {
         "splash attention": ("splash", attention),
         "write alone": (
@@ -58,6 +62,8 @@ def programs(length: int):
         "one pass, w = q": ("delta_forward", call(write_query="query")),
         "backward, w = k": ("delta_backward", gradient(call())),
         "backward, w = q": ("delta_backward", gradient(call(write_query="query"))),
+        "gated_delta_rule, a head's decay": ("gated_forward", gated),
+        "gated_delta_rule, backward": ("gated_backward", gradient(gated)),
     }
 
 
