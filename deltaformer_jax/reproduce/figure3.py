@@ -85,5 +85,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="half a minute to two minutes a run on two cores, 57 runs; --quick: a minute and a half in all",
+    cost="five seconds to five minutes a run on two busy cores, 57 runs; --quick: two minutes in all",
 )  # fmt: skip

@@ -86,5 +86,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="five to fifteen minutes a run on two cores, 4 runs; --quick: two minutes in all",
+    cost="minutes to half an hour a run on two cores, 4 runs; --quick: one to three minutes in all",
 )  # fmt: skip

@@ -40,6 +40,7 @@ DELTA_VARIANTS = {
     "RoPE": ({"rope_base": 10_000.0}, 3e-3),
     "unit keys": ({"write_key_norm": "on"}, 3e-3),
     "heads of width 16": ({"head_dim": 16}, 3e-3),
+    "raw β": ({"beta": "raw"}, 3e-3),
     "1e-3": ({}, 1e-3),
 }
 TRANSFORMER_VARIANTS = {"RoPE": ({"rope_base": 10_000.0}, 3e-3), "1e-3": ({}, 1e-3)}
@@ -133,5 +134,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="one to five minutes a run on two cores, 55 runs; --quick: a minute and a half in all",
+    cost="one to five minutes a run on two cores, 60 runs; --quick: a minute and a half in all",
 )  # fmt: skip

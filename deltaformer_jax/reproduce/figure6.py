@@ -135,5 +135,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="about ten minutes on two cores; --quick: a minute",
+    cost="a quarter of an hour on two cores; --quick: one to two minutes",
 )  # fmt: skip

@@ -152,5 +152,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="a few minutes on two cores; --quick: ten seconds, contexts to 32k",
+    cost="five minutes on two busy cores; --quick: ten seconds, contexts to 32k",
 )  # fmt: skip

@@ -139,5 +139,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="about three minutes on two cores; --quick: twenty seconds",
+    cost="ten minutes on two busy cores; --quick: a minute",
 )  # fmt: skip

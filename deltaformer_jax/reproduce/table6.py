@@ -160,5 +160,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="about five minutes on two cores; --quick: a minute",
+    cost="four minutes on two busy cores; --quick: a minute and a half",
 )  # fmt: skip

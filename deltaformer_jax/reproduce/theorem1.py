@@ -146,5 +146,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="about two minutes on two cores; --quick: half a minute",
+    cost="two and a half minutes on two busy cores; --quick: a minute",
 )  # fmt: skip
