@@ -26,7 +26,7 @@ FULL = dict(
     rates=(5e-3, 2e-3),
 )  # fmt: skip
 QUICK = dict(
-    vocabulary=64, pairs=8, length=32, width=32, heads=2, steps=400, batch_size=64, variants=tuple(VARIANTS)[:1],
+    vocabulary=64, pairs=8, length=32, width=32, heads=2, steps=250, batch_size=64, variants=tuple(VARIANTS)[:1],
     rates=(5e-3,),
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import new_figure
-from deltaformer_jax.tasks import TOKEN_TASKS
+from deltaformer_jax.tasks import TOKEN_TASKS, read_spec
 
 # Task -> the paper's accuracies (%) at longer lengths.
 PAPER = {
@@ -101,8 +101,9 @@ def figure(done: list[dict[str, Any]]):
         if paper:
             panel.plot(*zip(*paper), "_", color="red", markersize=20, label=None if place else "the paper's")
     panel.set_xticks([i + 0.35 for i in range(len(tasks))], [task.replace("_", "\n") for task in tasks])
-    longer = done[0]["settings"]["tests"]["longer"][0].split(",", 1)[1]
-    panel.set(ylabel="accuracy (%), the best over depths", ylim=(0, 105), title=f"inputs of {longer} symbols")
+    options = read_spec(done[0]["settings"]["tests"]["longer"][0])[1]
+    title = f"inputs of {options['shortest']} to {options['longest']} symbols"
+    panel.set(ylabel="accuracy (%), the best over depths", ylim=(0, 105), title=title)
     panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return picture
 
