@@ -20,6 +20,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    """A worker that keeps every program it compiled ends with gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict_arithmetic(request):
     """The ops' tests refuse silent broadcasts between ranks and silent changes of dtype."""
