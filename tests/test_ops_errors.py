@@ -38,7 +38,7 @@ BAD_DELTA = [
     (dict(chunk_size=0), ValueError, "chunk_size=0: it must be a positive integer"),
     (dict(chunk_size=2.0), ValueError, "chunk_size=2.0"),
     (dict(implementation="chunk"), ValueError, "implementation='chunk' is unknown.* Did you mean 'chunked'"),
-    (dict(implementation="pallas_tpu"), NotImplementedError, "implementation='pallas_tpu' runs on tpu only: use None or 'chunked'"),
+    (dict(implementation="pallas_tpu"), NotImplementedError, "implementation='pallas_tpu' runs on tpu only"),
     (dict(implementation="triton"), NotImplementedError, "implementation='triton'"),
     (dict(segment_ids=np.ones((2, 5), np.int32)), ValueError, r"segment_ids must have shape .* = \(2, 6\)"),
     (dict(segment_ids=np.ones((2, 6), np.float32)), TypeError, "segment_ids has dtype float32"),
