@@ -16,37 +16,24 @@ here 16 of 64 over 4 with a window of 512, a quarter of the context, and 8 of 12
 left out.
 """
 
-from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from dataclasses import replace
 
-STEPS = 28_610  # of 256 x 2048 tokens: 15.0e9
+from deltaformer_jax.config import Config, Mixer
+from deltaformer_jax.training.config_files import packaged_config
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            vocab_size=32_000,
-            d_model=1024,
-            num_layers=24,
-            mlp_dim=3328,
+    budget = packaged_config("deltaformer_340m")
+    return replace(
+        budget,
+        model=replace(
+            budget.model,
             mixers=(
                 Mixer("softmax_attention", num_heads=16, num_kv_heads=4, head_dim=64, window=512),
                 Mixer("softmax_attention", num_heads=8, num_kv_heads=2, head_dim=128),
             ),
             kv_shift=True,
             rope_base=1e6,
-            compute_dtype="bfloat16",
-            remat="block",
-        ),
-        data=DataConfig(path="data/fineweb_edu", sequence_length=2048, batch_size=256),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=1000, decay_steps=STEPS, schedule="cosine", accumulation_steps=4
-        ),
-        run=RunConfig(
-            steps=STEPS,
-            log_every=10,
-            eval_every=1000,
-            eval_batches=20,
-            checkpoint_every=1000,
-            sample_prompt="The most important thing about",
+            mlp_dim=3328,
         ),
     )

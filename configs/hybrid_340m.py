@@ -10,35 +10,22 @@ Time: not measured. By arithmetic, 15e9 tokens at 2.17 GFLOP each are 3.3e+19 FL
 Result: not measured.
 """
 
-from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from dataclasses import replace
 
-STEPS = 28_610  # of 256 x 2048 tokens: 15.0e9
+from deltaformer_jax.config import Config, Mixer
+from deltaformer_jax.training.config_files import packaged_config
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            vocab_size=32_000,
-            d_model=1024,
-            num_layers=24,
+    budget = packaged_config("deltaformer_340m")
+    return replace(
+        budget,
+        model=replace(
+            budget.model,
+            mixers=("gated_delta_net",) * 3 + (Mixer("softmax_attention", num_heads=16, num_kv_heads=16, head_dim=64),),
             num_heads=8,
             num_kv_heads=8,
             head_dim=128,
             mlp_dim=2560,
-            mixers=("gated_delta_net",) * 3 + (Mixer("softmax_attention", num_heads=16, num_kv_heads=16, head_dim=64),),
-            compute_dtype="bfloat16",
-            remat="block",
-        ),
-        data=DataConfig(path="data/fineweb_edu", sequence_length=2048, batch_size=256),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=1000, decay_steps=STEPS, schedule="cosine", accumulation_steps=4
-        ),
-        run=RunConfig(
-            steps=STEPS,
-            log_every=10,
-            eval_every=1000,
-            eval_batches=20,
-            checkpoint_every=1000,
-            sample_prompt="The most important thing about",
         ),
     )

@@ -10,35 +10,12 @@ Time: not measured. By arithmetic, 15e9 tokens at 2.35 GFLOP each, attention inc
 Result: not measured. In the paper's Table 2 DeltaFormer's averages over benchmarks are within noise of its.
 """
 
-from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from dataclasses import replace
 
-STEPS = 28_610  # of 256 x 2048 tokens: 15.0e9
+from deltaformer_jax.config import Config
+from deltaformer_jax.training.config_files import packaged_config
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            vocab_size=32_000,
-            d_model=1024,
-            num_layers=24,
-            num_heads=16,
-            num_kv_heads=16,
-            head_dim=64,
-            mlp_dim=2816,
-            mixers=("softmax_attention",),
-            compute_dtype="bfloat16",
-            remat="block",
-        ),
-        data=DataConfig(path="data/fineweb_edu", sequence_length=2048, batch_size=256),
-        optimizer=OptimizerConfig(
-            learning_rate=2e-3, warmup_steps=1000, decay_steps=STEPS, schedule="cosine", accumulation_steps=4
-        ),
-        run=RunConfig(
-            steps=STEPS,
-            log_every=10,
-            eval_every=1000,
-            eval_batches=20,
-            checkpoint_every=1000,
-            sample_prompt="The most important thing about",
-        ),
-    )
+    budget = packaged_config("deltaformer_340m")
+    return replace(budget, model=replace(budget.model, mixers=("softmax_attention",)))

@@ -85,8 +85,9 @@ def test_accumulation_is_weighted_by_tokens(built):
     cut, cut_gradient, cut_tokens = compute(parts, params, batch, 4)
     assert int(tokens) == int(cut_tokens) == (batch["segment_ids"] > 0).sum()
     np.testing.assert_allclose(whole, cut, rtol=1e-6)
-    # The two differ in the order of a sum over tokens: by at most n eps times the sum of its terms' absolute values, the
-    # gradients of each token's nats, which cancel in some parameters by more than in others.
+
+    # The two differ in the order of a sum over tokens: by at most n eps times the sum of its terms' absolute values,
+    # which are the gradients of each token's nats and cancel in some parameters by more than in others.
     def nats_of(params):
         return batch_nats(parts.graphdef, params, batch)
 

@@ -1,9 +1,11 @@
 """Where config files are: those that come with the package, by name, and the user's own, by path."""
 
 import difflib
+import runpy
 from pathlib import Path
 
 import deltaformer_jax
+from deltaformer_jax.config import Config
 
 
 def config_folder() -> Path:
@@ -11,6 +13,14 @@ def config_folder() -> Path:
     package = Path(deltaformer_jax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def packaged_config(name: str) -> Config:
+    """A new copy of the config `name` of those that come with the package, for another that differs from it in little.
+
+    Raises FileNotFoundError where there is none of that name.
+    """
+    return runpy.run_path(find_config(name, config_folder()))["get_config"]()
 
 
 def find_config(given: str, folder: Path) -> str:
