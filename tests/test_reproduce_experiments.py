@@ -92,6 +92,16 @@ def test_table6(results):
     assert all(result["over_chunked"]["chunked"] == 1 for result in found.values())
 
 
+@pytest.mark.parametrize("platform, kernels", {"gpu": "triton", "tpu": "pallas_tpu"}.items())
+def test_table6_times_an_accelerators_kernels(monkeypatch, platform, kernels):
+    monkeypatch.setattr(table6.jax, "default_backend", lambda: platform)
+    cells = table6.cells(quick=False)
+    assert all(cell["forms"][-2:] == ["chunked", kernels] for cell in cells)
+    assert any(cell["length"] == 8192 for cell in cells)
+    kept = [cell["length"] for cell in cells if "parallel" in cell["forms"]]
+    assert kept and all(64 * length**2 <= table6.LONGEST_PARALLEL[platform] for length in kept)
+
+
 def test_figure6_rounding_keeps_more_elements_than_the_width(results):
     found = results(figure6, dict(width=64, elements=(64, 128), lengths=(64,), rows=4, steps=30))
     for label, result in found.items():

@@ -13,8 +13,13 @@ from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import colours_of, new_figure
 
-FULL = dict(elements=5, lengths=(32, 64, 128, 256), longer=(512, 1024), width=128, heads=4, steps=2000, rows=64)
-QUICK = dict(elements=5, lengths=(32, 64), longer=(128, 256), width=64, heads=4, steps=500, rows=64)
+FULL = dict(
+    elements=5, lengths=(32, 64, 128, 256), longer=(512, 1024), width=128, heads=4, steps=2000, direct_steps=1000,
+    rows=64,
+)  # fmt: skip
+QUICK = dict(
+    elements=5, lengths=(32, 64), longer=(128, 256), width=64, heads=4, steps=500, direct_steps=500, rows=64,
+)  # fmt: skip
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -34,7 +39,8 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
                     "rope_base": 10_000.0 if rope else 0.0, "write_similarity": "round", "write_key_norm": "off",
                     "chunk_size": 64,
                 },
-                learning_rate=1e-3, schedule="constant", steps=sizes["steps"], batch_size=32, eval_every=20,
+                learning_rate=1e-3, schedule="constant",
+                steps=sizes["steps"] if curriculum else sizes["direct_steps"], batch_size=32, eval_every=20,
                 eval_rows=64, target=0.99, patience=2, tests=tests,
             )  # fmt: skip
             found.append({**settings, "family": family})

@@ -1,7 +1,7 @@
 """Table 6: recurrent, parallel and chunked DeltaFormer on this machine, as ratios of times in one process.
 
 Every form runs once a round, and a ratio is the median over rounds of its time over that of the chunked form in the
-same round. Where a GPU is found, the Triton kernels are among them and the shape is the paper's. The parallel form
+same round. Where a GPU or a TPU is found, its kernels are among them and the shape is the paper's. The parallel form
 holds T × T matrices and the recurrent one's backward T memories of T × K, so both have a longest T. The parallel form's
 backward is not timed on a CPU, where XLA's batched triangular solve was seen to wait for ever with a pool of two
 threads. Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix E.
@@ -22,24 +22,28 @@ from deltaformer_jax.reproduce.pictures import new_figure
 
 # The paper's, on an H100, [B, T, H, K] = [2, 8192, 32, 128].
 PAPER_MS = {"recurrent": 279.9, "parallel": 102.2, "chunked": 12.7}
-LONGEST_PARALLEL = 2**32  # numbers in B H T²
+# Numbers in B H T²: the parallel form holds a few such arrays, and a small TPU's 16 GB have room for those of 1 GB.
+LONGEST_PARALLEL = {"cpu": 2**32, "gpu": 2**32, "tpu": 2**28}
 LONGEST_RECURRENT_BACKWARD = 2**28  # numbers in B H T² K
+
+# What jax.default_backend() says -> the implementations that are that platform's own kernels.
+KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("pallas_tpu",)}
 
 FULL = dict(
     cpu=dict(batch=1, heads=4, width=64, lengths=(512, 1024, 2048, 4096), rounds=7, dtype="float32"),
-    gpu=dict(batch=2, heads=32, width=128, lengths=(1024, 2048, 4096, 8192), rounds=11, dtype="bfloat16"),
+    accelerator=dict(batch=2, heads=32, width=128, lengths=(1024, 2048, 4096, 8192), rounds=11, dtype="bfloat16"),
 )
 QUICK = dict(
     cpu=dict(batch=1, heads=4, width=64, lengths=(256, 512, 1024), rounds=3, dtype="float32"),
-    gpu=dict(batch=2, heads=32, width=128, lengths=(1024, 4096), rounds=5, dtype="bfloat16"),
+    accelerator=dict(batch=2, heads=32, width=128, lengths=(1024, 4096), rounds=5, dtype="bfloat16"),
 )
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     platform = jax.default_backend()
     both = sizes or (QUICK if quick else FULL)
-    chosen = both["cpu" if platform == "cpu" else "gpu"]
-    forms = ["recurrent", "parallel", "chunked", *({"gpu": ["triton"]}.get(platform, []))]
+    chosen = both["cpu" if platform == "cpu" else "accelerator"]
+    forms = ["recurrent", "parallel", "chunked", *KERNELS[platform]]
     shared = {name: chosen[name] for name in ("batch", "heads", "width", "rounds", "dtype")}
     return [
         {
@@ -57,7 +61,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 def _fits(form: str, sizes: dict[str, Any], length: int, direction: str, platform: str) -> bool:
     scores = sizes["batch"] * sizes["heads"] * length**2
     if form == "parallel":
-        return scores <= LONGEST_PARALLEL and (platform != "cpu" or direction == "forward")
+        return scores <= LONGEST_PARALLEL[platform] and (platform != "cpu" or direction == "forward")
     return form != "recurrent" or direction == "forward" or scores * sizes["width"] <= LONGEST_RECURRENT_BACKWARD
 
 

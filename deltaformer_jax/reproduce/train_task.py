@@ -2,11 +2,14 @@
 
 What a cell trains is in its settings, plain JSON:
 
-    task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved
+    task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved;
+                           a list of tasks, one for each length, where they differ in more than that
     model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
     batch_size, steps      steps over all lengths together
     eval_every, eval_rows  every so many steps, the accuracy on so many rows that are never trained on
     target, patience       a length is solved once `patience` evaluations in a row are at least `target`
+    plateau                [n, least], if there: training ends when none of the last n evaluations was better by `least`
+                           than the best before them at that length
     seed                   of the parameters and of the examples
     tests                  {name: [task, length, rows]}, asked once training has ended
 """
@@ -39,9 +42,10 @@ SAY_EVERY = 10.0  # seconds
 
 
 def settings_of(
-    label: str, task: str, lengths: list[int], *, model: dict, learning_rate: float, steps: int, seed: int = 0,
-    batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256, target: float = 0.995, patience: int = 2,
-    tests: dict[str, list] | None = None, **optimizer: Any,
+    label: str, task: str | list[str], lengths: list[int], *, model: dict, learning_rate: float, steps: int,
+    seed: int = 0, batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256, target: float = 0.995,
+    patience: int = 2, tests: dict[str, list] | None = None, plateau: tuple[int, float] | None = None,
+    **optimizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
 
@@ -55,7 +59,7 @@ def settings_of(
     return {
         "label": label, "task": task, "lengths": lengths, "model": model, "optimizer": {**chosen, **optimizer},
         "batch_size": batch_size, "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "target": target,
-        "patience": patience, "seed": seed, "tests": tests or {},
+        "patience": patience, "seed": seed, "tests": tests or {}, **({"plateau": list(plateau)} if plateau else {}),
     }  # fmt: skip
 
 
@@ -107,9 +111,12 @@ def run(
     that the guard against infinities left out), and tests.
     """
     del folder
-    tasks = [make(settings["task"], length) for length in settings["lengths"]]
+    lengths, specs = settings["lengths"], settings["task"]
+    specs = [specs] * len(lengths) if isinstance(specs, str) else specs
+    tasks = [make(spec, length) for spec, length in zip(specs, lengths, strict=True)]
     trainer = Trainer(settings, tasks[0], embedding)
     curve, solved, place, streak, tokens, said = [], [None] * len(tasks), 0, 0, 0, time.perf_counter()
+    here: list[float] = []  # the accuracies at this place
     for step in range(1, settings["steps"] + 1):
         if stop.requested:
             return None
@@ -119,6 +126,7 @@ def run(
         if step % settings["eval_every"] and step != settings["steps"]:
             continue
         accuracy = trainer.accuracy(task, settings["eval_rows"])
+        here.append(accuracy)
         curve.append([step, task.length, round(accuracy, 5), round(float(metrics["loss"]), 5)])
         if time.perf_counter() > said + SAY_EVERY:
             said = time.perf_counter()
@@ -128,7 +136,9 @@ def run(
             solved[place], streak = step, 0
             if place + 1 == len(tasks):
                 break
-            place += 1
+            place, here = place + 1, []
+        elif _stands_still(here, settings.get("plateau")):
+            break
     tests = {}
     for name, (spec, length, rows) in settings["tests"].items():
         if stop.requested:
@@ -139,6 +149,14 @@ def run(
         "accuracy": curve[-1][2], "solved_at": solved, "steps": step, "tokens": tokens, "tests": tests,
         "parameters": trainer.parameters, "skipped": int(trainer.state.guard.skipped), "curve": curve,
     }  # fmt: skip
+
+
+def _stands_still(accuracies: list[float], plateau: list | None) -> bool:
+    """Whether none of the last n accuracies is better by `least` than the best before them, for plateau [n, least]."""
+    if plateau is None or len(accuracies) <= plateau[0]:
+        return False
+    count, least = plateau
+    return max(accuracies[-count:]) < max(accuracies[:-count]) + least
 
 
 @functools.lru_cache(maxsize=8)
