@@ -21,6 +21,7 @@ from deltaformer_jax.reproduce import (
     table5,
     table6,
     theorem1,
+    train_task,
     word_problem,
 )
 from deltaformer_jax.tasks import Reachability
@@ -162,8 +163,8 @@ SMALL = {
         "mixers": ("retention", "Kimi Delta Attention"),
     },
     "table5": {
-        **table5.FULL, **ONE, "tasks": ("duplicate_string",), "models": ("DeltaFormer",), "layers": (1,),
-        "width": 8, "heads": 1, "longest": 4, "test": (5, 9), "test_rows": 4,
+        "tasks": {"duplicate_string": {**table5.COPYING, **ONE, "layers": 1, "levels": (4,)}},
+        "models": ("DeltaFormer",), "width": 8, "heads": 1, "test": (5, 9), "test_rows": 4,
     },
     "word_problem": {
         **word_problem.FULL, **ONE, "groups": ("A5",), "models": ("DeltaNet",), "layers": (1,),
@@ -176,6 +177,33 @@ SMALL = {
 def test_every_line_of(results, name):
     found = results({"table1": table1, "mqar": mqar, "table5": table5, "word_problem": word_problem}[name], SMALL[name])
     assert found and all(0 <= result["accuracy"] <= 1 and result["steps"] == 3 for result in found.values())
+
+
+@pytest.mark.parametrize(
+    "accuracies, stands",
+    [([0.5] * 3, False), ([0.5] * 4, True), ([0.5, 0.5, 0.5, 0.52], False), ([0.5, 0.9, 0.6, 0.7, 0.8], True),
+     ([0.5, 0.505, 0.508, 0.509], True), ([0.1, 0.2, 0.3, 0.4, 0.5], False)],
+)  # fmt: skip
+def test_a_plateau_is_three_evaluations_none_better_by_a_hundredth(accuracies, stands):
+    assert train_task._stands_still(accuracies, [3, 0.01]) == stands
+    assert not train_task._stands_still(accuracies, None)
+
+
+def test_training_goes_from_task_to_task_and_ends_at_a_plateau():
+    """The first two are left at once (target 0), the third's target of 2 is out of reach and nothing is learnt."""
+    settings = train_task.settings_of(
+        "label", [f"task:parity,longest={longest}" for longest in (1, 2, 4)], [5] * 3,
+        model=dict(mixers=["linear_attention"], d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8),
+        learning_rate=0.0, steps=20, batch_size=4, eval_every=1, eval_rows=8, target=[0, 0, 2], patience=2,
+        plateau=(3, 0.01),
+    )  # fmt: skip
+    result = train_task.run(settings, None, print, NeverStop)
+    assert result["solved_at"] == [2, 4, None] and result["steps"] == 8
+    assert result["tokens"] == 4 * 8 * 5
+
+
+class NeverStop:
+    requested = False
 
 
 def test_a_stop_leaves_the_cell_undone():

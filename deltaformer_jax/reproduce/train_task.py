@@ -7,7 +7,8 @@ What a cell trains is in its settings, plain JSON:
     model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
     batch_size, steps      steps over all lengths together
     eval_every, eval_rows  every so many steps, the accuracy on so many rows that are never trained on
-    target, patience       a length is solved once `patience` evaluations in a row are at least `target`
+    target, patience       a length is solved once `patience` evaluations in a row are at least `target`, or its own
+                           target in a list of them
     plateau                [n, least], if there: training ends when none of the last n evaluations was better by `least`
                            than the best before them at that length
     seed                   of the parameters and of the examples
@@ -43,9 +44,9 @@ SAY_EVERY = 10.0  # seconds
 
 def settings_of(
     label: str, task: str | list[str], lengths: list[int], *, model: dict, learning_rate: float, steps: int,
-    seed: int = 0, batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256, target: float = 0.995,
-    patience: int = 2, tests: dict[str, list] | None = None, plateau: tuple[int, float] | None = None,
-    **optimizer: Any,
+    seed: int = 0, batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256,
+    target: float | list[float] = 0.995, patience: int = 2, tests: dict[str, list] | None = None,
+    plateau: tuple[int, float] | None = None, **optimizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
 
@@ -111,8 +112,8 @@ def run(
     that the guard against infinities left out), and tests.
     """
     del folder
-    lengths, specs = settings["lengths"], settings["task"]
-    specs = [specs] * len(lengths) if isinstance(specs, str) else specs
+    lengths, each = settings["lengths"], lambda given: given if isinstance(given, list) else [given] * len(lengths)
+    specs, targets = each(settings["task"]), each(settings["target"])
     tasks = [make(spec, length) for spec, length in zip(specs, lengths, strict=True)]
     trainer = Trainer(settings, tasks[0], embedding)
     curve, solved, place, streak, tokens, said = [], [None] * len(tasks), 0, 0, 0, time.perf_counter()
@@ -131,7 +132,7 @@ def run(
         if time.perf_counter() > said + SAY_EVERY:
             said = time.perf_counter()
             note(f"    step {step} of at most {settings['steps']}, length {task.length}: accuracy {accuracy:.4f}")
-        streak = streak + 1 if accuracy >= settings["target"] else 0
+        streak = streak + 1 if accuracy >= targets[place] else 0
         if streak == settings["patience"]:
             solved[place], streak = step, 0
             if place + 1 == len(tasks):
