@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax import tasks
+from deltaformer_jax.tasks import word_problem
 from deltaformer_jax.tasks.draws import Draws, smallest
 
 seeds = st.one_of(st.integers(0, 2**40), st.sampled_from(["eval", "3 eval"]))
@@ -113,6 +114,21 @@ def test_word_problem(group, order):
         for token, target in zip(tokens, targets):
             product = tuple(product[i] for i in group_elements[token])
             assert group_elements[target] == product
+
+
+@pytest.mark.parametrize(
+    "group, moves, count", [("S5", 2, 11), ("S5", 3, 31), ("S5", 5, 120), ("A5", 3, 21), ("A5", 5, 60), ("S3", 2, 4)]
+)
+def test_word_problem_of_elements_that_move_few(group, moves, count):
+    """1 + C(5,2) swaps, 20 3-cycles; every one of them is drawn, and the targets are products as ever."""
+    task = tasks.WordProblem(length=50, group=group, moves=moves)
+    tokens, targets, counted, _ = task("seed", np.arange(40))
+    permutations = word_problem.elements(group)
+    moved = (permutations[tokens] != np.arange(permutations.shape[1])).sum(axis=-1)
+    assert len(np.unique(tokens)) == count and moved.max() <= moves and counted.all()
+    table = word_problem.products(group)
+    np.testing.assert_array_equal(targets[:, 0], tokens[:, 0])
+    np.testing.assert_array_equal(targets[:, 1:], table[targets[:, :-1], tokens[:, 1:]])
 
 
 # MQAR.
@@ -354,6 +370,8 @@ def test_grain_reads_it(task):
         (lambda: tasks.SwapTracking(elements=1), "elements=1: must be at least 2"),
         (lambda: tasks.SwapTracking(length=0), "length=0: must be at least 1"),
         (lambda: tasks.WordProblem(group="D5"), "group='D5': must be one of S3"),
+        (lambda: tasks.WordProblem(group="S4", moves=5), "moves=5: must be from 2 to 4 in S4, or 0"),
+        (lambda: tasks.WordProblem(group="A5", moves=2), "moves=2: must be from 3 to 5 in A5, or 0"),
         (lambda: tasks.MQAR(length=63), "length=63: must be even and at least 4 pairs = 16"),
         (lambda: tasks.MQAR(length=16, pairs=5), "length=16: .*4 pairs = 20"),
         (lambda: tasks.MQAR(vocabulary=9), "vocabulary=9: must be at least 2 pairs \\+ 2 = 10"),

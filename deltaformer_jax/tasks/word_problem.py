@@ -24,19 +24,25 @@ class WordProblem:
     """target_t = x_1 x_2 ⋯ x_t, where (x y)(i) = x(y(i)).
 
     Token and target i are the i-th permutation, in lexicographic order of (x(0), x(1), …); in A_n of the even ones.
-    Token 0 is the identity. Tokens are uniform, every position is counted.
+    Token 0 is the identity. Tokens are uniform among the elements that move at most `moves` things, every position is
+    counted. With moves = 2 they are the identity and the swaps, with 3 these and the 3-cycles; in A_n, the 3-cycles.
 
-    Args: length: elements in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". Raises ValueError for others.
+    Args: length: elements in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". moves: 0, for every element, or from 2
+      to n (from 3 in A_n, which has no swaps). Raises ValueError for others.
     `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
     """
 
     length: int = 32
     group: str = "S5"
+    moves: int = 0
 
     def __post_init__(self):
         check_least("length", self.length, 1)
         if self.group not in GROUPS:
             raise ValueError(f"group={self.group!r}: must be one of {', '.join(GROUPS)}")
+        least, most = 2 if self.group[0] == "S" else 3, int(self.group[1])
+        if self.moves and not least <= self.moves <= most:
+            raise ValueError(f"moves={self.moves}: must be from {least} to {most} in {self.group}, or 0 for all of it")
 
     @property
     def input_vocabulary(self) -> int:
@@ -47,7 +53,8 @@ class WordProblem:
         return len(elements(self.group))
 
     def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
-        tokens = Draws(seed, f"word problem {self.group}", indices).integers(self.length, self.input_vocabulary)
+        drawn = allowed(self.group, self.moves)
+        tokens = drawn[Draws(seed, f"word problem {self.group}", indices).integers(self.length, len(drawn))]
         table = products(self.group)
         targets = np.empty_like(tokens)
         product = np.zeros(len(tokens), np.int64)
@@ -65,6 +72,14 @@ def elements(group: str) -> np.ndarray:
     every = np.array(list(itertools.permutations(range(n))))
     inversions = sum(every[:, i] > every[:, j] for i in range(n) for j in range(i + 1, n))
     return every if group[0] == "S" else every[inversions % 2 == 0]
+
+
+@functools.cache
+def allowed(group: str, moves: int) -> np.ndarray:
+    """int64: the numbers of the elements that move at most `moves` things, 0: of all."""
+    every = elements(group)
+    moved = np.sum(every != np.arange(every.shape[1]), axis=1)
+    return np.flatnonzero(moved <= (moves or every.shape[1]))
 
 
 @functools.cache
