@@ -11,18 +11,21 @@ import jax.numpy as jnp
 from nvidia_compile import compiled
 
 from pallas_kernels.nvidia import gated
-from pallas_kernels.nvidia.gated_table import CHUNKS, KERNELS
+from pallas_kernels.nvidia.gated_table import CHANNEL_KERNELS, CHUNKS, KERNELS
 from pallas_kernels.nvidia.table import SHARED_MEMORY, WIDTHS
 
-CONFIGURATIONS = [(kernel, narrow, width) for kernel in KERNELS for narrow in (True, False) for width in WIDTHS]
+ALL_KERNELS = (*KERNELS, *CHANNEL_KERNELS)
+CONFIGURATIONS = [(kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
 @functools.cache
-def launches(capability, width, narrow, delta=True, decay=True, segments=True):
-    """{kernel's name: Launch} of a forward and a backward at batch 4, 8192 tokens, 16 heads, 32 of values."""
+def launches(capability, width, narrow, delta=True, decay="head", segments=True):
+    """{kernel's name: Launch} of a forward and a backward at batch 4, 8192 tokens, 16 heads, 32 of values; `decay`:
+    "none", one a "head" or one a "channel"."""
     dtype = jnp.bfloat16 if narrow else jnp.float32
     array = lambda heads, *more: jax.ShapeDtypeStruct((4, 8192, heads, *more), dtype)
-    x, v, gate = array(16, width), array(32, width), array(32)
+    x, v, beta = array(16, width), array(32, width), array(32)
+    log_decay = array(32, width) if decay == "channel" else array(32)
     state = jax.ShapeDtypeStruct((4, 32, width, width), jnp.float32)
     resets = jax.ShapeDtypeStruct((4, 8192), jnp.bool_)
     settings = gated.Settings(0.1, delta, capability)
@@ -34,23 +37,28 @@ def launches(capability, width, narrow, delta=True, decay=True, segments=True):
         return [jnp.zeros(x.shape, x.dtype) for x in launch.outputs]
 
     def both(query, key, value, beta, log_decay, state, resets, dout):
-        gates = (beta if delta else None, log_decay if decay else None)
+        gates = (beta if delta else None, None if decay == "none" else log_decay)
         arrays = (query, key, value, *gates, state, resets if segments else None)
         _, final, residuals = gated.forward(settings, *arrays, run=note)
         return gated.backward(settings, residuals, dout, final, run=note)
 
-    jax.eval_shape(both, x, x, v, gate, gate, state, resets, v)
+    jax.eval_shape(both, x, x, v, beta, log_decay, state, resets, v)
     return found
+
+
+def launch_of(kernel, capability, width, narrow):
+    """The launch of a kernel, with all that it can do."""
+    return launches(capability, width, narrow, decay="channel" if kernel in CHANNEL_KERNELS else "head")[kernel]
 
 
 if __name__ == "__main__":
     for capability in [int(x) for x in sys.argv[1:]] or sorted({x for x, _ in CHUNKS}):
         for width in WIDTHS:
             for narrow in (True, False):
-                for name, launch in launches(capability, width, narrow).items():
-                    ptx, shared, spilled = compiled(launch, capability)
+                for kernel in ALL_KERNELS:
+                    ptx, shared, spilled = compiled(launch_of(kernel, capability, width, narrow), capability)
                     print(
-                        capability, width, "two-byte" if narrow else "float32", name,
+                        capability, width, "two-byte" if narrow else "float32", kernel,
                         f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled,",
                         "wgmma" if "wgmma" in ptx else "", flush=True,
                     )  # fmt: skip

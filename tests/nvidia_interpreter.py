@@ -69,6 +69,21 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 interpreter.InterpreterBuilder.create_dot = _dot
 
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_as_devices_do(self, src, dst_type):
+    """float32 to bfloat16 rounds to the nearest, and back is exact: the interpreter's own cuts digits off."""
+    types = (src.dtype.scalar, dst_type.scalar)
+    if types == (tl.float32, tl.bfloat16):
+        return interpreter.TensorHandle(src.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
+    if types == (tl.bfloat16, tl.float32):
+        return interpreter.TensorHandle(_numbers(src), tl.float32)
+    return _cast(self, src, dst_type)
+
+
+interpreter.InterpreterBuilder.cast_impl = _cast_as_devices_do
+
 
 def _pointer(array):
     return types.SimpleNamespace(data_ptr=lambda: array.ctypes.data, dtype=type_name(array.dtype))

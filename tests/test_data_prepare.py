@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from program_output import ours
 
 from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, shards, train_bpe
 from deltaformer_jax.data.prepare import main
@@ -302,7 +303,7 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, capsys):
     runs = [subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(4)]
     codes = [run.returncode for run in runs]
     assert codes[0] == codes[1] == -signal.SIGKILL and codes[-1] == 0, codes
-    assert "going on with what was not finished" in runs[1].stderr and runs[0].stderr == ""
+    assert "going on with what was not finished" in runs[1].stderr and ours(runs[0].stderr) == ""
     assert files_of(tmp_path / "out") == files_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
@@ -382,8 +383,9 @@ def test_a_full_disk(tmp_path):
     )
     arguments = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1", "--eval_fraction", "0"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot write the corpus: "), done.stderr
-    assert done.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    printed = ours(done.stderr)
+    assert done.returncode == 2 and printed.startswith("error: cannot write the corpus: "), printed
+    assert printed.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_interrupted_from_the_keyboard_with_workers(tmp_path):
@@ -399,7 +401,7 @@ def test_interrupted_from_the_keyboard_with_workers(tmp_path):
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=30)
-    assert process.returncode == 130 and printed == f"error: interrupted; {out} is as it was\n"
+    assert process.returncode == 130 and ours(printed) == f"error: interrupted; {out} is as it was\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -465,7 +467,8 @@ def test_an_error_in_a_worker_process_is_the_same_error(tmp_path):
     command = [sys.executable, "-m", "deltaformer_jax.data.prepare", str(tmp_path / "a.jsonl"), "--workers", "2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "line 51: no field" in done.stderr
+    printed = ours(done.stderr)
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "line 51: no field" in printed
 
 
 def test_lines_are_counted_over_the_whole_file(tmp_path, monkeypatch):

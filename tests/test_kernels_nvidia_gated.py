@@ -31,8 +31,21 @@ CASES = [
     (_case(delta=False, decay="none", heads=1, value_heads=2, state=False), False, 1.0),
     (_case(delta=False, decay="none", heads=1, time=20), True, 1.0),
     (_case(time=1), False, 1.0),
+    (_case(decay="channel"), False, 1.0),
+    (_case(decay="channel", value_heads=4, scale=0.3, state=False), True, 1.0),
+    (_case(decay="channel", beta="none", heads=1, value_heads=2, time=33), True, 1000.0),
+    (_case(decay="channel", beta="to_two", heads=1, key_dim=16, value_dim=32, time=16), False, 1000.0),
+    (_case(decay="channel", delta=False), True, 1.0),
+    (_case(decay="channel", delta=False, value_heads=4, scale=1.0, time=31, state=False), False, 1000.0),
+    (_case(decay="channel", time=1), False, 1.0),
 ]
-TWO_BYTE = [(_case(value_heads=4), True, 1.0), (_case(delta=False), False, 1.0), (_case(decay="none"), False, 1.0)]
+TWO_BYTE = [
+    (_case(value_heads=4), True, 1.0),
+    (_case(delta=False), False, 1.0),
+    (_case(decay="none"), False, 1.0),
+    (_case(decay="channel", value_heads=4), True, 1.0),
+    (_case(decay="channel", delta=False), True, 1000.0),
+]
 
 SEGMENTS = [[1] * 9 + [0] * 5 + [2] * 14 + [5] * 1 + [3] * 7, [0] * 7 + [4] * 29]
 NAMES = ("query", "key", "value", "beta", "log_decay", "initial_state")

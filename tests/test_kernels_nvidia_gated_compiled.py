@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
 
 from nvidia_compile import compiled
-from nvidia_gated_compile import CONFIGURATIONS, launches
+from nvidia_gated_compile import ALL_KERNELS, CONFIGURATIONS, launch_of, launches
 
-from pallas_kernels.nvidia.gated_table import KERNELS, choose
+from pallas_kernels.nvidia.gated_table import choose
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
 # Bytes a thread spills with two-byte operands, where it spills at all. The float32 kernels, of three TF32 products,
@@ -16,15 +16,17 @@ SPILLS = {("gated_read_gradients", 256): 640, ("gated_solve_gradients", 256): 16
 
 # What a kernel without decay, segments or system leaves out.
 LESS = {
-    "plain": dict(decay=False, segments=False),
+    "plain": dict(decay="none", segments=False),
     "linear": dict(delta=False),
-    "plain linear": dict(delta=False, decay=False, segments=False),
+    "plain linear": dict(delta=False, decay="none", segments=False),
+    "channels": dict(decay="channel", segments=False),
+    "linear channels": dict(delta=False, decay="channel"),
 }
 
 
 @pytest.mark.parametrize("kernel, narrow, width", CONFIGURATIONS)
 def test_sm_90(kernel, narrow, width):
-    ptx, shared, spilled = compiled(launches(90, width, narrow)[kernel], 90)
+    ptx, shared, spilled = compiled(launch_of(kernel, 90, width, narrow), 90)
     assert "wgmma.mma_async" in ptx
     assert shared <= SHARED_MEMORY[90]
     if narrow:
@@ -42,9 +44,9 @@ def test_sm_90_with_less(less):
 
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("capability", [80, 100, 120])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
 def test_others(kernel, capability, narrow):
-    ptx, shared, _ = compiled(launches(capability, 128 if narrow else 64, narrow)[kernel], capability)
+    ptx, shared, _ = compiled(launch_of(kernel, capability, 128 if narrow else 64, narrow), capability)
     assert ("tcgen05.mma" if capability == 100 and narrow else "mma.sync") in ptx
     assert shared <= SHARED_MEMORY[capability]
 

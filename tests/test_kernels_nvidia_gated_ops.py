@@ -17,6 +17,8 @@ needs_triton = pytest.mark.skipif(
 SEGMENTS = np.asarray([[1] * 20 + [2] * 30 + [0] * 14, [0] * 10 + [3] * 54], np.int32)
 DELTA = Case(time=64, key_dim=16, value_dim=32, value_heads=4)
 LINEAR = Case(time=64, key_dim=16, value_dim=32, delta=False, scale=1.0)
+CHANNEL = Case(time=64, key_dim=16, value_dim=32, value_heads=4, decay="channel")
+LINEAR_CHANNEL = Case(time=64, key_dim=16, value_dim=32, delta=False, decay="channel")
 
 
 def kernels(function, *arguments, platform="cuda"):
@@ -36,12 +38,18 @@ def total(case, implementation, segment_ids=None):
 
 
 # A case; segments; kernels forward; kernels forward and backward.
-FORMS = [(DELTA, SEGMENTS, 3, 9), (Case(time=64, decay="none", beta="none"), None, 3, 9), (LINEAR, SEGMENTS, 2, 6)]
+FORMS = [
+    (DELTA, SEGMENTS, 3, 9),
+    (Case(time=64, decay="none", beta="none"), None, 3, 9),
+    (LINEAR, SEGMENTS, 2, 6),
+    (CHANNEL, SEGMENTS, 4, 12),
+    (LINEAR_CHANNEL, SEGMENTS, 3, 9),
+]
 
 
 @needs_triton
 @pytest.mark.parametrize("implementation", ["triton", None])
-@pytest.mark.parametrize("case, segments, forward, both", FORMS, ids=["delta", "plain", "linear"])
+@pytest.mark.parametrize("case, segments, forward, both", FORMS, ids=["delta", "plain", "linear", "channel", "linear-channel"])
 def test_lowers_for_cuda(implementation, case, segments, forward, both):
     inputs = draw_inputs(case, 0, jnp.bfloat16)
     loss = total(case, implementation, segments)
@@ -53,23 +61,19 @@ def test_lowers_for_cuda(implementation, case, segments, forward, both):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [DELTA, LINEAR], ids=["delta", "linear"])
-def test_vmap_folds_the_batch(case):
+@pytest.mark.parametrize("case, forward, backward", [(DELTA, 3, 6), (LINEAR, 2, 4), (CHANNEL, 4, 8)])
+def test_vmap_folds_the_batch(case, forward, backward):
     inputs = jax.tree.map(lambda x: jnp.stack([x, x, x]), draw_inputs(case, 0, jnp.bfloat16))
     mapped = jax.vmap(total(case, "triton", SEGMENTS))
-    assert kernels(mapped, inputs) == (3 if case.delta else 2)
+    assert kernels(mapped, inputs) == forward
     # The backward keeps nothing of the forward's: where only gradients are asked for, that is not run.
-    assert kernels(jax.vmap(jax.grad(total(case, None, SEGMENTS))), inputs) == (6 if case.delta else 4)
+    assert kernels(jax.vmap(jax.grad(total(case, None, SEGMENTS))), inputs) == backward
 
 
 @needs_triton
 def test_what_the_kernels_lack_is_chunked():
-    channel = Case(time=64, decay="channel")
-    inputs = draw_inputs(channel, 0, jnp.float32)
-    assert kernels(total(channel, None), inputs) == 0
-    with pytest.raises(NotImplementedError, match=r"'triton': its kernels take one decay a head, .*; use None or"):
-        total(channel, "triton")(inputs)
     wide = Case(time=8, key_dim=264)
+    assert kernels(total(wide, None), draw_inputs(wide, 0, jnp.float32)) == 0
     with pytest.raises(NotImplementedError, match=r"'triton': .* widths up to 256; .*; use None or"):
         total(wide, "triton")(draw_inputs(wide, 0, jnp.float32))
 

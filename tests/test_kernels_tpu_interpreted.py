@@ -88,6 +88,12 @@ def test_one_document_a_row(case, interpreted):
     compare(at_length(case, 2 * CHUNK), jnp.float32, None, digits=2 * CHUNK * 2.0**-24)
 
 
+@pytest.mark.parametrize("case", [CASES[4], Case(write_query="query")], ids=case_id)
+def test_chunks_of_several_tiles(case, interpreted):
+    interpreted(chunk=2 * CHUNK)
+    compare(at_length(case, 3 * CHUNK), jnp.float32, None, digits=3 * CHUNK * 2.0**-24)
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=case_id)
 def test_bfloat16(case, interpreted):
     """A rounding of an operand does not add up over T, as those of a sum do: they have no common sign."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import training_cases as cases
+from program_output import ours
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.training.command_line import one_line_errors, parse
@@ -52,7 +53,7 @@ def start(arguments, environment, folder):
 
 def finish(process):
     out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    return process.returncode, out, ours(err)
 
 
 def wait_for_step(process, workdir, step):

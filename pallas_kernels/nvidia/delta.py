@@ -185,8 +185,14 @@ def last_rows(segment_ids, columns: int):
     return end[:, np.minimum((np.arange(blocks) + 1) * columns, time) - 1]
 
 
+def padded(row):
+    """The shape of an array of numbers [B, heads, T] whose rows begin aligned, with zeros after T (memory.py)."""
+    *leading, time = row
+    return (*leading, -(-time // 64) * 64)
+
+
 def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> Launch:
-    """Outputs u, its narrow copy, log-sum-exps; if tied also out, s, π, ρ."""
+    """Outputs u, its narrow copy, log-sum-exps, s where there is a β; if tied also out, π, ρ."""
     batch, time, heads, _ = w.shape
     narrow = _is_narrow(settings.write, value.dtype)
     copy = narrow or _is_narrow(settings.read, value.dtype)
@@ -194,6 +200,8 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> L
     alpha, beta = _gate(alpha), _gate(beta)
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
+    # dβ needs s: from u = α v − β s it could not be had where β is 0.
+    summary = settings.tied or beta is not None
     return Launch(
         write_forward,
         (
@@ -205,9 +213,9 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> L
         (
             Output(tall, jnp.float32),
             Output(tall if copy else nothing, value.dtype),
-            Output(row if settings.write.name == "softmax" else nothing, jnp.float32),
+            Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
-            Output(tied(tall), value.dtype),
+            Output(tall if summary else nothing, value.dtype),
             Output(tied(tall), value.dtype),
             Output(tied(row), jnp.float32),
             Output(tied(row), jnp.float32),
@@ -221,6 +229,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> L
             HAS_BETA=beta is not None,
             NARROW=narrow,
             COPY=copy,
+            SUMMARY=summary,
             TIED=settings.tied,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
@@ -296,8 +305,11 @@ def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_id
     )
 
 
-def write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, u, operand, lse, du, tied=None) -> Launch:
-    """`tied`: (dout, s, ρ, dO·o) or None. Outputs dw, dk, dv, dalpha, dbeta; then what the kernel needs itself."""
+def write_backward_launch(
+    settings, w, key, value, alpha, beta, segment_ids, u, operand, summary, lse, du, tied=None
+) -> Launch:
+    """`summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs dw, dk, dv, dalpha, dbeta; then what
+    the kernel needs itself."""
     batch, time, heads, width = w.shape
     narrow = _is_narrow(settings.write, value.dtype)
     tile = _tile(settings, "write_backward", key, value, narrow)
@@ -313,18 +325,19 @@ def write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, u, 
             *(_present(x, key) for x in (alpha, beta, segment_ids, last_rows(segment_ids, tile.columns))),
             u,
             operand if narrow else u,
+            _present(summary, u),
             _present(lse, u),
             du,
-            *(tied or (u,) * 4),
+            *(tied or (u,) * 3),
         ),
         (
             dataclasses.replace(wide(width), zeroed=True),
             wide(width),
             wide(value.shape[3]),
             Output(row, jnp.float32),
-            Output(row, jnp.float32, zeroed=True),
+            Output(row if beta is not None else (1,), jnp.float32),
             Output((batch, time, heads, value.shape[3]), value.dtype if narrow else jnp.float32),
-            Output(row, jnp.float32),
+            Output(padded(row) if settings.write.name == "softmax" else (1,), jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
         ),
         (time, np.float32(settings.write.scale), settings.write.score_scale),
@@ -357,14 +370,15 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
         write_query = query
     w = key if write_query is None else write_query
     launch = write_forward_launch(settings, w, key, value, alpha, beta, segment_ids)
-    u, copy, lse_write, _, *tied = _run(launch, run, settings)
+    u, copy, lse_write, _, summary, *tied = _run(launch, run, settings)
     softmax = settings.write.name == "softmax"
     copy = copy if launch.constants["COPY"] else None
-    kept = {"given": given, "u": u, "copy": copy, "lse_write": lse_write if softmax else None}
+    summary = summary if launch.constants["SUMMARY"] else None
+    kept = {"given": given, "u": u, "copy": copy, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = u.astype(value.dtype) if copy is None else copy
     if settings.tied:
-        out, summary, share, rest = tied
-        return out, short_u, kept | {"summary": summary, "share": share, "rest": rest}
+        out, share, rest = tied
+        return out, short_u, kept | {"share": share, "rest": rest}
     if settings.read is None:
         return None, short_u, kept
     source = copy if _is_narrow(settings.read, value.dtype) else u
@@ -399,11 +413,11 @@ def _backward(settings, run, residuals, dout, du):
     dquery, dkey_read, tied = None, 0, None
     if settings.tied:
         write_query = query
-        summary, share, rest = residuals["summary"], residuals["share"], residuals["rest"]
+        share, rest = residuals["share"], residuals["rest"]
         wide = dout.astype(jnp.float32)
-        read_dot = _row_dots(wide, _column(rest) * summary.astype(jnp.float32) + _column(share) * u)
+        read_dot = _row_dots(wide, _column(rest) * residuals["summary"].astype(jnp.float32) + _column(share) * u)
         du = du + _column(share) * wide
-        tied = (dout, summary, rest, read_dot)
+        tied = (dout, rest, read_dot)
     elif settings.read is not None:
         narrow = _is_narrow(settings.read, value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
@@ -414,7 +428,7 @@ def _backward(settings, run, residuals, dout, du):
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query
     launch = write_backward_launch(
-        settings, w, key, value, alpha, beta, segment_ids, u, copy, residuals["lse_write"], du, tied
+        settings, w, key, value, alpha, beta, segment_ids, u, copy, residuals["summary"], residuals["lse_write"], du, tied
     )
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
     dkey = dkey + dkey_read

@@ -14,43 +14,24 @@ Systems are solved with TF32 operands, or three for one.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.nvidia import launch as launching
-from pallas_kernels.nvidia.delta import DTYPES, WIDEST, block_width
+from pallas_kernels.nvidia.delta import DTYPES, WIDEST
+from pallas_kernels.nvidia.gated_call import Call, Settings, count_segments, is_narrow, largest_width
+from pallas_kernels.nvidia.gated_channels import channels_backward, channels_forward
 from pallas_kernels.nvidia.gated_read_gradients import gated_read_gradients
 from pallas_kernels.nvidia.gated_reads import gated_read, gated_read_values
 from pallas_kernels.nvidia.gated_solve import gated_solve
 from pallas_kernels.nvidia.gated_solve_gradients import gated_solve_gradients
 from pallas_kernels.nvidia.gated_states import gated_advance, gated_retreat
-from pallas_kernels.nvidia.gated_table import GatedTile, choose, chunk_rows
-from pallas_kernels.nvidia.launch import Launch, Output
+from pallas_kernels.nvidia.gated_table import chunk_rows
+from pallas_kernels.nvidia.launch import Output
 from pallas_kernels.transform import transformable
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is known while tracing: the read's scale, the delta rule or not.
-
-    `compute_capability`: 90 for an H100; None asks the device, and is 90 where there is none. `chunk` and `tile`: in
-    the table's place, for tests and for choosing the table.
-    """
-
-    scale: float
-    delta: bool
-    compute_capability: int | None = None
-    chunk: int | None = None
-    tile: GatedTile | None = None
-
-    @property
-    def capability(self):
-        return self.compute_capability or launching.target_capability()
 
 
 def lacks(settings: Settings, key, value, log_decay) -> str | None:
@@ -59,10 +40,8 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
         return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
     if max(key.shape[3], value.shape[3]) > WIDEST:
         return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "its kernels take one decay a head, and log_decay has one for each key channel"
     try:
-        chunk_rows(settings.capability, _width(key, value), _is_narrow(value))
+        chunk_rows(settings.capability, largest_width(key, value), is_narrow(value))
     except NotImplementedError as error:
         return str(error)
     return None
@@ -97,14 +76,6 @@ def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
     return function(residuals, dout, dstate)
 
 
-def _width(key, value):
-    return max(block_width(key.shape[3]), block_width(value.shape[3]))
-
-
-def _is_narrow(value):
-    return np.dtype(value.dtype).itemsize == 2
-
-
 def gates(chunk: int, time: int, log_decay, resets):
     """What decays and resets do, chunk by chunk; log_decay [B,T,Hv] or None, resets [B,T] or None.
 
@@ -125,8 +96,7 @@ def gates(chunk: int, time: int, log_decay, resets):
         leave = jnp.exp(lax.cumsum(later, axis=3, reverse=True))
         total = enter[..., -1]
     if resets is not None:
-        segments = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
-        segments = jnp.pad(segments, [(0, 0), (0, length - time)], mode="edge")
+        segments = count_segments(chunk, time, resets)
         inside = blocks(segments)[:, None]
         last = inside[..., -1:]
         before = jnp.concatenate([jnp.zeros_like(last[:, :, :1]), last[:, :, :-1]], axis=2)
@@ -140,73 +110,17 @@ def gates(chunk: int, time: int, log_decay, resets):
     return g, segments, (flat(enter), flat(leave), total)
 
 
-class _Call:
+class _Call(Call):
     """One call's launches. `left`: enter, leave, total of `gates`, for each head of values, or None."""
 
     def __init__(self, settings, run, query, key, value, beta, log_decay, resets):
-        self.settings, self.narrow = settings, _is_narrow(value)
-        self.batch, self.time, self.heads, self.width = value.shape
-        self.key_width = key.shape[3]
-        self.chunk = settings.chunk or chunk_rows(settings.capability, _width(key, value), self.narrow)
-        self.chunks = -(-self.time // self.chunk)
-        self.length = self.chunks * self.chunk
-        self.dtype = value.dtype
-        self.query, self.key, self.value = query, key, value
+        super().__init__(settings, run, query, key, value, beta)
         self.prepare = functools.partial(gates, self.chunk, self.time, resets=resets)
         self.g, self.segments, left = self.prepare(log_decay)
         if left is not None:
             # Resets alone are the same for all heads.
             left = tuple(jnp.broadcast_to(x, (self.batch, self.heads, x.shape[2])) for x in left)
         self.left = left
-        self.beta = None
-        if beta is not None:
-            beta = jnp.moveaxis(beta, 2, 1).astype(jnp.float32)
-            self.beta = jnp.pad(beta, [(0, 0), (0, 0), (0, self.length - self.time)])
-        self.scale = np.float32(settings.scale)
-        self._run = run
-
-    def run(self, kernel, arrays, outputs, scalars, columns_apart=False, **constants):
-        """columns_apart: a program for each part of V's columns of a head; otherwise one for each chunk."""
-        launch = self.launch(kernel, arrays, outputs, scalars, columns_apart, **constants)
-        if self._run is launching.run:
-            return self._run(launch, self.settings.capability)
-        return self._run(launch)
-
-    def launch(self, kernel, arrays, outputs, scalars, columns_apart, **constants) -> Launch:
-        width = _width(self.key, self.value)
-        tile = self.settings.tile or choose(kernel.__name__, self.settings.capability, width, self.narrow)
-        values = min(tile.values, block_width(self.width))
-        parts = -(-self.width // values) if columns_apart else self.chunks
-        return Launch(
-            kernel,
-            # An argument that is absent still has a place in a kernel's list; nothing reads it there.
-            tuple(self.key if x is None else x for x in arrays),
-            outputs,
-            (self.time, *scalars),
-            self.batch * self.heads * parts,
-            dict(
-                HEADS=self.heads,
-                K_HEADS=self.key.shape[2],
-                K=self.key_width,
-                V=self.width,
-                **constants,
-                PRECISION="tf32" if self.narrow else "tf32x3",
-                C=self.chunk,
-                BLOCK_K=block_width(self.key_width),
-                VALUES=values,
-            ),
-            tile.warps,
-            tile.stages,
-        )
-
-    def tall(self, width, dtype=None):
-        return Output((self.batch, self.time, self.heads, width), dtype or self.dtype)
-
-    def numbers(self, present=True):
-        return Output((self.batch, self.heads, self.length) if present else (1,), jnp.float32)
-
-    def states(self, dtype=None):
-        return Output((self.batch, self.heads, self.chunks, self.key_width, self.width), dtype or self.dtype)
 
     @property
     def has(self):
@@ -223,21 +137,18 @@ class _Call:
 
     def solve(self, store_inverse):
         """w, u, and the inverses."""
-        square = (self.batch, self.heads, self.chunks, self.chunk, self.chunk)
         return self.run(
             gated_solve,
             (self.key, self.value, self.g, self.segments, self.beta, self.around[0]),
             (
                 self.tall(self.key_width),
                 self.tall(self.width),
-                Output(square if store_inverse else (1,), self.dtype),
+                self.squares(store_inverse),
             ),
             (),
             **self.has,
             **self.gated,
-            HAS_BETA=self.beta is not None,
             STORE_INVERSE=store_inverse,
-            SOLVE_PRECISION="tf32" if self.narrow else "tf32x3",
         )
 
     def advance(self, u, w, state):
@@ -253,9 +164,8 @@ class _Call:
                 Output(state.shape, jnp.float32),
             ),
             (),
-            columns_apart=True,
+            self.each_part_of_values,
             **self.gated,
-            DELTA=delta,
         )
         return states, written if delta else self.value, final
 
@@ -285,9 +195,8 @@ class _Call:
             (self.query, self.key, w, dout, dwritten, *self.around, dstate),
             (self.states(), self.tall(self.width), Output(dstate.shape, jnp.float32)),
             (self.scale,),
-            columns_apart=True,
+            self.each_part_of_values,
             **self.gated,
-            DELTA=self.settings.delta,
         )
 
     def read_gradients(self, written, dout, states, dstates):
@@ -329,7 +238,6 @@ class _Call:
             (),
             **self.has,
             **self.gated,
-            HAS_BETA=self.beta is not None,
         )
 
 
@@ -342,6 +250,8 @@ def _states(call, state, store_inverse):
 
 
 def _forward(settings, run, query, key, value, beta, log_decay, state, resets):
+    if log_decay is not None and log_decay.ndim == 4:
+        return channels_forward(settings, run, query, key, value, beta, log_decay, state, resets)
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     states, written, final, _, _ = _states(call, state, False)
     return call.read(written, states), final
@@ -349,6 +259,8 @@ def _forward(settings, run, query, key, value, beta, log_decay, state, resets):
 
 def _backward(settings, run, residuals, dout, dstate):
     query, key, value, beta, log_decay, state, resets = residuals
+    if log_decay is not None and log_decay.ndim == 4:
+        return channels_backward(settings, run, residuals, dout, dstate)
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     states, written, _, w, inverse = _states(call, state, True)
     dout = dout.astype(value.dtype)

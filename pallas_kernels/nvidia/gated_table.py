@@ -12,9 +12,10 @@ from pallas_kernels.nvidia.table import WIDTHS
 
 @dataclasses.dataclass(frozen=True)
 class GatedTile:
-    """values: how many columns of V a kernel has in hand at a time; then warps and stages of its pipeline."""
+    """columns: how many of V a kernel has in hand at a time, or of K where it works on pairs with a decay of each
+    channel; then warps and stages of its pipeline."""
 
-    values: int
+    columns: int
     warps: int
     stages: int
 
@@ -27,6 +28,18 @@ KERNELS = (
     "gated_retreat",
     "gated_read_gradients",
     "gated_solve_gradients",
+)
+# With a decay of each channel.
+CHANNEL_KERNELS = (
+    "gated_channel_pairs",
+    "gated_channel_solve",
+    "gated_channel_advance",
+    "gated_channel_read",
+    "gated_channel_read_values",
+    "gated_channel_retreat",
+    "gated_channel_read_gradients",
+    "gated_channel_solve_gradients",
+    "gated_channel_pair_gradients",
 )
 
 # Compute capability, whether operands have two bytes -> tokens of a chunk, for WIDTHS.
@@ -57,6 +70,24 @@ _TILES = {
     ("gated_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_pairs", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), GatedTile(64, 4, 1)),
+    ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
+    ("gated_channel_advance", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
+    ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_channel_read_values", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_channel_retreat", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 1), GatedTile(32, 4, 1)),
+    ("gated_channel_read_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
+    ("gated_channel_solve_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_pair_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
+    ("gated_channel_pairs", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_solve", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_advance", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read_values", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_pair_gradients", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
 }
 
 

@@ -60,6 +60,13 @@ def store_row(base, start, T, numbers, ROWS: tl.constexpr):
 
 
 @triton.jit
+def padded(n, T):
+    """Where row n begins in an array [rows, T padded to a multiple of 64]: aligned, so that neighbours load together,
+    and with zeros where a last tile of 64 or fewer reads past T."""
+    return tl.cast(n, tl.int64) * (tl.cdiv(T, 64) * 64)
+
+
+@triton.jit
 def columns_mask(start, T, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return ((start + tl.arange(0, ROWS))[:, None] < T) & ((column + tl.arange(0, BLOCK))[None, :] < WIDTH)
 

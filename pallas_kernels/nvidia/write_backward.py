@@ -2,25 +2,26 @@
 
     G_j = dU_j − Σ_{i>j} A_ij β_i G_i                  a transposed solve inside the block
     dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),             D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise
-    dV = α G,   dα_i = v_i·G_i,   dβ_i = −Σ_j A_ij G_i·u_j,   dW = scale · dS K,   dK = scale · dSᵀ W
+    dV = α G,   dα_i = v_i·G_i,   dβ_i = −G_i·s_i,   dW = scale · dS K,   dK = scale · dSᵀ W
 
 A block follows its head's later blocks as they get ready (order.py), in five products per pair of tiles. Its own
-triangular system needs no G and is inverted before the last of them is ready.
+triangular system needs no G and is inverted before the last of them is ready. What later blocks leave for it is
+H_i = −β_i G_i and D_i.
 
 TIED: one softmax writes and reads. P the write's weights, s its sums, π and ρ = 1 − π a row's own share and the rest:
 
     H_i = ρ_i dO_i − β_i G_i,    c_i = ρ_i dO_i·o_i + D_i,    G_j = dU_j + π_j dO_j + Σ_{i>j} P_ij H_i
-    dS_ij = P_ij (H_i·u_j − c_i) for j < i,    dβ_i = −G_i·s_i
+    dS_ij = P_ij (H_i·u_j − c_i) for j < i
 
 and the same five products serve both. What a row's own score adds is diagonal, and the caller's.
 
-dW (and dβ) are added to memory tile by tile by several programs at once: their last bits differ from run to run.
+dW is added to memory tile by tile by several programs at once: its last bits differ from run to run.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
+from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
 from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, weights_seen
 from pallas_kernels.nvidia.solve import halves, invert
@@ -29,40 +30,31 @@ from pallas_kernels.nvidia.weights import weights_again
 
 @triton.jit
 def write_rows(
-    keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column, begin, end,
+    keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column, begin, end,
     T, scale, score_scale,
-    HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr,
-    GRADIENTS: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr, GRADIENTS: tl.constexpr,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW and dβ
-    added to memory (GRADIENTS). OWN: the rows are the columns' own block."""
+    """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW added
+    to memory (GRADIENTS). OWN: the columns' own block may be among the rows."""
     for back in tl.range(0, end - begin, ROWS, num_stages=STAGES):
         start = end - ROWS - back
         rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         grads = load_tile(adjoint, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        index = start + tl.arange(0, ROWS)
         weights, visible = weights_seen(
-            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            scores, tl.load(lse + index), segments, column_segments, column, start, T,
             HAS_SEGMENTS, OWN, False, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
-        gate = tl.full([ROWS], -1.0, tl.float32)
-        if HAS_BETA:
-            gate = -load_row(beta, start, T, ROWS)
         if INCOMING:
-            if TIED:
-                rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
-            else:
-                rest = tl.dot((weights * gate[None, :]).to(values.dtype), grads, rest, input_precision=PRECISION)
+            rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
         if GRADIENTS:
             dots = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-            if not TIED:
-                index = start + tl.arange(0, ROWS)
-                tl.atomic_add(dbeta + index, -tl.sum(weights * dots, 0), mask=index < T, sem="relaxed")
-                dots *= gate[None, :]
             if SIMILARITY == "softmax":
-                dots -= load_row(centre, start, T, ROWS)[None, :]
+                dots -= tl.load(centre + index)[None, :]
             dscores = score_gradient(dots, scores, weights, visible, OWN or HAS_SEGMENTS, SIMILARITY)
             dscores = dscores.to(values.dtype)
             dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
@@ -72,12 +64,32 @@ def write_rows(
 
 
 @triton.jit
-def own_weights(
-    w, keys, lse, segments, start, columns, T, score_scale, STRICT: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, SIMILARITY: tl.constexpr,
-    POWER: tl.constexpr, PRECISION: tl.constexpr,
+def read_incoming(
+    keys, rest, w, dout, rest_share, lse, segments, column_segments, column, begin, T, score_scale,
+    HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A of half a block of rows and half a block of its own columns, rows first."""
+    """`rest` with Σ P_ij ρ_i dO_i over the columns' own block of rows: what comes in there before G is known."""
+    for start in tl.range(begin, begin + COLUMNS, ROWS, num_stages=1):
+        rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
+        scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        weights, visible = weights_seen(
+            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            HAS_SEGMENTS, True, False, ROWS, SIMILARITY, POWER,
+        )  # fmt: skip
+        grads = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V).to(DTYPE)
+        rest = tl.dot(weights.to(DTYPE), grads, rest, input_precision=PRECISION)
+    return rest
+
+
+@triton.jit
+def own_weights(
+    w, keys, beta, lse, segments, start, columns, T, score_scale, STRICT: tl.constexpr, HAS_BETA: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """diag(β) A of half a block of rows and half a block of its own columns, rows first."""
     rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
     scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * score_scale
     visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
@@ -88,7 +100,10 @@ def own_weights(
         else:
             visible = same
     log_total = load_row(lse, start, T, HALF)
-    return weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
+    weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
+    if HAS_BETA:
+        weights *= load_row(beta, start, T, HALF)[:, None]
+    return weights
 
 
 @triton.jit
@@ -118,18 +133,19 @@ def settle(
         if TIED:
             row_dot += load_row(rest_share, start, T, ROWS) * load_row(read_dot, start, T, ROWS)
         store_row(centre, start, T, row_dot, ROWS)
-    if TIED:
+    if HAS_BETA:
         past = load_tile(summary, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
         store_row(dbeta, start, T, -tl.sum(grad * past, 1), ROWS)
-        if HAS_BETA:
-            grad *= load_row(beta, start, T, ROWS)[:, None]
-        grad = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V) - grad
+        grad *= load_row(beta, start, T, ROWS)[:, None]
+    grad = -grad
+    if TIED:
+        grad += kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V)
     store_tile(adjoint, start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
 
 
 @triton.jit
 def write_backward(
-    w, k, v, alpha, beta, segments, last, u, operand, lse, du, dout, summary, rest_share, read_dot,
+    w, k, v, alpha, beta, segments, last, u, operand, summary, lse, du, dout, rest_share, read_dot,
     T, scale, score_scale, dw, dk, dv, dalpha, dbeta, adjoint, centre, counters,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, TIED: tl.constexpr,
@@ -138,38 +154,34 @@ def write_backward(
     GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `write_forward`, with last [B,blocks]: the row after the last one that sees a block's last column; u and
-    operand: u in float32 and as the products take it; du [B,T,HEADS,V] float32, with π dO in it if TIED; TIED: dout,
-    summary (s) [B,T,HEADS,V], rest_share (ρ), read_dot (dO·o) [B,HEADS,T] ->
-    dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw and dbeta zeroed; adjoint: G, or
-    H if TIED, in operand's dtype; centre: D, or c. `score_scale` has log2(e) in it for softmax, `scale` has not."""
+    operand: u in float32 and as the products take it; du [B,T,HEADS,V] float32, with π dO in it if TIED; HAS_BETA:
+    summary (s) [B,T,HEADS,V]; TIED: dout [B,T,HEADS,V], rest_share (ρ), read_dot (dO·o) [B,HEADS,T] ->
+    dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw zeroed; adjoint: H in operand's
+    dtype; centre [B,HEADS,padded T], zeroed: D, or c. `score_scale` has log2(e) in it for softmax, `scale` has not."""
     blocks = tl.cdiv(T, COLUMNS)
     n, later_blocks = draw(counters, B * HEADS, GROUP, blocks)
     block = blocks - 1 - later_blocks
     batch, head = n // HEADS, n % HEADS
     kv_head = head // (HEADS // KV_HEADS)
-    row = tl.cast(n, tl.int64) * T
     begin = block * COLUMNS
     column = begin + tl.arange(0, COLUMNS)
     w = head_base(w, batch, head, T, HEADS, K)
     dw = head_base(dw, batch, head, T, HEADS, K)
     adjoint = head_base(adjoint, batch, head, T, HEADS, V)
-    beta += row
-    lse += row
-    centre += row
-    dbeta += row
+    lse += padded(n, T)
+    centre += padded(n, T)
     k = head_base(k, batch, kv_head, T, KV_HEADS, K)
     keys = load_tile(k, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
     operand = head_base(operand, batch, head, T, HEADS, V)
     values = load_tile(operand, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
-    end = blocks * COLUMNS
+    end = tl.cdiv(T, ROWS) * ROWS
     column_segments = begin
     if HAS_SEGMENTS:
         segments += tl.cast(batch, tl.int64) * T
         column_segments = load_row(segments, begin, T, COLUMNS)
         end = tl.cdiv(tl.load(last + batch * blocks + block), ROWS) * ROWS
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
-    rest = load_tile(head_base(du, batch, head, T, HEADS, V), begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
-    dk = head_base(dk, batch, head, T, HEADS, K)
+    rest = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
 
     # All but the nearest of the later blocks, as they get ready.
     near = begin + COLUMNS
@@ -177,95 +189,83 @@ def write_backward(
     while end > far:
         ready = tl.minimum(tl.maximum((blocks - done_blocks(counters + 1 + n)) * COLUMNS, far), end)
         dkeys, rest = write_rows(
-            keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
+            keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column,
             ready, end, T, scale, score_scale,
-            HAS_BETA, HAS_SEGMENTS, False, True, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            HAS_SEGMENTS, False, True, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
             ROWS, BLOCK_K, BLOCK_V, STAGES,
         )  # fmt: skip
         end = ready
     # Nobody else's business until the end: meanwhile the registers are needed.
+    dk = head_base(dk, batch, head, T, HEADS, K)
     store_tile(dk, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)
 
     # The block's own system needs no G: invert it before the nearest block is ready.
     HALF: tl.constexpr = COLUMNS // HALVES
-    v = head_base(v, batch, kv_head, T, KV_HEADS, V)
-    dv = head_base(dv, batch, head, T, HEADS, V)
-    dout = head_base(dout, batch, head, T, HEADS, V)
-    u = head_base(u, batch, head, T, HEADS, V)
-    summary = head_base(summary, batch, head, T, HEADS, V)
+    row = tl.cast(n, tl.int64) * T
+    beta += row
+    if TIED:
+        dout = head_base(dout, batch, head, T, HEADS, V)
+        rest = read_incoming(
+            keys, rest, w, dout, rest_share + row, lse, segments, column_segments, column, begin, T, score_scale,
+            HAS_SEGMENTS, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS, COLUMNS, BLOCK_K, BLOCK_V,
+            operand.dtype.element_ty,
+        )  # fmt: skip
     half_keys = load_tile(k, begin, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
     upper = own_weights(
-        w, half_keys, lse, segments, begin, begin, T, score_scale, True, HAS_SEGMENTS, HEADS, K, HALF, BLOCK_K,
-        SIMILARITY, POWER, SCORE_PRECISION,
+        w, half_keys, beta, lse, segments, begin, begin, T, score_scale, True, HAS_BETA, HAS_SEGMENTS, HEADS, K, HALF,
+        BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
     )  # fmt: skip
+    upper = invert(upper, HALF, PRECISION)
     if HALVES == 2:
         below = own_weights(
-            w, half_keys, lse, segments, begin + HALF, begin, T, score_scale, False, HAS_SEGMENTS, HEADS, K, HALF,
-            BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+            w, half_keys, beta, lse, segments, begin + HALF, begin, T, score_scale, False, HAS_BETA, HAS_SEGMENTS,
+            HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
         half_keys = load_tile(k, begin + HALF, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
         lower = own_weights(
-            w, half_keys, lse, segments, begin + HALF, begin + HALF, T, score_scale, True, HAS_SEGMENTS, HEADS, K,
-            HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+            w, half_keys, beta, lse, segments, begin + HALF, begin + HALF, T, score_scale, True, HAS_BETA,
+            HAS_SEGMENTS, HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
-    if TIED:
-        kept = kept_gradient(dout, rest_share + row, begin, T, HEADS, V, HALF, BLOCK_V)
-        more = tl.dot(tl.trans(upper), kept, input_precision=PRECISION)
-        if HALVES == 2:
-            kept = kept_gradient(dout, rest_share + row, begin + HALF, T, HEADS, V, HALF, BLOCK_V)
-            more += tl.dot(tl.trans(below), kept, input_precision=PRECISION)
-            lower_more = tl.dot(tl.trans(lower), kept, input_precision=PRECISION)
-    if HAS_BETA:
-        upper *= load_row(beta, begin, T, HALF)[:, None]
-        if HALVES == 2:
-            gate = load_row(beta, begin + HALF, T, HALF)[:, None]
-            below *= gate
-            lower *= gate
-    upper = invert(upper, HALF, PRECISION)
-    if HALVES == 2:
         lower = invert(lower, HALF, PRECISION)
 
     wait_for(counters + 1 + n, later_blocks)
     # Only what G needs; the gradients of these rows can wait until this block's G is out.
-    dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
+    end = tl.maximum(end, near)
     dkeys, rest = write_rows(
-        keys, values, dkeys, rest, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
-        near, tl.maximum(end, near), T, scale, score_scale,
-        HAS_BETA, HAS_SEGMENTS, False, True, False, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column,
+        near, end, T, scale, score_scale,
+        HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         ROWS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
+    v = head_base(v, batch, kv_head, T, KV_HEADS, V)
+    du = head_base(du, batch, head, T, HEADS, V)
+    dv = head_base(dv, batch, head, T, HEADS, V)
+    u = head_base(u, batch, head, T, HEADS, V)
+    summary = head_base(summary, batch, head, T, HEADS, V)
     if HALVES == 2:
         rest, lower_rest = halves(rest, COLUMNS, BLOCK_V)
-        if TIED:
-            lower_rest += lower_more
+        lower_rest += load_tile(du, begin + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
         grad = tl.dot(tl.trans(lower), lower_rest, input_precision=PRECISION)
         rest -= tl.dot(tl.trans(below), grad, input_precision=PRECISION)
         settle(
             grad, begin + HALF, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv,
-            dalpha + row, dbeta, adjoint, centre,
+            dalpha + row, dbeta + row, adjoint, centre,
             HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
         )  # fmt: skip
-    if TIED:
-        rest += more
+    rest += load_tile(du, begin, T, HEADS * V, V, HALF, BLOCK_V, False)
     grad = tl.dot(tl.trans(upper), rest, input_precision=PRECISION)
     settle(
         grad, begin, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv, dalpha + row,
-        dbeta, adjoint, centre,
+        dbeta + row, adjoint, centre,
         HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
     )  # fmt: skip
     publish(counters + 1 + n, later_blocks + 1)
 
+    dkeys = load_tile(dk, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
     dkeys, end = write_rows(
-        keys, values, dkeys, end, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
-        near, tl.maximum(end, near), T, scale, score_scale,
-        HAS_BETA, HAS_SEGMENTS, False, False, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        keys, values, dkeys, end, w, adjoint, lse, centre, dw, segments, column_segments, column,
+        begin, end, T, scale, score_scale,
+        HAS_SEGMENTS, True, False, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         ROWS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
-    dkeys, end = write_rows(
-        keys, values, dkeys, end, w, adjoint, beta, lse, centre, dw, dbeta, segments, column_segments, column,
-        begin, near, T, scale, score_scale,
-        HAS_BETA, HAS_SEGMENTS, True, False, True, TIED, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-        ROWS, BLOCK_K, BLOCK_V, 1,
-    )  # fmt: skip
-    dkeys += load_tile(dk, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
     store_tile(dk, begin, T, dkeys * scale, HEADS * K, K, COLUMNS, BLOCK_K)

@@ -15,7 +15,7 @@ where π and 1 − π are two sigmoids, each computed by itself: neither cancels
 import triton
 import triton.language as tl
 
-from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
+from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
 from pallas_kernels.nvidia.solve import halves, invert, joined_rows, row_halves
 from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum, weights_again
@@ -103,13 +103,14 @@ def load_target(
 
 
 @triton.jit
-def tied_rows(
-    w, k, u, source, begin, start, past, log_total, seen, segments, T, scale, out, summary, share, rest,
-    HAS_SEGMENTS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
-    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+def summarise(
+    w, k, u, source, begin, start, past, log_total, seen, segments, T, scale, summary, out, share, rest,
+    TIED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s and o of the HALF rows at `start`, given `past`, their sums over the columns before the block's `begin`.
+    """s of the HALF rows at `start`, given `past`, their sums over the columns before the block's `begin`; and o, if
+    TIED.
 
     TILES: how many tiles of HALF columns lie between `begin` and the rows' end; u there has just been stored.
     """
@@ -121,7 +122,8 @@ def tied_rows(
         column = columns + tl.arange(0, HALF)
         keys = load_tile(k, columns, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
         scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
-        own += tl.sum(tl.where(row[:, None] == column[None, :], scores, 0.0), 1)
+        if TIED:
+            own += tl.sum(tl.where(row[:, None] == column[None, :], scores, 0.0), 1)
         visible = row[:, None] > column[None, :]
         if HAS_SEGMENTS:
             same = load_row(segments, start, T, HALF)[:, None] == load_row(segments, columns, T, HALF)[None, :]
@@ -129,35 +131,39 @@ def tied_rows(
         weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
         values = load_tile(source, columns, T, HEADS * V, V, HALF, BLOCK_V, False)
         past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
-    excess = own - log_total
-    # Without a past all of the row's weight is its own.
-    own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
-    past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
-    store_row(share, start, T, own_share, HALF)
-    store_row(rest, start, T, past_share, HALF)
     store_tile(summary, start, T, past, HEADS * V, V, HALF, BLOCK_V)
-    values = load_tile(u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
-    store_tile(out, start, T, past_share[:, None] * past + own_share[:, None] * values, HEADS * V, V, HALF, BLOCK_V)
+    if TIED:
+        excess = own - log_total
+        # Without a past all of the row's weight is its own.
+        own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
+        past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
+        store_row(share, start, T, own_share, HALF)
+        store_row(rest, start, T, past_share, HALF)
+        values = load_tile(u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+        read = past_share[:, None] * past + own_share[:, None] * values
+        store_tile(out, start, T, read, HEADS * V, V, HALF, BLOCK_V)
 
 
 @triton.jit
 def write_forward(
     w, k, v, alpha, beta, segments, first, T, scale,
-    u, operand, lse, counters, out, summary, share, rest,
+    u, operand, lse, counters, summary, out, share, rest,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, NARROW: tl.constexpr,
-    COPY: tl.constexpr, TIED: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    COPY: tl.constexpr, SUMMARY: tl.constexpr, TIED: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
     SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], v [B,T,KV_HEADS,V], alpha, beta [B,HEADS,T], segments [B,T],
     first [B,blocks]: the first column that a block's first row sees ->
-    u [B,T,HEADS,V] float32; operand: u again, narrow (COPY: stored, NARROW: read again here); lse [B,HEADS,T], base 2;
-    TIED: out, summary [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in it for softmax."""
+    u [B,T,HEADS,V] float32; operand: u again, narrow (COPY: stored, NARROW: read again here); lse [B,HEADS,padded T],
+    base 2, zeroed; SUMMARY: s [B,T,HEADS,V]; TIED: out [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in
+    it for softmax."""
     blocks = tl.cdiv(T, ROWS)
     n, block = draw(counters, B * HEADS, GROUP, blocks)
     batch, head = n // HEADS, n % HEADS
     row = tl.cast(n, tl.int64) * T
+    lse += padded(n, T)
     k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
     v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
     u = head_base(u, batch, head, T, HEADS, V)
@@ -227,10 +233,10 @@ def write_forward(
     if SIMILARITY == "softmax":
         if HALVES == 2:
             highest = joined_rows(upper_highest, lower_highest, ROWS)
-            store_row(lse + row, start + HALF, T, log_sum(lower_highest, lower_total), HALF)
+            store_row(lse, start + HALF, T, log_sum(lower_highest, lower_total), HALF)
         else:
             highest = upper_highest
-        store_row(lse + row, start, T, log_sum(upper_highest, upper_total), HALF)
+        store_row(lse, start, T, log_sum(upper_highest, upper_total), HALF)
         weighted *= tl.exp2(before - highest)[:, None]
 
     wait_for(counters + 1 + n, block)
@@ -261,21 +267,24 @@ def write_forward(
             store_tile(operand, start + HALF, T, lower_u, HEADS * V, V, HALF, BLOCK_V)
     publish(counters + 1 + n, block + 1)
 
-    if TIED:
-        out = head_base(out, batch, head, T, HEADS, V)
+    if SUMMARY:
         summary = head_base(summary, batch, head, T, HEADS, V)
-        past = upper_weighted * inverse_or_zero(upper_total)[:, None]
-        tied_rows(
-            w, k, u, source, start, start, past, log_sum(upper_highest, upper_total), upper_total > 0, segments, T,
-            scale, out, summary, share + row, rest + row,
-            HAS_SEGMENTS, 1, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+        if TIED:
+            out = head_base(out, batch, head, T, HEADS, V)
+        if SIMILARITY == "softmax":
+            upper_weighted *= inverse_or_zero(upper_total)[:, None]
+        summarise(
+            w, k, u, source, start, start, upper_weighted, log_sum(upper_highest, upper_total), upper_total > 0,
+            segments, T, scale, summary, out, share + row, rest + row,
+            TIED, HAS_SEGMENTS, 1, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
             PRECISION,
         )  # fmt: skip
         if HALVES == 2:
-            past = lower_weighted * inverse_or_zero(lower_total)[:, None]
-            tied_rows(
-                w, k, u, source, start, start + HALF, past, log_sum(lower_highest, lower_total), lower_total > 0,
-                segments, T, scale, out, summary, share + row, rest + row,
-                HAS_SEGMENTS, 2, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
-                PRECISION,
+            if SIMILARITY == "softmax":
+                lower_weighted *= inverse_or_zero(lower_total)[:, None]
+            summarise(
+                w, k, u, source, start, start + HALF, lower_weighted, log_sum(lower_highest, lower_total),
+                lower_total > 0, segments, T, scale, summary, out, share + row, rest + row,
+                TIED, HAS_SEGMENTS, 2, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
+                SCORE_PRECISION, PRECISION,
             )  # fmt: skip

@@ -1,7 +1,9 @@
 """Unit triangular systems of a tile's rows, given across: a [columns, rows] = Aᵀ, A strictly lower triangular.
 
-32-row diagonal blocks are inverted all at once by the ladder X ← X − X L X (L the part of Aᵀ that joins blocks of b
-into blocks of 2b rows), which never forms a power of A; the rest is substitution, block by block.
+Diagonal blocks of 16 rows are inverted by substitution on the vector unit, all of them side by side, row after row from
+the last: X_i ← X_i − a_ij X_j. Then blocks of b rows are joined to blocks of 2b by X ← X − X L X, L the part of Aᵀ
+between them, on the matrix unit, up to tiles of 128; the rest is substitution, tile by tile. No power of A is ever
+formed. What costs time is the number of products that wait for one another: six for the joins, two for each tile.
 """
 
 from __future__ import annotations
@@ -9,52 +11,70 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.products import BATCHED, NN, NT, dot
+from pallas_kernels.tpu.products import NN, NT, dot
 
-BLOCK = 32
+BLOCK = 16
+SUBLANES = 8
+TILE = 128
 
 
-def block_inverses(a, dtype):
-    """[C/32, 32, 32]: the inverses of the diagonal blocks of I + a, a [C, C] strictly upper triangular; what is not
-    above the diagonal is not read. Products take operands of `dtype`."""
-    size = a.shape[0]
-    blocks = jnp.stack([a[i : i + BLOCK, i : i + BLOCK] for i in range(0, size, BLOCK)])
-    row = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
-    column = lax.broadcasted_iota(jnp.int32, blocks.shape, 2)
-    identity = jnp.where(row == column, 1.0, 0.0)
+def tile_inverses(a, dtype):
+    """A list of [128, 128]: the inverses of the diagonal tiles of I + a, a [C, C] with 0 in what is not above the
+    diagonal, C a multiple of 128. Products take operands of `dtype`. Step by step for all tiles at once."""
+    tiles = [a[i : i + TILE, i : i + TILE] for i in range(0, a.shape[0], TILE)]
+    row = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
+    column = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
     # Where an entry's row and column differ in a bit is the size of the blocks it joins.
-    apart, above = row ^ column, row < column
-    inverse = identity - jnp.where((apart == 1) & above, blocks, 0.0)
-    b = 2
-    while b < BLOCK:
-        joins = (apart >= b) & (apart < 2 * b) & above
-        step = dot(jnp.where(joins, blocks, 0.0), inverse, dtype, BATCHED)
-        inverse = inverse - dot(inverse, step, dtype, BATCHED)
+    apart = row ^ column
+    found = [jnp.where(apart < BLOCK, jnp.concatenate([_blocks(x)] * (TILE // BLOCK)), 0.0) for x in tiles]
+    b = BLOCK
+    while b < TILE:
+        joins = (apart >= b) & (apart < 2 * b)
+        steps = [dot(jnp.where(joins, l, 0.0), x, dtype) for l, x in zip(tiles, found)]
+        found = [x - dot(x, step, dtype) for x, step in zip(found, steps)]
         b *= 2
-    return inverse
+    return found
+
+
+def _blocks(tile):
+    """[16, 128]: the inverses of I + each diagonal block of 16 rows of a tile [128, 128], side by side."""
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, TILE), 1)
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, TILE), 0)
+    place = lane & (BLOCK - 1)
+    parts, x = [], []
+    for i in range(0, BLOCK, SUBLANES):
+        part = tile[i : i + SUBLANES]
+        for n in range(BLOCK, TILE, BLOCK):
+            part = jnp.where(lane >= n, tile[n + i : n + i + SUBLANES], part)
+        parts.append(part)
+        x.append(jnp.where(place == row + i, 1.0, 0.0))
+    for j in reversed(range(1, BLOCK)):
+        done = x[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
+        for t in range((j - 1) // SUBLANES + 1):
+            # Column j of each block, in all of the block's lanes; 0 in the rows from j on.
+            x[t] = x[t] - jnp.take_along_axis(parts[t], lane - place + j, axis=1) * done
+    return jnp.concatenate(x)
 
 
 def solve_across(a, b, dtype):
-    """x with x (I + a) = b, b [V, C]: xᵀ solves (I + A) xᵀ = bᵀ. From the first block on."""
-    inverses = block_inverses(a, dtype)
-    parts = []
-    for i in range(a.shape[0] // BLOCK):
-        own = slice(i * BLOCK, (i + 1) * BLOCK)
-        rest = b[:, own]
-        if parts:
-            rest = rest - dot(jnp.concatenate(parts, axis=1), a[: i * BLOCK, own], dtype, NN)
-        parts.append(dot(rest, inverses[i], dtype, NN))
-    return jnp.concatenate(parts, axis=1)
+    """x with x (I + a) = b, b [V, C]: xᵀ solves (I + A) xᵀ = bᵀ. From the first tile on."""
+    inverses = tile_inverses(a, dtype)
+    own = [slice(i, i + TILE) for i in range(0, a.shape[0], TILE)]
+    rest, found = [b[:, i] for i in own], []
+    for n, i in enumerate(own):
+        found.append(dot(rest[n], inverses[n], dtype, NN))
+        for m in range(n + 1, len(own)):
+            rest[m] = rest[m] - dot(found[n], a[i, own[m]], dtype, NN)
+    return jnp.concatenate(found, axis=1)
 
 
 def solve_across_transposed(a, b, dtype):
-    """x with (I + a) xᵀ = bᵀ, b [V, C]: xᵀ solves (I + A)ᵀ xᵀ = bᵀ. From the last block back."""
-    inverses = block_inverses(a, dtype)
-    parts = []
-    for i in reversed(range(a.shape[0] // BLOCK)):
-        own = slice(i * BLOCK, (i + 1) * BLOCK)
-        rest = b[:, own]
-        if parts:
-            rest = rest - dot(jnp.concatenate(parts, axis=1), a[own, own.stop :], dtype, NT)
-        parts.insert(0, dot(rest, inverses[i], dtype, NT))
-    return jnp.concatenate(parts, axis=1)
+    """x with (I + a) xᵀ = bᵀ, b [V, C]: xᵀ solves (I + A)ᵀ xᵀ = bᵀ. From the last tile back."""
+    inverses = tile_inverses(a, dtype)
+    own = [slice(i, i + TILE) for i in range(0, a.shape[0], TILE)]
+    rest, found = [b[:, i] for i in own], [None] * len(own)
+    for n in reversed(range(len(own))):
+        found[n] = dot(rest[n], inverses[n], dtype, NT)
+        for m in range(n):
+            rest[m] = rest[m] - dot(found[n], a[own[m], own[n]], dtype, NT)
+    return jnp.concatenate(found, axis=1)

@@ -1,0 +1,101 @@
+"""The gradients of queries, keys and decays of each channel, of those of what gated_channel_pairs.py makes of them; all
+chunks and parts of the channels at once. Where blocks of b tokens meet, with the factor E = e^D to the border,
+q' = E ⊙ q, k' = E ⊙ k and dqk, dkk masked to the pairs that meet,
+
+    dq' = dqk k',      dk' = dqkᵀ q' + (dkk + dkkᵀ) k',      dq += E ⊙ dq',      dk += E ⊙ dk',
+    z = q' ⊙ dq' + k' ⊙ dk',      dg_l += Σ_{i≥l} z_i  in a second block,      Σ_{j<l} z_j  in a first
+
+which are the gates between a token and the border: every pair counts at the gates it spans and no others, so that
+nothing has to cancel. Derived for this project."""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.nvidia.gated_channel_pairs import around, decay_to_border, doubled, meeting, same_segment
+from pallas_kernels.nvidia.memory import head_base, load_columns, load_row, store_columns
+
+
+@triton.jit
+def sums_of_rows(where, x, dsum, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+    """dsum_l + Σ_i [where_li] x_i. NARROW: x rounded to bfloat16, whose range is float32's."""
+    if NARROW:
+        return tl.dot(where.to(tl.float32).to(tl.bfloat16), x.to(tl.bfloat16), dsum)
+    else:
+        return tl.dot(where.to(tl.float32), x, dsum, input_precision=PRECISION)
+
+
+@triton.jit
+def gated_channel_pair_gradients(
+    q, k, g, segments, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal, T, dq, dk, dg,
+    HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, HAS_SEGMENTS: tl.constexpr, DELTA: tl.constexpr,
+    NARROW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """As `gated_channel_pairs`, the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
+    chunks = tl.cdiv(T, C)
+    parts: tl.constexpr = (K + KEYS - 1) // KEYS
+    column = tl.program_id(0) % parts * KEYS
+    n = tl.program_id(0) // parts // chunks
+    chunk = tl.program_id(0) // parts % chunks
+    batch, head = n // HEADS, n % HEADS
+    start = chunk * C
+    block = tl.cast(n, tl.int64) * chunks + chunk
+    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
+    k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
+    g = head_base(g, batch, head, T, HEADS, K)
+    keys = load_columns(k, start, T, column, K_HEADS * K, K, C, KEYS)
+    queries = load_columns(q, start, T, column, K_HEADS * K, K, C, KEYS)
+    until = load_columns(g, start, T, column, HEADS * K, K, C, KEYS)
+    after = tl.zeros([C, KEYS], tl.float32)
+    row = tl.arange(0, C)
+    square = block * C * C + row[:, None] * C + row[None, :]
+    read = tl.load(dqk + square)
+    if HAS_SEGMENTS:
+        read = tl.where(same_segment(segments, C), read, 0.0).to(keys.dtype)
+    if DELTA:
+        deleted = tl.load(dkk + square)
+        if HAS_SEGMENTS:
+            deleted = tl.where(same_segment(segments, C), deleted, 0.0).to(keys.dtype)
+    own = tl.sum(tl.where(row[:, None] == row[None, :], read, 0.0).to(tl.float32), 1)
+    dqueries = own[:, None] * keys
+    dkeys = own[:, None] * queries
+    dgates = tl.zeros([C, KEYS], tl.float32)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        decay = decay_to_border(until, after, level, C)
+        meet = meeting(level, C)
+        near_keys = (keys * decay).to(keys.dtype)
+        near_queries = (queries * decay).to(keys.dtype)
+        pairs = tl.where(meet, read, 0.0).to(keys.dtype)
+        dnear_queries = tl.dot(pairs, near_keys, input_precision=PRECISION)
+        dnear_keys = tl.dot(tl.trans(pairs), near_queries, input_precision=PRECISION)
+        if DELTA:
+            pairs = tl.where(meet, deleted, 0.0).to(keys.dtype)
+            dnear_keys = tl.dot(pairs, near_keys, dnear_keys, input_precision=PRECISION)
+            dnear_keys = tl.dot(tl.trans(pairs), near_keys, dnear_keys, input_precision=PRECISION)
+        dqueries += decay * dnear_queries
+        dkeys += decay * dnear_keys
+        # of the sum of gates between a token and the border, and of those gates
+        dsum = decay * (queries * dnear_queries + keys * dnear_keys)
+        spans = ((row >> level) & 1 == 1)[:, None] == (row[None, :] >= row[:, None])
+        spans &= (row >> level)[:, None] == (row >> level)[None, :]
+        dgates = sums_of_rows(spans, dsum, dgates, NARROW, PRECISION)
+        until, after = doubled(until, after, level, C, KEYS)
+    enter, leave, left = around(until, after, segments, chunk, C, HAS_SEGMENTS)
+    dnear_queries = load_columns(head_base(dq_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
+    dqueries += enter * dnear_queries
+    dsum = queries * dnear_queries.to(tl.float32)
+    if DELTA:
+        dnear_keys = load_columns(
+            head_base(dk_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS
+        )
+        dkeys += enter * dnear_keys
+        dsum += keys * dnear_keys.to(tl.float32)
+    dgates = sums_of_rows(row[None, :] >= row[:, None], enter * dsum, dgates, NARROW, PRECISION)
+    store_columns(head_base(dq, batch, head, T, HEADS, K), start, T, column, dqueries, HEADS * K, K, C, KEYS)
+    dnear_keys = load_columns(head_base(dwrites, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
+    dkeys += leave * dnear_keys
+    dsum = keys * dnear_keys.to(tl.float32)
+    dgates = sums_of_rows(row[None, :] < row[:, None], leave * dsum, dgates, NARROW, PRECISION)
+    store_columns(head_base(dk, batch, head, T, HEADS, K), start, T, column, dkeys, HEADS * K, K, C, KEYS)
+    dgates += (left * load_row(dtotal + block * K, column, K, KEYS))[None, :]
+    store_columns(head_base(dg, batch, head, T, HEADS, K), start, T, column, dgates, HEADS * K, K, C, KEYS)
