@@ -58,8 +58,8 @@ def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=
         elif kernel == "read_backward":
             launch = delta.read_backward_launch(settings, x, kv, u, x, row, row, ids)
         else:
-            both = (x, x, row, row) if tied else None
-            launch = delta.write_backward_launch(settings, x, kv, kv, gate, gate, ids, exact, u, row, exact, both)
+            both = (x, row, row) if tied else None
+            launch = delta.write_backward_launch(settings, x, kv, kv, gate, gate, ids, exact, u, x, row, exact, both)
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in launch.arrays)
         found.append(dataclasses.replace(launch, arrays=shapes))
 

@@ -427,9 +427,8 @@ def _backward(settings, run, residuals, dout, du):
         dquery, dkey_read, du_read = _run(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query
-    launch = write_backward_launch(
-        settings, w, key, value, alpha, beta, segment_ids, u, copy, residuals["summary"], residuals["lse_write"], du, tied
-    )
+    saved = (u, copy, residuals["summary"], residuals["lse_write"])
+    launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, *saved, du, tied)
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
     dkey = dkey + dkey_read
     if settings.tied:

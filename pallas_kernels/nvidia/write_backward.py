@@ -45,8 +45,11 @@ def write_rows(
         grads = load_tile(adjoint, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
         index = start + tl.arange(0, ROWS)
+        log_total = index
+        if SIMILARITY == "softmax":
+            log_total = tl.load(lse + index)
         weights, visible = weights_seen(
-            scores, tl.load(lse + index), segments, column_segments, column, start, T,
+            scores, log_total, segments, column_segments, column, start, T,
             HAS_SEGMENTS, OWN, False, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
         if INCOMING:
@@ -74,7 +77,7 @@ def read_incoming(
     for start in tl.range(begin, begin + COLUMNS, ROWS, num_stages=1):
         rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
-        weights, visible = weights_seen(
+        weights, _visible = weights_seen(
             scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
             HAS_SEGMENTS, True, False, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
@@ -99,8 +102,10 @@ def own_weights(
             visible &= same
         else:
             visible = same
-    log_total = load_row(lse, start, T, HALF)
-    weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
+    log_total = scores
+    if SIMILARITY == "softmax":
+        log_total = load_row(lse, start, T, HALF)[:, None]
+    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
     if HAS_BETA:
         weights *= load_row(beta, start, T, HALF)[:, None]
     return weights
@@ -174,18 +179,18 @@ def write_backward(
     keys = load_tile(k, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
     operand = head_base(operand, batch, head, T, HEADS, V)
     values = load_tile(operand, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
+    near = begin + COLUMNS
+    far = near + COLUMNS
     end = tl.cdiv(T, ROWS) * ROWS
     column_segments = begin
     if HAS_SEGMENTS:
         segments += tl.cast(batch, tl.int64) * T
         column_segments = load_row(segments, begin, T, COLUMNS)
-        end = tl.cdiv(tl.load(last + batch * blocks + block), ROWS) * ROWS
+        end = tl.maximum(tl.cdiv(tl.load(last + batch * blocks + block), ROWS) * ROWS, tl.minimum(near, end))
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     rest = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
 
     # All but the nearest of the later blocks, as they get ready.
-    near = begin + COLUMNS
-    far = near + COLUMNS
     while end > far:
         ready = tl.minimum(tl.maximum((blocks - done_blocks(counters + 1 + n)) * COLUMNS, far), end)
         dkeys, rest = write_rows(
@@ -230,7 +235,6 @@ def write_backward(
 
     wait_for(counters + 1 + n, later_blocks)
     # Only what G needs; the gradients of these rows can wait until this block's G is out.
-    end = tl.maximum(end, near)
     dkeys, rest = write_rows(
         keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column,
         near, end, T, scale, score_scale,
