@@ -131,6 +131,18 @@ def test_word_problem_of_elements_that_move_few(group, moves, count):
     np.testing.assert_array_equal(targets[:, 1:], table[targets[:, :-1], tokens[:, 1:]])
 
 
+@pytest.mark.parametrize("pauses", [1, 3])
+def test_word_problem_with_pauses_is_the_one_without_spread_out(pauses):
+    close, each = tasks.WordProblem(length=7, group="S4")("seed", np.arange(20)), 1 + pauses
+    task = tasks.WordProblem(length=7 * each, group="S4", pauses=pauses)
+    tokens, targets, counted, real = task("seed", np.arange(20))
+    assert task.input_vocabulary == 25 and task.target_vocabulary == 24 and real.all()
+    np.testing.assert_array_equal(tokens[:, ::each], close.tokens)
+    assert (np.delete(tokens, np.s_[::each], axis=1) == 24).all()
+    np.testing.assert_array_equal(targets[:, pauses::each], close.targets)
+    np.testing.assert_array_equal(counted, np.arange(7 * each) % each == pauses)
+
+
 # MQAR.
 
 
@@ -372,6 +384,8 @@ def test_grain_reads_it(task):
         (lambda: tasks.WordProblem(group="D5"), "group='D5': must be one of S3"),
         (lambda: tasks.WordProblem(group="S4", moves=5), "moves=5: must be from 2 to 4 in S4, or 0"),
         (lambda: tasks.WordProblem(group="A5", moves=2), "moves=2: must be from 3 to 5 in A5, or 0"),
+        (lambda: tasks.WordProblem(length=16, pauses=2), "length=16: must be a multiple of 3, an element and its"),
+        (lambda: tasks.WordProblem(pauses=-1), "pauses=-1: must be at least 0"),
         (lambda: tasks.MQAR(length=63), "length=63: must be even and at least 4 pairs = 16"),
         (lambda: tasks.MQAR(length=16, pairs=5), "length=16: .*4 pairs = 20"),
         (lambda: tasks.MQAR(vocabulary=9), "vocabulary=9: must be at least 2 pairs \\+ 2 = 10"),

@@ -27,14 +27,17 @@ class WordProblem:
     Token 0 is the identity. Tokens are uniform among the elements that move at most `moves` things, every position is
     counted. With moves = 2 they are the identity and the swaps, with 3 these and the 3-cycles; in A_n, the 3-cycles.
 
-    Args: length: elements in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". moves: 0, for every element, or from 2
-      to n (from 3 in A_n, which has no swaps). Raises ValueError for others.
+    Args: length: tokens in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". moves: 0, for every element, or from 2
+      to n (from 3 in A_n, which has no swaps). pauses: empty tokens after each element, the last of which is asked in
+      its place: a layer that writes once a token has so many writes more for it; the empty token comes after the
+      group's, and length must be a multiple of 1 + pauses. Raises ValueError for what does not fit.
     `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
     """
 
     length: int = 32
     group: str = "S5"
     moves: int = 0
+    pauses: int = 0
 
     def __post_init__(self):
         check_least("length", self.length, 1)
@@ -43,26 +46,34 @@ class WordProblem:
         least, most = 2 if self.group[0] == "S" else 3, int(self.group[1])
         if self.moves and not least <= self.moves <= most:
             raise ValueError(f"moves={self.moves}: must be from {least} to {most} in {self.group}, or 0 for all of it")
+        check_least("pauses", self.pauses, 0)
+        if self.length % (1 + self.pauses):
+            raise ValueError(
+                f"length={self.length}: must be a multiple of {1 + self.pauses}, an element and its pauses"
+            )
 
     @property
     def input_vocabulary(self) -> int:
-        return len(elements(self.group))
+        return len(elements(self.group)) + (self.pauses > 0)
 
     @property
     def target_vocabulary(self) -> int:
         return len(elements(self.group))
 
     def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
-        drawn = allowed(self.group, self.moves)
-        tokens = drawn[Draws(seed, f"word problem {self.group}", indices).integers(self.length, len(drawn))]
+        drawn, each = allowed(self.group, self.moves), 1 + self.pauses
+        draws = Draws(seed, f"word problem {self.group}", indices)
+        factors = drawn[draws.integers(self.length // each, len(drawn))]
         table = products(self.group)
-        targets = np.empty_like(tokens)
+        tokens = np.full((len(factors), self.length), len(table))
+        tokens[:, ::each] = factors
+        targets, counted = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         product = np.zeros(len(tokens), np.int64)
-        for t in range(self.length):
-            product = table[product, tokens[:, t]]
-            targets[:, t] = product
-        every = np.ones(tokens.shape, bool)
-        return Examples(tokens.astype(np.int32), targets.astype(np.int32), every, every.copy())
+        for place in range(factors.shape[1]):
+            product = table[product, factors[:, place]]
+            targets[:, place * each + self.pauses] = product
+        counted[:, self.pauses :: each] = True
+        return Examples(tokens.astype(np.int32), targets.astype(np.int32), counted, np.ones(tokens.shape, bool))
 
 
 @functools.cache
