@@ -49,7 +49,9 @@ FORMS = [
 
 @needs_triton
 @pytest.mark.parametrize("implementation", ["triton", None])
-@pytest.mark.parametrize("case, segments, forward, both", FORMS, ids=["delta", "plain", "linear", "channel", "linear-channel"])
+@pytest.mark.parametrize(
+    "case, segments, forward, both", FORMS, ids=["delta", "plain", "linear", "channel", "linear-channel"]
+)
 def test_lowers_for_cuda(implementation, case, segments, forward, both):
     inputs = draw_inputs(case, 0, jnp.bfloat16)
     loss = total(case, implementation, segments)

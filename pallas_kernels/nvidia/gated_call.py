@@ -94,7 +94,6 @@ class Call:
             V=self.width,
             DELTA=self.settings.delta,
             HAS_BETA=self.beta is not None,
-            NARROW=self.narrow,
             PRECISION="tf32" if self.narrow else "tf32x3",
             SOLVE_PRECISION="tf32" if self.narrow else "tf32x3",
             C=self.chunk,

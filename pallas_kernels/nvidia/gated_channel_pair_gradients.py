@@ -16,19 +16,27 @@ from pallas_kernels.nvidia.memory import head_base, load_columns, load_row, stor
 
 
 @triton.jit
-def sums_of_rows(where, x, dsum, NARROW: tl.constexpr, PRECISION: tl.constexpr):
-    """dsum_l + Σ_i [where_li] x_i. NARROW: x rounded to bfloat16, whose range is float32's."""
-    if NARROW:
-        return tl.dot(where.to(tl.float32).to(tl.bfloat16), x.to(tl.bfloat16), dsum)
-    else:
-        return tl.dot(where.to(tl.float32), x, dsum, input_precision=PRECISION)
+def sums_of_rows(where, x, dsum, PRECISION: tl.constexpr):
+    """dsum_l + Σ_i [where_li] x_i in the precision of x's type."""
+    return tl.dot(where.to(tl.float32).to(x.dtype), x, dsum, input_precision=PRECISION)
+
+
+@triton.jit
+def spans(level, C: tl.constexpr):
+    """[C, C]: gate l lies between token i of its block of 2^level and the border of the block and its neighbour's."""
+    token = tl.arange(0, C)
+    block = token >> level
+    second = block & 1 == 1
+    first_token = tl.where(second, token, block << level)
+    end = tl.where(second, (block + 1) << level, token)
+    return (token[None, :] >= first_token[:, None]) & (token[None, :] < end[:, None])
 
 
 @triton.jit
 def gated_channel_pair_gradients(
     q, k, g, segments, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal, T, dq, dk, dg,
     HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, HAS_SEGMENTS: tl.constexpr, DELTA: tl.constexpr,
-    NARROW: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """As `gated_channel_pairs`, the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
     chunks = tl.cdiv(T, C)
@@ -49,53 +57,59 @@ def gated_channel_pair_gradients(
     after = tl.zeros([C, KEYS], tl.float32)
     row = tl.arange(0, C)
     square = block * C * C + row[:, None] * C + row[None, :]
-    read = tl.load(dqk + square)
+    below = row[:, None] > row[None, :]
     if HAS_SEGMENTS:
-        read = tl.where(same_segment(segments, C), read, 0.0).to(keys.dtype)
-    if DELTA:
-        deleted = tl.load(dkk + square)
-        if HAS_SEGMENTS:
-            deleted = tl.where(same_segment(segments, C), deleted, 0.0).to(keys.dtype)
+        below &= same_segment(segments, C)
+    read = tl.load(dqk + square)
     own = tl.sum(tl.where(row[:, None] == row[None, :], read, 0.0).to(tl.float32), 1)
+    read = tl.where(below, read, 0.0).to(keys.dtype)
+    read_across = tl.trans(read)
+    if DELTA:
+        deleted = tl.where(below, tl.load(dkk + square), 0.0).to(keys.dtype)
+        deleted += tl.trans(deleted)
     dqueries = own[:, None] * keys
     dkeys = own[:, None] * queries
     dgates = tl.zeros([C, KEYS], tl.float32)
+    # Of the sums of the gates between a token and the border, in a type that has float32's range.
+    dsum = tl.zeros([C, KEYS], SUMS)
     for level in tl.range(0, LEVELS, num_stages=1):
+        # That of the level before, whose product waits for nothing here.
+        dgates = sums_of_rows(spans(tl.maximum(level - 1, 0), C), dsum, dgates, PRECISION)
         decay = decay_to_border(until, after, level, C)
         meet = meeting(level, C)
         near_keys = (keys * decay).to(keys.dtype)
         near_queries = (queries * decay).to(keys.dtype)
-        pairs = tl.where(meet, read, 0.0).to(keys.dtype)
-        dnear_queries = tl.dot(pairs, near_keys, input_precision=PRECISION)
-        dnear_keys = tl.dot(tl.trans(pairs), near_queries, input_precision=PRECISION)
+        part = decay * tl.dot(tl.where(meet, read, 0.0).to(keys.dtype), near_keys, input_precision=PRECISION)
+        dqueries += part
+        change = queries * part
+        # Products that are not summed in one another's accumulators: Triton would have every group of four warps make
+        # all of such a chain.
+        part = decay * tl.dot(tl.where(meet, read_across, 0.0).to(keys.dtype), near_queries, input_precision=PRECISION)
+        dkeys += part
+        change += keys * part
         if DELTA:
-            pairs = tl.where(meet, deleted, 0.0).to(keys.dtype)
-            dnear_keys = tl.dot(pairs, near_keys, dnear_keys, input_precision=PRECISION)
-            dnear_keys = tl.dot(tl.trans(pairs), near_keys, dnear_keys, input_precision=PRECISION)
-        dqueries += decay * dnear_queries
-        dkeys += decay * dnear_keys
-        # of the sum of gates between a token and the border, and of those gates
-        dsum = decay * (queries * dnear_queries + keys * dnear_keys)
-        spans = ((row >> level) & 1 == 1)[:, None] == (row[None, :] >= row[:, None])
-        spans &= (row >> level)[:, None] == (row >> level)[None, :]
-        dgates = sums_of_rows(spans, dsum, dgates, NARROW, PRECISION)
+            part = decay * tl.dot(tl.where(meet, deleted, 0.0).to(keys.dtype), near_keys, input_precision=PRECISION)
+            dkeys += part
+            change += keys * part
+        dsum = change.to(SUMS)
         until, after = doubled(until, after, level, C, KEYS)
+    dgates = sums_of_rows(spans(LEVELS - 1, C), dsum, dgates, PRECISION)
     enter, leave, left = around(until, after, segments, chunk, C, HAS_SEGMENTS)
     dnear_queries = load_columns(head_base(dq_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dqueries += enter * dnear_queries
-    dsum = queries * dnear_queries.to(tl.float32)
+    change = queries * dnear_queries.to(tl.float32)
     if DELTA:
         dnear_keys = load_columns(
             head_base(dk_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS
         )
         dkeys += enter * dnear_keys
-        dsum += keys * dnear_keys.to(tl.float32)
-    dgates = sums_of_rows(row[None, :] >= row[:, None], enter * dsum, dgates, NARROW, PRECISION)
+        change += keys * dnear_keys.to(tl.float32)
+    dgates = sums_of_rows(row[None, :] >= row[:, None], (enter * change).to(SUMS), dgates, PRECISION)
     store_columns(head_base(dq, batch, head, T, HEADS, K), start, T, column, dqueries, HEADS * K, K, C, KEYS)
     dnear_keys = load_columns(head_base(dwrites, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dkeys += leave * dnear_keys
-    dsum = keys * dnear_keys.to(tl.float32)
-    dgates = sums_of_rows(row[None, :] < row[:, None], leave * dsum, dgates, NARROW, PRECISION)
+    change = keys * dnear_keys.to(tl.float32)
+    dgates = sums_of_rows(row[None, :] < row[:, None], (leave * change).to(SUMS), dgates, PRECISION)
     store_columns(head_base(dk, batch, head, T, HEADS, K), start, T, column, dkeys, HEADS * K, K, C, KEYS)
     dgates += (left * load_row(dtotal + block * K, column, K, KEYS))[None, :]
     store_columns(head_base(dg, batch, head, T, HEADS, K), start, T, column, dgates, HEADS * K, K, C, KEYS)

@@ -23,10 +23,10 @@ from pallas_kernels.nvidia.memory import head_base, load_columns, store_columns
 
 @triton.jit
 def meeting(level, C: tl.constexpr):
-    """[C, C]: rows in the second and columns in the first of two neighbouring blocks of 2^level tokens."""
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    return (row >> (level + 1) == column >> (level + 1)) & (row >> level > column >> level)
+    """[C, C]: of a row and a column one is in the first and one in the second of two neighbouring blocks of 2^level
+    tokens; which is which is left to the triangle the pairs are in."""
+    block = tl.arange(0, C) >> level
+    return (block ^ 1)[:, None] == block[None, :]
 
 
 @triton.jit
@@ -119,10 +119,9 @@ def gated_channel_pairs(
         channel = column + tl.arange(0, KEYS)
         tl.store(total + block * K + channel, left, mask=channel < K)
     square = block * C * C + row[:, None] * C + row[None, :]
+    seen = row[:, None] >= row[None, :]
     if HAS_SEGMENTS:
-        same = same_segment(segments, C)
-        deleted = tl.where(same, deleted, 0.0)
-        read = tl.where(same, read, 0.0)
+        seen &= same_segment(segments, C)
     if DELTA:
-        tl.store(kk + square, deleted)
-    tl.store(qk + square, read.to(qk.dtype.element_ty))
+        tl.store(kk + square, tl.where(seen, deleted, 0.0))
+    tl.store(qk + square, tl.where(seen, read, 0.0).to(qk.dtype.element_ty))

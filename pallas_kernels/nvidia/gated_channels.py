@@ -12,6 +12,7 @@ six arrays of T K (three forward) and four of T C.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import triton.language as tl
 
 from pallas_kernels.nvidia.gated_call import Call, count_segments
 from pallas_kernels.nvidia.gated_channel_pair_gradients import gated_channel_pair_gradients
@@ -130,6 +131,7 @@ class _Call(Call):
             (keys, keys, self.tall(self.key_width, jnp.float32)),
             (),
             self.each_part_of_keys_of_a_chunk,
+            SUMS=tl.bfloat16 if self.narrow else tl.float32,
             HAS_SEGMENTS=self.segments is not None,
         )
 
