@@ -167,7 +167,7 @@ SMALL = {
         "models": ("DeltaFormer",), "width": 8, "heads": 1, "test": (5, 9), "test_rows": 4,
     },
     "word_problem": {
-        **word_problem.FULL, **ONE, "groups": ("A5",), "models": ("DeltaNet",), "layers": (1,),
+        **word_problem.FULL, **ONE, "problems": ("A5",), "models": ("DeltaNet",), "layers": (1,),
         "lengths": (4,), "longer": 8, "width": 16, "heads": 2,
     },
 }  # fmt: skip
