@@ -163,8 +163,8 @@ SMALL = {
         "mixers": ("retention", "Kimi Delta Attention"),
     },
     "table5": {
-        "tasks": {"duplicate_string": {**table5.COPYING, **ONE, "layers": 1, "levels": (4,)}},
-        "models": ("DeltaFormer",), "width": 8, "heads": 1, "test": (5, 9), "test_rows": 4,
+        "tasks": {"duplicate_string": {**table5.COPYING, **ONE, "layers": 1, "levels": (4,), "models": ("DeltaNet",)}},
+        "models": (), "width": 8, "heads": 1, "test": (5, 9), "test_rows": 4,
     },
     "word_problem": {
         **word_problem.FULL, **ONE, "problems": ("A5",), "models": ("DeltaNet",), "layers": (1,),

@@ -43,7 +43,7 @@ STEPWISE = dict(
 )  # fmt: skip
 COPYING = dict(
     layers=2, levels=(40,), batch_size=32, steps=600, rate=2e-3, patience=2, plateau=(8, 0.01),
-    changes={"DeltaFormer": {"conv_size": 4}},
+    models=("DeltaFormer", "Transformer", "DeltaNet"), changes={"DeltaFormer": {"conv_size": 4}},
 )  # fmt: skip
 FULL = dict(
     tasks={
@@ -70,7 +70,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
             "within": [levels[-1], lengths[-1], sizes["test_rows"]],
             "longer": [longer, longest + answer(longest), sizes["test_rows"]],
         }
-        for name in sizes["models"]:
+        for name in how.get("models", sizes["models"]):
             settings = train_task.settings_of(
                 f"{task}, {name}", levels, lengths,
                 model={
