@@ -111,7 +111,7 @@ def test_figure6_rounding_keeps_more_elements_than_the_width(results):
 
 
 def test_figure3_one_layer_tracks_three_elements(results):
-    sizes = dict(figure3.QUICK, elements=3, length=8, width=32, heads=2, steps=250, similarities=("round",), layers=())
+    sizes = dict(figure3.QUICK, elements=3, length=8, width=32, heads=2, steps=250, similarities=("round",), layers={})
     (found,) = results(figure3, sizes).values()
     assert found["solved_at"][0] is not None and found["accuracy"] >= 0.995
     assert found["steps"] == found["solved_at"][0] == found["curve"][-1][0] and found["skipped"] == 0
@@ -121,7 +121,7 @@ def test_figure3_one_layer_tracks_three_elements(results):
 def test_figure3_transformer_and_search(results, monkeypatch):
     monkeypatch.setattr(figure3, "DELTA_VARIANTS", {"1 head": figure3.DELTA_VARIANTS["1 head"]})
     monkeypatch.setattr(figure3, "TRANSFORMER_VARIANTS", {"RoPE": figure3.TRANSFORMER_VARIANTS["RoPE"]})
-    sizes = {**figure3.FULL, **ONE, "width": 16, "heads": 2, "seeds": 1, "similarities": ("exp",), "layers": (2,)}
+    sizes = {**figure3.FULL, **ONE, "width": 16, "heads": 2, "seeds": 1, "similarities": ("exp",), "layers": {2: 1}}
     assert len(results(figure3, sizes)) == 4
 
 
