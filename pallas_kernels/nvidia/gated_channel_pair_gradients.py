@@ -18,27 +18,17 @@ from pallas_kernels.nvidia.memory import head_base, load_columns, load_row, stor
 @triton.jit
 def sums_of_rows(where, x, dsum, PRECISION: tl.constexpr):
     """dsum_l + Σ_i [where_li] x_i in the precision of x's type."""
-    return tl.dot(where.to(tl.float32).to(x.dtype), x, dsum, input_precision=PRECISION)
-
-
-@triton.jit
-def spans(level, C: tl.constexpr):
-    """[C, C]: gate l lies between token i of its block of 2^level and the border of the block and its neighbour's."""
-    token = tl.arange(0, C)
-    block = token >> level
-    second = block & 1 == 1
-    first_token = tl.where(second, token, block << level)
-    end = tl.where(second, (block + 1) << level, token)
-    return (token[None, :] >= first_token[:, None]) & (token[None, :] < end[:, None])
+    return tl.dot(tl.where(where, 1.0, 0.0).to(x.dtype), x, dsum, input_precision=PRECISION)
 
 
 @triton.jit
 def gated_channel_pair_gradients(
-    q, k, g, segments, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal, T, dq, dk, dg,
+    q, k, g, segments, to_border, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal, T, dq, dk, dg,
     HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, HAS_SEGMENTS: tl.constexpr, DELTA: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """As `gated_channel_pairs`, the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
+    """As `gated_channel_pairs`, with to_border [LEVELS,C,C], 1 where gate l lies between token i of its block and the
+    border, and the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
     chunks = tl.cdiv(T, C)
     parts: tl.constexpr = (K + KEYS - 1) // KEYS
     column = tl.program_id(0) % parts * KEYS
@@ -56,44 +46,48 @@ def gated_channel_pair_gradients(
     until = load_columns(g, start, T, column, HEADS * K, K, C, KEYS)
     after = tl.zeros([C, KEYS], tl.float32)
     row = tl.arange(0, C)
-    square = block * C * C + row[:, None] * C + row[None, :]
+    inside = row[:, None] * C + row[None, :]
+    square = block * C * C + inside
     below = row[:, None] > row[None, :]
     if HAS_SEGMENTS:
         below &= same_segment(segments, C)
     read = tl.load(dqk + square)
     own = tl.sum(tl.where(row[:, None] == row[None, :], read, 0.0).to(tl.float32), 1)
     read = tl.where(below, read, 0.0).to(keys.dtype)
-    read_across = tl.trans(read)
     if DELTA:
         deleted = tl.where(below, tl.load(dkk + square), 0.0).to(keys.dtype)
+        # One of the two is 0.
         deleted += tl.trans(deleted)
     dqueries = own[:, None] * keys
     dkeys = own[:, None] * queries
     dgates = tl.zeros([C, KEYS], tl.float32)
-    # Of the sums of the gates between a token and the border, in a type that has float32's range.
-    dsum = tl.zeros([C, KEYS], SUMS)
+    # Of the sums of the gates between a token and the border.
+    dsum = tl.zeros([C, KEYS], to_border.dtype.element_ty)
     for level in tl.range(0, LEVELS, num_stages=1):
         # That of the level before, whose product waits for nothing here.
-        dgates = sums_of_rows(spans(tl.maximum(level - 1, 0), C), dsum, dgates, PRECISION)
+        where = tl.load(to_border + tl.maximum(level - 1, 0) * C * C + inside)
+        dgates = tl.dot(where, dsum, dgates, input_precision=PRECISION)
         decay = decay_to_border(until, after, level, C)
         meet = meeting(level, C)
         near_keys = (keys * decay).to(keys.dtype)
         near_queries = (queries * decay).to(keys.dtype)
-        part = decay * tl.dot(tl.where(meet, read, 0.0).to(keys.dtype), near_keys, input_precision=PRECISION)
+        pairs = tl.where(meet, read, 0.0).to(keys.dtype)
+        part = decay * tl.dot(pairs, near_keys, input_precision=PRECISION)
         dqueries += part
         change = queries * part
         # Products that are not summed in one another's accumulators: Triton would have every group of four warps make
         # all of such a chain.
-        part = decay * tl.dot(tl.where(meet, read_across, 0.0).to(keys.dtype), near_queries, input_precision=PRECISION)
+        part = decay * tl.dot(tl.trans(pairs), near_queries, input_precision=PRECISION)
         dkeys += part
         change += keys * part
         if DELTA:
             part = decay * tl.dot(tl.where(meet, deleted, 0.0).to(keys.dtype), near_keys, input_precision=PRECISION)
             dkeys += part
             change += keys * part
-        dsum = change.to(SUMS)
+        dsum = change.to(dsum.dtype)
         until, after = doubled(until, after, level, C, KEYS)
-    dgates = sums_of_rows(spans(LEVELS - 1, C), dsum, dgates, PRECISION)
+    where = tl.load(to_border + (LEVELS - 1) * C * C + inside)
+    dgates = tl.dot(where, dsum, dgates, input_precision=PRECISION)
     enter, leave, left = around(until, after, segments, chunk, C, HAS_SEGMENTS)
     dnear_queries = load_columns(head_base(dq_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dqueries += enter * dnear_queries
@@ -104,12 +98,12 @@ def gated_channel_pair_gradients(
         )
         dkeys += enter * dnear_keys
         change += keys * dnear_keys.to(tl.float32)
-    dgates = sums_of_rows(row[None, :] >= row[:, None], (enter * change).to(SUMS), dgates, PRECISION)
+    dgates = sums_of_rows(row[None, :] >= row[:, None], (enter * change).to(dsum.dtype), dgates, PRECISION)
     store_columns(head_base(dq, batch, head, T, HEADS, K), start, T, column, dqueries, HEADS * K, K, C, KEYS)
     dnear_keys = load_columns(head_base(dwrites, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dkeys += leave * dnear_keys
     change = keys * dnear_keys.to(tl.float32)
-    dgates = sums_of_rows(row[None, :] < row[:, None], (leave * change).to(SUMS), dgates, PRECISION)
+    dgates = sums_of_rows(row[None, :] < row[:, None], (leave * change).to(dsum.dtype), dgates, PRECISION)
     store_columns(head_base(dk, batch, head, T, HEADS, K), start, T, column, dkeys, HEADS * K, K, C, KEYS)
     dgates += (left * load_row(dtotal + block * K, column, K, KEYS))[None, :]
     store_columns(head_base(dg, batch, head, T, HEADS, K), start, T, column, dgates, HEADS * K, K, C, KEYS)

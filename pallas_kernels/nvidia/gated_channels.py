@@ -11,8 +11,10 @@ six arrays of T K (three forward) and four of T C.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
-import triton.language as tl
+import numpy as np
 
 from pallas_kernels.nvidia.gated_call import Call, count_segments
 from pallas_kernels.nvidia.gated_channel_pair_gradients import gated_channel_pair_gradients
@@ -27,8 +29,22 @@ from pallas_kernels.nvidia.gated_channel_states import gated_channel_advance, ga
 from pallas_kernels.nvidia.launch import Output
 
 
+@functools.cache
+def gates_to_border(chunk: int, narrow: bool):
+    """[levels, C, C]: 1 where gate l lies between token i of its block of 2^level tokens and the border of that block
+    and its neighbour's. A kernel that made it would spend a third of its instructions on it."""
+    token = np.arange(chunk)
+    found = []
+    for level in range(chunk.bit_length() - 1):
+        block = token >> level
+        second = (block & 1 == 1)[:, None]
+        inside = block[:, None] == block[None, :]
+        found.append(inside & (second == (token[None, :] >= token[:, None])))
+    return np.stack(found).astype(jnp.bfloat16 if narrow else np.float32)
+
+
 class _Call(Call):
-    """One call's launches, all but the gradients' in `states`."""
+    """One call's launches."""
 
     def __init__(self, settings, run, query, key, value, beta, log_decay, resets):
         super().__init__(settings, run, query, key, value, beta)
@@ -127,11 +143,13 @@ class _Call(Call):
         keys = self.tall(self.key_width, self.dtype if alone else jnp.float32)
         return self.run(
             gated_channel_pair_gradients,
-            (self.query, self.key, self.g, self.segments, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal),
+            (
+                *(self.query, self.key, self.g, self.segments, gates_to_border(self.chunk, self.narrow)),
+                *(dkk, dqk, dk_reads, dq_reads, dwrites, dtotal),
+            ),
             (keys, keys, self.tall(self.key_width, jnp.float32)),
             (),
             self.each_part_of_keys_of_a_chunk,
-            SUMS=tl.bfloat16 if self.narrow else tl.float32,
             HAS_SEGMENTS=self.segments is not None,
         )
 
