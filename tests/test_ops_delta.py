@@ -320,3 +320,14 @@ def test_two_inverse_blocks_under_a_batch_compile(write_query):
     q, k = jax.ShapeDtypeStruct((16, 128, 4, 32), jnp.float32), jax.ShapeDtypeStruct((16, 128, 2, 32), jnp.float32)
     run = lambda q, k, v: delta_attention(q, k, v, write_query=write_query).sum()
     jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(q, k, k).compile()
+
+
+def test_parallel_leaves_lapack_alone():
+    """Two of jaxlib's batched triangular solves at once wait for each other on two threads: there must be none."""
+    x = jax.random.normal(jax.random.key(0), (1, 70, 2, 4))
+
+    def loss(x):
+        return delta_attention(x, x, x, implementation="parallel").sum()
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(x).compile().as_text()
+    assert 'custom_call_target="lapack' not in program and "triangular-solve(" not in program

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaformer_jax.ops.triangular import invert_unit_lower, solve_unit_lower, solve_unit_lower_transposed
+from deltaformer_jax.ops.triangular import (
+    invert_unit_lower,
+    solve_by_halves,
+    solve_unit_lower,
+    solve_unit_lower_transposed,
+)
 
 
 def alike_keys(n, width=128, cosine=0.9, seed=0):
@@ -44,7 +49,7 @@ def test_inverse_of_alike_keys_in_float32():
     assert not relative_error(product, exact) < 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 16, 63, 64, 65, 100, 130, 192])
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 63, 64, 65, 100, 130, 192, 300])
 def test_any_size(n, x64):
     """Sizes that are no power of two and no multiple of the block; on and above the diagonal nothing is read."""
     rng = np.random.default_rng(n)
@@ -55,6 +60,7 @@ def test_any_size(n, x64):
     bound = 8 * n * np.finfo(float).eps * np.linalg.cond(exact)
     assert relative_error(invert_unit_lower(upper_poison), exact) < bound
     assert relative_error(solve_unit_lower(upper_poison, jnp.asarray(b)), exact @ b) < bound
+    assert relative_error(solve_by_halves(upper_poison, jnp.asarray(b)), exact @ b) < bound
     assert relative_error(solve_unit_lower_transposed(upper_poison, jnp.asarray(b)), exact.T @ b) < bound
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from deltaformer_jax.ops.cache import slot_positions, store
 from deltaformer_jax.ops.score_decay import decay_between
 from deltaformer_jax.ops.similarity import row_weights
 from deltaformer_jax.ops.tiles import accumulation_dtype
+from deltaformer_jax.ops.triangular import solve_by_halves
 
 
 def _einsum(equation, *arrays):
@@ -82,8 +82,8 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     if t > 1:
         # Only the strict lower triangle is read: the diagonal is 1.
         matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
-        u = solve_triangular(matrix, jnp.moveaxis(target, 1, 3), lower=True, unit_diagonal=True)
-        u = jnp.moveaxis(u, 3, 1)
+        solve = jnp.vectorize(solve_by_halves, signature="(t,t),(t,v)->(t,v)")
+        u = jnp.moveaxis(solve(matrix, jnp.moveaxis(target, 1, 3)), 3, 1)
     else:
         u = target  # a lone token's system is the identity
 

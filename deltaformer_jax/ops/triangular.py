@@ -107,6 +107,20 @@ def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
     return x
 
 
+def solve_by_halves(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`solve_unit_lower` for any n under automatic differentiation: x₁ from the first half, x₂ from b₂ − A₂₁ x₁.
+
+    Each level's slices of A have a gradient of n² numbers: log₂(n/BLOCK) such arrays, where n/BLOCK steps have as many.
+    """
+    n = a.shape[0]
+    if n <= 2 * BLOCK:
+        return solve_unit_lower(a, b)
+    half = BLOCK * (n // (2 * BLOCK))
+    first = solve_by_halves(a[:half, :half], b[:half])
+    second = solve_by_halves(a[half:, half:], b[half:] - _matmul(a[half:, :half], first))
+    return jnp.concatenate([first, second])
+
+
 def solve_unit_lower_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """x with (I + A)ᵀ x = b; shapes as in `solve_unit_lower`. From the last block back."""
     n = a.shape[0]
