@@ -92,5 +92,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="minutes to half an hour a run on two cores, 4 runs; --quick: one to three minutes in all",
+    cost="three to eleven minutes a run on one core, 4 runs; --quick: one to three minutes in all",
 )  # fmt: skip
