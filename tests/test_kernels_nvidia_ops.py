@@ -137,7 +137,7 @@ def test_on_a_cpu_none_is_chunked(dtype):
 def test_without_the_packages_it_says_which(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     reason = packages.missing.__wrapped__()
-    assert reason.startswith("it needs triton and jax-triton and JAX's CUDA plugin: install")
+    assert reason.startswith("it needs triton and jax-triton and JAX's CUDA plugin: on Linux install")
     absent = delta_kernels.Kernels("cuda", "no.such.module", lambda: reason)
     monkeypatch.setitem(delta_kernels.KERNELS, "triton", absent)
     with pytest.raises(NotImplementedError, match=r"implementation='triton': it needs triton .*; use None"):
