@@ -137,8 +137,8 @@ def test_figure4_curriculum_goes_up(results, monkeypatch):
 
 
 def test_figure5(results):
-    sizes = {**figure5.FULL, **ONE, "nodes": 8, "width": 16, "heads": 2, "head_dim": 8, "seeds": 1, "search": False}
-    assert len(results(figure5, {**sizes, "similarities": ("linear",), "layers": (1,)})) == 2
+    sizes = {**figure5.FULL, **ONE, "nodes": 8, "width": 16, "heads": 2, "head_dim": 8, "seeds": 1, "search": ()}
+    assert len(results(figure5, {**sizes, "similarities": ("linear",), "layers": {1: 1}})) == 2
 
 
 def test_adjacency_rows_are_the_tasks():
