@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu.solve import TILE, solve_across, solve_across_transposed, tile_inverses
+from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.solve import solve_across, solve_across_transposed, tile_inverses
 
 ROWS, WIDTH = 3 * TILE, 24
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import calls
 from pallas_kernels.tpu.backward import backward_kernel
 from pallas_kernels.tpu.forward import forward_kernel
-from pallas_kernels.tpu.products import quotient
+from pallas_kernels.tpu.products import TILE, quotient
 from pallas_kernels.tpu.weights import Kappa
 from pallas_kernels.transform import transformable
 
@@ -32,7 +32,6 @@ WIDEST = 256
 # all rows may take of it, the rest being tiles'.
 VMEM_BYTES = 60 * 2**20
 RESIDENT_BYTES = 32 * 2**20
-LANES = 128
 _DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 
@@ -64,7 +63,7 @@ def lacks(settings: Settings, key, value) -> str | None:
 def chunk_of(settings: Settings, dtype, time: int) -> int:
     """512 rows for bfloat16, 256 for float32, whose tiles are twice as large; no more than there are."""
     most = settings.chunk or (512 if dtype == jnp.bfloat16 else 256)
-    return min(most, -(-time // LANES) * LANES)
+    return min(most, -(-time // TILE) * TILE)
 
 
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids):
@@ -159,13 +158,13 @@ class _Layout:
 
     def streams_forward(self, settings, kept_dtype):
         """Whether k, twice, and u of all rows are too much for VMEM."""
-        lanes = lambda width: -(-width // LANES) * LANES
+        lanes = lambda width: -(-width // TILE) * TILE
         row = 2 * lanes(self.width) * self.operand.itemsize + lanes(self.value_width) * kept_dtype.itemsize
         return self._streams(settings, row)
 
     def streams_backward(self, settings, reads):
         """The same of what the backward sweep keeps of all rows: w, H, dW; q, dO and dQ of each query head."""
-        lanes = lambda width: -(-width // LANES) * LANES
+        lanes = lambda width: -(-width // TILE) * TILE
         operand, width, value_width = self.operand.itemsize, lanes(self.width), lanes(self.value_width)
         row = 2 * width * (operand + 4) + value_width * self.write_dtype.itemsize
         row += (2 * width * (operand + 4) + 2 * value_width * operand) * self.group * reads
@@ -242,7 +241,10 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
         "share": out_row if settings.tied else None,
         "rest": out_row if settings.tied else None,
     }  # fmt: skip
-    scratch = {"values": pltpu.VMEM((value_width, chunk if streamed else length), kept_dtype)}
+    scratch = {
+        "values": pltpu.VMEM((value_width, chunk if streamed else length), kept_dtype),
+        "sums": pltpu.VMEM((value_width, chunk), jnp.float32),
+    }
     if streamed:
         scratch |= {
             "k_tiles": pltpu.VMEM((2, chunk, width), at.operand),

@@ -7,7 +7,9 @@ that shares it. Then the chunk's own triangular system is solved, its u joins th
 diagonal tile. Tied (w = q, one softmax for both): o = (1 − π) s + π u, so that the read costs nothing.
 
 Tiles are columns × rows and sums [V, rows]: what belongs to a row is a row vector, its maximum and sum go down the
-sublanes, and the unit that moves data across lanes has nothing to do.
+sublanes, and the unit that moves data across lanes has nothing to do. The matrix units are kept busy by the order of
+the products (`product_in_tiles`): scores of 128 rows are done before the next rows' begin, so that one part's weights
+are made while others are multiplied. The weighted sums stay in VMEM: a loop's carry would be copied at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.products import NT, dot, quotient
+from pallas_kernels.tpu.products import dot, product_in_tiles, quotient, times_upper, upper_product
 from pallas_kernels.tpu.solve import solve_across
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import (
@@ -24,11 +26,9 @@ from pallas_kernels.tpu.weights import (
     both,
     inverse_normaliser,
     log_normaliser,
-    start_sum,
+    shrunk,
+    start,
 )
-
-# Columns of the longest tile: on v5e two of 512 take 2690 bundles, one of 1024 2640.
-LONGEST = 1024
 
 
 def forward_kernel(
@@ -36,7 +36,7 @@ def forward_kernel(
 ):
     """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
     columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
-    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T]. Which there are, delta.py says.
+    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T], sums [V,C]. Which there are, delta.py says.
 
     Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `operand` [.,V,T]; `values` is [V,C] then, and
     tiles of both come through k_tiles [2,C,K] and u_tiles [2,V,C].
@@ -46,19 +46,15 @@ def forward_kernel(
     """
     write, read = settings.write, settings.read
     head, c = pl.program_id(0), pl.program_id(1)
-    own = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-    width = refs["u"].shape[2]
-    streamed = "operand" in refs
+    sums, streamed = refs["sums"], "operand" in refs
 
-    def block(j, chunks=1):
-        return pl.ds(pl.multiple_of(j * chunk, chunk), chunks * chunk)
+    def block(j):
+        return pl.ds(pl.multiple_of(j * chunk, chunk), chunk)
 
-    # In chunks; no longer than what there is before the last one.
-    longest = max(1, min(LONGEST // chunk, refs["k"].shape[1] // chunk - 1))
-    lengths = [2**n for n in reversed(range(longest.bit_length()))]
-    own_keys = refs["keys"][0]
-    queries = [refs["q"][0, h] for h in range(group)] if "q" in refs else []
-    w = refs["w"][0] if "w" in refs else queries[0] if settings.tied else own_keys
+    own = block(c)
+    own_keys = refs["keys"].at[0]
+    queries = [refs["q"].at[0, h] for h in range(group)] if "q" in refs else []
+    w = refs["w"].at[0] if "w" in refs else queries[0] if settings.tied else own_keys
     reads = [] if settings.tied else queries
 
     def segment_mask(columns):
@@ -67,45 +63,45 @@ def forward_kernel(
         return refs["columns"][0, 0, columns][:, None] == refs["rows"][0]
 
     def scores(kappa, rows, keys):
-        return dot(keys, rows, operand, NT) * kappa.factor
+        return product_in_tiles(keys, rows, operand) * kappa.factor
 
-    def absorb(kappa, running, rows, keys, values, visible, dtype):
-        weights, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
-        return *running[:2], running[2] + dot(values, weights, dtype)
+    def own_scores(kappa, rows):
+        return upper_product(own_keys, rows, operand) * kappa.factor
 
     def over_earlier(kappa, rows, dtype):
-        """The sums of all earlier chunks."""
-        done, running = first[quotient(head, group_of_batch), c], start_sum(width, chunk)
+        """The maxima and normalisers of all earlier chunks; the weighted sums are left in `sums`."""
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        begin, running = first[quotient(head, group_of_batch), c], start(chunk)
 
         def step(columns, keys, values, running):
-            return absorb(kappa, running, rows, keys, values, segment_mask(columns), dtype)
+            visible = segment_mask(columns)
+            weights, shrink, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
+            sums[...] = shrunk(sums[...], shrink) + dot(values[...], weights, dtype)
+            return running
 
         if streamed:
-            place = lambda j: (head, slice(None), block(j))
-            tiles = {
+            streams = {
                 "k": Stream(refs["k"], lambda j: (kv_head(head), block(j)), refs["k_tiles"], refs["k_semaphores"]),
-                "u": Stream(refs["operand"], place, refs["u_tiles"], refs["u_semaphores"]),
+                "u": Stream(
+                    refs["operand"], lambda j: (head, slice(None), block(j)), refs["u_tiles"], refs["u_semaphores"]
+                ),
             }
-            return over_tiles(done, c, tiles, lambda j, at, x: step(block(j), at["k"][...], at["u"][...], x), running)
-        for chunks in lengths:
-            start, count = done, quotient(c - done, chunks)
+            return over_tiles(begin, c, streams, lambda j, at, x: step(block(j), at["k"], at["u"], x), running)
 
-            def tile(n, running, start=start, chunks=chunks):
-                columns = block(start + n * chunks, chunks)
-                return step(columns, refs["k"][0, columns, :], refs["values"][:, columns], running)
+        def resident(j, running):
+            columns = block(j)
+            return step(columns, refs["k"].at[0, columns, :], refs["values"].at[:, columns], running)
 
-            running = lax.fori_loop(0, count, tile, running)
-            done = start + count * chunks
-        return running
+        return lax.fori_loop(begin, c, resident, running)
 
     running = over_earlier(write, w, write_dtype)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     visible = both(row > column, segment_mask(own))
-    own_scores = scores(write, w, own_keys)
-    weights, running = absorb_weights(write, running, own_scores, visible)
+    write_scores = own_scores(write, w)
+    weights, shrink, running = absorb_weights(write, running, write_scores, visible)
     inverse = inverse_normaliser(write, running)
-    weights, past = weights * inverse, running[2] * inverse
+    weights, past = weights * inverse, shrunk(sums[...], shrink) * inverse
     target = refs["v"][0].astype(jnp.float32).T
     if "alpha" in refs:
         target = target * refs["alpha"][0]
@@ -124,10 +120,10 @@ def forward_kernel(
         refs["lse_write"][0] = log_normaliser(running)
     summary = None
     if "summary" in refs:
-        summary = past + dot(u, weights, write_dtype)
+        summary = past + times_upper(u, weights, write_dtype)
         refs["summary"][0] = summary.T.astype(refs["summary"].dtype)
     if settings.tied:
-        score = jnp.sum(jnp.where(row == column, own_scores, 0.0), axis=0, keepdims=True)
+        score = jnp.sum(jnp.where(row == column, write_scores, 0.0), axis=0, keepdims=True)
         seen = running[1] > 0
         ahead = jnp.where(seen, log_normaliser(running) - score, 0.0)
         share = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(ahead)), 1.0)
@@ -138,7 +134,8 @@ def forward_kernel(
     visible = both(row >= column, segment_mask(own))
     for h, rows in enumerate(reads):
         running = over_earlier(read, rows, read_dtype)
-        running = absorb(read, running, rows, own_keys, u, visible, read_dtype)
-        refs["out"][0, h] = (running[2] * inverse_normaliser(read, running)).T.astype(refs["out"].dtype)
+        weights, shrink, running = absorb_weights(read, running, own_scores(read, rows), visible)
+        summed = shrunk(sums[...], shrink) + times_upper(u, weights, read_dtype)
+        refs["out"][0, h] = (summed * inverse_normaliser(read, running)).T.astype(refs["out"].dtype)
         if "lse_read" in refs:
             refs["lse_read"][0, h : h + 1, :] = log_normaliser(running)

@@ -17,6 +17,15 @@ TN = (((0,), (0,)), ((), ()))  # aᵀ b
 BATCHED = (((2,), (1,)), ((0,), (0,)))  # a b of each matrix of a stack
 
 
+# Rows and columns of a matrix unit of v5e and v5p, and the lanes of a register.
+TILE = 128
+
+
+def tiles(size: int):
+    """The slices of 128 of an axis of `size`, a multiple of 128."""
+    return [slice(i, i + TILE) for i in range(0, size, TILE)]
+
+
 def quotient(a, b: int):
     """a // b of numbers that are not negative. `//` looks at signs, which Mosaic lowers for known devices only, and a
     program may be lowered where there is none."""
@@ -29,3 +38,24 @@ def dot(a, b, dtype, dimensions=NN):
     return lax.dot_general(
         a.astype(dtype), b.astype(dtype), dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def product_in_tiles(a, b, dtype):
+    """a bᵀ, of arrays or refs [A, W] and [B, W], in products of 128 × 128: the first 128 columns, by all matrix units,
+    then the next. In one piece each unit takes columns of its own, and no column is done before all are."""
+    columns = [[dot(a[i, :], b[j, :], dtype, NT) for i in tiles(a.shape[0])] for j in tiles(b.shape[0])]
+    return jnp.concatenate([jnp.concatenate(column, axis=0) for column in columns], axis=1)
+
+
+def upper_product(a, b, dtype):
+    """The same of a and b [C, W], 0 in tiles of 128 × 128 below the diagonal, which are not multiplied."""
+    own = tiles(a.shape[0])
+    below = jnp.zeros((TILE, TILE), jnp.float32)
+    columns = [[dot(a[i, :], b[j, :], dtype, NT) if i.start <= j.start else below for i in own] for j in own]
+    return jnp.concatenate([jnp.concatenate(column, axis=0) for column in columns], axis=1)
+
+
+def times_upper(x, upper, dtype):
+    """x [V, C] · upper [C, C], which has 0 in tiles below the diagonal: they are not multiplied."""
+    parts = [dot(x[:, : i.stop], upper[: i.stop, i], dtype) for i in tiles(upper.shape[0])]
+    return jnp.concatenate(parts, axis=1)

@@ -11,26 +11,25 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.products import NN, NT, dot
+from pallas_kernels.tpu.products import NN, NT, TILE, dot, tiles
 
 BLOCK = 16
 SUBLANES = 8
-TILE = 128
 
 
 def tile_inverses(a, dtype):
     """A list of [128, 128]: the inverses of the diagonal tiles of I + a, a [C, C] with 0 in what is not above the
     diagonal, C a multiple of 128. Products take operands of `dtype`. Step by step for all tiles at once."""
-    tiles = [a[i : i + TILE, i : i + TILE] for i in range(0, a.shape[0], TILE)]
+    diagonal = [a[i, i] for i in tiles(a.shape[0])]
     row = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
     column = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
     # Where an entry's row and column differ in a bit is the size of the blocks it joins.
     apart = row ^ column
-    found = [jnp.where(apart < BLOCK, jnp.concatenate([_blocks(x)] * (TILE // BLOCK)), 0.0) for x in tiles]
+    found = [jnp.where(apart < BLOCK, jnp.concatenate([_blocks(x)] * (TILE // BLOCK)), 0.0) for x in diagonal]
     b = BLOCK
     while b < TILE:
         joins = (apart >= b) & (apart < 2 * b)
-        steps = [dot(jnp.where(joins, l, 0.0), x, dtype) for l, x in zip(tiles, found)]
+        steps = [dot(jnp.where(joins, l, 0.0), x, dtype) for l, x in zip(diagonal, found)]
         found = [x - dot(x, step, dtype) for x, step in zip(found, steps)]
         b *= 2
     return found
@@ -59,7 +58,7 @@ def _blocks(tile):
 def solve_across(a, b, dtype):
     """x with x (I + a) = b, b [V, C]: xᵀ solves (I + A) xᵀ = bᵀ. From the first tile on."""
     inverses = tile_inverses(a, dtype)
-    own = [slice(i, i + TILE) for i in range(0, a.shape[0], TILE)]
+    own = tiles(a.shape[0])
     rest, found = [b[:, i] for i in own], []
     for n, i in enumerate(own):
         found.append(dot(rest[n], inverses[n], dtype, NN))
@@ -71,7 +70,7 @@ def solve_across(a, b, dtype):
 def solve_across_transposed(a, b, dtype):
     """x with (I + a) xᵀ = bᵀ, b [V, C]: xᵀ solves (I + A)ᵀ xᵀ = bᵀ. From the last tile back."""
     inverses = tile_inverses(a, dtype)
-    own = [slice(i, i + TILE) for i in range(0, a.shape[0], TILE)]
+    own = tiles(a.shape[0])
     rest, found = [b[:, i] for i in own], [None] * len(own)
     for n in reversed(range(len(own))):
         found[n] = dot(rest[n], inverses[n], dtype, NT)

@@ -67,21 +67,17 @@ def both(a, b):
     return a if b is None else a & b
 
 
-def start_sum(width: int, rows: int):
-    """(maximum [1, R], normaliser [1, R], weighted sum [V, R]) of rows that have seen nothing."""
-    return (
-        jnp.full((1, rows), LOWEST, jnp.float32),
-        jnp.zeros((1, rows), jnp.float32),
-        jnp.zeros((width, rows), jnp.float32),
-    )
+def start(rows: int):
+    """(maximum [1, R], normaliser [1, R]) of rows that have seen nothing."""
+    return jnp.full((1, rows), LOWEST, jnp.float32), jnp.zeros((1, rows), jnp.float32)
 
 
 def absorb_weights(kappa: Kappa, running, scores, visible):
-    """The weights of one more tile of columns, and the sums rescaled to go with them, the normaliser with the tile's
-    part, the weighted sum still without it."""
-    highest, total, weighted = running
+    """(The weights of one more tile of columns, what the sums weighted so far shrink by (None: nothing), maximum and
+    normaliser with the tile in them)."""
     if not kappa.normalised:
-        return keep(visible, kappa.weight(keep(visible, scores))), running
+        return keep(visible, kappa.weight(keep(visible, scores))), None, running
+    highest, total = running
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
     highest_now = jnp.maximum(highest, jnp.max(scores, axis=0, keepdims=True))
@@ -89,7 +85,11 @@ def absorb_weights(kappa: Kappa, running, scores, visible):
     weights = keep(visible, jnp.exp2(scores - highest_now))
     shrink = jnp.exp2(highest - highest_now)
     total = total * shrink + jnp.sum(weights, axis=0, keepdims=True)
-    return weights, (highest_now, total, weighted * shrink)
+    return weights, shrink, (highest_now, total)
+
+
+def shrunk(sums, shrink):
+    return sums if shrink is None else sums * shrink
 
 
 def inverse_normaliser(kappa: Kappa, running):
@@ -102,7 +102,7 @@ def inverse_normaliser(kappa: Kappa, running):
 
 def log_normaliser(running):
     """log₂ Σ_j 2^{s_ij} [1, R]; 0 in rows that saw nothing, where nothing multiplies it."""
-    highest, total, _ = running
+    highest, total = running
     return jnp.where(total > 0, highest + jnp.log2(jnp.where(total > 0, total, 1.0)), 0.0)
 
 
