@@ -1,14 +1,17 @@
 """The gated ops' part of benchmarks/gpu.py: the Triton kernels of gated_delta_rule and gated_linear_attention.
 
 Against the recurrence (random shapes, values and all gradients), the same bits a thousand times, and times at batch 4,
-32 heads, 8192 tokens, width 128, bfloat16, beside fla's `chunk_gated_delta_rule` in the same process where torch and
-flash-linear-attention are installed (`pip install flash-linear-attention`).
+32 heads, 8192 tokens, width 128, bfloat16, with a decay of each head and of each channel, beside fla's
+`chunk_gated_delta_rule`, `chunk_kda` and `chunk_gla` in the same process where torch and flash-linear-attention are
+installed (`pip install flash-linear-attention`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import itertools
 import statistics
 import sys
 import time
@@ -26,7 +29,8 @@ def _draw(rng):
     return dict(
         batch=int(rng.integers(1, 3)), time=int(rng.integers(2, 400)), heads=heads,
         value_heads=heads * int(rng.integers(1, 4)), width=width, value_width=value_width, delta=bool(rng.integers(3)),
-        decay=bool(rng.integers(4)), segments=bool(rng.integers(2)),
+        decay=str(rng.choice(["none", "head", "channel"])), strength=float(rng.choice([1, 1000])),
+        segments=bool(rng.integers(2)),
     )  # fmt: skip
 
 
@@ -44,8 +48,9 @@ def _inputs(shape, rng, dtype):
     )
     if shape["delta"]:
         arrays["beta"] = cast(1 / (1 + np.exp(-normal(hv))))
-    if shape["decay"]:
-        arrays["log_decay"] = (-np.exp(2 * normal(hv) - 2)).astype(np.float32)
+    if shape["decay"] != "none":
+        gates = normal(hv) if shape["decay"] == "head" else normal(hv, k)
+        arrays["log_decay"] = (-shape["strength"] * np.exp(2 * gates - 2)).astype(np.float32)
     ids = np.sort(rng.integers(0, 4, (b, t)), axis=1).astype(np.int32) if shape["segments"] else None
     return arrays, ids, (cast(normal(hv, v)), rng.standard_normal((b, hv, k, v)).astype(np.float32))
 
@@ -91,10 +96,10 @@ def check_shapes(count):
 
 def check_repeats(count):
     """Nothing is added in an arbitrary order: every run gives the same bits."""
-    for delta in (True, False):
+    for delta, decay in itertools.product((True, False), ("head", "channel")):
         shape = dict(
-            batch=2, time=2048, heads=8, value_heads=8, width=128, value_width=128, delta=delta, decay=True,
-            segments=False,
+            batch=2, time=2048, heads=8, value_heads=8, width=128, value_width=128, delta=delta, decay=decay,
+            strength=1.0, segments=False,
         )  # fmt: skip
         given = jax.device_put(_inputs(shape, np.random.default_rng(0), "bfloat16"))
         call = _both(delta, "triton")
@@ -106,7 +111,7 @@ def check_repeats(count):
 
         agree = np.asarray(jax.device_get([same(call(*given)) for _ in range(count)]))
         if not agree.all():
-            sys.exit(f"gated op, delta={delta}: {int((~agree).sum())} of {count} runs differ")
+            sys.exit(f"gated op, delta={delta}, decay={decay}: {int((~agree).sum())} of {count} runs differ")
     print(f"gated ops: {count} runs the same bit for bit, gradients too")
     return {"runs": count}
 
@@ -127,44 +132,56 @@ def _torch_milliseconds(call, rounds=15, calls=5):
     return statistics.median(times)
 
 
-def _fla(arrays, dout):
-    """Milliseconds of fla's chunk_gated_delta_rule by direction, or None where it is not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
-        print("gated ops: torch and fla are not installed, so that there is nothing to compare with")
-        return None
-    import torch
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+# fla's kernels: the delta rule or not, a decay of each -> module and function.
+FLA = {
+    (True, "head"): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    (True, "channel"): ("fla.ops.kda", "chunk_kda"),
+    (False, "channel"): ("fla.ops.gla", "chunk_gla"),
+}
 
+
+def _fla(delta, decay, arrays, dout):
+    """Milliseconds of fla's kernel by direction; none where there is no such kernel, or fla is not installed."""
+    if (delta, decay) not in FLA or not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
+        return {}
+    import torch
+
+    module, name = FLA[delta, decay]
+    kernel = getattr(importlib.import_module(module), name)
     there = lambda x: torch.tensor(np.asarray(x, np.float32), device="cuda", dtype=torch.bfloat16)
-    q, k, v, beta = (there(arrays[name]) for name in ("query", "key", "value", "beta"))
-    g = torch.tensor(arrays["log_decay"], device="cuda")
+    given = {to: there(arrays[ours]) for to, ours in (("q", "query"), ("k", "key"), ("v", "value"))}
+    given["g"] = torch.tensor(arrays["log_decay"], device="cuda")
+    if delta:
+        given["beta"] = there(arrays["beta"])
     cotangent = there(dout)
 
     def forward():
         with torch.no_grad():
-            return chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
+            return kernel(**given)[0]
 
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, g, beta)]
+    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
 
     def both():
-        out, _ = chunk_gated_delta_rule(*leaves[:3], g=leaves[3], beta=leaves[4])
-        torch.autograd.grad(out, leaves, cotangent)
+        torch.autograd.grad(kernel(**leaves)[0], list(leaves.values()), cotangent)
 
     return {"forward": _torch_milliseconds(forward), "forward+backward": _torch_milliseconds(both)}
 
 
 def time_table(length, device_milliseconds):
     """Rows of milliseconds; `device_milliseconds(call, arguments)` measures."""
-    shape = dict(
-        batch=4, time=length, heads=32, value_heads=32, width=128, value_width=128, delta=True, decay=True,
-        segments=False,
-    )  # fmt: skip
-    arrays, _, (dout, _) = _inputs(shape, np.random.default_rng(0), "bfloat16")
-    del arrays["initial_state"]
-    fla, rows = _fla(arrays, dout), []
-    for op in (gated_delta_rule, gated_linear_attention):
-        given = {name: x for name, x in arrays.items() if name != "beta" or op is gated_delta_rule}
-        given, there = jax.device_put((given, dout))
+    if not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
+        print("gated ops: torch and fla are not installed, so that there is nothing to compare with")
+    rows = []
+    for op, decay in itertools.product((gated_delta_rule, gated_linear_attention), ("head", "channel")):
+        delta = op is gated_delta_rule
+        shape = dict(
+            batch=4, time=length, heads=32, value_heads=32, width=128, value_width=128, delta=delta, decay=decay,
+            strength=1.0, segments=False,
+        )  # fmt: skip
+        arrays, _, (dout, _) = _inputs(shape, np.random.default_rng(0), "bfloat16")
+        del arrays["initial_state"]
+        fla = _fla(delta, decay, arrays, dout)
+        given, there = jax.device_put((arrays, dout))
         for implementation in ("triton", "chunked"):
             call = lambda x, op=op, implementation=implementation: op(**x, implementation=implementation)[0]
 
@@ -174,10 +191,11 @@ def time_table(length, device_milliseconds):
 
             for direction, function, more in (("forward", call, ()), ("forward+backward", both, (there,))):
                 milliseconds = device_milliseconds(jax.jit(function), (given, *more))
-                beside = fla[direction] if fla and op is gated_delta_rule else None
+                beside = fla.get(direction)
                 rows.append(
                     {
                         "op": op.__name__,
+                        "decay": decay,
                         "implementation": implementation,
                         "direction": direction,
                         "ms": milliseconds,

@@ -17,6 +17,7 @@ from nvidia_worker import Worker
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 _case = lambda **more: Case(**{"time": 36, "key_dim": 20, "value_dim": 24} | more)
+_channel = lambda **more: _case(**{"decay": "channel", "heads": 1, "value_heads": 2} | more)
 
 # (case, segments, strength of the decays)
 CASES = [
@@ -31,20 +32,19 @@ CASES = [
     (_case(delta=False, decay="none", heads=1, value_heads=2, state=False), False, 1.0),
     (_case(delta=False, decay="none", heads=1, time=20), True, 1.0),
     (_case(time=1), False, 1.0),
-    (_case(decay="channel"), False, 1.0),
-    (_case(decay="channel", value_heads=4, scale=0.3, state=False), True, 1.0),
-    (_case(decay="channel", beta="none", heads=1, value_heads=2, time=33), True, 1000.0),
-    (_case(decay="channel", beta="to_two", heads=1, key_dim=16, value_dim=32, time=16), False, 1000.0),
-    (_case(decay="channel", delta=False), True, 1.0),
-    (_case(decay="channel", delta=False, value_heads=4, scale=1.0, time=31, state=False), False, 1000.0),
-    (_case(decay="channel", time=1), False, 1.0),
+    (_channel(), True, 1.0),
+    (_channel(beta="none", value_heads=1, time=33, state=False), False, 1000.0),
+    (_channel(beta="to_two", value_heads=1, key_dim=16, value_dim=32, time=16), False, 1.0),
+    (_channel(delta=False, scale=0.3, time=31), False, 1.0),
+    (_channel(delta=False, value_heads=1), True, 1000.0),
+    (_channel(time=1), False, 1.0),
 ]
 TWO_BYTE = [
     (_case(value_heads=4), True, 1.0),
     (_case(delta=False), False, 1.0),
     (_case(decay="none"), False, 1.0),
-    (_case(decay="channel", value_heads=4), True, 1.0),
-    (_case(decay="channel", delta=False), True, 1000.0),
+    (_channel(value_heads=1), True, 1.0),
+    (_channel(delta=False, value_heads=1), True, 1000.0),
 ]
 
 SEGMENTS = [[1] * 9 + [0] * 5 + [2] * 14 + [5] * 1 + [3] * 7, [0] * 7 + [4] * 29]
@@ -125,3 +125,7 @@ def test_float32(interpreter, case, segmented, strength):
 @pytest.mark.parametrize("case, segmented, strength", TWO_BYTE, ids=_id)
 def test_bfloat16(interpreter, case, segmented, strength):
     check(interpreter, case, segmented, strength, jnp.bfloat16, 2.0**-8)
+
+
+def test_float16(interpreter):
+    check(interpreter, _channel(value_heads=1, time=20), False, 1.0, jnp.float16, 2.0**-11)
