@@ -94,6 +94,22 @@ def test_swap_tracking(seed, indices, elements, length):
         assert sorted(line) == list(range(elements))
 
 
+@given(seeds, indices, st.integers(1, 12), st.integers(1, 9), st.integers(0, 2))
+def test_modular_arithmetic_of_every_prefix(seed, indices, shortest, more, room):
+    shape = dict(length=shortest + more + 1 + room, shortest=shortest, longest=shortest + more)
+    last, task = tasks.ModularArithmetic(**shape), tasks.ModularArithmetic(**shape, prefixes=True)
+    examples = task(seed, indices)
+    for name in ("tokens", "real"):
+        np.testing.assert_array_equal(getattr(examples, name), getattr(last(seed, indices), name))
+    for tokens, targets, counted, _ in zip(*examples):
+        size = int(np.argmax(tokens == task.symbols))
+        given = tokens[:size].tolist()
+        np.testing.assert_array_equal(np.flatnonzero(counted), [*range(0, size, 2), size])
+        expected = [modular_value(given[: place + 1]) for place in range(0, size, 2)]
+        np.testing.assert_array_equal(targets[counted], [*expected, expected[-1]])
+        assert not targets[~counted].any()
+
+
 # The word problem.
 
 

@@ -86,11 +86,15 @@ class StringTask:
         return Examples(tokens.astype(np.int32), targets.astype(np.int32), counted, real)
 
 
+@dataclasses.dataclass(frozen=True)
 class ModularArithmetic(StringTask):
     """Digits and operators in turn, as 3 + 4 · 2 − 1, of odd length; the answer is the value mod 5; · binds tighter.
 
     Symbols: 0 … 4, then 5 for +, 6 for −, 7 for ·. Lengths are uniform among the odd ones from shortest to longest.
+    prefixes: ask at every digit too, for the value of the expression up to it (the benchmark asks for the last alone).
     """
+
+    prefixes: bool = False
 
     symbols, answers = 8, 5
 
@@ -112,15 +116,34 @@ class ModularArithmetic(StringTask):
         return np.where(np.arange(self.longest) % 2 == 0, digits, operators)
 
     def solve(self, inputs, lengths):
+        return np.take_along_axis(self._values(inputs), lengths[:, None] // 2, axis=1), np.ones_like(lengths)
+
+    @staticmethod
+    def _values(inputs: np.ndarray) -> np.ndarray:
+        """int64 [N, digits]: of the expression up to each digit."""
         # total + sign · product of the factors since the last + or −.
-        total, sign, product = np.zeros_like(lengths), np.ones_like(lengths), inputs[:, 0]
-        for place in range(1, self.longest - 1, 2):
-            operator, digit, inside = inputs[:, place], inputs[:, place + 1], place < lengths
-            times, adds = inside & (operator == 7), inside & (operator != 7)
+        product = inputs[:, 0]
+        total, sign, values = np.zeros_like(product), np.ones_like(product), [product]
+        for place in range(1, inputs.shape[1] - 1, 2):
+            operator, digit = inputs[:, place], inputs[:, place + 1]
+            adds = operator != 7
             total = np.where(adds, total + sign * product, total)
             sign = np.where(adds, np.where(operator == 5, 1, -1), sign)
-            product = np.where(times, product * digit % 5, np.where(adds, digit, product))
-        return ((total + sign * product) % 5)[:, None], np.ones_like(lengths)
+            product = np.where(adds, digit, product * digit % 5)
+            values.append((total + sign * product) % 5)
+        return np.stack(values, axis=1)
+
+    def __call__(self, seed, indices):
+        examples = super().__call__(seed, indices)
+        if not self.prefixes:
+            return examples
+        last = np.argmax(examples.counted, axis=1)[:, None]  # the ∅
+        place = np.arange(self.length)
+        digit = (place % 2 == 0) & (place < last)
+        values = self._values(np.where(place < last, examples.tokens, 0)[:, : self.longest])
+        values = np.take_along_axis(values, np.minimum(place // 2, values.shape[1] - 1)[None].repeat(len(values), 0), 1)
+        targets = np.where(digit, values, examples.targets).astype(np.int32)
+        return examples._replace(targets=targets, counted=examples.counted | digit)
 
 
 class Parity(StringTask):
