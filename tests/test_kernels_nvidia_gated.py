@@ -58,10 +58,12 @@ def interpreter():
     worker.close()
 
 
-def check(interpreter, case, segmented, strength, dtype, unit):
+def check(interpreter, case, segmented, strength, dtype, unit, chunk=16, gates=None):
+    """`gates`: the decays, in place of drawn ones."""
     ids = np.asarray(SEGMENTS, np.int32)[:, : case.time] if segmented else None
     with jax.enable_x64(True):
         inputs = draw_inputs(case, 0, jnp.float64, strength=strength)
+        inputs |= {} if gates is None else {"log_decay": jnp.asarray(gates)}
         inputs = {name: x.astype(dtype).astype(jnp.float64) for name, x in inputs.items()}
         cotangents = [x.astype(dtype).astype(jnp.float64) for x in draw_cotangents(case, jnp.float64)]
 
@@ -91,7 +93,7 @@ def check(interpreter, case, segmented, strength, dtype, unit):
         arrays[-1] = np.zeros(expected[1].shape, np.float32)
     dout = np.where(real[..., None, None], np.asarray(cotangents[0]), 0).astype(dtype)
     scale = case.key_dim**-0.5 if case.scale is None else case.scale
-    settings = (scale, case.delta, 90, 16, (16, 4, 1))
+    settings = (scale, case.delta, 90, chunk, (16, 4, 1))
     out, final, found = interpreter(
         "gated_forward_and_backward", settings, [*arrays, resets], dout, np.asarray(cotangents[1], np.float32)
     )
@@ -129,3 +131,12 @@ def test_bfloat16(interpreter, case, segmented, strength):
 
 def test_float16(interpreter):
     check(interpreter, _channel(value_heads=1, time=20), False, 1.0, jnp.float16, 2.0**-11)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_strong_gates_between_weak_ones(interpreter, delta):
+    # In a chunk of the size of the table's. A difference of sums of all gates would be off by 2^-24 of 1000s.
+    case = _channel(delta=delta, value_heads=1, key_dim=16, value_dim=16, time=80)
+    gates = np.full((2, case.time, 1, case.key_dim), -(2.0**-10))
+    gates[:, ::7, :, ::2] = gates[:, 3::29] = -1000.0
+    check(interpreter, case, False, 1.0, jnp.float32, 2.0**-21, 64, gates)

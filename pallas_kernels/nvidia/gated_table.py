@@ -76,7 +76,7 @@ _TILES = {
     ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
     ("gated_channel_read_values", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
     ("gated_channel_retreat", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 1), GatedTile(32, 4, 1)),
-    ("gated_channel_read_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
+    ("gated_channel_read_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_solve_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_pair_gradients", True): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_pairs", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
