@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.products import NT, dot, quotient
+from pallas_kernels.tpu.products import UPPER, WHOLE, quotient, upper_times
 from pallas_kernels.tpu.solve import solve_across_transposed
 from pallas_kernels.tpu.stream import Stream, copy, over_tiles
 from pallas_kernels.tpu.weights import both, keep, weights_again
@@ -58,31 +58,37 @@ def backward_kernel(
     def segment_mask(i):
         return None if column_segments is None else column_segments == refs["segments"][0, :, rows_of(i)]
 
-    def scores_and_weights(kappa, rows, lse, visible):
-        scores = dot(keys, rows, operand, NT) * kappa.factor
+    def scores_and_weights(kappa, rows, lse, visible, by):
+        scores = by.outer(keys, rows, operand) * kappa.factor
         return scores, weights_again(kappa, scores, lse, visible)
 
-    def write_tile(i, visible, w, adjoint, centre):
+    def write_tile(i, visible, w, adjoint, centre, by=WHOLE):
         """What row chunk i gives to G_j and dK_j, and what it gets: its part of dW, [K, C]."""
         lse = refs["lse_write"][0, :, rows_of(i)] if write.normalised else None
-        scores, weights = scores_and_weights(write, w, lse, visible)
-        dots = dot(u, adjoint, write_dtype, NT)
+        scores, weights = scores_and_weights(write, w, lse, visible, by)
+        dots = by.outer(u, adjoint, write_dtype)
         if write.normalised:
             dots = dots - centre
         dscores = keep(visible, write.sloped(scores, weights, dots))
         return (
-            dot(weights, adjoint, write_dtype), dot(dscores, w, write_dtype), dot(keys_across, dscores, write_dtype),
-        )  # fmt: skip
+            by.tile_times(weights, adjoint, write_dtype),
+            by.tile_times(dscores, w, write_dtype),
+            by.times_tile(keys_across, dscores, write_dtype),
+        )
 
-    def read_tile(h, i, visible, q, dout):
+    def read_tile(h, i, visible, q, dout, by=WHOLE):
         """The same for one of the query heads."""
         lse = refs["lse_read"][0, h : h + 1, rows_of(i)] if read.normalised else None
-        scores, weights = scores_and_weights(read, q, lse, visible)
-        dots = dot(u, dout, read_dtype, NT)
+        scores, weights = scores_and_weights(read, q, lse, visible, by)
+        dots = by.outer(u, dout, read_dtype)
         if read.normalised:
             dots = dots - refs["row_dot"][0, h : h + 1, rows_of(i)]
         dscores = keep(visible, read.sloped(scores, weights, dots))
-        return dot(weights, dout, read_dtype), dot(dscores, q, read_dtype), dot(keys_across, dscores, read_dtype)
+        return (
+            by.tile_times(weights, dout, read_dtype),
+            by.tile_times(dscores, q, read_dtype),
+            by.times_tile(keys_across, dscores, read_dtype),
+        )
 
     def later(i, at, sums):
         """Row chunk i > j; `at` are its tiles."""
@@ -138,7 +144,7 @@ def backward_kernel(
 
     visible = both(row >= column, segment_mask(j))
     for h in reads:
-        more, dkeys, grow = read_tile(h, j, visible, refs["own_q"][0, h], refs["own_dout"][0, h])
+        more, dkeys, grow = read_tile(h, j, visible, refs["own_q"][0, h], refs["own_dout"][0, h], UPPER)
         incoming, dkeys_read = incoming + more, dkeys_read + dkeys
         # The diagonal is the first that a row chunk meets, and begins its sum.
         if streamed:
@@ -151,10 +157,10 @@ def backward_kernel(
     visible = both(row > column, segment_mask(j))
     w = refs["own_w"][0]
     lse = refs["lse_write"][0, :, own] if write.normalised else None
-    _, across = scores_and_weights(write, w, lse, visible)  # Aᵀ
+    _, across = scores_and_weights(write, w, lse, visible, UPPER)  # Aᵀ
     if settings.tied:
         read_share = refs["read_share"][0].astype(jnp.float32)
-        incoming = incoming + dot(across, read_share, write_dtype)
+        incoming = incoming + upper_times(across, read_share, write_dtype)
     beta = refs["beta"][0] if "beta" in refs else None  # [1, C]
     system = across if beta is None else across * beta
     grad = solve_across_transposed(system, incoming.T, write_dtype).T
@@ -169,7 +175,7 @@ def backward_kernel(
         centre = centre + refs["read_dot"][0, 0, :][:, None]
     adjoint, centre = adjoint.astype(refs["adjoint"].dtype), centre[:, 0][None, :]
     refs["centre"][:, own] = centre
-    _, dkeys, grow = write_tile(j, visible, w, adjoint, centre)
+    _, dkeys, grow = write_tile(j, visible, w, adjoint, centre, UPPER)
     if streamed:
         refs["adjoint"][...] = adjoint
         refs["dw_tiles"][0] = grow

@@ -7,6 +7,9 @@ float32 ones the six that float32 accuracy costs; sums are float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,3 +62,21 @@ def times_upper(x, upper, dtype):
     """x [V, C] · upper [C, C], which has 0 in tiles below the diagonal: they are not multiplied."""
     parts = [dot(x[:, : i.stop], upper[: i.stop, i], dtype) for i in tiles(upper.shape[0])]
     return jnp.concatenate(parts, axis=1)
+
+
+def upper_times(upper, x, dtype):
+    """upper [C, C] · x [C, V], likewise."""
+    parts = [dot(upper[i, i.start :], x[i.start :], dtype) for i in tiles(upper.shape[0])]
+    return jnp.concatenate(parts, axis=0)
+
+
+class Products(NamedTuple):
+    """What a tile [columns, rows] is made of and what is made of it: a bᵀ, tile · x, and x · tile."""
+
+    outer: Callable
+    tile_times: Callable
+    times_tile: Callable
+
+
+WHOLE = Products(lambda a, b, dtype: dot(a, b, dtype, NT), dot, dot)
+UPPER = Products(upper_product, upper_times, times_upper)
