@@ -156,11 +156,11 @@ def test_adjacency_rows_are_the_tasks():
 SMALL = {
     "table1": {
         **table1.FULL, **ONE, "vocabulary": 32, "pairs": 2, "length": 8, "width": 8, "rates": (1e-3,),
-        "variants": ("1 head",),
+        "similarities": ("round",),
     },
     "mqar": {
         **mqar.FULL, **ONE, "sizes": ((8, 2),), "vocabulary": 32, "width": 8, "heads": 1, "rates": (1e-3,),
-        "mixers": ("retention", "Kimi Delta Attention"),
+        "mixers": ("retention", "DeltaNet"),
     },
     "table5": {
         "tasks": {"duplicate_string": {**table5.COPYING, **ONE, "layers": 1, "levels": (4,), "models": ("DeltaNet",)}},
