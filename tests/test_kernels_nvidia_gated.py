@@ -137,6 +137,6 @@ def test_float16(interpreter):
 def test_strong_gates_between_weak_ones(interpreter, delta):
     # In a chunk of the size of the table's. A difference of sums of all gates would be off by 2^-24 of 1000s.
     case = _channel(delta=delta, value_heads=1, key_dim=16, value_dim=16, time=80)
-    gates = np.full((2, case.time, 1, case.key_dim), -(2.0**-10))
+    gates = np.full((2, case.time, 1, case.key_dim), -1.0 / 700)
     gates[:, ::7, :, ::2] = gates[:, 3::29] = -1000.0
     check(interpreter, case, False, 1.0, jnp.float32, 2.0**-21, 64, gates)
