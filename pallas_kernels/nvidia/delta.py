@@ -308,8 +308,8 @@ def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_id
 def write_backward_launch(
     settings, w, key, value, alpha, beta, segment_ids, u, operand, summary, lse, du, tied=None
 ) -> Launch:
-    """`summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs dw, dk, dv, dalpha, dbeta; then what
-    the kernel needs itself."""
+    """`summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs dw, dk (without their factor
+    of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
     batch, time, heads, width = w.shape
     narrow = _is_narrow(settings.write, value.dtype)
     tile = _tile(settings, "write_backward", key, value, narrow)
@@ -340,7 +340,7 @@ def write_backward_launch(
             Output(padded(row) if settings.write.name == "softmax" else (1,), jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
         ),
-        (time, np.float32(settings.write.scale), settings.write.score_scale),
+        (time, settings.write.score_scale),
         batch * heads * -(-time // tile.columns),
         dict(
             B=batch,
@@ -430,7 +430,7 @@ def _backward(settings, run, residuals, dout, du):
     saved = (u, copy, residuals["summary"], residuals["lse_write"])
     launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, *saved, du, tied)
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
-    dkey = dkey + dkey_read
+    dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
         own = _column(share * (_row_dots(wide, u) - read_dot)) * settings.write.scale

@@ -13,8 +13,8 @@ def head_base(x, batch, head, T, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def tile_pointers(base, start, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """[ROWS, BLOCK] pointers to rows `start`…; 64-bit only where a long context needs it."""
-    base += tl.cast(start, tl.int64) * STRIDE
-    return base + tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
+    row = tl.cast(start + tl.arange(0, ROWS), tl.int64)
+    return base + row[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit

@@ -40,3 +40,13 @@ def publish(counter, number):
     """This program's stores are done, and with them `number` blocks of the head."""
     tl.debug_barrier()
     tl.atomic_xchg(counter, number, sem="release")
+
+
+@triton.jit
+def unknown_zero(counter):
+    """0, which the compiler cannot know: what is computed from a number that this is added to is computed once more.
+
+    Addresses are cheap to compute and dear to keep: a part of a kernel that begins with one of these does not take over
+    those of the parts before it, which would cost the registers of everything in between.
+    """
+    return tl.minimum(tl.load(counter), 0)

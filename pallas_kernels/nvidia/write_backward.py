@@ -22,23 +22,33 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
-from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
+from pallas_kernels.nvidia.order import done_blocks, draw, publish, unknown_zero, wait_for
 from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, weights_seen
-from pallas_kernels.nvidia.solve import halves, invert
+from pallas_kernels.nvidia.solve import invert
 from pallas_kernels.nvidia.weights import weights_again
 
 
 @triton.jit
 def write_rows(
-    keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column, begin, end,
-    T, scale, score_scale,
+    keys, values, dkeys, rest, n, columns, w, adjoint, lse, centre, dw, segments, begin, end, T, score_scale,
     HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr, GRADIENTS: tl.constexpr,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW added
     to memory (GRADIENTS). OWN: the columns' own block may be among the rows."""
+    batch, head = n // HEADS, n % HEADS
+    w = head_base(w, batch, head, T, HEADS, K)
+    dw = head_base(dw, batch, head, T, HEADS, K)
+    adjoint = head_base(adjoint, batch, head, T, HEADS, V)
+    lse += padded(n, T)
+    centre += padded(n, T)
+    column = columns + tl.arange(0, COLUMNS)
+    column_segments = columns
+    if HAS_SEGMENTS:
+        segments += tl.cast(batch, tl.int64) * T
+        column_segments = load_row(segments, columns, T, COLUMNS)
     for back in tl.range(0, end - begin, ROWS, num_stages=STAGES):
         start = end - ROWS - back
         rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
@@ -61,54 +71,9 @@ def write_rows(
             dscores = score_gradient(dots, scores, weights, visible, OWN or HAS_SEGMENTS, SIMILARITY)
             dscores = dscores.to(values.dtype)
             dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
-            drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION) * scale
+            drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION)
             add_transposed(dw, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
     return dkeys, rest
-
-
-@triton.jit
-def read_incoming(
-    keys, rest, w, dout, rest_share, lse, segments, column_segments, column, begin, T, score_scale,
-    HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr,
-    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """`rest` with Σ P_ij ρ_i dO_i over the columns' own block of rows: what comes in there before G is known."""
-    for start in tl.range(begin, begin + COLUMNS, ROWS, num_stages=1):
-        rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
-        scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
-        weights, _visible = weights_seen(
-            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
-            HAS_SEGMENTS, True, False, ROWS, SIMILARITY, POWER,
-        )  # fmt: skip
-        grads = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V).to(DTYPE)
-        rest = tl.dot(weights.to(DTYPE), grads, rest, input_precision=PRECISION)
-    return rest
-
-
-@triton.jit
-def own_weights(
-    w, keys, beta, lse, segments, start, columns, T, score_scale, STRICT: tl.constexpr, HAS_BETA: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """diag(β) A of half a block of rows and half a block of its own columns, rows first."""
-    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * score_scale
-    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
-    if HAS_SEGMENTS:
-        same = load_row(segments, start, T, HALF)[:, None] == load_row(segments, columns, T, HALF)[None, :]
-        if STRICT:
-            visible &= same
-        else:
-            visible = same
-    log_total = scores
-    if SIMILARITY == "softmax":
-        log_total = load_row(lse, start, T, HALF)[:, None]
-    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, STRICT or HAS_SEGMENTS)
-    if HAS_BETA:
-        weights *= load_row(beta, start, T, HALF)[:, None]
-    return weights
 
 
 @triton.jit
@@ -119,39 +84,108 @@ def kept_gradient(dout, rest_share, start, T, HEADS: tl.constexpr, V: tl.constex
 
 
 @triton.jit
-def settle(
-    grad, start, T, v, alpha, beta, u, dout, summary, rest_share, read_dot, dv, dalpha, dbeta, adjoint, centre,
-    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    V: tl.constexpr, SIMILARITY: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+def read_incoming(
+    keys, values, rest, n, columns, w, dout, rest_share, lse, segments, T, score_scale,
+    HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """All that follows from some rows' G without a product; stores what earlier blocks and the caller need of it."""
-    written = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
-    store_row(dalpha, start, T, tl.sum(written * grad, 1), ROWS)
+    """`rest` with Σ P_ij ρ_i dO_i over the rows of the columns' own half: what comes in there before G is known."""
+    batch, head = n // HEADS, n % HEADS
+    w = head_base(w, batch, head, T, HEADS, K)
+    dout = head_base(dout, batch, head, T, HEADS, V)
+    rest_share += tl.cast(n, tl.int64) * T
+    lse += padded(n, T)
+    column = columns + tl.arange(0, COLUMNS)
+    column_segments = columns
+    if HAS_SEGMENTS:
+        segments += tl.cast(batch, tl.int64) * T
+        column_segments = load_row(segments, columns, T, COLUMNS)
+    for start in tl.range(columns, columns + COLUMNS, ROWS, num_stages=1):
+        rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
+        scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        weights, _visible = weights_seen(
+            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            HAS_SEGMENTS, True, False, ROWS, SIMILARITY, POWER,
+        )  # fmt: skip
+        if HALF < COLUMNS:
+            weights = tl.where(column[:, None] // HALF == start // HALF, weights, 0.0)
+        grads = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V).to(values.dtype)
+        rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
+    return rest
+
+
+@triton.jit
+def own_inverse(
+    n, start, w, k, beta, lse, segments, T, score_scale, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I + diag(β) A)⁻¹ of HALF rows and as many columns from `start`."""
+    batch, head = n // HEADS, n % HEADS
+    w = head_base(w, batch, head, T, HEADS, K)
+    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
+    keys = load_tile(k, start, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
+    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
+    if HAS_SEGMENTS:
+        segments += tl.cast(batch, tl.int64) * T
+        visible &= load_row(segments, start, T, HALF)[:, None] == load_row(segments, start, T, HALF)[None, :]
+    log_total = scores
+    if SIMILARITY == "softmax":
+        log_total = load_row(lse + padded(n, T), start, T, HALF)[:, None]
+    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, True)
+    if HAS_BETA:
+        weights *= load_row(beta + tl.cast(n, tl.int64) * T, start, T, HALF)[:, None]
+    return invert(weights, HALF, PRECISION)
+
+
+@triton.jit
+def solve_rows(
+    inverse, rest, n, start, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha, dbeta, adjoint,
+    centre,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, TIED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    V: tl.constexpr, SIMILARITY: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Some rows' G, and all that follows from it; stores what earlier blocks and the caller need of that."""
+    batch, head = n // HEADS, n % HEADS
+    row = tl.cast(n, tl.int64) * T
+    rest += load_tile(head_base(du, batch, head, T, HEADS, V), start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+    grad = tl.dot(tl.trans(inverse), rest, input_precision=PRECISION)
+    dv = head_base(dv, batch, head, T, HEADS, V)
     if HAS_ALPHA:
-        gate = load_row(alpha, start, T, ROWS)[:, None]
-        written *= gate
-        store_tile(dv, start, T, gate * grad, HEADS * V, V, ROWS, BLOCK_V)
+        store_tile(dv, start, T, load_row(alpha + row, start, T, ROWS)[:, None] * grad, HEADS * V, V, ROWS, BLOCK_V)
     else:
         store_tile(dv, start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
+    v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
+    written = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
+    row_dot = tl.sum(written * grad, 1)
+    store_row(dalpha + row, start, T, row_dot, ROWS)
     if SIMILARITY == "softmax":
-        row_dot = -tl.sum(grad * (written - load_tile(u, start, T, HEADS * V, V, ROWS, BLOCK_V, False)), 1)
+        if HAS_ALPHA:
+            row_dot *= load_row(alpha + row, start, T, ROWS)
+        written = load_tile(head_base(u, batch, head, T, HEADS, V), start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+        row_dot = tl.sum(grad * written, 1) - row_dot
         if TIED:
-            row_dot += load_row(rest_share, start, T, ROWS) * load_row(read_dot, start, T, ROWS)
-        store_row(centre, start, T, row_dot, ROWS)
+            row_dot += load_row(rest_share + row, start, T, ROWS) * load_row(read_dot + row, start, T, ROWS)
+        store_row(centre + padded(n, T), start, T, row_dot, ROWS)
     if HAS_BETA:
+        summary = head_base(summary, batch, head, T, HEADS, V)
         past = load_tile(summary, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
-        store_row(dbeta, start, T, -tl.sum(grad * past, 1), ROWS)
-        grad *= load_row(beta, start, T, ROWS)[:, None]
+        store_row(dbeta + row, start, T, -tl.sum(grad * past, 1), ROWS)
+        grad *= load_row(beta + row, start, T, ROWS)[:, None]
     grad = -grad
     if TIED:
-        grad += kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V)
-    store_tile(adjoint, start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
+        dout = head_base(dout, batch, head, T, HEADS, V)
+        grad += kept_gradient(dout, rest_share + row, start, T, HEADS, V, ROWS, BLOCK_V)
+    store_tile(head_base(adjoint, batch, head, T, HEADS, V), start, T, grad, HEADS * V, V, ROWS, BLOCK_V)
 
 
 @triton.jit
 def write_backward(
     w, k, v, alpha, beta, segments, last, u, operand, summary, lse, du, dout, rest_share, read_dot,
-    T, scale, score_scale, dw, dk, dv, dalpha, dbeta, adjoint, centre, counters,
+    T, score_scale, dw, dk, dv, dalpha, dbeta, adjoint, centre, counters,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, TIED: tl.constexpr,
     SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,115 +195,123 @@ def write_backward(
     """As `write_forward`, with last [B,blocks]: the row after the last one that sees a block's last column; u and
     operand: u in float32 and as the products take it; du [B,T,HEADS,V] float32, with π dO in it if TIED; HAS_BETA:
     summary (s) [B,T,HEADS,V]; TIED: dout [B,T,HEADS,V], rest_share (ρ), read_dot (dO·o) [B,HEADS,T] ->
-    dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw zeroed; adjoint: H in operand's
-    dtype; centre [B,HEADS,padded T], zeroed: D, or c. `score_scale` has log2(e) in it for softmax, `scale` has not."""
+    dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw zeroed, dw and dk
+    without their factor of scale; adjoint: H in operand's dtype; centre [B,HEADS,padded T], zeroed: D, or c.
+    `score_scale` has log2(e) in it for softmax."""
     blocks = tl.cdiv(T, COLUMNS)
     n, later_blocks = draw(counters, B * HEADS, GROUP, blocks)
+    counter = counters + 1 + n
     block = blocks - 1 - later_blocks
     batch, head = n // HEADS, n % HEADS
-    kv_head = head // (HEADS // KV_HEADS)
     begin = block * COLUMNS
-    column = begin + tl.arange(0, COLUMNS)
-    w = head_base(w, batch, head, T, HEADS, K)
-    dw = head_base(dw, batch, head, T, HEADS, K)
-    adjoint = head_base(adjoint, batch, head, T, HEADS, V)
-    lse += padded(n, T)
-    centre += padded(n, T)
-    k = head_base(k, batch, kv_head, T, KV_HEADS, K)
-    keys = load_tile(k, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
-    operand = head_base(operand, batch, head, T, HEADS, V)
-    values = load_tile(operand, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
     near = begin + COLUMNS
     far = near + COLUMNS
     end = tl.cdiv(T, ROWS) * ROWS
-    column_segments = begin
     if HAS_SEGMENTS:
-        segments += tl.cast(batch, tl.int64) * T
-        column_segments = load_row(segments, begin, T, COLUMNS)
         end = tl.maximum(tl.cdiv(tl.load(last + batch * blocks + block), ROWS) * ROWS, tl.minimum(near, end))
+    keys = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    keys = load_tile(keys, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
+    values = head_base(operand, batch, head, T, HEADS, V)
+    values = load_tile(values, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     rest = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
 
     # All but the nearest of the later blocks, as they get ready.
     while end > far:
-        ready = tl.minimum(tl.maximum((blocks - done_blocks(counters + 1 + n)) * COLUMNS, far), end)
+        ready = tl.minimum(tl.maximum((blocks - done_blocks(counter)) * COLUMNS, far), end)
         dkeys, rest = write_rows(
-            keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column,
-            ready, end, T, scale, score_scale,
+            keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, ready, end, T, score_scale,
             HAS_SEGMENTS, False, True, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-            ROWS, BLOCK_K, BLOCK_V, STAGES,
+            ROWS, COLUMNS, BLOCK_K, BLOCK_V, STAGES,
         )  # fmt: skip
         end = ready
-    # Nobody else's business until the end: meanwhile the registers are needed.
-    dk = head_base(dk, batch, head, T, HEADS, K)
-    store_tile(dk, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)
+    HALF: tl.constexpr = COLUMNS // HALVES
+    # Put away: until they are needed again their registers are. dv's place is free until G is known.
+    zero = unknown_zero(counter)
+    n += zero
+    begin += zero
+    wide_k = head_base(dk, n // HEADS, n % HEADS, T, HEADS, K)
+    wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+    store_tile(wide_k, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)
+    if TIED:
+        rest = read_incoming(
+            keys, values, rest, n, begin, w, dout, rest_share, lse, segments, T, score_scale,
+            HAS_SEGMENTS, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS, COLUMNS, HALF,
+            BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+    store_tile(wide_v, begin, T, rest, HEADS * V, V, COLUMNS, BLOCK_V)
+    tl.debug_barrier()
 
     # The block's own system needs no G: invert it before the nearest block is ready.
-    HALF: tl.constexpr = COLUMNS // HALVES
-    row = tl.cast(n, tl.int64) * T
-    beta += row
-    if TIED:
-        dout = head_base(dout, batch, head, T, HEADS, V)
-        rest = read_incoming(
-            keys, rest, w, dout, rest_share + row, lse, segments, column_segments, column, begin, T, score_scale,
-            HAS_SEGMENTS, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS, COLUMNS, BLOCK_K, BLOCK_V,
-            operand.dtype.element_ty,
-        )  # fmt: skip
-    half_keys = load_tile(k, begin, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-    upper = own_weights(
-        w, half_keys, beta, lse, segments, begin, begin, T, score_scale, True, HAS_BETA, HAS_SEGMENTS, HEADS, K, HALF,
-        BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+    upper = own_inverse(
+        n, begin, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF, BLOCK_K,
+        SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
     )  # fmt: skip
-    upper = invert(upper, HALF, PRECISION)
     if HALVES == 2:
-        below = own_weights(
-            w, half_keys, beta, lse, segments, begin + HALF, begin, T, score_scale, False, HAS_BETA, HAS_SEGMENTS,
-            HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        lower = own_inverse(
+            n, begin + HALF, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K,
+            HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         )  # fmt: skip
-        half_keys = load_tile(k, begin + HALF, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-        lower = own_weights(
-            w, half_keys, beta, lse, segments, begin + HALF, begin + HALF, T, score_scale, True, HAS_BETA,
-            HAS_SEGMENTS, HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
-        )  # fmt: skip
-        lower = invert(lower, HALF, PRECISION)
 
-    wait_for(counters + 1 + n, later_blocks)
+    zero = unknown_zero(counter)
+    n += zero
+    begin += zero
+    wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+    rest = load_tile(wide_v, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
+    wait_for(counter, blocks - 1 - begin // COLUMNS)
     # Only what G needs; the gradients of these rows can wait until this block's G is out.
     dkeys, rest = write_rows(
-        keys, values, dkeys, rest, w, adjoint, lse, centre, dw, segments, column_segments, column,
-        near, end, T, scale, score_scale,
+        keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin + COLUMNS, end, T,
+        score_scale,
         HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-        ROWS, BLOCK_K, BLOCK_V, 1,
+        ROWS, COLUMNS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
-    v = head_base(v, batch, kv_head, T, KV_HEADS, V)
-    du = head_base(du, batch, head, T, HEADS, V)
-    dv = head_base(dv, batch, head, T, HEADS, V)
-    u = head_base(u, batch, head, T, HEADS, V)
-    summary = head_base(summary, batch, head, T, HEADS, V)
     if HALVES == 2:
-        rest, lower_rest = halves(rest, COLUMNS, BLOCK_V)
-        lower_rest += load_tile(du, begin + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
-        grad = tl.dot(tl.trans(lower), lower_rest, input_precision=PRECISION)
-        rest -= tl.dot(tl.trans(below), grad, input_precision=PRECISION)
-        settle(
-            grad, begin + HALF, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv,
-            dalpha + row, dbeta + row, adjoint, centre,
-            HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
+        store_tile(wide_v, begin, T, rest, HEADS * V, V, COLUMNS, BLOCK_V)
+        tl.debug_barrier()
+        zero = unknown_zero(counter)
+        n += zero
+        begin += zero
+        wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+        rest = load_tile(wide_v, begin + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
+        solve_rows(
+            lower, rest, n, begin + HALF, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha,
+            dbeta, adjoint, centre,
+            HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
         )  # fmt: skip
-    rest += load_tile(du, begin, T, HEADS * V, V, HALF, BLOCK_V, False)
-    grad = tl.dot(tl.trans(upper), rest, input_precision=PRECISION)
-    settle(
-        grad, begin, T, v, alpha + row, beta, u, dout, summary, rest_share + row, read_dot + row, dv, dalpha + row,
-        dbeta + row, adjoint, centre,
-        HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, HALF, BLOCK_V,
+        tl.debug_barrier()
+        # To the upper half of the columns the lower half of the rows is one more later block.
+        zero = unknown_zero(counter)
+        n += zero
+        begin += zero
+        half_keys = head_base(k, n // HEADS, n % HEADS // (HEADS // KV_HEADS), T, KV_HEADS, K)
+        half_keys = load_tile(half_keys, begin, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+        wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+        rest = load_tile(wide_v, begin, T, HEADS * V, V, HALF, BLOCK_V, False)
+        dkeys, rest = write_rows(
+            half_keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin + HALF,
+            tl.minimum(begin + COLUMNS, end), T, score_scale,
+            HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            ROWS, HALF, BLOCK_K, BLOCK_V, 1,
+        )  # fmt: skip
+    zero = unknown_zero(counter)
+    n += zero
+    begin += zero
+    solve_rows(
+        upper, rest, n, begin, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha, dbeta,
+        adjoint, centre,
+        HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
     )  # fmt: skip
-    publish(counters + 1 + n, later_blocks + 1)
+    publish(counter, blocks - begin // COLUMNS)
 
-    dkeys = load_tile(dk, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
-    dkeys, end = write_rows(
-        keys, values, dkeys, end, w, adjoint, lse, centre, dw, segments, column_segments, column,
-        begin, end, T, scale, score_scale,
+    zero = unknown_zero(counter)
+    n += zero
+    begin += zero
+    wide_k = head_base(dk, n // HEADS, n % HEADS, T, HEADS, K)
+    dkeys = load_tile(wide_k, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
+    dkeys, rest = write_rows(
+        keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin, end, T, score_scale,
         HAS_SEGMENTS, True, False, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-        ROWS, BLOCK_K, BLOCK_V, 1,
+        ROWS, COLUMNS, BLOCK_K, BLOCK_V, STAGES,
     )  # fmt: skip
-    store_tile(dk, begin, T, dkeys * scale, HEADS * K, K, COLUMNS, BLOCK_K)
+    store_tile(wide_k, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)
