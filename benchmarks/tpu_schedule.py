@@ -2,19 +2,25 @@
 
     JAX_PLATFORMS=cpu uv run --group kernels python benchmarks/tpu_schedule.py [--tpu v5e] [--length 8192] [--json FILE]
 
-Two minutes. Compiles delta_attention's kernels (8 heads of 128, bfloat16) and JAX's splash attention without a mask for
-the same TPU, and counts instruction bundles, one a cycle where nothing stalls, and the slots that each unit takes of
-them. "a chunk" is what 512 rows take once: the diagonal, the triangular system, loads and stores; "inner loops" what
-they take for earlier columns: one step of each loop there is: forward a write's and a read's, 1024 columns and 512, and
-512 rows backward. The gated ops' kernels have no inner loops: "a chunk" is a group of four chunks of 128 there. Splash
-attention's only part is one step of 512×512, masks and sums included. Spills and fills are
-stores and loads of registers that did not suffice.
+Two or three minutes. Compiles delta_attention's kernels (8 heads of 128, bfloat16), the gated delta rule's, and JAX's
+splash attention without a mask for the same TPU, and counts instruction bundles, one a cycle where nothing stalls, and
+the slots that each unit takes of them.
+
+A "step" is what one tile of 512 rows and 512 earlier columns takes; splash attention's is 512×512 too, masks and sums
+included. A "chunk" is what 512 rows take once: their own tile, the triangular system, gates, loads and stores; of the
+gated ops, which have no steps, a group of four chunks of 128. "All" is one head of the whole length: T/512 chunks and
+the steps between them.
+
+"of peak" (v5e, v5p) is the products that the mathematics asks for, over what the matrix units could do in as many
+cycles: 512 bundles for a product of 512×128 by 128×512. Fills and spills are loads and stores of registers that did not
+suffice.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -23,12 +29,15 @@ import tempfile
 from pathlib import Path
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-HEADS, WIDTH = 8, 128
+HEADS, WIDTH, CHUNK = 8, 128, 512
+# Bundles that a product of 512×128 by 128×512 takes at the peak of four units of 128×128 multipliers.
+PRODUCT = {"v5e": 512, "v5p": 512}
 COLUMNS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fills", "VSTORE", "spills", "SALU")
 
 
 def programs(length: int):
-    """Name -> (the kernel's name in the dump, a function of q, k, v, beta [1,T,H,K])."""
+    """Name -> (the kernel's name in the dump; products of 512×128 by 128×512 in a step and in a chunk, where half of a
+    causal tile counts; a function of q, k, v, beta [1,T,H,K])."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -52,19 +61,20 @@ def programs(length: int):
     def gated(q, k, v, beta):
         return gated_delta_rule(q, k, v, beta=beta, log_decay=-beta, implementation="pallas_tpu")[0]
 
+    # A chunk of 128 rows of the gated delta rule is eight products of 128×128×128 (K Kᵀ, Q Kᵀ, T K, T V, W S, Q S,
+    # P V', Kᵀ V'), four chunks' as much as 2 of 512×128×512; backward they are made again, and two gradients of each.
     return {
-        "splash attention": ("splash", attention),
+        "splash attention": ("splash", 2, 0, attention),
         "write alone": (
-            "delta_forward",
-            lambda q, k, v, beta: delta_values(k, v, beta=beta, implementation="pallas_tpu"),
+            "delta_forward", 2, 1, lambda q, k, v, beta: delta_values(k, v, beta=beta, implementation="pallas_tpu")
         ),
-        "write and read, w = k": ("delta_forward", call()),
-        "one pass, w = q": ("delta_forward", call(write_query="query")),
-        "backward, w = k": ("delta_backward", gradient(call())),
-        "backward, w = q": ("delta_backward", gradient(call(write_query="query"))),
-        "gated_delta_rule, a head's decay": ("gated_forward", gated),
-        "gated_delta_rule, backward": ("gated_backward", gradient(gated)),
-    }
+        "write and read, w = k": ("delta_forward", 4, 2, call()),
+        "write and read, one pass (w = q)": ("delta_forward", 2, 1, call(write_query="query")),
+        "backward, w = k": ("delta_backward", 10, 5, gradient(call())),
+        "backward, one pass (w = q)": ("delta_backward", 5, 2.5, gradient(call(write_query="query"))),
+        "gated_delta_rule, a head's decay": ("gated_forward", 0, 2, gated),
+        "gated_delta_rule, backward": ("gated_backward", 0, 6, gradient(gated)),
+    }  # fmt: skip
 
 
 def compile_one(name: str, tpu: str, length: int) -> None:
@@ -80,7 +90,7 @@ def compile_one(name: str, tpu: str, length: int) -> None:
     beta = jax.ShapeDtypeStruct((1, length, HEADS), jnp.float32, sharding=place)
     kind = AbstractDevice(device_kind=one.device_kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)):
-        jax.jit(programs(length)[name][1]).trace(x, x, x, beta).lower().compile()
+        jax.jit(programs(length)[name][-1]).trace(x, x, x, beta).lower().compile()
 
 
 def bundles(folder: str, kernel: str) -> dict[int, dict[str, int]]:
@@ -113,10 +123,11 @@ def main() -> None:
         compile_one(flags.compile, flags.tpu, flags.length)
         return
     from measure import report
+    from rich.console import Console
 
-    rows = []
-    for name, (kernel, _) in programs(flags.length).items():
-        with tempfile.TemporaryDirectory() as folder:
+    rows, console = [], Console(stderr=True)
+    for name, (kernel, in_step, in_chunk, _) in programs(flags.length).items():
+        with tempfile.TemporaryDirectory() as folder, console.status(f"compiling {name}"):
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "TPU_SKIP_MDS_QUERY": "1",
@@ -128,14 +139,34 @@ def main() -> None:
             done = subprocess.run(again, env=environment, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{name}: {done.stderr[-2000:]}")
-            for depth, counts in sorted(bundles(folder, kernel).items()):
-                if depth:
-                    where = "a chunk" if depth == 1 else "inner loops"
-                    keep = ("bundles", "MXU", "XLU", "VALU", "EUP", "fills", "spills")
-                    rows.append({"kernel": name, "part": where} | {unit: counts[unit] for unit in keep})
-    for row in rows:
-        row["MXU slots a bundle, of 4"] = row["MXU"] / row["bundles"]
-    report(f"Static schedule, {flags.tpu}, T = {flags.length}, {HEADS} heads of {WIDTH}, bfloat16", rows, flags.json)
+            counts = bundles(folder, kernel)
+        rows += parts(name, counts, in_step, in_chunk, flags.length // CHUNK, PRODUCT.get(flags.tpu))
+    report(
+        f"Static schedule, {flags.tpu}, T = {flags.length}, {HEADS} heads of {WIDTH}, bfloat16", rows, flags.json,
+        tpu=flags.tpu, length=flags.length, libtpu=importlib.metadata.version("libtpu"),
+    )  # fmt: skip
+
+
+def parts(name, counts, in_step, in_chunk, chunks, product):
+    """The table's rows of one kernel: a step, a chunk, and one head's all; `product`: bundles of one, None: unknown."""
+    steps = chunks * (chunks - 1) // 2
+    # Part -> (tokens, bundles, products, slots). Loops over earlier tiles lie in the one over chunks; splash
+    # attention's own loop is its steps'.
+    found = {}
+    if in_step:
+        slots = counts[2 if in_chunk else 1]
+        found["step"] = (CHUNK, slots["bundles"], in_step, slots)
+    if in_chunk:
+        found["chunk"] = (CHUNK, counts[1]["bundles"], in_chunk, counts[1])
+        _, step, _, _ = found.get("step", (0, 0, 0, {}))
+        total = chunks * counts[1]["bundles"] + steps * step
+        found["all"] = (chunks * CHUNK, total, chunks * in_chunk + steps * in_step, {})
+    return [
+        {"kernel": name, "part": part, "bundles": length, "a token": length / tokens}
+        | ({"of peak": useful * product / length} if product else {})
+        | {unit: slots[unit] for unit in ("MXU", "XLU", "VALU", "EUP", "fills", "spills") if slots}
+        for part, (tokens, length, useful, slots) in found.items()
+    ]
 
 
 if __name__ == "__main__":
