@@ -22,6 +22,7 @@ from deltaformer_jax.ops.cache import KVCache, check_cache, check_room, store
 from deltaformer_jax.ops.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.delta_chunked import default_chunk
 from deltaformer_jax.ops.extend import extend_attention, in_blocks
+from deltaformer_jax.ops.hand_written import hand_written
 from deltaformer_jax.ops.platforms import only_on
 from deltaformer_jax.ops.similarity import Softmax
 from deltaformer_jax.ops.tiles import accumulation_dtype
@@ -203,7 +204,7 @@ def _forward(plan, query, key, value, log_decay, segment_ids):
     return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@hand_written("chunked", "implementation='parallel' or 'recurrent'")
 def _backward(plan, residuals, cotangents):
     query, key, value, log_decay, segment_ids, out, lse = residuals
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
@@ -220,12 +221,4 @@ def _backward(plan, residuals, cotangents):
     return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None
 
 
-@_backward.defjvp
-def _no_second_derivative(plan, primals, tangents):
-    raise NotImplementedError(
-        "implementation='chunked' has a hand-written backward and no second derivative: "
-        "use implementation='parallel' or 'recurrent'"
-    )
-
-
-_chunked.defvjp(_forward, lambda plan, residuals, cotangents: _backward(plan, residuals, cotangents))
+_chunked.defvjp(_forward, _backward)

@@ -26,6 +26,7 @@ from deltaformer_jax.ops import tiles
 from deltaformer_jax.ops.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.chunked_write import write_backward, write_forward
+from deltaformer_jax.ops.hand_written import hand_written
 from deltaformer_jax.ops.similarity import Similarity
 
 
@@ -99,7 +100,7 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
     return (out, u.astype(dtype)), (given, u, kept, (lse_write, lse_read))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@hand_written("chunked", "implementation='parallel' or 'recurrent'")
 def _backward(plan, residuals, cotangents):
     given, u, kept, rows = residuals
     query, write_query, key, value, alpha, beta, segment_ids = given
@@ -156,12 +157,4 @@ def _backward(plan, residuals, cotangents):
     )
 
 
-@_backward.defjvp
-def _no_second_derivative(plan, primals, tangents):
-    raise NotImplementedError(
-        "implementation='chunked' has a hand-written backward and no second derivative: "
-        "use implementation='parallel' or 'recurrent'"
-    )
-
-
-delta_chunked.defvjp(_forward, lambda plan, residuals, cotangents: _backward(plan, residuals, cotangents))
+delta_chunked.defvjp(_forward, _backward)

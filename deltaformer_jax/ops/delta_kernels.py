@@ -18,6 +18,7 @@ import jax
 from jax import lax
 
 from deltaformer_jax.ops.delta_chunked import Plan, delta_chunked
+from deltaformer_jax.ops.hand_written import hand_written
 from deltaformer_jax.ops.platforms import only_on, varies
 from deltaformer_jax.ops.similarity import Round
 from pallas_kernels.nvidia import packages as nvidia_packages
@@ -105,17 +106,9 @@ def _forward(call, *arrays):
     return (out, u), residuals
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@hand_written(lambda call: call.name, "implementation='parallel' or 'recurrent'")
 def _backward(call, residuals, cotangents):
     return (*call.module.backward(call.settings, residuals, *cotangents), None)
 
 
-@_backward.defjvp
-def _no_second_derivative(call, primals, tangents):
-    raise NotImplementedError(
-        f"implementation={call.name!r} has a hand-written backward and no second derivative: "
-        "use implementation='parallel' or 'recurrent'"
-    )
-
-
-_delta.defvjp(_forward, lambda call, residuals, cotangents: _backward(call, residuals, cotangents))
+_delta.defvjp(_forward, _backward)

@@ -26,6 +26,7 @@ from jax import lax
 from deltaformer_jax.ops import gated_state
 from deltaformer_jax.ops import heads as H
 from deltaformer_jax.ops.gated_pairs import channel_pairs, head_pairs
+from deltaformer_jax.ops.hand_written import hand_written
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
@@ -128,7 +129,7 @@ def _forward(plan, query, key, value, beta, log_decay, state, real, resets):
     return (out[:, : groups.time], final), (given, states)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@hand_written("chunked", "implementation='recurrent'")
 def _backward(plan, residuals, cotangents):
     given, states = residuals
     *arrays, state, real, resets = given
@@ -152,11 +153,4 @@ def _backward(plan, residuals, cotangents):
     return (*jax.tree.map(lambda x: x[:, : groups.time], gradients), dstate.astype(state.dtype), None, None)
 
 
-@_backward.defjvp
-def _no_second_derivative(plan, primals, tangents):
-    raise NotImplementedError(
-        "implementation='chunked' has a hand-written backward and no second derivative: use implementation='recurrent'"
-    )
-
-
-gated_chunked.defvjp(_forward, lambda plan, residuals, cotangents: _backward(plan, residuals, cotangents))
+gated_chunked.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ from jax import lax
 
 from deltaformer_jax.ops.delta_kernels import Kernels
 from deltaformer_jax.ops.gated_chunked import Plan, gated_chunked
+from deltaformer_jax.ops.hand_written import hand_written
 from deltaformer_jax.ops.platforms import only_on, varies
 from pallas_kernels.nvidia import packages as nvidia_packages
 
@@ -97,17 +98,9 @@ def _forward(call, *arrays):
     return (out, final), residuals
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@hand_written(lambda call: call.name, "implementation='recurrent'")
 def _backward(call, residuals, cotangents):
     return (*call.module.backward(call.settings, residuals, *cotangents), None)
 
 
-@_backward.defjvp
-def _no_second_derivative(call, primals, tangents):
-    raise NotImplementedError(
-        f"implementation={call.name!r} has a hand-written backward and no second derivative: "
-        "use implementation='recurrent'"
-    )
-
-
-_gated.defvjp(_forward, lambda call, residuals, cotangents: _backward(call, residuals, cotangents))
+_gated.defvjp(_forward, _backward)
