@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import calls
-from pallas_kernels.tpu.delta import DTYPES, VMEM_BYTES, WIDEST
+from pallas_kernels.tpu import calls, limits
 from pallas_kernels.tpu.gated_backward import backward_kernel
 from pallas_kernels.tpu.gated_forward import Plan, forward_kernel
 from pallas_kernels.tpu.products import TILE
@@ -50,11 +49,7 @@ class Settings:
 
 def lacks(settings: Settings, key, value, log_decay) -> str | None:
     """Why these kernels cannot do this call, or None."""
-    if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
-        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
-    if max(key.shape[3], value.shape[3]) > WIDEST:
-        return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
-    return None
+    return limits.lacks(key, value)
 
 
 def forward(settings: Settings, query, key, value, beta, log_decay, state, resets):
@@ -168,7 +163,7 @@ class _Layout:
             inputs,
             outputs,
             {scratch: pltpu.VMEM((self.value_width, self.width), jnp.float32)},
-            vmem_bytes=VMEM_BYTES,
+            vmem_bytes=limits.VMEM_BYTES,
             interpret=self.interpret,
         )
 
