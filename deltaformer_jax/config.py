@@ -68,6 +68,20 @@ class ModelConfig:
     negative_eigenvalues: bool = False  # the delta nets' β in (0, 2) instead of (0, 1)
 
 
+def on_any_device(model: ModelConfig) -> ModelConfig:
+    """The same model, the choice of implementations left to the ops: its weights fit, its values differ by rounding.
+
+    For programs that read a run which was trained elsewhere, and for decoding: kernels do not go on from a cache.
+    """
+
+    def free(mixer):
+        if not isinstance(mixer, Mixer):
+            return mixer
+        return Mixer(mixer.name, **{field: value for field, value in mixer.overrides if field != "implementation"})
+
+    return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))
+
+
 @dataclasses.dataclass
 class DataConfig:
     """Where the text is and how it is cut. `batch_size` counts sequences over all devices and all hosts."""

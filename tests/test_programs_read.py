@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaformer_jax import evaluate, sample
+from deltaformer_jax.config import Mixer, ModelConfig, on_any_device
 from deltaformer_jax.data import load_corpus, prepare_corpus
-from deltaformer_jax.training import by_position, restore
+from deltaformer_jax.training import by_position, loop, restore
+from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.training.metrics import Display
 from deltaformer_jax.training.state import merge
 
 
@@ -53,6 +57,28 @@ def test_sample_writes_whole_characters(workdir, capsys):
     assert text.startswith("dé") and text.endswith("\n") and len(text.encode()) >= 40
     assert text == output(capsys, sample.main, *arguments).out
     assert text != output(capsys, sample.main, *arguments, "--seed", 1).out
+
+
+def test_a_run_by_kernels_is_read_on_any_device(workdir, capsys, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    saved["model"]["implementation"] = "triton"
+    (run / "config.json").write_text(json.dumps(saved))
+    assert output(capsys, sample.main, "--workdir", run, "--prompt", "def ").out == (
+        output(capsys, sample.main, "--workdir", workdir, "--prompt", "def ").out
+    )
+    mixers = (Mixer("softmax_attention", implementation="cudnn", window=4), "delta_net")
+    assert on_any_device(ModelConfig(implementation="triton", d_model=8, mixers=mixers)) == ModelConfig(
+        d_model=8, mixers=(Mixer("softmax_attention", window=4), "delta_net")
+    )
+
+
+def test_training_by_kernels_ends_with_a_sample(corpus, tmp_path, capsys):
+    run = cases.run_training(cases.small_config(corpus, run__steps=1), tmp_path / "run")
+    run.config.run.sample_prompt, run.config.run.sample_tokens = "def ", 5
+    run.config.model.implementation = "triton"  # of which no CPU can do the training
+    loop.write_sample(run, Display(1, 1), Interruption())
+    assert "def " in capsys.readouterr().out.split("a sample of 5 tokens")[1]
 
 
 def test_sample_of_a_step(workdir, capsys):

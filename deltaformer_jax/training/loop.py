@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from deltaformer_jax.config import on_any_device
 from deltaformer_jax.data import TaskData, batches
 from deltaformer_jax.training.data_stream import number_batches
 from deltaformer_jax.training.evaluation import evaluate, to_devices
@@ -23,7 +24,7 @@ from deltaformer_jax.training.sampling import generate
 from deltaformer_jax.training.settings import Saved
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.sharding import batch_sharding
-from deltaformer_jax.training.state import count_parameters, merge
+from deltaformer_jax.training.state import count_parameters, merge, model_parts
 
 
 class RunError(RuntimeError):
@@ -267,7 +268,8 @@ def write_sample(run: Run, display: Display, stop: Interruption) -> None:
     stream = tokenizer.stream()
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
     display.write(settings.sample_prompt)
-    for token in generate(run.parts, run.state.params, prompt, settings.sample_tokens, seed=settings.seed):
+    parts = model_parts(on_any_device(run.config.model))
+    for token in generate(parts, run.state.params, prompt, settings.sample_tokens, seed=settings.seed):
         if stop.requested or token == tokenizer.eot:
             break
         display.write(stream.push(token))

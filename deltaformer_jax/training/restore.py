@@ -1,5 +1,6 @@
 """A finished or running run's model, for the programs that only read it."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from deltaformer_jax.config import Config, MeshConfig
+from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.training.checkpoint import CheckpointError, Checkpoints, check_checksums
 from deltaformer_jax.training.settings import Saved
@@ -29,7 +30,7 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[str], Any] = lambda _: None) -> Restored:
-    """The model of the newest whole checkpoint, or of `step`. Nothing in `workdir` is changed.
+    """The model of the newest whole checkpoint, or of `step`, for any device. Nothing in `workdir` is changed.
 
     `note(text)` hears of checkpoints that were passed over. Raises FileNotFoundError or ValueError (CheckpointError),
     naming the folder or file, for a folder that is not a run's and for checkpoints that are missing or corrupt.
@@ -38,6 +39,7 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
     saved = Saved.read(workdir)
     tokenizer = read_tokenizer(workdir, saved)
     config = with_vocabulary(saved.config, tokenizer)
+    config = dataclasses.replace(config, model=on_any_device(config.model))
     mesh = make_mesh(MeshConfig())  # not the run's: this machine may have other devices
     parts = model_parts(config.model)
     abstract, _ = abstract_state(config, parts, mesh)

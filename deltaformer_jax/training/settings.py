@@ -8,8 +8,8 @@ from etils import epath
 
 from deltaformer_jax.config import Config, Mixer
 
-# What a resumed run may change: what is done when, on which devices, and where the data lies.
-FREE = ("run.", "mesh.", "data.path")
+# What a resumed run may change: what is done when, on which devices and by which kernels, and where the data lies.
+FREE = ("run.", "mesh.", "data.path", "model.implementation")
 
 _AT_LEAST = {
     "model.vocab_size": 0,
@@ -188,5 +188,6 @@ def check_resumable(saved: Config, asked: Config, workdir: epath.Path) -> None:
         listing = "; ".join(f"{name}: {old[name]!r} in the run, {new[name]!r} asked for" for name in differing)
         raise ValueError(
             f"--workdir {workdir} holds a run with other settings: {listing}. "
-            "Only run.*, mesh.* and data.path may change; take another --workdir, or go on without --config"
+            "Only run.*, mesh.*, data.path and model.implementation may change; take another --workdir, or go on "
+            "without --config"
         )
