@@ -35,7 +35,7 @@ WIDTHS = (64, 128, 256)
 # "tied_" kernels are the write's with the read in them.
 _LARGE = {
     ("write_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
-    ("tied_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
+    ("tied_forward", True): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2)),
     ("read_forward", True): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
     ("read_backward", True): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     ("write_backward", True): (Tile(32, 128, 8, 2, 2), Tile(32, 128, 8, 2, 2), Tile(32, 64, 8, 2)),

@@ -24,8 +24,7 @@ import triton.language as tl
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, unknown_zero, wait_for
 from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, weights_seen
-from pallas_kernels.nvidia.solve import invert
-from pallas_kernels.nvidia.weights import weights_again
+from pallas_kernels.nvidia.write_forward import own_inverse
 
 
 @triton.jit
@@ -113,32 +112,6 @@ def read_incoming(
         grads = kept_gradient(dout, rest_share, start, T, HEADS, V, ROWS, BLOCK_V).to(values.dtype)
         rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
     return rest
-
-
-@triton.jit
-def own_inverse(
-    n, start, w, k, beta, lse, segments, T, score_scale, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(I + diag(β) A)⁻¹ of HALF rows and as many columns from `start`."""
-    batch, head = n // HEADS, n % HEADS
-    w = head_base(w, batch, head, T, HEADS, K)
-    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
-    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    keys = load_tile(k, start, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
-    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
-    if HAS_SEGMENTS:
-        segments += tl.cast(batch, tl.int64) * T
-        visible &= load_row(segments, start, T, HALF)[:, None] == load_row(segments, start, T, HALF)[None, :]
-    log_total = scores
-    if SIMILARITY == "softmax":
-        log_total = load_row(lse + padded(n, T), start, T, HALF)[:, None]
-    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, True)
-    if HAS_BETA:
-        weights *= load_row(beta + tl.cast(n, tl.int64) * T, start, T, HALF)[:, None]
-    return invert(weights, HALF, PRECISION)
 
 
 @triton.jit

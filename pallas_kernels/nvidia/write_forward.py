@@ -3,7 +3,8 @@
 A block streams the earlier columns as flash attention does, following its head's earlier blocks as they get ready
 (order.py). While the last of them is still at work it goes through that block's and its own scores, which need no u:
 the softmax sums are complete, and its own triangular system is inverted. What then remains between one block and the
-next is two products and a substitution.
+next is the last block's share of the sums and a product with the inverse; or two, a half of the block each, to whose
+lower half the upper one is one more earlier block.
 
 TIED: one softmax writes and reads (w = q). With the write's sums over i < t the same pass gives
 
@@ -16,9 +17,9 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
-from pallas_kernels.nvidia.order import done_blocks, draw, publish, wait_for
-from pallas_kernels.nvidia.solve import halves, invert, joined_rows, row_halves
-from pallas_kernels.nvidia.weights import LOWEST, absorb, inverse_or_zero, log_sum, weights_again
+from pallas_kernels.nvidia.order import done_blocks, draw, publish, unknown_zero, wait_for
+from pallas_kernels.nvidia.solve import invert, row_halves
+from pallas_kernels.nvidia.weights import LOWEST, absorb, log_sum, weights_again
 
 
 @triton.jit
@@ -62,86 +63,108 @@ def stream(
 
 
 @triton.jit
-def own_tile(
-    w, k, start, columns, segments, T, scale, highest, total, strict,
-    HAS_SEGMENTS: tl.constexpr, STRICT: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_K: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
-    PRECISION: tl.constexpr,
+def known_rows(
+    rows, k, u, start, stop, row_segments, segments, T, scale, log_total, past,
+    HAS_SEGMENTS: tl.constexpr, K_STRIDE: tl.constexpr, K: tl.constexpr, U_STRIDE: tl.constexpr, V: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
+    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`score_tile` of half a block of rows and half a block of its own columns."""
+    """`stream` where the rows' sums are known: `past` with Σ P u over columns start … stop."""
+    for columns in tl.range(start, stop, COLUMNS, num_stages=1):
+        keys = load_tile(k, columns, T, K_STRIDE, K, COLUMNS, BLOCK_K, False)
+        scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
+        visible = columns
+        if HAS_SEGMENTS:
+            visible = row_segments[:, None] == load_row(segments, columns, T, COLUMNS)[None, :]
+        weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, HAS_SEGMENTS)
+        values = load_tile(u, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, False)
+        past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
+    return past
+
+
+@triton.jit
+def own_inverse(
+    n, start, w, k, beta, lse, segments, T, score_scale, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I + diag(β) A)⁻¹ of HALF rows and as many columns from `start`."""
+    batch, head = n // HEADS, n % HEADS
+    w = head_base(w, batch, head, T, HEADS, K)
+    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
     rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    row_segments = start
+    keys = load_tile(k, start, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
+    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
     if HAS_SEGMENTS:
-        row_segments = load_row(segments, start, T, HALF)
-    return score_tile(
-        rows, k, columns, row_segments, segments, T, scale, highest, total, strict,
-        HAS_SEGMENTS, STRICT, False, KV_HEADS * K, K, HALF, BLOCK_K, SIMILARITY, POWER, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def row_factor(beta, start, T, total, HAS_BETA: tl.constexpr, SIMILARITY: tl.constexpr, ROWS: tl.constexpr):
-    """What multiplies a row's weights: β over the softmax's normaliser."""
-    factor = tl.full([ROWS], 1.0, tl.float32)
-    if HAS_BETA:
-        factor = load_row(beta, start, T, ROWS)
+        segments += tl.cast(batch, tl.int64) * T
+        visible &= load_row(segments, start, T, HALF)[:, None] == load_row(segments, start, T, HALF)[None, :]
+    log_total = scores
     if SIMILARITY == "softmax":
-        factor *= inverse_or_zero(total)
-    return factor
+        log_total = load_row(lse + padded(n, T), start, T, HALF)[:, None]
+    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, True)
+    if HAS_BETA:
+        weights *= load_row(beta + tl.cast(n, tl.int64) * T, start, T, HALF)[:, None]
+    return invert(weights, HALF, PRECISION)
 
 
 @triton.jit
-def load_target(
-    v, alpha, start, T,
-    HAS_ALPHA: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+def solve_target(
+    inverse, past, n, start, T, v, alpha, beta,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """α v in float32."""
+    """u of some rows, whose `inverse` it is: the system's right-hand side is α v − β past."""
+    row = tl.cast(n, tl.int64) * T
+    v = head_base(v, n // HEADS, n % HEADS // (HEADS // KV_HEADS), T, KV_HEADS, V)
+    if HAS_BETA:
+        past *= load_row(beta + row, start, T, ROWS)[:, None]
     target = load_tile(v, start, T, KV_HEADS * V, V, ROWS, BLOCK_V, False).to(tl.float32)
     if HAS_ALPHA:
-        target *= load_row(alpha, start, T, ROWS)[:, None]
-    return target
+        target *= load_row(alpha + row, start, T, ROWS)[:, None]
+    return tl.dot(inverse, target - past, input_precision=PRECISION)
 
 
 @triton.jit
 def summarise(
-    w, k, u, source, begin, start, past, log_total, seen, segments, T, scale, summary, out, share, rest,
-    TIED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, TILES: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    past, seen, n, start, w, k, u, source, lse, segments, T, scale, summary, out, share, rest,
+    TIED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s of the HALF rows at `start`, given `past`, their sums over the columns before the block's `begin`; and o, if
-    TIED.
-
-    TILES: how many tiles of HALF columns lie between `begin` and the rows' end; u there has just been stored.
-    """
-    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    row = start + tl.arange(0, HALF)
-    own = tl.zeros([HALF], tl.float32)
-    for tile in tl.range(0, TILES, num_stages=1):
-        columns = begin + tile * HALF
-        column = columns + tl.arange(0, HALF)
-        keys = load_tile(k, columns, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-        scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
-        if TIED:
-            own += tl.sum(tl.where(row[:, None] == column[None, :], scores, 0.0), 1)
-        visible = row[:, None] > column[None, :]
-        if HAS_SEGMENTS:
-            same = load_row(segments, start, T, HALF)[:, None] == load_row(segments, columns, T, HALF)[None, :]
-            visible = visible & same
-        weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
-        values = load_tile(source, columns, T, HEADS * V, V, HALF, BLOCK_V, False)
-        past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
-    store_tile(summary, start, T, past, HEADS * V, V, HALF, BLOCK_V)
+    """s of the ROWS rows at `start`, given `past`, their sums over the columns before; and o, if TIED. `seen`: more
+    than 0 where there are such columns or own ones. u of the rows has just been stored."""
+    batch, head = n // HEADS, n % HEADS
+    row = tl.cast(n, tl.int64) * T
+    w = head_base(w, batch, head, T, HEADS, K)
+    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
+    keys = load_tile(k, start, T, KV_HEADS * K, K, ROWS, BLOCK_K, False)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * scale
+    index = tl.arange(0, ROWS)
+    visible = index[:, None] > index[None, :]
+    if HAS_SEGMENTS:
+        segments += tl.cast(batch, tl.int64) * T
+        visible &= load_row(segments, start, T, ROWS)[:, None] == load_row(segments, start, T, ROWS)[None, :]
+    log_total = seen
+    if SIMILARITY == "softmax":
+        log_total = load_row(lse + padded(n, T), start, T, ROWS)
     if TIED:
-        excess = own - log_total
+        excess = tl.sum(tl.where(index[:, None] == index[None, :], scores, 0.0), 1) - log_total
         # Without a past all of the row's weight is its own.
-        own_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, -excess, 0.0))), 1.0)
-        past_share = tl.where(seen, 1.0 / (1.0 + tl.exp2(tl.where(seen, excess, 0.0))), 0.0)
-        store_row(share, start, T, own_share, HALF)
-        store_row(rest, start, T, past_share, HALF)
-        values = load_tile(u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+        own_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, -excess, 0.0))), 1.0)
+        past_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, excess, 0.0))), 0.0)
+        store_row(share + row, start, T, own_share, ROWS)
+        store_row(rest + row, start, T, past_share, ROWS)
+    weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
+    source = head_base(source, batch, head, T, HEADS, V)
+    values = load_tile(source, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+    past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
+    store_tile(head_base(summary, batch, head, T, HEADS, V), start, T, past, HEADS * V, V, ROWS, BLOCK_V)
+    if TIED:
+        values = load_tile(head_base(u, batch, head, T, HEADS, V), start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         read = past_share[:, None] * past + own_share[:, None] * values
-        store_tile(out, start, T, read, HEADS * V, V, HALF, BLOCK_V)
+        store_tile(head_base(out, batch, head, T, HEADS, V), start, T, read, HEADS * V, V, ROWS, BLOCK_V)
 
 
 @triton.jit
@@ -161,26 +184,23 @@ def write_forward(
     it for softmax."""
     blocks = tl.cdiv(T, ROWS)
     n, block = draw(counters, B * HEADS, GROUP, blocks)
+    counter = counters + 1 + n
     batch, head = n // HEADS, n % HEADS
-    row = tl.cast(n, tl.int64) * T
-    lse += padded(n, T)
-    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
-    v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
-    u = head_base(u, batch, head, T, HEADS, V)
-    if COPY:
-        operand = head_base(operand, batch, head, T, HEADS, V)
     if NARROW:
         source = operand
     else:
         source = u
+    head_k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    head_source = head_base(source, batch, head, T, HEADS, V)
     start = block * ROWS
     rows = load_tile(head_base(w, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
     earliest = 0
     row_segments = start
+    head_segments = segments
     if HAS_SEGMENTS:
-        segments += tl.cast(batch, tl.int64) * T
-        row_segments = load_row(segments, start, T, ROWS)
         earliest = tl.load(first + batch * blocks + block) // COLUMNS * COLUMNS
+        head_segments = segments + tl.cast(batch, tl.int64) * T
+        row_segments = load_row(head_segments, start, T, ROWS)
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK_V], tl.float32)
@@ -189,102 +209,129 @@ def write_forward(
     last_start = tl.maximum(start - ROWS, earliest)
     columns = earliest
     while columns < last_start:
-        ready = tl.minimum(done_blocks(counters + 1 + n) * ROWS, last_start)
+        ready = tl.minimum(done_blocks(counter) * ROWS, last_start)
         highest, total, weighted = stream(
-            rows, k, source, columns, ready, row_segments, segments, T, scale, highest, total, weighted,
+            rows, head_k, head_source, columns, ready, row_segments, head_segments, T, scale, highest, total, weighted,
             HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
             SCORE_PRECISION, PRECISION,
         )  # fmt: skip
         columns = tl.maximum(columns, ready)
 
+    # Put away: until they are needed again their registers are. u's place is free until it is known.
+    zero = unknown_zero(counter)
+    n += zero
+    start += zero
+    head_u = head_base(u, n // HEADS, n % HEADS, T, HEADS, V)
+    store_tile(head_u, start, T, weighted, HEADS * V, V, ROWS, BLOCK_V)
     # The softmax sums need no u: complete them, and invert, before the last block is ready.
+    log_total = total
     before = highest
     if SIMILARITY == "softmax":
-        for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
-            weights, highest, total, shrink = score_tile(
-                rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
-                HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+        head_k = head_base(k, n // HEADS, n % HEADS // (HEADS // KV_HEADS), T, KV_HEADS, K)
+        if HAS_SEGMENTS:
+            head_segments = segments + tl.cast(n // HEADS, tl.int64) * T
+            row_segments = load_row(head_segments, start, T, ROWS)
+        # The first row of all in its block sees no column before, the last one those of its own block.
+        for columns in tl.range(last_start, start + ROWS, COLUMNS, num_stages=1):
+            strict = (start + tl.arange(0, ROWS))[:, None] > (columns + tl.arange(0, COLUMNS))[None, :]
+            _weights, highest, total, _shrink = score_tile(
+                rows, head_k, columns, row_segments, head_segments, T, scale, highest, total, strict,
+                HAS_SEGMENTS, True, False, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
             )  # fmt: skip
+        log_total = log_sum(highest, total)
+        store_row(lse + padded(n, T), start, T, log_total, ROWS)
+    tl.debug_barrier()
     HALF: tl.constexpr = ROWS // HALVES
-    w = head_base(w, batch, head, T, HEADS, K)
-    strict = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
-    if HALVES == 2:
-        upper_highest, lower_highest = row_halves(highest, ROWS)
-        upper_total, lower_total = row_halves(total, ROWS)
-        below, lower_highest, lower_total, shrink = own_tile(
-            w, k, start + HALF, start, segments, T, scale, lower_highest, lower_total, strict,
-            HAS_SEGMENTS, False, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
-        )  # fmt: skip
-        lower, lower_highest, lower_total, shrink = own_tile(
-            w, k, start + HALF, start + HALF, segments, T, scale, lower_highest, lower_total, strict,
-            HAS_SEGMENTS, True, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
-        )  # fmt: skip
-        lower_factor = row_factor(beta + row, start + HALF, T, lower_total, HAS_BETA, SIMILARITY, HALF)
-        below *= (shrink * lower_factor)[:, None]
-        lower = invert(lower * lower_factor[:, None], HALF, PRECISION)
-    else:
-        upper_highest, upper_total = highest, total
-    upper, upper_highest, upper_total, shrink = own_tile(
-        w, k, start, start, segments, T, scale, upper_highest, upper_total, strict,
-        HAS_SEGMENTS, True, HEADS, KV_HEADS, K, HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+    upper = own_inverse(
+        n, start, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF, BLOCK_K,
+        SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
     )  # fmt: skip
-    upper_factor = row_factor(beta + row, start, T, upper_total, HAS_BETA, SIMILARITY, HALF)
-    upper = invert(upper * upper_factor[:, None], HALF, PRECISION)
-    if SIMILARITY == "softmax":
-        if HALVES == 2:
-            highest = joined_rows(upper_highest, lower_highest, ROWS)
-            store_row(lse, start + HALF, T, log_sum(lower_highest, lower_total), HALF)
-        else:
-            highest = upper_highest
-        store_row(lse, start, T, log_sum(upper_highest, upper_total), HALF)
-        weighted *= tl.exp2(before - highest)[:, None]
-
-    wait_for(counters + 1 + n, block)
-    for columns in tl.range(last_start, start, COLUMNS, num_stages=1):
-        # These columns are in the sums already: of what comes back only the weights are new.
-        weights, _same_highest, _twice, _shrink = score_tile(
-            rows, k, columns, row_segments, segments, T, scale, highest, total, 0,
-            HAS_SEGMENTS, False, True, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
+    if HALVES == 2:
+        lower = own_inverse(
+            n, start + HALF, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF,
+            BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         )  # fmt: skip
-        values = load_tile(source, columns, T, HEADS * V, V, COLUMNS, BLOCK_V, True)
-        weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
-    if HALVES == 2:
-        upper_weighted, lower_weighted = halves(weighted, ROWS, BLOCK_V)
-    else:
-        upper_weighted = weighted
-    target = load_target(v, alpha + row, start, T, HAS_ALPHA, KV_HEADS, V, HALF, BLOCK_V)
-    target -= upper_factor[:, None] * upper_weighted
-    upper_u = tl.dot(upper, target, input_precision=PRECISION)
-    store_tile(u, start, T, upper_u, HEADS * V, V, HALF, BLOCK_V)
+
+    zero = unknown_zero(counter)
+    n += zero
+    start += zero
+    head_u = head_base(u, n // HEADS, n % HEADS, T, HEADS, V)
+    past = load_tile(head_u, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+    if SIMILARITY == "softmax":
+        past *= tl.exp2(before - log_total)[:, None]
+    wait_for(counter, start // ROWS)
+    head_k = head_base(k, n // HEADS, n % HEADS // (HEADS // KV_HEADS), T, KV_HEADS, K)
+    head_source = head_base(source, n // HEADS, n % HEADS, T, HEADS, V)
+    if HAS_SEGMENTS:
+        head_segments = segments + tl.cast(n // HEADS, tl.int64) * T
+        row_segments = load_row(head_segments, start, T, ROWS)
+    past = known_rows(
+        rows, head_k, head_source, last_start, start, row_segments, head_segments, T, scale, log_total, past,
+        HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+        PRECISION,
+    )  # fmt: skip
+    store_tile(head_u, start, T, past, HEADS * V, V, ROWS, BLOCK_V)
+    tl.debug_barrier()
+    zero = unknown_zero(counter)
+    n += zero
+    start += zero
+    head_u = head_base(u, n // HEADS, n % HEADS, T, HEADS, V)
+    head_operand = operand
     if COPY:
-        store_tile(operand, start, T, upper_u, HEADS * V, V, HALF, BLOCK_V)
+        head_operand = head_base(operand, n // HEADS, n % HEADS, T, HEADS, V)
+    past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+    solved = solve_target(
+        upper, past, n, start, T, v, alpha, beta, HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V
+    )
+    if SUMMARY:
+        # Out of the place where u goes now.
+        past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+        tl.debug_barrier()
+    store_tile(head_u, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
+    if COPY:
+        store_tile(head_operand, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
     if HALVES == 2:
-        target = load_target(v, alpha + row, start + HALF, T, HAS_ALPHA, KV_HEADS, V, HALF, BLOCK_V)
-        target -= lower_factor[:, None] * lower_weighted + tl.dot(below, upper_u, input_precision=PRECISION)
-        lower_u = tl.dot(lower, target, input_precision=PRECISION)
-        store_tile(u, start + HALF, T, lower_u, HEADS * V, V, HALF, BLOCK_V)
+        tl.debug_barrier()
+        half_rows = head_base(w, n // HEADS, n % HEADS, T, HEADS, K)
+        half_rows = load_tile(half_rows, start + HALF, T, HEADS * K, K, HALF, BLOCK_K, False)
+        half_segments = start
+        if HAS_SEGMENTS:
+            half_segments = load_row(head_segments, start + HALF, T, HALF)
+        half_total = tl.zeros([HALF], tl.float32)
+        if SIMILARITY == "softmax":
+            half_total = load_row(lse + padded(n, T), start + HALF, T, HALF)
+        lower_past = load_tile(head_u, start + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
+        lower_past = known_rows(
+            half_rows, head_k, head_source, start, start + HALF, half_segments, head_segments, T, scale, half_total,
+            lower_past,
+            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+            PRECISION,
+        )  # fmt: skip
+        solved = solve_target(
+            lower, lower_past, n, start + HALF, T, v, alpha, beta,
+            HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+        )  # fmt: skip
+        store_tile(head_u, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
         if COPY:
-            store_tile(operand, start + HALF, T, lower_u, HEADS * V, V, HALF, BLOCK_V)
-    publish(counters + 1 + n, block + 1)
+            store_tile(head_operand, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
+    publish(counter, start // ROWS + 1)
+    zero = unknown_zero(counter)
+    n += zero
+    start += zero
 
     if SUMMARY:
-        summary = head_base(summary, batch, head, T, HEADS, V)
-        if TIED:
-            out = head_base(out, batch, head, T, HEADS, V)
-        if SIMILARITY == "softmax":
-            upper_weighted *= inverse_or_zero(upper_total)[:, None]
+        upper_seen, lower_seen = total, total
+        if HALVES == 2:
+            upper_seen, lower_seen = row_halves(total, ROWS)
         summarise(
-            w, k, u, source, start, start, upper_weighted, log_sum(upper_highest, upper_total), upper_total > 0,
-            segments, T, scale, summary, out, share + row, rest + row,
-            TIED, HAS_SEGMENTS, 1, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+            past, upper_seen, n, start, w, k, u, source, lse, segments, T, scale, summary, out, share, rest,
+            TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
             PRECISION,
         )  # fmt: skip
         if HALVES == 2:
-            if SIMILARITY == "softmax":
-                lower_weighted *= inverse_or_zero(lower_total)[:, None]
             summarise(
-                w, k, u, source, start, start + HALF, lower_weighted, log_sum(lower_highest, lower_total),
-                lower_total > 0, segments, T, scale, summary, out, share + row, rest + row,
-                TIED, HAS_SEGMENTS, 2, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
-                SCORE_PRECISION, PRECISION,
+                lower_past, lower_seen, n, start + HALF, w, k, u, source, lse, segments, T, scale, summary, out,
+                share, rest,
+                TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
+                PRECISION,
             )  # fmt: skip
