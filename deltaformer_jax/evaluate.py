@@ -11,7 +11,6 @@ predicts the next; with --sequence_length it may be a longer document than those
 exit code 2.
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -20,11 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deltaformer_jax.argument_parser import ArgumentParser
 from deltaformer_jax.training.command_line import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m deltaformer_jax.evaluate",
         description="Loss, perplexity and bits per byte of a run's model, by position too.",
     )

@@ -8,7 +8,6 @@ still be going on. Without --out: curves.png in the first DIR. DIRs may be gs://
 2.
 """
 
-import argparse
 import io
 import json
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from deltaformer_jax.argument_parser import ArgumentParser
 from deltaformer_jax.training.command_line import one_line_errors
 
 
@@ -41,7 +41,7 @@ _LOGARITHMIC = ("grad_norm",)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m deltaformer_jax.plot", description="The curves of runs, side by side in one picture."
     )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="runs' folders; may be gs://")

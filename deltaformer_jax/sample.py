@@ -9,18 +9,18 @@ stdout, whole characters only, the first one as it comes and the others when it 
 stderr. Several prompts, of any lengths, run as one batch. Bad input: one line, exit code 2.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from deltaformer_jax.argument_parser import ArgumentParser
 from deltaformer_jax.training.command_line import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m deltaformer_jax.sample", description="Lets a run's model write on from prompts."
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder; may be gs://")

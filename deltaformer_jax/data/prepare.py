@@ -10,19 +10,19 @@ goes on where it was. Exit code 0 when DIR holds the corpus; 2, and one line on 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
+from deltaformer_jax.argument_parser import ArgumentParser
 from deltaformer_jax.data.build import can_go_on, prepare_corpus
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
 from deltaformer_jax.data.sources import STDLIB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m deltaformer_jax.data.prepare", description="Turns text into a corpus to train on."
     )
     parser.add_argument("source", nargs="?", default=STDLIB, metavar="SOURCE", help="folder, file or stdlib (default)")

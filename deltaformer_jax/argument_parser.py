@@ -1,0 +1,48 @@
+"""argparse with this project's errors: one line with the nearest flag, exit code 2. Imports nothing of the project."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """No abbreviations: --f is not --force. `prog` is "python -m PROGRAM"; errors begin with PROGRAM."""
+
+    def __init__(self, **options: Any):
+        self._flags: list[str] = []
+        super().__init__(allow_abbrev=False, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        self._flags.extend(action.option_strings)
+        return action
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        # Before argparse, which would first miss the required flag that was misspelt.
+        for argument in args:
+            if argument == "--":
+                break
+            name = argument.partition("=")[0]
+            is_value = not re.match(r"-[^\d.]", argument) or " " in argument  # as argparse sees it: -, -3, "- a text"
+            if not is_value and name not in self._flags:
+                self.error(f"{name}: no such flag{self._nearest(name)}")
+        return super().parse_args(args, namespace)
+
+    def _nearest(self, name: str) -> str:
+        known = [flag for flag in self._flags if flag.startswith("--")]
+        near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, n=1, cutoff=0.5)
+        return f"; did you mean {near[0]}?" if near else f"; the flags are {', '.join(known)}"
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{missing[1]}: missing; give it (--help shows how)"
+        if extra := re.fullmatch(r"unrecognized arguments: (.*)", message):
+            message = f"{extra[1]}: one argument too many; --help shows what there is"
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {' '.join(message.split())}\n")
