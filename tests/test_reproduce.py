@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from deltaformer_jax.reproduce import __main__ as program
-from deltaformer_jax.reproduce import experiment, mixers
+from deltaformer_jax.reproduce import experiment, families, mixers, notebook, pictures, train_task, unfinished
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ def test_an_interrupted_one_goes_on_and_a_finished_one_stays(squares, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         program.main(["squares", "--out", str(tmp_path)])
     assert stopped.value.code == 130
-    assert "to go on: python -m deltaformer_jax.reproduce squares" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "stopping after this step, keeping what is done" in said and "this part keeps nothing" in said
+    assert "to go on: python -m deltaformer_jax.reproduce squares" in said
     assert not page(tmp_path)["finished"] and squares.calls == ["x=0", "x=1"]
     squares.interrupt = None
     program.main(["squares", "--out", str(tmp_path)])
@@ -103,6 +105,154 @@ def test_bad_arguments(squares, tmp_path, capsys):
     assert "is a file; give a folder" in error_of(capsys, "squares", "--out", str(tmp_path / "file"))
     program.main([])
     assert "x squared" in capsys.readouterr().out
+
+
+def test_another_experiments_record_and_a_picture_of_another_hand_are_refused(squares, tmp_path, capsys):
+    out = ("squares", "--out", str(tmp_path))
+    (tmp_path / "squares.png").write_text("mine")
+    assert "squares.png is there and no squares.json beside it; give another --out" in error_of(capsys, *out)
+    assert (tmp_path / "squares.png").read_text() == "mine"
+    program.main([*out, "--force"])
+    capsys.readouterr()
+    saved = {**page(tmp_path), "experiment": "cubes"}
+    (tmp_path / "squares.json").write_text(json.dumps(saved))
+    message = error_of(capsys, *out)
+    assert "squares.json is the record of cubes, not of squares; give another --out, or --force" in message
+    assert page(tmp_path) == saved
+
+
+def test_force_removes_only_what_the_program_made(squares, tmp_path, capsys):
+    made, mine = tmp_path / "squares" / "x=1", tmp_path / "squares" / "notes"
+    unfinished.claim(epath.Path(made))
+    mine.mkdir()
+    (mine / "text").write_text("mine")
+    program.main(["squares", "--out", str(tmp_path), "--force"])
+    assert not made.exists() and (mine / "text").read_text() == "mine"
+    assert "notes was not made by this program and stays" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="notes is there and not made by this program; move it away"):
+        unfinished.claim(epath.Path(mine))
+    (mine / "text").unlink()
+    mine.rmdir()
+    unfinished.claim(epath.Path(made))
+    program.main(["squares", "--out", str(tmp_path), "--force"])
+    assert not (tmp_path / "squares").exists()
+
+
+def test_no_flag_is_abbreviated(squares, tmp_path, capsys):
+    program.main(["squares", "--out", str(tmp_path)])
+    capsys.readouterr()
+    assert "--f: no such flag" in error_of(capsys, "squares", "--out", str(tmp_path), "--f")
+    assert "--quik: no such flag; did you mean --quick?" in error_of(capsys, "squares", "--quik")
+    assert len(squares.calls) == 3
+
+
+def test_every_cell_says_which_machine_it_is_of(squares, tmp_path, monkeypatch):
+    here = lambda name: monkeypatch.setattr(notebook, "machine", lambda: {"device": name})
+    here("one")
+    squares.interrupt = "x=1"
+    assert not program.reproduce("squares", epath.Path(tmp_path))
+    squares.interrupt = None
+    here("two")
+    # The second cell was begun on a third machine and kept what it had.
+    folder = epath.Path(tmp_path) / "squares" / "x=1"
+    unfinished.claim(folder)
+    (folder / unfinished.SECONDS).write_text(json.dumps([{"machine": {"device": "three"}, "seconds": 100.0}]))
+    assert program.reproduce("squares", epath.Path(tmp_path))
+    saved = page(tmp_path)
+    assert saved["machine"]["device"] == "one"
+    assert [cell["machine"]["device"] for cell in saved["cells"]] == ["one", "two", "two"]
+    assert [part["machine"]["device"] for part in saved["cells"][1]["parts"]] == ["three", "two"]
+    assert [cell["seconds"] >= 100 for cell in saved["cells"]] == [False, True, False]
+    assert not folder.parent.exists()  # nothing is left to go on from
+
+
+def test_seconds_add_up_on_one_machine(tmp_path):
+    folder, none = epath.Path(tmp_path / "cell"), StopAfter(1000)
+    unfinished.claim(folder)
+    for total in (1, 2, 3):
+        clock = unfinished.Clock(folder, none, {"device": "one"})
+        clock._start -= 1  # a second has gone by
+        clock.save()
+        (part,) = json.loads((folder / unfinished.SECONDS).read_text())
+        assert total <= part["seconds"] < total + 1
+    (folder / unfinished.SECONDS).write_text("?")
+    with pytest.raises(ValueError, match=r"seconds\.json is damaged; give another --out, or --force"):
+        unfinished.Clock(folder, none, {})
+
+
+class StopAfter:
+    def __init__(self, asks):
+        self.asks = asks
+
+    @property
+    def requested(self):
+        self.asks -= 1
+        return self.asks < 0
+
+
+def tiny_cell(**changes):
+    """Two tasks in turn, six steps, two tests."""
+    model = dict(mixers=["linear_attention"], d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
+    tests = {str(longest): [f"task:parity,longest={longest}", 5, 8] for longest in (2, 3)}
+    settings = train_task.settings_of(
+        "label", ["task:parity,longest=2", "task:parity,longest=4"], [5, 5], model=model, learning_rate=1e-2, steps=6,
+        batch_size=4, eval_every=1, eval_rows=8, target=[0, 2], patience=2, tests=tests,
+    )  # fmt: skip
+    return {**settings, **changes}
+
+
+def test_a_stopped_cell_goes_on_to_the_same_bits(tmp_path):
+    """Stopped after every number of steps, and between the tests; its state and progress at the end are a file."""
+    whole = epath.Path(tmp_path / "whole")
+    result = train_task.run(tiny_cell(), whole, print, StopAfter(1000))
+    assert result["steps"] == 6 and result["solved_at"] == [2, None] and not whole.exists()
+    assert train_task.run(tiny_cell(), whole, print, StopAfter(7)) is None  # before the last test
+    expected = (whole / unfinished.STATE).read_bytes()
+    for steps in range(7):
+        folder = epath.Path(tmp_path / f"{steps}")
+        assert train_task.run(tiny_cell(), folder, print, StopAfter(steps)) is None
+        assert train_task.run(tiny_cell(), folder, print, StopAfter(7 - steps)) is None
+        assert (folder / unfinished.STATE).read_bytes() == expected
+        assert train_task.run(tiny_cell(), folder, print, StopAfter(1000)) == result
+        unfinished.release(folder)
+        assert not folder.exists()
+
+
+def test_a_cell_saves_as_it_goes_and_refuses_what_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
+    folder = epath.Path(tmp_path / "cell")
+
+    def die(text):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):  # at the end, as if killed there
+        train_task.run(tiny_cell(), folder, die, StopAfter(1000))
+    said = []
+    train_task.run(tiny_cell(), folder, said.append, StopAfter(1000))
+    assert said[0].strip() == "going on after step 5"  # saved before the sixth
+    with pytest.raises(ValueError, match="is of other settings than this version's or form's; give another --out"):
+        train_task.run(tiny_cell(seed=1), folder, print, StopAfter(1000))
+    (folder / unfinished.STATE).write_bytes(b"\x00" * 9)
+    with pytest.raises(ValueError, match=r"unfinished\.msgpack is damaged; give another --out, or --force"):
+        train_task.run(tiny_cell(), folder, print, StopAfter(1000))
+
+
+def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
+    stop = StopAfter(3)
+    monkeypatch.setattr(unfinished.Clock, "requested", property(lambda clock: stop.requested))
+    one = experiment.Experiment(
+        cells=lambda quick: [tiny_cell(family="parity", variant="tiny")], run=train_task.run, rows=families.rows,
+        figure=lambda done: pictures.new_figure(), cost="no time",
+    )  # fmt: skip
+    monkeypatch.setitem(experiment.NAMES, "tiny", ("parity", "tiny"))
+    monkeypatch.setattr(program, "load", lambda name: one)
+    assert not program.reproduce("tiny", epath.Path(tmp_path))
+    folder = tmp_path / "tiny" / "label"
+    assert {path.name for path in folder.iterdir()} == {unfinished.MARKER, unfinished.STATE, unfinished.SECONDS}
+    stop.asks = 1000
+    assert program.reproduce("tiny", epath.Path(tmp_path))
+    said = capsys.readouterr().err
+    assert "going on after step 3" in said and "begins anew" not in said and not folder.parent.exists()
 
 
 def test_the_mixers_parameters_are_equal():

@@ -129,7 +129,7 @@ def test_figure4_curriculum_goes_up(results, monkeypatch):
     settings_of = figure4.train_task.settings_of
     easy = lambda *args, **kwargs: settings_of(*args, **{**kwargs, "target": 0.0, "patience": 1, "eval_every": 2})
     monkeypatch.setattr(figure4.train_task, "settings_of", easy)
-    sizes = dict(elements=3, lengths=(4, 8), longer=(16,), width=16, heads=2, steps=10, rows=4)
+    sizes = dict(elements=3, lengths=(4, 8), longer=(16,), width=16, heads=2, steps=10, direct_steps=10, rows=4)
     found = results(figure4, sizes)
     assert found["curriculum, no RoPE"]["solved_at"] == [2, 4] and found["direct, RoPE"]["solved_at"] == [2]
     assert found["curriculum, RoPE"]["tokens"] == 32 * (2 * 4 + 2 * 8)
@@ -189,7 +189,7 @@ def test_a_plateau_is_three_evaluations_none_better_by_a_hundredth(accuracies, s
     assert not train_task._stands_still(accuracies, None)
 
 
-def test_training_goes_from_task_to_task_and_ends_at_a_plateau():
+def test_training_goes_from_task_to_task_and_ends_at_a_plateau(tmp_path):
     """The first two are left at once (target 0), the third's target of 2 is out of reach and nothing is learnt."""
     settings = train_task.settings_of(
         "label", [f"task:parity,longest={longest}" for longest in (1, 2, 4)], [5] * 3,
@@ -197,7 +197,7 @@ def test_training_goes_from_task_to_task_and_ends_at_a_plateau():
         learning_rate=0.0, steps=20, batch_size=4, eval_every=1, eval_rows=8, target=[0, 0, 2], patience=2,
         plateau=(3, 0.01),
     )  # fmt: skip
-    result = train_task.run(settings, None, print, NeverStop)
+    result = train_task.run(settings, epath.Path(tmp_path / "cell"), print, NeverStop)
     assert result["solved_at"] == [2, 4, None] and result["steps"] == 8
     assert result["tokens"] == 4 * 8 * 5
 
@@ -206,9 +206,9 @@ class NeverStop:
     requested = False
 
 
-def test_a_stop_leaves_the_cell_undone():
+def test_a_stop_leaves_the_cell_undone(tmp_path):
     class Stop:
         requested = True
 
     settings = figure3.cells(True)[0]
-    assert figure3.train_task.run(settings, None, print, Stop) is None
+    assert figure3.train_task.run(settings, epath.Path(tmp_path / "cell"), print, Stop) is None

@@ -3,18 +3,19 @@
     python -m deltaformer_jax.reproduce NAME --out DIR [--quick] [--force]
 
 writes DIR/NAME.json (every setting, score and time, and the machine) and DIR/NAME.png. It goes on where an interrupted
-one stopped, cell by cell, and never overwrites what is there: --force throws NAME's results in DIR away first. --quick
-is a small form of two minutes. Without NAME: the list of names. Bad input: one line, exit code 2.
+one stopped, and never overwrites what is there: --force throws these two files away first, and of DIR/NAME/, where
+unfinished work lies, what this program made. --quick is a small form of two minutes. Without NAME: the list of names.
+Bad input: one line, exit code 2.
 """
 
 import argparse
 import difflib
 import io
 import sys
-import time
 
 from etils import epath
 
+from deltaformer_jax.argument_parser import ArgumentParser
 from deltaformer_jax.reproduce.experiment import NAMES, load
 from deltaformer_jax.training.command_line import one_line_errors
 
@@ -23,7 +24,7 @@ PROGRAM = "deltaformer_jax.reproduce"
 
 def main(arguments: list[str] | None = None) -> None:
     listing = "\n".join(f"  {name:14}{about}" for name, (about, _) in NAMES.items())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=f"python -m {PROGRAM}", description="A table or a figure, made again.",
         epilog=f"names:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -51,44 +52,46 @@ def main(arguments: list[str] | None = None) -> None:
 
 def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = False) -> bool:
     """Do what is left of an experiment; False if it was interrupted. Raises ValueError or OSError for one line."""
-    from deltaformer_jax.reproduce.notebook import Notebook
+    from deltaformer_jax.reproduce import unfinished
+    from deltaformer_jax.reproduce.notebook import Notebook, machine
     from deltaformer_jax.training.interruption import Interruption
 
     experiment = load(name)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
+    note = lambda text: print(text, file=sys.stderr, flush=True)
     if force:
-        _remove(out, name)
+        for path in (out / f"{name}.json", out / f"{name}.png"):
+            path.unlink(missing_ok=True)
+        if left := unfinished.remove_all(out / name):
+            note(f"{out / name}: {left[0]} was not made by this program and stays")
     cells = experiment.cells(quick)
     notebook = Notebook(out, name, quick, cells)
     out.mkdir(parents=True, exist_ok=True)
-    note = lambda text: print(text, file=sys.stderr, flush=True)
     note(f"{name}: {NAMES[name][0]}\n{experiment.cost}; {len(notebook.records)} of {len(cells)} parts are done")
-    with Interruption() as stop:
+    with Interruption("stopping after this step, keeping what is done") as stop:
         for number, settings in enumerate(cells, 1):
             if settings["label"] in notebook.records:
                 continue
             if stop.requested:
                 return False
             note(f"[{number}/{len(cells)}] {settings['label']}")
-            start = time.perf_counter()
-            result = experiment.run(settings, out / name / settings["label"].replace(" ", "_"), note, stop)
+            folder = out / name / settings["label"].replace(" ", "_")
+            clock = unfinished.Clock(folder, stop, machine())
+            result = experiment.run(settings, folder, note, clock)
             if result is None:
+                clock.save()
+                if not (folder / unfinished.MARKER).exists():
+                    note("this part keeps nothing of what it has begun and begins anew")
                 return False
-            notebook.add(settings, result, time.perf_counter() - start)
+            notebook.add(settings, result, clock.parts)
+            unfinished.release(folder)
     show(experiment.rows(notebook.done))
     picture = io.BytesIO()
     experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
     (out / f"{name}.png").write_bytes(picture.getvalue())
     print(f"{notebook.path}\n{out / name}.png")
     return True
-
-
-def _remove(out: epath.Path, name: str) -> None:
-    for path in (out / f"{name}.json", out / f"{name}.png"):
-        path.unlink(missing_ok=True)
-    if (out / name).exists():
-        (out / name).rmtree()
 
 
 def show(rows: list[dict]) -> None:

@@ -15,8 +15,9 @@ class Experiment:
     """`cells(quick)` gives the settings of each cell, plain JSON, "label" among them and different in each.
 
     `run(settings, folder, note, stop)` does one and returns plain JSON, or None if `stop.requested` ended it early; it
-    may keep what it needs to go on in `folder`. `rows(done)` are the lines of the table and `figure(done)` a matplotlib
-    Figure, of the finished cells' records {"settings", "result", "seconds"}. `cost(quick)` says how long it takes.
+    may keep what it needs to go on in `folder`, which it has to `unfinished.claim` first. `rows(done)` are the lines of
+    the table and `figure(done)` a matplotlib Figure, of the finished cells' records {"settings", "result", "seconds",
+    "machine"}. `cost` says how long both forms take.
     """
 
     cells: Callable[[bool], list[dict[str, Any]]]

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.experiment import Experiment
 
 # Label -> the repeating pattern of mixers.
@@ -90,6 +91,8 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     from deltaformer_jax.training.loop import train
     from deltaformer_jax.training.setup import prepare
 
+    unfinished.claim(folder)
+    folder = folder / "run"
     steps = settings["steps"]
     config = Config(
         model=_model(settings, tuple(_mixer(mixer) for mixer in settings["mixers"]), settings["mlp_dim"]),

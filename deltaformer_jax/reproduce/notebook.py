@@ -11,35 +11,43 @@ import jax
 from etils import epath
 
 import deltaformer_jax
+from deltaformer_jax.reproduce.unfinished import ADVICE
 
 
 class Notebook:
-    """The records of one experiment in one folder, `records[label] = {"settings", "result", "seconds"}`.
+    """The records of one experiment in one folder, `records[label] = {"settings", "result", "seconds", "machine"}`.
 
-    Raises ValueError, naming --out or --force, for a file that is not this experiment's, or holds other settings.
+    A cell's machine is the one that finished it; of a cell that went on on another one, "parts" says which took which
+    seconds. Raises ValueError, naming --out or --force, for a file that is not this experiment's, or holds other
+    settings, and for a picture without such a file.
     """
 
     def __init__(self, folder: epath.Path, name: str, quick: bool, cells: list[dict[str, Any]]):
         self.path, self.name, self.quick, self.cells = folder / f"{name}.json", name, quick, cells
         self.records: dict[str, dict[str, Any]] = {}
+        self.machine = machine()  # of the first cell
+        picture = folder / f"{name}.png"
         if self.path.exists():
             self._read()
+        elif picture.exists():
+            raise ValueError(f"--out: {picture} is there and no {self.path.name} beside it; {ADVICE}")
 
     def _read(self) -> None:
-        advice = "give another --out, or --force to start anew"
         try:
             saved = json.loads(self.path.read_text())
             records = {record["settings"]["label"]: record for record in saved["cells"]}
-            quick = saved["quick"]
+            quick, name, self.machine = saved["quick"], saved["experiment"], saved["machine"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--out: {self.path} is no record of an experiment; {advice}") from None
+            raise ValueError(f"--out: {self.path} is no record of an experiment; {ADVICE}") from None
+        if name != self.name:
+            raise ValueError(f"--out: {self.path} is the record of {name}, not of {self.name}; {ADVICE}")
         if quick != self.quick:
             held, asked = (("quick", "full") if quick else ("full", "quick"))
-            raise ValueError(f"--out: {self.path} holds the {held} form and you ask for the {asked} one; {advice}")
+            raise ValueError(f"--out: {self.path} holds the {held} form and you ask for the {asked} one; {ADVICE}")
         settings = {cell["label"]: cell for cell in self.cells}
         for label, record in records.items():
             if settings.get(label) != record["settings"]:
-                raise ValueError(f"--out: {self.path} holds other settings for {label!r} than this version's; {advice}")
+                raise ValueError(f"--out: {self.path} holds other settings for {label!r} than this version's; {ADVICE}")
         self.records = records
 
     @property
@@ -47,8 +55,11 @@ class Notebook:
         """The finished cells' records, in the cells' order."""
         return [self.records[cell["label"]] for cell in self.cells if cell["label"] in self.records]
 
-    def add(self, settings: dict[str, Any], result: dict[str, Any], seconds: float) -> None:
-        self.records[settings["label"]] = {"settings": settings, "result": result, "seconds": round(seconds, 3)}
+    def add(self, settings: dict[str, Any], result: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+        """A finished cell. parts: [{"machine", "seconds"}], the last one's the machine that finished it."""
+        seconds = round(sum(part["seconds"] for part in parts), 3)
+        record = {"settings": settings, "result": result, "seconds": seconds, "machine": parts[-1]["machine"]}
+        self.records[settings["label"]] = record if len(parts) == 1 else {**record, "parts": parts}
         self._write()
 
     def _write(self) -> None:
@@ -57,7 +68,7 @@ class Notebook:
             "quick": self.quick,
             "finished": len(self.records) == len(self.cells),
             "seconds": round(sum(record["seconds"] for record in self.records.values()), 3),
-            "machine": machine(),
+            "machine": self.machine,
             "cells": self.done,
         }
         part = self.path.parent / (self.path.name + ".part")  # an interruption leaves the old file or the new one

@@ -17,6 +17,7 @@ What a cell trains is in its settings, plain JSON:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -26,9 +27,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.tasks import make_task
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.guard import new_guard
@@ -78,13 +81,13 @@ class Trainer:
         self._step, self._evaluate, create, self.parameters = programs
         self.settings = settings
         self.state: TrainState = create(jax.random.key(settings["seed"]))
-        self._seen = 0
+        self.seen = 0  # examples
 
     def step(self, task: Any) -> dict[str, jax.Array]:
         """One update on the next examples of `task`; the step's metrics, on the device."""
         size = self.settings["batch_size"]
-        batch = _batch(task, self.settings["seed"], np.arange(self._seen, self._seen + size))
-        self._seen += size
+        batch = _batch(task, self.settings["seed"], np.arange(self.seen, self.seen + size))
+        self.seen += size
         self.state, metrics = self._step(self.state, batch)
         return metrics
 
@@ -101,54 +104,84 @@ class Trainer:
         return hits / asked
 
 
+@dataclasses.dataclass
+class Progress:
+    """Where a cell is: steps made, in which of its tasks, evaluations in a row at the target and accuracies there."""
+
+    solved: list[int | None]
+    step: int = 0
+    place: int = 0
+    streak: int = 0
+    tokens: int = 0
+    ended: bool = False
+    here: list[float] = dataclasses.field(default_factory=list)
+    curve: list[list] = dataclasses.field(default_factory=list)
+    tests: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
 def run(
-    settings: dict[str, Any], folder: Any, note: Callable[[str], Any], stop: Any, *,
+    settings: dict[str, Any], folder: epath.Path, note: Callable[[str], Any], stop: Any, *,
     make: Callable[[str, int], Any] = make_task, embedding: Callable | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Train a cell; None if `stop.requested`. `make(spec, length)` gives the task.
+
+    What it has learnt is kept in `folder` then, and every minute, and the next call goes on from it to the same bits.
 
     Returns accuracy (the last, at the last length reached), solved_at (the step at which each length was, null where
     it was not), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (updates
     that the guard against infinities left out), and tests.
     """
-    del folder
     lengths, each = settings["lengths"], lambda given: given if isinstance(given, list) else [given] * len(lengths)
     specs, targets = each(settings["task"]), each(settings["target"])
     tasks = [make(spec, length) for spec, length in zip(specs, lengths, strict=True)]
-    trainer = Trainer(settings, tasks[0], embedding)
-    curve, solved, place, streak, tokens, said = [], [None] * len(tasks), 0, 0, 0, time.perf_counter()
-    here: list[float] = []  # the accuracies at this place
-    for step in range(1, settings["steps"] + 1):
+    trainer, at = Trainer(settings, tasks[0], embedding), Progress(solved=[None] * len(tasks))
+    if kept := unfinished.load(folder, settings, trainer.state):
+        trainer.state, at = kept[0], Progress(**kept[1])
+        trainer.seen = at.step * settings["batch_size"]
+        note(f"    going on after step {at.step}")
+    said = saved = time.perf_counter()
+    keep = lambda: unfinished.save(folder, settings, trainer.state, dataclasses.asdict(at))
+    while not at.ended:
         if stop.requested:
+            keep()
             return None
-        task = tasks[place]
+        if time.perf_counter() > saved + unfinished.SAVE_EVERY:
+            keep()
+            saved = time.perf_counter()
+        at.step += 1
+        task = tasks[at.place]
         metrics = trainer.step(task)
-        tokens += settings["batch_size"] * task.length
-        if step % settings["eval_every"] and step != settings["steps"]:
+        at.tokens += settings["batch_size"] * task.length
+        at.ended = at.step == settings["steps"]
+        if at.step % settings["eval_every"] and not at.ended:
             continue
         accuracy = trainer.accuracy(task, settings["eval_rows"])
-        here.append(accuracy)
-        curve.append([step, task.length, round(accuracy, 5), round(float(metrics["loss"]), 5)])
+        at.here.append(accuracy)
+        at.curve.append([at.step, task.length, round(accuracy, 5), round(float(metrics["loss"]), 5)])
         if time.perf_counter() > said + SAY_EVERY:
             said = time.perf_counter()
-            note(f"    step {step} of at most {settings['steps']}, length {task.length}: accuracy {accuracy:.4f}")
-        streak = streak + 1 if accuracy >= targets[place] else 0
-        if streak == settings["patience"]:
-            solved[place], streak = step, 0
-            if place + 1 == len(tasks):
-                break
-            place, here = place + 1, []
-        elif _stands_still(here, settings.get("plateau")):
-            break
-    tests = {}
+            note(f"    step {at.step} of at most {settings['steps']}, length {task.length}: accuracy {accuracy:.4f}")
+        at.streak = at.streak + 1 if accuracy >= targets[at.place] else 0
+        if at.streak == settings["patience"]:
+            at.solved[at.place], at.streak = at.step, 0
+            if at.place + 1 == len(tasks):
+                at.ended = True
+            else:
+                at.place, at.here = at.place + 1, []
+        elif _stands_still(at.here, settings.get("plateau")):
+            at.ended = True
     for name, (spec, length, rows) in settings["tests"].items():
+        if name in at.tests:
+            continue
         if stop.requested:
+            keep()
             return None
-        tests[name] = round(trainer.accuracy(make(spec, length), rows), 5)
-    note(f"    accuracy {curve[-1][2]:.4f} after {step} steps{''.join(f', {k}: {v:.4f}' for k, v in tests.items())}")
+        at.tests[name] = round(trainer.accuracy(make(spec, length), rows), 5)
+    others = "".join(f", {name}: {accuracy:.4f}" for name, accuracy in at.tests.items())
+    note(f"    accuracy {at.curve[-1][2]:.4f} after {at.step} steps{others}")
     return {
-        "accuracy": curve[-1][2], "solved_at": solved, "steps": step, "tokens": tokens, "tests": tests,
-        "parameters": trainer.parameters, "skipped": int(trainer.state.guard.skipped), "curve": curve,
+        "accuracy": at.curve[-1][2], "solved_at": at.solved, "steps": at.step, "tokens": at.tokens, "tests": at.tests,
+        "parameters": trainer.parameters, "skipped": int(trainer.state.guard.skipped), "curve": at.curve,
     }  # fmt: skip
 
 

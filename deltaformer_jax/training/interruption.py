@@ -11,13 +11,14 @@ class Interruption:
     """`with Interruption() as stop:` ... `if stop.requested: ...`; outside the main thread it never is.
 
     Python runs signal handlers between bytecodes, so one would wait for a compilation of minutes. The wake-up socket
-    is written at once, and a thread of its own reads it.
+    is written at once, and a thread of its own reads it. `doing`: what the program then says that it does.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, doing: str = "finishing this step, then saving"):
         self.requested = False
+        self._doing = doing
 
     def __enter__(self) -> "Interruption":
         self._active = threading.current_thread() is threading.main_thread()
@@ -50,4 +51,4 @@ class Interruption:
                 os.write(1, b"\x1b[?25h\n")  # the progress bar hides the cursor
             os._exit(128 + number)
         self.requested = True
-        os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+        os.write(2, f"\n{self._doing}; once more to stop at once\n".encode())
