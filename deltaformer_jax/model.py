@@ -32,6 +32,7 @@ from deltaformer_jax.layers.linear_attention import LinearAttention
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.retention import Retention
 from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.ops.checks import IMPLEMENTATIONS
 
 # What a name in `model.mixers` stands for.
 MIXERS = {
@@ -51,6 +52,11 @@ _ZERO_IS_NONE = (
 )  # fmt: skip
 # Fields whose value means: what the mixer does by itself.
 _MIXERS_OWN = {"conv_size": -1, "output_gate": "auto"}
+# Fields that ask for something: without a mixer that has it they would be forgotten.
+_ASKS = (
+    "window", "forget_gate", "sinks", "qk_norm", "kv_shift", "write_query", "write_similarity", "read_similarity",
+    "write_scale", "read_scale", "write_key_norm", "alpha", "beta", "num_value_heads", "negative_eigenvalues",
+)  # fmt: skip
 
 
 class Block(nnx.Module):
@@ -231,8 +237,12 @@ def check_config(config: ModelConfig):
             f"model.num_layers={config.num_layers} must be a multiple of the length of model.mixers,"
             f" {len(config.mixers)}"
         )
-    if config.window and not any("window" in mixer_fields(_name(mixer)) for mixer in config.mixers):
-        raise ValueError(f"model.window={config.window}, but no mixer in model.mixers={config.mixers} has a window")
+    _check_choice("model.implementation", config.implementation, ("", *IMPLEMENTATIONS))
+    there = {field for mixer in config.mixers for field in mixer_fields(_name(mixer))}
+    for field in _ASKS:
+        value = getattr(config, field)
+        if field not in there and value != getattr(ModelConfig, field):
+            raise ValueError(f"model.{field}={value!r}, but no mixer in model.mixers={config.mixers} has one")
 
 
 def _name(mixer: str | Mixer) -> str:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaformer_jax import KUCache, KVCache, causal_attention, delta_attention, delta_values, shift_mix
+from deltaformer_jax import KUCache, KVCache, Round, causal_attention, delta_attention, delta_values, shift_mix
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -98,6 +98,8 @@ def test_delta_values(change, message):
         (dict(implementation="flash"), "implementation='flash' is unknown"),
         (dict(log_decay=zeros(2, 6, 2)), r"log_decay must have shape \(2, 6, 4\); it has \(2, 6, 2\)"),
         (dict(log_decay=zeros(2, 6, 4) + 0.5), "log_decay holds 0.5: natural logs of decays are at most 0; pass"),
+        (dict(log_decay=zeros(2, 6, 4) - np.inf), "log_decay holds -inf or NaN: it must be finite"),
+        (dict(implementation="chunk"), r"one of \('recurrent', 'parallel', 'chunked', 'cudnn', 'splash'\) or None"),
         (dict(sinks=zeros(2)), r"sinks must have shape \[query heads\] = \(4,\); it has \(2,\)"),
         (dict(cache=KVCache.empty(2, 8, 2, 8, 5), log_decay=zeros(2, 6, 4)), "cache and log_decay must go together"),
         (dict(cache=KVCache.empty(2, 8, 2, 8, 5, decay_heads=4)), "cache and log_decay must go together"),
@@ -117,6 +119,7 @@ def test_a_ring_is_never_full():
     "arguments, message",
     [
         ((zeros(2, 6, 8), zeros(2), zeros(2)), "x must have shape"),
+        ((zeros(2, 0, 2, 8), zeros(2), zeros(2)), "x has shape .*: time, heads and width must be at least 1"),
         ((zeros(2, 6, 2, 8), zeros(3), zeros(2)), r"current must have shape \[heads\] = \(2,\)"),
         ((zeros(2, 6, 2, 8), zeros(2), zeros(2, 1)), "previous must have shape"),
     ],
@@ -124,6 +127,12 @@ def test_a_ring_is_never_full():
 def test_shift_mix(arguments, message):
     with pytest.raises(ValueError, match=message):
         shift_mix(*arguments)
+
+
+@pytest.mark.parametrize("x", [[[[[1.0]]]], np.ones((2, 6, 2, 8), np.int32)])
+def test_shift_mix_of_what_is_no_float_array(x):
+    with pytest.raises(TypeError, match=r"x must be an array, not list|x has dtype int32: cast it"):
+        shift_mix(x, zeros(2), zeros(2))
 
 
 def test_shift_mix_last():
@@ -135,3 +144,23 @@ def test_shift_mix_last():
 def test_empty_caches(sizes):
     with pytest.raises(ValueError, match="positive integer"):
         KUCache.empty(*sizes)
+
+
+@pytest.mark.parametrize(
+    "empty", [lambda: KUCache.empty(2, 8, 2, 2, 8, 5, jnp.int32), lambda: KVCache.empty(2, 8, 2, 8, 5, int)]
+)
+def test_caches_of_integers(empty):
+    with pytest.raises(TypeError, match=r"the cache has dtype int(32|64): cast it to float64"):
+        empty()
+
+
+def test_a_cache_of_integers_from_elsewhere():
+    cache = jax.tree.map(lambda x: x.astype(jnp.int32), KVCache.empty(2, 8, 2, 8, 5))
+    with pytest.raises(TypeError, match=r"cache\.key has dtype int32: cast it to float64"):
+        causal_attention(**GOOD, cache=cache)
+
+
+@pytest.mark.parametrize("decimals", [2.5, "a", True, -1])
+def test_decimals(decimals):
+    with pytest.raises(ValueError, match=r"Round\(decimals=.*\): give an integer, 0 or more"):
+        Round(decimals=decimals)

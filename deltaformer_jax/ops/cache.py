@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deltaformer_jax.ops.checks import check_size, concrete_value
+from deltaformer_jax.ops.checks import check_count, check_float, check_size, concrete_value
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
@@ -76,9 +76,8 @@ def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
         value_dim=value_dim,
     )
     for name, size in sizes.items():
-        if size is None:
-            raise ValueError(f"{name} must be a positive integer")
-        check_size(name, size)
+        check_count(name, size)
+    check_float("the cache", jnp.dtype(dtype))
     return (
         jnp.zeros((batch, capacity, key_heads, key_dim), dtype),
         jnp.zeros((batch, capacity, value_heads, value_dim), dtype),
@@ -90,6 +89,8 @@ def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
     """That `cache` is a `kind` of the shapes the arguments ask for."""
     if not isinstance(cache, kind):
         raise TypeError(f"cache must be a {kind.__name__}, not {type(cache).__name__}")
+    check_float("cache.key", cache.key.dtype)
+    check_float("cache.value", cache.value.dtype)
     batch, _, heads, width = key.shape
     expected_key = (batch, cache.capacity, heads, width)
     expected_value = (batch, cache.capacity, value_heads, value_dim)

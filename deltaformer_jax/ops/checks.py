@@ -11,24 +11,33 @@ import numpy as np
 FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+def check_tokens(name, x):
+    """x [B,T,heads,width], of a float dtype, with a token, a head and a channel at least."""
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise TypeError(f"{name} must be an array, not {type(x).__name__}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have shape [batch, time, heads, width]; it has shape {tuple(x.shape)}")
+    check_float(name, x.dtype)
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: time, heads and width must be at least 1")
+
+
+def check_float(name, dtype):
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {dtype}: cast it to float64, float32, bfloat16 or float16")
+
+
 def check_heads(query, key, value):
     """query [B,T,H,K] or None, key [B,T,G,K], value [B,T,G,V] of one float dtype, H a multiple of G."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
         if x is None:
             continue
-        if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
-            raise TypeError(f"{name} must be an array, not {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [batch, time, heads, width]; it has shape {tuple(x.shape)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} has dtype {x.dtype}: cast it to float64, float32, bfloat16 or float16")
+        check_tokens(name, x)
         if x.dtype != key.dtype:
             raise TypeError(f"{name} is {x.dtype} but key is {key.dtype}: cast them to one dtype")
         if x.shape[:2] != key.shape[:2]:
             raise ValueError(f"{name} has [batch, time] {x.shape[:2]} but key has {key.shape[:2]}: make them equal")
-        if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: time, heads and width must be at least 1")
     if value is not None and value.shape[2] != key.shape[2]:
         raise ValueError(f"value has {value.shape[2]} heads but key has {key.shape[2]}: they must have the same number")
     if query is not None:
@@ -55,7 +64,7 @@ def check_gate(name, gate, key, heads):
 
 
 def check_log_decay(log_decay, shape, segment_ids):
-    """Log decays of `shape`, floats, and at most 0 at every real token where their values are known."""
+    """Log decays of `shape`, floats, finite and at most 0 at every real token where their values are known."""
     if log_decay is None:
         return
     if not hasattr(log_decay, "shape") or tuple(log_decay.shape) != tuple(shape):
@@ -68,6 +77,10 @@ def check_log_decay(log_decay, shape, segment_ids):
         return
     if ids is not None:
         values = values[ids != 0]
+    if not np.all(np.isfinite(values)):
+        raise ValueError(
+            "log_decay holds -inf or NaN: it must be finite; e^-1000 is 0 already, so pass -1000 to forget"
+        )
     if np.any(values > 0):
         raise ValueError(
             f"log_decay holds {float(values.max()):.3g}: natural logs of decays are at most 0; pass "
@@ -110,10 +123,18 @@ def _check_runs(ids):
 
 def check_size(name, size):
     """A positive Python integer, or None."""
-    if size is None:
-        return
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+    if size is not None and not _is_count(size):
         raise ValueError(f"{name}={size!r}: it must be a positive integer or None")
+
+
+def check_count(name, size):
+    """A positive Python integer."""
+    if not _is_count(size):
+        raise ValueError(f"{name}={size!r}: it must be a positive integer")
+
+
+def _is_count(size):
+    return isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1
 
 
 def check_scale(name, scale, width):
@@ -133,10 +154,9 @@ def check_implementation(implementation, available, planned):
         return implementation
     if implementation in planned:
         raise NotImplementedError(f"implementation={implementation!r}: {planned[implementation]}")
-    names = (*available, *planned)
-    near = difflib.get_close_matches(str(implementation), names, n=1)
+    near = difflib.get_close_matches(str(implementation), available, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"implementation={implementation!r} is unknown: give one of {names} or None.{hint}")
+    raise ValueError(f"implementation={implementation!r} is unknown: give one of {available} or None.{hint}")
 
 
 def concrete_value(x):
@@ -151,6 +171,8 @@ KERNELS = {
     "pallas_tpu": "this version has no TPU kernel for this op; use None or 'chunked'",
     "triton": "this version has no NVIDIA kernel for this op; use None or 'chunked'",
 }
+# All that some op has.
+IMPLEMENTATIONS = (*FORMS, *KERNELS, "cudnn", "splash")
 
 
 def check_write_query(write_query, query, key):

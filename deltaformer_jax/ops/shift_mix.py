@@ -10,11 +10,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.checks import check_segments
+from deltaformer_jax.ops.checks import check_segments, check_tokens
 from deltaformer_jax.ops.tiles import accumulation_dtype
 
 
-def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array:
+def shift_mix(
+    x: jax.Array,
+    current: jax.Array,
+    previous: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    last: jax.Array | None = None,
+) -> jax.Array:
     """x'_t = current x_t + previous x_{t−1}, with x_{−1} = 0 before a segment's first token.
 
     Args:
@@ -25,15 +32,19 @@ def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array
 
     Returns:
       [B, T, G, K] in x's dtype, 0 at padding. Cost: two multiply-adds a number.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype that does not fit, named with what would.
+
+    Source: KV Shifting Attention, eq. 5 to 7.
     """
-    if x.ndim != 4:
-        raise ValueError(f"x must have shape [batch, time, heads, width]; it has shape {tuple(x.shape)}")
+    check_tokens("x", x)
     for name, scalars in (("current", current), ("previous", previous)):
         if jnp.shape(scalars) != (x.shape[2],):
             raise ValueError(f"{name} must have shape [heads] = ({x.shape[2]},); it has {jnp.shape(scalars)}")
     expected = (x.shape[0], *x.shape[2:])
-    if last is not None and last.shape != expected:
-        raise ValueError(f"last must have shape [batch, heads, width] = {expected}; it has {last.shape}")
+    if last is not None and jnp.shape(last) != expected:
+        raise ValueError(f"last must have shape [batch, heads, width] = {expected}; it has {jnp.shape(last)}")
     check_segments(segment_ids, x)
     carried = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
     before = jnp.concatenate([carried, x[:, :-1]], axis=1)
@@ -48,5 +59,5 @@ def shift_mix(x, current, previous, *, segment_ids=None, last=None) -> jax.Array
         before = jnp.where(first[..., None, None], carried, before)
     # The scalars are learnt in float32: rounding them to a narrow x's dtype would lose what was learnt.
     dtype = accumulation_dtype(x.dtype)
-    current, previous = (s.astype(dtype)[None, None, :, None] for s in (current, previous))
+    current, previous = (jnp.asarray(s, dtype)[None, None, :, None] for s in (current, previous))
     return (current * x.astype(dtype) + previous * before.astype(dtype)).astype(x.dtype)

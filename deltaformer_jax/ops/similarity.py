@@ -83,6 +83,10 @@ class Round:
     decimals: int = 2
     normalised = False
 
+    def __post_init__(self):
+        if not isinstance(self.decimals, int) or isinstance(self.decimals, bool) or self.decimals < 0:
+            raise ValueError(f"Round(decimals={self.decimals!r}): give an integer, 0 or more")
+
     def weight(self, scores):
         return _round_straight_through(self.decimals, scores)
 
