@@ -1,13 +1,14 @@
 """The frame of `reproduce` with an experiment of one line, and each experiment in a form smaller than --quick."""
 
 import json
+import re
 import signal
 
 import pytest
 from etils import epath
 
 from deltaformer_jax.reproduce import __main__ as program
-from deltaformer_jax.reproduce import experiment, families, mixers, notebook, pictures, train_task, unfinished
+from deltaformer_jax.reproduce import experiment, families, mixers, mqar, notebook, pictures, train_task, unfinished
 
 
 @pytest.fixture
@@ -253,6 +254,24 @@ def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
     assert program.reproduce("tiny", epath.Path(tmp_path))
     said = capsys.readouterr().err
     assert "going on after step 3" in said and "begins anew" not in said and not folder.parent.exists()
+
+
+@pytest.mark.parametrize("name", experiment.NAMES)
+def test_a_cost_that_counts_runs_counts_them_right(name):
+    one = experiment.load(name)
+    if found := re.search(r"(\d+) runs", one.cost):
+        assert int(found[1]) == len(one.cells(False))
+    assert isinstance(one.cost, str) and "--quick: " in one.cost
+
+
+@pytest.mark.parametrize("rates", [(1e-3,), (1e-3, 5e-3)])
+def test_mqar_speaks_of_the_best_of_its_rates_where_there_are_several(rates):
+    cells = mqar.cells(True, {**mqar.QUICK, "rates": rates})
+    done = [{"settings": cell, "result": {"accuracy": cell["rate"]}} for cell in cells]
+    picture = mqar.figure(done)
+    assert ("best" in picture.axes[0].get_ylabel()) == (len(rates) == 2)
+    assert picture.get_suptitle().endswith("learning rate " + ", ".join(map(str, rates)))
+    assert {bar.get_height() for bar in picture.axes[0].patches} == {max(rates)}
 
 
 def test_the_mixers_parameters_are_equal():

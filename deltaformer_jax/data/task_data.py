@@ -20,7 +20,9 @@ def is_task(spec: str) -> bool:
 
 
 class TaskData:
-    """What `batches` draws from: training is endless and never repeats, evaluation is EVALUATION_EXAMPLES of its own.
+    """What `batches` draws from: training is endless, evaluation is EVALUATION_EXAMPLES drawn apart from it.
+
+    Rows are drawn with replacement: of a task with few examples of a length (parity of 5 bits: 32) both see the same.
 
     Attributes: path (the spec); tokenizer (a TaskVocabulary: ids are numbers, the larger of the task's two vocabularies
     many); hash (of the task and its options). ValueError, for one line, as for `tasks.make_task`.

@@ -81,7 +81,7 @@ def figure(done: list[dict[str, Any]]):
         lengths.plot([int(name) for name in tests], list(tests.values()), "o-", color=colours[family], label=family)
     for panel in (curves, lengths):
         panel.axhline(0.99, color="grey", linewidth=0.8, linestyle=":")
-        panel.set(ylim=(0, 1.03), ylabel="accuracy on examples never trained on")
+        panel.set(ylim=(0, 1.03), ylabel="accuracy on examples drawn apart from training")
         panel.legend(fontsize=8)
     curves.set(xlabel="tokens trained on", title="at the length that is being trained")
     lengths.set(xlabel="length (swaps)", xscale="log", title="after training")
@@ -92,5 +92,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="three to eleven minutes a run on one core, 4 runs; --quick: one to three minutes in all",
+    cost=f"three to eleven minutes a run on one core, {len(cells(False))} runs; --quick: one to three minutes in all",
 )  # fmt: skip

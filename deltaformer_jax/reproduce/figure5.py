@@ -143,5 +143,6 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=run, rows=rows, figure=figure,
-    cost="half a minute to two minutes a run on one core, 25 runs; --quick: a minute and a half in all",
+    cost=f"half a minute to two minutes a run on one core, {len(cells(False))} runs; "
+    "--quick: a minute and a half in all",
 )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Multi-query associative recall at the two shorter of the usual sizes, every mixer in two layers.
+"""Multi-query associative recall: 4 pairs in rows of 64 and 8 in rows of 128, of 256 words, every mixer in two layers.
+
+These are the shorter two of the usual four sizes, which have 8,192 words: see FULL.
 
 Source: Arora et al., "Zoology: measuring and improving recall in efficient language models", 2023.
 """
@@ -10,6 +12,7 @@ from typing import Any
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.tasks import read_spec
 
 # Mixer -> what it is besides its own defaults. Attention without convolutions or KV shifting needs two layers to see
 # which value follows a key; the recurrent mixers bring short convolutions of their own.
@@ -89,14 +92,17 @@ def figure(done: list[dict[str, Any]]):
         scores = [row[size]["result"]["accuracy"] if size in row else 0 for size in sizes]
         panel.bar([i + 0.85 * place / len(best) for i in range(len(sizes))], scores, 0.85 / len(best), label=family)
     panel.set_xticks([i + 0.4 for i in range(len(sizes))], [f"T = {size}" for size in sizes])
-    panel.set(ylabel="accuracy, the best over learning rates", ylim=(0, 1.03))
+    rates = sorted({record["settings"]["rate"] for record in done})
+    panel.set(ylabel="accuracy" + (", the best over learning rates" if len(rates) > 1 else ""), ylim=(0, 1.03))
     panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     settings = done[0]["settings"]
-    picture.suptitle(f"recall of pairs, two layers of width {settings['model']['d_model']}, {settings['task']}")
+    words, width = read_spec(settings["task"])[1]["vocabulary"], settings["model"]["d_model"]
+    rates = ", ".join(f"{rate:g}" for rate in rates)
+    picture.suptitle(f"recall of pairs of {words} words, two layers of width {width}, learning rate {rates}")
     return picture
 
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="one to three minutes a run on two cores, 18 runs; --quick: a minute and a half in all",
+    cost=f"one to three minutes a run on two cores, {len(cells(False))} runs; --quick: a minute and a half in all",
 )  # fmt: skip

@@ -42,7 +42,7 @@ class Notebook:
         if name != self.name:
             raise ValueError(f"--out: {self.path} is the record of {name}, not of {self.name}; {ADVICE}")
         if quick != self.quick:
-            held, asked = (("quick", "full") if quick else ("full", "quick"))
+            held, asked = ("quick", "full") if quick else ("full", "quick")
             raise ValueError(f"--out: {self.path} holds the {held} form and you ask for the {asked} one; {ADVICE}")
         settings = {cell["label"]: cell for cell in self.cells}
         for label, record in records.items():

@@ -26,7 +26,7 @@ def accuracy_curves(axes: Any, done: list[dict[str, Any]], key: str, chance: flo
     axes.axhline(0.99, color="grey", linewidth=0.8, linestyle=":")
     if chance is not None:
         axes.axhline(chance, color="grey", linewidth=0.8, linestyle="--", label="guessing")
-    axes.set(xlabel="step", ylabel="accuracy on examples never trained on", ylim=(0, 1.03))
+    axes.set(xlabel="step", ylabel="accuracy on examples drawn apart from training", ylim=(0, 1.03))
     axes.legend(fontsize=7, loc="lower right")
 
 

@@ -64,5 +64,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="one to four minutes a run on two cores, 4 runs; --quick: a minute in all",
+    cost=f"one to four minutes a run on two cores, {len(cells(False))} runs; --quick: a minute in all",
 )  # fmt: skip

@@ -127,5 +127,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="one to ten minutes a run on two cores, 60 runs; --quick: a minute and a half, parity alone",
+    cost=f"one to ten minutes a run on two cores, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
 )  # fmt: skip

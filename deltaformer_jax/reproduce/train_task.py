@@ -6,7 +6,7 @@ What a cell trains is in its settings, plain JSON:
                            a list of tasks, one for each length, where they differ in more than that
     model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
     batch_size, steps      steps over all lengths together
-    eval_every, eval_rows  every so many steps, the accuracy on so many rows that are never trained on
+    eval_every, eval_rows  every so many steps, the accuracy on so many rows drawn apart from those trained on
     target, patience       a length is solved once `patience` evaluations in a row are at least `target`, or its own
                            target in a list of them
     plateau                [n, least], if there: training ends when none of the last n evaluations was better by `least`
@@ -40,7 +40,9 @@ from deltaformer_jax.training.sharding import make_mesh
 from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, count_parameters
 from deltaformer_jax.training.step import make_train_step
 
-EVALUATION = "evaluation"  # the seed of the examples that no run trains on
+# The seed of an evaluation's examples, which no run trains with. Where there are few examples of a length (32 rows of
+# 5 bits), many of them are among those trained on all the same.
+EVALUATION = "evaluation"
 EVALUATION_TOKENS = 8192  # in one batch of an evaluation
 SAY_EVERY = 10.0  # seconds
 

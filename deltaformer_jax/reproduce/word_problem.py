@@ -89,5 +89,6 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost="half a minute to two minutes a run on two cores, 24 runs; --quick: a minute, swaps of S5 alone",
+    cost=f"half a minute to two minutes a run on two cores, {len(cells(False))} runs; "
+    "--quick: a minute, swaps of S5 alone",
 )  # fmt: skip
