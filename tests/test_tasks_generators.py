@@ -414,6 +414,8 @@ def test_grain_reads_it(task):
         (lambda: tasks.Parity(shortest=5, longest=4), "longest=4: must be at least 5"),
         (lambda: tasks.ModularArithmetic(shortest=4, longest=4), "no odd length"),
         (lambda: tasks.near_orthogonal_keys(5, 12), "width=12: must be a power of two"),
+        (lambda: tasks.near_orthogonal_keys(5, 0), "width=0: must be a power of two"),
+        (lambda: tasks.SwapTracking(elements=2.5), "elements=2.5: must be an integer"),
         (lambda: tasks.near_orthogonal_keys(21, 4), "count=21: must be 1 to"),
         (lambda: tasks.SwapConstruction(np.eye(3), np.eye(4), 1), "values have shape"),
         (lambda: tasks.SwapConstruction(np.eye(1), np.eye(1), 1), "keys have shape"),

@@ -62,9 +62,10 @@ def delta_attention(
         form one contiguous run, and a token sees its own run only.
       chunk_size: rows of a chunk, any positive int; None chooses. Used by "chunked", and with a cache.
       implementation: "recurrent" (the definition), "parallel" (T×T matrices), "chunked" (a scan over chunks with a
-        backward of its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256, no
-        cache). None chooses the fastest for the platform being compiled for: the kernels where they can do the call,
-        else "chunked".
+        backward of its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256),
+        "pallas_tpu" (kernels for TPUs: float32 and bfloat16, widths up to 256); kernels have chunks of their own, fill
+        a cache and do not go on from one. None chooses the fastest for the platform being compiled for: the kernels
+        where they can do the call, else "chunked".
       cache: a KUCache to go on from, which holds one document a row; the new tokens follow its tokens, and those with
         segment id 0 are not stored. The same call prefills (T > 1) and decodes (T = 1).
       return_cache: also return the cache after these tokens. Without `cache` a new one of capacity T is made.

@@ -41,11 +41,10 @@ def gated_linear_attention(
       chunk_size: about how many tokens "chunked" takes at once, any positive int; None means 64. Rounded up to a power
         of two.
       implementation: "recurrent" (the definition, a scan over tokens), "chunked" (a scan over chunks with a backward of
-        its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256, one decay a head or
-        none), "pallas_tpu" (kernels for TPUs: float32 and bfloat16, widths up to 256, every decay; their chunks are
-        their own). None chooses the fastest for the platform being compiled for: the kernels where they can do the
-        call, else "chunked". One token, T = 1, is a step of the recurrence unless a kernel is named: decoding is this
-        call with the last `final_state`.
+        its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256), "pallas_tpu"
+        (kernels for TPUs: float32 and bfloat16, widths up to 256); kernels have chunks of their own. None chooses the
+        fastest for the platform being compiled for: the kernels where they can do the call, else "chunked". One token,
+        T = 1, is a step of the recurrence unless a kernel is named: decoding is this call with the last `final_state`.
 
     Returns:
       (o [B, T, Hv, V] in value's dtype, final_state [B, Hv, K, V], the state of each row's last segment).

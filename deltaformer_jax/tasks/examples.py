@@ -25,6 +25,8 @@ class Examples(NamedTuple):
 
 
 def check_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError naming the argument unless value >= least."""
+    """Raise ValueError naming the argument unless value is an integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r}: must be an integer")
     if value < least:
         raise ValueError(f"{name}={value}: must be at least {least}")

@@ -27,7 +27,7 @@ def near_orthogonal_keys(count: int, width: int) -> np.ndarray:
     Args: width: d, a power of two, 2 to 1024. count: at most d + d². Raises ValueError for others.
     Cost: O(count · width).
     """
-    m = width.bit_length() - 1
+    m = max(width, 1).bit_length() - 1
     if width != 1 << m or not 1 <= m <= len(_IRREDUCIBLE):
         raise ValueError(f"width={width}: must be a power of two from 2 to {1 << len(_IRREDUCIBLE)}")
     if not 1 <= count <= width + width**2:
