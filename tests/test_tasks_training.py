@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from deltaformer_jax import evaluate, sample, tasks
 from deltaformer_jax import train as program
+from deltaformer_jax.config import Config
 from deltaformer_jax.data import TaskData, batches, count_batches, load_data, load_tokenizer
 from deltaformer_jax.training.command_line import parse
 from deltaformer_jax.training.config_files import config_folder
@@ -243,10 +245,22 @@ def test_evaluate_says_what_the_run_said_and_takes_other_options(whole, capsys):
 
     given = ["--workdir", str(folder)]
     assert "must be at least 21" in error(capsys, evaluate.main, [*given, "--data", longer])
-    assert "another tokenizer" in error(capsys, evaluate.main, [*given, "--data", "task:swap"])
+    for other in ("task:swap", str(folder)):
+        message = error(capsys, evaluate.main, [*given, "--data", other])
+        assert f"--data {other}: the run was trained on task:parity" in message and "; give task:parity with" in message
     assert "numbers, not text" in error(capsys, sample.main, [*given, "--prompt", "1"])
     (folder.parent / "text.txt").write_text("words")
-    assert "numbers, not text" in error(capsys, evaluate.main, [*given, "--data", str(folder.parent / "text.txt")])
+    text = str(folder.parent / "text.txt")
+    assert "give task:parity with any options" in error(capsys, evaluate.main, [*given, "--data", text])
+    with pytest.raises(ValueError, match="--data task:swap: the run was trained on text; give text"):
+        evaluate.check_same_kind("task:swap", "data/code")
+
+
+def test_evaluate_refuses_options_with_other_tokens(tmp_path):
+    run = types.SimpleNamespace(config=Config(), tokenizer=load_data("task:swap").tokenizer)
+    run.config.data.path = "task:swap"
+    with pytest.raises(ValueError, match="--data task:swap,elements=6: 15 different tokens, the run has 10; give"):
+        evaluate.evaluation_corpus(run, "task:swap,elements=6", tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "tasks").glob("*.py")))
