@@ -18,7 +18,7 @@ FULL = dict(
     rows=64,
 )  # fmt: skip
 QUICK = dict(
-    elements=5, lengths=(32, 64), longer=(128, 256), width=64, heads=4, steps=500, direct_steps=500, rows=64,
+    elements=5, lengths=(32, 64), longer=(128,), width=64, heads=4, steps=500, direct_steps=500, rows=64,
 )  # fmt: skip
 
 
