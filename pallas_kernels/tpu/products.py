@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 # Which dimension of each operand is summed over.
 NN = (((1,), (0,)), ((), ()))  # a b
@@ -20,13 +21,18 @@ TN = (((0,), (0,)), ((), ()))  # aᵀ b
 BATCHED = (((2,), (1,)), ((0,), (0,)))  # a b of each matrix of a stack
 
 
-# Rows and columns of a matrix unit of v5e and v5p, and the lanes of a register.
+# The lanes of a register, and rows and columns of a matrix unit before v6e.
 TILE = 128
 
 
-def tiles(size: int):
-    """The slices of 128 of an axis of `size`, a multiple of 128."""
-    return [slice(i, i + TILE) for i in range(0, size, TILE)]
+def tiles(size: int, side: int = TILE):
+    """The slices of an axis of `size`, `side` numbers each and the last one the rest."""
+    return [slice(i, min(i + side, size)) for i in range(0, size, side)]
+
+
+def unit_side() -> int:
+    """Rows and columns of a matrix unit: 256 since v6e; 128 before, and where the device is not known yet."""
+    return pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else TILE
 
 
 def quotient(a, b: int):
@@ -44,9 +50,10 @@ def dot(a, b, dtype, dimensions=NN):
 
 
 def product_in_tiles(a, b, dtype):
-    """a bᵀ, of arrays or refs [A, W] and [B, W], in products of 128 × 128: the first 128 columns, by all matrix units,
-    then the next. In one piece each unit takes columns of its own, and no column is done before all are."""
-    columns = [[dot(a[i, :], b[j, :], dtype, NT) for i in tiles(a.shape[0])] for j in tiles(b.shape[0])]
+    """a bᵀ, of arrays or refs [A, W] and [B, W], in products as large as a matrix unit: its first columns, by all
+    units, then the next. In one piece each unit takes columns of its own, and no column is done before all are."""
+    side = unit_side()
+    columns = [[dot(a[i, :], b[j, :], dtype, NT) for i in tiles(a.shape[0], side)] for j in tiles(b.shape[0], side)]
     return jnp.concatenate([jnp.concatenate(column, axis=0) for column in columns], axis=1)
 
 
