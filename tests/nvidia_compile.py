@@ -46,7 +46,8 @@ def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=
     tied = kernel.startswith("tied")
     kappa = delta.Kappa(similarity, 0.1)
     settings = delta.Settings(kappa, None if tied else kappa, tied, capability)
-    u = x if narrow else exact
+    # Only softmax's products take two-byte operands.
+    u = x if narrow and similarity == "softmax" else exact
     found = []
 
     def build(gate, ids):

@@ -8,19 +8,14 @@ from nvidia_compile import CONFIGURATIONS, compiled, launch_of
 
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
-# Bytes a thread spills, where it spills at all: outside the inner loop over pairs of tiles but for a register or two.
+# Bytes a thread spills in bfloat16 where it spills at all: at no width up to 128.
 # The float32 kernels of three TF32 products spill more; what they are held to is that they compile and fit.
 SPILLS = {
-    ("tied_forward", 128): 64,
-    ("write_forward", 256): 512,
-    ("tied_forward", 256): 512,
+    ("write_forward", 256): 400,
+    ("tied_forward", 256): 480,
     ("read_backward", 256): 256,
-    ("write_backward", 64): 128,
-    ("tied_backward", 64): 160,
-    ("write_backward", 128): 400,
-    ("tied_backward", 128): 512,
-    ("write_backward", 256): 1200,
-    ("tied_backward", 256): 1200,
+    ("write_backward", 256): 128,
+    ("tied_backward", 256): 128,
 }
 
 
