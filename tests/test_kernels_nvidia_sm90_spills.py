@@ -1,5 +1,5 @@
-"""Registers spilled on an H100 by the bfloat16 kernels at width 32 and with documents, which test_kernels_nvidia_sm90.py
-leaves out: none, but for a few of documents' numbers."""
+"""Registers spilled on an H100 by the bfloat16 kernels at width 32 and with documents, which
+test_kernels_nvidia_sm90.py leaves out: none, but for a few of documents' numbers."""
 
 import pytest
 
