@@ -35,7 +35,7 @@ FULL = dict(
 )  # fmt: skip
 QUICK = dict(
     sizes=((32, 4),), vocabulary=64, width=32, heads=1, steps=250, batch_size=64, rates=(5e-3,),
-    mixers=("DeltaFormer, KV shifting", "softmax attention", "linear attention", "DeltaNet", "Gated DeltaNet"),
+    mixers=("DeltaFormer, KV shifting", "softmax attention", "linear attention", "DeltaNet"),
 )  # fmt: skip
 
 
