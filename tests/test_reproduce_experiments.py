@@ -153,30 +153,55 @@ def test_adjacency_rows_are_the_tasks():
     assert len(nnx.to_flat_state(nnx.state(reader))) == 1  # the logits' kernel, and nothing else to learn
 
 
+# Small enough to learn something in 200 steps, which take no longer than a second beside their compilation.
+LEARN = dict(steps=200, batch_size=16)
+# Experiment -> (sizes, {test or "accuracy": between guessing and the worst of five seeds}).
 SMALL = {
-    "table1": {
-        **table1.FULL, **ONE, "vocabulary": 32, "pairs": 2, "length": 8, "width": 8, "rates": (1e-3,),
-        "similarities": ("round",),
-    },
-    "mqar": {
-        **mqar.FULL, **ONE, "sizes": ((8, 2),), "vocabulary": 32, "width": 8, "heads": 1, "rates": (1e-3,),
-        "mixers": ("retention", "DeltaNet"),
-    },
-    "table5": {
-        "tasks": {"duplicate_string": {**table5.COPYING, **ONE, "layers": 1, "levels": (4,), "models": ("DeltaNet",)}},
-        "models": (), "width": 8, "heads": 1, "test": (5, 9), "test_rows": 4,
-    },
-    "word_problem": {
-        **word_problem.FULL, **ONE, "problems": ("A5",), "models": ("DeltaNet",), "layers": (1,),
-        "lengths": (4,), "longer": 8, "width": 16, "heads": 2,
-    },
+    "table1": (
+        {
+            **table1.FULL, **LEARN, "vocabulary": 32, "pairs": 2, "length": 8, "width": 16, "rates": (1e-2,),
+            "similarities": ("round",),
+        },
+        {"accuracy": 0.11},  # 1/16; 0.156, the other four 0.99
+    ),
+    "mqar": (
+        {
+            **mqar.FULL, **LEARN, "sizes": ((8, 2),), "vocabulary": 32, "width": 16, "heads": 1, "rates": (1e-2,),
+            "mixers": ("retention", "DeltaNet"),
+        },
+        {"accuracy": 0.12},  # 1/16; 0.18
+    ),
+    "table5": (
+        {
+            "tasks": {
+                "duplicate_string": {
+                    **table5.COPYING, **LEARN, "rate": 1e-2, "layers": 1, "levels": (4,), "models": ("DeltaNet",),
+                },
+            },
+            "models": (), "width": 16, "heads": 1, "test": (5, 9), "test_rows": 64,
+        },
+        {"accuracy": 0.7, "within": 0.7, "longer": 0.55},  # 1/2; 0.86, 0.85, 0.60
+    ),
+    "word_problem": (
+        {
+            **word_problem.FULL, **LEARN, "rate": 1e-2, "problems": ("A5",), "models": ("DeltaNet",), "layers": (1,),
+            "lengths": (4,), "longer": 8, "width": 16, "heads": 2,
+        },
+        {"accuracy": 0.1, "4": 0.1, "8": 0.05},  # 1/60; 0.20, 0.20, 0.11
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_line_of(results, name):
-    found = results({"table1": table1, "mqar": mqar, "table5": table5, "word_problem": word_problem}[name], SMALL[name])
-    assert found and all(0 <= result["accuracy"] <= 1 and result["steps"] == 3 for result in found.values())
+def test_a_smallest_form_learns(results, name):
+    sizes, floors = SMALL[name]
+    found = results({"table1": table1, "mqar": mqar, "table5": table5, "word_problem": word_problem}[name], sizes)
+    assert found
+    for label, result in found.items():
+        scores = {"accuracy": result["accuracy"], **result["tests"]}
+        assert scores.keys() == floors.keys()
+        assert all(floors[key] < score <= 1 for key, score in scores.items()), (label, scores)
+        assert result["steps"] == result["curve"][-1][0] <= 200
 
 
 @pytest.mark.parametrize(
