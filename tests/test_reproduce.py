@@ -167,6 +167,16 @@ def test_every_cell_says_which_machine_it_is_of(squares, tmp_path, monkeypatch):
     assert not folder.parent.exists()  # nothing is left to go on from
 
 
+def test_a_record_whose_cells_do_not_say_their_machine_is_continued(squares, tmp_path):
+    program.main(["squares", "--out", str(tmp_path)])
+    saved = page(tmp_path)
+    saved["cells"] = [{key: cell[key] for key in ("settings", "result", "seconds")} for cell in saved["cells"][:2]]
+    (tmp_path / "squares.json").write_text(json.dumps({**saved, "machine": {"device": "old"}}))
+    program.main(["squares", "--out", str(tmp_path)])
+    assert page(tmp_path)["machine"] == {"device": "old"}
+    assert ["machine" in cell for cell in page(tmp_path)["cells"]] == [False, False, True]
+
+
 def test_seconds_add_up_on_one_machine(tmp_path):
     folder, none = epath.Path(tmp_path / "cell"), StopAfter(1000)
     unfinished.claim(folder)
