@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a bᵀ
 TN = (((0,), (0,)), ((), ()))  # aᵀ b
-BATCHED = (((2,), (1,)), ((0,), (0,)))  # a b of each matrix of a stack
 
 
 # The lanes of a register, and rows and columns of a matrix unit before v6e.
