@@ -1,0 +1,17 @@
+"""Every float32 Triton kernel and tile of the table compiled for an H100. Three TF32 products for one spill registers;
+what these kernels are held to is that they compile, use the tensor cores and fit."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
+
+from nvidia_compile import CONFIGURATIONS, compiled, launch_of
+
+from pallas_kernels.nvidia.table import SHARED_MEMORY
+
+
+@pytest.mark.parametrize("kernel, width", [(kernel, width) for kernel, narrow, width in CONFIGURATIONS if not narrow])
+def test_sm_90(kernel, width):
+    ptx, shared, _ = compiled(launch_of(kernel, 90, width, False), 90)
+    assert "wgmma.mma_async" in ptx
+    assert shared <= SHARED_MEMORY[90]
