@@ -2,9 +2,8 @@
 
 Every form runs once a round, and a ratio is the median over rounds of its time over that of the chunked form in the
 same round. Where a GPU or a TPU is found, its kernels are among them and the shape is the paper's. The parallel form
-holds T × T matrices and the recurrent one's backward T memories of T × K, so both have a longest T. The parallel form's
-backward is not timed on a CPU, where XLA's batched triangular solve was seen to wait for ever with a pool of two
-threads. Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix E.
+holds T × T matrices and the recurrent one's backward T memories of T × K, so both have a longest T. Source: Xu et al.,
+DeltaFormer (NeurIPS 2025), appendix E.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from deltaformer_jax.reproduce.pictures import new_figure
 
 # The paper's, on an H100, [B, T, H, K] = [2, 8192, 32, 128].
 PAPER_MS = {"recurrent": 279.9, "parallel": 102.2, "chunked": 12.7}
-# Numbers in B H T²: the parallel form holds a few such arrays, and a small TPU's 16 GB have room for those of 1 GB.
-LONGEST_PARALLEL = {"cpu": 2**32, "gpu": 2**32, "tpu": 2**28}
+# Numbers in B H T²: the parallel form holds a few such arrays, and where 16 GB are all there is room for those of 1 GB.
+LONGEST_PARALLEL = {"cpu": 2**28, "gpu": 2**32, "tpu": 2**28}
 LONGEST_RECURRENT_BACKWARD = 2**28  # numbers in B H T² K
 
 # What jax.default_backend() says -> the implementations that are that platform's own kernels.
@@ -61,7 +60,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 def _fits(form: str, sizes: dict[str, Any], length: int, direction: str, platform: str) -> bool:
     scores = sizes["batch"] * sizes["heads"] * length**2
     if form == "parallel":
-        return scores <= LONGEST_PARALLEL[platform] and (platform != "cpu" or direction == "forward")
+        return scores <= LONGEST_PARALLEL[platform]
     return form != "recurrent" or direction == "forward" or scores * sizes["width"] <= LONGEST_RECURRENT_BACKWARD
 
 
