@@ -5,6 +5,7 @@ program of its own; it reads one pickle from its standard input and writes one t
 NumPy's.
 """
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -59,15 +60,29 @@ def _to_tf32(x):
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def _halves(x):
+    """float32 as the sum of two bfloat16 numbers, and what is left."""
+    large = x.astype(jnp.bfloat16).astype(np.float32)
+    return large, (x - large).astype(jnp.bfloat16).astype(np.float32)
+
+
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     """A product as the tensor cores make it: the interpreter's own multiplies bits of bfloat16, and ignores TF32."""
     left, right = _numbers(a), _numbers(b)
+    if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.BF16x3:
+        (left, little), (right, small) = _halves(left), _halves(right)
+        corrections = np.matmul(little, right) + np.matmul(left, small)
+        return interpreter.TensorHandle(np.matmul(left, right) + corrections + d.data, d.dtype.scalar)
     if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
         left, right = _to_tf32(left), _to_tf32(right)
     return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 
 interpreter.InterpreterBuilder.create_dot = _dot
+# The interpreter's list lacks what the compiler for NVIDIA takes.
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3")
+)
 
 _cast = interpreter.InterpreterBuilder.cast_impl
 
