@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import training_cases as cases
+from program_output import ours
 from test_programs_train import WARNINGS, finish, start
 
 from deltaformer_jax import train as program
@@ -183,7 +184,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_pa
     """
     arguments = ["unshare", "-rm", "bash", "-c", script, "bash", *flags_of(corpus, steps=100_000)]
     subprocess.run(arguments, env=environment(tmp_path_factory), cwd=tmp_path, check=True, timeout=120)
-    error = (tmp_path / "err").read_text()
+    error = ours((tmp_path / "err").read_text())
     assert (tmp_path / "code").read_text() == "1\n", error
     assert error.count("\n") == 1 and "No space left on device" in error, error
     step, _ = weights(kept)
