@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from triton import knobs
 
-from pallas_kernels.nvidia import delta
+from pallas_kernels.nvidia import delta, delta_launches
 from pallas_kernels.nvidia.launch import compile_for
 from pallas_kernels.nvidia.table import SHARED_MEMORY, TABLE, WIDTHS
 
@@ -53,14 +53,15 @@ def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=
     def build(gate, ids):
         ids = ids if segments else None
         if kernel in ("write_forward", "tied_forward"):
-            launch = delta.write_forward_launch(settings, x, kv, kv, gate, gate, ids)
+            launch = delta_launches.write_forward_launch(settings, x, kv, kv, gate, gate, ids)
         elif kernel == "read_forward":
-            launch = delta.read_forward_launch(settings, x, kv, u, ids)
+            launch = delta_launches.read_forward_launch(settings, x, kv, u, ids)
         elif kernel == "read_backward":
-            launch = delta.read_backward_launch(settings, x, kv, u, x, row, row, ids)
+            launch = delta_launches.read_backward_launch(settings, x, kv, u, x, row, row, ids)
         else:
             both = (x, row, row) if tied else None
-            launch = delta.write_backward_launch(settings, x, kv, kv, gate, gate, ids, exact, u, x, row, exact, both)
+            saved = (exact, u, x, row)
+            launch = delta_launches.write_backward_launch(settings, x, kv, kv, gate, gate, ids, *saved, exact, both)
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in launch.arrays)
         found.append(dataclasses.replace(launch, arrays=shapes))
 

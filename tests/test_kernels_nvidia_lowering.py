@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
 
-from pallas_kernels.nvidia import delta
+from pallas_kernels.nvidia import delta, delta_launches
 from pallas_kernels.nvidia.table import TABLE, choose
 
 SOFTMAX = delta.Kappa("softmax", 0.1)
@@ -85,8 +85,8 @@ def test_the_table_knows_architectures_between_its_own():
 
 def test_first_columns_and_last_rows():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0, 3]], jnp.int32)
-    assert delta.first_columns(ids, 4).tolist() == [[0, 3, 7]]
-    assert delta.last_rows(ids, 4).tolist() == [[7, 9, 10]]
+    assert delta_launches.first_columns(ids, 4).tolist() == [[0, 3, 7]]
+    assert delta_launches.last_rows(ids, 4).tolist() == [[7, 9, 10]]
 
 
 def test_a_width_without_a_tile_is_refused():

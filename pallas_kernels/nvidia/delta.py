@@ -18,16 +18,18 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels.nvidia import launch as launching
-from pallas_kernels.nvidia.launch import Launch, Output
-from pallas_kernels.nvidia.read_backward import read_backward
-from pallas_kernels.nvidia.read_forward import read_forward
-from pallas_kernels.nvidia.table import Tile, choose
+from pallas_kernels.nvidia.delta_launches import (
+    is_narrow,
+    read_backward_launch,
+    read_forward_launch,
+    tile_of,
+    write_backward_launch,
+    write_forward_launch,
+)
+from pallas_kernels.nvidia.table import Tile
 from pallas_kernels.nvidia.weights import LOG2_E
-from pallas_kernels.nvidia.write_backward import write_backward
-from pallas_kernels.nvidia.write_forward import write_forward
 from pallas_kernels.transform import transformable
 
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
@@ -81,7 +83,7 @@ def lacks(settings: Settings, key, value) -> str | None:
         for name, kappa in (("write", settings.write), ("read", settings.read)):
             if kappa is not None:
                 for direction in ("forward", "backward"):
-                    _tile(settings, f"{name}_{direction}", key, value, _is_narrow(kappa, value.dtype))
+                    tile_of(settings, f"{name}_{direction}", key, value, is_narrow(kappa, value.dtype))
     except NotImplementedError as error:
         return str(error)
     return None
@@ -117,255 +119,6 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
     return transformable(function, "the Triton backward of delta attention", _INSTEAD)(residuals, dout, du)
 
 
-def block_width(width: int) -> int:
-    """The width a tile takes in a kernel: a power of two, 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _is_narrow(kappa, dtype):
-    """Whether products with these weights take two-byte operands."""
-    return kappa is not None and kappa.name == "softmax" and np.dtype(dtype).itemsize == 2
-
-
-def _precision(narrow, dtype):
-    """How products of float32 operands are made: as exactly as the arrays are read.
-
-    Between two-byte arrays three bfloat16 products, 2^-16 of the largest term, take the place of three TF32 ones: half
-    the registers, and twice as fast on tensor cores.
-    """
-    exact = "bf16x3" if np.dtype(dtype).itemsize == 2 else "tf32x3"
-    return {"SCORE_PRECISION": "tf32x3", "PRECISION": "tf32" if narrow else exact}
-
-
-def _tile(settings, name, key, value, narrow) -> Tile:
-    given = dict(settings.tiles).get(name)
-    if given is not None:
-        return given
-    if settings.tied:
-        name = name.replace("write", "tied")
-    capability = settings.compute_capability or launching.target_capability()
-    return choose(name, capability, max(block_width(key.shape[3]), block_width(value.shape[3])), narrow)
-
-
-def _common(key, value, segment_ids, kappa, narrow):
-    return dict(
-        K=key.shape[3],
-        V=value.shape[3],
-        KV_HEADS=key.shape[2],
-        BLOCK_K=block_width(key.shape[3]),
-        BLOCK_V=block_width(value.shape[3]),
-        HAS_SEGMENTS=segment_ids is not None,
-        **kappa.constants,
-        **_precision(narrow, key.dtype),
-    )
-
-
-def _present(array, otherwise):
-    """An argument that is absent still has a place in a kernel's list; nothing reads it there."""
-    return otherwise if array is None else array
-
-
-def _gate(gate):
-    """[B, T, heads] -> [B, heads, T] float32."""
-    return None if gate is None else jnp.moveaxis(gate, 2, 1).astype(jnp.float32)
-
-
-def first_columns(segment_ids, rows: int):
-    """[B, blocks] int32: the first column that the first row of each block of `rows` sees."""
-    if segment_ids is None:
-        return None
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
-    return lax.cummax(jnp.where(begins, index, 0), axis=1)[:, ::rows]
-
-
-def last_rows(segment_ids, columns: int):
-    """[B, blocks] int32: one more than the last row that sees the last column of each block of `columns`."""
-    if segment_ids is None:
-        return None
-    time = segment_ids.shape[1]
-    index = jnp.arange(time, dtype=jnp.int32)[None]
-    ends = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], 1)
-    end = lax.cummin(jnp.where(ends, index + 1, time), axis=1, reverse=True)
-    blocks = -(-time // columns)
-    return end[:, np.minimum((np.arange(blocks) + 1) * columns, time) - 1]
-
-
-def padded(row):
-    """The shape of an array of numbers [B, heads, T] whose rows begin aligned, with zeros after T (memory.py)."""
-    *leading, time = row
-    return (*leading, -(-time // 64) * 64)
-
-
-def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> Launch:
-    """Outputs u, its narrow copy, log-sum-exps, s where there is a β; if tied also out, π, ρ."""
-    batch, time, heads, _ = w.shape
-    narrow = _is_narrow(settings.write, value.dtype)
-    copy = narrow or _is_narrow(settings.read, value.dtype)
-    tile = _tile(settings, "write_forward", key, value, narrow)
-    alpha, beta = _gate(alpha), _gate(beta)
-    tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
-    tied = lambda shape: shape if settings.tied else nothing
-    # dβ needs s: from u = α v − β s it could not be had where β is 0.
-    summary = settings.tied or beta is not None
-    return Launch(
-        write_forward,
-        (
-            w,
-            key,
-            value,
-            *(_present(x, key) for x in (alpha, beta, segment_ids, first_columns(segment_ids, tile.rows))),
-        ),
-        (
-            Output(tall, jnp.float32),
-            Output(tall if copy else nothing, value.dtype),
-            Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
-            Output((1 + batch * heads,), jnp.int32, zeroed=True),
-            Output(tall if summary else nothing, value.dtype),
-            Output(tied(tall), value.dtype),
-            Output(tied(row), jnp.float32),
-            Output(tied(row), jnp.float32),
-        ),
-        (time, settings.write.score_scale),
-        batch * heads * -(-time // tile.rows),
-        dict(
-            B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            NARROW=narrow,
-            COPY=copy,
-            SUMMARY=summary,
-            TIED=settings.tied,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            **_common(key, value, segment_ids, settings.write, narrow),
-        ),
-        tile.warps,
-        tile.stages,
-    )
-
-
-def read_forward_launch(settings, query, key, u, segment_ids) -> Launch:
-    """Outputs out (u's dtype of the inputs, key's), log-sum-exps."""
-    batch, time, heads, _ = query.shape
-    narrow = _is_narrow(settings.read, key.dtype)
-    tile = _tile(settings, "read_forward", key, u, narrow)
-    return Launch(
-        read_forward,
-        (query, key, u, *(_present(x, key) for x in (segment_ids, first_columns(segment_ids, tile.rows)))),
-        (
-            Output((batch, time, heads, u.shape[3]), key.dtype),
-            Output((batch, heads, time) if settings.read.name == "softmax" else (1,), jnp.float32),
-        ),
-        (time, settings.read.score_scale),
-        batch * heads * -(-time // tile.rows),
-        dict(
-            HEADS=heads,
-            U_HEADS=u.shape[2],
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            **_common(key, u, segment_ids, settings.read, narrow),
-        ),
-        tile.warps,
-        tile.stages,
-    )
-
-
-def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_ids) -> Launch:
-    """Outputs dq, and dk, du for the heads of u."""
-    batch, time, heads, width = query.shape
-    narrow = _is_narrow(settings.read, key.dtype)
-    tile = _tile(settings, "read_backward", key, u, narrow)
-    u_heads = u.shape[2]
-    return Launch(
-        read_backward,
-        (
-            query,
-            key,
-            u,
-            dout,
-            _present(lse, key),
-            _present(row_dot, key),
-            *(_present(x, key) for x in (segment_ids, last_rows(segment_ids, tile.columns))),
-        ),
-        (
-            Output((batch, time, heads, width), jnp.float32, zeroed=True),
-            Output((batch, time, u_heads, width), jnp.float32),
-            Output((batch, time, u_heads, u.shape[3]), jnp.float32),
-        ),
-        (time, np.float32(settings.read.scale), settings.read.score_scale),
-        batch * u_heads * -(-time // tile.columns),
-        dict(
-            HEADS=heads,
-            U_HEADS=u_heads,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STAGES=tile.stages,
-            **_common(key, u, segment_ids, settings.read, narrow),
-        ),
-        tile.warps,
-        tile.stages,
-    )
-
-
-def write_backward_launch(
-    settings, w, key, value, alpha, beta, segment_ids, u, operand, summary, lse, du, tied=None
-) -> Launch:
-    """`summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs dw, dk (without their factor
-    of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
-    batch, time, heads, width = w.shape
-    narrow = _is_narrow(settings.write, value.dtype)
-    tile = _tile(settings, "write_backward", key, value, narrow)
-    alpha, beta = _gate(alpha), _gate(beta)
-    wide = lambda width: Output((batch, time, heads, width), jnp.float32)
-    row = (batch, heads, time)
-    return Launch(
-        write_backward,
-        (
-            w,
-            key,
-            value,
-            *(_present(x, key) for x in (alpha, beta, segment_ids, last_rows(segment_ids, tile.columns))),
-            u,
-            operand if narrow else u,
-            _present(summary, u),
-            _present(lse, u),
-            du,
-            *(tied or (u,) * 3),
-        ),
-        (
-            dataclasses.replace(wide(width), zeroed=True),
-            wide(width),
-            wide(value.shape[3]),
-            Output(row, jnp.float32),
-            Output(row if beta is not None else (1,), jnp.float32),
-            Output((batch, time, heads, value.shape[3]), value.dtype if narrow else jnp.float32),
-            Output(padded(row) if settings.write.name == "softmax" else (1,), jnp.float32, zeroed=True),
-            Output((1 + batch * heads,), jnp.int32, zeroed=True),
-        ),
-        (time, settings.write.score_scale),
-        batch * heads * -(-time // tile.columns),
-        dict(
-            B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            TIED=tied is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            STAGES=tile.stages,
-            **_common(key, value, segment_ids, settings.write, narrow),
-        ),
-        tile.warps,
-        tile.stages,
-    )
-
-
 def _run(launch, run, settings):
     return run(launch) if run is not launching.run else run(launch, settings.compute_capability)
 
@@ -387,7 +140,7 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
         return out, short_u, kept | {"share": share, "rest": rest}
     if settings.read is None:
         return None, short_u, kept
-    source = copy if _is_narrow(settings.read, value.dtype) else u
+    source = copy if is_narrow(settings.read, value.dtype) else u
     out, lse_read = _run(read_forward_launch(settings, query, key, source, segment_ids), run, settings)
     # Only softmax reads its own output again.
     normalised = settings.read.name == "softmax"
@@ -425,7 +178,7 @@ def _backward(settings, run, residuals, dout, du):
         du = du + _column(share) * wide
         tied = (dout, rest, read_dot)
     elif settings.read is not None:
-        narrow = _is_narrow(settings.read, value.dtype)
+        narrow = is_narrow(settings.read, value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
         launch = read_backward_launch(
             settings, query, key, copy if narrow else u, dout, residuals["lse_read"], row_dot, segment_ids

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.nvidia import launch as launching
-from pallas_kernels.nvidia.delta import block_width
+from pallas_kernels.nvidia.delta_launches import block_width
 from pallas_kernels.nvidia.gated_table import GatedTile, choose, chunk_rows
 from pallas_kernels.nvidia.launch import Launch, Output
 
