@@ -28,7 +28,8 @@ class Interruption:
         self._writer.setblocking(False)
         self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
+        self._watcher.start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -37,7 +38,8 @@ class Interruption:
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._writer.close()  # the thread reads the end and returns
+        self._writer.close()  # the thread reads the end and returns, what it says being said
+        self._watcher.join(timeout=1.0)  # no longer: stderr may be a pipe that nobody reads
 
     def _watch(self) -> None:
         with self._reader:
