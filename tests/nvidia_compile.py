@@ -28,40 +28,47 @@ from pallas_kernels.nvidia.launch import compile_for
 from pallas_kernels.nvidia.table import SHARED_MEMORY, TABLE, WIDTHS
 
 CONFIGURATIONS = [
-    (kernel, narrow, width)
-    for (kernel, narrow), tiles in TABLE[90].items()
+    (kernel, operands, width)
+    for (kernel, operands), tiles in TABLE[90].items()
     for width, tile in zip(WIDTHS, tiles)
     if tile is not None
-]
+] + [("invert_blocks", "pair", width) for width in WIDTHS]
 # Of other architectures than the H100's: what differs between them is the instructions, not the width.
-ONE_WIDTH = [(kernel, narrow, width) for kernel, narrow, width in CONFIGURATIONS if width == (128 if narrow else 64)]
+ONE_WIDTH = [(*x, width) for *x, width in CONFIGURATIONS if width == (64 if x[1] == "exact" else 128)]
 
 
-def launch_of(kernel, capability, width, narrow, similarity="softmax", segments=False):
-    """The launch of a kernel of the table at batch 2, 8192 tokens, 32 query heads and 8 key/value heads."""
-    dtype = jnp.bfloat16 if narrow else jnp.float32
+def launch_of(kernel, capability, width, operands, similarity=None, segments=False):
+    """The launch of a kernel of the table at batch 2, 8192 tokens, 32 query heads and 8 key/value heads, of softmax or,
+    of products of pairs, of linear, unless `similarity` is another."""
+    similarity = similarity or ("linear" if operands == "pair" else "softmax")
+    dtype = jnp.float32 if operands == "exact" else jnp.bfloat16
     array = lambda heads, dtype: jax.ShapeDtypeStruct((2, 8192, heads, width), dtype)
     x, kv, exact = array(32, dtype), array(8, dtype), array(32, jnp.float32)
     gate, row = jax.ShapeDtypeStruct((2, 8192, 32), dtype), jax.ShapeDtypeStruct((2, 32, 8192), jnp.float32)
     tied = kernel.startswith("tied")
     kappa = delta.Kappa(similarity, 0.1)
     settings = delta.Settings(kappa, None if tied else kappa, tied, capability)
-    # Only softmax's products take two-byte operands.
-    u = x if narrow and similarity == "softmax" else exact
+    u = {"narrow": (x, None), "pair": (x, x), "exact": (exact, None)}[operands]
+    assert delta_launches.operands(kappa, dtype) == operands
     found = []
 
     def build(gate, ids):
         ids = ids if segments else None
-        if kernel in ("write_forward", "tied_forward"):
-            launch = delta_launches.write_forward_launch(settings, x, kv, kv, gate, gate, ids)
+        inverse = (x, x) if operands == "pair" else (None, None)
+        if kernel == "invert_blocks":
+            launch = delta_launches.invert_blocks_launch(settings, "write_backward", x, kv, kv, gate, ids)
+        elif kernel in ("write_forward", "tied_forward"):
+            launch = delta_launches.write_forward_launch(settings, x, kv, kv, gate, gate, ids, inverse)
         elif kernel == "read_forward":
-            launch = delta_launches.read_forward_launch(settings, x, kv, u, ids)
+            launch = delta_launches.read_forward_launch(settings, x, kv, *u, ids)
         elif kernel == "read_backward":
-            launch = delta_launches.read_backward_launch(settings, x, kv, u, x, row, row, ids)
+            launch = delta_launches.read_backward_launch(settings, x, kv, *u, x, row, row, ids)
         else:
             both = (x, row, row) if tied else None
-            saved = (exact, u, x, row)
-            launch = delta_launches.write_backward_launch(settings, x, kv, kv, gate, gate, ids, *saved, exact, both)
+            saved = (exact, *u, x, row)
+            launch = delta_launches.write_backward_launch(
+                settings, x, kv, kv, gate, gate, ids, inverse, *saved, exact, both
+            )
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in launch.arrays)
         found.append(dataclasses.replace(launch, arrays=shapes))
 
@@ -82,10 +89,10 @@ def compiled(launch, capability):
 
 
 def _report(configuration):
-    kernel, narrow, width, capability = configuration
-    if TABLE[capability][kernel, narrow][WIDTHS.index(width)] is None:
+    kernel, operands, width, capability = configuration
+    if kernel != "invert_blocks" and TABLE[capability][kernel, operands][WIDTHS.index(width)] is None:
         return configuration, "no tile"
-    _, shared, spilled = compiled(launch_of(kernel, capability, width, narrow), capability)
+    _, shared, spilled = compiled(launch_of(kernel, capability, width, operands), capability)
     return configuration, f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled"
 
 

@@ -74,13 +74,13 @@ def test_what_is_refused():
     assert "up to 256" in delta.lacks(SEPARATE, _array(1, 8, 1, 512), _array(1, 8, 1, 16))
     assert delta.lacks(SEPARATE, _array(1, 8, 1, 256), _array(1, 8, 1, 16)) is None
     with pytest.raises(NotImplementedError, match="compute capability"):
-        choose("read_forward", 75, 64, True)
+        choose("read_forward", 75, 64, "narrow")
 
 
 def test_the_table_knows_architectures_between_its_own():
-    assert choose("read_forward", 103, 128, True) == TABLE[100]["read_forward", True][1]
-    assert choose("read_forward", 86, 128, True) == TABLE[120]["read_forward", True][1]
-    assert choose("read_forward", 90, 24, True) == TABLE[90]["read_forward", True][0]
+    assert choose("read_forward", 103, 128, "narrow") == TABLE[100]["read_forward", "narrow"][1]
+    assert choose("read_forward", 86, 128, "narrow") == TABLE[120]["read_forward", "narrow"][1]
+    assert choose("read_forward", 90, 24, "narrow") == TABLE[90]["read_forward", "narrow"][0]
 
 
 def test_first_columns_and_last_rows():

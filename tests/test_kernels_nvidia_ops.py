@@ -38,8 +38,8 @@ def total(**options):
 FORMS = [
     (dict(segment_ids=SEGMENTS), 2, 4),
     (dict(write_query="query"), 1, 2),  # one pass writes and reads
-    (dict(write_similarity="linear", read_similarity="linear", write_scale=1.0), 2, 4),
-    (dict(write_similarity=Round(0), read_similarity="exp", segment_ids=SEGMENTS), 2, 4),
+    (dict(write_similarity="linear", read_similarity="linear", write_scale=1.0), 3, 6),  # the inverses first
+    (dict(write_similarity=Round(0), read_similarity="exp", segment_ids=SEGMENTS), 3, 6),
 ]
 
 

@@ -9,8 +9,8 @@ from nvidia_compile import ONE_WIDTH, compiled, launch_of
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
 
-@pytest.mark.parametrize("kernel, narrow, width", ONE_WIDTH)
-def test_sm_100(kernel, narrow, width):
-    ptx, shared, _ = compiled(launch_of(kernel, 100, width, narrow), 100)
-    assert ("tcgen05.mma" if narrow else "mma") in ptx
+@pytest.mark.parametrize("kernel, operands, width", ONE_WIDTH)
+def test_sm_100(kernel, operands, width):
+    ptx, shared, _ = compiled(launch_of(kernel, 100, width, operands), 100)
+    assert ("tcgen05.mma" if operands == "narrow" else "mma") in ptx
     assert shared <= SHARED_MEMORY[100]

@@ -9,8 +9,8 @@ from nvidia_compile import ONE_WIDTH, compiled, launch_of
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
 
-@pytest.mark.parametrize("kernel, narrow, width", ONE_WIDTH)
-def test_sm_120(kernel, narrow, width):
-    ptx, shared, _ = compiled(launch_of(kernel, 120, width, narrow), 120)
+@pytest.mark.parametrize("kernel, operands, width", ONE_WIDTH)
+def test_sm_120(kernel, operands, width):
+    ptx, shared, _ = compiled(launch_of(kernel, 120, width, operands), 120)
     assert "mma.sync" in ptx
     assert shared <= SHARED_MEMORY[120]

@@ -9,8 +9,8 @@ from nvidia_compile import ONE_WIDTH, compiled, launch_of
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
 
-@pytest.mark.parametrize("kernel, narrow, width", ONE_WIDTH)
-def test_sm_80(kernel, narrow, width):
-    ptx, shared, _ = compiled(launch_of(kernel, 80, width, narrow), 80)
+@pytest.mark.parametrize("kernel, operands, width", ONE_WIDTH)
+def test_sm_80(kernel, operands, width):
+    ptx, shared, _ = compiled(launch_of(kernel, 80, width, operands), 80)
     assert "mma.sync" in ptx
     assert shared <= SHARED_MEMORY[80]

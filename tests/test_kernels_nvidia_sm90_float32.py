@@ -9,9 +9,11 @@ from nvidia_compile import CONFIGURATIONS, compiled, launch_of
 
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
+EXACT = [(kernel, width) for kernel, operands, width in CONFIGURATIONS if operands == "exact"]
 
-@pytest.mark.parametrize("kernel, width", [(kernel, width) for kernel, narrow, width in CONFIGURATIONS if not narrow])
+
+@pytest.mark.parametrize("kernel, width", EXACT)
 def test_sm_90(kernel, width):
-    ptx, shared, _ = compiled(launch_of(kernel, 90, width, False), 90)
+    ptx, shared, _ = compiled(launch_of(kernel, 90, width, "exact"), 90)
     assert "wgmma.mma_async" in ptx
     assert shared <= SHARED_MEMORY[90]

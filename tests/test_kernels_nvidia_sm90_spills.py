@@ -1,5 +1,5 @@
-"""Registers spilled on an H100 by the bfloat16 kernels at width 32, with documents and with other similarities, which
-test_kernels_nvidia_sm90.py leaves out: none by softmax's, but for a few of documents' numbers."""
+"""Registers spilled on an H100 by the bfloat16 kernels at width 32, with documents, and with other similarities than
+softmax, which test_kernels_nvidia_sm90.py leaves out: a few numbers, kept outside the loop over pairs of tiles."""
 
 import pytest
 
@@ -7,30 +7,48 @@ pytest.importorskip("triton", reason="Triton is in the dependency group `kernels
 
 from nvidia_compile import compiled, launch_of
 
+from pallas_kernels.nvidia.table import SHARED_MEMORY
+
 KERNELS = ["write_forward", "tied_forward", "read_forward", "read_backward", "write_backward", "tied_backward"]
-# Bytes a thread spills of documents' numbers, outside the loop over pairs of tiles.
-WITH_SEGMENTS = {("write_forward", 128): 16, ("tied_forward", 128): 24}
-# Of similarities other than softmax, whose products are three, at width 128.
-THREE_PRODUCTS = {"write_forward": 128, "tied_forward": 192, "write_backward": 960, "tied_backward": 960}
+PAIR_KERNELS = ["invert_blocks", "write_forward", "read_forward", "read_backward", "write_backward"]
+# Bytes a thread spills of documents' numbers.
+WITH_SEGMENTS = {("tied_forward", 128, "softmax"): 16, ("write_backward", 128, "linear"): 24}
+WITH_SEGMENTS |= {("read_backward", 128, "linear"): 16}
+# Of exp, whose weights and scores are two tiles.
+EXP = {"read_backward": 8, "write_backward": 16}
 
 
-def spilled(kernel, width, segments, similarity="softmax"):
-    ptx, _, spilled = compiled(launch_of(kernel, 90, width, True, similarity, segments), 90)
-    assert "wgmma.mma_async" in ptx
+def spilled(kernel, width, operands, segments, similarity=None):
+    ptx, shared, spilled = compiled(launch_of(kernel, 90, width, operands, similarity, segments), 90)
+    # Blocks of 32 rows, all that fits three products of width 256, are too few for it.
+    assert "wgmma.mma_async" in ptx or (width == 256 and kernel in ("invert_blocks", "write_forward"))
+    assert shared <= SHARED_MEMORY[90]
     return spilled
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_narrow(kernel):
-    assert spilled(kernel, 32, False) == 0
+def test_width_32(kernel):
+    assert spilled(kernel, 32, "narrow", False) == 0
 
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_segments(kernel, width):
-    assert spilled(kernel, width, True) <= WITH_SEGMENTS.get((kernel, width), 0)
+def test_softmax_with_segments(kernel, width):
+    assert spilled(kernel, width, "narrow", True) <= WITH_SEGMENTS.get((kernel, width, "softmax"), 0)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_other_similarities(kernel):
-    assert spilled(kernel, 128, False, "linear") <= THREE_PRODUCTS.get(kernel, 0)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+def test_linear(kernel, width):
+    assert spilled(kernel, width, "pair", False) == 0
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+def test_linear_with_segments(kernel, width):
+    assert spilled(kernel, width, "pair", True) <= WITH_SEGMENTS.get((kernel, width, "linear"), 0)
+
+
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+def test_exp(kernel):
+    assert spilled(kernel, 128, "pair", False, "exp") <= EXP.get(kernel, 0)

@@ -4,24 +4,30 @@
 
 Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the widths.
 Arrays are [B, T, heads, width] and are read where they lie. Forward: one launch to write, one to read; one for both
-where one softmax serves both (tied). Backward the same. Memory O(T (K+V)) a head.
+where one softmax serves both (tied); one more before the write where u is in parts (invert_blocks.py). Backward the
+same. Memory O(T (K+V)) a head.
 
-Precision: sums, u and everything between are float32. Products take bfloat16 operands where the inputs are bfloat16 and
-the weights are softmax's; else three products for one, of bfloat16 (5 digits) where arrays have two bytes, of TF32
-(7 digits) where they have four. Two-byte softmax systems are solved with TF32 operands.
+Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
+the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
+(5 digits) where arrays have two bytes, u being kept in two parts (products.py), of TF32 (7 digits) where they have
+four.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.nvidia import launch as launching
 from pallas_kernels.nvidia.delta_launches import (
-    is_narrow,
+    invert_blocks_launch,
+    operands,
     read_backward_launch,
     read_forward_launch,
     tile_of,
@@ -83,7 +89,7 @@ def lacks(settings: Settings, key, value) -> str | None:
         for name, kappa in (("write", settings.write), ("read", settings.read)):
             if kappa is not None:
                 for direction in ("forward", "backward"):
-                    tile_of(settings, f"{name}_{direction}", key, value, is_narrow(kappa, value.dtype))
+                    tile_of(settings, f"{name}_{direction}", key, value)
     except NotImplementedError as error:
         return str(error)
     return None
@@ -119,8 +125,40 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
     return transformable(function, "the Triton backward of delta attention", _INSTEAD)(residuals, dout, du)
 
 
+class _Written(NamedTuple):
+    """u in the forms it was stored in: in float32, where it is not two parts; as products take it, where they do not
+    take float32, and what that leaves out, where it is a part."""
+
+    exact: jax.Array | None
+    operand: jax.Array | None
+    residue: jax.Array | None
+
+    def as_taken(self, taken: str, dtype) -> tuple[jax.Array, jax.Array | None]:
+        """(operand, residue or None) for products of the kind `taken` between arrays of `dtype`."""
+        if taken == "exact":
+            return self.exact, None
+        if self.residue is not None:
+            if taken == "pair":
+                return self.operand, self.residue
+            if self.operand.dtype == dtype:
+                return self.operand, None
+            return (self.operand.astype(jnp.float32) + self.residue.astype(jnp.float32)).astype(dtype), None
+        if taken == "pair":
+            # Not a cast there and back, which XLA may take for nothing.
+            high = lax.reduce_precision(self.exact, exponent_bits=8, mantissa_bits=7)
+            return high.astype(jnp.bfloat16), (self.exact - high).astype(jnp.bfloat16)
+        return (self.exact.astype(dtype) if self.operand is None else self.operand), None
+
+
 def _run(launch, run, settings):
     return run(launch) if run is not launching.run else run(launch, settings.compute_capability)
+
+
+def _inverse(settings, run, name, w, key, value, beta, segment_ids):
+    """The inverses that a write takes, in two parts; two times None where it makes them itself."""
+    if operands(settings.write, value.dtype) != "pair":
+        return None, None
+    return tuple(_run(invert_blocks_launch(settings, name, w, key, value, beta, segment_ids), run, settings))
 
 
 def _forward(settings, run, query, write_query, key, value, alpha, beta, segment_ids):
@@ -128,20 +166,24 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     if settings.tied:
         write_query = query
     w = key if write_query is None else write_query
-    launch = write_forward_launch(settings, w, key, value, alpha, beta, segment_ids)
-    u, copy, lse_write, _, summary, *tied = _run(launch, run, settings)
+    inverse = _inverse(settings, run, "write_forward", w, key, value, beta, segment_ids)
+    launch = write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse)
+    u, operand, residue, lse_write, _, summary, *tied = _run(launch, run, settings)
     softmax = settings.write.name == "softmax"
-    copy = copy if launch.constants["COPY"] else None
+    taken = operands(settings.write, value.dtype)
+    written = _Written(
+        u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
+    )
     summary = summary if launch.constants["SUMMARY"] else None
-    kept = {"given": given, "u": u, "copy": copy, "summary": summary, "lse_write": lse_write if softmax else None}
-    short_u = u.astype(value.dtype) if copy is None else copy
+    kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
+    short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:
         out, share, rest = tied
         return out, short_u, kept | {"share": share, "rest": rest}
     if settings.read is None:
         return None, short_u, kept
-    source = copy if is_narrow(settings.read, value.dtype) else u
-    out, lse_read = _run(read_forward_launch(settings, query, key, source, segment_ids), run, settings)
+    source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
+    out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
     # Only softmax reads its own output again.
     normalised = settings.read.name == "softmax"
     return out, short_u, kept | {"out": out if normalised else None, "lse_read": lse_read if normalised else None}
@@ -166,7 +208,7 @@ def _column(row):
 
 def _backward(settings, run, residuals, dout, du):
     query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
-    u, copy = residuals["u"], residuals["copy"]
+    written: _Written = residuals["u"]
     kv_heads = key.shape[2]
     du = du.astype(jnp.float32)
     dquery, dkey_read, tied = None, 0, None
@@ -174,25 +216,28 @@ def _backward(settings, run, residuals, dout, du):
         write_query = query
         share, rest = residuals["share"], residuals["rest"]
         wide = dout.astype(jnp.float32)
-        read_dot = _row_dots(wide, _column(rest) * residuals["summary"].astype(jnp.float32) + _column(share) * u)
+        summary = residuals["summary"].astype(jnp.float32)
+        read_dot = _row_dots(wide, _column(rest) * summary + _column(share) * written.exact)
         du = du + _column(share) * wide
         tied = (dout, rest, read_dot)
     elif settings.read is not None:
-        narrow = is_narrow(settings.read, value.dtype)
+        source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
         launch = read_backward_launch(
-            settings, query, key, copy if narrow else u, dout, residuals["lse_read"], row_dot, segment_ids
+            settings, query, key, *source, dout, residuals["lse_read"], row_dot, segment_ids
         )
         dquery, dkey_read, du_read = _run(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query
-    saved = (u, copy, residuals["summary"], residuals["lse_write"])
-    launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, *saved, du, tied)
+    source = written.as_taken(operands(settings.write, value.dtype), value.dtype)
+    saved = (written.exact, *source, residuals["summary"], residuals["lse_write"])
+    inverse = _inverse(settings, run, "write_backward", w, key, value, beta, segment_ids)
+    launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse, *saved, du, tied)
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
-        own = _column(share * (_row_dots(wide, u) - read_dot)) * settings.write.scale
+        own = _column(share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
         repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
         dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)
         dkey, dw = dkey + own * query.astype(jnp.float32), None

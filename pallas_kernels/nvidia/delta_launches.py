@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.nvidia import launch as launching
+from pallas_kernels.nvidia.invert_blocks import invert_blocks
 from pallas_kernels.nvidia.launch import Launch, Output
 from pallas_kernels.nvidia.read_backward import read_backward
 from pallas_kernels.nvidia.read_forward import read_forward
@@ -25,32 +26,34 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def is_narrow(kappa, dtype):
-    """Whether products with these weights take two-byte operands."""
-    return kappa is not None and kappa.name == "softmax" and np.dtype(dtype).itemsize == 2
+def operands(kappa, dtype) -> str:
+    """How products with these weights take float32 operands.
 
-
-def _precision(narrow, dtype):
-    """How products of float32 operands are made: as exactly as the arrays are read.
-
-    Between two-byte arrays three bfloat16 products, 2^-16 of the largest term, take the place of three TF32 ones: half
-    the registers, and twice as fast on tensor cores.
+    "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
+    (products.py), by other weights between two-byte arrays; "exact": as they are, between float32 arrays.
     """
-    exact = "bf16x3" if np.dtype(dtype).itemsize == 2 else "tf32x3"
-    return {"SCORE_PRECISION": "tf32x3", "PRECISION": "tf32" if narrow else exact}
+    if np.dtype(dtype).itemsize == 4:
+        return "exact"
+    return "narrow" if kappa.name == "softmax" else "pair"
 
 
-def tile_of(settings, name, key, value, narrow) -> Tile:
+# Of products between float32 registers: as exact as what else is computed from the arrays.
+_PRECISION = {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}
+
+
+def tile_of(settings, name, key, value) -> Tile:
     given = dict(settings.tiles).get(name)
     if given is not None:
         return given
+    kappa = settings.write if name.startswith("write") else settings.read
     if settings.tied:
         name = name.replace("write", "tied")
     capability = settings.compute_capability or launching.target_capability()
-    return choose(name, capability, max(block_width(key.shape[3]), block_width(value.shape[3])), narrow)
+    width = max(block_width(key.shape[3]), block_width(value.shape[3]))
+    return choose(name, capability, width, operands(kappa, key.dtype))
 
 
-def _common(key, value, segment_ids, kappa, narrow):
+def _common(key, value, segment_ids, kappa):
     return dict(
         K=key.shape[3],
         V=value.shape[3],
@@ -59,7 +62,9 @@ def _common(key, value, segment_ids, kappa, narrow):
         BLOCK_V=block_width(value.shape[3]),
         HAS_SEGMENTS=segment_ids is not None,
         **kappa.constants,
-        **_precision(narrow, key.dtype),
+        PAIR=operands(kappa, key.dtype) == "pair",
+        SCORE_PRECISION="tf32x3",
+        PRECISION=_PRECISION[operands(kappa, key.dtype)],
     )
 
 
@@ -100,12 +105,35 @@ def padded(row):
     return (*leading, -(-time // 64) * 64)
 
 
-def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> Launch:
-    """Outputs u, its narrow copy, log-sum-exps, s where there is a β; if tied also out, π, ρ."""
+def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> Launch:
+    """The inverses that the kernel `name` ("write_forward", "write_backward") takes where its products are of pairs:
+    outputs their two parts."""
     batch, time, heads, _ = w.shape
-    narrow = is_narrow(settings.write, value.dtype)
-    copy = narrow or is_narrow(settings.read, value.dtype)
-    tile = tile_of(settings, "write_forward", key, value, narrow)
+    tile = tile_of(settings, name, key, value)
+    rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
+    beta = _gate(beta)
+    common = _common(key, value, segment_ids, settings.write)
+    padded_time = -(-time // rows) * rows
+    return Launch(
+        invert_blocks,
+        (w, key, *(_present(x, key) for x in (beta, segment_ids))),
+        (Output((batch, heads, padded_time, rows), jnp.bfloat16),) * 2,
+        (time, settings.write.score_scale),
+        batch * heads * (padded_time // rows),
+        dict(HEADS=heads, HAS_BETA=beta is not None, ROWS=rows)
+        | {name: x for name, x in common.items() if name not in ("V", "BLOCK_V", "PAIR")},
+        4,
+        1,
+    )
+
+
+def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
+    """`inverse`: `invert_blocks_launch`'s outputs, where products are of pairs. Outputs u (what else lay in its
+    place, if it is in two parts); u as products take it, one array or two parts; log-sum-exps; s where there is a β;
+    if tied also out, π, ρ."""
+    batch, time, heads, _ = w.shape
+    taken = operands(settings.write, value.dtype)
+    tile = tile_of(settings, "write_forward", key, value)
     alpha, beta = _gate(alpha), _gate(beta)
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
@@ -117,11 +145,12 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> L
             w,
             key,
             value,
-            *(_present(x, key) for x in (alpha, beta, segment_ids, first_columns(segment_ids, tile.rows))),
+            *(_present(x, key) for x in (alpha, beta, segment_ids, first_columns(segment_ids, tile.rows), *inverse)),
         ),
         (
             Output(tall, jnp.float32),
-            Output(tall if copy else nothing, value.dtype),
+            Output(nothing if taken == "exact" else tall, jnp.bfloat16 if taken == "pair" else value.dtype),
+            Output(tall if taken == "pair" else nothing, jnp.bfloat16),
             Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
             Output(tall if summary else nothing, value.dtype),
@@ -136,29 +165,27 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids) -> L
             HEADS=heads,
             HAS_ALPHA=alpha is not None,
             HAS_BETA=beta is not None,
-            NARROW=narrow,
-            COPY=copy,
+            NARROW=taken == "narrow",
             SUMMARY=summary,
             TIED=settings.tied,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             HALVES=tile.halves,
             GROUP=tile.group,
-            **_common(key, value, segment_ids, settings.write, narrow),
+            **_common(key, value, segment_ids, settings.write),
         ),
         tile.warps,
         tile.stages,
     )
 
 
-def read_forward_launch(settings, query, key, u, segment_ids) -> Launch:
-    """Outputs out (u's dtype of the inputs, key's), log-sum-exps."""
+def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch:
+    """`u`, `residue`: as products take it, the latter None unless there are two parts. Outputs out, log-sum-exps."""
     batch, time, heads, _ = query.shape
-    narrow = is_narrow(settings.read, key.dtype)
-    tile = tile_of(settings, "read_forward", key, u, narrow)
+    tile = tile_of(settings, "read_forward", key, u)
     return Launch(
         read_forward,
-        (query, key, u, *(_present(x, key) for x in (segment_ids, first_columns(segment_ids, tile.rows)))),
+        (query, key, u, *(_present(x, key) for x in (residue, segment_ids, first_columns(segment_ids, tile.rows)))),
         (
             Output((batch, time, heads, u.shape[3]), key.dtype),
             Output((batch, heads, time) if settings.read.name == "softmax" else (1,), jnp.float32),
@@ -170,18 +197,17 @@ def read_forward_launch(settings, query, key, u, segment_ids) -> Launch:
             U_HEADS=u.shape[2],
             ROWS=tile.rows,
             COLUMNS=tile.columns,
-            **_common(key, u, segment_ids, settings.read, narrow),
+            **_common(key, u, segment_ids, settings.read),
         ),
         tile.warps,
         tile.stages,
     )
 
 
-def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_ids) -> Launch:
+def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, segment_ids) -> Launch:
     """Outputs dq, and dk, du for the heads of u."""
     batch, time, heads, width = query.shape
-    narrow = is_narrow(settings.read, key.dtype)
-    tile = tile_of(settings, "read_backward", key, u, narrow)
+    tile = tile_of(settings, "read_backward", key, u)
     u_heads = u.shape[2]
     return Launch(
         read_backward,
@@ -189,6 +215,7 @@ def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_id
             query,
             key,
             u,
+            _present(residue, u),
             dout,
             _present(lse, key),
             _present(row_dot, key),
@@ -207,7 +234,7 @@ def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_id
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             STAGES=tile.stages,
-            **_common(key, u, segment_ids, settings.read, narrow),
+            **_common(key, u, segment_ids, settings.read),
         ),
         tile.warps,
         tile.stages,
@@ -215,13 +242,13 @@ def read_backward_launch(settings, query, key, u, dout, lse, row_dot, segment_id
 
 
 def write_backward_launch(
-    settings, w, key, value, alpha, beta, segment_ids, u, operand, summary, lse, du, tied=None
+    settings, w, key, value, alpha, beta, segment_ids, inverse, u, operand, residue, summary, lse, du, tied=None
 ) -> Launch:
-    """`summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs dw, dk (without their factor
-    of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
+    """`inverse`: as of `write_forward_launch`; u: None but for softmax, whose gradient needs it besides `operand` and
+    `residue`, what products take of it; `summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs
+    dw, dk (without their factor of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
     batch, time, heads, width = w.shape
-    narrow = is_narrow(settings.write, value.dtype)
-    tile = tile_of(settings, "write_backward", key, value, narrow)
+    tile = tile_of(settings, "write_backward", key, value)
     alpha, beta = _gate(alpha), _gate(beta)
     wide = lambda width: Output((batch, time, heads, width), jnp.float32)
     row = (batch, heads, time)
@@ -231,13 +258,10 @@ def write_backward_launch(
             w,
             key,
             value,
-            *(_present(x, key) for x in (alpha, beta, segment_ids, last_rows(segment_ids, tile.columns))),
-            u,
-            operand if narrow else u,
-            _present(summary, u),
-            _present(lse, u),
+            *(_present(x, key) for x in (alpha, beta, segment_ids, last_rows(segment_ids, tile.columns), *inverse)),
+            *(_present(x, operand) for x in (u, operand, residue, summary, lse)),
             du,
-            *(tied or (u,) * 3),
+            *(tied or (operand,) * 3),
         ),
         (
             dataclasses.replace(wide(width), zeroed=True),
@@ -245,7 +269,8 @@ def write_backward_launch(
             wide(value.shape[3]),
             Output(row, jnp.float32),
             Output(row if beta is not None else (1,), jnp.float32),
-            Output((batch, time, heads, value.shape[3]), value.dtype if narrow else jnp.float32),
+            Output((batch, time, heads, value.shape[3]), operand.dtype),
+            Output((batch, time, heads, value.shape[3]) if residue is not None else (1,), operand.dtype),
             Output(padded(row) if settings.write.name == "softmax" else (1,), jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
         ),
@@ -262,7 +287,7 @@ def write_backward_launch(
             HALVES=tile.halves,
             GROUP=tile.group,
             STAGES=tile.stages,
-            **_common(key, value, segment_ids, settings.write, narrow),
+            **_common(key, value, segment_ids, settings.write),
         ),
         tile.warps,
         tile.stages,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_tile
+from pallas_kernels.nvidia.products import add_product_with_given, product_of_given, product_of_parts_with_given
 from pallas_kernels.nvidia.weights import times_slope, weights_again
 
 
@@ -59,40 +60,39 @@ def add_transposed(
 
 @triton.jit
 def read_rows(
-    keys, values, dkeys, dvalues, q, dout, lse, row_dot, dq, segments, column_segments, column, begin, end, T,
+    keys, values, low, dkeys, dvalues, q, dout, lse, row_dot, dq, segments, column_segments, column, begin, end, T,
     scale, score_scale,
     HAS_SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dkeys and dvalues after the rows begin … end of one query head, whose dq is added to."""
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         rows = load_tile(q, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
-        grads = load_tile(dout, start, T, HEADS * V, V, ROWS, BLOCK_V, False).to(values.dtype)
+        grads = load_tile(dout, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
         weights, visible = weights_seen(
             scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
             HAS_SEGMENTS, CAUSAL, True, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
-        dvalues = tl.dot(weights.to(values.dtype), grads, dvalues, input_precision=PRECISION)
-        dots = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+        dvalues = add_product_with_given(weights, grads, dvalues, PAIR, PRECISION)
+        dots = product_of_parts_with_given(values, low, tl.trans(grads), PAIR, PRECISION)
         if SIMILARITY == "softmax":
             dots -= load_row(row_dot, start, T, ROWS)[None, :]
         dscores = score_gradient(dots, scores, weights, visible, CAUSAL or HAS_SEGMENTS, SIMILARITY)
-        dscores = dscores.to(values.dtype)
-        dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
-        drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION) * scale
+        dkeys = add_product_with_given(dscores, rows, dkeys, PAIR, PRECISION)
+        drows = product_of_given(tl.trans(keys), dscores, PAIR, PRECISION) * scale
         add_transposed(dq, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
     return dkeys, dvalues
 
 
 @triton.jit
 def read_backward(
-    q, k, u, dout, lse, row_dot, segments, last, T, scale, score_scale, dq, dk, du,
+    q, k, u, residue, dout, lse, row_dot, segments, last, T, scale, score_scale, dq, dk, du,
     HEADS: tl.constexpr, U_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `read_forward`, with dout [B,T,HEADS,V], lse, row_dot [B,HEADS,T], last [B,blocks]: the row after the last one
     that sees a block's last column -> dq [B,T,HEADS,K], dk [B,T,U_HEADS,K], du [B,T,U_HEADS,V], all float32, dq zeroed.
@@ -107,6 +107,10 @@ def read_backward(
     keys = load_tile(k, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
     u = head_base(u, batch, u_head, T, U_HEADS, V)
     values = load_tile(u, begin, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
+    low = values
+    if PAIR:
+        residue = head_base(residue, batch, u_head, T, U_HEADS, V)
+        low = load_tile(residue, begin, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
     end = T
     column_segments = begin
     if HAS_SEGMENTS:
@@ -122,15 +126,16 @@ def read_backward(
         head_dout = head_base(dout, batch, head, T, HEADS, V)
         head_dq = head_base(dq, batch, head, T, HEADS, K)
         dkeys, dvalues = read_rows(
-            keys, values, dkeys, dvalues, head_q, head_dout, lse + row, row_dot + row, head_dq, segments,
+            keys, values, low, dkeys, dvalues, head_q, head_dout, lse + row, row_dot + row, head_dq, segments,
             column_segments, column, begin, tl.minimum(begin + COLUMNS, T), T, scale, score_scale,
-            HAS_SEGMENTS, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS, BLOCK_K, BLOCK_V, 1,
+            HAS_SEGMENTS, True, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION, ROWS, BLOCK_K,
+            BLOCK_V, 1,
         )  # fmt: skip
         dkeys, dvalues = read_rows(
-            keys, values, dkeys, dvalues, head_q, head_dout, lse + row, row_dot + row, head_dq, segments,
+            keys, values, low, dkeys, dvalues, head_q, head_dout, lse + row, row_dot + row, head_dq, segments,
             column_segments, column, begin + COLUMNS, end, T, scale, score_scale,
-            HAS_SEGMENTS, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION, ROWS, BLOCK_K, BLOCK_V,
-            STAGES,
+            HAS_SEGMENTS, False, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION, ROWS, BLOCK_K,
+            BLOCK_V, STAGES,
         )  # fmt: skip
     store_tile(head_base(dk, batch, u_head, T, U_HEADS, K), begin, T, dkeys * scale, U_HEADS * K, K, COLUMNS, BLOCK_K)
     store_tile(head_base(du, batch, u_head, T, U_HEADS, V), begin, T, dvalues, U_HEADS * V, V, COLUMNS, BLOCK_V)

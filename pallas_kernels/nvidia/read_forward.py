@@ -4,19 +4,22 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, store_row, store_tile
+from pallas_kernels.nvidia.products import add_product
 from pallas_kernels.nvidia.weights import LOWEST, inverse_or_zero, log_sum
 from pallas_kernels.nvidia.write_forward import score_tile, stream
 
 
 @triton.jit
 def read_forward(
-    q, k, u, segments, first, T, scale, out, lse,
+    q, k, u, residue, segments, first, T, scale, out, lse,
     HEADS: tl.constexpr, U_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """q [B,T,HEADS,K], k [B,T,KV_HEADS,K], u [B,T,U_HEADS,V], segments [B,T], first [B,blocks] ->
-    out [B,T,HEADS,V], lse [B,HEADS,T] in base 2. `scale` has log2(e) in it for softmax."""
+    """q [B,T,HEADS,K], k [B,T,KV_HEADS,K], u [B,T,U_HEADS,V] (PAIR: its high part, and residue the low one),
+    segments [B,T], first [B,blocks] -> out [B,T,HEADS,V], lse [B,HEADS,T] in base 2. `scale` has log2(e) in it for
+    softmax."""
     blocks = tl.cdiv(T, ROWS)
     n = tl.program_id(0) // blocks
     # The longest first; neighbours share keys and u in the cache.
@@ -24,6 +27,8 @@ def read_forward(
     batch, head = n // HEADS, n % HEADS
     k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
     u = head_base(u, batch, head // (HEADS // U_HEADS), T, U_HEADS, V)
+    if PAIR:
+        residue = head_base(residue, batch, head // (HEADS // U_HEADS), T, U_HEADS, V)
     start = block * ROWS
     rows = load_tile(head_base(q, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
     earliest = 0
@@ -36,8 +41,8 @@ def read_forward(
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK_V], tl.float32)
     highest, total, weighted = stream(
-        rows, k, u, earliest, start, row_segments, segments, T, scale, highest, total, weighted,
-        HAS_SEGMENTS, KV_HEADS * K, K, U_HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
+        rows, k, u, residue, earliest, start, row_segments, segments, T, scale, highest, total, weighted,
+        HAS_SEGMENTS, KV_HEADS * K, K, U_HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
         SCORE_PRECISION, PRECISION,
     )  # fmt: skip
     for columns in tl.range(start, start + ROWS, COLUMNS, num_stages=1):
@@ -47,7 +52,10 @@ def read_forward(
             HAS_SEGMENTS, True, False, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
         values = load_tile(u, columns, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
-        weighted = tl.dot(weights.to(values.dtype), values, weighted * shrink[:, None], input_precision=PRECISION)
+        low = values
+        if PAIR:
+            low = load_tile(residue, columns, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
+        weighted = add_product(weights, values, low, weighted * shrink[:, None], PAIR, PRECISION)
     if SIMILARITY == "softmax":
         weighted *= inverse_or_zero(total)[:, None]
         store_row(lse + tl.cast(n, tl.int64) * T, start, T, log_sum(highest, total), ROWS)

@@ -18,12 +18,12 @@ def invert(a, N: tl.constexpr, PRECISION: tl.constexpr):
     RUNGS: tl.constexpr = (N > 2) + (N > 4) + (N > 8) + (N > 16) + (N > 32) + (N > 64) + 1
     row = tl.arange(0, N)[:, None]
     column = tl.arange(0, N)[None, :]
-    inverse = tl.where(row == column, 1.0, 0.0)
-    inverse -= tl.where((row // 2 == column // 2) & (row > column), a, 0.0)
-    # A loop, not unrolled: unrolled, masks and products of all rungs compete for registers.
-    for rung in tl.range(1, RUNGS, num_stages=1):
-        inside = (row >> (rung + 1)) == (column >> (rung + 1))
-        below = tl.where(inside & ((row >> rung) > (column >> rung)), a, 0.0)
+    a = tl.where(row > column, a, 0.0)
+    # Row and column part at the highest bit in which they differ.
+    inverse = tl.where(row == column, 1.0, tl.where((row ^ column) == 1, -a, 0.0))
+    # A loop, not unrolled, and nothing taken out of it: masks and products of all rungs would compete for registers.
+    for rung in tl.range(1, RUNGS, num_stages=1, disable_licm=True):
+        below = tl.where(((row >> rung) ^ (column >> rung)) == 1, a, 0.0)
         left = tl.dot(inverse, below, input_precision=PRECISION)
         inverse -= tl.dot(left, inverse, input_precision=PRECISION)
     return inverse

@@ -46,7 +46,7 @@ def times_slope(dots, scores, weights, SIMILARITY: tl.constexpr):
     elif SIMILARITY == "exp":
         return weights * dots
     elif SIMILARITY == "relu":
-        return tl.where(scores > 0, dots, 0.0)
+        return tl.where(weights > 0, dots, 0.0)
     else:
         return dots
 

@@ -21,19 +21,36 @@ dW is added to memory tile by tile by several programs at once: its last bits di
 import triton
 import triton.language as tl
 
-from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
+from pallas_kernels.nvidia.invert_blocks import load_inverse, own_inverse
+from pallas_kernels.nvidia.memory import (
+    head_base,
+    load_columns,
+    load_row,
+    load_tile,
+    padded,
+    store_columns,
+    store_row,
+    store_tile,
+)
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, unknown_zero, wait_for
+from pallas_kernels.nvidia.products import (
+    add_product,
+    add_product_with_given,
+    parts,
+    product_of_given,
+    product_of_parts,
+)
 from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, weights_seen
-from pallas_kernels.nvidia.write_forward import own_inverse
 
 
 @triton.jit
 def write_rows(
-    keys, values, dkeys, rest, n, columns, w, adjoint, lse, centre, dw, segments, begin, end, T, score_scale,
+    keys, values, low, dkeys, rest, n, columns, w, adjoint, residue, lse, centre, dw, segments, begin, end, T,
+    score_scale,
     HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr, GRADIENTS: tl.constexpr,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW added
     to memory (GRADIENTS). OWN: the columns' own block may be among the rows."""
@@ -41,6 +58,8 @@ def write_rows(
     w = head_base(w, batch, head, T, HEADS, K)
     dw = head_base(dw, batch, head, T, HEADS, K)
     adjoint = head_base(adjoint, batch, head, T, HEADS, V)
+    if PAIR:
+        residue = head_base(residue, batch, head, T, HEADS, V)
     lse += padded(n, T)
     centre += padded(n, T)
     column = columns + tl.arange(0, COLUMNS)
@@ -52,6 +71,9 @@ def write_rows(
         start = end - ROWS - back
         rows = load_tile(w, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         grads = load_tile(adjoint, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+        low_grads = grads
+        if PAIR:
+            low_grads = load_tile(residue, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
         index = start + tl.arange(0, ROWS)
         log_total = index
@@ -62,15 +84,14 @@ def write_rows(
             HAS_SEGMENTS, OWN, False, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
         if INCOMING:
-            rest = tl.dot(weights.to(values.dtype), grads, rest, input_precision=PRECISION)
+            rest = add_product(weights, grads, low_grads, rest, PAIR, PRECISION)
         if GRADIENTS:
-            dots = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            dots = product_of_parts(values, low, tl.trans(grads), tl.trans(low_grads), PAIR, PRECISION)
             if SIMILARITY == "softmax":
                 dots -= tl.load(centre + index)[None, :]
             dscores = score_gradient(dots, scores, weights, visible, OWN or HAS_SEGMENTS, SIMILARITY)
-            dscores = dscores.to(values.dtype)
-            dkeys = tl.dot(dscores, rows.to(values.dtype), dkeys, input_precision=PRECISION)
-            drows = tl.dot(tl.trans(keys).to(values.dtype), dscores, input_precision=PRECISION)
+            dkeys = add_product_with_given(dscores, rows, dkeys, PAIR, PRECISION)
+            drows = product_of_given(tl.trans(keys), dscores, PAIR, PRECISION)
             add_transposed(dw, start, T, drows, HEADS * K, K, ROWS, BLOCK_K)
     return dkeys, rest
 
@@ -156,21 +177,64 @@ def solve_rows(
 
 
 @triton.jit
+def solve_parts_of_rows(
+    inverse, inverse_low, n, start, T, v, alpha, beta, summary, du, dv, dalpha, dbeta, adjoint, residue,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`solve_rows` with the inverses in memory and H in two parts, of similarities that nothing normalises. What came
+    in lies where dv goes. Some columns of the width at a time, so that parts and products have place in registers."""
+    batch, head = n // HEADS, n % HEADS
+    row = tl.cast(n, tl.int64) * T
+    v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
+    summary = head_base(summary, batch, head, T, HEADS, V)
+    du = head_base(du, batch, head, T, HEADS, V)
+    dv = head_base(dv, batch, head, T, HEADS, V)
+    inverse = load_inverse(inverse, n, start, T, ROWS)
+    inverse_low = load_inverse(inverse_low, n, start, T, ROWS)
+    adjoint = head_base(adjoint, batch, head, T, HEADS, V)
+    residue = head_base(residue, batch, head, T, HEADS, V)
+    alpha_dot, beta_dot = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    WIDTH: tl.constexpr = min(BLOCK_V, 64)
+    for column in tl.range(0, BLOCK_V, WIDTH, num_stages=1):
+        rest = load_columns(dv, start, T, column, HEADS * V, V, ROWS, WIDTH)
+        rest += load_columns(du, start, T, column, HEADS * V, V, ROWS, WIDTH)
+        high, low = parts(rest)
+        grad = product_of_parts(tl.trans(inverse), tl.trans(inverse_low), high, low, True, PRECISION)
+        written = load_columns(v, start, T, column, KV_HEADS * V, V, ROWS, WIDTH).to(tl.float32)
+        alpha_dot += tl.sum(written * grad, 1)
+        written = grad
+        if HAS_ALPHA:
+            written *= load_row(alpha + row, start, T, ROWS)[:, None]
+        store_columns(dv, start, T, column, written, HEADS * V, V, ROWS, WIDTH)
+        if HAS_BETA:
+            past = load_columns(summary, start, T, column, HEADS * V, V, ROWS, WIDTH).to(tl.float32)
+            beta_dot += tl.sum(grad * past, 1)
+            grad *= load_row(beta + row, start, T, ROWS)[:, None]
+        high, low = parts(-grad)
+        store_columns(adjoint, start, T, column, high, HEADS * V, V, ROWS, WIDTH)
+        store_columns(residue, start, T, column, low, HEADS * V, V, ROWS, WIDTH)
+    store_row(dalpha + row, start, T, alpha_dot, ROWS)
+    if HAS_BETA:
+        store_row(dbeta + row, start, T, -beta_dot, ROWS)
+
+
+@triton.jit
 def write_backward(
-    w, k, v, alpha, beta, segments, last, u, operand, summary, lse, du, dout, rest_share, read_dot,
-    T, score_scale, dw, dk, dv, dalpha, dbeta, adjoint, centre, counters,
+    w, k, v, alpha, beta, segments, last, inverse, inverse_low, u, operand, residue, summary, lse, du, dout,
+    rest_share, read_dot, T, score_scale, dw, dk, dv, dalpha, dbeta, adjoint, adjoint_residue, centre, counters,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, TIED: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `write_forward`, with last [B,blocks]: the row after the last one that sees a block's last column; u and
-    operand: u in float32 and as the products take it; du [B,T,HEADS,V] float32, with π dO in it if TIED; HAS_BETA:
-    summary (s) [B,T,HEADS,V]; TIED: dout [B,T,HEADS,V], rest_share (ρ), read_dot (dO·o) [B,HEADS,T] ->
-    dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw zeroed, dw and dk
-    without their factor of scale; adjoint: H in operand's dtype; centre [B,HEADS,padded T], zeroed: D, or c.
-    `score_scale` has log2(e) in it for softmax."""
+    operand, residue: u in float32 (softmax) and as products take it; du [B,T,HEADS,V] float32, with π dO in it if
+    TIED; HAS_BETA: summary (s) [B,T,HEADS,V]; TIED: dout [B,T,HEADS,V], rest_share (ρ), read_dot (dO·o) [B,HEADS,T]
+    -> dw, dk [B,T,HEADS,K], dv [B,T,HEADS,V], dalpha, dbeta [B,HEADS,T], all float32, dw zeroed, dw and dk without
+    their factor of scale; adjoint, and with PAIR adjoint_residue: H in operand's dtype; centre [B,HEADS,padded T],
+    zeroed: D, or c. `score_scale` has log2(e) in it for softmax."""
     blocks = tl.cdiv(T, COLUMNS)
     n, later_blocks = draw(counters, B * HEADS, GROUP, blocks)
     counter = counters + 1 + n
@@ -186,6 +250,10 @@ def write_backward(
     keys = load_tile(keys, begin, T, KV_HEADS * K, K, COLUMNS, BLOCK_K, False)
     values = head_base(operand, batch, head, T, HEADS, V)
     values = load_tile(values, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
+    low = values
+    if PAIR:
+        low = head_base(residue, batch, head, T, HEADS, V)
+        low = load_tile(low, begin, T, HEADS * V, V, COLUMNS, BLOCK_V, False)
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     rest = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
 
@@ -193,8 +261,9 @@ def write_backward(
     while end > far:
         ready = tl.minimum(tl.maximum((blocks - done_blocks(counter)) * COLUMNS, far), end)
         dkeys, rest = write_rows(
-            keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, ready, end, T, score_scale,
-            HAS_SEGMENTS, False, True, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            keys, values, low, dkeys, rest, n, begin, w, adjoint, adjoint_residue, lse, centre, dw, segments, ready,
+            end, T, score_scale,
+            HAS_SEGMENTS, False, True, True, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION,
             ROWS, COLUMNS, BLOCK_K, BLOCK_V, STAGES,
         )  # fmt: skip
         end = ready
@@ -216,15 +285,16 @@ def write_backward(
     tl.debug_barrier()
 
     # The block's own system needs no G: invert it before the nearest block is ready.
-    upper = own_inverse(
-        n, begin, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF, BLOCK_K,
-        SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-    )  # fmt: skip
-    if HALVES == 2:
-        lower = own_inverse(
-            n, begin + HALF, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K,
-            HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+    if not PAIR:
+        upper = own_inverse(
+            n, begin, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF,
+            BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         )  # fmt: skip
+        if HALVES == 2:
+            lower = own_inverse(
+                n, begin + HALF, w, k, beta, lse, segments, T, score_scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K,
+                HALF, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            )  # fmt: skip
 
     zero = unknown_zero(counter)
     n += zero
@@ -234,9 +304,9 @@ def write_backward(
     wait_for(counter, blocks - 1 - begin // COLUMNS)
     # Only what G needs; the gradients of these rows can wait until this block's G is out.
     dkeys, rest = write_rows(
-        keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin + COLUMNS, end, T,
-        score_scale,
-        HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        keys, values, low, dkeys, rest, n, begin, w, adjoint, adjoint_residue, lse, centre, dw, segments,
+        begin + COLUMNS, end, T, score_scale,
+        HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION,
         ROWS, COLUMNS, BLOCK_K, BLOCK_V, 1,
     )  # fmt: skip
     if HALVES == 2:
@@ -245,13 +315,20 @@ def write_backward(
         zero = unknown_zero(counter)
         n += zero
         begin += zero
-        wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
-        rest = load_tile(wide_v, begin + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
-        solve_rows(
-            lower, rest, n, begin + HALF, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha,
-            dbeta, adjoint, centre,
-            HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
-        )  # fmt: skip
+        if PAIR:
+            solve_parts_of_rows(
+                inverse, inverse_low, n, begin + HALF, T, v, alpha, beta, summary, du, dv, dalpha, dbeta, adjoint,
+                adjoint_residue,
+                HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+            )  # fmt: skip
+        else:
+            wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+            rest = load_tile(wide_v, begin + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
+            solve_rows(
+                lower, rest, n, begin + HALF, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv,
+                dalpha, dbeta, adjoint, centre,
+                HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
+            )  # fmt: skip
         tl.debug_barrier()
         # To the upper half of the columns the lower half of the rows is one more later block.
         zero = unknown_zero(counter)
@@ -262,19 +339,31 @@ def write_backward(
         wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
         rest = load_tile(wide_v, begin, T, HEADS * V, V, HALF, BLOCK_V, False)
         dkeys, rest = write_rows(
-            half_keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin + HALF,
-            tl.minimum(begin + COLUMNS, end), T, score_scale,
-            HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            half_keys, values, low, dkeys, rest, n, begin, w, adjoint, adjoint_residue, lse, centre, dw, segments,
+            begin + HALF, tl.minimum(begin + COLUMNS, end), T, score_scale,
+            HAS_SEGMENTS, False, True, False, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION,
             ROWS, HALF, BLOCK_K, BLOCK_V, 1,
         )  # fmt: skip
     zero = unknown_zero(counter)
     n += zero
     begin += zero
-    solve_rows(
-        upper, rest, n, begin, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha, dbeta,
-        adjoint, centre,
-        HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
-    )  # fmt: skip
+    if PAIR:
+        wide_v = head_base(dv, n // HEADS, n % HEADS, T, HEADS, V)
+        store_tile(wide_v, begin, T, rest, HEADS * V, V, HALF, BLOCK_V)
+        tl.debug_barrier()
+        zero = unknown_zero(counter)
+        n += zero
+        begin += zero
+        solve_parts_of_rows(
+            inverse, inverse_low, n, begin, T, v, alpha, beta, summary, du, dv, dalpha, dbeta, adjoint, adjoint_residue,
+            HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+        )  # fmt: skip
+    else:
+        solve_rows(
+            upper, rest, n, begin, T, v, alpha, beta, u, summary, du, dout, rest_share, read_dot, dv, dalpha, dbeta,
+            adjoint, centre,
+            HAS_ALPHA, HAS_BETA, TIED, HEADS, KV_HEADS, V, SIMILARITY, PRECISION, HALF, BLOCK_V,
+        )  # fmt: skip
     publish(counter, blocks - begin // COLUMNS)
 
     zero = unknown_zero(counter)
@@ -283,8 +372,9 @@ def write_backward(
     wide_k = head_base(dk, n // HEADS, n % HEADS, T, HEADS, K)
     dkeys = load_tile(wide_k, begin, T, HEADS * K, K, COLUMNS, BLOCK_K, False)
     dkeys, rest = write_rows(
-        keys, values, dkeys, rest, n, begin, w, adjoint, lse, centre, dw, segments, begin, end, T, score_scale,
-        HAS_SEGMENTS, True, False, True, HEADS, K, V, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+        keys, values, low, dkeys, rest, n, begin, w, adjoint, adjoint_residue, lse, centre, dw, segments, begin, end, T,
+        score_scale,
+        HAS_SEGMENTS, True, False, True, HEADS, K, V, SIMILARITY, POWER, PAIR, SCORE_PRECISION, PRECISION,
         ROWS, COLUMNS, BLOCK_K, BLOCK_V, STAGES,
     )  # fmt: skip
     store_tile(wide_k, begin, T, dkeys, HEADS * K, K, COLUMNS, BLOCK_K)

@@ -16,9 +16,20 @@ where π and 1 − π are two sigmoids, each computed by itself: neither cancels
 import triton
 import triton.language as tl
 
-from pallas_kernels.nvidia.memory import head_base, load_row, load_tile, padded, store_row, store_tile
+from pallas_kernels.nvidia.invert_blocks import load_inverse, own_inverse
+from pallas_kernels.nvidia.memory import (
+    head_base,
+    load_columns,
+    load_row,
+    load_tile,
+    padded,
+    store_columns,
+    store_row,
+    store_tile,
+)
 from pallas_kernels.nvidia.order import done_blocks, draw, publish, unknown_zero, wait_for
-from pallas_kernels.nvidia.solve import invert, row_halves
+from pallas_kernels.nvidia.products import add_product, parts, product_of_parts
+from pallas_kernels.nvidia.solve import row_halves
 from pallas_kernels.nvidia.weights import LOWEST, absorb, log_sum, weights_again
 
 
@@ -44,10 +55,10 @@ def score_tile(
 
 @triton.jit
 def stream(
-    rows, k, u, start, stop, row_segments, segments, T, scale, highest, total, weighted,
+    rows, k, u, residue, start, stop, row_segments, segments, T, scale, highest, total, weighted,
     HAS_SEGMENTS: tl.constexpr, K_STRIDE: tl.constexpr, K: tl.constexpr, U_STRIDE: tl.constexpr, V: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
-    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    POWER: tl.constexpr, PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running sums Σ κ u over columns start … stop, all of them before T and before the rows."""
     for columns in tl.range(start, stop, COLUMNS):
@@ -56,18 +67,21 @@ def stream(
             HAS_SEGMENTS, False, True, K_STRIDE, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
         )  # fmt: skip
         values = load_tile(u, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, True)
+        low = values
+        if PAIR:
+            low = load_tile(residue, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, True)
         if SIMILARITY == "softmax":
             weighted *= shrink[:, None]
-        weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
+        weighted = add_product(weights, values, low, weighted, PAIR, PRECISION)
     return highest, total, weighted
 
 
 @triton.jit
 def known_rows(
-    rows, k, u, start, stop, row_segments, segments, T, scale, log_total, past,
+    rows, k, u, residue, start, stop, row_segments, segments, T, scale, log_total, past,
     HAS_SEGMENTS: tl.constexpr, K_STRIDE: tl.constexpr, K: tl.constexpr, U_STRIDE: tl.constexpr, V: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIMILARITY: tl.constexpr,
-    POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    POWER: tl.constexpr, PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`stream` where the rows' sums are known: `past` with Σ P u over columns start … stop."""
     for columns in tl.range(start, stop, COLUMNS, num_stages=1):
@@ -78,34 +92,11 @@ def known_rows(
             visible = row_segments[:, None] == load_row(segments, columns, T, COLUMNS)[None, :]
         weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, HAS_SEGMENTS)
         values = load_tile(u, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, False)
-        past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
+        low = values
+        if PAIR:
+            low = load_tile(residue, columns, T, U_STRIDE, V, COLUMNS, BLOCK_V, False)
+        past = add_product(weights, values, low, past, PAIR, PRECISION)
     return past
-
-
-@triton.jit
-def own_inverse(
-    n, start, w, k, beta, lse, segments, T, score_scale, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(I + diag(β) A)⁻¹ of HALF rows and as many columns from `start`."""
-    batch, head = n // HEADS, n % HEADS
-    w = head_base(w, batch, head, T, HEADS, K)
-    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
-    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    keys = load_tile(k, start, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
-    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
-    if HAS_SEGMENTS:
-        segments += tl.cast(batch, tl.int64) * T
-        visible &= load_row(segments, start, T, HALF)[:, None] == load_row(segments, start, T, HALF)[None, :]
-    log_total = scores
-    if SIMILARITY == "softmax":
-        log_total = load_row(lse + padded(n, T), start, T, HALF)[:, None]
-    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, True)
-    if HAS_BETA:
-        weights *= load_row(beta + tl.cast(n, tl.int64) * T, start, T, HALF)[:, None]
-    return invert(weights, HALF, PRECISION)
 
 
 @triton.jit
@@ -126,11 +117,42 @@ def solve_target(
 
 
 @triton.jit
+def solve_parts(
+    inverse, inverse_low, past, n, start, T, v, alpha, beta, operand, residue,
+    HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`solve_target` with the inverses in memory, of the rows whose sums lie in the array `past`; u is stored in two
+    parts. Some columns of the width at a time, so that parts and products have place in registers."""
+    batch, head = n // HEADS, n % HEADS
+    row = tl.cast(n, tl.int64) * T
+    v = head_base(v, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, V)
+    past = head_base(past, batch, head, T, HEADS, V)
+    inverse = load_inverse(inverse, n, start, T, ROWS)
+    inverse_low = load_inverse(inverse_low, n, start, T, ROWS)
+    operand = head_base(operand, batch, head, T, HEADS, V)
+    residue = head_base(residue, batch, head, T, HEADS, V)
+    WIDTH: tl.constexpr = min(BLOCK_V, 32)
+    for column in tl.range(0, BLOCK_V, WIDTH, num_stages=1):
+        known = load_columns(past, start, T, column, HEADS * V, V, ROWS, WIDTH)
+        if HAS_BETA:
+            known *= load_row(beta + row, start, T, ROWS)[:, None]
+        target = load_columns(v, start, T, column, KV_HEADS * V, V, ROWS, WIDTH).to(tl.float32)
+        if HAS_ALPHA:
+            target *= load_row(alpha + row, start, T, ROWS)[:, None]
+        high, low = parts(target - known)
+        high, low = parts(product_of_parts(inverse, inverse_low, high, low, True, PRECISION))
+        store_columns(operand, start, T, column, high, HEADS * V, V, ROWS, WIDTH)
+        store_columns(residue, start, T, column, low, HEADS * V, V, ROWS, WIDTH)
+
+
+@triton.jit
 def summarise(
-    past, seen, n, start, w, k, u, source, lse, segments, T, scale, summary, out, share, rest,
+    past, seen, n, start, w, k, u, source, residue, lse, segments, T, scale, summary, out, share, rest,
     TIED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+    SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr, SCORE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """s of the ROWS rows at `start`, given `past`, their sums over the columns before; and o, if TIED. `seen`: more
     than 0 where there are such columns or own ones. u of the rows has just been stored."""
@@ -159,7 +181,11 @@ def summarise(
     weights = weights_again(scores, visible, log_total[:, None], SIMILARITY, POWER, True)
     source = head_base(source, batch, head, T, HEADS, V)
     values = load_tile(source, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
-    past = tl.dot(weights.to(values.dtype), values, past, input_precision=PRECISION)
+    low = values
+    if PAIR:
+        residue = head_base(residue, batch, head, T, HEADS, V)
+        low = load_tile(residue, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+    past = add_product(weights, values, low, past, PAIR, PRECISION)
     store_tile(head_base(summary, batch, head, T, HEADS, V), start, T, past, HEADS * V, V, ROWS, BLOCK_V)
     if TIED:
         values = load_tile(head_base(u, batch, head, T, HEADS, V), start, T, HEADS * V, V, ROWS, BLOCK_V, False)
@@ -169,29 +195,32 @@ def summarise(
 
 @triton.jit
 def write_forward(
-    w, k, v, alpha, beta, segments, first, T, scale,
-    u, operand, lse, counters, summary, out, share, rest,
+    w, k, v, alpha, beta, segments, first, inverse, inverse_low, T, scale,
+    u, operand, residue, lse, counters, summary, out, share, rest,
     B: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr, NARROW: tl.constexpr,
-    COPY: tl.constexpr, SUMMARY: tl.constexpr, TIED: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
+    PAIR: tl.constexpr, SUMMARY: tl.constexpr, TIED: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
     SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], v [B,T,KV_HEADS,V], alpha, beta [B,HEADS,T], segments [B,T],
-    first [B,blocks]: the first column that a block's first row sees ->
-    u [B,T,HEADS,V] float32; operand: u again, narrow (COPY: stored, NARROW: read again here); lse [B,HEADS,padded T],
-    base 2, zeroed; SUMMARY: s [B,T,HEADS,V]; TIED: out [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in
-    it for softmax."""
+    first [B,blocks]: the first column that a block's first row sees; PAIR: inverse, inverse_low: invert_blocks.py's of
+    ROWS / HALVES rows ->
+    u [B,T,HEADS,V] float32, and as products take it: operand, of the arrays' dtype with NARROW, or with PAIR the high
+    part and in residue the low one (products.py); lse [B,HEADS,padded T], base 2, zeroed; SUMMARY: s [B,T,HEADS,V];
+    TIED: out [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in it for softmax."""
     blocks = tl.cdiv(T, ROWS)
     n, block = draw(counters, B * HEADS, GROUP, blocks)
     counter = counters + 1 + n
     batch, head = n // HEADS, n % HEADS
-    if NARROW:
+    source = u
+    if NARROW or PAIR:
         source = operand
-    else:
-        source = u
     head_k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
     head_source = head_base(source, batch, head, T, HEADS, V)
+    head_residue = head_source
+    if PAIR:
+        head_residue = head_base(residue, batch, head, T, HEADS, V)
     start = block * ROWS
     rows = load_tile(head_base(w, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
     earliest = 0
@@ -211,8 +240,9 @@ def write_forward(
     while columns < last_start:
         ready = tl.minimum(done_blocks(counter) * ROWS, last_start)
         highest, total, weighted = stream(
-            rows, head_k, head_source, columns, ready, row_segments, head_segments, T, scale, highest, total, weighted,
-            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER,
+            rows, head_k, head_source, head_residue, columns, ready, row_segments, head_segments, T, scale, highest,
+            total, weighted,
+            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
             SCORE_PRECISION, PRECISION,
         )  # fmt: skip
         columns = tl.maximum(columns, ready)
@@ -242,15 +272,16 @@ def write_forward(
         store_row(lse + padded(n, T), start, T, log_total, ROWS)
     tl.debug_barrier()
     HALF: tl.constexpr = ROWS // HALVES
-    upper = own_inverse(
-        n, start, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF, BLOCK_K,
-        SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-    )  # fmt: skip
-    if HALVES == 2:
-        lower = own_inverse(
-            n, start + HALF, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF,
-            BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+    if not PAIR:
+        upper = own_inverse(
+            n, start, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF, BLOCK_K,
+            SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
         )  # fmt: skip
+        if HALVES == 2:
+            lower = own_inverse(
+                n, start + HALF, w, k, beta, lse, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, HALF,
+                BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
+            )  # fmt: skip
 
     zero = unknown_zero(counter)
     n += zero
@@ -262,13 +293,19 @@ def write_forward(
     wait_for(counter, start // ROWS)
     head_k = head_base(k, n // HEADS, n % HEADS // (HEADS // KV_HEADS), T, KV_HEADS, K)
     head_source = head_base(source, n // HEADS, n % HEADS, T, HEADS, V)
+    head_residue = head_source
+    if PAIR:
+        head_residue = head_base(residue, n // HEADS, n % HEADS, T, HEADS, V)
     if HAS_SEGMENTS:
         head_segments = segments + tl.cast(n // HEADS, tl.int64) * T
         row_segments = load_row(head_segments, start, T, ROWS)
+    # Narrower tiles: of three operands none waits in registers.
+    NEAR: tl.constexpr = min(COLUMNS, 32) if PAIR else COLUMNS
     past = known_rows(
-        rows, head_k, head_source, last_start, start, row_segments, head_segments, T, scale, log_total, past,
-        HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
-        PRECISION,
+        rows, head_k, head_source, head_residue, last_start, start, row_segments, head_segments, T, scale, log_total,
+        past,
+        HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, NEAR, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
+        SCORE_PRECISION, PRECISION,
     )  # fmt: skip
     store_tile(head_u, start, T, past, HEADS * V, V, ROWS, BLOCK_V)
     tl.debug_barrier()
@@ -277,19 +314,25 @@ def write_forward(
     start += zero
     head_u = head_base(u, n // HEADS, n % HEADS, T, HEADS, V)
     head_operand = operand
-    if COPY:
-        head_operand = head_base(operand, n // HEADS, n % HEADS, T, HEADS, V)
-    past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
-    solved = solve_target(
-        upper, past, n, start, T, v, alpha, beta, HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V
-    )
-    if SUMMARY:
-        # Out of the place where u goes now.
+    if PAIR:
+        solve_parts(
+            inverse, inverse_low, u, n, start, T, v, alpha, beta, operand, residue,
+            HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+        )  # fmt: skip
+    else:
         past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
-        tl.debug_barrier()
-    store_tile(head_u, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
-    if COPY:
-        store_tile(head_operand, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
+        solved = solve_target(
+            upper, past, n, start, T, v, alpha, beta,
+            HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+        )  # fmt: skip
+        if SUMMARY:
+            # Out of the place where u goes now.
+            past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
+            tl.debug_barrier()
+        store_tile(head_u, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
+        if NARROW:
+            head_operand = head_base(operand, n // HEADS, n % HEADS, T, HEADS, V)
+            store_tile(head_operand, start, T, solved, HEADS * V, V, HALF, BLOCK_V)
     if HALVES == 2:
         tl.debug_barrier()
         half_rows = head_base(w, n // HEADS, n % HEADS, T, HEADS, K)
@@ -302,36 +345,49 @@ def write_forward(
             half_total = load_row(lse + padded(n, T), start + HALF, T, HALF)
         lower_past = load_tile(head_u, start + HALF, T, HEADS * V, V, HALF, BLOCK_V, False)
         lower_past = known_rows(
-            half_rows, head_k, head_source, start, start + HALF, half_segments, head_segments, T, scale, half_total,
-            lower_past,
-            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
-            PRECISION,
+            half_rows, head_k, head_source, head_residue, start, start + HALF, half_segments, head_segments, T, scale,
+            half_total, lower_past,
+            HAS_SEGMENTS, KV_HEADS * K, K, HEADS * V, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
+            SCORE_PRECISION, PRECISION,
         )  # fmt: skip
-        solved = solve_target(
-            lower, lower_past, n, start + HALF, T, v, alpha, beta,
-            HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
-        )  # fmt: skip
-        store_tile(head_u, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
-        if COPY:
-            store_tile(head_operand, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
+        if PAIR:
+            store_tile(head_u, start + HALF, T, lower_past, HEADS * V, V, HALF, BLOCK_V)
+            tl.debug_barrier()
+            solve_parts(
+                inverse, inverse_low, u, n, start + HALF, T, v, alpha, beta, operand, residue,
+                HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+            )  # fmt: skip
+        else:
+            solved = solve_target(
+                lower, lower_past, n, start + HALF, T, v, alpha, beta,
+                HAS_ALPHA, HAS_BETA, HEADS, KV_HEADS, V, PRECISION, HALF, BLOCK_V,
+            )  # fmt: skip
+            store_tile(head_u, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
+            if NARROW:
+                store_tile(head_operand, start + HALF, T, solved, HEADS * V, V, HALF, BLOCK_V)
     publish(counter, start // ROWS + 1)
     zero = unknown_zero(counter)
     n += zero
     start += zero
 
     if SUMMARY:
+        if PAIR:
+            # It still lies there: u has places of its own.
+            head_u = head_base(u, n // HEADS, n % HEADS, T, HEADS, V)
+            past = load_tile(head_u, start, T, HEADS * V, V, HALF, BLOCK_V, False)
         upper_seen, lower_seen = total, total
         if HALVES == 2:
             upper_seen, lower_seen = row_halves(total, ROWS)
         summarise(
-            past, upper_seen, n, start, w, k, u, source, lse, segments, T, scale, summary, out, share, rest,
-            TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
-            PRECISION,
+            past, upper_seen, n, start, w, k, u, source, residue, lse, segments, T, scale, summary, out, share,
+            rest,
+            TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
+            SCORE_PRECISION, PRECISION,
         )  # fmt: skip
         if HALVES == 2:
             summarise(
-                lower_past, lower_seen, n, start + HALF, w, k, u, source, lse, segments, T, scale, summary, out,
-                share, rest,
-                TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, SCORE_PRECISION,
-                PRECISION,
+                lower_past, lower_seen, n, start + HALF, w, k, u, source, residue, lse, segments, T, scale, summary,
+                out, share, rest,
+                TIED, HAS_SEGMENTS, HEADS, KV_HEADS, K, V, HALF, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
+                SCORE_PRECISION, PRECISION,
             )  # fmt: skip
