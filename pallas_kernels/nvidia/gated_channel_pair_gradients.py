@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_channel_pairs import around, decay_to_border, doubled, meeting, same_segment
+from pallas_kernels.nvidia.gated_places import chunk_of, columns_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_row, store_columns
 
 
@@ -29,15 +30,9 @@ def gated_channel_pair_gradients(
 ):  # fmt: skip
     """As `gated_channel_pairs`, with to_border [LEVELS,C,C], 1 where gate l lies between token i of its block and the
     border, and the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
-    chunks = tl.cdiv(T, C)
-    parts: tl.constexpr = (K + KEYS - 1) // KEYS
-    column = tl.program_id(0) % parts * KEYS
-    n = tl.program_id(0) // parts // chunks
-    chunk = tl.program_id(0) // parts % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    number, column = columns_of(tl.program_id(0), K, KEYS)
+    batch, head, start, block = chunk_of(number, T, HEADS, C)
+    segments = segments_of(segments, batch, start, T, C)
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     g = head_base(g, batch, head, T, HEADS, K)
@@ -88,7 +83,7 @@ def gated_channel_pair_gradients(
         until, after = doubled(until, after, level, C, KEYS)
     where = tl.load(to_border + (LEVELS - 1) * C * C + inside)
     dgates = tl.dot(where, dsum, dgates, input_precision=PRECISION)
-    enter, leave, left = around(until, after, segments, chunk, C, HAS_SEGMENTS)
+    enter, leave, left = around(until, after, segments, start, C, HAS_SEGMENTS)
     dnear_queries = load_columns(head_base(dq_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dqueries += enter * dnear_queries
     change = queries * dnear_queries.to(tl.float32)

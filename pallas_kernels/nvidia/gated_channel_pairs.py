@@ -18,6 +18,7 @@ al., Gated Linear Attention, arXiv 2312.06635.
 import triton
 import triton.language as tl
 
+from pallas_kernels.nvidia.gated_places import chunk_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, store_columns
 
 
@@ -54,14 +55,14 @@ def same_segment(segments, C: tl.constexpr):
 
 
 @triton.jit
-def around(until, after, segments, chunk, C: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
+def around(until, after, segments, start, C: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
     """e^{D_i,start}, e^{D_end,i} [C, KEYS] and e^{D_end,start} [KEYS] of the chunk's sums; 0 across segments."""
     row = tl.arange(0, C)
     enter, leave = tl.exp(until), tl.exp(after)
     total = tl.exp(tl.sum(tl.where((row == C - 1)[:, None], until, 0.0), 0))
     if HAS_SEGMENTS:
         number = tl.load(segments + row)
-        before = tl.load(segments - 1, mask=chunk > 0, other=0)
+        before = tl.load(segments - 1, mask=start > 0, other=0)
         last = tl.load(segments + C - 1)
         enter = tl.where((number == before)[:, None], enter, 0.0)
         leave = tl.where((number == last)[:, None], leave, 0.0)
@@ -77,13 +78,8 @@ def gated_channel_pairs(
 ):  # fmt: skip
     """q, k [B,T,K_HEADS,K], g [B,T,HEADS,K], segments [B,n C] -> qk [B,HEADS,n,C,C], q_reads, writes [B,T,HEADS,K] of
     q's type, total [B,HEADS,n,K]; DELTA: kk [B,HEADS,n,C,C], k_reads. KEYS channels at a time; C is 2^LEVELS."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
+    segments = segments_of(segments, batch, start, T, C)
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     g = head_base(g, batch, head, T, HEADS, K)
@@ -111,7 +107,7 @@ def gated_channel_pairs(
             part = tl.dot(near_queries, tl.trans(near_keys), input_precision=PRECISION)
             read += tl.where(meet, part, 0.0)
             until, after = doubled(until, after, level, C, KEYS)
-        enter, leave, left = around(until, after, segments, chunk, C, HAS_SEGMENTS)
+        enter, leave, left = around(until, after, segments, start, C, HAS_SEGMENTS)
         if DELTA:
             store_columns(k_reads, start, T, column, keys * enter, HEADS * K, K, C, KEYS)
         store_columns(q_reads, start, T, column, queries * enter, HEADS * K, K, C, KEYS)

@@ -11,6 +11,7 @@ and, with the cotangent dS of the state that leaves the chunk,
 import triton
 import triton.language as tl
 
+from pallas_kernels.nvidia.gated_places import chunk_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns, store_tile
 
 
@@ -21,12 +22,7 @@ def gated_channel_read(
     BLOCK_K: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """qk [B,HEADS,n,C,C], q_reads [B,T,HEADS,K], written [B,T,HEADS,V], states [B,HEADS,n,K,V] -> out [B,T,HEADS,V]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
     written = head_base(written, batch, head, T, HEADS, V)
     out = head_base(out, batch, head, T, HEADS, V)
@@ -46,12 +42,7 @@ def gated_channel_read_values(
     HEADS: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """As `gated_channel_read`, dout [B,T,HEADS,V] -> dwritten [B,T,HEADS,V]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
     dout = head_base(dout, batch, head, T, HEADS, V)
     dwritten = head_base(dwritten, batch, head, T, HEADS, V)
@@ -70,12 +61,7 @@ def gated_channel_read_gradients(
 ):  # fmt: skip
     """written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V] -> dqk [B,HEADS,n,C,C] (to be read up to the
     diagonal and within segments), dq_reads, dwrites [B,T,HEADS,K], dtotal [B,HEADS,n,K]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
     written = head_base(written, batch, head, T, HEADS, V)
     dout = head_base(dout, batch, head, T, HEADS, V)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import row_or_one
+from pallas_kernels.nvidia.gated_places import chunk_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns, store_tile
 from pallas_kernels.nvidia.solve import invert
 
@@ -27,12 +28,8 @@ def gated_channel_solve(
 ):  # fmt: skip
     """kk [B,HEADS,n,C,C] float32, k_reads [B,T,HEADS,K], v [B,T,HEADS,V], beta [B,HEADS,n C] ->
     w [B,T,HEADS,K], u [B,T,HEADS,V], inverse [B,HEADS,n,C,C], all of v's type."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    row = (tl.cast(n, tl.int64) * chunks + chunk) * C
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
+    row = block * C
     index = tl.arange(0, C)
     square = row * C + index[:, None] * C + index[None, :]
     b = row_or_one(beta + row, C, HAS_BETA)
@@ -59,12 +56,7 @@ def gated_channel_solve_gradients(
 ):  # fmt: skip
     """As `gated_channel_solve`, with written, dwritten [B,T,HEADS,V], states [B,HEADS,n,K,V] -> dkk [B,HEADS,n,C,C] (to
     be read below the diagonal and within segments), dk_reads [B,T,HEADS,K], dv [B,T,HEADS,V], dbeta [B,HEADS,n C]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
     square = block * C * C + index[:, None] * C + index[None, :]
     v = head_base(v, batch, head, T, HEADS, V)

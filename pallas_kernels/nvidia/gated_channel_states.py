@@ -8,6 +8,7 @@ each row of the state has its own total.
 import triton
 import triton.language as tl
 
+from pallas_kernels.nvidia.gated_places import columns_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_row, load_tile, store_columns
 
 
@@ -20,9 +21,7 @@ def gated_channel_advance(
     """writes, w [B,T,HEADS,K], v [B,T,HEADS,V] (DELTA: U), total [B,HEADS,n,K], initial [B,HEADS,K,V] ->
     states [B,HEADS,n,K,V], which enter the chunks; DELTA: written [B,T,HEADS,V]; final."""
     chunks = tl.cdiv(T, C)
-    parts: tl.constexpr = (V + VALUES - 1) // VALUES
-    n = tl.program_id(0) // parts
-    column = tl.program_id(0) % parts * VALUES
+    n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
     writes = head_base(writes, batch, head, T, HEADS, K)
     v = head_base(v, batch, head, T, HEADS, V)
@@ -54,9 +53,7 @@ def gated_channel_retreat(
     """As `gated_channel_advance`, with q_reads [B,T,HEADS,K], dout, dwritten_here [B,T,HEADS,V] ->
     dstates [B,HEADS,n,K,V], of the states that leave the chunks; dwritten [B,T,HEADS,V]; dinitial [B,HEADS,K,V]."""
     chunks = tl.cdiv(T, C)
-    parts: tl.constexpr = (V + VALUES - 1) // VALUES
-    n = tl.program_id(0) // parts
-    column = tl.program_id(0) % parts * VALUES
+    n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
     q_reads = head_base(q_reads, batch, head, T, HEADS, K)
     writes = head_base(writes, batch, head, T, HEADS, K)

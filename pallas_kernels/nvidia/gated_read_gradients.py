@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import decays, gate_gradient, row_or_one
+from pallas_kernels.nvidia.gated_places import chunk_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_tile
 
 
@@ -23,14 +24,9 @@ def gated_read_gradients(
     """q, k [B,T,K_HEADS,K], written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V], g, enter, leave
     [B,HEADS,n C], segments [B,n C] -> dq, dk [B,T,HEADS,K], dg (by D alone), denter, dleave [B,HEADS,n C], dtotal
     [B,HEADS,n]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    segments = segments_of(segments, batch, start, T, C)
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     written = head_base(written, batch, head, T, HEADS, V)

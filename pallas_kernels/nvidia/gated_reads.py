@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import decays, row_or_one
+from pallas_kernels.nvidia.gated_places import chunk_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns
 
 
@@ -19,13 +20,8 @@ def gated_read(
 ):  # fmt: skip
     """q, k [B,T,K_HEADS,K], written [B,T,HEADS,V], g, enter [B,HEADS,n C], segments [B,n C],
     states [B,HEADS,n,K,V] -> out [B,T,HEADS,V]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
+    segments = segments_of(segments, batch, start, T, C)
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     written = head_base(written, batch, head, T, HEADS, V)
@@ -50,13 +46,8 @@ def gated_read_values(
     HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """As `gated_read`, dout [B,T,HEADS,V] -> dwritten [B,T,HEADS,V]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
+    segments = segments_of(segments, batch, start, T, C)
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     dout = head_base(dout, batch, head, T, HEADS, V)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import decays, row_or_one
+from pallas_kernels.nvidia.gated_places import chunk_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns, store_tile
 from pallas_kernels.nvidia.solve import invert
 
@@ -23,13 +24,9 @@ def gated_solve(
 ):  # fmt: skip
     """k [B,T,K_HEADS,K], v [B,T,HEADS,V], g, beta, enter [B,HEADS,n C], segments [B,n C] ->
     w [B,T,HEADS,K], u [B,T,HEADS,V], inverse [B,HEADS,n,C,C], all of v's type."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    row = (tl.cast(n, tl.int64) * chunks + chunk) * C
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
+    row = block * C
+    segments = segments_of(segments, batch, start, T, C)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     keys = load_tile(k, start, T, K_HEADS * K, K, C, BLOCK_K, False)
     b = row_or_one(beta + row, C, HAS_BETA)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import decays, gate_gradient, row_or_one
+from pallas_kernels.nvidia.gated_places import chunk_of, segments_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns, store_tile
 
 
@@ -25,14 +26,9 @@ def gated_solve_gradients(
     """k [B,T,K_HEADS,K], v, written, dwritten [B,T,HEADS,V], inverse [B,HEADS,n,C,C], states [B,HEADS,n,K,V],
     g, beta, enter [B,HEADS,n C], segments [B,n C] -> dk [B,T,HEADS,K], dv [B,T,HEADS,V], dbeta, dg (by D alone),
     denter [B,HEADS,n C]."""
-    chunks = tl.cdiv(T, C)
-    n = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    batch, head = n // HEADS, n % HEADS
-    start = chunk * C
-    block = tl.cast(n, tl.int64) * chunks + chunk
+    batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
-    segments += (tl.cast(batch, tl.int64) * chunks + chunk) * C
+    segments = segments_of(segments, batch, start, T, C)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     v = head_base(v, batch, head, T, HEADS, V)
     dv = head_base(dv, batch, head, T, HEADS, V)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.nvidia.gated_decay import row_or_one
+from pallas_kernels.nvidia.gated_places import columns_of
 from pallas_kernels.nvidia.memory import head_base, load_columns, load_tile, store_columns
 
 
@@ -23,9 +24,7 @@ def gated_advance(
     """k [B,T,K_HEADS,K], v [B,T,HEADS,V] (DELTA: U), w [B,T,HEADS,K], leave [B,HEADS,n C], total [B,HEADS,n],
     initial [B,HEADS,K,V] -> states [B,HEADS,n,K,V], which enter the chunks; DELTA: written [B,T,HEADS,V]; final."""
     chunks = tl.cdiv(T, C)
-    parts: tl.constexpr = (V + VALUES - 1) // VALUES
-    n = tl.program_id(0) // parts
-    column = tl.program_id(0) % parts * VALUES
+    n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     v = head_base(v, batch, head, T, HEADS, V)
@@ -58,9 +57,7 @@ def gated_retreat(
     """As `gated_advance`, with q, dout [B,T,HEADS,V], dwritten_here [B,T,HEADS,V] ->
     dstates [B,HEADS,n,K,V], of the states that leave the chunks; dwritten [B,T,HEADS,V]; dinitial [B,HEADS,K,V]."""
     chunks = tl.cdiv(T, C)
-    parts: tl.constexpr = (V + VALUES - 1) // VALUES
-    n = tl.program_id(0) // parts
-    column = tl.program_id(0) % parts * VALUES
+    n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
     q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
     k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
