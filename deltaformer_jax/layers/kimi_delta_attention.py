@@ -9,22 +9,16 @@ Source: Kimi Linear, arXiv 2510.26692, section 3.
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax import ops
 from deltaformer_jax.layers.decay_gate import ChannelDecay
-from deltaformer_jax.layers.head_norm import l2_normalize
-from deltaformer_jax.layers.linear import Gate, product_flops
+from deltaformer_jax.layers.delta_rule_mixer import DeltaRuleMixer
+from deltaformer_jax.layers.linear import Gate
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
-from deltaformer_jax.layers.padding import clear_padding
-from deltaformer_jax.layers.state_cache import StateCache, remember
 
 
-class KimiDeltaAttention(nnx.Module):
+class KimiDeltaAttention(DeltaRuleMixer):
     """A Kimi Delta Attention mixer of H = num_heads heads.
 
         KimiDeltaAttention(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
@@ -53,35 +47,3 @@ class KimiDeltaAttention(nnx.Module):
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         self.state_shape = (num_heads, head_dim, width)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
-
-    def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
-
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
-        are not used.
-        """
-        x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
-        rule = functools.partial(
-            ops.gated_delta_rule, chunk_size=self.chunk_size, implementation=self.implementation
-        )
-        arrays = dict(
-            query=l2_normalize(query), key=l2_normalize(key), value=value,
-            beta=self.beta_scale * jax.nn.sigmoid(self.beta(x)), log_decay=self.decay(x), segment_ids=segment_ids,
-        )  # fmt: skip
-        read, cache = remember(rule, arrays, cache, tails)
-        return self.output(read, x), cache
-
-    def init_cache(self, batch: int, capacity: int) -> StateCache:
-        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
-        del capacity
-        return StateCache.empty(batch, *self.state_shape, self.inputs.empty_tails(batch), self.dtype)
-
-    def flops_per_token(self, length: int) -> float:
-        """The kernels' products, and 6 K V for each head. Whatever the length; what working in chunks adds is not
-        counted."""
-        del length
-        heads, key_dim, value_dim = self.state_shape
-        gates = product_flops(self.beta.kernel) + self.decay.flops_per_token()
-        kernels = self.inputs.flops_per_token() + gates + self.output.flops_per_token()
-        return kernels + 6.0 * heads * key_dim * value_dim
