@@ -174,9 +174,9 @@ def check_shapes(count, tiles):
 def check_repeats(count, tiles):
     """One shape again and again, forward and backward."""
     results = {}
-    for form in ("heads", "query"):
+    for form, similarity in (("heads", "softmax"), ("query", "softmax"), ("key", "linear")):
         shape = dict(
-            batch=2, time=2048, heads=8, kv_heads=8, width=128, value_width=128, write="softmax", read="softmax",
+            batch=2, time=2048, heads=8, kv_heads=8, width=128, value_width=128, write=similarity, read=similarity,
             write_query=form, alpha=False, beta=True, segments=False,
         )  # fmt: skip
         arrays, segments, dout = inputs_of(shape, np.random.default_rng(0), "bfloat16")
@@ -199,10 +199,11 @@ def check_repeats(count, tiles):
         checks = [compare(call(*arguments)) for _ in range(count)]
         same, apart = (np.asarray(x) for x in zip(*jax.device_get(checks)))
         if not same.all() or not apart.max() <= 2.0**-6:
-            sys.exit(f"write_query={form}: {int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}")
-        results[form] = {"runs": count, "dq and dk apart by": float(apart.max())}
+            sys.exit(f"{similarity}, write_query={form}: {int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}")
+        results[f"{similarity}, {form}"] = {"runs": count, "dq and dk apart by": float(apart.max())}
         print(
-            f"write_query={form}: {count} runs, out, u and dv the same bit for bit, dq and dk within {apart.max():.2g}"
+            f"{similarity}, write_query={form}: {count} runs, out, u and dv the same bit for bit, dq and dk within "
+            f"{apart.max():.2g}"
         )
     return results
 
@@ -226,11 +227,13 @@ def time_table(length, tiles):
     gate = lambda h: jnp.asarray(1 / (1 + np.exp(-rng.standard_normal((batch, length, h)))), jnp.bfloat16)
     q, w, k, v, dout = (normal(heads) for _ in range(5))
     few_k, few_v = normal(heads // 8), normal(heads // 8)
-    kappa = delta.Kappa("softmax", width**-0.5)
+    kappa, linear = delta.Kappa("softmax", width**-0.5), delta.Kappa("linear", 1 / width)
     separate, tied = delta.Settings(kappa, kappa, tiles=tiles), delta.Settings(kappa, None, True, tiles=tiles)
     forms = {
         "untied": (separate, (q, w, k, v, None, gate(heads), None), 2),
         "tied": (tied, (q, None, k, v, None, gate(heads), None), 1),
+        # Keys of length √width: scaled so, the delta rule forgets and u stays finite.
+        "linear, w = k": (delta.Settings(linear, linear, tiles=tiles), (q, None, k, v, None, gate(heads), None), 2),
         "w = k, 8 queries a key": (separate, (q, None, few_k, few_v, None, gate(heads // 8), None), 1 + 1 / 8),
     }
 
