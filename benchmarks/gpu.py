@@ -199,7 +199,8 @@ def check_repeats(count, tiles):
         checks = [compare(call(*arguments)) for _ in range(count)]
         same, apart = (np.asarray(x) for x in zip(*jax.device_get(checks)))
         if not same.all() or not apart.max() <= 2.0**-6:
-            sys.exit(f"{similarity}, write_query={form}: {int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}")
+            differ = f"{int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}"
+            sys.exit(f"{similarity}, write_query={form}: {differ}")
         results[f"{similarity}, {form}"] = {"runs": count, "dq and dk apart by": float(apart.max())}
         print(
             f"{similarity}, write_query={form}: {count} runs, out, u and dv the same bit for bit, dq and dk within "
