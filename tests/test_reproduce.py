@@ -207,7 +207,7 @@ def tiny_cell(**changes):
     tests = {str(longest): [f"task:parity,longest={longest}", 5, 8] for longest in (2, 3)}
     settings = train_task.settings_of(
         "label", ["task:parity,longest=2", "task:parity,longest=4"], [5, 5], model=model, learning_rate=1e-2, steps=6,
-        batch_size=4, eval_every=1, eval_rows=8, target=[0, 2], patience=2, tests=tests,
+        batch_size=[4, 6], eval_every=1, eval_rows=[8, 5], target=[0, 2], patience=2, tests=tests,
     )  # fmt: skip
     return {**settings, **changes}
 
@@ -274,14 +274,25 @@ def test_a_cost_that_counts_runs_counts_them_right(name):
     assert isinstance(one.cost, str) and "--quick: " in one.cost
 
 
-@pytest.mark.parametrize("rates", [(1e-3,), (1e-3, 5e-3)])
-def test_mqar_speaks_of_the_best_of_its_rates_where_there_are_several(rates):
-    cells = mqar.cells(True, {**mqar.QUICK, "rates": rates})
-    done = [{"settings": cell, "result": {"accuracy": cell["rate"]}} for cell in cells]
-    picture = mqar.figure(done)
-    assert ("best" in picture.axes[0].get_ylabel()) == (len(rates) == 2)
-    assert picture.get_suptitle().endswith("learning rate " + ", ".join(map(str, rates)))
-    assert {bar.get_height() for bar in picture.axes[0].patches} == {max(rates)}
+def test_mqar_shows_every_size_whatever_the_curriculum_reached():
+    cells = mqar.cells(False)
+    scores = [0.9, 0.8, 0.7, 0.6]
+    done = [
+        {
+            "settings": cell, "seconds": 1.0,
+            "result": {
+                "tests": dict(zip(cell["tests"], scores)), "solved_at": [25, 50, None, None, None], "steps": 75,
+                "parameters": 1,
+            },
+        }
+        for cell in cells
+    ]  # fmt: skip
+    assert list(cells[0]["tests"]) == ["T = 64, 4 pairs", "T = 128, 8 pairs", "T = 256, 16 pairs", "T = 512, 64 pairs"]
+    table = mqar.rows(done)
+    assert [line["mixer"] for line in table] == list(mqar.MIXERS) and table[0]["T = 256, 16 pairs"] == "0.7000"
+    assert table[0]["left at step"] == "16: 25, 64: 50, 128: –, 256: –, 512: –"
+    panel = mqar.figure(done).axes[0]
+    assert sorted(bar.get_height() for bar in panel.patches) == sorted(scores * len(cells))
 
 
 def test_the_mixers_parameters_are_equal():

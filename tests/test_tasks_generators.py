@@ -159,6 +159,27 @@ def test_word_problem_with_pauses_is_the_one_without_spread_out(pauses):
     assert (counted == (np.arange(7 * each) % each == pauses)).all()
 
 
+@pytest.mark.parametrize("pauses", [0, 1])
+def test_word_problem_with_a_start_is_the_one_without_behind_one_token(pauses):
+    size = 6 * (1 + pauses)
+    without = tasks.WordProblem(length=size, group="A4", pauses=pauses)("seed", np.arange(20))
+    task = tasks.WordProblem(length=size + 1, group="A4", pauses=pauses, start=True)
+    tokens, targets, counted, real = task("seed", np.arange(20))
+    assert task.input_vocabulary == 13 + (pauses > 0) and task.target_vocabulary == 12 and real.all()
+    assert (tokens[:, 0] == task.input_vocabulary - 1).all() and (tokens[:, 1:] < task.input_vocabulary - 1).all()
+    assert not counted[:, 0].any() and not targets[:, 0].any()
+    for with_it, alone in zip((tokens, targets, counted), without):
+        np.testing.assert_array_equal(with_it[:, 1:], alone)
+
+
+@pytest.mark.parametrize("length, pauses", [(1, 0), (6, 1)])
+def test_word_problem_with_a_start_has_room_for_whole_elements(length, pauses):
+    with pytest.raises(
+        ValueError, match=f"length={length}: must be a multiple of {1 + pauses}.*one more for the start"
+    ):
+        tasks.WordProblem(length=length, group="A4", pauses=pauses, start=True)
+
+
 # MQAR.
 
 
@@ -457,4 +478,3 @@ def test_specs():
     assert tasks.make_task("task:word_problem,group=A5", 7) == tasks.WordProblem(7, "A5")
     for name, kind in tasks.TOKEN_TASKS.items():
         assert tasks.make_task(f"task:{name}", 128) == kind(length=128)
-

@@ -5,8 +5,9 @@ What a cell trains is in its settings, plain JSON:
     task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved;
                            a list of tasks, one for each length, where they differ in more than that
     model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
-    batch_size, steps      steps over all lengths together
-    eval_every, eval_rows  every so many steps, the accuracy on so many rows drawn apart from those trained on
+    batch_size, steps      steps over all lengths together; rows a step, or a list of them, one for each length
+    eval_every, eval_rows  every so many steps, the accuracy on so many rows drawn apart from those trained on; rows, or
+                           a list of them, one for each length
     target, patience       a length is solved once `patience` evaluations in a row are at least `target`, or its own
                            target in a list of them
     plateau                [n, least], if there: training ends when none of the last n evaluations was better by `least`
@@ -49,7 +50,7 @@ SAY_EVERY = 10.0  # seconds
 
 def settings_of(
     label: str, task: str | list[str], lengths: list[int], *, model: dict, learning_rate: float, steps: int,
-    seed: int = 0, batch_size: int = 64, eval_every: int = 50, eval_rows: int = 256,
+    seed: int = 0, batch_size: int | list[int] = 64, eval_every: int = 50, eval_rows: int | list[int] = 256,
     target: float | list[float] = 0.995, patience: int = 2, tests: dict[str, list] | None = None,
     plateau: tuple[int, float] | None = None, **optimizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -85,9 +86,8 @@ class Trainer:
         self.state: TrainState = create(jax.random.key(settings["seed"]))
         self.seen = 0  # examples
 
-    def step(self, task: Any) -> dict[str, jax.Array]:
-        """One update on the next examples of `task`; the step's metrics, on the device."""
-        size = self.settings["batch_size"]
+    def step(self, task: Any, size: int) -> dict[str, jax.Array]:
+        """One update on the next `size` examples of `task`; the step's metrics, on the device."""
         batch = _batch(task, self.settings["seed"], np.arange(self.seen, self.seen + size))
         self.seen += size
         self.state, metrics = self._step(self.state, batch)
@@ -114,6 +114,7 @@ class Progress:
     step: int = 0
     place: int = 0
     streak: int = 0
+    examples: int = 0
     tokens: int = 0
     ended: bool = False
     here: list[float] = dataclasses.field(default_factory=list)
@@ -134,12 +135,12 @@ def run(
     that the guard against infinities left out), and tests.
     """
     lengths, each = settings["lengths"], lambda given: given if isinstance(given, list) else [given] * len(lengths)
-    specs, targets = each(settings["task"]), each(settings["target"])
+    specs, targets, sizes, asked = map(each, (settings[key] for key in ("task", "target", "batch_size", "eval_rows")))
     tasks = [make(spec, length) for spec, length in zip(specs, lengths, strict=True)]
     trainer, at = Trainer(settings, tasks[0], embedding), Progress(solved=[None] * len(tasks))
     if kept := unfinished.load(folder, settings, trainer.state):
         trainer.state, at = kept[0], Progress(**kept[1])
-        trainer.seen = at.step * settings["batch_size"]
+        trainer.seen = at.examples
         note(f"    going on after step {at.step}")
     said = saved = time.perf_counter()
     keep = lambda: unfinished.save(folder, settings, trainer.state, dataclasses.asdict(at))
@@ -152,12 +153,13 @@ def run(
             saved = time.perf_counter()
         at.step += 1
         task = tasks[at.place]
-        metrics = trainer.step(task)
-        at.tokens += settings["batch_size"] * task.length
+        metrics = trainer.step(task, sizes[at.place])
+        at.examples = trainer.seen
+        at.tokens += sizes[at.place] * task.length
         at.ended = at.step == settings["steps"]
         if at.step % settings["eval_every"] and not at.ended:
             continue
-        accuracy = trainer.accuracy(task, settings["eval_rows"])
+        accuracy = trainer.accuracy(task, asked[at.place])
         at.here.append(accuracy)
         at.curve.append([at.step, task.length, round(accuracy, 5), round(float(metrics["loss"]), 5)])
         if time.perf_counter() > said + SAY_EVERY:

@@ -4,6 +4,8 @@ By a curriculum from short words to long ones, of every element and of those tha
 3-cycles of A5, which make the whole group too. No paper of DeltaFormer has this table; the theory it is about is
 Merrill et al., "The illusion of state in state-space models", 2024, and the words of few moves are as in Grazzi et al.,
 "Unlocking state-tracking in linear RNNs through negative eigenvalues", 2024.
+
+Every row starts with a token that is no element: without it a Transformer reads the same from x x as from x.
 """
 
 from __future__ import annotations
@@ -38,21 +40,21 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     sizes = sizes or (QUICK if quick else FULL)
     width, heads, found = sizes["width"], sizes["heads"], []
     for problem in sizes["problems"]:
-        task = f"task:word_problem,{PROBLEMS[problem]}"
+        task = f"task:word_problem,{PROBLEMS[problem]},start=true"
         for name in sizes["models"]:
             for layers in sizes["layers"]:
                 family = f"{problem}, {name}, {layers} layer{'s' if layers > 1 else ''}"
                 settings = train_task.settings_of(
-                    family, task, list(sizes["lengths"]),
+                    family, task, [length + 1 for length in sizes["lengths"]],
                     model={
                         "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
-                        "head_dim": width // heads, "tie_embeddings": False, "chunk_size": max(sizes["lengths"]),
+                        "head_dim": width // heads, "tie_embeddings": False, "chunk_size": max(sizes["lengths"]) + 1,
                         **MODELS[name],
                     },
                     learning_rate=sizes["rate"], schedule="constant", steps=sizes["steps"],
                     batch_size=sizes["batch_size"], target=sizes["target"], plateau=sizes["plateau"],
                     tests={
-                        str(length): [task, length, 256] for length in (sizes["lengths"][-1], sizes["longer"])
+                        str(length): [task, length + 1, 256] for length in (sizes["lengths"][-1], sizes["longer"])
                     },
                 )  # fmt: skip
                 found.append({**settings, "family": family})
@@ -64,7 +66,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "model": record["settings"]["family"],
             "0.99 at step": ", ".join(
-                f"{length}: {step or '–'}"
+                f"{length - 1}: {step or '–'}"
                 for length, step in zip(record["settings"]["lengths"], record["result"]["solved_at"])
             ),
             **{f"at {length}": f"{score:.4f}" for length, score in record["result"]["tests"].items()},
@@ -79,8 +81,9 @@ def figure(done: list[dict[str, Any]]):
     picture = new_figure(12, 2.5 + 0.3 * len(done))
     curves, bars = picture.subplots(1, 2)
     accuracy_curves(curves, done, "family")
-    longest = done[0]["settings"]["lengths"][-1]
-    curves.set_title(f"words of {', '.join(str(length) for length in done[0]['settings']['lengths'])} in turn")
+    lengths = [length - 1 for length in done[0]["settings"]["lengths"]]  # without the start
+    longest = lengths[-1]
+    curves.set_title(f"words of {', '.join(map(str, lengths))} in turn")
     accuracy_bars(bars, done, "family", score=lambda record: record["result"]["tests"][str(longest)])
     bars.set_title(f"words of {longest} after training")
     picture.suptitle("the word problem: what is the product so far?")

@@ -29,8 +29,10 @@ class WordProblem:
 
     Args: length: tokens in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". moves: 0, for every element, or from 2
       to n (from 3 in A_n, which has no swaps). pauses: empty tokens after each element, the last of which is asked in
-      its place: a layer that writes once a token has so many writes more for it; the empty token comes after the
-      group's, and length must be a multiple of 1 + pauses. Raises ValueError for what does not fit.
+      its place: a layer that writes once a token has so many writes more for it. start: the row's first token is no
+      element, and nothing is asked there: attention whose weights add up to 1 reads the same from x x as from x
+      without it. The words beyond the group's are the empty token's, if there are pauses, then the start's. length,
+      less the start, must be a multiple of 1 + pauses. Raises ValueError for what does not fit.
     `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
     """
 
@@ -38,6 +40,7 @@ class WordProblem:
     group: str = "S5"
     moves: int = 0
     pauses: int = 0
+    start: bool = False
 
     def __post_init__(self):
         check_least("length", self.length, 1)
@@ -47,14 +50,15 @@ class WordProblem:
         if self.moves and not least <= self.moves <= most:
             raise ValueError(f"moves={self.moves}: must be from {least} to {most} in {self.group}, or 0 for all of it")
         check_least("pauses", self.pauses, 0)
-        if self.length % (1 + self.pauses):
+        if self.length == self.start or (self.length - self.start) % (1 + self.pauses):
             raise ValueError(
                 f"length={self.length}: must be a multiple of {1 + self.pauses}, an element and its pauses"
+                + ", and one more for the start" * self.start
             )
 
     @property
     def input_vocabulary(self) -> int:
-        return len(elements(self.group)) + (self.pauses > 0)
+        return len(elements(self.group)) + (self.pauses > 0) + self.start
 
     @property
     def target_vocabulary(self) -> int:
@@ -63,16 +67,17 @@ class WordProblem:
     def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
         drawn, each = allowed(self.group, self.moves), 1 + self.pauses
         draws = Draws(seed, f"word problem {self.group}", indices)
-        factors = drawn[draws.integers(self.length // each, len(drawn))]
+        factors = drawn[draws.integers((self.length - self.start) // each, len(drawn))]
         table = products(self.group)
         tokens = np.full((len(factors), self.length), len(table))
-        tokens[:, ::each] = factors
+        tokens[:, : self.start] = self.input_vocabulary - 1
+        tokens[:, self.start :: each] = factors
         targets, counted = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         product = np.zeros(len(tokens), np.int64)
         for place in range(factors.shape[1]):
             product = table[product, factors[:, place]]
-            targets[:, place * each + self.pauses] = product
-        counted[:, self.pauses :: each] = True
+            targets[:, self.start + place * each + self.pauses] = product
+        counted[:, self.start + self.pauses :: each] = True
         return Examples(tokens.astype(np.int32), targets.astype(np.int32), counted, np.ones(tokens.shape, bool))
 
 
