@@ -32,14 +32,26 @@ MODELS = {
     "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
 }  # fmt: skip
 # Of each task: `levels`, the longest inputs of the parts of its training, inputs of 1 to so many symbols, the next once
-# `patience` evaluations in a row are 0.98 right, the last ended once they are 0.9999 right; evaluations are every 50
-# steps. A model that is right on all it was asked at 40 is not yet right at 500: parity is trained on for a while.
+# `patience` evaluations in a row are `solved`[0] right, the last ended once they are `solved`[1] right (above 1:
+# never); evaluations are every `eval_every` steps. A model that is right on all it was asked at 40 is not yet right at
+# 500: parity is trained on for a while, modular arithmetic to the end of its steps.
 # `changes` to a model: convolutions are what lets a DeltaFormer without RoPE see an operator with its digit; on parity,
 # where it has no need of them, they kept it from learning (75 % after 1,500 steps).
+# `training`: options of the task in training alone.
 ONCE = dict(layers=1, levels=(40,), batch_size=64, steps=1000, rate=1e-3, patience=10)
+# The value of every prefix is asked for in training, so a layer must tell its memory's state at every digit. A softmax
+# over all before it mixes what equal keys wrote at different times; a linear read is of the state as it is now. With
+# unit keys and a write of 0 to 2 (scale 2, beta a sigmoid) a write erases, or at 2 reflects: two reflections are a turn.
 STEPWISE = dict(
-    layers=2, levels=(3, 7, 15, 40), batch_size=256, steps=2500, rate=2e-3, patience=1, plateau=(16, 0.01),
-    changes={"DeltaFormer": {"conv_size": 4}},
+    layers=2, levels=(3, 7, 11, 23, 40), batch_size=64, steps=7500, rate=5e-3, patience=1, solved=(0.96, 2.0),
+    eval_every=100, eval_rows=256, optimizer={"final_learning_rate": 0.02},
+    training=",prefixes=true",
+    changes={
+        "DeltaFormer": {
+            "conv_size": 4, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8, "chunk_size": 16,
+            "write_similarity": "linear", "read_similarity": "linear", "write_key_norm": "on", "write_scale": 2.0,
+        },
+    },
 )  # fmt: skip
 COPYING = dict(
     layers=2, levels=(40,), batch_size=32, steps=600, rate=2e-3, patience=2, plateau=(8, 0.01),
@@ -63,13 +75,14 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     width, heads, found = sizes["width"], sizes["heads"], []
     for task, how in sizes["tasks"].items():
         answer, (shortest, longest) = TOKEN_TASKS[task].answer_length, sizes["test"]
-        levels = [f"task:{task},longest={level}" for level in how["levels"]]
+        levels = [f"task:{task},longest={level}{how.get('training', '')}" for level in how["levels"]]
         lengths = [level + answer(level) for level in how["levels"]]
         longer = f"task:{task},shortest={shortest},longest={longest}"
         tests = {
-            "within": [levels[-1], lengths[-1], sizes["test_rows"]],
+            "within": [f"task:{task},longest={how['levels'][-1]}", lengths[-1], sizes["test_rows"]],
             "longer": [longer, longest + answer(longest), sizes["test_rows"]],
         }
+        step, last = how.get("solved", (0.98, 0.9999))
         for name in how.get("models", sizes["models"]):
             settings = train_task.settings_of(
                 f"{task}, {name}", levels, lengths,
@@ -78,9 +91,10 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
                     "head_dim": width // heads, "tie_embeddings": False, "chunk_size": 64, **MODELS[name],
                     **how.get("changes", {}).get(name, {}),
                 },
-                learning_rate=how["rate"], steps=how["steps"], batch_size=how["batch_size"], eval_rows=512,
-                target=[0.98] * (len(levels) - 1) + [0.9999],
-                patience=how["patience"], plateau=how.get("plateau"), tests=tests,
+                learning_rate=how["rate"], steps=how["steps"], batch_size=how["batch_size"],
+                eval_every=how.get("eval_every", 50), eval_rows=how.get("eval_rows", 512),
+                target=[step] * (len(levels) - 1) + [last], patience=how["patience"], plateau=how.get("plateau"),
+                tests=tests, **how.get("optimizer", {}),
             )  # fmt: skip
             found.append({**settings, "family": name, "problem": task, "layers": how["layers"]})
     return found
