@@ -41,7 +41,7 @@ MODELS = {
 ONCE = dict(layers=1, levels=(40,), batch_size=64, steps=1000, rate=1e-3, patience=10)
 # The value of every prefix is asked for in training, so a layer must tell its memory's state at every digit. A softmax
 # over all before it mixes what equal keys wrote at different times; a linear read is of the state as it is now. With
-# unit keys and a write of 0 to 2 (scale 2, beta a sigmoid) a write erases, or at 2 reflects: two reflections are a turn.
+# unit keys and a write of 0 to 2 (scale 2, beta a sigmoid) a write erases, or at 2 reflects; two reflections turn.
 STEPWISE = dict(
     layers=2, levels=(3, 7, 11, 23, 40), batch_size=64, steps=7500, rate=5e-3, patience=1, solved=(0.96, 2.0),
     eval_every=100, eval_rows=256, optimizer={"final_learning_rate": 0.02},
@@ -141,5 +141,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost=f"one to ten minutes a run on two cores, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
+    cost=f"one to twenty minutes a run on one core, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
 )  # fmt: skip
