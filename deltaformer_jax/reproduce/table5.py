@@ -141,5 +141,5 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost=f"one to twenty minutes a run on one core, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
+    cost=f"one to 20 minutes a run on one core, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
 )  # fmt: skip
