@@ -92,6 +92,6 @@ def figure(done: list[dict[str, Any]]):
 
 EXPERIMENT = Experiment(
     cells=cells, run=train_task.run, rows=rows, figure=figure,
-    cost=f"half a minute to two minutes a run on two cores, {len(cells(False))} runs; "
+    cost=f"ten seconds to six minutes a run on one core, {len(cells(False))} runs; "
     "--quick: a minute, swaps of S5 alone",
 )  # fmt: skip
