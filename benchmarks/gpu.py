@@ -66,7 +66,7 @@ def draw(rng):
         width=width,
         value_width=value_width,
         write=write,
-        read=str(rng.choice(["softmax", "softmax", write])),
+        read=str(rng.choice(["softmax", "softmax", write, "linear"])),
         write_query=str(rng.choice(["key", "query", "heads"])),
         alpha=bool(rng.integers(2)),
         beta=bool(rng.integers(2)) or write != "softmax",
@@ -151,12 +151,15 @@ def by_kernels(shape, arrays, segments, dout, tiles):
 def check_shapes(count, tiles):
     """The largest error of each dtype relative to the largest number of its array."""
     rng = np.random.default_rng(0)
-    # Rounding units times what a few hundred rows of a softmax with sigmoid gates let them grow by.
+    # Rounding units times what a few hundred rows of a softmax with sigmoid gates let them grow by; between bfloat16
+    # arrays other similarities take products in parts, and only arrays and results are rounded.
     bounds = {"float32": 2e-4, "bfloat16": 0.15}
     worst = dict.fromkeys(bounds, 0.0)
     for number in range(count):
         shape = draw(rng)
+        parted = "softmax" not in (shape["write"], shape["read"])
         for dtype in bounds:
+            bound = 0.03 if dtype == "bfloat16" and parted else bounds[dtype]
             arrays, segments, dout = inputs_of(shape, np.random.default_rng(number), dtype)
             out, gradients = expected(shape, arrays, segments, dout)
             found, found_gradients = by_kernels(shape, arrays, segments, dout, tiles)
@@ -164,8 +167,8 @@ def check_shapes(count, tiles):
             for name, (a, b) in pairs.items():
                 error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
                 # Not `error > bound`: NaN has to fail too.
-                if not error <= bounds[dtype]:
-                    sys.exit(f"{name} of {shape} in {dtype} is off by {error:.2g}, more than {bounds[dtype]}")
+                if not error <= bound:
+                    sys.exit(f"{name} of {shape} in {dtype} is off by {error:.2g}, more than {bound}")
                 worst[dtype] = max(worst[dtype], error)
     print(f"{count} random shapes agree with the recurrence; largest relative errors {worst}")
     return {"shapes": count, "largest relative error": worst}
@@ -176,8 +179,8 @@ def check_repeats(count, tiles):
     results = {}
     for form, similarity in (("heads", "softmax"), ("query", "softmax"), ("key", "linear")):
         shape = dict(
-            batch=2, time=2048, heads=8, kv_heads=8, width=128, value_width=128, write=similarity, read=similarity,
-            write_query=form, alpha=False, beta=True, segments=False,
+            batch=2, time=2000, heads=8, kv_heads=8, width=128, value_width=128, write=similarity, read=similarity,
+            write_query=form, alpha=False, beta=True, segments=form == "key",
         )  # fmt: skip
         arrays, segments, dout = inputs_of(shape, np.random.default_rng(0), "bfloat16")
         call = forward_and_backward(settings_of(shape, tiles))

@@ -32,7 +32,7 @@ CONFIGURATIONS = [
     for (kernel, operands), tiles in TABLE[90].items()
     for width, tile in zip(WIDTHS, tiles)
     if tile is not None
-] + [("invert_blocks", "pair", width) for width in WIDTHS]
+] + [(kernel, "pair", width) for kernel in ("forward_inverses", "backward_inverses") for width in WIDTHS]
 # Of other architectures than the H100's: what differs between them is the instructions, not the width.
 ONE_WIDTH = [(*x, width) for *x, width in CONFIGURATIONS if width == (64 if x[1] == "exact" else 128)]
 
@@ -55,8 +55,9 @@ def launch_of(kernel, capability, width, operands, similarity=None, segments=Fal
     def build(gate, ids):
         ids = ids if segments else None
         inverse = (x, x) if operands == "pair" else (None, None)
-        if kernel == "invert_blocks":
-            launch = delta_launches.invert_blocks_launch(settings, "write_backward", x, kv, kv, gate, ids)
+        if kernel.endswith("_inverses"):
+            write = "write_" + kernel.removesuffix("_inverses")
+            launch = delta_launches.invert_blocks_launch(settings, write, x, kv, kv, gate, ids)
         elif kernel in ("write_forward", "tied_forward"):
             launch = delta_launches.write_forward_launch(settings, x, kv, kv, gate, gate, ids, inverse)
         elif kernel == "read_forward":
@@ -90,7 +91,7 @@ def compiled(launch, capability):
 
 def _report(configuration):
     kernel, operands, width, capability = configuration
-    if kernel != "invert_blocks" and TABLE[capability][kernel, operands][WIDTHS.index(width)] is None:
+    if (kernel, operands) in TABLE[capability] and TABLE[capability][kernel, operands][WIDTHS.index(width)] is None:
         return configuration, "no tile"
     _, shared, spilled = compiled(launch_of(kernel, capability, width, operands), capability)
     return configuration, f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled"

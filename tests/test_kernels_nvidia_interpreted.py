@@ -58,12 +58,11 @@ TWO_BYTE = [
 # A write without a normaliser, whose u is kept in two parts: scores so large that roundings grow, widths of several
 # steps of the solve.
 PAIRS = [
-    (_case("linear", write_scale=0.2, alpha=True), HALVED, False, jnp.bfloat16),
-    (_case("linear", "linear", write_scale=0.2, value_dim=72, time=37), HALVED, True, jnp.bfloat16),
-    (_case("relu", write_query="heads", heads=4, kv_heads=2, write_scale=0.3), WHOLE, True, jnp.bfloat16),
-    (_case("exp", write_scale=0.05, value_dim=40, beta="one"), HALVED, False, jnp.bfloat16),
-    (_case("linear", write_scale=0.05, beta="none"), HALVED, False, jnp.float16),
-    (_case("linear", "relu", write_scale=0.1, alpha=True), WHOLE, False, jnp.float16),
+    (_case("linear", write_scale=0.2, alpha=True), HALVED, False),
+    (_case("linear", "linear", write_scale=0.2, value_dim=72, time=37), HALVED, True),
+    (_case("relu", write_query="heads", heads=4, kv_heads=2, write_scale=0.3), WHOLE, True),
+    (_case("exp", write_scale=0.05, value_dim=40, beta="one"), HALVED, False),
+    (_case("linear", "relu", write_scale=0.1, beta="none", time=33), HALVED, False),
 ]
 
 
@@ -156,10 +155,10 @@ def test_bfloat16(interpreter, case, tiles, segmented):
     check(interpreter, case, tiles, segmented, jnp.bfloat16, 2.0**-8)
 
 
-@pytest.mark.parametrize("case, tiles, segmented, dtype", PAIRS, ids=_id)
-def test_pairs(interpreter, case, tiles, segmented, dtype):
+@pytest.mark.parametrize("case, tiles, segmented", PAIRS, ids=_id)
+def test_pairs(interpreter, case, tiles, segmented):
     # Parts of 2^-17, products of parts of 2^-16 and sums of such: what grows is that, not the arrays' rounding.
-    check(interpreter, case, tiles, segmented, dtype, 2.0 ** (-8 if dtype == jnp.bfloat16 else -11), 2.0**-15)
+    check(interpreter, case, tiles, segmented, jnp.bfloat16, 2.0**-8, 2.0**-15)
 
 
 def test_float16(interpreter):

@@ -73,6 +73,11 @@ def test_what_is_refused():
     assert "float64" in delta.lacks(SEPARATE, float64, float64)
     assert "up to 256" in delta.lacks(SEPARATE, _array(1, 8, 1, 512), _array(1, 8, 1, 16))
     assert delta.lacks(SEPARATE, _array(1, 8, 1, 256), _array(1, 8, 1, 16)) is None
+    float16 = jax.ShapeDtypeStruct((1, 8, 1, 16), np.float16)
+    linear = delta.Settings(delta.Kappa("linear", 1.0), SOFTMAX)
+    assert delta.lacks(SEPARATE, float16, float16) is None
+    assert "float16 with softmax alone, not with 'linear'" in delta.lacks(linear, float16, float16)
+    assert delta.lacks(linear, _array(1, 8, 1, 16), _array(1, 8, 1, 16)) is None
     with pytest.raises(NotImplementedError, match="compute capability"):
         choose("read_forward", 75, 64, "narrow")
 

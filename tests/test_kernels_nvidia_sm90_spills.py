@@ -10,18 +10,19 @@ from nvidia_compile import compiled, launch_of
 from pallas_kernels.nvidia.table import SHARED_MEMORY
 
 KERNELS = ["write_forward", "tied_forward", "read_forward", "read_backward", "write_backward", "tied_backward"]
-PAIR_KERNELS = ["invert_blocks", "write_forward", "read_forward", "read_backward", "write_backward"]
+INVERSES = ["forward_inverses", "backward_inverses"]
+PAIR_KERNELS = [*INVERSES, "write_forward", "read_forward", "read_backward", "write_backward"]
 # Bytes a thread spills of documents' numbers.
 WITH_SEGMENTS = {("tied_forward", 128, "softmax"): 16, ("write_backward", 128, "linear"): 24}
 WITH_SEGMENTS |= {("read_backward", 128, "linear"): 16}
-# Of exp, whose weights and scores are two tiles.
-EXP = {"read_backward": 8, "write_backward": 16}
+# Of relu, exp and round.
+OTHERS = {"read_backward": 8, "write_backward": 16}
 
 
 def spilled(kernel, width, operands, segments, similarity=None):
     ptx, shared, spilled = compiled(launch_of(kernel, 90, width, operands, similarity, segments), 90)
     # Blocks of 32 rows, all that fits three products of width 256, are too few for it.
-    assert "wgmma.mma_async" in ptx or (width == 256 and kernel in ("invert_blocks", "write_forward"))
+    assert "wgmma.mma_async" in ptx or (width == 256 and kernel in (*INVERSES, "write_forward"))
     assert shared <= SHARED_MEMORY[90]
     return spilled
 
@@ -49,6 +50,8 @@ def test_linear_with_segments(kernel, width):
     assert spilled(kernel, width, "pair", True) <= WITH_SEGMENTS.get((kernel, width, "linear"), 0)
 
 
-@pytest.mark.parametrize("kernel", PAIR_KERNELS)
-def test_exp(kernel):
-    assert spilled(kernel, 128, "pair", False, "exp") <= EXP.get(kernel, 0)
+@pytest.mark.parametrize("similarity", ["relu", "exp", "round"])
+@pytest.mark.parametrize("kernel", ["read_backward", "write_backward"])
+def test_other_similarities(kernel, similarity):
+    # Forward they are linear's but for a few instructions.
+    assert spilled(kernel, 128, "pair", False, similarity) <= OTHERS[kernel]

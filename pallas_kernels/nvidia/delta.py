@@ -4,13 +4,12 @@
 
 Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the widths.
 Arrays are [B, T, heads, width] and are read where they lie. Forward: one launch to write, one to read; one for both
-where one softmax serves both (tied); one more before the write where u is in parts (invert_blocks.py). Backward the
-same. Memory O(T (K+V)) a head.
+where one softmax serves both (tied); one more before a write of other weights than softmax's between bfloat16 arrays
+(invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
 
 Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
 the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
-(5 digits) where arrays have two bytes, u being kept in two parts (products.py), of TF32 (7 digits) where they have
-four.
+(5 digits) between bfloat16 arrays, u being kept in two parts (products.py), of TF32 (7 digits) between float32 ones.
 """
 
 from __future__ import annotations
@@ -83,6 +82,9 @@ def lacks(settings: Settings, key, value) -> str | None:
     """Why these kernels cannot do this call, or None."""
     if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
         return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
+    others = {x.name for x in (settings.write, settings.read) if x is not None} - {"softmax"}
+    if str(key.dtype) == "float16" and others:
+        return f"its kernels take float16 with softmax alone, not with {others.pop()!r}; bfloat16 and float32 with any"
     if max(key.shape[3], value.shape[3]) > WIDEST:
         return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
     try:
@@ -138,11 +140,7 @@ class _Written(NamedTuple):
         if taken == "exact":
             return self.exact, None
         if self.residue is not None:
-            if taken == "pair":
-                return self.operand, self.residue
-            if self.operand.dtype == dtype:
-                return self.operand, None
-            return (self.operand.astype(jnp.float32) + self.residue.astype(jnp.float32)).astype(dtype), None
+            return self.operand, self.residue if taken == "pair" else None
         if taken == "pair":
             # Not a cast there and back, which XLA may take for nothing.
             high = lax.reduce_precision(self.exact, exponent_bits=8, mantissa_bits=7)

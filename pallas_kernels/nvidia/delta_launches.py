@@ -1,4 +1,4 @@
-"""The four launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
+"""The launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
 
 `settings` is delta.py's, and so are the letters of shapes.
 """
@@ -30,7 +30,7 @@ def operands(kappa, dtype) -> str:
     """How products with these weights take float32 operands.
 
     "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
-    (products.py), by other weights between two-byte arrays; "exact": as they are, between float32 arrays.
+    (products.py), by other weights between bfloat16 arrays; "exact": as they are, between float32 arrays.
     """
     if np.dtype(dtype).itemsize == 4:
         return "exact"
@@ -113,7 +113,7 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
     rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
     beta = _gate(beta)
     common = _common(key, value, segment_ids, settings.write)
-    padded_time = -(-time // rows) * rows
+    padded_time = -(-time // (2 * rows)) * 2 * rows
     return Launch(
         invert_blocks,
         (w, key, *(_present(x, key) for x in (beta, segment_ids))),
@@ -121,7 +121,7 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
         (time, settings.write.score_scale),
         batch * heads * (padded_time // rows),
         dict(HEADS=heads, HAS_BETA=beta is not None, ROWS=rows)
-        | {name: x for name, x in common.items() if name not in ("V", "BLOCK_V", "PAIR")},
+        | {constant: x for constant, x in common.items() if constant not in ("V", "BLOCK_V", "PAIR")},
         4,
         1,
     )
@@ -149,8 +149,8 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
         ),
         (
             Output(tall, jnp.float32),
-            Output(nothing if taken == "exact" else tall, jnp.bfloat16 if taken == "pair" else value.dtype),
-            Output(tall if taken == "pair" else nothing, jnp.bfloat16),
+            Output(nothing if taken == "exact" else tall, value.dtype),
+            Output(tall if taken == "pair" else nothing, value.dtype),
             Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
             Output(tall if summary else nothing, value.dtype),
@@ -249,6 +249,8 @@ def write_backward_launch(
     dw, dk (without their factor of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
     batch, time, heads, width = w.shape
     tile = tile_of(settings, "write_backward", key, value)
+    if tile.rows > 64:
+        raise ValueError(f"{tile}: the kernel reads rows of numbers padded to a multiple of 64; give at most 64 rows")
     alpha, beta = _gate(alpha), _gate(beta)
     wide = lambda width: Output((batch, time, heads, width), jnp.float32)
     row = (batch, heads, time)

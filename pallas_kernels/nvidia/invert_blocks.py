@@ -1,8 +1,8 @@
 """(I + diag(β) A)⁻¹ of blocks of rows on the diagonal.
 
-Similarities that nothing normalises know their weights beforehand: between two-byte arrays their triangular systems are
+Similarities that nothing normalises know their weights beforehand: between bfloat16 arrays their triangular systems are
 inverted in a launch of their own, all at once, and the kernels in which one block waits for another only multiply by
-them. Softmax's wait for its sums, and are inverted there.
+them. Softmax's wait for its sums, and are inverted there, as are float32's.
 """
 
 import triton
@@ -42,8 +42,9 @@ def own_inverse(
 
 @triton.jit
 def inverse_base(inverse, n, T, ROWS: tl.constexpr):
-    """Where the inverses of head n begin in an array [heads, T padded to a multiple of ROWS, ROWS]."""
-    return inverse + tl.cast(n, tl.int64) * (tl.cdiv(T, ROWS) * ROWS * ROWS)
+    """Where the inverses of head n begin in an array [heads, T padded to a multiple of 2 ROWS, ROWS]: a block may be
+    two such, and the second is read wherever the first is."""
+    return inverse + tl.cast(n, tl.int64) * (tl.cdiv(T, 2 * ROWS) * 2 * ROWS * ROWS)
 
 
 @triton.jit
@@ -60,10 +61,11 @@ def invert_blocks(
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], beta [B,HEADS,T], segments [B,T] -> high, low [B,HEADS,padded T,ROWS]: the
-    two parts (products.py) of the inverses, T padded to a multiple of ROWS."""
-    blocks = tl.cdiv(T, ROWS)
+    two parts (products.py) of the inverses, T padded to a multiple of 2 ROWS."""
+    blocks = tl.cdiv(T, 2 * ROWS) * 2
     n = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * ROWS
+    # No log-sum-exp: it is softmax's.
     inverse = own_inverse(
         n, start, w, k, beta, beta, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, ROWS, BLOCK_K,
         SIMILARITY, POWER, SCORE_PRECISION, PRECISION,

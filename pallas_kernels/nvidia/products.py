@@ -2,9 +2,9 @@
 
     (h + l)(h' + l') ≈ h h' + h l' + l h'
 
-three bfloat16 products for one, 2^-16 of the largest term: what u needs between two-byte arrays where no normaliser
+three bfloat16 products for one, 2^-16 of the largest term: what u needs between bfloat16 arrays where no normaliser
 keeps it small. What many tiles multiply is parted once and lies in memory as two arrays: it reaches the tensor cores
-without passing through registers. What is bfloat16 already has one part, and two products do.
+without passing through registers. What the caller's arrays hold has one part, and two products do.
 
 PAIR: so it is. Otherwise both operands of a product have the dtype of the one that comes from memory, low parts are not
 looked at, and PRECISION says how float32 is multiplied. Smallest terms are added first.
@@ -38,13 +38,9 @@ def add_product(left, high, low, total, PAIR: tl.constexpr, PRECISION: tl.conste
 def add_product_with_given(left, right, total, PAIR: tl.constexpr, PRECISION: tl.constexpr):
     """total + left · right, left computed here, right as the caller's arrays have it."""
     if PAIR:
-        if right.dtype == tl.bfloat16:
-            left_high, left_low = parts(left)
-            total = tl.dot(left_low, right, total)
-            return tl.dot(left_high, right, total)
-        else:
-            high, low = parts(right)
-            return add_product(left, high, low, total, PAIR, PRECISION)
+        left_high, left_low = parts(left)
+        total = tl.dot(left_low, right, total)
+        return tl.dot(left_high, right, total)
     else:
         return tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
 
@@ -54,11 +50,7 @@ def product_of_given(left, right, PAIR: tl.constexpr, PRECISION: tl.constexpr):
     """left · right, left as the caller's arrays have it, right computed here."""
     if PAIR:
         high, low = parts(right)
-        if left.dtype == tl.bfloat16:
-            return tl.dot(left, high, tl.dot(left, low))
-        else:
-            left_high, left_low = parts(left)
-            return product_of_parts(left_high, left_low, high, low, PAIR, PRECISION)
+        return tl.dot(left, high, tl.dot(left, low))
     else:
         return tl.dot(left, right.to(left.dtype), input_precision=PRECISION)
 
@@ -78,10 +70,6 @@ def product_of_parts(left_high, left_low, high, low, PAIR: tl.constexpr, PRECISI
 def product_of_parts_with_given(high, low, right, PAIR: tl.constexpr, PRECISION: tl.constexpr):
     """(high + low) · right, right as the caller's arrays have it."""
     if PAIR:
-        if right.dtype == tl.bfloat16:
-            return tl.dot(high, right, tl.dot(low, right))
-        else:
-            right_high, right_low = parts(right)
-            return product_of_parts(high, low, right_high, right_low, PAIR, PRECISION)
+        return tl.dot(high, right, tl.dot(low, right))
     else:
         return tl.dot(high, right, input_precision=PRECISION)

@@ -71,8 +71,11 @@ def read_rows(
         rows = load_tile(q, start, T, HEADS * K, K, ROWS, BLOCK_K, False)
         grads = load_tile(dout, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
+        log_total = start + tl.arange(0, ROWS)
+        if SIMILARITY == "softmax":
+            log_total = load_row(lse, start, T, ROWS)
         weights, visible = weights_seen(
-            scores, load_row(lse, start, T, ROWS), segments, column_segments, column, start, T,
+            scores, log_total, segments, column_segments, column, start, T,
             HAS_SEGMENTS, CAUSAL, True, ROWS, SIMILARITY, POWER,
         )  # fmt: skip
         dvalues = add_product_with_given(weights, grads, dvalues, PAIR, PRECISION)

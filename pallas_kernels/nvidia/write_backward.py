@@ -45,7 +45,7 @@ from pallas_kernels.nvidia.read_backward import add_transposed, score_gradient, 
 
 @triton.jit
 def write_rows(
-    keys, values, low, dkeys, rest, n, columns, w, adjoint, residue, lse, centre, dw, segments, begin, end, T,
+    keys, values, low, dkeys, rest, n, columns, w, adjoint, adjoint_residue, lse, centre, dw, segments, begin, end, T,
     score_scale,
     HAS_SEGMENTS: tl.constexpr, OWN: tl.constexpr, INCOMING: tl.constexpr, GRADIENTS: tl.constexpr,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr,
@@ -59,7 +59,7 @@ def write_rows(
     dw = head_base(dw, batch, head, T, HEADS, K)
     adjoint = head_base(adjoint, batch, head, T, HEADS, V)
     if PAIR:
-        residue = head_base(residue, batch, head, T, HEADS, V)
+        adjoint_residue = head_base(adjoint_residue, batch, head, T, HEADS, V)
     lse += padded(n, T)
     centre += padded(n, T)
     column = columns + tl.arange(0, COLUMNS)
@@ -73,7 +73,7 @@ def write_rows(
         grads = load_tile(adjoint, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         low_grads = grads
         if PAIR:
-            low_grads = load_tile(residue, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
+            low_grads = load_tile(adjoint_residue, start, T, HEADS * V, V, ROWS, BLOCK_V, False)
         scores = tl.dot(keys, tl.trans(rows), input_precision=SCORE_PRECISION) * score_scale
         index = start + tl.arange(0, ROWS)
         log_total = index
@@ -178,7 +178,7 @@ def solve_rows(
 
 @triton.jit
 def solve_parts_of_rows(
-    inverse, inverse_low, n, start, T, v, alpha, beta, summary, du, dv, dalpha, dbeta, adjoint, residue,
+    inverse, inverse_low, n, start, T, v, alpha, beta, summary, du, dv, dalpha, dbeta, adjoint, adjoint_residue,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, V: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ def solve_parts_of_rows(
     inverse = load_inverse(inverse, n, start, T, ROWS)
     inverse_low = load_inverse(inverse_low, n, start, T, ROWS)
     adjoint = head_base(adjoint, batch, head, T, HEADS, V)
-    residue = head_base(residue, batch, head, T, HEADS, V)
+    adjoint_residue = head_base(adjoint_residue, batch, head, T, HEADS, V)
     alpha_dot, beta_dot = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     WIDTH: tl.constexpr = min(BLOCK_V, 64)
     for column in tl.range(0, BLOCK_V, WIDTH, num_stages=1):
@@ -213,7 +213,7 @@ def solve_parts_of_rows(
             grad *= load_row(beta + row, start, T, ROWS)[:, None]
         high, low = parts(-grad)
         store_columns(adjoint, start, T, column, high, HEADS * V, V, ROWS, WIDTH)
-        store_columns(residue, start, T, column, low, HEADS * V, V, ROWS, WIDTH)
+        store_columns(adjoint_residue, start, T, column, low, HEADS * V, V, ROWS, WIDTH)
     store_row(dalpha + row, start, T, alpha_dot, ROWS)
     if HAS_BETA:
         store_row(dbeta + row, start, T, -beta_dot, ROWS)

@@ -4,7 +4,7 @@ A block streams the earlier columns as flash attention does, following its head'
 (order.py). While the last of them is still at work it goes through that block's and its own scores, which need no u:
 the softmax sums are complete, and its own triangular system is inverted. What then remains between one block and the
 next is the last block's share of the sums and a product with the inverse; or two, a half of the block each, to whose
-lower half the upper one is one more earlier block.
+lower half the upper one is one more earlier block. With PAIR (products.py) the inverses come from invert_blocks.py.
 
 TIED: one softmax writes and reads (w = q). With the write's sums over i < t the same pass gives
 
@@ -206,9 +206,10 @@ def write_forward(
     """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], v [B,T,KV_HEADS,V], alpha, beta [B,HEADS,T], segments [B,T],
     first [B,blocks]: the first column that a block's first row sees; PAIR: inverse, inverse_low: invert_blocks.py's of
     ROWS / HALVES rows ->
-    u [B,T,HEADS,V] float32, and as products take it: operand, of the arrays' dtype with NARROW, or with PAIR the high
-    part and in residue the low one (products.py); lse [B,HEADS,padded T], base 2, zeroed; SUMMARY: s [B,T,HEADS,V];
-    TIED: out [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in it for softmax."""
+    u [B,T,HEADS,V] float32, but with PAIR what the rows' sums were; u as products take it: operand, of the arrays'
+    dtype with NARROW, or with PAIR the high part and in residue the low one; lse [B,HEADS,padded T], base 2, zeroed;
+    SUMMARY: s [B,T,HEADS,V]; TIED: out [B,T,HEADS,V], share, rest [B,HEADS,T]. `scale` has log2(e) in it for
+    softmax."""
     blocks = tl.cdiv(T, ROWS)
     n, block = draw(counters, B * HEADS, GROUP, blocks)
     counter = counters + 1 + n
