@@ -5,7 +5,9 @@ import os
 # Before the first import of jax: tests run on the CPU wherever they run.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code: tests compile much and run little, and this halves their time. XLA's own passes stay as they are.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
+)
 
 import hypothesis
 import jax
