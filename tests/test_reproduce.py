@@ -281,18 +281,21 @@ def test_mqar_shows_every_size_whatever_the_curriculum_reached():
         {
             "settings": cell, "seconds": 1.0,
             "result": {
-                "tests": dict(zip(cell["tests"], scores)), "solved_at": [25, 50, None, None, None], "steps": 75,
-                "parameters": 1,
+                "tests": dict(zip(cell["tests"], scores)), "solved_at": [25, *[None] * (len(cell["lengths"]) - 1)],
+                "steps": 75, "parameters": 1,
             },
         }
         for cell in cells
     ]  # fmt: skip
     assert list(cells[0]["tests"]) == ["T = 64, 4 pairs", "T = 128, 8 pairs", "T = 256, 16 pairs", "T = 512, 64 pairs"]
+    for cell in cells:
+        assert all(f"vocabulary={cell['vocabulary']}," in task for task, *_ in cell["tests"].values())
     table = mqar.rows(done)
-    assert [line["mixer"] for line in table] == list(mqar.MIXERS) and table[0]["T = 256, 16 pairs"] == "0.7000"
-    assert table[0]["left at step"] == "16: 25, 64: 50, 128: –, 256: –, 512: –"
-    panel = mqar.figure(done).axes[0]
-    assert sorted(bar.get_height() for bar in panel.patches) == sorted(scores * len(cells))
+    assert [line["mixer"] for line in table] == [*mqar.MIXERS] * 2 and table[0]["T = 256, 16 pairs"] == "0.7000"
+    assert table[0]["left at step"] == "16 (256): 25, 64 (256): –, 128 (256): –, 256 (256): –, 512 (256): –"
+    assert table[-1]["words"] == "8,192" and table[-1]["left at step"].startswith("16 (256): 25, 16 (1,024): –, ")
+    for panel in mqar.figure(done).axes:
+        assert sorted(bar.get_height() for bar in panel.patches) == sorted(scores * len(mqar.MIXERS))
 
 
 def test_the_mixers_parameters_are_equal():

@@ -318,6 +318,20 @@ def test_formal_languages(kind, seed, indices, shortest, more, room):
 
 
 @pytest.mark.parametrize("kind", LANGUAGES, ids=lambda kind: kind.__name__)
+@given(seeds, indices, st.booleans())
+def test_a_start_comes_before_the_same_examples(kind, seed, indices, prefixes):
+    more = {"prefixes": prefixes} if kind is tasks.ModularArithmetic else {}
+    without = kind(length=20, longest=6, **more)
+    task = kind(length=21, longest=6, start=True, **more)
+    examples = task(seed, indices)
+    assert_examples(task, examples, len(indices))
+    assert task.input_vocabulary == without.input_vocabulary + 1 and task.target_vocabulary == without.target_vocabulary
+    for name, first in dict(tokens=without.input_vocabulary, targets=0, counted=False, real=True).items():
+        np.testing.assert_array_equal(getattr(examples, name)[:, 0], first)
+        np.testing.assert_array_equal(getattr(examples, name)[:, 1:], getattr(without(seed, indices), name))
+
+
+@pytest.mark.parametrize("kind", LANGUAGES, ids=lambda kind: kind.__name__)
 def test_lengths_and_symbols_are_uniform(kind):
     task = kind(length=33, shortest=1, longest=10)
     examples = task(0, np.arange(6000))
@@ -434,6 +448,7 @@ def test_grain_reads_it(task):
         (lambda: tasks.DuplicateString(length=100), "length=100: must be at least 120"),
         (lambda: tasks.Parity(shortest=5, longest=4), "longest=4: must be at least 5"),
         (lambda: tasks.ModularArithmetic(shortest=4, longest=4), "no odd length"),
+        (lambda: tasks.Parity(length=11, longest=10, start=True), "length=11: must be at least 12.*and the start"),
         (lambda: tasks.near_orthogonal_keys(5, 12), "width=12: must be a power of two"),
         (lambda: tasks.near_orthogonal_keys(5, 0), "width=0: must be a power of two"),
         (lambda: tasks.SwapTracking(elements=2.5), "elements=2.5: must be an integer"),

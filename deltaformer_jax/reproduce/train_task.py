@@ -137,7 +137,8 @@ def run(
     lengths, each = settings["lengths"], lambda given: given if isinstance(given, list) else [given] * len(lengths)
     specs, targets, sizes, asked = map(each, (settings[key] for key in ("task", "target", "batch_size", "eval_rows")))
     tasks = [make(spec, length) for spec, length in zip(specs, lengths, strict=True)]
-    trainer, at = Trainer(settings, tasks[0], embedding), Progress(solved=[None] * len(tasks))
+    widest = max(tasks, key=lambda task: max(task.input_vocabulary, task.target_vocabulary))
+    trainer, at = Trainer(settings, widest, embedding), Progress(solved=[None] * len(tasks))
     if kept := unfinished.load(folder, settings, trainer.state):
         trainer.state, at = kept[0], Progress(**kept[1])
         trainer.seen = at.examples
@@ -200,11 +201,7 @@ def _stands_still(accuracies: list[float], plateau: list | None) -> bool:
 @functools.lru_cache(maxsize=8)
 def _programs(model: str, optimizer: str, embedding: Callable | None):
     """(step, evaluation, create(key) -> state, number of parameters) for JSON of the two sections."""
-    fields = json.loads(model)
-    config = Config(
-        model=ModelConfig(**{**fields, "mixers": tuple(fields.get("mixers", ("delta_former",)))}),
-        optimizer=OptimizerConfig(**json.loads(optimizer)),
-    )
+    config = Config(model=model_config(json.loads(model)), optimizer=OptimizerConfig(**json.loads(optimizer)))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
     def new_model(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
@@ -230,6 +227,11 @@ def _programs(model: str, optimizer: str, embedding: Callable | None):
     step = make_train_step(config, parts, mesh, shardings)
     evaluation = make_evaluation_step(parts, mesh)
     return step, evaluation, jax.jit(create, out_shardings=shardings), count_parameters(parts)
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """ModelConfig of a cell's plain fields, whose mixers are a list."""
+    return ModelConfig(**{**fields, "mixers": tuple(fields.get("mixers", ("delta_former",)))})
 
 
 def _batch(task: Any, seed: int | str, indices: np.ndarray) -> dict[str, np.ndarray]:

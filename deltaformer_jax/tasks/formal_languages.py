@@ -24,14 +24,17 @@ class StringTask:
     """What the six share. A task has `symbols` (of the input; the empty token is the one after them), `answers` (how
     many symbols an answer is made of), `answer_length(L)`, and `solve`.
 
-    Args: length: tokens in a row, at least longest + answer_length(longest). shortest, longest: bounds of the input's
-      length L, uniform between them. Raises ValueError for what does not fit.
-    `task(seed, indices)` -> Examples; input_vocabulary is symbols + 1, target_vocabulary answers.
+    Args: length: tokens in a row, at least longest + answer_length(longest), and one more with a start. shortest,
+      longest: bounds of the input's length L, uniform between them. start: the row's first token is no symbol, the
+      word after the empty token's, and nothing is asked there: where a memory's first state can be written. Raises
+      ValueError for what does not fit.
+    `task(seed, indices)` -> Examples; input_vocabulary is symbols + 1 (+ 1 with a start), target_vocabulary answers.
     """
 
     length: int = 128
     shortest: int = 1
     longest: int = 40
+    start: bool = False
 
     symbols: ClassVar[int] = 2
     answers: ClassVar[int] = 2
@@ -39,16 +42,17 @@ class StringTask:
     def __post_init__(self):
         check_least("shortest", self.shortest, 1)
         check_least("longest", self.longest, self.shortest)
-        least = self.longest + self.answer_length(self.longest)
+        least = self.longest + self.answer_length(self.longest) + self.start
         if self.length < least:
             raise ValueError(
-                f"length={self.length}: must be at least {least}, the longest input ({self.longest}) and its answer; "
-                "or choose a smaller longest"
+                f"length={self.length}: must be at least {least}, the longest input ({self.longest}) and its answer"
+                + " and the start" * self.start
+                + "; or choose a smaller longest"
             )
 
     @property
     def input_vocabulary(self) -> int:
-        return self.symbols + 1
+        return self.symbols + 1 + self.start
 
     @property
     def target_vocabulary(self) -> int:
@@ -71,11 +75,18 @@ class StringTask:
         raise NotImplementedError
 
     def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
+        examples = self.without_start(seed, indices)
+        if not self.start:
+            return examples
+        first = Examples(tokens=self.symbols + 1, targets=0, counted=False, real=True)
+        return Examples(*(np.pad(x, ((0, 0), (1, 0)), constant_values=fill) for x, fill in zip(examples, first)))
+
+    def without_start(self, seed: int | str, indices: np.ndarray) -> Examples:
         draws = Draws(seed, type(self).__name__, indices)
         lengths = self.input_lengths(draws)
         inputs = self.inputs(draws, lengths)
         answers, answered = self.solve(inputs, lengths)
-        place = np.arange(self.length)
+        place = np.arange(self.length - self.start)
         ends = lengths + self.answer_length(lengths)
         given, real = place < lengths[:, None], place < ends[:, None]
         tokens = np.where(real, self.symbols, 0)
@@ -133,12 +144,12 @@ class ModularArithmetic(StringTask):
             values.append((total + sign * product) % 5)
         return np.stack(values, axis=1)
 
-    def __call__(self, seed, indices):
-        examples = super().__call__(seed, indices)
+    def without_start(self, seed, indices):
+        examples = super().without_start(seed, indices)
         if not self.prefixes:
             return examples
         last = np.argmax(examples.counted, axis=1)[:, None]  # the ∅
-        place = np.arange(self.length)
+        place = np.arange(self.length - self.start)
         digit = (place % 2 == 0) & (place < last)
         values = self._values(np.where(place < last, examples.tokens, 0)[:, : self.longest])
         values = np.take_along_axis(values, np.minimum(place // 2, values.shape[1] - 1)[None].repeat(len(values), 0), 1)
