@@ -390,7 +390,7 @@ def test_a_full_disk(tmp_path):
 
 def test_interrupted_from_the_keyboard_with_workers(tmp_path):
     """Ctrl-C reaches the whole process group: one line, no tracebacks from the workers, nothing left."""
-    source, out = write(tmp_path / "in" / "a.jsonl", json_lines([text * 100_000 for text in TEXTS])), tmp_path / "out"
+    source, out = write(tmp_path / "in" / "a.jsonl", json_lines([text * 20_000 for text in TEXTS])), tmp_path / "out"
     train_bpe(TEXTS, 300).save(tmp_path / "in" / "bpe")
     command = [sys.executable, "-m", "deltaformer_jax.data.prepare", str(source), "--out", str(out), "--workers", "2"]
     command += ["--tokenizer", str(tmp_path / "in" / "bpe")]

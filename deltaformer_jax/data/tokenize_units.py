@@ -78,6 +78,7 @@ def tokenize_units(tokenizer: Tokenizer, units: Iterable[Unit], workers: int) ->
             workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(file,)
         )
         waiting: collections.deque = collections.deque()
+        others = set(multiprocessing.active_children())
         try:
             for unit in units:
                 with _keyboard_held():  # the first one starts the processes
@@ -88,6 +89,11 @@ def tokenize_units(tokenizer: Tokenizer, units: Iterable[Unit], workers: int) ->
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise ChildProcessError("a worker process died (out of memory?); try fewer --workers") from None
+        except BaseException:
+            # An interruption, or a unit's error: what the others have begun may take minutes, and nobody wants it.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
