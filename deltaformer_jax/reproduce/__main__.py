@@ -68,6 +68,7 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
     cells = experiment.cells(quick)
     notebook = Notebook(out, name, quick, cells)
     out.mkdir(parents=True, exist_ok=True)
+    begun = len(notebook.records) < len(cells)
     note(f"{name}: {NAMES[name][0]}\n{experiment.cost}; {len(notebook.records)} of {len(cells)} parts are done")
     with Interruption("stopping after this step, keeping what is done") as stop:
         for number, settings in enumerate(cells, 1):
@@ -87,10 +88,13 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
             notebook.add(settings, result, clock.parts)
             unfinished.release(folder)
     show(experiment.rows(notebook.done))
-    picture = io.BytesIO()
-    experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
-    (out / f"{name}.png").write_bytes(picture.getvalue())
-    print(f"{notebook.path}\n{out / name}.png")
+    drawn = out / f"{name}.png"
+    if begun or not drawn.exists():
+        picture, part = io.BytesIO(), out / f"{name}.png.part"  # an interruption leaves the old picture or the new one
+        experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
+        part.write_bytes(picture.getvalue())
+        part.replace(drawn)
+    print(f"{notebook.path}\n{drawn}")
     return True
 
 

@@ -28,12 +28,13 @@ BASE = "no RoPE, raw keys, learnt β, 1e-3"
 DELTA_VARIANTS = {
     "RoPE": ({"rope_base": 10_000.0}, 1e-3),
     "unit keys": ({"write_key_norm": "on"}, 1e-3),
+    "unit keys, scale 2": ({"write_key_norm": "on", "write_scale": 2.0}, 1e-3),
     "β = 1": ({"beta": "one"}, 1e-3),
     "learnt α": ({"alpha": "sigmoid"}, 1e-3),
     "3e-3": ({}, 3e-3),
     "1 head": ("1 head", 1e-3),
 }
-TRANSFORMER_VARIANTS = {"RoPE": ({"rope_base": 10_000.0}, 1e-3)}
+TRANSFORMER_VARIANTS = {"RoPE": ({"rope_base": 10_000.0}, 1e-3), "RoPE, 3e-3": ({"rope_base": 10_000.0}, 3e-3)}
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ class Notebook:
             saved = json.loads(self.path.read_text())
             records = {record["settings"]["label"]: record for record in saved["cells"]}
             quick, name, self.machine = saved["quick"], saved["experiment"], saved["machine"]
+            if not all(record["result"] and record["seconds"] >= 0 for record in saved["cells"]):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"--out: {self.path} is no record of an experiment; {ADVICE}") from None
         if name != self.name:

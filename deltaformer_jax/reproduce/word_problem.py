@@ -57,7 +57,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
                         str(length): [task, length + 1, 256] for length in (sizes["lengths"][-1], sizes["longer"])
                     },
                 )  # fmt: skip
-                found.append({**settings, "family": family})
+                found.append({**settings, "family": family, "problem": problem})
     return found
 
 
@@ -78,14 +78,17 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(12, 2.5 + 0.3 * len(done))
-    curves, bars = picture.subplots(1, 2)
-    accuracy_curves(curves, done, "family")
+    problems = list(dict.fromkeys(record["settings"]["problem"] for record in done))
+    picture = new_figure(12, 0.5 + 3.5 * len(problems))
     lengths = [length - 1 for length in done[0]["settings"]["lengths"]]  # without the start
     longest = lengths[-1]
-    curves.set_title(f"words of {', '.join(map(str, lengths))} in turn")
-    accuracy_bars(bars, done, "family", score=lambda record: record["result"]["tests"][str(longest)])
-    bars.set_title(f"words of {longest} after training")
+    for (curves, bars), problem in zip(picture.subplots(len(problems), 2, squeeze=False), problems):
+        here = [record for record in done if record["settings"]["problem"] == problem]
+        accuracy_curves(curves, here, "family")
+        curves.set_ylabel("accuracy")
+        curves.set_title(f"words of {', '.join(map(str, lengths))} in turn")
+        accuracy_bars(bars, here, "family", score=lambda record: record["result"]["tests"][str(longest)])
+        bars.set_title(f"words of {longest} after training")
     picture.suptitle("the word problem: what is the product so far?")
     return picture
 
