@@ -31,7 +31,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
         {
             "label": f"{name}, n = {elements}, {length} swaps", "similarity": name, "elements": elements,
             "swaps": length, "width": sizes["width"], "rows": sizes["rows"], "steps": sizes["steps"],
-            "learning_rate": 0.1, "seed": 0,
+            "optimizer": "adam", "learning_rate": 0.1, "dtype": "float32", "seed": 0, "evaluation_seed": "evaluation",
         }
         for name in SIMILARITIES
         for elements in sizes["elements"]
@@ -65,7 +65,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
             held.append(np.argmax(made.expected @ vectors.T, axis=-1))
         return np.concatenate(reads).reshape(-1, settings["width"]), np.concatenate(held)
 
-    training, testing = examples(settings["seed"]), examples("evaluation")
+    training, testing = examples(settings["seed"]), examples(settings["evaluation_seed"])
     if training is None or testing is None:
         return None
     optimiser = optax.adam(settings["learning_rate"])

@@ -86,5 +86,16 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "deltaformer_jax": deltaformer_jax.__version__,
         "device": f"{jax.device_count()} × {device.platform} {device.device_kind}",
+        "processor": _processor(),
         "cpu cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+
+
+def _processor() -> str:
+    """The processor's name; on Linux as the kernel has it, since platform.processor() is empty there."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        named = []
+    return named[0] if named else platform.processor() or platform.machine()

@@ -4,7 +4,7 @@ What a cell trains is in its settings, plain JSON:
 
     task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved;
                            a list of tasks, one for each length, where they differ in more than that
-    model, optimizer       fields of ModelConfig and OptimizerConfig that differ from the defaults
+    model, optimizer       every field of ModelConfig (but vocab_size, which is the task's) and of OptimizerConfig
     batch_size, steps      steps over all lengths together; rows a step, or a list of them, one for each length
     eval_every, eval_rows  every so many steps, the accuracy on so many rows drawn apart from those trained on; rows, or
                            a list of them, one for each length
@@ -44,6 +44,11 @@ from deltaformer_jax.training.step import make_train_step
 # The seed of an evaluation's examples, which no run trains with. Where there are few examples of a length (32 rows of
 # 5 bits), many of them are among those trained on all the same.
 EVALUATION = "evaluation"
+# The defaults as plain JSON.
+MODEL = {
+    field: list(value) if isinstance(value, tuple) else value
+    for field, value in dataclasses.asdict(ModelConfig()).items() if field != "vocab_size"
+}  # fmt: skip
 EVALUATION_TOKENS = 8192  # in one batch of an evaluation
 SAY_EVERY = 10.0  # seconds
 
@@ -54,7 +59,10 @@ def settings_of(
     target: float | list[float] = 0.995, patience: int = 2, tests: dict[str, list] | None = None,
     plateau: tuple[int, float] | None = None, **optimizer: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A cell's settings. Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
+    """A cell's settings. `model` and `optimizer` say what differs from the defaults, the settings say all of it: a
+    record whose defaults were others is not gone on with.
+
+    Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
 
     Of the guard against bad steps only that against infinities is on: after a long gradient no one goes back to a
     checkpoint here, and the guard would leave out all that follow.
@@ -64,9 +72,11 @@ def settings_of(
         skip_deviations=0.0,
     )  # fmt: skip
     return {
-        "label": label, "task": task, "lengths": lengths, "model": model, "optimizer": {**chosen, **optimizer},
-        "batch_size": batch_size, "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "target": target,
-        "patience": patience, "seed": seed, "tests": tests or {}, **({"plateau": list(plateau)} if plateau else {}),
+        "label": label, "task": task, "lengths": lengths, "model": {**MODEL, **model},
+        "optimizer": {**dataclasses.asdict(OptimizerConfig()), **chosen, **optimizer}, "batch_size": batch_size,
+        "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "evaluation_seed": EVALUATION,
+        "target": target, "patience": patience, "seed": seed, "tests": tests or {},
+        **({"plateau": list(plateau)} if plateau else {}),
     }  # fmt: skip
 
 
