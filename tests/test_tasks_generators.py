@@ -147,6 +147,31 @@ def test_word_problem_of_elements_that_move_few(group, moves, count):
     np.testing.assert_array_equal(targets[:, 1:], table[targets[:, :-1], tokens[:, 1:]])
 
 
+@given(seeds, indices, st.sampled_from(word_problem.GROUPS), st.integers(1, 12), st.integers(0, 2), st.booleans())
+def test_word_problem_by_the_letter(seed, indices, group, elements, pauses, start):
+    """Each asked target is the product, composed permutation by permutation, of the elements up to it; all else is not
+    asked and holds the empty token or the start."""
+    task = tasks.WordProblem(length=start + elements * (1 + pauses), group=group, pauses=pauses, start=start)
+    examples = task(seed, indices)
+    assert_examples(task, examples, len(indices))
+    every, n = word_problem.elements(group).tolist(), int(group[1])
+    for tokens, targets, counted, real in zip(*examples):
+        product, asked = list(range(n)), []
+        for place, token in enumerate(tokens):
+            inside = place - start
+            if inside < 0:
+                assert token == task.input_vocabulary - 1
+            elif inside % (1 + pauses):
+                assert token == len(every)
+            else:
+                product = [product[i] for i in every[token]]
+            if inside >= 0 and inside % (1 + pauses) == pauses:
+                asked.append(place)
+                assert every[targets[place]] == product
+        np.testing.assert_array_equal(np.flatnonzero(counted), asked)
+        assert real.all() and not targets[~counted].any()
+
+
 @pytest.mark.parametrize("pauses", [1, 3])
 def test_word_problem_with_pauses_is_the_one_without_spread_out(pauses):
     close, each = tasks.WordProblem(length=7, group="S4")("seed", np.arange(20)), 1 + pauses

@@ -9,7 +9,9 @@
 | `WordProblem` | the product of these elements of S5 or A5 |
 | `SwapConstruction` over `near_orthogonal_keys` | Theorem 1 of DeltaFormer, as keys and values |
 
-NumPy alone; `TaskSource` makes grain sources of them, and a `data.path` of "task:NAME,option=value" trains on one.
+NumPy alone; `TaskSource` makes grain sources of them, and a `data.path` of "task:NAME,option=value" trains on one whose
+inputs are tokens. `Reachability`'s are rows of an adjacency matrix, for a model that takes vectors: figure5 of
+`deltaformer_jax.reproduce` trains it; `SwapConstruction` has nothing to learn.
 """
 
 from deltaformer_jax.tasks.examples import Examples
