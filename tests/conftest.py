@@ -1,6 +1,11 @@
 """Eight simulated devices; warnings are errors (pyproject.toml)."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of jax: tests run on the CPU wherever they run.
 os.environ["JAX_PLATFORMS"] = "cpu"
