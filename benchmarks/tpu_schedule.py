@@ -52,12 +52,11 @@ def programs(length: int):
         first = lambda x: jnp.swapaxes(x[0], 0, 1)
         return kernel(first(q), first(k), first(v))
 
-    call = lambda **more: lambda q, k, v, beta: delta_attention(
-        q, k, v, beta=beta, implementation="pallas_tpu", **more
+    call = lambda **more: lambda q, k, v, beta: delta_attention(q, k, v, beta=beta, implementation="pallas_tpu", **more)
+    gradient = lambda f: (
+        lambda q, k, v, beta: jax.grad(lambda *x: f(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3))(q, k, v, beta)
     )
-    gradient = lambda f: lambda q, k, v, beta: jax.grad(
-        lambda *x: f(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)
-    )(q, k, v, beta)
+
     def gated(q, k, v, beta):
         return gated_delta_rule(q, k, v, beta=beta, log_decay=-beta, implementation="pallas_tpu")[0]
 

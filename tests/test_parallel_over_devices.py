@@ -61,9 +61,7 @@ def test_every_device_has_its_own_rows_and_heads():
     with jax.set_mesh(mesh(**CUBE)):
         out = jax.jit(lambda x: over_devices(op, {**x, "sinks": jnp.zeros(4), "log_decay": None}))(arrays)
     assert out.shape == (4, 40, 4, 8)
-    assert seen == [
-        dict(query=(1, 40, 2, 8), key=(1, 40, 1, 8), value=(1, 40, 1, 8), segment_ids=(1, 40), sinks=(2,))
-    ]
+    assert seen == [dict(query=(1, 40, 2, 8), key=(1, 40, 1, 8), value=(1, 40, 1, 8), segment_ids=(1, 40), sinks=(2,))]
 
 
 def test_a_kernel_lowers_on_a_mesh_because_it_is_told():

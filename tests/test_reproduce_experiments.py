@@ -162,7 +162,6 @@ def test_figure5(results):
 
 def test_adjacency_rows_are_the_tasks():
 
-
     rows = Reachability(nodes=8, width=12)("seed", np.arange(5)).rows
     examples = figure5.GraphTokens(8)("seed", np.arange(5))
     reader = figure5.AdjacencyRows(ModelConfig(vocab_size=64, d_model=12), rngs=nnx.Rngs(0))

@@ -58,9 +58,7 @@ def test_batch_n_is_the_examples_n_b_to_n_b_plus_b(number, processes, seed):
     data, task = TaskData(SPEC), tasks.Parity(LENGTH, longest=12)
     expected = task(seed, np.arange(8 * number, 8 * number + 8))
     shape = dict(sequence_length=LENGTH, batch_size=8, seed=seed, start_step=number, num_threads=0)
-    parts = [
-        next(batches(data, "train", **shape, process_index=i, process_count=processes)) for i in range(processes)
-    ]
+    parts = [next(batches(data, "train", **shape, process_index=i, process_count=processes)) for i in range(processes)]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     assert {name: array.dtype for name, array in batch.items()} == {
         "tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": bool
@@ -107,9 +105,7 @@ def test_hits_are_where_the_likeliest_word_is_the_target(whole, max_logits):
     """Of the model's own logits; at once, and a few positions at a time."""
     run = whole[1]
     batch = next(batches(run.corpus, "eval", sequence_length=LENGTH, batch_size=8, seed=0))
-    score = jax.jit(
-        lambda params, batch: batch_nats_and_hits(run.parts.graphdef, params, batch, max_logits=max_logits)
-    )
+    score = jax.jit(lambda params, batch: batch_nats_and_hits(run.parts.graphdef, params, batch, max_logits=max_logits))
     nats, hits = score(run.state.params, batch)
     model = merge(run.parts, run.state.params)
     logits, _ = jax.jit(lambda batch: model(batch["tokens"], segment_ids=batch["segment_ids"]))(batch)

@@ -33,9 +33,7 @@ def small_config(corpus, **fields) -> Config:
         ),
         data=DataConfig(path=str(corpus), sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3, decay_steps=20),
-        run=RunConfig(
-            steps=12, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=3, sample_prompt=""
-        ),
+        run=RunConfig(steps=12, log_every=1, eval_every=5, checkpoint_every=4, keep_checkpoints=3, sample_prompt=""),
     )
     for name, value in fields.items():
         section, field = name.split("__")

@@ -1,10 +1,10 @@
 """A prepared corpus on disk: its manifest, tokenizer, document lengths, and tokens by random access.
 
-    DIR/manifest.json         counts, settings, hashes (of itself too: an edited one is refused)
-    DIR/tokenizer.json        the tokenizer
-    DIR/SPLIT_lengths.npy     int64 [documents]: tokens of each document, in order; SPLIT is train or eval
-    DIR/SPLIT-00000.array_record ...   the tokens: a record is a document, or the next PIECE tokens of a longer one,
-                              as little-endian uint16 (uint32 above 65,536 ids)
+DIR/manifest.json         counts, settings, hashes (of itself too: an edited one is refused)
+DIR/tokenizer.json        the tokenizer
+DIR/SPLIT_lengths.npy     int64 [documents]: tokens of each document, in order; SPLIT is train or eval
+DIR/SPLIT-00000.array_record ...   the tokens: a record is a document, or the next PIECE tokens of a longer one,
+                          as little-endian uint16 (uint32 above 65,536 ids)
 """
 
 from __future__ import annotations

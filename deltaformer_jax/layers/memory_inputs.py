@@ -1,7 +1,7 @@
 """What a recurrent mixer's memory is given, and how its answer comes back: the two ends that all of them share.
 
-    q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)          conv with its SiLU, where the mixer has one
-    y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate where the mixer has one
+q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)          conv with its SiLU, where the mixer has one
+y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate where the mixer has one
 """
 
 from __future__ import annotations

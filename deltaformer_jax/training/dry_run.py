@@ -76,9 +76,7 @@ def _with_vocabulary(config: Config) -> Config:
 
 def _bytes(tree) -> int:
     """Of the arrays' parts on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

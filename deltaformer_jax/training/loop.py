@@ -246,7 +246,6 @@ class _LateReader:
             self._display.log(record, self._seconds / self._steps if self._steps else None)
             self._tokens = self._steps = self._seconds = 0
 
-
     def _skipped(self, step: int, number: int, values: dict[str, float]) -> None:
         self._run.streak.append(number)
         if len(self._run.streak) >= self._run.config.optimizer.rollback_after:

@@ -221,9 +221,7 @@ def _backward(settings, run, residuals, dout, du):
     elif settings.read is not None:
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
-        launch = read_backward_launch(
-            settings, query, key, *source, dout, residuals["lse_read"], row_dot, segment_ids
-        )
+        launch = read_backward_launch(settings, query, key, *source, dout, residuals["lse_read"], row_dot, segment_ids)
         dquery, dkey_read, du_read = _run(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query

@@ -91,9 +91,7 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
     tall = lambda x, w, of=lambda h: h: (
         None if x is None else calls.Input(x, (1, chunk, w), lambda h, c, _: (of(h), c, 0))
     )
-    row = lambda x, of=lambda h: h: (
-        None if x is None else calls.Input(x, (1, 1, chunk), lambda h, c, _: (of(h), 0, c))
-    )
+    row = lambda x, of=lambda h: h: None if x is None else calls.Input(x, (1, 1, chunk), lambda h, c, _: (of(h), 0, c))
     inputs = {
         "k": calls.Input(k) if streamed else whole(k, lambda h, c, _: (at.kv(h), 0, 0)),
         "keys": tall(k, width, at.kv),
@@ -255,9 +253,7 @@ def _backward(settings, residuals, dout, du):
         scratch |= {f"{name}_semaphores": pltpu.SemaphoreType.DMA((2, 2)) for name in tiles}
         scratch["semaphore"] = pltpu.SemaphoreType.DMA(())
     results = calls.call(
-        functools.partial(
-            backward_kernel, settings=settings, steps=at.steps, write_head=write_head, **at.sizes()
-        ),
+        functools.partial(backward_kernel, settings=settings, steps=at.steps, write_head=write_head, **at.sizes()),
         "delta_backward",
         (heads, at.steps),
         at.last,

@@ -31,9 +31,7 @@ from pallas_kernels.tpu.weights import (
 )
 
 
-def forward_kernel(
-    first, refs, *, settings, chunk, group, group_of_batch, kv_head, operand, write_dtype, read_dtype
-):
+def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, kv_head, operand, write_dtype, read_dtype):
     """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
     columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
     lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T], sums [V,C]. Which there are, delta.py says.
