@@ -106,9 +106,15 @@ def expected(shape, arrays, segments, dout):
             def call(x):
                 named = {} if "write_query" in x else {"write_query": shape["write_query"]}
                 return delta_attention(
-                    **x, **named, write_similarity=shape["write"], read_similarity=shape["read"],
-                    write_scale=write_scale, read_scale=tied_scale, segment_ids=segments, implementation="recurrent",
-                )  # fmt: skip
+                    **x,
+                    **named,
+                    write_similarity=shape["write"],
+                    read_similarity=shape["read"],
+                    write_scale=write_scale,
+                    read_scale=tied_scale,
+                    segment_ids=segments,
+                    implementation="recurrent",
+                )
 
             out, pull = jax.vjp(call, wide)
             return out, pull(dout)[0]
@@ -179,9 +185,19 @@ def check_repeats(count, tiles):
     results = {}
     for form, similarity in (("heads", "softmax"), ("query", "softmax"), ("key", "linear")):
         shape = dict(
-            batch=2, time=2000, heads=8, kv_heads=8, width=128, value_width=128, write=similarity, read=similarity,
-            write_query=form, alpha=False, beta=True, segments=form == "key",
-        )  # fmt: skip
+            batch=2,
+            time=2000,
+            heads=8,
+            kv_heads=8,
+            width=128,
+            value_width=128,
+            write=similarity,
+            read=similarity,
+            write_query=form,
+            alpha=False,
+            beta=True,
+            segments=form == "key",
+        )
         arrays, segments, dout = inputs_of(shape, np.random.default_rng(0), "bfloat16")
         call = forward_and_backward(settings_of(shape, tiles))
         arguments = jax.device_put(([arrays.get(name) for name in NAMES], segments, dout))

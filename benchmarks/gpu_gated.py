@@ -27,11 +27,17 @@ def _draw(rng):
     heads = int(rng.integers(1, 3))
     width, value_width = (int(x) for x in rng.choice([16, 24, 32, 64, 80, 128, 256], 2))
     return dict(
-        batch=int(rng.integers(1, 3)), time=int(rng.integers(2, 400)), heads=heads,
-        value_heads=heads * int(rng.integers(1, 4)), width=width, value_width=value_width, delta=bool(rng.integers(3)),
-        decay=str(rng.choice(["none", "head", "channel"])), strength=float(rng.choice([1, 1000])),
+        batch=int(rng.integers(1, 3)),
+        time=int(rng.integers(2, 400)),
+        heads=heads,
+        value_heads=heads * int(rng.integers(1, 4)),
+        width=width,
+        value_width=value_width,
+        delta=bool(rng.integers(3)),
+        decay=str(rng.choice(["none", "head", "channel"])),
+        strength=float(rng.choice([1, 1000])),
         segments=bool(rng.integers(2)),
-    )  # fmt: skip
+    )
 
 
 def _inputs(shape, rng, dtype):
@@ -98,9 +104,17 @@ def check_repeats(count):
     """Nothing is added in an arbitrary order: every run gives the same bits."""
     for delta, decay in itertools.product((True, False), ("head", "channel")):
         shape = dict(
-            batch=2, time=2048, heads=8, value_heads=8, width=128, value_width=128, delta=delta, decay=decay,
-            strength=1.0, segments=False,
-        )  # fmt: skip
+            batch=2,
+            time=2048,
+            heads=8,
+            value_heads=8,
+            width=128,
+            value_width=128,
+            delta=delta,
+            decay=decay,
+            strength=1.0,
+            segments=False,
+        )
         given = jax.device_put(_inputs(shape, np.random.default_rng(0), "bfloat16"))
         call = _both(delta, "triton")
         first = call(*given)
@@ -175,9 +189,17 @@ def time_table(length, device_milliseconds):
     for op, decay in itertools.product((gated_delta_rule, gated_linear_attention), ("head", "channel")):
         delta = op is gated_delta_rule
         shape = dict(
-            batch=4, time=length, heads=32, value_heads=32, width=128, value_width=128, delta=delta, decay=decay,
-            strength=1.0, segments=False,
-        )  # fmt: skip
+            batch=4,
+            time=length,
+            heads=32,
+            value_heads=32,
+            width=128,
+            value_width=128,
+            delta=delta,
+            decay=decay,
+            strength=1.0,
+            segments=False,
+        )
         arrays, _, (dout, _) = _inputs(shape, np.random.default_rng(0), "bfloat16")
         del arrays["initial_state"]
         fla = _fla(delta, decay, arrays, dout)

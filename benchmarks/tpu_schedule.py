@@ -65,7 +65,10 @@ def programs(length: int):
     return {
         "splash attention": ("splash", 2, 0, attention),
         "write alone": (
-            "delta_forward", 2, 1, lambda q, k, v, beta: delta_values(k, v, beta=beta, implementation="pallas_tpu")
+            "delta_forward",
+            2,
+            1,
+            lambda q, k, v, beta: delta_values(k, v, beta=beta, implementation="pallas_tpu"),
         ),
         "write and read, w = k": ("delta_forward", 4, 2, call()),
         "write and read, one pass (w = q)": ("delta_forward", 2, 1, call(write_query="query")),
@@ -73,7 +76,7 @@ def programs(length: int):
         "backward, one pass (w = q)": ("delta_backward", 5, 2.5, gradient(call(write_query="query"))),
         "gated_delta_rule, a head's decay": ("gated_forward", 0, 2, gated),
         "gated_delta_rule, backward": ("gated_backward", 0, 6, gradient(gated)),
-    }  # fmt: skip
+    }
 
 
 def compile_one(name: str, tpu: str, length: int) -> None:
@@ -141,9 +144,13 @@ def main() -> None:
             counts = bundles(folder, kernel)
         rows += parts(name, counts, in_step, in_chunk, flags.length // CHUNK, PRODUCT.get(flags.tpu))
     report(
-        f"Static schedule, {flags.tpu}, T = {flags.length}, {HEADS} heads of {WIDTH}, bfloat16", rows, flags.json,
-        tpu=flags.tpu, length=flags.length, libtpu=importlib.metadata.version("libtpu"),
-    )  # fmt: skip
+        f"Static schedule, {flags.tpu}, T = {flags.length}, {HEADS} heads of {WIDTH}, bfloat16",
+        rows,
+        flags.json,
+        tpu=flags.tpu,
+        length=flags.length,
+        libtpu=importlib.metadata.version("libtpu"),
+    )
 
 
 def parts(name, counts, in_step, in_chunk, chunks, product):

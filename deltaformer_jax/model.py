@@ -48,15 +48,35 @@ MIXERS = {
 
 # Fields of ModelConfig whose 0 or "" is a mixer's None.
 _ZERO_IS_NONE = (
-    "rope_base", "window", "chunk_size", "implementation", "write_scale", "read_scale", "num_value_heads", "value_dim",
-)  # fmt: skip
+    "rope_base",
+    "window",
+    "chunk_size",
+    "implementation",
+    "write_scale",
+    "read_scale",
+    "num_value_heads",
+    "value_dim",
+)
 # Fields whose value means: what the mixer does by itself.
 _MIXERS_OWN = {"conv_size": -1, "output_gate": "auto"}
 # Fields that ask for something: without a mixer that has it they would be forgotten.
 _ASKS = (
-    "window", "forget_gate", "sinks", "qk_norm", "kv_shift", "write_query", "write_similarity", "read_similarity",
-    "write_scale", "read_scale", "write_key_norm", "alpha", "beta", "num_value_heads", "negative_eigenvalues",
-)  # fmt: skip
+    "window",
+    "forget_gate",
+    "sinks",
+    "qk_norm",
+    "kv_shift",
+    "write_query",
+    "write_similarity",
+    "read_similarity",
+    "write_scale",
+    "read_scale",
+    "write_key_norm",
+    "alpha",
+    "beta",
+    "num_value_heads",
+    "negative_eigenvalues",
+)
 
 
 class Block(nnx.Module):

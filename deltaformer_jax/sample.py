@@ -52,9 +52,15 @@ def main(arguments: list[str] | None = None) -> None:
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(
-            run.parts, run.params, [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
-            flags.tokens, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed,
-        ):  # fmt: skip
+            run.parts,
+            run.params,
+            [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
+            flags.tokens,
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            seed=flags.seed,
+        ):
             for i, (stream, token) in enumerate(zip(streams, tokens)):
                 if not stream.finish:
                     output.add(i, stream.push(int(token)), stream.finish)

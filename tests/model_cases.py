@@ -12,29 +12,41 @@ from deltaformer_jax.model import LanguageModel
 VOCABULARY = 37
 
 SMALL = dict(
-    vocab_size=VOCABULARY, d_model=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24,
-    mixers=("delta_former", Mixer("softmax_attention", window=3)), implementation="parallel",
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    d_model=16,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=24,
+    mixers=("delta_former", Mixer("softmax_attention", window=3)),
+    implementation="parallel",
+)
 
 # Every option of the model, and a few of the mixers'.
 MODELS = {
     "hybrid": {},
     "one mixer, untied": dict(mixers=("delta_former",), num_layers=2, tie_embeddings=False, kv_shift=True),
     "three overrides": dict(
-        num_layers=3, kv_shift=True, qk_norm=True, rope_base=0.0, mixers=(
+        num_layers=3,
+        kv_shift=True,
+        qk_norm=True,
+        rope_base=0.0,
+        mixers=(
             Mixer("delta_former", write_query="projected", write_similarity="relu", alpha="sigmoid"),
             Mixer("softmax_attention", num_heads=2, num_kv_heads=1, head_dim=8, rope_base=100.0),
             Mixer("delta_former", write_query="query", beta="one"),
         ),
     ),
     "memories": dict(
-        num_layers=2, implementation="",
+        num_layers=2,
+        implementation="",
         mixers=("gated_delta_net", Mixer("softmax_attention", forget_gate=True, sinks=True)),
     ),
     "gates": dict(
         num_layers=2, conv_size=3, output_gate="on", mixers=(Mixer("delta_former", kv_shift=True), "softmax_attention")
     ),
-}  # fmt: skip
+}
 
 
 def make_model(**fields):

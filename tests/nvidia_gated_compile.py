@@ -58,7 +58,11 @@ if __name__ == "__main__":
                 for kernel in ALL_KERNELS:
                     ptx, shared, spilled = compiled(launch_of(kernel, capability, width, narrow), capability)
                     print(
-                        capability, width, "two-byte" if narrow else "float32", kernel,
+                        capability,
+                        width,
+                        "two-byte" if narrow else "float32",
+                        kernel,
                         f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled,",
-                        "wgmma" if "wgmma" in ptx else "", flush=True,
-                    )  # fmt: skip
+                        "wgmma" if "wgmma" in ptx else "",
+                        flush=True,
+                    )

@@ -74,9 +74,13 @@ def test_evaluation_passes_once_over_every_corpus(corpora, sequence_length):
 
 @settings(max_examples=60)
 @given(
-    st.lists(lengths, min_size=1, max_size=3), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 10**6),
-    st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (8, 8), (12, 4)]), st.booleans(),
-)  # fmt: skip
+    st.lists(lengths, min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(0, 2**40),
+    st.integers(0, 10**6),
+    st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (8, 8), (12, 4)]),
+    st.booleans(),
+)
 def test_a_batch_is_the_same_however_many_processes_read_it(corpora, length, seed, start, sizes, mixed):
     batch_size, processes = sizes
     splits = [Documents(one, 1000 * i) for i, one in enumerate(corpora)]

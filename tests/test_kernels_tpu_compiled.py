@@ -59,14 +59,15 @@ OTHERS = {
     "grouped and packed": (arrays(jnp.bfloat16, 2000, kv_heads=2, value_width=64), {}),
     "linear, width 256": (arrays(jnp.bfloat16, 2048, 2, 2, 256), dict(write_similarity="linear", write_scale=0.01)),
     "round and relu, width 32": (
-        arrays(jnp.bfloat16, 1000, 2, 2, 32), dict(write_similarity="round", read_similarity="relu"),
+        arrays(jnp.bfloat16, 1000, 2, 2, 32),
+        dict(write_similarity="round", read_similarity="relu"),
     ),
     "exp": (arrays(jnp.float32, 600, 2, 1, 96), dict(write_similarity="exp", read_similarity="exp")),
     "tied and packed": (arrays(jnp.bfloat16, 1000, 4, 2, 64, write_heads=4), dict(write_query="query")),
     "a short row": (arrays(jnp.bfloat16, 40, 2, 2, 64), {}),
     "past what VMEM holds": (arrays(jnp.bfloat16, 131_072, 2, 1), {}),
     "past what VMEM holds, tied": (arrays(jnp.bfloat16, 131_072, 1, 1), dict(write_query="query")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("inputs, settings", OTHERS.values(), ids=OTHERS)

@@ -49,9 +49,10 @@ def check(program, inputs):
 
 @pytest.mark.parametrize("tpu", TPUS)
 @pytest.mark.parametrize(
-    "dtype, decay", [(jnp.bfloat16, "head"), (jnp.float32, "head"), (jnp.bfloat16, "channel")],
+    "dtype, decay",
+    [(jnp.bfloat16, "head"), (jnp.float32, "head"), (jnp.bfloat16, "channel")],
     ids=["bfloat16", "float32", "bfloat16, channels"],
-)  # fmt: skip
+)
 def test_forward_and_backward(tpu, dtype, decay):
     """Nobody is named: the platform the program is compiled for chooses."""
     inputs = arrays(dtype, decay=decay)

@@ -15,7 +15,7 @@ from layers_cases import (
     make_mixer,
     normal,
     outputs,
-)  # fmt: skip
+)
 from test_layers_reference import numbers, rms, rotate
 
 from deltaformer_jax.layers.delta_net import DeltaNet
@@ -137,9 +137,10 @@ def test_flops(mixer, name, options):
     """Every kernel once with each token, and the memory; whatever the length, stacked or not."""
     module = make_mixer(mixer, options)
     kernels = sum(
-        leaf.size for path, leaf in jax.tree.leaves_with_path(module)
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(module)
         if leaf.ndim > 1 and "bias" not in jax.tree_util.keystr(path)
-    )  # fmt: skip
+    )
     heads, key_dim, value_dim = module.state_shape
     touched = 6 if isinstance(module, DeltaNet | GatedDeltaNet | KimiDeltaAttention) else 4
     expected = 2 * kernels + touched * heads * key_dim * value_dim
@@ -148,8 +149,9 @@ def test_flops(mixer, name, options):
     assert stacked.flops_per_token(10) == expected
 
 
-@pytest.mark.parametrize("mixer", [LinearAttention, Retention, GatedLinearAttention, DeltaNet, GatedDeltaNet,
-                                   KimiDeltaAttention])  # fmt: skip
+@pytest.mark.parametrize(
+    "mixer", [LinearAttention, Retention, GatedLinearAttention, DeltaNet, GatedDeltaNet, KimiDeltaAttention]
+)
 def test_bfloat16_is_near_float32(mixer):
     """As for attention: a few roundings of 2^-8 each on the way, of which the memory, float32, adds none."""
     low, high = make_mixer(mixer, {}, dtype=jnp.bfloat16), make_mixer(mixer, {})

@@ -71,8 +71,11 @@ def similarity(kind, scores):
     if kind == "softmax":
         return np.exp(scores) / np.sum(np.exp(scores)) if len(scores) else scores
     return {
-        "linear": lambda s: s, "relu": lambda s: np.maximum(s, 0), "exp": np.exp, Round(3): lambda s: np.round(s, 3),
-    }[kind](scores)  # fmt: skip
+        "linear": lambda s: s,
+        "relu": lambda s: np.maximum(s, 0),
+        "exp": np.exp,
+        Round(3): lambda s: np.round(s, 3),
+    }[kind](scores)
 
 
 def softmax_attention(module, x, options):

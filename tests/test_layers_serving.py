@@ -19,7 +19,7 @@ from layers_cases import (
     make_mixer,
     normal,
     outputs,
-)  # fmt: skip
+)
 
 from deltaformer_jax.layers.delta_former import DeltaFormer
 from deltaformer_jax.layers.feed_forward import SwiGLU

@@ -15,7 +15,7 @@ from model_cases import (
     loss_and_gradient,
     make_model,
     random_tokens,
-)  # fmt: skip
+)
 
 NEAR = dict(rtol=2e-4, atol=2e-4)  # float32, logits of size 1
 

@@ -18,7 +18,7 @@ from model_cases import (
     make_model,
     mean_loss,
     random_tokens,
-)  # fmt: skip
+)
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
@@ -109,8 +109,11 @@ def test_initial_values():
     assert num_parameters(shapes) == num_parameters(model)
     mixer, mlp = model.blocks[0].mixer, model.blocks[0].mlp
     for kernel, fan_in, factor in [
-        (mixer.inputs.query, 128, 1), (mixer.output, 128, 16), (mlp.up, 128, 1), (mlp.down, mlp_dim(config), 16),
-    ]:  # fmt: skip
+        (mixer.inputs.query, 128, 1),
+        (mixer.output, 128, 16),
+        (mlp.up, 128, 1),
+        (mlp.down, mlp_dim(config), 16),
+    ]:
         np.testing.assert_allclose(np.std(kernel[...]), (fan_in * factor) ** -0.5, rtol=0.03)
     assert np.abs(mlp.up[0] - mlp.up[1]).max() > 0.1 and np.abs(mlp.up[...] - mlp.gate[...]).max() > 0.1
     tokens = np.random.default_rng(0).integers(0, 256, (2, 32))

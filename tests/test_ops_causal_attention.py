@@ -39,8 +39,9 @@ def draw(time, seed=0, heads=4, kv_heads=2, batch=2, forget=False, sinks=False):
 
 
 @pytest.mark.parametrize("implementation", ["parallel", "chunked"])
-@pytest.mark.parametrize("window, forget, sinks", [(None, False, False), (1, False, True), (6, True, True),
-                                                   (None, True, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "window, forget, sinks", [(None, False, False), (1, False, True), (6, True, True), (None, True, False)]
+)
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(data=st.data())
 def test_forms_agree(window, forget, sinks, implementation, data):
@@ -62,9 +63,12 @@ def test_decay_and_sink_by_hand(x64):
     """Two tokens, q·k = 0: the weights are 1, e^g and e^b over their sum."""
     g, b = -0.7, 0.4
     out = causal_attention(
-        jnp.zeros((1, 2, 1, 1)), jnp.zeros((1, 2, 1, 1)), jnp.asarray([10.0, 3.0]).reshape(1, 2, 1, 1),
-        log_decay=jnp.asarray([-9.0, g]).reshape(1, 2, 1), sinks=jnp.asarray([b]),
-    )  # fmt: skip
+        jnp.zeros((1, 2, 1, 1)),
+        jnp.zeros((1, 2, 1, 1)),
+        jnp.asarray([10.0, 3.0]).reshape(1, 2, 1, 1),
+        log_decay=jnp.asarray([-9.0, g]).reshape(1, 2, 1),
+        sinks=jnp.asarray([b]),
+    )
     expected = [10 / (1 + np.exp(b)), (10 * np.exp(g) + 3) / (1 + np.exp(g) + np.exp(b))]
     np.testing.assert_allclose(out.ravel(), expected, rtol=1e-14)
 

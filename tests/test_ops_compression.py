@@ -37,9 +37,13 @@ def test_each_slot_holds_what_it_read(similarity, data):
         key[empty], value[empty] = np.nan, np.nan
         cache = KUCache(jnp.asarray(key), jnp.asarray(value), jnp.asarray(lengths))
         small = compress_cache(
-            cache, jnp.asarray(slots), read_similarity=similarity, read_scale=0.7, capacity=6,
+            cache,
+            jnp.asarray(slots),
+            read_similarity=similarity,
+            read_scale=0.7,
+            capacity=6,
             segment_ids=jnp.asarray(ids),
-        )  # fmt: skip
+        )
         assert small.capacity == 6
         np.testing.assert_array_equal(small.length, (ids != 0).sum(axis=1))
         for row in range(2):
@@ -79,10 +83,16 @@ def swapped(memory, slots, similarity, compressions):
     cache = KUCache.empty(1, capacity, 1, 1, memory.keys.shape[2], memory.values.shape[2], jnp.float64)
     feed = jax.jit(
         lambda keys, values, gate, cache: delta_attention(
-            lift(keys), lift(keys), lift(values), alpha=gate[..., None], beta=gate[..., None], **settings,
-            cache=cache, implementation="parallel",
+            lift(keys),
+            lift(keys),
+            lift(values),
+            alpha=gate[..., None],
+            beta=gate[..., None],
+            **settings,
+            cache=cache,
+            implementation="parallel",
         )
-    )  # fmt: skip
+    )
     pieces = lambda a, b: (memory.keys[:, a:b], memory.values[:, a:b], memory.gate[:, a:b])
     _, cache = feed(*pieces(0, slots), cache)
     most = 0
@@ -165,11 +175,13 @@ CACHE, SLOT = KUCache.empty(2, 5, 2, 4, 3, 6), jnp.zeros((2, 1, 2, 3))
         ((CACHE, SLOT), {"read_scale": np.inf}, ValueError, "read_scale=inf"),
         ((CACHE, jnp.zeros((2, 2, 2, 3))), {"segment_ids": jnp.ones((2, 1), jnp.int32)}, ValueError, "segment_ids"),
         (
-            (CACHE, jnp.zeros((2, 2, 2, 3))), {"segment_ids": jnp.array([[1, 2], [1, 1]], jnp.int32)},
-            ValueError, "one document a row",
+            (CACHE, jnp.zeros((2, 2, 2, 3))),
+            {"segment_ids": jnp.array([[1, 2], [1, 1]], jnp.int32)},
+            ValueError,
+            "one document a row",
         ),
     ],
-)  # fmt: skip
+)
 def test_errors(arguments, options, kind, message):
     with pytest.raises(kind, match=message):
         compress_cache(*arguments, **options)

@@ -132,9 +132,16 @@ def test_linear_similarities_are_delta_net(implementation, x64):
             state += beta[i, n, j] * np.outer(k[i, n, j], v[i, n, j] - k[i, n, j] @ state)
             expected[i, n, j] = 0.7 * q[i, n, j] @ state
     out = delta_attention(
-        *map(jnp.asarray, (q, k, v)), alpha=jnp.asarray(beta), beta=jnp.asarray(beta), write_similarity="linear",
-        read_similarity="linear", write_scale=1.0, read_scale=0.7, chunk_size=16, implementation=implementation,
-    )  # fmt: skip
+        *map(jnp.asarray, (q, k, v)),
+        alpha=jnp.asarray(beta),
+        beta=jnp.asarray(beta),
+        write_similarity="linear",
+        read_similarity="linear",
+        write_scale=1.0,
+        read_scale=0.7,
+        chunk_size=16,
+        implementation=implementation,
+    )
     np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-12)
 
 

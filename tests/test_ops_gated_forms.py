@@ -197,9 +197,17 @@ def test_without_decay_equals_delta_attention(implementation, x64):
     inputs = draw_inputs(case, 0, jnp.float64)
     out, _ = jax.jit(lambda inputs: call(case, inputs, implementation))(inputs)
     expected = delta_attention(
-        inputs["query"], inputs["key"], inputs["value"], alpha=inputs["beta"], beta=inputs["beta"],
-        write_similarity="linear", read_similarity="linear", write_scale=1.0, read_scale=0.7, implementation="parallel",
-    )  # fmt: skip
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        alpha=inputs["beta"],
+        beta=inputs["beta"],
+        write_similarity="linear",
+        read_similarity="linear",
+        write_scale=1.0,
+        read_scale=0.7,
+        implementation="parallel",
+    )
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance(case, jnp.float64) * np.abs(expected).max())
 
 

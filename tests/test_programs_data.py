@@ -48,12 +48,22 @@ def fineweb_edu(folder, files=2, documents=60):
 
 
 SMALL = [
-    "--config.model.vocab_size=0", "--config.model.d_model=32", "--config.model.num_layers=2",
-    "--config.model.num_heads=2", "--config.model.num_kv_heads=2", "--config.model.head_dim=16",
-    "--config.model.mlp_dim=64", "--config.data.sequence_length=32",
-    "--config.data.batch_size=8", "--config.optimizer.warmup_steps=2", "--config.optimizer.decay_steps=8",
-    "--config.run.steps=6", "--config.run.eval_every=6", "--config.run.log_every=1", "--config.run.sample_prompt=",
-]  # fmt: skip
+    "--config.model.vocab_size=0",
+    "--config.model.d_model=32",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.head_dim=16",
+    "--config.model.mlp_dim=64",
+    "--config.data.sequence_length=32",
+    "--config.data.batch_size=8",
+    "--config.optimizer.warmup_steps=2",
+    "--config.optimizer.decay_steps=8",
+    "--config.run.steps=6",
+    "--config.run.eval_every=6",
+    "--config.run.log_every=1",
+    "--config.run.sample_prompt=",
+]
 
 
 @pytest.mark.parametrize("name", ["deltaformer_340m", "transformer_340m"])

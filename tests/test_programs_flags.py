@@ -9,9 +9,12 @@ import pytest
 from deltaformer_jax.argument_parser import ArgumentParser
 
 PROGRAMS = {
-    "reproduce.__main__": "--quick", "sample": "--workdir", "evaluate": "--batches", "plot": "--smooth",
+    "reproduce.__main__": "--quick",
+    "sample": "--workdir",
+    "evaluate": "--batches",
+    "plot": "--smooth",
     "data.prepare": "--workers",
-}  # fmt: skip
+}
 
 
 def error_of(capsys, name, *arguments):

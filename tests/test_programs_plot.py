@@ -19,8 +19,15 @@ def make_run(folder, steps=40, offset=0.0, evaluates=True):
     records = []
     for step in range(1, steps + 1):
         loss = 3 / step + offset
-        records.append({"step": step, "loss": loss, "tokens_per_second": 100.0 * step, "grad_norm": 1 / step,
-                        "learning_rate": 1e-3 * step})  # fmt: skip
+        records.append(
+            {
+                "step": step,
+                "loss": loss,
+                "tokens_per_second": 100.0 * step,
+                "grad_norm": 1 / step,
+                "learning_rate": 1e-3 * step,
+            }
+        )
         if evaluates and step % 10 == 0:
             records.append({"step": step, "eval_loss": loss, "eval_bits_per_byte": loss / 2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

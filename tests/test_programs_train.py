@@ -31,12 +31,22 @@ def corpus(tmp_path_factory):
 def base(corpus, tmp_path_factory):
     """Flags and environment of a run of seconds."""
     flags = [
-        f"--config.data.path={corpus}", "--config.data.sequence_length=32", "--config.data.batch_size=4",
-        "--config.model.d_model=32", "--config.model.num_layers=2", "--config.model.num_heads=2",
-        "--config.model.num_kv_heads=2", "--config.model.head_dim=16", "--config.optimizer.warmup_steps=5",
-        "--config.run.steps=300", "--config.run.log_every=1", "--config.run.eval_every=100",
-        "--config.run.checkpoint_every=50", "--config.run.sample_tokens=20", "--config.run.sample_prompt=né ",
-    ]  # fmt: skip
+        f"--config.data.path={corpus}",
+        "--config.data.sequence_length=32",
+        "--config.data.batch_size=4",
+        "--config.model.d_model=32",
+        "--config.model.num_layers=2",
+        "--config.model.num_heads=2",
+        "--config.model.num_kv_heads=2",
+        "--config.model.head_dim=16",
+        "--config.optimizer.warmup_steps=5",
+        "--config.run.steps=300",
+        "--config.run.log_every=1",
+        "--config.run.eval_every=100",
+        "--config.run.checkpoint_every=50",
+        "--config.run.sample_tokens=20",
+        "--config.run.sample_prompt=né ",
+    ]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -47,8 +57,12 @@ def base(corpus, tmp_path_factory):
 def start(arguments, environment, folder):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
-        env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -102,9 +116,11 @@ def test_a_second_signal_stops_at_once(base, tmp_path):
     flags, environment = base
     # A step of minutes: nothing but the second signal can end it in time.
     slow = [
-        "--config.data.sequence_length=2048", "--config.data.batch_size=64", "--config.model.num_layers=64",
+        "--config.data.sequence_length=2048",
+        "--config.data.batch_size=64",
+        "--config.model.num_layers=64",
         "--config.model.chunk_size=64",
-    ]  # fmt: skip
+    ]
     process = start([f"--workdir={tmp_path / 'run'}", *flags, *slow], environment, tmp_path)
     while "compiling" not in process.stdout.readline():
         assert process.poll() is None
@@ -187,10 +203,20 @@ def test_config_files_that_fail(tmp_path, content, message):
 
 def test_command_line_values(tmp_path):
     command = parse(
-        ["train.py", "--workdir", str(tmp_path), "--config.model.mixers=('softmax_attention','delta_former')",
-         "--config.optimizer.learning_rate=1", "--config.run.steps", "7", "--config.model.qk_norm", "--dry_run"],
-        TINY, "usage",
-    )  # fmt: skip
+        [
+            "train.py",
+            "--workdir",
+            str(tmp_path),
+            "--config.model.mixers=('softmax_attention','delta_former')",
+            "--config.optimizer.learning_rate=1",
+            "--config.run.steps",
+            "7",
+            "--config.model.qk_norm",
+            "--dry_run",
+        ],
+        TINY,
+        "usage",
+    )
     assert command.config.model.mixers == ("softmax_attention", "delta_former")
     assert command.config.optimizer.learning_rate == 1.0 and command.config.run.steps == 7
     assert command.config.model.qk_norm and command.dry_run

@@ -36,9 +36,11 @@ def squares(monkeypatch):
 
     one = experiment.Experiment(
         cells=lambda quick: [{"label": f"x={x}", "x": x + Squares.offset} for x in range(2 if quick else 3)],
-        run=run, rows=lambda done: [{"x": r["settings"]["x"], "square": r["result"]["square"]} for r in done],
-        figure=figure, cost="no time at all",
-    )  # fmt: skip
+        run=run,
+        rows=lambda done: [{"x": r["settings"]["x"], "square": r["result"]["square"]} for r in done],
+        figure=figure,
+        cost="no time at all",
+    )
     monkeypatch.setitem(experiment.NAMES, "squares", ("x squared", "squares"))
     monkeypatch.setattr(program, "load", lambda name: one)
     return Squares
@@ -229,9 +231,19 @@ def tiny_cell(**changes):
     model = dict(mixers=["linear_attention"], d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
     tests = {str(longest): [f"task:parity,longest={longest}", 5, 8] for longest in (2, 3)}
     settings = train_task.settings_of(
-        "label", ["task:parity,longest=2", "task:parity,longest=4"], [5, 5], model=model, learning_rate=1e-2, steps=6,
-        batch_size=[4, 6], eval_every=1, eval_rows=[8, 5], target=[0, 2], patience=2, tests=tests,
-    )  # fmt: skip
+        "label",
+        ["task:parity,longest=2", "task:parity,longest=4"],
+        [5, 5],
+        model=model,
+        learning_rate=1e-2,
+        steps=6,
+        batch_size=[4, 6],
+        eval_every=1,
+        eval_rows=[8, 5],
+        target=[0, 2],
+        patience=2,
+        tests=tests,
+    )
     return {**settings, **changes}
 
 
@@ -275,9 +287,12 @@ def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
     stop = StopAfter(3)
     monkeypatch.setattr(unfinished.Clock, "requested", property(lambda clock: stop.requested))
     one = experiment.Experiment(
-        cells=lambda quick: [tiny_cell(family="parity", variant="tiny")], run=train_task.run, rows=families.rows,
-        figure=lambda done: pictures.new_figure(), cost="no time",
-    )  # fmt: skip
+        cells=lambda quick: [tiny_cell(family="parity", variant="tiny")],
+        run=train_task.run,
+        rows=families.rows,
+        figure=lambda done: pictures.new_figure(),
+        cost="no time",
+    )
     monkeypatch.setitem(experiment.NAMES, "tiny", ("parity", "tiny"))
     monkeypatch.setattr(program, "load", lambda name: one)
     assert not program.reproduce("tiny", epath.Path(tmp_path))
@@ -302,14 +317,17 @@ def test_mqar_shows_every_size_whatever_the_curriculum_reached():
     scores = [0.9, 0.8, 0.7, 0.6]
     done = [
         {
-            "settings": cell, "seconds": 1.0,
+            "settings": cell,
+            "seconds": 1.0,
             "result": {
-                "tests": dict(zip(cell["tests"], scores)), "solved_at": [25, *[None] * (len(cell["lengths"]) - 1)],
-                "steps": 75, "parameters": 1,
+                "tests": dict(zip(cell["tests"], scores)),
+                "solved_at": [25, *[None] * (len(cell["lengths"]) - 1)],
+                "steps": 75,
+                "parameters": 1,
             },
         }
         for cell in cells
-    ]  # fmt: skip
+    ]
     assert list(cells[0]["tests"]) == ["T = 64, 4 pairs", "T = 128, 8 pairs", "T = 256, 16 pairs", "T = 512, 64 pairs"]
     for cell in cells:
         assert all(f"vocabulary={cell['vocabulary']}," in task for task, *_ in cell["tests"].values())

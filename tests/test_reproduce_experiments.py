@@ -64,8 +64,9 @@ def test_every_cell_has_a_model_that_can_be_built(name):
     """Full forms are not trained here: a field that no mixer has, or sizes that do not fit, would show only then."""
     models = {
         json.dumps({**cell["model"], "vocab_size": 8}, sort_keys=True)
-        for cell in experiment.load(name).cells(False) if isinstance(cell.get("model"), dict)
-    }  # fmt: skip
+        for cell in experiment.load(name).cells(False)
+        if isinstance(cell.get("model"), dict)
+    }
     for fields in map(json.loads, models):
         config = train_task.model_config(fields)
         shapes = jax.eval_shape(lambda config=config: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
@@ -175,14 +176,24 @@ LEARN = dict(steps=200, batch_size=16)
 SMALL = {
     "table1": (
         {
-            **table1.FULL, **LEARN, "vocabulary": 32, "pairs": 2, "length": 8, "width": 16, "rates": (1e-2,),
+            **table1.FULL,
+            **LEARN,
+            "vocabulary": 32,
+            "pairs": 2,
+            "length": 8,
+            "width": 16,
+            "rates": (1e-2,),
             "similarities": ("round",),
         },
         {"accuracy": 0.11},  # 1/16; 0.156, the other four 0.99
     ),
     "mqar": (
         {
-            **mqar.FULL, "steps": 200, "stages": {32: ((32, 8, 2, 16, 256, 0.995),)}, "sizes": ((8, 2),), "width": 16,
+            **mqar.FULL,
+            "steps": 200,
+            "stages": {32: ((32, 8, 2, 16, 256, 0.995),)},
+            "sizes": ((8, 2),),
+            "width": 16,
             "mixers": ("gated linear attention", "DeltaNet"),
         },
         {"accuracy": 0.12, "T = 8, 2 pairs": 0.12},  # 1/16; 0.168
@@ -191,21 +202,38 @@ SMALL = {
         {
             "tasks": {
                 "duplicate_string": {
-                    **table5.COPYING, **LEARN, "rate": 1e-2, "layers": 1, "levels": (4,), "models": ("DeltaNet",),
+                    **table5.COPYING,
+                    **LEARN,
+                    "rate": 1e-2,
+                    "layers": 1,
+                    "levels": (4,),
+                    "models": ("DeltaNet",),
                 },
             },
-            "models": (), "width": 16, "heads": 1, "test": (5, 9), "test_rows": 64,
+            "models": (),
+            "width": 16,
+            "heads": 1,
+            "test": (5, 9),
+            "test_rows": 64,
         },
         {"accuracy": 0.7, "within": 0.7, "longer": 0.55},  # 1/2; 0.86, 0.85, 0.60
     ),
     "word_problem": (
         {
-            **word_problem.FULL, **LEARN, "rate": 1e-2, "problems": ("A5",), "models": ("DeltaNet",), "layers": (1,),
-            "lengths": (4,), "longer": 8, "width": 16, "heads": 2,
+            **word_problem.FULL,
+            **LEARN,
+            "rate": 1e-2,
+            "problems": ("A5",),
+            "models": ("DeltaNet",),
+            "layers": (1,),
+            "lengths": (4,),
+            "longer": 8,
+            "width": 16,
+            "heads": 2,
         },
         {"accuracy": 0.1, "4": 0.1, "8": 0.05},  # 1/60; 0.20, 0.20, 0.11
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -222,9 +250,15 @@ def test_a_smallest_form_learns(results, name):
 
 @pytest.mark.parametrize(
     "accuracies, stands",
-    [([0.5] * 3, False), ([0.5] * 4, True), ([0.5, 0.5, 0.5, 0.52], False), ([0.5, 0.9, 0.6, 0.7, 0.8], True),
-     ([0.5, 0.505, 0.508, 0.509], True), ([0.1, 0.2, 0.3, 0.4, 0.5], False)],
-)  # fmt: skip
+    [
+        ([0.5] * 3, False),
+        ([0.5] * 4, True),
+        ([0.5, 0.5, 0.5, 0.52], False),
+        ([0.5, 0.9, 0.6, 0.7, 0.8], True),
+        ([0.5, 0.505, 0.508, 0.509], True),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], False),
+    ],
+)
 def test_a_plateau_is_three_evaluations_none_better_by_a_hundredth(accuracies, stands):
     assert train_task._stands_still(accuracies, [3, 0.01]) == stands
     assert not train_task._stands_still(accuracies, None)
@@ -233,11 +267,19 @@ def test_a_plateau_is_three_evaluations_none_better_by_a_hundredth(accuracies, s
 def test_training_goes_from_task_to_task_and_ends_at_a_plateau(tmp_path):
     """The first two are left at once (target 0), the third's target of 2 is out of reach and nothing is learnt."""
     settings = train_task.settings_of(
-        "label", [f"task:parity,longest={longest}" for longest in (1, 2, 4)], [5] * 3,
+        "label",
+        [f"task:parity,longest={longest}" for longest in (1, 2, 4)],
+        [5] * 3,
         model=dict(mixers=["linear_attention"], d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8),
-        learning_rate=0.0, steps=20, batch_size=[4, 4, 6], eval_every=1, eval_rows=8, target=[0, 0, 2], patience=2,
+        learning_rate=0.0,
+        steps=20,
+        batch_size=[4, 4, 6],
+        eval_every=1,
+        eval_rows=8,
+        target=[0, 0, 2],
+        patience=2,
         plateau=(3, 0.01),
-    )  # fmt: skip
+    )
     result = train_task.run(settings, epath.Path(tmp_path / "cell"), print, NeverStop)
     assert result["solved_at"] == [2, 4, None] and result["steps"] == 8
     assert result["tokens"] == (4 * 4 + 6 * 4) * 5
@@ -246,10 +288,18 @@ def test_training_goes_from_task_to_task_and_ends_at_a_plateau(tmp_path):
 def test_the_words_are_those_of_the_task_that_has_most(tmp_path):
     """A token beyond the embedding's words is NaN, and so would be the losses of the second task."""
     settings = train_task.settings_of(
-        "label", [f"task:mqar,vocabulary={words},pairs=1" for words in (8, 64, 8)], [4] * 3,
+        "label",
+        [f"task:mqar,vocabulary={words},pairs=1" for words in (8, 64, 8)],
+        [4] * 3,
         model=dict(mixers=["linear_attention"], d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8),
-        learning_rate=1e-3, steps=3, batch_size=16, eval_every=1, eval_rows=8, target=0, patience=1,
-    )  # fmt: skip
+        learning_rate=1e-3,
+        steps=3,
+        batch_size=16,
+        eval_every=1,
+        eval_rows=8,
+        target=0,
+        patience=1,
+    )
     result = train_task.run(settings, epath.Path(tmp_path / "cell"), print, NeverStop)
     assert result["solved_at"] == [1, 2, 3] and np.isfinite([loss for *_, loss in result["curve"]]).all()
 

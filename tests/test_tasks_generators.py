@@ -420,10 +420,13 @@ def test_swap_construction(seed, indices, slots, swaps):
 # What all of them share.
 
 EVERY = [
-    tasks.SwapTracking(), tasks.WordProblem(), tasks.MQAR(), tasks.Reachability(),
+    tasks.SwapTracking(),
+    tasks.WordProblem(),
+    tasks.MQAR(),
+    tasks.Reachability(),
     *(kind(length=120) for kind in LANGUAGES),
     tasks.SwapConstruction(np.eye(4), np.eye(4), 5),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: type(task).__name__)

@@ -36,9 +36,12 @@ def compiled(tmp_path_factory):
 
 def task_config(**fields):
     small = dict(
-        data__sequence_length=LENGTH, model__num_layers=1, model__tie_embeddings=False, run__eval_every=6,
+        data__sequence_length=LENGTH,
+        model__num_layers=1,
+        model__tie_embeddings=False,
+        run__eval_every=6,
         run__eval_batches=3,
-    )  # fmt: skip
+    )
     return cases.small_config(SPEC, **{**small, **fields})
 
 
@@ -61,8 +64,11 @@ def test_batch_n_is_the_examples_n_b_to_n_b_plus_b(number, processes, seed):
     parts = [next(batches(data, "train", **shape, process_index=i, process_count=processes)) for i in range(processes)]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     assert {name: array.dtype for name, array in batch.items()} == {
-        "tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "loss_mask": bool
-    }  # fmt: skip
+        "tokens": np.int32,
+        "targets": np.int32,
+        "segment_ids": np.int32,
+        "loss_mask": bool,
+    }
     for name, array in zip(("tokens", "targets", "loss_mask", "segment_ids"), expected):
         np.testing.assert_array_equal(batch[name], array)
 

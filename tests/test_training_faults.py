@@ -38,12 +38,21 @@ def corpus(tmp_path_factory):
 
 def flags_of(corpus, steps=40):
     return [
-        f"--config.data.path={corpus}", "--config.data.sequence_length=32", "--config.data.batch_size=8",
-        "--config.model.d_model=32", "--config.model.num_layers=2", "--config.model.num_heads=2",
-        "--config.model.num_kv_heads=2", "--config.model.head_dim=16", "--config.model.implementation=parallel",
-        f"--config.run.steps={steps}", "--config.run.log_every=1", "--config.run.eval_every=10",
-        "--config.run.checkpoint_every=7", "--config.run.sample_tokens=20",
-    ]  # fmt: skip
+        f"--config.data.path={corpus}",
+        "--config.data.sequence_length=32",
+        "--config.data.batch_size=8",
+        "--config.model.d_model=32",
+        "--config.model.num_layers=2",
+        "--config.model.num_heads=2",
+        "--config.model.num_kv_heads=2",
+        "--config.model.head_dim=16",
+        "--config.model.implementation=parallel",
+        f"--config.run.steps={steps}",
+        "--config.run.log_every=1",
+        "--config.run.eval_every=10",
+        "--config.run.checkpoint_every=7",
+        "--config.run.sample_tokens=20",
+    ]
 
 
 def weights(workdir):
@@ -192,8 +201,12 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_pa
     assert step >= 7 and step % 7 == 0 and records[-1]["step"] <= step + 8
     sound = subprocess.run(
         [sys.executable, Path(program.__file__), f"--workdir={kept}", f"--config.run.steps={step + 3}"],
-        env=environment(tmp_path_factory), cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=environment(tmp_path_factory),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert sound.returncode == 0 and f"resumed at step {step}" in sound.stdout.replace("\n", " "), sound
 
 

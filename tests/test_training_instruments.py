@@ -39,9 +39,13 @@ def plain(corpus, tmp_path_factory):
 def test_statistics_are_those_of_the_step(corpus, accumulation, mesh):
     mixers = ("delta_former", Mixer("softmax_attention", window=8))
     config = cases.small_config(
-        corpus, model__mixers=mixers, model__num_layers=4, model__vocab_size=257,
-        optimizer__accumulation_steps=accumulation, **{f"mesh__{axis}": size for axis, size in mesh.items()},
-    )  # fmt: skip
+        corpus,
+        model__mixers=mixers,
+        model__num_layers=4,
+        model__vocab_size=257,
+        optimizer__accumulation_steps=accumulation,
+        **{f"mesh__{axis}": size for axis, size in mesh.items()},
+    )
     devices = jax.devices()[: 4 if mesh else 1]
     parts, mesh = model_parts(config.model), make_mesh(config.mesh, devices)
     _, shardings = abstract_state(config, parts, mesh)

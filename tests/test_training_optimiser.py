@@ -42,9 +42,13 @@ def test_schedule(schedule, warmup):
 
 def test_wsd_that_decays_all_the_way():
     config = OptimizerConfig(
-        learning_rate=1.0, warmup_steps=10, decay_steps=20, schedule="wsd", wsd_decay_fraction=1.0,
+        learning_rate=1.0,
+        warmup_steps=10,
+        decay_steps=20,
+        schedule="wsd",
+        wsd_decay_fraction=1.0,
         final_learning_rate=0.0,
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(values(config, [9, 10, 15, 20]), [1.0, 1.0, 0.5, 0.0], atol=1e-6)
 
 

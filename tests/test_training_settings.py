@@ -32,9 +32,15 @@ def test_every_number_has_a_bound():
             unbounded.remove(name)
     # The mesh and the model check these with what only they know; scales may be negative.
     assert unbounded == {
-        "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context",
-        "model.norm_epsilon", "model.rope_base", "model.write_scale", "model.read_scale",
-    }  # fmt: skip
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "mesh.context",
+        "model.norm_epsilon",
+        "model.rope_base",
+        "model.write_scale",
+        "model.read_scale",
+    }
 
 
 @pytest.mark.parametrize(

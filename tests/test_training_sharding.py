@@ -89,9 +89,10 @@ def test_eight_devices_do_what_one_does():
     cut = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         moments = [
-            other for where, other in leaves.items()
+            other
+            for where, other in leaves.items()
             if where[0] == jax.tree_util.GetAttrKey("opt_state") and where[-len(path) :] == path
-        ]  # fmt: skip
+        ]
         assert len(moments) == 2
         assert all(moment.sharding.is_equivalent_to(leaf.sharding, leaf.ndim) for moment in moments)
         cut += leaf.sharding.shard_shape(leaf.shape) != leaf.shape

@@ -56,14 +56,32 @@ class DeltaFormer(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, num_kv_heads: int, head_dim: int, write_query: str = "key",
-        write_similarity: str | Similarity = "softmax", read_similarity: str | Similarity = "softmax",
-        write_scale: float | None = None, read_scale: float | None = None, write_key_norm: str = "auto",
-        alpha: str = "off", beta: str = "sigmoid", rope_base: float | None = 10_000.0, qk_norm: bool = False,
-        kv_shift: bool = False, conv_size: int = 0, output_gate: bool = False, norm_epsilon: float = 1e-6,
-        output_scale: float = 1.0, chunk_size: int | None = None, implementation: str | None = None,
-        dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        write_query: str = "key",
+        write_similarity: str | Similarity = "softmax",
+        read_similarity: str | Similarity = "softmax",
+        write_scale: float | None = None,
+        read_scale: float | None = None,
+        write_key_norm: str = "auto",
+        alpha: str = "off",
+        beta: str = "sigmoid",
+        rope_base: float | None = 10_000.0,
+        qk_norm: bool = False,
+        kv_shift: bool = False,
+        conv_size: int = 0,
+        output_gate: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         check_choice("write_query", write_query, ("key", "query", "projected"))
         check_choice("write_key_norm", write_key_norm, ("auto", "on", "off"))
         check_choice("alpha", alpha, ("off", "sigmoid"))
@@ -71,9 +89,18 @@ class DeltaFormer(nnx.Module):
         self.write_similarity = as_similarity(write_similarity, "write_similarity")
         self.read_similarity = as_similarity(read_similarity, "read_similarity")
         self.inputs = QueryKeyValue(
-            d_model, num_heads, num_kv_heads, head_dim, rope_base=rope_base, qk_norm=qk_norm, kv_shift=kv_shift,
-            conv_size=conv_size, norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope_base=rope_base,
+            qk_norm=qk_norm,
+            kv_shift=kv_shift,
+            conv_size=conv_size,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            rngs=rngs,
+        )
         projected = write_query == "projected"
         self.write_kernel = (
             kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim")) if projected else None
@@ -87,9 +114,12 @@ class DeltaFormer(nnx.Module):
         self.beta_gate = Gate(d_model, self.u_heads, axis=u_axis, rngs=rngs) if beta != "one" else None
         self.beta_is_raw = beta == "raw"
         self.output = kernel(
-            rngs, (num_heads, head_dim, d_model), ("heads", "head_dim", "embed"),
-            fan_in=num_heads * head_dim, scale=output_scale,
-        )  # fmt: skip
+            rngs,
+            (num_heads, head_dim, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * head_dim,
+            scale=output_scale,
+        )
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
@@ -118,10 +148,14 @@ class DeltaFormer(nnx.Module):
         if self.unit_keys:
             key = rms_normalize(key)
         attend = functools.partial(
-            ops.delta_attention, write_similarity=self.write_similarity, read_similarity=self.read_similarity,
-            write_scale=self.write_scale, read_scale=self.read_scale, chunk_size=self.chunk_size,
+            ops.delta_attention,
+            write_similarity=self.write_similarity,
+            read_similarity=self.read_similarity,
+            write_scale=self.write_scale,
+            read_scale=self.read_scale,
+            chunk_size=self.chunk_size,
             implementation=self.implementation,
-        )  # fmt: skip
+        )
         arrays = dict(
             query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
         )

@@ -27,11 +27,23 @@ class DeltaNet(DeltaRuleMixer):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, num_value_heads: int | None = None,
-        value_dim: int | None = None, conv_size: int = 4, output_gate: bool = False,
-        negative_eigenvalues: bool = False, norm_epsilon: float = 1e-6, output_scale: float = 1.0,
-        chunk_size: int | None = None, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        conv_size: int = 4,
+        output_gate: bool = False,
+        negative_eigenvalues: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         heads, width = num_value_heads or num_heads, value_dim or head_dim
         self.inputs = MemoryInputs(
             d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
@@ -39,9 +51,15 @@ class DeltaNet(DeltaRuleMixer):
         self.beta = Gate(d_model, heads, axis="heads", rngs=rngs)
         self.decay = None
         self.output = MemoryOutput(
-            d_model, heads, width, gate="swish" if output_gate else "", epsilon=norm_epsilon,
-            output_scale=output_scale, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         self.state_shape = (heads, head_dim, width)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

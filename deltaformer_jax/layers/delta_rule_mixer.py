@@ -32,9 +32,12 @@ class DeltaRuleMixer(nnx.Module):
         query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
         rule = functools.partial(ops.gated_delta_rule, chunk_size=self.chunk_size, implementation=self.implementation)
         arrays = dict(
-            query=l2_normalize(query), key=l2_normalize(key), value=value,
-            beta=self.beta_scale * jax.nn.sigmoid(self.beta(x)), segment_ids=segment_ids,
-        )  # fmt: skip
+            query=l2_normalize(query),
+            key=l2_normalize(key),
+            value=value,
+            beta=self.beta_scale * jax.nn.sigmoid(self.beta(x)),
+            segment_ids=segment_ids,
+        )
         if self.decay is not None:
             arrays["log_decay"] = self.decay(x)
         read, cache = remember(rule, arrays, cache, tails)

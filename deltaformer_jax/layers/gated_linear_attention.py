@@ -36,10 +36,21 @@ class GatedLinearAttention(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, value_dim: int | None = None, conv_size: int = 0,
-        output_gate: bool = True, norm_epsilon: float = 1e-6, output_scale: float = 1.0,
-        chunk_size: int | None = None, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        conv_size: int = 0,
+        output_gate: bool = True,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         width = value_dim or head_dim
         self.inputs = MemoryInputs(
             d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
@@ -50,9 +61,15 @@ class GatedLinearAttention(nnx.Module):
             jnp.zeros((num_heads, head_dim), jnp.float32), axes=("heads", "head_dim"), decay=False
         )
         self.output = MemoryOutput(
-            d_model, num_heads, width, gate="swish" if output_gate else "", epsilon=norm_epsilon,
-            output_scale=output_scale, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            num_heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.state_shape = (num_heads, head_dim, width)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
 

@@ -29,11 +29,22 @@ class KimiDeltaAttention(DeltaRuleMixer):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, value_dim: int | None = None, conv_size: int = 4,
-        output_gate: bool = True, negative_eigenvalues: bool = False, norm_epsilon: float = 1e-6,
-        output_scale: float = 1.0, chunk_size: int | None = None, implementation: str | None = None,
-        dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        conv_size: int = 4,
+        output_gate: bool = True,
+        negative_eigenvalues: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         width = value_dim or head_dim
         self.inputs = MemoryInputs(
             d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
@@ -41,9 +52,16 @@ class KimiDeltaAttention(DeltaRuleMixer):
         self.beta = Gate(d_model, num_heads, axis="heads", rngs=rngs)
         self.decay = ChannelDecay(d_model, num_heads, head_dim, rank=head_dim, rngs=rngs)
         self.output = MemoryOutput(
-            d_model, num_heads, width, gate="sigmoid" if output_gate else "", gate_rank=width, epsilon=norm_epsilon,
-            output_scale=output_scale, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            num_heads,
+            width,
+            gate="sigmoid" if output_gate else "",
+            gate_rank=width,
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         self.state_shape = (num_heads, head_dim, width)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

@@ -46,13 +46,19 @@ class KVShift(nnx.Module):
 
     def __call__(self, key, value, *, segment_ids=None, tail: ShiftTail | None = None):
         mixed_key = ops.shift_mix(
-            key, self.current_key[...], self.previous_key[...],
-            segment_ids=segment_ids, last=None if tail is None else tail.key,
-        )  # fmt: skip
+            key,
+            self.current_key[...],
+            self.previous_key[...],
+            segment_ids=segment_ids,
+            last=None if tail is None else tail.key,
+        )
         mixed_value = ops.shift_mix(
-            value, self.current_value[...], self.previous_value[...],
-            segment_ids=segment_ids, last=None if tail is None else tail.value,
-        )  # fmt: skip
+            value,
+            self.current_value[...],
+            self.previous_value[...],
+            segment_ids=segment_ids,
+            last=None if tail is None else tail.value,
+        )
         if tail is not None:
             tail = ShiftTail(
                 last_real_token(key, segment_ids, tail.key), last_real_token(value, segment_ids, tail.value)

@@ -31,15 +31,27 @@ class LinearAttention(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, value_dim: int | None = None, output_scale: float = 1.0,
-        chunk_size: int | None = None, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         width = value_dim or head_dim
         self.inputs = MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=0, dtype=dtype, rngs=rngs)
         self.output = kernel(
-            rngs, (num_heads, width, d_model), ("heads", "head_dim", "embed"),
-            fan_in=num_heads * width, scale=output_scale,
-        )  # fmt: skip
+            rngs,
+            (num_heads, width, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * width,
+            scale=output_scale,
+        )
         self.state_shape = (num_heads, head_dim, width + 1)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
 

@@ -22,9 +22,17 @@ class MemoryInputs(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, num_value_heads: int, head_dim: int, value_dim: int, *,
-        conv_size: int, dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        num_heads: int,
+        num_value_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        conv_size: int,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         sizes = dict(num_heads=num_heads, num_value_heads=num_value_heads, head_dim=head_dim, value_dim=value_dim)
         for name, size in sizes.items():
             if size < 1:
@@ -71,18 +79,30 @@ class MemoryOutput(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, heads: int, value_dim: int, *, gate: str, gate_rank: int = 0, epsilon: float,
-        output_scale: float, dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        heads: int,
+        value_dim: int,
+        *,
+        gate: str,
+        gate_rank: int = 0,
+        epsilon: float,
+        output_scale: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm = HeadNorm(value_dim, activation=gate or "swish", epsilon=epsilon)
         low_rank = bool(gate and gate_rank)
         self.gate_down = kernel(rngs, (d_model, gate_rank), ("embed", "rank")) if low_rank else None
         rows, axis = (gate_rank, "rank") if low_rank else (d_model, "embed")
         self.gate = kernel(rngs, (rows, heads, value_dim), (axis, "heads", "head_dim")) if gate else None
         self.output = kernel(
-            rngs, (heads, value_dim, d_model), ("heads", "head_dim", "embed"),
-            fan_in=heads * value_dim, scale=output_scale,
-        )  # fmt: skip
+            rngs,
+            (heads, value_dim, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=heads * value_dim,
+            scale=output_scale,
+        )
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, o, x):

@@ -41,10 +41,20 @@ class QueryKeyValue(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
-        rope_base: float | None, qk_norm: bool, kv_shift: bool, conv_size: int, norm_epsilon: float, dtype,
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope_base: float | None,
+        qk_norm: bool,
+        kv_shift: bool,
+        conv_size: int,
+        norm_epsilon: float,
+        dtype,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base)
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
         self.key = kernel(rngs, (d_model, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))

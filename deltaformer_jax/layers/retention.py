@@ -31,19 +31,35 @@ class Retention(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, head_dim: int, value_dim: int | None = None,
-        rope_base: float | None = 10_000.0, output_gate: bool = True, norm_epsilon: float = 1e-6,
-        output_scale: float = 1.0, chunk_size: int | None = None, implementation: str | None = None,
-        dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        rope_base: float | None = 10_000.0,
+        output_gate: bool = True,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         width = value_dim or head_dim
         if rope_base is not None and head_dim % 2:
             raise ValueError(f"head_dim={head_dim} must be even for the rotary embedding, or switch it off (rope_base)")
         self.inputs = MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=0, dtype=dtype, rngs=rngs)
         self.output = MemoryOutput(
-            d_model, num_heads, width, gate="swish" if output_gate else "", epsilon=norm_epsilon,
-            output_scale=output_scale, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            num_heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.rope_base = rope_base
         self.state_shape = (num_heads, head_dim, width)
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

@@ -42,21 +42,48 @@ class SoftmaxAttention(nnx.Module):
     """
 
     def __init__(
-        self, d_model: int, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None = None,
-        rope_base: float | None = 10_000.0, qk_norm: bool = False, kv_shift: bool = False, forget_gate: bool = False,
-        sinks: bool = False, conv_size: int = 0, output_gate: bool = False, norm_epsilon: float = 1e-6,
-        output_scale: float = 1.0, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        rope_base: float | None = 10_000.0,
+        qk_norm: bool = False,
+        kv_shift: bool = False,
+        forget_gate: bool = False,
+        sinks: bool = False,
+        conv_size: int = 0,
+        output_gate: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if window is not None and window < 1:
             raise ValueError(f"window={window} must be at least 1 token")
         self.inputs = QueryKeyValue(
-            d_model, num_heads, num_kv_heads, head_dim, rope_base=rope_base, qk_norm=qk_norm, kv_shift=kv_shift,
-            conv_size=conv_size, norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
+            d_model,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope_base=rope_base,
+            qk_norm=qk_norm,
+            kv_shift=kv_shift,
+            conv_size=conv_size,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.output = kernel(
-            rngs, (num_heads, head_dim, d_model), ("heads", "head_dim", "embed"),
-            fan_in=num_heads * head_dim, scale=output_scale,
-        )  # fmt: skip
+            rngs,
+            (num_heads, head_dim, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * head_dim,
+            scale=output_scale,
+        )
         self.forget = Gate(d_model, num_heads, axis="heads", rngs=rngs) if forget_gate else None
         self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None

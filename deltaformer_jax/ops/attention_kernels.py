@@ -83,15 +83,24 @@ def splash_attention(query, key, value, segment_ids, *, scale, window, interpret
     blocks = {
         name: side
         for name in (
-            "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
-            "block_q_dq", "block_kv_dq",
+            "block_q",
+            "block_kv",
+            "block_kv_compute",
+            "block_q_dkv",
+            "block_kv_dkv",
+            "block_kv_dkv_compute",
+            "block_q_dq",
+            "block_kv_dq",
         )
-    }  # fmt: skip
+    }
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, interpret=interpret,
+            masks.MultiHeadMask([mask] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
             block_sizes=splash.BlockSizes(**blocks),
-        )  # fmt: skip
+        )
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     first = lambda x: H.heads_first(H.pad_time(x, length))
     segments = H.pad_time(segment_ids, length)

@@ -88,9 +88,13 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
         u = back(u)
         return (None, u.astype(dtype)), (given, u, None, (lse_write,))
     read = functools.partial(
-        read_forward, log_decay=None, first=bounds, similarity=plan.read_similarity, scale=plan.read_scale,
+        read_forward,
+        log_decay=None,
+        first=bounds,
+        similarity=plan.read_similarity,
+        scale=plan.read_scale,
         chunk=plan.chunk,
-    )  # fmt: skip
+    )
     q = H.fold_queries(H.pad_time(query, length), heads)
     out, lse_read = H.over_heads(read, shared=(3,))(q, k, u, segments)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)

@@ -25,9 +25,11 @@ PROGRAM = "deltaformer_jax.reproduce"
 def main(arguments: list[str] | None = None) -> None:
     listing = "\n".join(f"  {name:14}{about}" for name, (about, _) in NAMES.items())
     parser = ArgumentParser(
-        prog=f"python -m {PROGRAM}", description="A table or a figure, made again.",
-        epilog=f"names:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog=f"python -m {PROGRAM}",
+        description="A table or a figure, made again.",
+        epilog=f"names:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help="what to make; without it, the list of names")
     parser.add_argument("--out", metavar="DIR", help="where NAME.json and NAME.png go; may be gs://")
     parser.add_argument("--quick", action="store_true", help="a small form, two minutes on two cores")

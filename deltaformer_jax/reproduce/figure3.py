@@ -15,13 +15,29 @@ from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, n
 
 # layers: of the Transformers, and how many seeds of each.
 FULL = dict(
-    elements=5, length=16, width=128, heads=4, steps=2000, seeds=3, search=True, batch_size=64,
-    similarities=("linear", "round", "relu", "exp", "softmax"), layers={1: 3, 2: 3, 4: 1},
-)  # fmt: skip
+    elements=5,
+    length=16,
+    width=128,
+    heads=4,
+    steps=2000,
+    seeds=3,
+    search=True,
+    batch_size=64,
+    similarities=("linear", "round", "relu", "exp", "softmax"),
+    layers={1: 3, 2: 3, 4: 1},
+)
 QUICK = dict(
-    elements=5, length=16, width=64, heads=4, steps=500, seeds=1, search=False, batch_size=64,
-    similarities=("linear", "softmax", "round"), layers={1: 1, 2: 1},
-)  # fmt: skip
+    elements=5,
+    length=16,
+    width=64,
+    heads=4,
+    steps=500,
+    seeds=1,
+    search=False,
+    batch_size=64,
+    similarities=("linear", "softmax", "round"),
+    layers={1: 1, 2: 1},
+)
 
 BASE = "no RoPE, raw keys, learnt β, 1e-3"
 # What each variant changes in (model, learning rate).
@@ -52,18 +68,32 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 def _family(sizes, family, layers, mixer, model, variants) -> list[dict[str, Any]]:
     width, heads = sizes["width"], sizes["heads"]
     model = {
-        "mixers": [mixer], "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
-        "head_dim": width // heads, "tie_embeddings": False, "rope_base": 0.0, "chunk_size": 16, **model,
-    }  # fmt: skip
+        "mixers": [mixer],
+        "d_model": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "tie_embeddings": False,
+        "rope_base": 0.0,
+        "chunk_size": 16,
+        **model,
+    }
 
     def cell(variant, changes, learning_rate, seed):
         if changes == "1 head":
             changes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": width}
         settings = train_task.settings_of(
-            f"{family}, {variant}, seed {seed}", f"task:swap,elements={sizes['elements']}", [sizes["length"]],
-            model={**model, **changes}, learning_rate=learning_rate, steps=sizes["steps"], seed=seed,
-            batch_size=sizes["batch_size"], skip_deviations=20.0,
-        )  # fmt: skip
+            f"{family}, {variant}, seed {seed}",
+            f"task:swap,elements={sizes['elements']}",
+            [sizes["length"]],
+            model={**model, **changes},
+            learning_rate=learning_rate,
+            steps=sizes["steps"],
+            seed=seed,
+            batch_size=sizes["batch_size"],
+            skip_deviations=20.0,
+        )
         return {**settings, "family": family, "variant": variant}
 
     found = [cell(BASE, {}, 1e-3, seed) for seed in range(sizes["seeds"])]
@@ -86,6 +116,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"five seconds to five minutes a run on two busy cores, {len(cells(False))} runs; --quick: two minutes in all",
-)  # fmt: skip
+)

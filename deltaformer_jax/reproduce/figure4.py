@@ -14,12 +14,25 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import colours_of, new_figure
 
 FULL = dict(
-    elements=5, lengths=(32, 64, 128, 256), longer=(512, 1024), width=128, heads=4, steps=2000, direct_steps=1000,
+    elements=5,
+    lengths=(32, 64, 128, 256),
+    longer=(512, 1024),
+    width=128,
+    heads=4,
+    steps=2000,
+    direct_steps=1000,
     rows=64,
-)  # fmt: skip
+)
 QUICK = dict(
-    elements=5, lengths=(32, 64), longer=(128,), width=64, heads=4, steps=500, direct_steps=500, rows=64,
-)  # fmt: skip
+    elements=5,
+    lengths=(32, 64),
+    longer=(128,),
+    width=64,
+    heads=4,
+    steps=500,
+    direct_steps=500,
+    rows=64,
+)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -32,17 +45,32 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
             lengths = list(sizes["lengths"]) if curriculum else [sizes["lengths"][-1]]
             tests = {str(length): [task, length, sizes["rows"]] for length in (sizes["lengths"][-1], *sizes["longer"])}
             settings = train_task.settings_of(
-                family, task, lengths,
+                family,
+                task,
+                lengths,
                 model={
-                    "mixers": ["delta_former"], "d_model": width, "num_layers": 1, "num_heads": heads,
-                    "num_kv_heads": heads, "head_dim": width // heads, "tie_embeddings": False,
-                    "rope_base": 10_000.0 if rope else 0.0, "write_similarity": "round", "write_key_norm": "off",
+                    "mixers": ["delta_former"],
+                    "d_model": width,
+                    "num_layers": 1,
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": width // heads,
+                    "tie_embeddings": False,
+                    "rope_base": 10_000.0 if rope else 0.0,
+                    "write_similarity": "round",
+                    "write_key_norm": "off",
                     "chunk_size": 64,
                 },
-                learning_rate=1e-3, schedule="constant",
-                steps=sizes["steps"] if curriculum else sizes["direct_steps"], batch_size=32, eval_every=20,
-                eval_rows=64, target=0.99, patience=2, tests=tests,
-            )  # fmt: skip
+                learning_rate=1e-3,
+                schedule="constant",
+                steps=sizes["steps"] if curriculum else sizes["direct_steps"],
+                batch_size=32,
+                eval_every=20,
+                eval_rows=64,
+                target=0.99,
+                patience=2,
+                tests=tests,
+            )
             found.append({**settings, "family": family})
     return found
 
@@ -91,6 +119,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"three to eleven minutes a run on one core, {len(cells(False))} runs; --quick: one to three minutes in all",
-)  # fmt: skip
+)

@@ -32,13 +32,29 @@ from deltaformer_jax.tasks import Examples, Reachability
 
 # layers: of the Transformers, and how many seeds of each.
 FULL = dict(
-    nodes=32, width=64, heads=2, head_dim=64, steps=1200, seeds=2, search=("softmax",), batch_size=64,
-    similarities=("softmax", "linear", "relu", "exp", "round"), layers={1: 2, 2: 2, 4: 1},
-)  # fmt: skip
+    nodes=32,
+    width=64,
+    heads=2,
+    head_dim=64,
+    steps=1200,
+    seeds=2,
+    search=("softmax",),
+    batch_size=64,
+    similarities=("softmax", "linear", "relu", "exp", "round"),
+    layers={1: 2, 2: 2, 4: 1},
+)
 QUICK = dict(
-    nodes=16, width=32, heads=2, head_dim=32, steps=300, seeds=1, search=(), batch_size=64,
-    similarities=("softmax", "linear", "round"), layers={1: 1, 2: 1},
-)  # fmt: skip
+    nodes=16,
+    width=32,
+    heads=2,
+    head_dim=32,
+    steps=300,
+    seeds=1,
+    search=(),
+    batch_size=64,
+    similarities=("softmax", "linear", "round"),
+    layers={1: 1, 2: 1},
+)
 
 BASE = "w = k, raw β, no RoPE, raw keys, 3e-3"
 TRANSFORMER_BASE = "no RoPE, 3e-3"
@@ -108,15 +124,29 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 def _family(sizes, family, layers, mixer, model, variants) -> list[dict[str, Any]]:
     width, heads = sizes["width"], sizes["heads"]
     model = {
-        "mixers": [mixer], "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
-        "head_dim": sizes["head_dim"], "tie_embeddings": False, "rope_base": 0.0, "chunk_size": sizes["nodes"], **model,
-    }  # fmt: skip
+        "mixers": [mixer],
+        "d_model": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": sizes["head_dim"],
+        "tie_embeddings": False,
+        "rope_base": 0.0,
+        "chunk_size": sizes["nodes"],
+        **model,
+    }
 
     def cell(variant, changes, learning_rate, seed):
         settings = train_task.settings_of(
-            f"{family}, {variant}, seed {seed}", "reachability", [sizes["nodes"]], model={**model, **changes},
-            learning_rate=learning_rate, steps=sizes["steps"], seed=seed, batch_size=sizes["batch_size"],
-        )  # fmt: skip
+            f"{family}, {variant}, seed {seed}",
+            "reachability",
+            [sizes["nodes"]],
+            model={**model, **changes},
+            learning_rate=learning_rate,
+            steps=sizes["steps"],
+            seed=seed,
+            batch_size=sizes["batch_size"],
+        )
         return {**settings, "family": family, "variant": variant}
 
     base = BASE if mixer == "delta_former" else TRANSFORMER_BASE
@@ -142,7 +172,10 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost=f"half a minute to two minutes a run on one core, {len(cells(False))} runs; "
     "--quick: a minute and a half in all",
-)  # fmt: skip
+)

@@ -29,14 +29,23 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     sizes = sizes or (QUICK if quick else FULL)
     return [
         {
-            "label": f"{name}, n = {elements}, {length} swaps", "similarity": name, "elements": elements,
-            "swaps": length, "width": sizes["width"], "rows": sizes["rows"], "steps": sizes["steps"],
-            "optimizer": "adam", "learning_rate": 0.1, "dtype": "float32", "seed": 0, "evaluation_seed": "evaluation",
+            "label": f"{name}, n = {elements}, {length} swaps",
+            "similarity": name,
+            "elements": elements,
+            "swaps": length,
+            "width": sizes["width"],
+            "rows": sizes["rows"],
+            "steps": sizes["steps"],
+            "optimizer": "adam",
+            "learning_rate": 0.1,
+            "dtype": "float32",
+            "seed": 0,
+            "evaluation_seed": "evaluation",
         }
         for name in SIMILARITIES
         for elements in sizes["elements"]
         for length in sizes["lengths"]
-    ]  # fmt: skip
+    ]
 
 
 def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
@@ -50,9 +59,16 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     def read(keys, values, gate):
         keys, values, gate = (x[:, :, None].astype(jnp.float32) for x in (keys, values, gate))
         out = delta_attention(
-            keys, keys, values, alpha=gate, beta=gate, write_similarity=similarity, read_similarity=similarity,
-            write_scale=1.0, read_scale=1.0,
-        )  # fmt: skip
+            keys,
+            keys,
+            values,
+            alpha=gate,
+            beta=gate,
+            write_similarity=similarity,
+            read_similarity=similarity,
+            write_scale=1.0,
+            read_scale=1.0,
+        )
         return out[:, -elements:, 0]
 
     def examples(seed):
@@ -89,9 +105,12 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     right = (np.argmax(testing[0] @ np.asarray(kernel), axis=-1)).reshape(testing[1].shape) == testing[1]
     moved = testing[1] != np.arange(elements)
     return {
-        "accuracy": float(right.mean()), "accuracy_of_moved": float(right[moved].mean()),
-        "unmoved": float(1 - moved.mean()), "coherence": coherence(vectors), "loss": losses[-1],
-    }  # fmt: skip
+        "accuracy": float(right.mean()),
+        "accuracy_of_moved": float(right[moved].mean()),
+        "unmoved": float(1 - moved.mean()),
+        "coherence": coherence(vectors),
+        "loss": losses[-1],
+    }
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,6 +154,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="two minutes on one core; --quick: half a minute",
-)  # fmt: skip
+)

@@ -38,8 +38,12 @@ FULL = dict(d_model=128, num_layers=4, num_heads=4, head_dim=32, sequence_length
 QUICK = dict(d_model=64, num_layers=4, num_heads=2, head_dim=32, sequence_length=128, batch_size=8, steps=40)
 # Compiling takes most of the quick form's time, so it leaves out some.
 NOT_QUICK = (
-    "DeltaFormer, gated", "forgetting attention", "retention", "gated linear attention", "Kimi Delta Attention",
-)  # fmt: skip
+    "DeltaFormer, gated",
+    "forgetting attention",
+    "retention",
+    "gated linear attention",
+    "Kimi Delta Attention",
+)
 
 
 def cells(quick: bool) -> list[dict[str, Any]]:
@@ -75,9 +79,16 @@ def _mixer(plain: Any) -> str | Mixer:
 
 def _model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=257, d_model=sizes["d_model"], num_layers=sizes["num_layers"], num_heads=sizes["num_heads"],
-        num_kv_heads=sizes["num_heads"], head_dim=sizes["head_dim"], mlp_dim=mlp_dim, mixers=pattern, chunk_size=64,
-    )  # fmt: skip
+        vocab_size=257,
+        d_model=sizes["d_model"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_heads"],
+        head_dim=sizes["head_dim"],
+        mlp_dim=mlp_dim,
+        mixers=pattern,
+        chunk_size=64,
+    )
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -107,11 +118,16 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
             learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
         ),
         run=RunConfig(
-            steps=steps, seed=settings["seed"], log_every=max(1, steps // 50), eval_every=max(1, steps // 4),
-            eval_batches=settings["eval_batches"], checkpoint_every=max(1, steps // 4), keep_checkpoints=1,
+            steps=steps,
+            seed=settings["seed"],
+            log_every=max(1, steps // 50),
+            eval_every=max(1, steps // 4),
+            eval_batches=settings["eval_batches"],
+            checkpoint_every=max(1, steps // 4),
+            keep_checkpoints=1,
             sample_prompt="",
         ),
-    )  # fmt: skip
+    )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0))
     # One device, however many there are: the models are small and the batches smaller.
     if not train(prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True):
@@ -175,6 +191,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="about two and a half minutes a mixer on two cores; --quick: a minute and a half, six of them",
-)  # fmt: skip
+)

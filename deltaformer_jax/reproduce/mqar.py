@@ -33,11 +33,17 @@ MIXERS = {
 # The better of 3e-3 and 1e-2 in 240 steps of the first rows, 16 long; for Gated DeltaNet 5e-3, which was better than
 # both. docs/results.md has the accuracies.
 RATES = {
-    "DeltaFormer": 3e-3, "DeltaFormer, KV shifting": 1e-2, "softmax attention": 3e-3, "forgetting attention": 3e-3,
+    "DeltaFormer": 3e-3,
+    "DeltaFormer, KV shifting": 1e-2,
+    "softmax attention": 3e-3,
+    "forgetting attention": 3e-3,
     "linear attention": 3e-3,
-    "retention": 3e-3, "gated linear attention": 1e-2, "DeltaNet": 1e-2, "Gated DeltaNet": 5e-3,
+    "retention": 3e-3,
+    "gated linear attention": 1e-2,
+    "DeltaNet": 1e-2,
+    "Gated DeltaNet": 5e-3,
     "Kimi Delta Attention": 3e-3,
-}  # fmt: skip
+}
 # Words -> the stages of a run that ends with so many: each (words, T, pairs, rows a step, rows of an evaluation, the
 # accuracy at which the next begins). Rows of 64 alone teach little: of their 64 tokens 4 are asked for, and where the
 # memory's output has a gate nothing was learnt from them in 800 steps. Of 8,192 words a step shows each too rarely to
@@ -46,22 +52,40 @@ RATES = {
 FULL = dict(
     stages={
         256: (
-            (256, 16, 4, 128, 256, 0.9), (256, 64, 4, 64, 128, 0.95), (256, 128, 8, 32, 64, 0.95),
-            (256, 256, 16, 16, 32, 0.95), (256, 512, 64, 8, 16, 0.99),
+            (256, 16, 4, 128, 256, 0.9),
+            (256, 64, 4, 64, 128, 0.95),
+            (256, 128, 8, 32, 64, 0.95),
+            (256, 256, 16, 16, 32, 0.95),
+            (256, 512, 64, 8, 16, 0.99),
         ),
         8192: (
-            (256, 16, 4, 128, 256, 0.9), (1024, 16, 4, 128, 256, 0.9), (8192, 16, 4, 128, 256, 0.9),
-            (8192, 64, 4, 64, 128, 0.95), (8192, 128, 8, 32, 64, 0.95), (8192, 256, 16, 16, 32, 0.95),
+            (256, 16, 4, 128, 256, 0.9),
+            (1024, 16, 4, 128, 256, 0.9),
+            (8192, 16, 4, 128, 256, 0.9),
+            (8192, 64, 4, 64, 128, 0.95),
+            (8192, 128, 8, 32, 64, 0.95),
+            (8192, 256, 16, 16, 32, 0.95),
             (8192, 512, 64, 8, 16, 0.99),
         ),
     },
-    sizes=((64, 4), (128, 8), (256, 16), (512, 64)), test_rows=256, width=64, heads=1, steps=1000, plateau=(12, 0.01),
+    sizes=((64, 4), (128, 8), (256, 16), (512, 64)),
+    test_rows=256,
+    width=64,
+    heads=1,
+    steps=1000,
+    plateau=(12, 0.01),
     mixers=tuple(MIXERS),
-)  # fmt: skip
+)
 QUICK = dict(
-    stages={32: ((32, 16, 4, 128, 128, 0.99),)}, sizes=((16, 4),), test_rows=128, width=32, heads=1, steps=300,
-    plateau=None, mixers=("DeltaFormer, KV shifting", "softmax attention", "linear attention", "DeltaNet"),
-)  # fmt: skip
+    stages={32: ((32, 16, 4, 128, 128, 0.99),)},
+    sizes=((16, 4),),
+    test_rows=128,
+    width=32,
+    heads=1,
+    steps=300,
+    plateau=None,
+    mixers=("DeltaFormer, KV shifting", "softmax attention", "linear attention", "DeltaNet"),
+)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -72,19 +96,32 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
         words, lengths, pairs, rows_a_step, rows_asked, targets = (list(column) for column in zip(*stages))
         for name in sizes["mixers"]:
             settings = train_task.settings_of(
-                f"{name}, {vocabulary} words", list(map(task, words, pairs)), lengths,
+                f"{name}, {vocabulary} words",
+                list(map(task, words, pairs)),
+                lengths,
                 model={
-                    "d_model": width, "num_layers": 2, "num_heads": heads, "num_kv_heads": heads,
-                    "head_dim": width // heads, "tie_embeddings": False, "chunk_size": min(64, max(lengths)),
+                    "d_model": width,
+                    "num_layers": 2,
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": width // heads,
+                    "tie_embeddings": False,
+                    "chunk_size": min(64, max(lengths)),
                     **MIXERS[name],
                 },
-                learning_rate=RATES[name], steps=sizes["steps"], batch_size=rows_a_step, eval_rows=rows_asked,
-                eval_every=25, target=targets, patience=1, plateau=sizes["plateau"],
+                learning_rate=RATES[name],
+                steps=sizes["steps"],
+                batch_size=rows_a_step,
+                eval_rows=rows_asked,
+                eval_every=25,
+                target=targets,
+                patience=1,
+                plateau=sizes["plateau"],
                 tests={
                     f"T = {length}, {number} pairs": [task(vocabulary, number), length, sizes["test_rows"]]
                     for length, number in sizes["sizes"]
                 },
-            )  # fmt: skip
+            )
             found.append({**settings, "family": name, "vocabulary": vocabulary})
     return found
 
@@ -132,6 +169,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"one to eleven minutes a run on one core, {len(cells(False))} runs; --quick: a minute and a half in all",
-)  # fmt: skip
+)

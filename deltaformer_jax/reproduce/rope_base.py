@@ -18,9 +18,18 @@ from deltaformer_jax.reproduce.pictures import new_figure
 WIDTH = 128  # d, as in the paper
 # Context length -> the paper's least base.
 PAPER = {
-    "1k": 4.3e3, "2k": 1.6e4, "4k": 2.7e4, "8k": 8.4e4, "16k": 3.1e5, "32k": 6.4e5, "64k": 2.1e6, "128k": 7.8e6,
-    "256k": 3.6e7, "512k": 6.4e7, "1M": 5.1e8,
-}  # fmt: skip
+    "1k": 4.3e3,
+    "2k": 1.6e4,
+    "4k": 2.7e4,
+    "8k": 8.4e4,
+    "16k": 3.1e5,
+    "32k": 6.4e5,
+    "64k": 2.1e6,
+    "128k": 7.8e6,
+    "256k": 3.6e7,
+    "512k": 6.4e7,
+    "1M": 5.1e8,
+}
 # Base -> the first distance at which B is negative: arithmetic, the same on every machine.
 FIRST_NEGATIVE = {1e4: 1707, 5e5: 18438, 1e6: 27115, 5e6: 82999}
 # Frequencies that were interpolated for 8 times the context -> (distances up to, how many of them are negative).
@@ -111,9 +120,13 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
-        "paper": paper, "least": least, "least_at": at, "negative": negative, "found": found,
+        "paper": paper,
+        "least": least,
+        "least_at": at,
+        "negative": negative,
+        "found": found,
         "curve": [[int(m), round(float(b), 4)] for m, b in zip(starts, lowest)],
-    }  # fmt: skip
+    }
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,6 +169,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="five minutes on two busy cores; --quick: ten seconds, contexts to 32k",
-)  # fmt: skip
+)

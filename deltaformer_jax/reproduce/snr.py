@@ -34,13 +34,18 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     sizes = sizes or (QUICK if quick else FULL)
     return [
         {
-            "label": f"{name}, d = {width}, N = {pairs}", "similarity": name, "width": width, "pairs": pairs,
-            "tau": math.sqrt(width) if name in ("exp", "softmax") else 1.0, "trials": sizes["trials"], "seed": 0,
+            "label": f"{name}, d = {width}, N = {pairs}",
+            "similarity": name,
+            "width": width,
+            "pairs": pairs,
+            "tau": math.sqrt(width) if name in ("exp", "softmax") else 1.0,
+            "trials": sizes["trials"],
+            "seed": 0,
         }
         for name in SIMILARITIES
         for width in sizes["widths"]
         for pairs in sizes["pairs"]
-    ]  # fmt: skip
+    ]
 
 
 def by_formula(name: str, width: int, pairs: int, tau: float) -> float:
@@ -126,9 +131,14 @@ def figure(done: list[dict[str, Any]]):
             pairs = [r["settings"]["pairs"] for r in here]
             means = [r["result"]["inverse_snr"] for r in here]
             panel.errorbar(
-                pairs, means, yerr=[2 * r["result"]["standard_error"] for r in here], fmt="o", markersize=4,
-                color=f"C{place}", label=f"d = {width}, measured",
-            )  # fmt: skip
+                pairs,
+                means,
+                yerr=[2 * r["result"]["standard_error"] for r in here],
+                fmt="o",
+                markersize=4,
+                color=f"C{place}",
+                label=f"d = {width}, measured",
+            )
             panel.plot(pairs, [r["result"]["formula"] for r in here], color=f"C{place}", label="formula")
         panel.set(title=name, xlabel="pairs N", xscale="log", yscale="log")
     panels[0].set_ylabel("noise to signal, 1/SNR")
@@ -138,6 +148,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="ten minutes on two busy cores; --quick: a minute",
-)  # fmt: skip
+)

@@ -17,13 +17,27 @@ from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, n
 PAPER = {"linear": 0.856, "round": 0.916, "relu": 0.995, "softmax": 0.991}
 
 FULL = dict(
-    vocabulary=256, pairs=32, length=128, width=32, steps=1500, batch_size=64, similarities=tuple(PAPER),
-    heads=(1,), rates=(5e-3,),
-)  # fmt: skip
+    vocabulary=256,
+    pairs=32,
+    length=128,
+    width=32,
+    steps=1500,
+    batch_size=64,
+    similarities=tuple(PAPER),
+    heads=(1,),
+    rates=(5e-3,),
+)
 QUICK = dict(
-    vocabulary=64, pairs=8, length=32, width=32, steps=250, batch_size=64, similarities=tuple(PAPER),
-    heads=(1,), rates=(5e-3,),
-)  # fmt: skip
+    vocabulary=64,
+    pairs=8,
+    length=32,
+    width=32,
+    steps=250,
+    batch_size=64,
+    similarities=tuple(PAPER),
+    heads=(1,),
+    rates=(5e-3,),
+)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -35,14 +49,26 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
             variant = f"{heads} head{'s' if heads > 1 else ''}"
             for rate in sizes["rates"]:
                 model = {
-                    "mixers": ["delta_former"], "d_model": sizes["width"], "num_layers": 1, "num_heads": heads,
-                    "num_kv_heads": heads, "head_dim": sizes["width"] // heads, "tie_embeddings": False,
-                    "kv_shift": True, "read_similarity": similarity, "chunk_size": min(64, sizes["length"]),
-                }  # fmt: skip
+                    "mixers": ["delta_former"],
+                    "d_model": sizes["width"],
+                    "num_layers": 1,
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": sizes["width"] // heads,
+                    "tie_embeddings": False,
+                    "kv_shift": True,
+                    "read_similarity": similarity,
+                    "chunk_size": min(64, sizes["length"]),
+                }
                 settings = train_task.settings_of(
-                    f"{similarity}, {variant}, {rate:g}", task, [sizes["length"]], model=model, learning_rate=rate,
-                    steps=sizes["steps"], batch_size=sizes["batch_size"],
-                )  # fmt: skip
+                    f"{similarity}, {variant}, {rate:g}",
+                    task,
+                    [sizes["length"]],
+                    model=model,
+                    learning_rate=rate,
+                    steps=sizes["steps"],
+                    batch_size=sizes["batch_size"],
+                )
                 found.append({**settings, "family": similarity, "variant": f"{variant}, {rate:g}"})
     return found
 
@@ -63,6 +89,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"one to four minutes a run on two cores, {len(cells(False))} runs; --quick: a minute in all",
-)  # fmt: skip
+)

@@ -25,12 +25,15 @@ PAPER = {
 
 MODELS = {
     "DeltaFormer": {
-        "mixers": ["delta_former"], "rope_base": 0.0, "write_similarity": "round", "write_key_norm": "off",
+        "mixers": ["delta_former"],
+        "rope_base": 0.0,
+        "write_similarity": "round",
+        "write_key_norm": "off",
     },
     "Transformer": {"mixers": ["softmax_attention"]},
     "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
     "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
-}  # fmt: skip
+}
 # Of each task: `levels`, the longest inputs of the parts of its training, inputs of 1 to so many symbols, the next once
 # `patience` evaluations in a row are `solved`[0] right, the last ended once they are `solved`[1] right (above 1:
 # never); evaluations are every `eval_every` steps. A model that is right on all it was asked at 40 is not yet right at
@@ -43,31 +46,62 @@ ONCE = dict(layers=1, levels=(40,), batch_size=64, steps=1000, rate=1e-3, patien
 # over all before it mixes what equal keys wrote at different times; a linear read is of the state as it is now. With
 # unit keys and a write of 0 to 2 (scale 2, beta a sigmoid) a write erases, or at 2 reflects; two reflections turn.
 STEPWISE = dict(
-    layers=2, levels=(3, 7, 11, 23, 40), batch_size=64, steps=7500, rate=5e-3, patience=1, solved=(0.96, 2.0),
-    eval_every=100, eval_rows=256, optimizer={"final_learning_rate": 0.02},
+    layers=2,
+    levels=(3, 7, 11, 23, 40),
+    batch_size=64,
+    steps=7500,
+    rate=5e-3,
+    patience=1,
+    solved=(0.96, 2.0),
+    eval_every=100,
+    eval_rows=256,
+    optimizer={"final_learning_rate": 0.02},
     training=",prefixes=true",
     changes={
         "DeltaFormer": {
-            "conv_size": 4, "num_heads": 8, "num_kv_heads": 8, "head_dim": 8, "chunk_size": 16,
-            "write_similarity": "linear", "read_similarity": "linear", "write_key_norm": "on", "write_scale": 2.0,
+            "conv_size": 4,
+            "num_heads": 8,
+            "num_kv_heads": 8,
+            "head_dim": 8,
+            "chunk_size": 16,
+            "write_similarity": "linear",
+            "read_similarity": "linear",
+            "write_key_norm": "on",
+            "write_scale": 2.0,
         },
     },
-)  # fmt: skip
+)
 COPYING = dict(
-    layers=2, levels=(40,), batch_size=32, steps=600, rate=2e-3, patience=2, plateau=(8, 0.01),
-    models=("DeltaFormer", "Transformer", "DeltaNet"), changes={"DeltaFormer": {"conv_size": 4}},
-)  # fmt: skip
+    layers=2,
+    levels=(40,),
+    batch_size=32,
+    steps=600,
+    rate=2e-3,
+    patience=2,
+    plateau=(8, 0.01),
+    models=("DeltaFormer", "Transformer", "DeltaNet"),
+    changes={"DeltaFormer": {"conv_size": 4}},
+)
 FULL = dict(
     tasks={
-        "parity": ONCE, "modular_arithmetic": STEPWISE,
+        "parity": ONCE,
+        "modular_arithmetic": STEPWISE,
         **{task: COPYING for task in PAPER if task not in ("parity", "modular_arithmetic")},
     },
-    models=tuple(MODELS), width=64, heads=2, test=(41, 500), test_rows=256,
-)  # fmt: skip
+    models=tuple(MODELS),
+    width=64,
+    heads=2,
+    test=(41, 500),
+    test_rows=256,
+)
 QUICK = dict(
-    tasks={"parity": {**ONCE, "levels": (20,), "steps": 400}}, models=("DeltaFormer", "Transformer", "DeltaNet"),
-    width=64, heads=2, test=(21, 100), test_rows=256,
-)  # fmt: skip
+    tasks={"parity": {**ONCE, "levels": (20,), "steps": 400}},
+    models=("DeltaFormer", "Transformer", "DeltaNet"),
+    width=64,
+    heads=2,
+    test=(21, 100),
+    test_rows=256,
+)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -85,17 +119,31 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
         step, last = how.get("solved", (0.98, 0.9999))
         for name in how.get("models", sizes["models"]):
             settings = train_task.settings_of(
-                f"{task}, {name}", levels, lengths,
+                f"{task}, {name}",
+                levels,
+                lengths,
                 model={
-                    "d_model": width, "num_layers": how["layers"], "num_heads": heads, "num_kv_heads": heads,
-                    "head_dim": width // heads, "tie_embeddings": False, "chunk_size": 64, **MODELS[name],
+                    "d_model": width,
+                    "num_layers": how["layers"],
+                    "num_heads": heads,
+                    "num_kv_heads": heads,
+                    "head_dim": width // heads,
+                    "tie_embeddings": False,
+                    "chunk_size": 64,
+                    **MODELS[name],
                     **how.get("changes", {}).get(name, {}),
                 },
-                learning_rate=how["rate"], steps=how["steps"], batch_size=how["batch_size"],
-                eval_every=how.get("eval_every", 50), eval_rows=how.get("eval_rows", 512),
-                target=[step] * (len(levels) - 1) + [last], patience=how["patience"], plateau=how.get("plateau"),
-                tests=tests, **how.get("optimizer", {}),
-            )  # fmt: skip
+                learning_rate=how["rate"],
+                steps=how["steps"],
+                batch_size=how["batch_size"],
+                eval_every=how.get("eval_every", 50),
+                eval_rows=how.get("eval_rows", 512),
+                target=[step] * (len(levels) - 1) + [last],
+                patience=how["patience"],
+                plateau=how.get("plateau"),
+                tests=tests,
+                **how.get("optimizer", {}),
+            )
             found.append({**settings, "family": name, "problem": task, "layers": how["layers"]})
     return found
 
@@ -140,6 +188,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"one to 20 minutes a run on one core, {len(cells(False))} runs; --quick: a minute and a half, parity alone",
-)  # fmt: skip
+)

@@ -46,15 +46,16 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     shared = {name: chosen[name] for name in ("batch", "heads", "width", "rounds", "dtype")}
     return [
         {
-            "label": f"T = {length}, {direction}", "direction": direction, "length": length, "platform": platform,
-            "forms": [
-                form for form in forms if _fits(form, chosen, length, direction, platform)
-            ],
+            "label": f"T = {length}, {direction}",
+            "direction": direction,
+            "length": length,
+            "platform": platform,
+            "forms": [form for form in forms if _fits(form, chosen, length, direction, platform)],
             **shared,
         }
         for direction in ("forward", "forward and backward")
         for length in chosen["lengths"]
-    ]  # fmt: skip
+    ]
 
 
 def _fits(form: str, sizes: dict[str, Any], length: int, direction: str, platform: str) -> bool:
@@ -162,6 +163,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="four minutes on two busy cores; --quick: a minute and a half",
-)  # fmt: skip
+)

@@ -133,10 +133,13 @@ def figure(done: list[dict[str, Any]]):
             swaps, errors = np.array(record["result"]["curve"]).T
             compressed = bool(settings["compressed_every"])
             panel.plot(
-                swaps, np.maximum(errors, 1e-17), ":o" if compressed else "-", markersize=3,
+                swaps,
+                np.maximum(errors, 1e-17),
+                ":o" if compressed else "-",
+                markersize=3,
                 color=f"C{slots.index(settings['slots'])}",
                 label=f"n = {settings['slots']}{', compressed' if compressed else ''}",
-            )  # fmt: skip
+            )
         panel.set(title=name, xlabel="swaps", yscale="log")
     panels[0].set_ylabel("largest error of a read (float64)")
     panels[-1].legend(fontsize=7)
@@ -145,6 +148,9 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=run, rows=rows, figure=figure,
+    cells=cells,
+    run=run,
+    rows=rows,
+    figure=figure,
     cost="two and a half minutes on two busy cores; --quick: a minute",
-)  # fmt: skip
+)

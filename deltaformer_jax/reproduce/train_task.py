@@ -47,18 +47,31 @@ EVALUATION = "evaluation"
 # The defaults as plain JSON.
 MODEL = {
     field: list(value) if isinstance(value, tuple) else value
-    for field, value in dataclasses.asdict(ModelConfig()).items() if field != "vocab_size"
-}  # fmt: skip
+    for field, value in dataclasses.asdict(ModelConfig()).items()
+    if field != "vocab_size"
+}
 EVALUATION_TOKENS = 8192  # in one batch of an evaluation
 SAY_EVERY = 10.0  # seconds
 
 
 def settings_of(
-    label: str, task: str | list[str], lengths: list[int], *, model: dict, learning_rate: float, steps: int,
-    seed: int = 0, batch_size: int | list[int] = 64, eval_every: int = 50, eval_rows: int | list[int] = 256,
-    target: float | list[float] = 0.995, patience: int = 2, tests: dict[str, list] | None = None,
-    plateau: tuple[int, float] | None = None, **optimizer: Any,
-) -> dict[str, Any]:  # fmt: skip
+    label: str,
+    task: str | list[str],
+    lengths: list[int],
+    *,
+    model: dict,
+    learning_rate: float,
+    steps: int,
+    seed: int = 0,
+    batch_size: int | list[int] = 64,
+    eval_every: int = 50,
+    eval_rows: int | list[int] = 256,
+    target: float | list[float] = 0.995,
+    patience: int = 2,
+    tests: dict[str, list] | None = None,
+    plateau: tuple[int, float] | None = None,
+    **optimizer: Any,
+) -> dict[str, Any]:
     """A cell's settings. `model` and `optimizer` say what differs from the defaults, the settings say all of it: a
     record whose defaults were others is not gone on with.
 
@@ -68,16 +81,29 @@ def settings_of(
     checkpoint here, and the guard would leave out all that follow.
     """
     chosen = dict(
-        learning_rate=learning_rate, warmup_steps=min(100, max(1, steps // 10)), decay_steps=steps, weight_decay=0.0,
+        learning_rate=learning_rate,
+        warmup_steps=min(100, max(1, steps // 10)),
+        decay_steps=steps,
+        weight_decay=0.0,
         skip_deviations=0.0,
-    )  # fmt: skip
+    )
     return {
-        "label": label, "task": task, "lengths": lengths, "model": {**MODEL, **model},
-        "optimizer": {**dataclasses.asdict(OptimizerConfig()), **chosen, **optimizer}, "batch_size": batch_size,
-        "steps": steps, "eval_every": eval_every, "eval_rows": eval_rows, "evaluation_seed": EVALUATION,
-        "target": target, "patience": patience, "seed": seed, "tests": tests or {},
+        "label": label,
+        "task": task,
+        "lengths": lengths,
+        "model": {**MODEL, **model},
+        "optimizer": {**dataclasses.asdict(OptimizerConfig()), **chosen, **optimizer},
+        "batch_size": batch_size,
+        "steps": steps,
+        "eval_every": eval_every,
+        "eval_rows": eval_rows,
+        "evaluation_seed": EVALUATION,
+        "target": target,
+        "patience": patience,
+        "seed": seed,
+        "tests": tests or {},
         **({"plateau": list(plateau)} if plateau else {}),
-    }  # fmt: skip
+    }
 
 
 class Trainer:
@@ -133,9 +159,14 @@ class Progress:
 
 
 def run(
-    settings: dict[str, Any], folder: epath.Path, note: Callable[[str], Any], stop: Any, *,
-    make: Callable[[str, int], Any] = make_task, embedding: Callable | None = None,
-) -> dict[str, Any] | None:  # fmt: skip
+    settings: dict[str, Any],
+    folder: epath.Path,
+    note: Callable[[str], Any],
+    stop: Any,
+    *,
+    make: Callable[[str, int], Any] = make_task,
+    embedding: Callable | None = None,
+) -> dict[str, Any] | None:
     """Train a cell; None if `stop.requested`. `make(spec, length)` gives the task.
 
     What it has learnt is kept in `folder` then, and every minute, and the next call goes on from it to the same bits.
@@ -195,9 +226,15 @@ def run(
     others = "".join(f", {name}: {accuracy:.4f}" for name, accuracy in at.tests.items())
     note(f"    accuracy {at.curve[-1][2]:.4f} after {at.step} steps{others}")
     return {
-        "accuracy": at.curve[-1][2], "solved_at": at.solved, "steps": at.step, "tokens": at.tokens, "tests": at.tests,
-        "parameters": trainer.parameters, "skipped": int(trainer.state.guard.skipped), "curve": at.curve,
-    }  # fmt: skip
+        "accuracy": at.curve[-1][2],
+        "solved_at": at.solved,
+        "steps": at.step,
+        "tokens": at.tokens,
+        "tests": at.tests,
+        "parameters": trainer.parameters,
+        "skipped": int(trainer.state.guard.skipped),
+        "curve": at.curve,
+    }
 
 
 def _stands_still(accuracies: list[float], plateau: list | None) -> bool:

@@ -113,8 +113,10 @@ class Clock:
         parts = []
         if (folder / MARKER).exists() and (folder / SECONDS).exists():
             try:
-                parts = [{"machine": dict(part["machine"]), "seconds": float(part["seconds"])}
-                         for part in json.loads((folder / SECONDS).read_text())]  # fmt: skip
+                parts = [
+                    {"machine": dict(part["machine"]), "seconds": float(part["seconds"])}
+                    for part in json.loads((folder / SECONDS).read_text())
+                ]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"--out: {folder / SECONDS} is damaged; {ADVICE}") from None
         if not parts or parts[-1]["machine"] != machine:

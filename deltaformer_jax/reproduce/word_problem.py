@@ -17,23 +17,49 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
 
 PROBLEMS = {
-    "S5, swaps": "group=S5,moves=2", "S5": "group=S5", "A5, 3-cycles": "group=A5,moves=3", "A5": "group=A5",
-}  # fmt: skip
+    "S5, swaps": "group=S5,moves=2",
+    "S5": "group=S5",
+    "A5, 3-cycles": "group=A5,moves=3",
+    "A5": "group=A5",
+}
 MODELS = {
     "DeltaFormer": {
-        "mixers": ["delta_former"], "rope_base": 0.0, "write_similarity": "round", "write_key_norm": "off",
+        "mixers": ["delta_former"],
+        "rope_base": 0.0,
+        "write_similarity": "round",
+        "write_key_norm": "off",
     },
     "Transformer": {"mixers": ["softmax_attention"]},
     "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
-}  # fmt: skip
+}
 FULL = dict(
-    problems=tuple(PROBLEMS), models=tuple(MODELS), layers=(1, 3), lengths=(2, 4, 8, 16), longer=32, width=128,
-    heads=4, steps=1500, batch_size=64, rate=1e-3, target=0.99, plateau=(10, 0.01),
-)  # fmt: skip
+    problems=tuple(PROBLEMS),
+    models=tuple(MODELS),
+    layers=(1, 3),
+    lengths=(2, 4, 8, 16),
+    longer=32,
+    width=128,
+    heads=4,
+    steps=1500,
+    batch_size=64,
+    rate=1e-3,
+    target=0.99,
+    plateau=(10, 0.01),
+)
 QUICK = dict(
-    problems=("S5, swaps",), models=tuple(MODELS), layers=(1,), lengths=(4, 8), longer=16, width=128,
-    heads=4, steps=500, batch_size=64, rate=1e-3, target=0.99, plateau=None,
-)  # fmt: skip
+    problems=("S5, swaps",),
+    models=tuple(MODELS),
+    layers=(1,),
+    lengths=(4, 8),
+    longer=16,
+    width=128,
+    heads=4,
+    steps=500,
+    batch_size=64,
+    rate=1e-3,
+    target=0.99,
+    plateau=None,
+)
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -45,18 +71,27 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
             for layers in sizes["layers"]:
                 family = f"{problem}, {name}, {layers} layer{'s' if layers > 1 else ''}"
                 settings = train_task.settings_of(
-                    family, task, [length + 1 for length in sizes["lengths"]],
+                    family,
+                    task,
+                    [length + 1 for length in sizes["lengths"]],
                     model={
-                        "d_model": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
-                        "head_dim": width // heads, "tie_embeddings": False, "chunk_size": max(sizes["lengths"]) + 1,
+                        "d_model": width,
+                        "num_layers": layers,
+                        "num_heads": heads,
+                        "num_kv_heads": heads,
+                        "head_dim": width // heads,
+                        "tie_embeddings": False,
+                        "chunk_size": max(sizes["lengths"]) + 1,
                         **MODELS[name],
                     },
-                    learning_rate=sizes["rate"], schedule="constant", steps=sizes["steps"],
-                    batch_size=sizes["batch_size"], target=sizes["target"], plateau=sizes["plateau"],
-                    tests={
-                        str(length): [task, length + 1, 256] for length in (sizes["lengths"][-1], sizes["longer"])
-                    },
-                )  # fmt: skip
+                    learning_rate=sizes["rate"],
+                    schedule="constant",
+                    steps=sizes["steps"],
+                    batch_size=sizes["batch_size"],
+                    target=sizes["target"],
+                    plateau=sizes["plateau"],
+                    tests={str(length): [task, length + 1, 256] for length in (sizes["lengths"][-1], sizes["longer"])},
+                )
                 found.append({**settings, "family": family, "problem": problem})
     return found
 
@@ -94,7 +129,10 @@ def figure(done: list[dict[str, Any]]):
 
 
 EXPERIMENT = Experiment(
-    cells=cells, run=train_task.run, rows=rows, figure=figure,
+    cells=cells,
+    run=train_task.run,
+    rows=rows,
+    figure=figure,
     cost=f"ten seconds to six minutes a run on one core, {len(cells(False))} runs; "
     "--quick: a minute, swaps of S5 alone",
-)  # fmt: skip
+)
