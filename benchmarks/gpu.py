@@ -15,7 +15,7 @@ The same of the gated ops, by gpu_gated.py, beside fla's kernel.
 
 `--op delta|gated` does one of the two families, `--only shapes|repeats|times` one of the three, and
 `--tile write_forward=128,64,8,3,2,16` tries another tile of delta_attention (rows, columns, warps, stages, halves,
-group: pallas_kernels/nvidia/table.py). A few minutes in all; no result, no table: the first disagreement ends the
+group: pallas_kernels/triton/delta/table.py). A few minutes in all; no result, no table: the first disagreement ends the
 program with exit code 1.
 """
 
@@ -37,8 +37,8 @@ import numpy as np
 from measure import report
 
 from deltaformer_jax import delta_attention
-from pallas_kernels.nvidia import delta
-from pallas_kernels.nvidia.table import Tile
+from pallas_kernels.triton.delta import api as delta
+from pallas_kernels.triton.delta.table import Tile
 
 NAMES = ("query", "write_query", "key", "value", "alpha", "beta")
 

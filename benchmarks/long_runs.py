@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import report
 
-from deltaformer_jax.training.checkpoint import Checkpoints
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.guard import new_guard
 from deltaformer_jax.training.state import TrainState
 

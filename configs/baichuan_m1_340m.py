@@ -19,7 +19,7 @@ left out.
 from dataclasses import replace
 
 from deltaformer_jax.config import Config, Mixer
-from deltaformer_jax.training.config_files import packaged_config
+from deltaformer_jax.config.files import packaged_config
 
 
 def get_config() -> Config:

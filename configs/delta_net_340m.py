@@ -13,7 +13,7 @@ Result: not measured.
 from dataclasses import replace
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.training.config_files import packaged_config
+from deltaformer_jax.config.files import packaged_config
 
 
 def get_config() -> Config:

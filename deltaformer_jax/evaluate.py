@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaformer_jax.argument_parser import ArgumentParser
-from deltaformer_jax.training.command_line import one_line_errors
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.command_line import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     with one_line_errors("deltaformer_jax.evaluate"), tempfile.TemporaryDirectory() as folder:
         from deltaformer_jax.data import batches, count_batches
+        from deltaformer_jax.sharding.mesh import batch_sharding, rows
         from deltaformer_jax.training.by_position import evaluate_by_position
-        from deltaformer_jax.training.restore import restore
-        from deltaformer_jax.training.sharding import batch_sharding, rows
+        from deltaformer_jax.training.checkpoints.restore import restore
 
         if flags.batches < 0:
             raise ValueError(f"--batches {flags.batches}: give 0 (all of them) or more")

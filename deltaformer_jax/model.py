@@ -21,18 +21,18 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
-from deltaformer_jax.layers.delta_former import DeltaFormer
-from deltaformer_jax.layers.delta_net import DeltaNet
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
-from deltaformer_jax.layers.gated_delta_net import GatedDeltaNet
-from deltaformer_jax.layers.gated_linear_attention import GatedLinearAttention
-from deltaformer_jax.layers.kimi_delta_attention import KimiDeltaAttention
-from deltaformer_jax.layers.linear_attention import LinearAttention
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
+from deltaformer_jax.layers.mixers.delta_net import DeltaNet
+from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
+from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
+from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
+from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
+from deltaformer_jax.layers.mixers.retention import Retention
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.layers.norms import RMSNorm
-from deltaformer_jax.layers.retention import Retention
-from deltaformer_jax.layers.softmax_attention import SoftmaxAttention
-from deltaformer_jax.ops.checks import IMPLEMENTATIONS
+from deltaformer_jax.ops.common.checks import IMPLEMENTATIONS
 
 # What a name in `model.mixers` stands for.
 MIXERS = {

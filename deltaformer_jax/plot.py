@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from deltaformer_jax.argument_parser import ArgumentParser
-from deltaformer_jax.training.command_line import one_line_errors
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.command_line import one_line_errors
 
 
 class Curves(NamedTuple):

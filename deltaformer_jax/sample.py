@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deltaformer_jax.argument_parser import ArgumentParser
-from deltaformer_jax.training.command_line import one_line_errors
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.command_line import one_line_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.sample"):
-        from deltaformer_jax.training.restore import restore
-        from deltaformer_jax.training.sampling import check_sampling, generate_batch
-        from deltaformer_jax.training.text_stream import TextStream
+        from deltaformer_jax.decoding.generate import check_sampling, generate_batch
+        from deltaformer_jax.decoding.text_stream import TextStream
+        from deltaformer_jax.training.checkpoints.restore import restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:

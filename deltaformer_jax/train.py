@@ -14,8 +14,8 @@ Ctrl-C or SIGTERM finishes the step, saves and exits with 0; a second one stops 
 
 import sys
 
-from deltaformer_jax.training.command_line import one_line_errors, parse
-from deltaformer_jax.training.config_files import config_folder
+from deltaformer_jax.config.command_line import one_line_errors, parse
+from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.training.interruption import Interruption
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     with Interruption() as stop:
         with one_line_errors("train.py"):
             command = parse(sys.argv, str(config_folder() / "tiny.py"), __doc__)
-            from deltaformer_jax.training.checkpoint import SaveError
+            from deltaformer_jax.training.checkpoints.store import SaveError
             from deltaformer_jax.training.dry_run import dry_run
             from deltaformer_jax.training.loop import RunError, train
             from deltaformer_jax.training.setup import new_workdir, prepare

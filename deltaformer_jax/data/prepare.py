@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from deltaformer_jax.argument_parser import ArgumentParser
+from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.data.build import can_go_on, prepare_corpus
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
 from deltaformer_jax.data.sources import STDLIB

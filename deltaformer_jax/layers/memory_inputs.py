@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.head_norm import HeadNorm
 from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.norms import HeadNorm
 from deltaformer_jax.layers.query_key_value import project
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 

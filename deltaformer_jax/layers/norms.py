@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation.
+"""Normalisation: by the root mean square, to unit length, and of a recurrent mixer's heads.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, eq. 4.
 """
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+ACTIVATIONS = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
 
 def rms_normalize(x, epsilon: float = 1e-6):
     """y = x / sqrt(mean(x²) + epsilon) over the last axis: a vector of width K comes out with length √K, or a little
@@ -16,6 +18,12 @@ def rms_normalize(x, epsilon: float = 1e-6):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+
+
+def l2_normalize(x, epsilon: float = 1e-6):
+    """x / √(Σ x² + epsilon) over the last axis, in float32, returned in x's dtype; zero stays zero."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -32,3 +40,22 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return (rms_normalize(wide, self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """y = RMSNorm(o) ⊙ activation(gate): the output of a recurrent mixer, each head normalised, then gated.
+
+    o [B,T,H,V], gate [B,T,H,V] or None -> [B,T,H,V] in o's dtype; computed in float32. All heads share the gain.
+    Source: Sun et al., RetNet, arXiv 2307.08621, eq. 8 (swish); RMSNorm for its group norm as in Yang et al., arXiv
+    2312.06635.
+    """
+
+    def __init__(self, width: int, *, activation: str = "swish", epsilon: float = 1e-6):
+        self.norm = RMSNorm(width, epsilon=epsilon, axis="head_dim")
+        self.activation = activation
+
+    def __call__(self, o, gate=None):
+        wide = self.norm(o.astype(jnp.promote_types(o.dtype, jnp.float32)))
+        if gate is not None:
+            wide = wide * ACTIVATIONS[self.activation](gate.astype(wide.dtype))
+        return wide.astype(o.dtype)

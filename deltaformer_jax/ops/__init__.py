@@ -1,13 +1,12 @@
 """Functions of arrays: the attention family and the delta rule. No Flax, no mesh, no config."""
 
-from deltaformer_jax.ops.cache import KUCache, KVCache, token_positions
-from deltaformer_jax.ops.causal_attention import causal_attention
-from deltaformer_jax.ops.compression import compress_cache
-from deltaformer_jax.ops.delta_attention import delta_attention, delta_values
-from deltaformer_jax.ops.gated_delta_rule import gated_delta_rule
-from deltaformer_jax.ops.gated_linear_attention import gated_linear_attention
+from deltaformer_jax.ops.cache.caches import KUCache, KVCache, token_positions
+from deltaformer_jax.ops.cache.compression import compress_cache
+from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
+from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
+from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.shift_mix import shift_mix
-from deltaformer_jax.ops.similarity import Exp, Linear, Relu, Round, Softmax
+from deltaformer_jax.ops.softmax.api import causal_attention
 
 __all__ = [
     "Exp",

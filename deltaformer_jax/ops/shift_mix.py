@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.checks import check_segments, check_tokens
-from deltaformer_jax.ops.tiles import accumulation_dtype
+from deltaformer_jax.ops.common.checks import check_segments, check_tokens
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 def shift_mix(

@@ -15,9 +15,9 @@ import sys
 
 from etils import epath
 
-from deltaformer_jax.argument_parser import ArgumentParser
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.command_line import one_line_errors
 from deltaformer_jax.reproduce.experiment import NAMES, load
-from deltaformer_jax.training.command_line import one_line_errors
 
 PROGRAM = "deltaformer_jax.reproduce"
 

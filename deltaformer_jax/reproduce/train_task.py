@@ -33,11 +33,11 @@ from flax import nnx
 
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from deltaformer_jax.reproduce import unfinished
+from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.tasks import make_task
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.guard import new_guard
 from deltaformer_jax.training.optimiser import make_optimiser
-from deltaformer_jax.training.sharding import make_mesh
 from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, count_parameters
 from deltaformer_jax.training.step import make_train_step
 

@@ -6,11 +6,11 @@ import math
 import jax
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.config.settings import check
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
-from deltaformer_jax.training.settings import check
+from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.setup import abstract_batch, check_batch, load_data, with_vocabulary
-from deltaformer_jax.training.sharding import make_mesh
 from deltaformer_jax.training.state import abstract_state, count_parameters, merge, model_parts
 from deltaformer_jax.training.step import make_train_step
 

@@ -13,18 +13,18 @@ from typing import Any
 import jax
 
 from deltaformer_jax.config import on_any_device
+from deltaformer_jax.config.settings import Saved
 from deltaformer_jax.data import TaskData, batches
+from deltaformer_jax.decoding.generate import generate
+from deltaformer_jax.sharding.mesh import batch_sharding
+from deltaformer_jax.training.checkpoints.rollback import LIMIT, roll_back
 from deltaformer_jax.training.data_stream import number_batches
 from deltaformer_jax.training.evaluation import evaluate, to_devices
-from deltaformer_jax.training.instruments import Instruments
 from deltaformer_jax.training.interruption import Interruption
-from deltaformer_jax.training.metrics import Display
-from deltaformer_jax.training.rollback import LIMIT, roll_back
-from deltaformer_jax.training.sampling import generate
-from deltaformer_jax.training.settings import Saved
 from deltaformer_jax.training.setup import Run
-from deltaformer_jax.training.sharding import batch_sharding
 from deltaformer_jax.training.state import count_parameters, merge, model_parts
+from deltaformer_jax.training.watch.instruments import Instruments
+from deltaformer_jax.training.watch.metrics import Display
 
 
 class RunError(RuntimeError):

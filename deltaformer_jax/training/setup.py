@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
+from deltaformer_jax.config.settings import Saved, check, check_resumable
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
-from deltaformer_jax.training.checkpoint import Checkpoints
+from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh, rows
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.compilation_cache import use_compilation_cache
 from deltaformer_jax.training.evaluation import make_evaluation_step
-from deltaformer_jax.training.metrics import MetricsFile
-from deltaformer_jax.training.settings import Saved, check, check_resumable
-from deltaformer_jax.training.sharding import batch_sharding, make_mesh, rows
 from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, create_state, model_parts
 from deltaformer_jax.training.step import make_train_step
-from deltaformer_jax.training.tensorboard import check_installed
+from deltaformer_jax.training.watch.metrics import MetricsFile
+from deltaformer_jax.training.watch.tensorboard import check_installed
 
 TOKENIZER_FILE = "tokenizer.json"
 

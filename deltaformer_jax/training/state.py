@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.config import Config, ModelConfig
+from deltaformer_jax.sharding.mesh import partition, replicated
 from deltaformer_jax.training.guard import Guard, new_guard
 from deltaformer_jax.training.optimiser import make_optimiser
-from deltaformer_jax.training.sharding import partition, replicated
 
 
 class TrainState(NamedTuple):

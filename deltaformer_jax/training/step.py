@@ -8,10 +8,10 @@ import optax
 from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits, counted
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.sharding import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training.state import ModelParts, TrainState
 
 

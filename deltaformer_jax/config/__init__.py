@@ -1,0 +1,23 @@
+"""The settings of a run: dataclasses, their checker, files and flags."""
+
+from deltaformer_jax.config.sections import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    Mixer,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    on_any_device,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "Mixer",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "on_any_device",
+]

@@ -1,0 +1,156 @@
+"""train.py's flags, and how every program says what is wrong: one line, exit code 2."""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from deltaformer_jax.config import Config, saved_config
+from deltaformer_jax.config.files import find_config
+from deltaformer_jax.config.settings import Saved, check, flatten
+
+
+class Command(NamedTuple):
+    config: Config
+    workdir: str  # "": a new folder under runs/
+    name: str  # of the config file
+    dry_run: bool
+
+
+@contextlib.contextmanager
+def one_line_errors(
+    program: str, kinds: tuple[type, ...] = (ValueError, OSError, NotImplementedError, flags.Error), code: int = 2
+) -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and an exit code. Around set-up, where these kinds
+    speak of the user's input; further on they would hide a bug's traceback. Ctrl-C ends a program with code 130."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except kinds as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(code)
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print(f"{program}: error: gs:// needs gcsfs: pip install 'deltaformer-jax[gcs]'", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(argv: list[str], default_config: str, usage: str) -> Command:
+    """The command line, `argv[0]` being the program, as a checked Config and the rest.
+
+    Without --config, a --workdir that holds a run supplies the config, and else `default_config` does. Raises
+    ValueError, OSError or absl's flags.Error with a message for one line; --help prints `usage` and exits.
+    """
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
+        print(usage.strip())
+        sys.exit(0)
+    workdir = _value_of("workdir", argv)
+    path = _value_of("config", argv)
+    if path is not None:
+        path = find_config(path, Path(default_config).parent)
+        argv = _with_value("config", path, argv)
+    elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
+        Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
+        path = f"{saved_config.__file__}:{workdir}"
+    else:
+        path = default_config
+    _check_fields(argv)
+    # ml_collections loads every config file into one module, where an earlier one's get_config would linger.
+    sys.modules.pop("config_config", None)
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
+    holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)
+        config = holder.value
+    except Exception as error:  # absl's own, or whatever the file's code raises
+        text = str(error)
+        if not isinstance(error, flags.Error):
+            text = f"--config {path}: {type(error).__name__}: {text}"
+        elif "Traceback" in text:  # ml_collections packs the whole of get_config()'s into its message
+            text = f"--config {path}: {text.strip().splitlines()[-1]}"
+        raise ValueError(text + _nearest_keyword(text)) from error
+    if len(rest) > 1:
+        raise ValueError(
+            f"{rest[1]!r}: not a flag; flags are --config FILE, --config.section.field=value, --workdir DIR, --dry_run"
+        )
+    check(config)
+    name = Path(path.partition(":")[0]).stem if _value_of("config", argv) or path == default_config else "resumed"
+    return Command(config, values.workdir, name, values.dry_run)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The last value of --flag, looked up before absl runs, since the config's default depends on it."""
+    found = None
+    for i, argument in enumerate(argv[1:], 1):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            if not equals and i + 1 == len(argv):
+                raise ValueError(f"--{flag}: give a value")
+            found = value if equals else argv[i + 1]
+    return found
+
+
+def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:
+    """The command line with that value of a flag that is in it: a config's name becomes its file's path."""
+    out, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            if not equals:
+                next(rest)
+            argument = f"--{flag}={value}"
+        out.append(argument)
+    return out
+
+
+def _check_fields(argv: list[str]) -> None:
+    """Raise ValueError for a --config.section.field that Config doesn't have, with the nearest one that it has."""
+    known = list(flatten(Config()))
+    sections = [section.name for section in dataclasses.fields(Config)]
+    for argument in argv[1:]:
+        if not argument.startswith("-"):
+            continue
+        flag = argument.lstrip("-").partition("=")[0]
+        field = flag.removeprefix("no").removeprefix("config.")
+        if flag.removeprefix("no").startswith("config.") and field not in known:
+            if field in sections:
+                raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
+            raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+
+
+def _nearest_keyword(text: str) -> str:
+    """Of a misspelt argument of ModelConfig(...) and its like in a config file, what Python's message leaves out."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if not found or "Did you mean" in text:
+        return ""
+    for section in (Config, *(field.default_factory for field in dataclasses.fields(Config))):
+        if section.__name__ == found[1]:
+            names = [field.name for field in dataclasses.fields(section)]
+            near = difflib.get_close_matches(found[2], names, n=1, cutoff=0.5)
+            return f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(names)}"
+    return ""
+
+
+def _nearest(field: str, known: list[str]) -> str:
+    # The same last name in another section is what a forgetful user meant; a near spelling is what a hasty one did.
+    last = field.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean --config.{near[0]}?"
+    return f"; the sections are {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}"

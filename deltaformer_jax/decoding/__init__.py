@@ -1,0 +1,1 @@
+"""Text from a model: tokens drawn through its cache, and the texts they make."""

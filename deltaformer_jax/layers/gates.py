@@ -1,0 +1,90 @@
+"""Gates of a token's own making: on what is read (`OutputGate`), and on how fast a memory forgets (`HeadDecay` with one
+number a head, `ChannelDecay` with one a key channel).
+
+    g = −e^A ⊙ softplus(x W + b) ≤ 0          the natural logarithm of a decay
+
+e^A starts uniform in [1, 16) and softplus(b) log-uniform in [0.001, 0.1], so that at the start heads forget over some
+tokens to some thousand. Source: Gu and Dao, Mamba-2, arXiv 2405.21060, and Yang et al., Gated Delta Networks, arXiv
+2412.06464, for one decay a head; Kimi Linear, arXiv 2510.26692, for one a channel, W of low rank.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.query_key_value import project
+
+
+class OutputGate(nnx.Module):
+    """o ⊙ sigmoid(x W_g): a gate on what an attention mixer has read, each feature of each head its own.
+
+    (o [B,T,H,K], x [B,T,d_model]) -> [B,T,H,K] in `dtype`; the sigmoid and its product are float32. It lets a token
+    take nothing, where the weights of softmax must add up to 1. Source: Qiu et al., "Gated Attention for Large Language
+    Models", arXiv 2505.06708, section 2 (behind the read, element by element, a sigmoid).
+    """
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, *, dtype, rngs: nnx.Rngs):
+        self.kernel = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, o, x):
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        gate = jax.nn.sigmoid(project(x, self.kernel, self.dtype).astype(wide))
+        return (o.astype(wide) * gate).astype(self.dtype)
+
+    def flops_per_token(self) -> float:
+        """2 d_model H K."""
+        return product_flops(self.kernel)
+
+
+def _log_rate(rngs: nnx.Rngs, heads: int) -> nnx.Param:
+    start = jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1.0, 16.0)
+    return nnx.Param(jnp.log(start), axes=("heads",), decay=False)
+
+
+def _step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """b with softplus(b) log-uniform in [0.001, 0.1]."""
+    low, high = jnp.log(1e-3), jnp.log(0.1)
+    step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
+    return nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=axes, decay=False)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class HeadDecay(nnx.Module):
+    """x [B,T,d_model] -> g [B,T,heads] float32 (float64 for float64), at most 0. A and b are not decayed."""
+
+    def __init__(self, d_model: int, heads: int, *, rngs: nnx.Rngs):
+        self.kernel = kernel(rngs, (d_model, heads), ("embed", "heads"))
+        self.log_rate = _log_rate(rngs, heads)
+        self.bias = _step_bias(rngs, (heads,), ("heads",))
+
+    def __call__(self, x):
+        step = jnp.einsum("btd,dh->bth", _wide(x), self.kernel[...], precision="highest") + self.bias[...]
+        return -jnp.exp(self.log_rate[...]) * jax.nn.softplus(step)
+
+    def flops_per_token(self) -> float:
+        return product_flops(self.kernel)
+
+
+class ChannelDecay(nnx.Module):
+    """x [B,T,d_model] -> g [B,T,heads,width], at most 0, W = W₁ W₂ of rank `rank`, A one number a head."""
+
+    def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
+        self.down = kernel(rngs, (d_model, rank), ("embed", "rank"))
+        self.up = kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
+        self.log_rate = _log_rate(rngs, heads)
+        self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
+
+    def __call__(self, x):
+        low = jnp.einsum("btd,dr->btr", _wide(x), self.down[...], precision="highest")
+        step = jnp.einsum("btr,rhk->bthk", low, self.up[...], precision="highest") + self.bias[...]
+        return -jnp.exp(self.log_rate[...])[:, None] * jax.nn.softplus(step)
+
+    def flops_per_token(self) -> float:
+        return product_flops(self.down, self.up)

@@ -1,0 +1,1 @@
+"""The mixers: one memory a file."""

@@ -1,0 +1,237 @@
+"""DeltaFormer: attention that reads a memory written by the delta rule in its own feature space.
+
+    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          (write: strictly causal)
+    o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          (read: causal, the diagonal included),     y_t = o_t W_o
+
+Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9; Zhong et al.,
+arXiv 2505.19488.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax import ops
+from deltaformer_jax.layers.caches import AttentionCache
+from deltaformer_jax.layers.gates import OutputGate
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops
+from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
+from deltaformer_jax.layers.padding import clear_padding, default_positions
+from deltaformer_jax.layers.query_key_value import QueryKeyValue, project
+from deltaformer_jax.layers.rotary import rotate
+from deltaformer_jax.layers.short_convolution import ShortConvolution
+from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity
+from deltaformer_jax.sharding import over_devices
+
+
+class DeltaFormer(nnx.Module):
+    """A DeltaFormer mixer of H = num_heads query heads over G = num_kv_heads key and value heads of width K.
+
+        DeltaFormer(d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, rngs=nnx.Rngs(0))
+
+    * `write_query`, w: `"key"` (the delta rule proper; u is shared by the queries of a KV head), `"query"`, or
+      `"projected"` (x W_w, with the queries' norm and rotation). u, α and β have G heads for "key", else H.
+    * `write_similarity`, `read_similarity`, κ₁ and κ₂: "linear", "relu", "exp", "softmax", "round" or
+      `ops.Round(decimals)`.
+    * `alpha`: `"off"` (1) or `"sigmoid"`; `beta`: `"sigmoid"`, `"raw"` or `"one"`. Both gates are of a projection with
+      bias, in float32. A raw β above 1 lets u grow geometrically; it serves to read others' weights.
+    * `write_key_norm`: `"on"`: the write compares directions, κ₁ of the cosine of w and k times `write_scale` (by
+      default 1); `"off"`: κ₁ of w·k times `write_scale` (by default K^-1/2); `"auto"`: off for softmax, on for the
+      others, whose rows nothing normalises: with long keys each write would take out more than is there, and u explode.
+      The read's keys are the write's, so "on" scales every key to length √K, which keeps the read's scores q·k K^-1/2
+      at their usual size (a unit key would make them √K times too small to tell tokens apart).
+    * `read_scale`: by default K^-1/2.
+    * `rope_base=None`: no rotary embedding; `qk_norm`: RMSNorm of each query, key (and projected w) head; `kv_shift`:
+      see `kv_shift.py`; `conv_size`: width of short convolutions (with SiLU) of queries, keys, values and projected w,
+      before their norms and rotations, see `short_convolution.py`, 0: none; `output_gate`: o_t ⊙ sigmoid(x_t W_g)
+      goes to W_o. `output_scale` multiplies the output kernel's initial values.
+    * `chunk_size` and `implementation` go to `ops.delta_attention`.
+
+    Parameters are float32, the arithmetic is `dtype`'s; gates, norms and similarities float32.
+    Raises ValueError naming the argument for sizes that don't fit and unknown names.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        write_query: str = "key",
+        write_similarity: str | Similarity = "softmax",
+        read_similarity: str | Similarity = "softmax",
+        write_scale: float | None = None,
+        read_scale: float | None = None,
+        write_key_norm: str = "auto",
+        alpha: str = "off",
+        beta: str = "sigmoid",
+        rope_base: float | None = 10_000.0,
+        qk_norm: bool = False,
+        kv_shift: bool = False,
+        conv_size: int = 0,
+        output_gate: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_choice("write_query", write_query, ("key", "query", "projected"))
+        check_choice("write_key_norm", write_key_norm, ("auto", "on", "off"))
+        check_choice("alpha", alpha, ("off", "sigmoid"))
+        check_choice("beta", beta, ("sigmoid", "raw", "one"))
+        self.write_similarity = as_similarity(write_similarity, "write_similarity")
+        self.read_similarity = as_similarity(read_similarity, "read_similarity")
+        self.inputs = QueryKeyValue(
+            d_model,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope_base=rope_base,
+            qk_norm=qk_norm,
+            kv_shift=kv_shift,
+            conv_size=conv_size,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        projected = write_query == "projected"
+        self.write_kernel = (
+            kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim")) if projected else None
+        )
+        self.write_convolution = (
+            ShortConvolution(conv_size, num_heads, head_dim, rngs=rngs) if projected and conv_size else None
+        )
+        self.write_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if projected and qk_norm else None
+        self.u_heads, u_axis = (num_kv_heads, "kv_heads") if write_query == "key" else (num_heads, "heads")
+        self.alpha_gate = Gate(d_model, self.u_heads, axis=u_axis, rngs=rngs) if alpha == "sigmoid" else None
+        self.beta_gate = Gate(d_model, self.u_heads, axis=u_axis, rngs=rngs) if beta != "one" else None
+        self.beta_is_raw = beta == "raw"
+        self.output = kernel(
+            rngs,
+            (num_heads, head_dim, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * head_dim,
+            scale=output_scale,
+        )
+        self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
+        softmax_write = isinstance(self.write_similarity, Softmax)
+        self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
+        if self.unit_keys:
+            # Keys of length √K: w·k / K is the cosine.
+            self.write_scale = (1.0 if write_scale is None else write_scale) / head_dim
+        else:
+            self.write_scale = head_dim**-0.5 if write_scale is None else write_scale
+        self.read_scale = head_dim**-0.5 if read_scale is None else read_scale
+        self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
+        self.write_query, self.chunk_size, self.implementation = write_query, chunk_size, implementation
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+
+        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a token sees its own segment only. `positions`
+        int [B,T] for the rotary embedding, by default the index among the segment's real tokens, after the cache's.
+        Cost: `flops_per_token`; memory as `ops.delta_attention` says.
+        """
+        x = clear_padding(x, segment_ids)
+        if positions is None:
+            positions = default_positions(x, segment_ids, cache)
+        tail, write_tail = (None, None) if cache is None else (cache.tail, cache.write_tail)
+        query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
+        if self.unit_keys:
+            key = rms_normalize(key)
+        attend = functools.partial(
+            ops.delta_attention,
+            write_similarity=self.write_similarity,
+            read_similarity=self.read_similarity,
+            write_scale=self.write_scale,
+            read_scale=self.read_scale,
+            chunk_size=self.chunk_size,
+            implementation=self.implementation,
+        )
+        arrays = dict(
+            query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
+        )
+        write_query, write_tail = self._write_query(x, query, positions, segment_ids, write_tail)
+        if isinstance(write_query, str):
+            attend = functools.partial(attend, write_query=write_query)
+        else:
+            arrays["write_query"] = write_query
+        if cache is None:
+            read = over_devices(attend, arrays)
+        else:
+            read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
+            cache = AttentionCache(memory, tail, write_tail)
+        if self.output_gate is not None:
+            read = self.output_gate(read, x)
+        return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
+
+    def _write_query(self, x, query, positions, segment_ids, tail):
+        """w, or its name, and the tail of its convolution."""
+        if self.write_query == "key":
+            return "key", None  # normalised with the keys, where they are
+        if self.write_query == "query":
+            return rms_normalize(query) if self.unit_keys else "query", None
+        write_query = project(x, self.write_kernel, self.dtype)
+        if self.write_convolution is not None:
+            write_query, tail = self.write_convolution(write_query, segment_ids=segment_ids, tail=tail)
+        if self.write_norm is not None:
+            write_query = self.write_norm(write_query)
+        if self.inputs.rope_base is not None:
+            write_query = rotate(write_query, positions, self.inputs.rope_base)
+        return rms_normalize(write_query) if self.unit_keys else write_query, tail
+
+    def _alpha(self, x):
+        return None if self.alpha_gate is None else jax.nn.sigmoid(self.alpha_gate(x))
+
+    def _beta(self, x):
+        if self.beta_gate is None:
+            return None
+        return self.beta_gate(x) if self.beta_is_raw else jax.nn.sigmoid(self.beta_gate(x))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the write's rows are the read's (w = q, softmax both, equal scales): the op then makes one pass."""
+        both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
+        same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
+        return both_softmax and same_scores
+
+    def init_cache(self, batch: int, capacity: int) -> AttentionCache:
+        """An empty cache for `capacity` tokens per row. It holds k and u; v is not kept."""
+        memory = ops.KUCache.empty(
+            batch, capacity, self.num_kv_heads, self.u_heads, self.head_dim, self.head_dim, self.dtype
+        )
+        convolution = self.write_convolution
+        write_tail = None if convolution is None else convolution.empty_tail(batch, self.dtype)
+        return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)
+
+    def flops_per_token(self, length: int) -> float:
+        """2 d_model K (2 H + 2 G) + gates + convolutions + write + read. Forward, the mean over a sequence of `length`
+        tokens; a multiply-add counts 2, norms and gates' sigmoids nothing.
+
+        gates: 2 d_model Hu each for α and β, 2 d_model H K for a projected w and again for an output gate. read:
+        2 H K length (half the square of scores and half the square of weights times u). write: 2 Hu K length, or
+        nothing where it is tied to the read. Hu is G for w = k, else H. The chunked solve's own cost, O(chunk) per
+        token, is left out.
+        """
+        projections = self.inputs.flops_per_token() + product_flops(self.write_kernel, self.output)
+        if self.write_convolution is not None:
+            projections += product_flops(self.write_convolution.weight)
+        if self.output_gate is not None:
+            projections += self.output_gate.flops_per_token()
+        gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
+        passes = self.num_heads + (0 if self.tied else self.u_heads)
+        return projections + gates + 2.0 * passes * self.head_dim * length
+
+
+def check_choice(argument: str, value: str, choices: tuple[str, ...]):
+    """Raises ValueError, naming the argument first, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,65 @@
+"""DeltaNet: a linear memory that is corrected, not only added to.
+
+    S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K,      q, k of unit length,  β = sigmoid(x W_β + b)
+
+Source: Schlag et al., arXiv 2102.11174; in this shape Yang et al., arXiv 2406.06484: short convolutions with SiLU on
+queries, keys and values, a norm per head behind the memory.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.linear import Gate
+from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
+from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
+
+
+class DeltaNet(DeltaRuleMixer):
+    """A DeltaNet mixer of H = num_heads heads of queries and keys and Hv = num_value_heads of values, a multiple of H.
+
+        DeltaNet(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
+
+    `num_value_heads=None`: H; `value_dim=None`: head_dim. `conv_size=0`: no convolutions. `output_gate`: swish(x W_g)
+    multiplies the normalised output. `negative_eigenvalues`: β in (0, 2) instead of (0, 1). The memory is float32,
+    everything else `dtype`'s. `chunk_size` and `implementation` go to `ops.gated_delta_rule`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        conv_size: int = 4,
+        output_gate: bool = False,
+        negative_eigenvalues: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        heads, width = num_value_heads or num_heads, value_dim or head_dim
+        self.inputs = MemoryInputs(
+            d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
+        )
+        self.beta = Gate(d_model, heads, axis="heads", rngs=rngs)
+        self.decay = None
+        self.output = MemoryOutput(
+            d_model,
+            heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
+        self.state_shape = (heads, head_dim, width)
+        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

@@ -1,0 +1,58 @@
+"""What the mixers of the delta rule do alike: DeltaNet, Gated DeltaNet, Kimi Delta Attention."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+
+from deltaformer_jax import ops
+from deltaformer_jax.layers.caches import StateCache, remember
+from deltaformer_jax.layers.linear import product_flops
+from deltaformer_jax.layers.norms import l2_normalize
+from deltaformer_jax.layers.padding import clear_padding
+
+
+class DeltaRuleMixer(nnx.Module):
+    """y = output(gated_delta_rule(q/|q|, k/|k|, v, β, g), x),    q, k, v = inputs(x),  β = c sigmoid(beta(x)),
+    g = decay(x).
+
+    A subclass sets `inputs`, `beta`, `decay` (None: nothing fades), `output`, `beta_scale` (c), `state_shape` (value
+    heads, K, V), `chunk_size`, `implementation` and `dtype`.
+    """
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+
+        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
+        are not used: order is what the memory sees.
+        """
+        x = clear_padding(x, segment_ids)
+        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
+        rule = functools.partial(ops.gated_delta_rule, chunk_size=self.chunk_size, implementation=self.implementation)
+        arrays = dict(
+            query=l2_normalize(query),
+            key=l2_normalize(key),
+            value=value,
+            beta=self.beta_scale * jax.nn.sigmoid(self.beta(x)),
+            segment_ids=segment_ids,
+        )
+        if self.decay is not None:
+            arrays["log_decay"] = self.decay(x)
+        read, cache = remember(rule, arrays, cache, tails)
+        return self.output(read, x), cache
+
+    def init_cache(self, batch: int, capacity: int) -> StateCache:
+        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        del capacity
+        return StateCache.empty(batch, *self.state_shape, self.inputs.empty_tails(batch), self.dtype)
+
+    def flops_per_token(self, length: int) -> float:
+        """The kernels' products, and 6 K V for each value head: what is read for the correction, written, and read.
+        Whatever the length; what working in chunks adds is not counted."""
+        del length
+        heads, key_dim, value_dim = self.state_shape
+        gates = product_flops(self.beta.kernel) + (0.0 if self.decay is None else self.decay.flops_per_token())
+        kernels = self.inputs.flops_per_token() + gates + self.output.flops_per_token()
+        return kernels + 6.0 * heads * key_dim * value_dim

@@ -1,0 +1,68 @@
+"""Gated DeltaNet: the delta rule with a memory that each token may let fade.
+
+    S ← e^{g_t} S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K
+    y = (RMSNorm(o) ⊙ swish(x W_g)) W_o
+
+with q, k of unit length, β = sigmoid(x W_β + b) and g = −e^A softplus(x W + b') one number a head.
+Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, eq. 10 and section 3.4; grouped value heads
+as in Qwen3-Next.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax.layers.gates import HeadDecay
+from deltaformer_jax.layers.linear import Gate
+from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
+from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
+
+
+class GatedDeltaNet(DeltaRuleMixer):
+    """A Gated DeltaNet mixer of H = num_heads heads of queries and keys, Hv = num_value_heads of values.
+
+        GatedDeltaNet(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
+
+    `num_value_heads=None`: H; `value_dim=None`: head_dim. `conv_size=0`: no convolutions. `output_gate=False` leaves
+    out the swish. `negative_eigenvalues`: β in (0, 2). The memory and its gates are float32, everything else `dtype`'s.
+    `chunk_size` and `implementation` go to `ops.gated_delta_rule`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        conv_size: int = 4,
+        output_gate: bool = True,
+        negative_eigenvalues: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        heads, width = num_value_heads or num_heads, value_dim or head_dim
+        self.inputs = MemoryInputs(
+            d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
+        )
+        self.beta = Gate(d_model, heads, axis="heads", rngs=rngs)
+        self.decay = HeadDecay(d_model, heads, rngs=rngs)
+        self.output = MemoryOutput(
+            d_model,
+            heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
+        self.state_shape = (heads, head_dim, width)
+        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

@@ -1,0 +1,108 @@
+"""Gated linear attention: a linear memory each of whose key channels fades as the token says.
+
+    S ← Diag(e^{g_t}) S + k_t v_tᵀ,      o_t = Sᵀ q_t / √K,      y = (RMSNorm(o) ⊙ swish(x W_g)) W_o
+
+with g = log sigmoid(x W₁ W₂ + b) / 16 a vector over K, W₁ W₂ of rank 16.
+Source: Yang et al., arXiv 2312.06635, section 4.4.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax import ops
+from deltaformer_jax.layers.caches import StateCache, remember
+from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
+from deltaformer_jax.layers.padding import clear_padding
+
+RANK = 16
+# The gate's logarithm is divided by this, so that memories start long.
+TEMPERATURE = 16.0
+
+
+class GatedLinearAttention(nnx.Module):
+    """A gated linear attention mixer of H = num_heads heads of queries and keys and as many of values.
+
+        GatedLinearAttention(d_model=256, num_heads=4, head_dim=32, value_dim=64, rngs=nnx.Rngs(0))
+
+    `value_dim=None`: head_dim (the paper's keys are half as wide as its values). `conv_size`: the paper has no
+    convolutions, 4 adds them. `output_gate=False` leaves out the swish. The memory and its gate are float32, everything
+    else `dtype`'s. `chunk_size` and `implementation` go to `ops.gated_linear_attention`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        conv_size: int = 0,
+        output_gate: bool = True,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        width = value_dim or head_dim
+        self.inputs = MemoryInputs(
+            d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
+        )
+        self.decay_down = kernel(rngs, (d_model, RANK), ("embed", "rank"))
+        self.decay_up = kernel(rngs, (RANK, num_heads, head_dim), ("rank", "heads", "head_dim"))
+        self.decay_bias = nnx.Param(
+            jnp.zeros((num_heads, head_dim), jnp.float32), axes=("heads", "head_dim"), decay=False
+        )
+        self.output = MemoryOutput(
+            d_model,
+            num_heads,
+            width,
+            gate="swish" if output_gate else "",
+            epsilon=norm_epsilon,
+            output_scale=output_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.state_shape = (num_heads, head_dim, width)
+        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+
+        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
+        are not used.
+        """
+        x = clear_padding(x, segment_ids)
+        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
+        rule = functools.partial(
+            ops.gated_linear_attention, chunk_size=self.chunk_size, implementation=self.implementation
+        )
+        arrays = dict(query=query, key=key, value=value, log_decay=self._log_decay(x), segment_ids=segment_ids)
+        read, cache = remember(rule, arrays, cache, tails)
+        return self.output(read, x), cache
+
+    def _log_decay(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        low = jnp.einsum("btd,dr->btr", wide, self.decay_down[...], precision="highest")
+        gate = jnp.einsum("btr,rhk->bthk", low, self.decay_up[...], precision="highest") + self.decay_bias[...]
+        return jax.nn.log_sigmoid(gate) / TEMPERATURE
+
+    def init_cache(self, batch: int, capacity: int) -> StateCache:
+        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        del capacity
+        return StateCache.empty(batch, *self.state_shape, self.inputs.empty_tails(batch), self.dtype)
+
+    def flops_per_token(self, length: int) -> float:
+        """The kernels' products, and 4 K V for each head: written and read. Whatever the length; what working in
+        chunks adds is not counted."""
+        del length
+        heads, key_dim, value_dim = self.state_shape
+        gates = product_flops(self.decay_down, self.decay_up)
+        return self.inputs.flops_per_token() + gates + self.output.flops_per_token() + 4.0 * heads * key_dim * value_dim

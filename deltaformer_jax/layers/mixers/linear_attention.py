@@ -1,0 +1,90 @@
+"""Linear attention: softmax attention with the kernel φ(q)·φ(k) in place of e^{q·k}, and so a memory of fixed size.
+
+    S ← S + φ(k_t) v_tᵀ,   z ← z + φ(k_t),      o_t = Sᵀ φ(q_t) / (z · φ(q_t)),      φ(x) = elu(x) + 1 > 0
+
+z is one more column of S: that of a value which is always 1.
+Source: Katharopoulos et al., arXiv 2006.16236, eq. 7 to 9 and 16 to 20.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax import ops
+from deltaformer_jax.layers.caches import StateCache, remember
+from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.memory_inputs import MemoryInputs
+from deltaformer_jax.layers.padding import clear_padding
+
+
+class LinearAttention(nnx.Module):
+    """A linear attention mixer of H = num_heads heads.
+
+        LinearAttention(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
+
+    `value_dim=None`: head_dim. The memory is float32, everything else `dtype`'s. `chunk_size` and `implementation` go
+    to `ops.gated_linear_attention`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        width = value_dim or head_dim
+        self.inputs = MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=0, dtype=dtype, rngs=rngs)
+        self.output = kernel(
+            rngs,
+            (num_heads, width, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * width,
+            scale=output_scale,
+        )
+        self.state_shape = (num_heads, head_dim, width + 1)
+        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+
+        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
+        are not used.
+        """
+        x = clear_padding(x, segment_ids)
+        query, key, value, tails = self.inputs(x)
+        # Sums of positive features grow with the length: float32, and the read divided before it is rounded.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        feature = lambda x: jax.nn.elu(x.astype(wide)) + 1
+        value = jnp.concatenate([value.astype(wide), jnp.ones((*value.shape[:3], 1), wide)], axis=-1)
+        rule = functools.partial(
+            ops.gated_linear_attention, scale=1.0, chunk_size=self.chunk_size, implementation=self.implementation
+        )
+        arrays = dict(query=feature(query), key=feature(key), value=value, segment_ids=segment_ids)
+        read, cache = remember(rule, arrays, cache, tails)
+        # A padded token has read 0 of everything.
+        total = jnp.where(read[..., -1:] > 0, read[..., -1:], 1)
+        read = (read[..., :-1] / total).astype(self.dtype)
+        return jnp.einsum("bthv,hvd->btd", read, self.output[...].astype(self.dtype)), cache
+
+    def init_cache(self, batch: int, capacity: int) -> StateCache:
+        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        del capacity
+        return StateCache.empty(batch, *self.state_shape, (), self.dtype)
+
+    def flops_per_token(self, length: int) -> float:
+        """The kernels' products, and 4 K (V + 1) for each head. Whatever the length; what working in chunks adds is
+        not counted."""
+        del length
+        heads, key_dim, value_dim = self.state_shape
+        return self.inputs.flops_per_token() + product_flops(self.output) + 4.0 * heads * key_dim * value_dim

@@ -1,0 +1,143 @@
+"""Softmax attention, the ordinary Transformer's mixer.
+
+    o_t = Σ_{t−window < i ≤ t} softmax_i(q_t · k_i / √K) v_i,        y_t = o_t W_o
+
+With a forgetting gate Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of i, each query head its own; with
+sinks each head has one more score, trained, of value 0. With an output gate o_t is multiplied by sigmoid(x_t W_g).
+
+Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
+et al., arXiv 2503.02130; sinks: Xiao et al., arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaformer_jax import ops
+from deltaformer_jax.layers.caches import AttentionCache
+from deltaformer_jax.layers.gates import OutputGate
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops
+from deltaformer_jax.layers.padding import clear_padding, default_positions
+from deltaformer_jax.layers.query_key_value import QueryKeyValue
+from deltaformer_jax.sharding import over_devices
+
+
+class SoftmaxAttention(nnx.Module):
+    """Causal softmax attention of H = num_heads query heads over G = num_kv_heads key and value heads of width K.
+
+        SoftmaxAttention(d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, rngs=nnx.Rngs(0))
+
+    `window=W` lets a token see itself and the W − 1 before it; None: all. `rope_base=None`: no rotary embedding.
+    `qk_norm`: RMSNorm of each query and key head. `kv_shift`: see `kv_shift.py`. `output_scale` multiplies the output
+    kernel's initial values. `forget_gate`, `sinks`, `output_gate`: as above; the forgetting gate starts around 1/2.
+    `conv_size`: width of short convolutions of queries, keys and values, see `short_convolution.py`; 0: none.
+    Parameters are float32, the arithmetic is `dtype`'s, the softmax and the gates float32. `implementation` goes to
+    `ops.causal_attention`.
+
+    Raises ValueError naming the argument for sizes that don't fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        rope_base: float | None = 10_000.0,
+        qk_norm: bool = False,
+        kv_shift: bool = False,
+        forget_gate: bool = False,
+        sinks: bool = False,
+        conv_size: int = 0,
+        output_gate: bool = False,
+        norm_epsilon: float = 1e-6,
+        output_scale: float = 1.0,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if window is not None and window < 1:
+            raise ValueError(f"window={window} must be at least 1 token")
+        self.inputs = QueryKeyValue(
+            d_model,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope_base=rope_base,
+            qk_norm=qk_norm,
+            kv_shift=kv_shift,
+            conv_size=conv_size,
+            norm_epsilon=norm_epsilon,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.output = kernel(
+            rngs,
+            (num_heads, head_dim, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=num_heads * head_dim,
+            scale=output_scale,
+        )
+        self.forget = Gate(d_model, num_heads, axis="heads", rngs=rngs) if forget_gate else None
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
+        self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
+        self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
+        self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+
+        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a token sees its own segment only. `positions`
+        int [B,T] for the rotary embedding, by default the index among the segment's real tokens, after the cache's.
+        Cost: `flops_per_token`; memory as `ops.causal_attention` says.
+        """
+        x = clear_padding(x, segment_ids)
+        if positions is None:
+            positions = default_positions(x, segment_ids, cache)
+        tail = None if cache is None else cache.tail
+        query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
+        attend = functools.partial(ops.causal_attention, window=self.window, implementation=self.implementation)
+        arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
+        if self.forget is not None:
+            arrays["log_decay"] = jax.nn.log_sigmoid(self.forget(x))
+        if self.sinks is not None:
+            arrays["sinks"] = self.sinks[...]
+        if cache is None:
+            read = over_devices(attend, arrays)
+        else:
+            read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
+            cache = AttentionCache(memory, tail)
+        if self.output_gate is not None:
+            read = self.output_gate(read, x)
+        return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
+
+    def init_cache(self, batch: int, capacity: int) -> AttentionCache:
+        """An empty cache for `capacity` tokens per row; with a window, a ring of at most `window` slots."""
+        slots = capacity if self.window is None else min(capacity, self.window)
+        decay_heads = None if self.forget is None else self.num_heads
+        memory = ops.KVCache.empty(
+            batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype, decay_heads
+        )
+        return AttentionCache(memory, self.inputs.empty_tail(batch))
+
+    def flops_per_token(self, length: int) -> float:
+        """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n, n the mean number of tokens seen: length/2, or
+        W − W²/(2 length) when a window W < length cuts it. Forward, the mean over a sequence of `length` tokens; a
+        multiply-add counts 2."""
+        projections = self.inputs.flops_per_token() + product_flops(self.output)
+        projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
+        projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
+        return projections + 4.0 * self.num_heads * self.head_dim * mean_tokens_seen(length, self.window)
+
+
+def mean_tokens_seen(length: int, window: int | None) -> float:
+    """The causal triangle's (or band's) area by `length`: length/2, or W − W²/(2 length) for a window W < length."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window**2 / (2 * length)

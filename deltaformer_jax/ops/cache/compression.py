@@ -1,0 +1,97 @@
+"""Cache compression: what a few keys read out of a cache, as a cache of those few entries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from deltaformer_jax.ops.cache.caches import KUCache, store
+from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.similarity import Similarity, as_similarity, row_weights
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
+
+def compress_cache(
+    cache: KUCache,
+    keys: jax.Array,
+    *,
+    read_similarity: str | Similarity = "softmax",
+    read_scale: float | None = None,
+    capacity: int | None = None,
+    segment_ids: jax.Array | None = None,
+) -> KUCache:
+    """A KUCache {(k_j, ṽ_j)} of n entries in the place of t: what each slot key reads now, ṽ_j = Σ_i κ₂(k_j, k_i) u_i.
+
+    Where the slots hold all that is ever read, and reading one brings nothing of the others, as in Theorem 1's
+    construction (keys nearly orthogonal, κ₂ rounding), nothing is lost; otherwise it is an approximation: "softmax"
+    mixes the slots' values. Compressed every O(n) tokens, a memory of n slots needs O(n) entries at every length.
+
+    Letters as in `delta_attention`: G key heads of width K, Hu heads of u, a multiple of G, of width V.
+
+    Args:
+      cache: a KUCache with key [B, N, G, K], value (u) [B, N, Hu, V] and length [B].
+      keys: the slots' keys: [B, n, G, K], or [n, G, K] for the same in every row; cache.key's dtype.
+      read_similarity: κ₂, a name or an object such as Round(decimals=0).
+      read_scale: multiplies k_j·k_i; None means K ** -0.5. Keys of unit length want 1.
+      capacity: entries of the new cache, at least n; None means the old one's.
+      segment_ids: [B, n] ints, 0 where a row has no such slot; None: all rows have all n.
+
+    Returns:
+      a KUCache of that capacity, length n (or the number of slots a row has), dtypes as in the old one. Sums are in
+      float32 (float64 for float64). A rotary embedding counts from the cache's length: give it `positions` to go on
+      from where the text was.
+
+    Raises:
+      ValueError, TypeError: shapes, dtypes, names and sizes that do not fit, naming the argument.
+
+    Cost: 2 n N (K + V) Hu B floating-point operations; memory n N Hu B scores.
+
+    Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, section 3.3.1 and appendix C.
+    """
+    if not isinstance(cache, KUCache):
+        raise TypeError(f"cache must be a KUCache, not {type(cache).__name__}")
+    similarity = as_similarity(read_similarity, "read_similarity")
+    keys = _checked_keys(cache, keys)
+    batch, slots, heads, width = keys.shape
+    scale = checks.check_scale("read_scale", read_scale, width)
+    checks.check_size("capacity", capacity)
+    capacity = cache.capacity if capacity is None else capacity
+    if capacity < slots:
+        raise ValueError(f"capacity={capacity}: must be at least the number of keys, {slots}")
+    checks.check_segments(segment_ids, keys)
+    checks.check_one_document(segment_ids)
+    real = jnp.ones((batch, slots), bool) if segment_ids is None else jnp.asarray(segment_ids) != 0
+    clean = jnp.where(real[..., None, None], keys, 0)
+
+    filled = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.length[:, None]
+    only_filled = lambda x: jnp.where(filled[..., None, None], x, 0)
+    wide = accumulation_dtype(cache.key.dtype)
+    write_heads = cache.value.shape[2]
+    repeat = lambda x: H.repeat_heads(x, write_heads).astype(wide)
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("bjhk,bnhk->bhjn", repeat(clean), repeat(only_filled(cache.key))) * scale
+        visible = jnp.broadcast_to(filled[:, None, None, :], scores.shape)
+        weights = row_weights(similarity, scores, visible)
+        read = jnp.einsum("bhjn,bnhv->bjhv", weights, only_filled(cache.value).astype(wide))
+
+    empty = KUCache.empty(batch, capacity, heads, write_heads, width, cache.value.shape[3], cache.key.dtype)
+    return store(empty, clean, read, real)
+
+
+def _checked_keys(cache: KUCache, keys: jax.Array) -> jax.Array:
+    """keys as [B, n, G, K]."""
+    batch, _, heads, width = cache.key.shape
+    if not hasattr(keys, "shape") or not hasattr(keys, "dtype"):
+        raise TypeError(f"keys must be an array, not {type(keys).__name__}")
+    shape = tuple(keys.shape)
+    if len(shape) == 3:
+        keys = jnp.broadcast_to(keys[None], (batch, *shape))
+    if keys.ndim != 4 or keys.shape[1] == 0 or (keys.shape[0], *keys.shape[2:]) != (batch, heads, width):
+        raise ValueError(
+            f"keys have shape {shape}: must be [batch, slots, heads, width] = [{batch}, n, {heads}, {width}] of the "
+            f"cache's keys, or [n, {heads}, {width}] for the same in every row"
+        )
+    if keys.dtype != cache.key.dtype:
+        raise TypeError(f"keys are {keys.dtype} but the cache's are {cache.key.dtype}: cast them to one dtype")
+    return jnp.asarray(keys)

@@ -1,0 +1,143 @@
+"""Going on from a cache: a block of new tokens against what is remembered and against each other.
+
+For a block of T tokens after N remembered ones,
+
+    U = (I + diag(β) A_new)⁻¹ (diag(α) V − diag(β) A_old U_old),      O = P_old U_old + P_new U
+
+where a row's similarity is normalised over both parts together. One token at a time this is decoding; a prompt comes
+block by block, so that no more than block × capacity scores exist at once. Work O(T · capacity · (K+V)) a head.
+
+Differentiable by JAX itself; heads are laid out [B, T, G, n, r, ·] with Hu = G·n write heads and H = G·n·r query heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops.cache.caches import slot_positions, store
+from deltaformer_jax.ops.common.score_decay import decay_between
+from deltaformer_jax.ops.common.similarity import row_weights
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.ops.common.triangular import solve_by_halves
+
+
+def _einsum(equation, *arrays):
+    """Sums in the accumulation dtype; arrays of unlike dtypes are widened to it first."""
+    dtype = accumulation_dtype(arrays[0].dtype)
+    if len({x.dtype for x in arrays}) > 1:
+        arrays = [x.astype(dtype) for x in arrays]
+    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def _scores(rows, old_keys, new_keys, scale):
+    """rows [B,T,G,n,r,K] against [B,N,G,K] and [B,T,G,K] -> [B,G,n,r,T,N+T]."""
+    product = lambda keys: _einsum("btgnrk,bsgk->bgnrts", rows, keys)
+    return jnp.concatenate([product(old_keys), product(new_keys)], axis=-1) * scale
+
+
+def _values(weights, old, new):
+    """[B,G,n,r,T,N+T] times [B,N,G,n,V] and [B,T,G,n,V] -> [B,T,G,n,r,V]."""
+    split = old.shape[1]
+    total = _einsum("bgnrts,bsgnv->btgnrv", weights[..., :split], old)
+    return total if new is None else total + _einsum("bgnrts,bsgnv->btgnrv", weights[..., split:], new)
+
+
+def _visible(cache, real, strict, window):
+    """[B, 1, 1, 1, T, N+T]: what each new token sees of the slots and of the new tokens."""
+    position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    slots = slot_positions(cache)
+    old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
+    index = jnp.arange(real.shape[1], dtype=jnp.int32)
+    new = index[:, None] > index[None, :] if strict else index[:, None] >= index[None, :]
+    new = new[None] & real[:, None, :]
+    if window is not None:
+        old &= position[:, :, None] - slots[:, None, :] < window
+        new &= position[:, :, None] - position[:, None, :] < window
+    visible = jnp.concatenate([old, new], axis=-1) & real[:, :, None]
+    return visible[:, None, None, None]
+
+
+def _weights(similarity, scores, visible, dtype):
+    weights = row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape))
+    return weights.astype(dtype) if similarity.normalised else weights
+
+
+def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
+    """One block: (output [B,T,H,V], cache). `write_query` [B,T,Hu,K]; `real` [B,T] is False at padding."""
+    b, t, g, width = key.shape
+    n = write_query.shape[2] // g
+    group = query.shape[2] // (g * n)
+    acc = accumulation_dtype(key.dtype)
+    old_u = cache.value.reshape(b, cache.capacity, g, n, -1)
+    gates = lambda x: jnp.ones((b, t, g, n), acc) if x is None else x.reshape(b, t, g, n).astype(acc)
+    alpha, beta = gates(alpha), gates(beta)
+
+    scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key, key, plan.write_scale)
+    weights = _weights(plan.write_similarity, scores, _visible(cache, real, True, None), key.dtype)
+    past = _values(weights, old_u, None)[:, :, :, :, 0]
+    target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
+    new = weights[:, :, :, 0, :, cache.capacity :].astype(acc)
+    if t > 1:
+        # Only the strict lower triangle is read: the diagonal is 1.
+        matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
+        solve = jnp.vectorize(solve_by_halves, signature="(t,t),(t,v)->(t,v)")
+        u = jnp.moveaxis(solve(matrix, jnp.moveaxis(target, 1, 3)), 3, 1)
+    else:
+        u = target  # a lone token's system is the identity
+
+    scores = _scores(query.reshape(b, t, g, n, group, width), cache.key, key, plan.read_scale)
+    weights = _weights(plan.read_similarity, scores, _visible(cache, real, False, None), key.dtype)
+    out = _values(weights, old_u, u)
+    out = out.reshape(b, t, query.shape[2], -1).astype(value.dtype)
+    return out, store(cache, key, u.reshape(b, t, g * n, -1), real)
+
+
+def extend_attention(cache, query, key, value, log_decay, sinks, real, similarity, scale, window):
+    """One block of plain attention, log_decay [B,T,H] and sinks [H] or None: (output [B,T,H,V], cache)."""
+    b, t, g, width = key.shape
+    scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key, key, scale)
+    if log_decay is not None:
+        scores = scores + _decay(cache.decay, log_decay).reshape(scores.shape)
+    visible = jnp.broadcast_to(_visible(cache, real, False, window), scores.shape)
+    if sinks is not None:
+        # One more column, of value 0: it only takes its part of the normaliser.
+        column = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, g, 1, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+        visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
+    weights = _weights(similarity, scores, visible, key.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    out = _values(weights, cache.value[:, :, :, None], value[:, :, :, None])
+    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), store(cache, key, value, real, log_decay)
+
+
+def _decay(old, log_decay):
+    """[B,H,T,N+T]: the sum of the log decays after each slot's token, old [B,N,H], and after each new token."""
+    prefix = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, 2)
+    among_new = jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 1, 0)), (2, 3), (0, 1))
+    return jnp.concatenate([jnp.moveaxis(old, 1, 2)[:, :, None] + prefix[..., None], among_new], axis=-1)
+
+
+def in_blocks(step, cache, arrays, size):
+    """`step(cache, *arrays) -> (output, cache)` over blocks of `size` tokens; the arrays are [B, T, …] or None.
+
+    The last block is filled up with padding: the last array is `real`, and its filling is False.
+    """
+    length = arrays[0].shape[1]
+    if size >= length:
+        return step(cache, *arrays)
+    blocks = -(-length // size)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+    def one(cache, block):
+        out, cache = step(cache, *block)
+        return cache, out
+
+    cache, out = lax.scan(one, cache, jax.tree.map(cut, tuple(arrays)))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length], cache

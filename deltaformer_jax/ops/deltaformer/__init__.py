@@ -1,0 +1,1 @@
+"""DeltaFormer. `api` is the door, `definition` what it computes, `chunked` and `kernels` how it is fast."""

@@ -1,0 +1,245 @@
+"""DeltaFormer: attention whose values are first corrected by what the memory already holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from deltaformer_jax.ops.cache.caches import KUCache, check_cache, check_room, store
+from deltaformer_jax.ops.cache.extension import extend_delta, in_blocks
+from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.ops.deltaformer.chunked import Plan, default_chunk, delta_chunked
+from deltaformer_jax.ops.deltaformer.definition import read_parallel, read_recurrent, write_parallel, write_recurrent
+from deltaformer_jax.ops.deltaformer.kernels import KERNELS, delta_by_kernel, fastest_delta
+
+_DEFINITIONS = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}
+
+
+def delta_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    write_query: str | jax.Array = "key",
+    alpha: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    write_similarity: str | Similarity = "softmax",
+    read_similarity: str | Similarity = "softmax",
+    write_scale: float | None = None,
+    read_scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    cache: KUCache | None = None,
+    return_cache: bool = False,
+) -> jax.Array | tuple[jax.Array, KUCache]:
+    """DeltaFormer attention.
+
+        u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          write: strictly causal
+        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, itself included
+
+    β = 0, α = 1, κ₂ = softmax is ordinary attention; κ₁ = κ₂ = linear, w = k, α = β is DeltaNet.
+
+    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the widths of keys and
+    values, Hu the heads of the write query: G or H. u, α and β belong to those heads, so that with w = k grouped
+    queries share u.
+
+    Args:
+      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one dtype of float64, float32, bfloat16, float16.
+      write_query: w. "key" (the delta rule proper, Hu = G), "query" (Hu = H), or an array [B, T, Hu, K].
+      alpha, beta: [B, T, Hu], floats; None means 1. With softmax, 0 ≤ β ≤ 1 keeps u bounded; |β| > 1 lets it grow.
+      write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round" or an object of
+        `deltaformer_jax.ops.common.similarity`, as Round(decimals=0).
+      write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. Keys of unit length want a write scale of 1.
+      segment_ids: [B, T] ints. 0 is padding: such rows return 0 and are seen by nobody, whatever they hold. Equal ids
+        form one contiguous run, and a token sees its own run only.
+      chunk_size: rows of a chunk, any positive int; None chooses. Used by "chunked", and with a cache.
+      implementation: "recurrent" (the definition), "parallel" (T×T matrices), "chunked" (a scan over chunks with a
+        backward of its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256),
+        "pallas_tpu" (kernels for TPUs: float32 and bfloat16, widths up to 256); kernels have chunks of their own, fill
+        a cache and do not go on from one. None chooses the fastest for the platform being compiled for: the kernels
+        where they can do the call, else "chunked".
+      cache: a KUCache to go on from, which holds one document a row; the new tokens follow its tokens, and those with
+        segment id 0 are not stored. The same call prefills (T > 1) and decodes (T = 1).
+      return_cache: also return the cache after these tokens. Without `cache` a new one of capacity T is made.
+
+    Returns:
+      o [B, T, H, V] in value's dtype, or (o, cache) when there is a cache or `return_cache`.
+      Sums and u are kept in float32 (float64 for float64) inside; a cache holds u in its own dtype.
+
+    Raises:
+      ValueError, TypeError: shapes, dtypes, names and sizes, while tracing; ids that come back within a row and a cache
+        without room when their values are known (under jit those two are undefined).
+      NotImplementedError: an implementation this op does not have, for this platform or this call or without a
+        package that is not installed; a second derivative of any but "recurrent" and "parallel".
+
+    Cost: with F = 2 T² K B H floating-point operations (one causal pass of two products), (1 + G/H) F for w = k, 1 F
+      where one pass serves both (w = q, both softmax, equal scales: recognised), else 2 F; backward 2.5 times that.
+      Memory O(T (K+V)) a head for "chunked", O(T²) for "parallel".
+
+    Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
+      caches, segments, the one-pass form and the backward are this project's.
+    """
+    checks.check_heads(query, key, value)
+    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
+    checks.check_size("chunk_size", chunk_size)
+    write_query = _resolve_write_query(write_query, query, key)
+    write_heads = key.shape[2] if write_query is None else write_query.shape[2]
+    _check_gates(alpha, beta, key, write_heads)
+    checks.check_segments(segment_ids, key)
+    plan = Plan(
+        as_similarity(write_similarity, "write_similarity"),
+        checks.check_scale("write_scale", write_scale, key.shape[3]),
+        as_similarity(read_similarity, "read_similarity"),
+        checks.check_scale("read_scale", read_scale, key.shape[3]),
+        tied=False,
+        chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
+    )
+    same_query = write_query is query
+    real, (query, write_query, key, value, alpha, beta) = _without_padding(
+        segment_ids, query, write_query, key, value, alpha, beta
+    )
+    if cache is not None:
+        check_cache(cache, KUCache, key, write_heads, value.shape[3])
+        checks.check_one_document(segment_ids)
+        check_room(cache, real)
+        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": chunk_size or 128}.get(name)
+        if size is None:
+            raise NotImplementedError(f"implementation={name!r} goes on from no cache: use None or 'chunked'")
+        w = key if write_query is None else write_query
+
+        def block(cache, *arrays):
+            return extend_delta(cache, *arrays, plan)
+
+        return in_blocks(block, cache, (query, w, key, value, alpha, beta, real), size)
+
+    if name in _DEFINITIONS:
+        out, u = _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids)
+    else:
+        softmax = plan.write_similarity == plan.read_similarity == Softmax()
+        if same_query and softmax and plan.write_scale == plan.read_scale:
+            plan, write_query = dataclasses.replace(plan, tied=True), None
+        elif same_query:
+            write_query = query
+        form = _in_blocks_of_rows(implementation)
+        out, u = form(plan, query, write_query, key, value, alpha, beta, segment_ids)
+    if segment_ids is not None:
+        # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
+        out = jnp.where(real[..., None, None], out, 0)
+    if not return_cache:
+        return out
+    checks.check_one_document(segment_ids)
+    empty = KUCache.empty(
+        key.shape[0], key.shape[1], key.shape[2], write_heads, key.shape[3], value.shape[3], key.dtype
+    )
+    return out, store(empty, key, u, real)
+
+
+def delta_values(
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    write_query: str | jax.Array = "key",
+    alpha: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    write_similarity: str | Similarity = "softmax",
+    write_scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The written values alone: u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i, U = (I + diag(β) A)⁻¹ diag(α) V.
+
+    Arguments, errors and source as in `delta_attention`; `write_query` is "key" or an array [B, T, Hu, K].
+
+    Returns:
+      u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
+    """
+    checks.check_heads(None, key, value)
+    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
+    checks.check_size("chunk_size", chunk_size)
+    write_query = _resolve_write_query(write_query, None, key)
+    write_heads = key.shape[2] if write_query is None else write_query.shape[2]
+    _check_gates(alpha, beta, key, write_heads)
+    checks.check_segments(segment_ids, key)
+    plan = Plan(
+        as_similarity(write_similarity, "write_similarity"),
+        checks.check_scale("write_scale", write_scale, key.shape[3]),
+        None,
+        None,
+        tied=False,
+        chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
+    )
+    real, (write_query, key, value, alpha, beta) = _without_padding(segment_ids, write_query, key, value, alpha, beta)
+    form = functools.partial(_by_definition, name) if name in _DEFINITIONS else _in_blocks_of_rows(implementation)
+    _, u = form(plan, None, write_query, key, value, alpha, beta, segment_ids)
+    return u if segment_ids is None else jnp.where(real[..., None, None], u, 0)
+
+
+def _in_blocks_of_rows(implementation):
+    """The form of `delta_chunked`'s arguments that goes by that name."""
+    if implementation is None:
+        return fastest_delta
+    return delta_chunked if implementation == "chunked" else functools.partial(delta_by_kernel, implementation)
+
+
+def _resolve_write_query(write_query, query, key):
+    """None for the key, the query itself, or a checked array."""
+    if isinstance(write_query, str):
+        if write_query == "key":
+            return None
+        if write_query == "query" and query is not None:
+            return query
+        options = '"key", "query"' if query is not None else '"key"'
+        raise ValueError(f"write_query={write_query!r}: give {options} or an array [batch, time, heads, width]")
+    if write_query is key:
+        return None
+    checks.check_write_query(write_query, query, key)
+    return write_query
+
+
+def _check_gates(alpha, beta, key, write_heads):
+    checks.check_gate("alpha", alpha, key, write_heads)
+    checks.check_gate("beta", beta, key, write_heads)
+
+
+def _without_padding(segment_ids, *arrays):
+    """`real` [B, T], and the arrays with padding set to 0: NaN there reaches neither values nor gradients."""
+    if segment_ids is None:
+        key = next(x for x in arrays if x is not None)
+        return jnp.ones(key.shape[:2], bool), arrays
+    real = segment_ids != 0
+    clean = lambda x: None if x is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+    return real, tuple(clean(x) for x in arrays)
+
+
+def _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids):
+    """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
+    write, read = _DEFINITIONS[name]
+    dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype
+    batch, time = key.shape[:2]
+    w = key if write_query is None else write_query
+    heads = w.shape[2]
+    ones = jnp.ones((batch, time, heads), dtype)
+    first = lambda x: H.heads_first(x.astype(dtype))
+    segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
+    k, v = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
+    gates = [first(ones if gate is None else gate) for gate in (alpha, beta)]
+
+    with jax.default_matmul_precision("highest"):
+        one_write = lambda *arguments: write(*arguments, similarity=plan.write_similarity, scale=plan.write_scale)
+        u = H.over_heads(one_write, shared=(5,))(first(w), k, v, *gates, segments)
+        if plan.read_similarity is None:
+            return None, H.heads_last(u).astype(out_dtype)
+        group = query.shape[2] // heads
+        q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
+        one_read = lambda *arguments: read(*arguments, similarity=plan.read_similarity, scale=plan.read_scale)
+        out = H.over_heads(one_read, shared=(3,))(q, k, u, segments)
+    out = H.unfold_queries(out.reshape(batch, heads, time * group, -1), group)
+    return out.astype(out_dtype), H.heads_last(u).astype(out_dtype)

@@ -1,0 +1,164 @@
+"""DeltaFormer in chunks, over batch and heads, with its own backward: the form that trains on every platform.
+
+What is kept for the backward is query, write query, key, value, u, the output (in the one-pass case s instead, see
+chunked_tied.py), alpha, beta, the segment ids and up to three numbers a row; nothing of T×T or T×C. u is kept and used
+in float32 for narrower inputs too: softmax's backward takes α v − u, which a rounded u would spoil for small β.
+
+With F = 2 T² K · B H floating-point operations, one causal pass of two products, the work is
+
+    w = k, H/G = r      (1 + 1/r) F forward
+    w = q, one pass     1 F
+    otherwise           2 F
+
+and 2.5 times that backward. Memory O(T (K+V)) a head. Documents of a packed row skip each other's chunks where all rows
+of the batch can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common import tiles
+from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
+from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.similarity import Similarity
+from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
+from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known while tracing. `read_similarity` None: only u is wanted; `tied`: one pass does both."""
+
+    write_similarity: Similarity
+    write_scale: float
+    read_similarity: Similarity | None
+    read_scale: float | None
+    tied: bool
+    chunk: int
+
+
+def default_chunk(length: int) -> int:
+    """512 rows, or all there are: long enough for products to dominate, short enough to stay in a cache."""
+    return min(512, length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def delta_chunked(plan: Plan, query, write_query, key, value, alpha, beta, segment_ids):
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `write_query` None means the key.
+
+    Padding has been zeroed by the caller, in every argument.
+    """
+    return _forward(plan, query, write_query, key, value, alpha, beta, segment_ids)[0]
+
+
+def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
+    """The write's arguments, heads first and padded to whole chunks."""
+    length = -(-key.shape[1] // plan.chunk) * plan.chunk
+    heads = key.shape[2] if write_query is None else write_query.shape[2]
+    first = lambda x: H.heads_first(H.pad_time(x, length))
+    key, value = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
+    write_query = key if write_query is None else first(write_query)
+    segments = H.pad_time(segment_ids, length)
+    bounds = tiles.first_chunks(segments, None, length, plan.chunk)
+    return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
+
+
+def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
+    given = (query, write_query, key, value, alpha, beta, segment_ids)
+    time, dtype = key.shape[1], value.dtype
+    if plan.tied:
+        write_query = query
+    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
+    back = lambda x: None if x is None else H.heads_last(x)[:, :time]
+    if plan.tied:
+        tied = functools.partial(tied_forward, first=bounds, scale=plan.write_scale, chunk=plan.chunk)
+        out, u, summary, *rows = H.over_heads(tied, shared=(5,))(w, k, v, a, b, segments)
+        u, out = back(u), back(out).astype(dtype)
+        return (out, u.astype(dtype)), (given, u, back(summary).astype(dtype), rows)
+    write = functools.partial(
+        write_forward, first=bounds, similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk
+    )
+    u, lse_write = H.over_heads(write, shared=(5,))(w, k, v, a, b, segments)
+    if plan.read_similarity is None:
+        u = back(u)
+        return (None, u.astype(dtype)), (given, u, None, (lse_write,))
+    read = functools.partial(
+        read_forward,
+        log_decay=None,
+        first=bounds,
+        similarity=plan.read_similarity,
+        scale=plan.read_scale,
+        chunk=plan.chunk,
+    )
+    q = H.fold_queries(H.pad_time(query, length), heads)
+    out, lse_read = H.over_heads(read, shared=(3,))(q, k, u, segments)
+    out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
+    u = back(u)
+    # Only softmax reads its own output again.
+    kept = out if plan.read_similarity.normalised else None
+    return (out, u.astype(dtype)), (given, u, kept, (lse_write, lse_read))
+
+
+@hand_written("chunked", "implementation='parallel' or 'recurrent'")
+def _backward(plan, residuals, cotangents):
+    given, u, kept, rows = residuals
+    query, write_query, key, value, alpha, beta, segment_ids = given
+    dout, du = cotangents
+    time, kv_heads = key.shape[1], key.shape[2]
+    if plan.tied:
+        write_query = query
+    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
+    first = lambda x: H.heads_first(H.pad_time(x, length))
+    back = lambda x: H.heads_last(x)[:, :time]
+    last = tiles.last_chunks(bounds)
+    u = first(u)
+    du = first(du).astype(u.dtype)
+    dq = None
+    if plan.tied:
+        tied = functools.partial(tied_backward, scale=plan.write_scale, chunk=plan.chunk)
+        call = lambda q, k, v, a, b, s, *rest: tied(q, k, v, a, b, s, last, *rest)
+        dw, dk, dv, dalpha, dbeta = H.over_heads(call, shared=(5,))(
+            w, k, v, a, b, segments, u, first(kept), *rows, first(dout), du
+        )
+    else:
+        dk_read = 0
+        if plan.read_similarity is not None:
+            read = functools.partial(
+                read_backward, similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk
+            )
+            fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
+            call = lambda q, k, u, s, out, lse, dout: read(q, k, u, s, None, last, out, lse, dout)
+            dq, dk_read, du_read, _ = H.over_heads(call, shared=(3,))(
+                fold(query), k, u, segments, fold(kept), rows[1], fold(dout)
+            )
+            dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
+            du = du + du_read
+        write = functools.partial(
+            write_backward, similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk
+        )
+        call = lambda w, k, v, a, b, s, *rest: write(w, k, v, a, b, s, last, *rest)
+        dw, dk, dv, dalpha, dbeta = H.over_heads(call, shared=(5,))(w, k, v, a, b, segments, u, rows[0], du)
+        dk = dk + dk_read
+    if plan.tied:
+        dq, dw = back(dw).astype(query.dtype), None
+    elif write_query is None:
+        dk, dw = dk + dw, None
+    else:
+        dw = back(dw).astype(write_query.dtype)
+    return (
+        dq,
+        dw,
+        H.sum_heads(back(dk), kv_heads).astype(key.dtype),
+        H.sum_heads(back(dv), kv_heads).astype(value.dtype),
+        None if alpha is None else back(dalpha).astype(alpha.dtype),
+        None if beta is None else back(dbeta).astype(beta.dtype),
+        None,
+    )
+
+
+delta_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,136 @@
+"""The write of DeltaFormer, one head, chunk by chunk:
+
+    u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i,        that is   (I + diag(β) A) U = diag(α) V
+
+Forward, for each chunk in order: sum over the earlier chunks as flash attention does, then solve the chunk's own
+triangular system. Backward, for each chunk of columns from the last to the first, with M = I + diag(β) A, G = M⁻ᵀ dU:
+
+    G_j  = dU_j − Σ_{i>j} A_ij β_i G_i             a transposed solve inside the chunk
+    dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),         D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise
+    dV = α G,   dα_i = v_i·G_i,   dβ_i = −Σ_j A_ij G_i·u_j,   dW = scale · dS K,   dK = scale · dSᵀ W
+
+in five products per pair of tiles; no array of T×C or T×T numbers outlives its tile. D needs no pass of its own, since
+β_i Σ_j A_ij u_j = α_i v_i − u_i. Work 2 T² (K + V)/2 multiply-adds forward, 2.5 times that backward; memory O(T (K+V)).
+
+Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and section 3.4; the backward is derived here.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops.common import tiles
+from deltaformer_jax.ops.common.triangular import solve_unit_lower, solve_unit_lower_transposed
+
+
+def _times(gate, x):
+    """gate ⊙ x in x's dtype, one gate a row; None means 1."""
+    if gate is None:
+        return x
+    gate = gate.astype(x.dtype)
+    return gate[:, None] * x if x.ndim == 2 else gate * x
+
+
+def _product_dtype(similarity, dtype):
+    """Softmax rows are convex combinations and tolerate narrow operands; other rows may grow, and do not."""
+    return dtype if similarity.normalised else tiles.accumulation_dtype(dtype)
+
+
+def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
+    """w, k [T, K], v [T, V], alpha, beta [T] or None, segments [T] or None, first [T/C] -> u [T, V], lse [T].
+
+    u and lse are in the accumulation dtype whatever the inputs are: rounding u to bfloat16 at each step adds up.
+    """
+    length, width = v.shape
+    dtype = tiles.accumulation_dtype(k.dtype)
+    operand = _product_dtype(similarity, k.dtype)
+    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+
+    def one_chunk(u, c):
+        rows, left = tiles.scale_rows(tiles.take(w, c, chunk), scale)
+        row_segments = tiles.take(segments, c, chunk)
+
+        def scores(j):
+            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
+
+        def earlier(j, running):
+            visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
+            return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
+
+        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype, v))
+        visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
+        weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
+        # One factor for the row: β over the softmax's normaliser.
+        factor = _times(tiles.take(beta, c, chunk), tiles.inverse_normaliser(similarity, running))
+        target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
+        solved = solve_unit_lower(factor[:, None] * weights, target - factor[:, None] * running[2])
+        return tiles.put(u, solved, c), tiles.log_normaliser(similarity, running)
+
+    u, lse = lax.scan(one_chunk, tiles.zeros((length, width), dtype, v), jnp.arange(length // chunk, dtype=jnp.int32))
+    return u, lse.reshape(length)
+
+
+def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk):
+    """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [T, V]; all in the accumulation dtype.
+
+    dalpha and dbeta are computed whether or not alpha and beta were given.
+    """
+    length = k.shape[0]
+    dtype = tiles.accumulation_dtype(k.dtype)
+    operand = _product_dtype(similarity, k.dtype)
+    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+
+    def tile(i, j, keys, values, visible, grad):
+        """A, G Uᵀ and dS of rows i and columns j, given the rows' G."""
+        scores = tiles.dot(tiles.take(w, i, chunk), keys.T, k.dtype) * scale
+        weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk), visible)
+        products = tiles.dot(grad, values.T, operand)
+        dots = -_times(tiles.take(beta, i, chunk), products)
+        if similarity.normalised:
+            row_dot = -jnp.sum(grad * (_written(i) - tiles.take(u, i, chunk)), axis=1)
+            dots = dots - row_dot[:, None]
+        dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
+        return weights, products, dscores
+
+    def _written(i):
+        return _times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
+
+    def one_chunk(carry, j):
+        g, dw, dk, dbeta = carry
+        keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
+        column_segments = tiles.take(segments, j, chunk)
+
+        def later(i, inner):
+            dw, dbeta, rest, dkeys = inner
+            grad = tiles.take(g, i, chunk)
+            visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
+            weights, products, dscores = tile(i, j, keys, values, visible, grad)
+            rest = rest - tiles.dot(weights.T, _times(tiles.take(beta, i, chunk), grad), operand)
+            dkeys = dkeys + tiles.dot(dscores.T, tiles.take(w, i, chunk), operand)
+            dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), i)
+            dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=1), i)
+            return dw, dbeta, rest, dkeys
+
+        start = (dw, dbeta, tiles.take(du, j, chunk).astype(dtype), tiles.zeros(keys.shape, dtype, v))
+        dw, dbeta, rest, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
+
+        visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
+        rows = tiles.take(w, j, chunk)
+        scores = tiles.dot(rows, keys.T, k.dtype) * scale
+        weights = tiles.weights_again(similarity, scores, tiles.take(lse, j, chunk), visible)
+        grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), rest)
+        weights, products, dscores = tile(j, j, keys, values, visible, grad)
+        dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
+        dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
+        dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=1), j)
+        return (tiles.put(g, grad, j), dw, tiles.put(dk, dkeys, j), dbeta), None
+
+    start = (
+        tiles.zeros(v.shape, dtype, v),
+        tiles.zeros(k.shape, dtype, v),
+        tiles.zeros(k.shape, dtype, v),
+        tiles.zeros((length,), dtype, v),
+    )
+    (g, dw, dk, dbeta), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
+    return dw, dk, _times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=1), dbeta

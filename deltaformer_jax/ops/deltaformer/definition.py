@@ -1,0 +1,69 @@
+"""DeltaFormer by its definition, one token after another: every other form is tested against this one. And the same as
+two T×T matrices, for reading and for small T.
+
+    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i                U = (I + diag(β) A)⁻¹ diag(α) V
+    o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                                O = P₂ U
+
+A the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular one of κ₂(q_i, k_j).
+
+Work O(T²) in both. The recurrent form takes T steps that nothing overlaps and keeps a copy of u for each step, O(T² V),
+when it is differentiated; the parallel one keeps O(T²) a head. Both are differentiable as often as one likes.
+Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9, and section 3.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops.common.similarity import row_weights
+from deltaformer_jax.ops.common.triangular import solve_by_halves
+
+
+def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
+    """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def token(u, t):
+        visible = (index < t) & (segments == segments[t]) & (segments[t] != 0)
+        weights = row_weights(similarity, k @ w[t] * scale, visible)
+        u_t = alpha[t] * v[t] - beta[t] * (weights @ u)
+        return u.at[t].set(u_t), None
+
+    return lax.scan(token, jnp.zeros_like(v), index)[0]
+
+
+def read_recurrent(q, k, u, segments, *, similarity, scale):
+    """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def token(_, t):
+        visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
+        scores = q[t] @ k.T * scale
+        return None, row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u
+
+    return lax.scan(token, None, index)[1]
+
+
+def _visible(segments, strict):
+    row, column = jnp.arange(segments.shape[0])[:, None], jnp.arange(segments.shape[0])[None, :]
+    visible = (column < row if strict else column <= row) & (segments[:, None] == segments[None, :])
+    return visible & (segments != 0)[:, None]
+
+
+def write_parallel(w, k, v, alpha, beta, segments, *, similarity, scale):
+    """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V].
+
+    The system is solved by products, not by LAPACK: on a CPU with two threads jaxlib's batched triangular solves wait
+    for each other for ever where two of them can run at once, as forward and backward of one program can (jaxlib
+    0.10.2).
+    """
+    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, strict=True))
+    return solve_by_halves(beta[:, None] * weights, alpha[:, None] * v)
+
+
+def read_parallel(q, k, u, segments, *, similarity, scale):
+    """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+    visible = _visible(segments, strict=False)[:, None, :]
+    scores = jnp.einsum("irk,jk->irj", q, k) * scale
+    return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u

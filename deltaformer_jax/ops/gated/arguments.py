@@ -1,0 +1,112 @@
+"""What the doors of the gated ops share: checks of their arguments, segments as flags, and the choice of a form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.ops.gated.chunked import Plan, chunk_rows, gated_chunked
+from deltaformer_jax.ops.gated.definition import recurrent
+from deltaformer_jax.ops.gated.kernels import KERNELS, fastest_gated, gated_by_kernel
+
+FORMS = ("recurrent", "chunked")
+
+
+def run_gated(
+    query, key, value, *, beta, log_decay, scale, initial_state, segment_ids, chunk_size, implementation, delta
+) -> tuple[jax.Array, jax.Array]:
+    """(output, final_state) of gated_delta_rule (`delta`) or gated_linear_attention."""
+    _check_heads(query, key, value)
+    name = checks.check_implementation(implementation, (*FORMS, *KERNELS), checks.KERNELS)
+    checks.check_size("chunk_size", chunk_size)
+    scale = checks.check_scale("scale", scale, key.shape[3])
+    checks.check_segments(segment_ids, key)
+    _check_beta(beta, value)
+    _check_decay(log_decay, key, value, segment_ids)
+    state_shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    _check_state(initial_state, state_shape)
+    state = initial_state
+    if state is None:
+        # full_like and not zeros: inside shard_map it varies over the mesh axes that value varies over.
+        state = lax.full_like(value, 0, accumulation_dtype(value.dtype), state_shape)
+
+    real, resets = _flags(segment_ids)
+    arguments = (query, key, value, beta, log_decay, state, real, resets)
+    if name == "recurrent" or (value.shape[1] == 1 and implementation not in KERNELS):
+        # A chunk of one token is a step of the recurrence.
+        return recurrent(*arguments, scale=scale, delta=delta)
+    plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
+    if implementation is None:
+        return fastest_gated(plan, *arguments)
+    return gated_chunked(plan, *arguments) if name == "chunked" else gated_by_kernel(name, plan, *arguments)
+
+
+def _flags(segment_ids):
+    """(real, resets) [B, T]: which tokens are no padding, and which begin a segment that is not their row's first."""
+    if segment_ids is None:
+        return None, None
+    segment_ids = jnp.asarray(segment_ids)
+    real = segment_ids != 0
+    if segment_ids.shape[1] == 1:
+        return real, None
+    before = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1]), segment_ids[:, :-1]], axis=1)
+    starts = real & (segment_ids != before)
+    return real, starts & (jnp.cumsum(starts, axis=1, dtype=jnp.int32) > 1)
+
+
+def _check_heads(query, key, value):
+    checks.check_heads(None, key, None)
+    checks.check_heads(query, key, None)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"query has {query.shape[2]} heads but key has {key.shape[2]}: they must have the same number")
+    if not hasattr(value, "dtype") or not hasattr(value, "ndim"):
+        raise TypeError(f"value must be an array, not {type(value).__name__}")
+    if value.ndim != 4:
+        raise ValueError(f"value must have shape [batch, time, heads, width]; it has shape {tuple(value.shape)}")
+    if value.dtype != key.dtype:
+        raise TypeError(f"value is {value.dtype} but key is {key.dtype}: cast them to one dtype")
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(f"value has [batch, time] {value.shape[:2]} but key has {key.shape[:2]}: make them equal")
+    if value.shape[2] == 0 or value.shape[3] == 0:
+        raise ValueError(f"value has shape {tuple(value.shape)}: heads and width must be at least 1")
+    checks.check_multiple("value", value.shape[2], key.shape[2])
+
+
+def _check_beta(beta, value):
+    if beta is None:
+        return
+    expected = tuple(value.shape[:3])
+    if not hasattr(beta, "shape") or tuple(beta.shape) != expected:
+        found = tuple(beta.shape) if hasattr(beta, "shape") else type(beta).__name__
+        raise ValueError(f"beta must have shape [batch, time, value heads] = {expected}; it has {found}")
+    if beta.dtype not in checks.FLOATS:
+        raise TypeError(f"beta has dtype {beta.dtype}: cast it to a float dtype")
+
+
+def _check_decay(log_decay, key, value, segment_ids):
+    if log_decay is None:
+        return
+    head = tuple(value.shape[:3])
+    channel = (*head, key.shape[3])
+    shape = tuple(log_decay.shape) if hasattr(log_decay, "shape") else type(log_decay).__name__
+    if shape not in (head, channel):
+        raise ValueError(
+            f"log_decay must have shape [batch, time, value heads] = {head} or, for each key channel, {channel}; "
+            f"it has {shape}"
+        )
+    checks.check_log_decay(log_decay, shape, segment_ids)
+
+
+def _check_state(state, expected):
+    if state is None:
+        return
+    if not hasattr(state, "shape") or tuple(state.shape) != expected:
+        found = tuple(state.shape) if hasattr(state, "shape") else type(state).__name__
+        raise ValueError(
+            f"initial_state must have shape [batch, value heads, key width, value width] = {expected}; it has {found}"
+        )
+    if state.dtype not in checks.FLOATS:
+        raise TypeError(f"initial_state has dtype {state.dtype}: cast it to a float dtype")

@@ -1,0 +1,75 @@
+"""Softmax attention in chunks, with its own backward: the read of DeltaFormer, with a window, decays and sinks.
+
+Kept for the backward are the arguments, the output and one number a row; nothing of T×T. Source: as `causal_attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common import tiles
+from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
+from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.similarity import Softmax
+
+_SOFTMAX = Softmax()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known while tracing: the scale of the scores, the window, rows of a chunk."""
+
+    scale: float
+    window: int | None
+    chunk: int
+
+
+def _layout(plan, query, key, value, log_decay, segment_ids):
+    heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
+    group = query.shape[2] // heads
+    q = H.fold_queries(H.pad_time(query, length), heads)
+    k, v = (H.heads_first(H.pad_time(x, length)) for x in (key, value))
+    if log_decay is not None:
+        log_decay = H.fold_queries(H.pad_time(log_decay, length), heads).reshape(*k.shape[:3], group)
+    segments = H.pad_time(segment_ids, length)
+    settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window)
+    return (q, k, v, segments, log_decay), tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention_chunked(plan, query, key, value, log_decay, segment_ids):
+    """(output [B,T,H,V] in value's dtype, log-sum-exps [B,T,H] in the accumulation dtype)."""
+    return _forward(plan, query, key, value, log_decay, segment_ids)[0]
+
+
+def _forward(plan, query, key, value, log_decay, segment_ids):
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
+    read = functools.partial(read_forward, first=bounds, **settings)
+    out, lse = H.over_heads(read, shared=(3,))(*arrays)
+    back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
+    out, lse = back(out).astype(value.dtype), back(lse)
+    return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
+
+
+@hand_written("chunked", "implementation='parallel' or 'recurrent'")
+def _backward(plan, residuals, cotangents):
+    query, key, value, log_decay, segment_ids, out, lse = residuals
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
+    last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
+    group = query.shape[2] // heads
+    fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)
+    call = lambda q, k, v, s, g, *rest: read_backward(q, k, v, s, g, last, *rest, **settings)
+    rest = [fold(x) for x in (out, lse, *cotangents)]
+    dq, dk, dv, dg = H.over_heads(call, shared=(3,))(*arrays, *rest)
+    back = lambda x: H.heads_last(x)[:, :time]
+    rows = lambda x: H.unfold_queries(x, group)[:, :time]
+    if dg is not None:
+        dg = rows(dg.reshape(*dg.shape[:2], length * group)).astype(log_decay.dtype)
+    return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None
+
+
+attention_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,54 @@
+"""Softmax attention by its definition, token by token and as one T×T matrix: what the chunked form is tested against.
+
+    s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,      o_t = Σ_i e^{s_ti} v_i / (e^b + Σ_j e^{s_tj})
+
+Source: see `causal_attention`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from deltaformer_jax.ops.common.score_decay import decay_between
+from deltaformer_jax.ops.common.similarity import Softmax, row_weights
+
+
+def attend_recurrent(q, k, v, segments, log_decay, sinks, *, scale, window):
+    """One head of keys, r query heads: q [T,r,K], k [T,K], v [T,V], segments [T], log_decay [T,r], sinks [r] or None.
+
+    Returns o [T, r, V]. The scan carries each past token's decay so far, one product of gates a step.
+    """
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def token(decay, t):
+        decay = jnp.where(index < t, decay + log_decay[t][:, None], 0)
+        visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
+        if window is not None:
+            visible &= t - index < window
+        return decay, _weights(q[t] @ k.T * scale + decay, visible, sinks) @ v
+
+    return lax.scan(token, jnp.zeros((q.shape[1], k.shape[0]), q.dtype), index)[1]
+
+
+def attend_parallel(q, k, v, segments, log_decay, sinks, *, scale, window):
+    """The same with every token at once; memory O(T²) a query head."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+    ago = index[:, None] - index[None, :]
+    visible = (ago >= 0) & (segments[:, None] == segments[None, :]) & (segments != 0)[:, None]
+    if window is not None:
+        visible &= ago < window
+    decay = jnp.moveaxis(decay_between(log_decay), 2, 1)
+    scores = jnp.einsum("irk,jk->irj", q, k) * scale + decay
+    return _weights(scores, visible[:, None], sinks) @ v
+
+
+def _weights(scores, visible, sinks):
+    """Softmax of scores [..., r, N], with sinks [r] as one more column that is left out of what is returned."""
+    visible = jnp.broadcast_to(visible.reshape(*[1] * (scores.ndim - visible.ndim), *visible.shape), scores.shape)
+    if sinks is None:
+        return row_weights(Softmax(), scores, visible)
+    column = jnp.broadcast_to(sinks.reshape(*[1] * (scores.ndim - 2), -1, 1), (*scores.shape[:-1], 1))
+    with_sink = jnp.concatenate([scores, column], axis=-1)
+    visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
+    return row_weights(Softmax(), with_sink, visible)[..., :-1]

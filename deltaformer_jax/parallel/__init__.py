@@ -1,5 +1,0 @@
-"""The ops over a mesh of devices."""
-
-from deltaformer_jax.parallel.over_devices import HEAD_AXES, ROW_AXES, over_devices
-
-__all__ = ["HEAD_AXES", "ROW_AXES", "over_devices"]

@@ -1,0 +1,5 @@
+"""The ops over a mesh of devices."""
+
+from deltaformer_jax.sharding.over_devices import HEAD_AXES, ROW_AXES, over_devices
+
+__all__ = ["HEAD_AXES", "ROW_AXES", "over_devices"]

@@ -1,0 +1,97 @@
+"""Where every array lies: a table of the parameters' axis names, read from top to bottom, and a mesh of devices."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.sharding import ROW_AXES
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Axis name of a parameter -> mesh axis; a name that is not here is never cut.
+RULES = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+}
+
+# A batch [B, T]: rows over every device that holds a different part of the data.
+BATCH = PartitionSpec(ROW_AXES)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor, context) over `devices` (all of this run's by default).
+
+    `data = -1` takes what the others leave. Axes are Auto: the compiler places what the shardings leave open.
+    Raises ValueError if the sizes don't multiply to the number of devices, or context > 1.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    for name, size in sizes.items():
+        if size < 1 and not (name == "data" and size == -1):
+            raise ValueError(f"mesh.{name} = {size}: give a number of devices, 1 or more")
+    if sizes["context"] > 1:
+        raise ValueError(
+            f"mesh.context = {sizes['context']}: a sequence can't be cut over devices yet; "
+            "set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    others = math.prod(sizes[name] for name in MESH_AXES[1:])
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, len(devices) // others)
+    wanted = sizes["data"] * others
+    if wanted != len(devices):
+        asked = " * ".join(f"{name} {sizes[name]}" for name in MESH_AXES)
+        raise ValueError(
+            f"mesh: {asked} = {wanted} devices, but there are {len(devices)} ({devices[0].platform}); set "
+            "mesh.data, mesh.fsdp and mesh.tensor so that they multiply to it "
+            "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def rows(mesh: Mesh) -> int:
+    """The number of parts a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced with `mesh` in force, which tells the mixers how to spread their ops."""
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The PartitionSpec of one parameter from its axis names.
+
+    Names are aligned to the right of the shape: dimensions in front of them (stacked layers) are not cut. A dimension
+    is left whole if its mesh axis doesn't divide it, or if a dimension to its left has taken that mesh axis.
+    """
+    if len(axes) > len(shape):
+        raise ValueError(f"a parameter of shape {shape} names {len(axes)} axes: {axes}")
+    spec: list[str | None] = [None] * len(shape)
+    for i, (name, size) in enumerate(zip(axes, shape[len(shape) - len(axes) :]), len(shape) - len(axes)):
+        axis = RULES.get(name)
+        if axis is not None and axis not in spec and size % mesh.shape[axis] == 0:
+            spec[i] = axis
+    return PartitionSpec(*spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)

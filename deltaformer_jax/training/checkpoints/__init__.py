@@ -1,0 +1,1 @@
+"""Checkpoints: written and checked, restored, gone back to."""

@@ -1,0 +1,78 @@
+"""A finished or running run's model, for the programs that only read it."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from deltaformer_jax.config import Config, MeshConfig, on_any_device
+from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.data import Tokenizer, load_tokenizer
+from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints.store import CheckpointError, Checkpoints, check_checksums
+from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
+from deltaformer_jax.training.state import ModelParts, abstract_state, model_parts
+
+
+class Restored(NamedTuple):
+    """`config` has its vocabulary size; `params` are arrays on `mesh`, and have seen `step` updates."""
+
+    config: Config
+    tokenizer: Tokenizer
+    mesh: Mesh
+    parts: ModelParts
+    params: Any
+    step: int
+
+
+def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[str], Any] = lambda _: None) -> Restored:
+    """The model of the newest whole checkpoint, or of `step`, for any device. Nothing in `workdir` is changed.
+
+    `note(text)` hears of checkpoints that were passed over. Raises FileNotFoundError or ValueError (CheckpointError),
+    naming the folder or file, for a folder that is not a run's and for checkpoints that are missing or corrupt.
+    """
+    workdir = epath.Path(workdir)
+    saved = Saved.read(workdir)
+    tokenizer = read_tokenizer(workdir, saved)
+    config = with_vocabulary(saved.config, tokenizer)
+    config = dataclasses.replace(config, model=on_any_device(config.model))
+    mesh = make_mesh(MeshConfig())  # not the run's: this machine may have other devices
+    parts = model_parts(config.model)
+    abstract, _ = abstract_state(config, parts, mesh)
+    folder = workdir / "checkpoints"
+    if not folder.exists():
+        raise CheckpointError(f"--workdir {workdir}: no checkpoint yet")
+    checkpoints = Checkpoints(folder, config.run.keep_checkpoints)
+    try:
+        if step is None:
+            state, record = checkpoints.restore_newest(abstract, note)
+        else:
+            if step not in checkpoints.steps():
+                there = ", ".join(map(str, checkpoints.steps())) or "none"
+                raise CheckpointError(f"--step {step}: no such checkpoint in {folder}; there are: {there}")
+            check_checksums(checkpoints.path(step))
+            state, record = checkpoints.restore(step, abstract)
+    finally:
+        checkpoints.close()
+    return Restored(config, tokenizer, mesh, parts, state.params, int(record["step"]))
+
+
+def read_tokenizer(workdir: epath.Path, saved: Saved) -> Tokenizer:
+    """The run's own copy of its tokenizer. Raises ValueError if it is missing or not the one of config.json."""
+    path = workdir / TOKENIZER_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing; copy the {TOKENIZER_FILE} of the run's data there")
+    with tempfile.TemporaryDirectory() as folder:  # the workdir may be gs://, which load_tokenizer can't read
+        copy = Path(folder) / TOKENIZER_FILE
+        copy.write_bytes(path.read_bytes())
+        try:
+            tokenizer = load_tokenizer(copy)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from None
+    if tokenizer.hash != saved.tokenizer_hash:
+        raise ValueError(f"{path}: not the tokenizer this run was trained with; copy it from the run's data")
+    return tokenizer

@@ -1,0 +1,110 @@
+"""What every layer does at some steps: norms of parameters and gradients, sizes of activations.
+
+A program of its own, run only when asked for: the train step is the same with and without it, and so is the run.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deltaformer_jax import ops
+from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.sharding.mesh import replicated, rows
+from deltaformer_jax.training.state import ModelParts, merge
+from deltaformer_jax.training.step import loss_and_gradient
+
+
+def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int) -> Callable:
+    """jit of (params, batch) -> statistics, float32, on every host; `as_record` makes names and numbers of them.
+
+    parameter_norm and gradient_norm: for each array the 2-norm over all but the stacked layers' axis; the gradient is
+    that of the batch's mean loss, before clipping. activation_rms, activation_max: of the stream between the layers,
+    over real tokens and features (of every accumulation_steps-th row, as many as a training step holds at once).
+    Cost: one more forward and backward pass, and one more forward.
+    """
+
+    def step(params, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        _, gradient, _ = loss_and_gradient(parts, params, batch, accumulation_steps, rows(mesh))
+        part = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:])[:, 0], batch)
+        _, sizes = activations(merge(parts, params), part["tokens"], part["segment_ids"])
+        return {"parameter_norm": _norms(params), "gradient_norm": _norms(gradient), "activation": sizes}
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def activations(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """(the last block's output [B, T, d_model], sizes): the model's forward pass with a look at each block's output.
+
+    sizes: {"embedding": (rms, max), "layers": (rms, max) with axes [periods, blocks of a period]}.
+    """
+    real = (segment_ids > 0)[..., None]
+
+    def size(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.where(real, x.astype(jnp.float32), 0.0)
+        count = jnp.maximum(jnp.sum(real), 1) * x.shape[-1]
+        return jnp.sqrt(jnp.sum(x * x) / count), jnp.max(jnp.abs(x))
+
+    positions = ops.token_positions(segment_ids, *tokens.shape, None)
+    embedded = model.embedding(tokens, segment_ids)
+
+    def period(x, blocks):
+        seen = []
+        for block in blocks:
+            x, _ = block(x, segment_ids=segment_ids, positions=positions)
+            seen.append(size(x))
+        return x, tuple(jnp.stack(values) for values in zip(*seen))
+
+    last, layers = jax.lax.scan(period, embedded, tuple(model.blocks))
+    return last, {"embedding": size(embedded), "layers": layers}
+
+
+def _norms(params: Any) -> Any:
+    def norm(path, x):
+        axes = tuple(range(1 if _name(path).startswith("blocks.") else 0, x.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
+
+    return jax.tree_util.tree_map_with_path(norm, params)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(str(getattr(key, "key", key)) for key in path)
+
+
+def as_record(statistics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{"gradient_norm": {"layers.07.mixer.output": 0.1, ..., "embedding.table": 0.2}, "activation_rms": {...}, ...}.
+
+    Layers are counted from 0 at the embedding; sorted names are in their order.
+    """
+    activation = statistics["activation"]
+    layer_rms, layer_max = (np.asarray(values, np.float64).ravel() for values in activation["layers"])
+    digits = len(str(len(layer_rms) - 1))
+    pattern = np.asarray(activation["layers"][0]).shape[1]
+    record: dict[str, dict[str, float]] = {}
+    for kind in ("parameter_norm", "gradient_norm"):
+        named = record[kind] = {}
+        for path, value in jax.tree_util.tree_leaves_with_path(statistics[kind]):
+            name = _name(path)
+            if not name.startswith("blocks."):
+                named[name] = float(value)
+                continue
+            _, entry, rest = name.split(".", 2)
+            for period, norm in enumerate(np.asarray(value, np.float64)):
+                named[f"layers.{period * pattern + int(entry):0{digits}}.{rest}"] = float(norm)
+        record[kind] = dict(sorted(named.items()))
+    for kind, at_start, layers in (
+        ("activation_rms", activation["embedding"][0], layer_rms),
+        ("activation_max", activation["embedding"][1], layer_max),
+    ):
+        record[kind] = {"embedding": float(at_start)}
+        record[kind] |= {f"layers.{i:0{digits}}": float(value) for i, value in enumerate(layers)}
+    return record
+
+
+def total_norm(norms: dict[str, float]) -> float:
+    """The 2-norm of all arrays together, from each one's."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))

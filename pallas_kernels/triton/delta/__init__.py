@@ -1,0 +1,1 @@
+"""DeltaFormer's kernels for NVIDIA."""

@@ -1,0 +1,252 @@
+"""DeltaFormer's forward and backward as a few kernel launches: what a `custom_vjp` of the op is made of.
+
+    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
+
+Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the widths.
+Arrays are [B, T, heads, width] and are read where they lie. Forward: one launch to write, one to read; one for both
+where one softmax serves both (tied); one more before a write of other weights than softmax's between bfloat16 arrays
+(invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
+
+Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
+the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
+(5 digits) between bfloat16 arrays, u being kept in two parts (products.py), of TF32 (7 digits) between float32 ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.transform import transformable
+from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.launches import (
+    invert_blocks_launch,
+    operands,
+    read_backward_launch,
+    read_forward_launch,
+    tile_of,
+    write_backward_launch,
+    write_forward_launch,
+)
+from pallas_kernels.triton.delta.table import Tile
+from pallas_kernels.triton.delta.weights import LOG2_E
+
+SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
+DTYPES = ("bfloat16", "float16", "float32")
+WIDEST = 256
+
+# The implementations of the op that can be differentiated in any way.
+_INSTEAD = "'parallel' or 'recurrent'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kappa:
+    """A similarity: its name, the scale of its scores, and for "round" the number of decimals."""
+
+    name: str
+    scale: float
+    decimals: int = 2
+
+    @property
+    def constants(self):
+        return {"SIMILARITY": self.name, "POWER": float(10.0**self.decimals)}
+
+    @property
+    def score_scale(self):
+        """What kernels multiply products by: softmax's exponentials are powers of two."""
+        return np.float32(self.scale * (LOG2_E if self.name == "softmax" else 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is known while tracing. `read` None: only u is wanted. `tied`: w = q, and `write`, one softmax, serves both.
+
+    `compute_capability`: 90 for an H100; None asks the device, and is 90 where there is none. `tiles`: (kernel's name,
+    Tile) pairs in the table's place, for tests and for choosing the table.
+    """
+
+    write: Kappa
+    read: Kappa | None
+    tied: bool = False
+    compute_capability: int | None = None
+    tiles: tuple[tuple[str, Tile], ...] = ()
+
+
+def lacks(settings: Settings, key, value) -> str | None:
+    """Why these kernels cannot do this call, or None."""
+    if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
+        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
+    others = {x.name for x in (settings.write, settings.read) if x is not None} - {"softmax"}
+    if str(key.dtype) == "float16" and others:
+        return f"its kernels take float16 with softmax alone, not with {others.pop()!r}; bfloat16 and float32 with any"
+    if max(key.shape[3], value.shape[3]) > WIDEST:
+        return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
+    try:
+        for name, kappa in (("write", settings.write), ("read", settings.read)):
+            if kappa is not None:
+                for direction in ("forward", "backward"):
+                    tile_of(settings, f"{name}_{direction}", key, value)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids, run=launching.run):
+    """(out [B,T,H,V] or None, u [B,T,Hu,V], both in value's dtype; residuals for `backward`).
+
+    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key
+    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0
+    in all of them, and its rows come out as 0 in u. Under vmap the batch is folded.
+
+    Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
+    """
+    reason = lacks(settings, key, value)
+    if reason:
+        raise NotImplementedError(reason)
+    arrays = (query, write_query, key, value, alpha, beta, segment_ids)
+    if run is not launching.run:
+        return _forward(settings, run, *arrays)
+    function = functools.partial(_forward, settings, run)
+    return transformable(function, "the Triton forward of delta attention", _INSTEAD)(*arrays)
+
+
+def backward(settings: Settings, residuals, dout, du, run=launching.run):
+    """The gradients (dquery, dwrite_query, dkey, dvalue, dalpha, dbeta) for the cotangents of `forward`'s out and u.
+
+    Each in its argument's shape and dtype; None where the argument was None (and dwrite_query with `tied`).
+    """
+    if run is not launching.run:
+        return _backward(settings, run, residuals, dout, du)
+    function = functools.partial(_backward, settings, run)
+    return transformable(function, "the Triton backward of delta attention", _INSTEAD)(residuals, dout, du)
+
+
+class _Written(NamedTuple):
+    """u in the forms it was stored in: in float32, where it is not two parts; as products take it, where they do not
+    take float32, and what that leaves out, where it is a part."""
+
+    exact: jax.Array | None
+    operand: jax.Array | None
+    residue: jax.Array | None
+
+    def as_taken(self, taken: str, dtype) -> tuple[jax.Array, jax.Array | None]:
+        """(operand, residue or None) for products of the kind `taken` between arrays of `dtype`."""
+        if taken == "exact":
+            return self.exact, None
+        if self.residue is not None:
+            return self.operand, self.residue if taken == "pair" else None
+        if taken == "pair":
+            # Not a cast there and back, which XLA may take for nothing.
+            high = lax.reduce_precision(self.exact, exponent_bits=8, mantissa_bits=7)
+            return high.astype(jnp.bfloat16), (self.exact - high).astype(jnp.bfloat16)
+        return (self.exact.astype(dtype) if self.operand is None else self.operand), None
+
+
+def _run(launch, run, settings):
+    return run(launch) if run is not launching.run else run(launch, settings.compute_capability)
+
+
+def _inverse(settings, run, name, w, key, value, beta, segment_ids):
+    """The inverses that a write takes, in two parts; two times None where it makes them itself."""
+    if operands(settings.write, value.dtype) != "pair":
+        return None, None
+    return tuple(_run(invert_blocks_launch(settings, name, w, key, value, beta, segment_ids), run, settings))
+
+
+def _forward(settings, run, query, write_query, key, value, alpha, beta, segment_ids):
+    given = (query, write_query, key, value, alpha, beta, segment_ids)
+    if settings.tied:
+        write_query = query
+    w = key if write_query is None else write_query
+    inverse = _inverse(settings, run, "write_forward", w, key, value, beta, segment_ids)
+    launch = write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse)
+    u, operand, residue, lse_write, _, summary, *tied = _run(launch, run, settings)
+    softmax = settings.write.name == "softmax"
+    taken = operands(settings.write, value.dtype)
+    written = _Written(
+        u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
+    )
+    summary = summary if launch.constants["SUMMARY"] else None
+    kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
+    short_u = written.as_taken("narrow", value.dtype)[0]
+    if settings.tied:
+        out, share, rest = tied
+        return out, short_u, kept | {"share": share, "rest": rest}
+    if settings.read is None:
+        return None, short_u, kept
+    source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
+    out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
+    # Only softmax reads its own output again.
+    normalised = settings.read.name == "softmax"
+    return out, short_u, kept | {"out": out if normalised else None, "lse_read": lse_read if normalised else None}
+
+
+def _row_dots(a, b):
+    """Σ over the width: [B,T,h,V] twice -> [B,h,T] float32."""
+    return jnp.moveaxis(jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=3), 2, 1)
+
+
+def _sum_heads(x, heads):
+    """[B,T,h,W] -> [B,T,heads,W]: the sums over the heads that share one."""
+    if x.shape[2] == heads:
+        return x
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads, x.shape[3]).sum(axis=3)
+
+
+def _column(row):
+    """[B,h,T] -> [B,T,h,1]."""
+    return jnp.moveaxis(row, 1, 2)[..., None]
+
+
+def _backward(settings, run, residuals, dout, du):
+    query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
+    written: _Written = residuals["u"]
+    kv_heads = key.shape[2]
+    du = du.astype(jnp.float32)
+    dquery, dkey_read, tied = None, 0, None
+    if settings.tied:
+        write_query = query
+        share, rest = residuals["share"], residuals["rest"]
+        wide = dout.astype(jnp.float32)
+        summary = residuals["summary"].astype(jnp.float32)
+        read_dot = _row_dots(wide, _column(rest) * summary + _column(share) * written.exact)
+        du = du + _column(share) * wide
+        tied = (dout, rest, read_dot)
+    elif settings.read is not None:
+        source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
+        row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
+        launch = read_backward_launch(settings, query, key, *source, dout, residuals["lse_read"], row_dot, segment_ids)
+        dquery, dkey_read, du_read = _run(launch, run, settings)
+        dquery, du = dquery.astype(query.dtype), du + du_read
+    w = key if write_query is None else write_query
+    source = written.as_taken(operands(settings.write, value.dtype), value.dtype)
+    saved = (written.exact, *source, residuals["summary"], residuals["lse_write"])
+    inverse = _inverse(settings, run, "write_backward", w, key, value, beta, segment_ids)
+    launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse, *saved, du, tied)
+    dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
+    dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
+    if settings.tied:
+        # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
+        own = _column(share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
+        repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
+        dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)
+        dkey, dw = dkey + own * query.astype(jnp.float32), None
+    elif write_query is None:
+        dkey, dw = dkey + dw, None
+    else:
+        dw = dw.astype(write_query.dtype)
+    gate = lambda gradient, x: None if x is None else jnp.moveaxis(gradient, 1, 2).astype(x.dtype)
+    return (
+        dquery,
+        dw,
+        _sum_heads(dkey, kv_heads).astype(key.dtype),
+        _sum_heads(dvalue, kv_heads).astype(value.dtype),
+        gate(dalpha, alpha),
+        gate(dbeta, beta),
+    )

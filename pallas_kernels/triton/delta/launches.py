@@ -1,0 +1,296 @@
+"""The launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
+
+`settings` is delta.py's, and so are the letters of shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.invert_blocks import invert_blocks
+from pallas_kernels.triton.delta.read_backward import read_backward
+from pallas_kernels.triton.delta.read_forward import read_forward
+from pallas_kernels.triton.delta.table import Tile, choose
+from pallas_kernels.triton.delta.write_backward import write_backward
+from pallas_kernels.triton.delta.write_forward import write_forward
+from pallas_kernels.triton.launch import Launch, Output
+
+
+def block_width(width: int) -> int:
+    """The width a tile takes in a kernel: a power of two, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def operands(kappa, dtype) -> str:
+    """How products with these weights take float32 operands.
+
+    "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
+    (products.py), by other weights between bfloat16 arrays; "exact": as they are, between float32 arrays.
+    """
+    if np.dtype(dtype).itemsize == 4:
+        return "exact"
+    return "narrow" if kappa.name == "softmax" else "pair"
+
+
+# Of products between float32 registers: as exact as what else is computed from the arrays.
+_PRECISION = {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}
+
+
+def tile_of(settings, name, key, value) -> Tile:
+    given = dict(settings.tiles).get(name)
+    if given is not None:
+        return given
+    kappa = settings.write if name.startswith("write") else settings.read
+    if settings.tied:
+        name = name.replace("write", "tied")
+    capability = settings.compute_capability or launching.target_capability()
+    width = max(block_width(key.shape[3]), block_width(value.shape[3]))
+    return choose(name, capability, width, operands(kappa, key.dtype))
+
+
+def _common(key, value, segment_ids, kappa):
+    return dict(
+        K=key.shape[3],
+        V=value.shape[3],
+        KV_HEADS=key.shape[2],
+        BLOCK_K=block_width(key.shape[3]),
+        BLOCK_V=block_width(value.shape[3]),
+        HAS_SEGMENTS=segment_ids is not None,
+        **kappa.constants,
+        PAIR=operands(kappa, key.dtype) == "pair",
+        SCORE_PRECISION="tf32x3",
+        PRECISION=_PRECISION[operands(kappa, key.dtype)],
+    )
+
+
+def _present(array, otherwise):
+    """An argument that is absent still has a place in a kernel's list; nothing reads it there."""
+    return otherwise if array is None else array
+
+
+def _gate(gate):
+    """[B, T, heads] -> [B, heads, T] float32."""
+    return None if gate is None else jnp.moveaxis(gate, 2, 1).astype(jnp.float32)
+
+
+def first_columns(segment_ids, rows: int):
+    """[B, blocks] int32: the first column that the first row of each block of `rows` sees."""
+    if segment_ids is None:
+        return None
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+    return lax.cummax(jnp.where(begins, index, 0), axis=1)[:, ::rows]
+
+
+def last_rows(segment_ids, columns: int):
+    """[B, blocks] int32: one more than the last row that sees the last column of each block of `columns`."""
+    if segment_ids is None:
+        return None
+    time = segment_ids.shape[1]
+    index = jnp.arange(time, dtype=jnp.int32)[None]
+    ends = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], 1)
+    end = lax.cummin(jnp.where(ends, index + 1, time), axis=1, reverse=True)
+    blocks = -(-time // columns)
+    return end[:, np.minimum((np.arange(blocks) + 1) * columns, time) - 1]
+
+
+def padded(row):
+    """The shape of an array of numbers [B, heads, T] whose rows begin aligned, with zeros after T (memory.py)."""
+    *leading, time = row
+    return (*leading, -(-time // 64) * 64)
+
+
+def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> Launch:
+    """The inverses that the kernel `name` ("write_forward", "write_backward") takes where its products are of pairs:
+    outputs their two parts."""
+    batch, time, heads, _ = w.shape
+    tile = tile_of(settings, name, key, value)
+    rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
+    beta = _gate(beta)
+    common = _common(key, value, segment_ids, settings.write)
+    padded_time = -(-time // (2 * rows)) * 2 * rows
+    return Launch(
+        invert_blocks,
+        (w, key, *(_present(x, key) for x in (beta, segment_ids))),
+        (Output((batch, heads, padded_time, rows), jnp.bfloat16),) * 2,
+        (time, settings.write.score_scale),
+        batch * heads * (padded_time // rows),
+        dict(HEADS=heads, HAS_BETA=beta is not None, ROWS=rows)
+        | {constant: x for constant, x in common.items() if constant not in ("V", "BLOCK_V", "PAIR")},
+        4,
+        1,
+    )
+
+
+def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
+    """`inverse`: `invert_blocks_launch`'s outputs, where products are of pairs. Outputs u (what else lay in its
+    place, if it is in two parts); u as products take it, one array or two parts; log-sum-exps; s where there is a β;
+    if tied also out, π, ρ."""
+    batch, time, heads, _ = w.shape
+    taken = operands(settings.write, value.dtype)
+    tile = tile_of(settings, "write_forward", key, value)
+    alpha, beta = _gate(alpha), _gate(beta)
+    tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
+    tied = lambda shape: shape if settings.tied else nothing
+    # dβ needs s: from u = α v − β s it could not be had where β is 0.
+    summary = settings.tied or beta is not None
+    return Launch(
+        write_forward,
+        (
+            w,
+            key,
+            value,
+            *(_present(x, key) for x in (alpha, beta, segment_ids, first_columns(segment_ids, tile.rows), *inverse)),
+        ),
+        (
+            Output(tall, jnp.float32),
+            Output(nothing if taken == "exact" else tall, value.dtype),
+            Output(tall if taken == "pair" else nothing, value.dtype),
+            Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
+            Output((1 + batch * heads,), jnp.int32, zeroed=True),
+            Output(tall if summary else nothing, value.dtype),
+            Output(tied(tall), value.dtype),
+            Output(tied(row), jnp.float32),
+            Output(tied(row), jnp.float32),
+        ),
+        (time, settings.write.score_scale),
+        batch * heads * -(-time // tile.rows),
+        dict(
+            B=batch,
+            HEADS=heads,
+            HAS_ALPHA=alpha is not None,
+            HAS_BETA=beta is not None,
+            NARROW=taken == "narrow",
+            SUMMARY=summary,
+            TIED=settings.tied,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            HALVES=tile.halves,
+            GROUP=tile.group,
+            **_common(key, value, segment_ids, settings.write),
+        ),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch:
+    """`u`, `residue`: as products take it, the latter None unless there are two parts. Outputs out, log-sum-exps."""
+    batch, time, heads, _ = query.shape
+    tile = tile_of(settings, "read_forward", key, u)
+    return Launch(
+        read_forward,
+        (query, key, u, *(_present(x, key) for x in (residue, segment_ids, first_columns(segment_ids, tile.rows)))),
+        (
+            Output((batch, time, heads, u.shape[3]), key.dtype),
+            Output((batch, heads, time) if settings.read.name == "softmax" else (1,), jnp.float32),
+        ),
+        (time, settings.read.score_scale),
+        batch * heads * -(-time // tile.rows),
+        dict(
+            HEADS=heads,
+            U_HEADS=u.shape[2],
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            **_common(key, u, segment_ids, settings.read),
+        ),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, segment_ids) -> Launch:
+    """Outputs dq, and dk, du for the heads of u."""
+    batch, time, heads, width = query.shape
+    tile = tile_of(settings, "read_backward", key, u)
+    u_heads = u.shape[2]
+    return Launch(
+        read_backward,
+        (
+            query,
+            key,
+            u,
+            _present(residue, u),
+            dout,
+            _present(lse, key),
+            _present(row_dot, key),
+            *(_present(x, key) for x in (segment_ids, last_rows(segment_ids, tile.columns))),
+        ),
+        (
+            Output((batch, time, heads, width), jnp.float32, zeroed=True),
+            Output((batch, time, u_heads, width), jnp.float32),
+            Output((batch, time, u_heads, u.shape[3]), jnp.float32),
+        ),
+        (time, np.float32(settings.read.scale), settings.read.score_scale),
+        batch * u_heads * -(-time // tile.columns),
+        dict(
+            HEADS=heads,
+            U_HEADS=u_heads,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            STAGES=tile.stages,
+            **_common(key, u, segment_ids, settings.read),
+        ),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def write_backward_launch(
+    settings, w, key, value, alpha, beta, segment_ids, inverse, u, operand, residue, summary, lse, du, tied=None
+) -> Launch:
+    """`inverse`: as of `write_forward_launch`; u: None but for softmax, whose gradient needs it besides `operand` and
+    `residue`, what products take of it; `summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs
+    dw, dk (without their factor of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
+    batch, time, heads, width = w.shape
+    tile = tile_of(settings, "write_backward", key, value)
+    if tile.rows > 64:
+        raise ValueError(f"{tile}: the kernel reads rows of numbers padded to a multiple of 64; give at most 64 rows")
+    alpha, beta = _gate(alpha), _gate(beta)
+    wide = lambda width: Output((batch, time, heads, width), jnp.float32)
+    row = (batch, heads, time)
+    return Launch(
+        write_backward,
+        (
+            w,
+            key,
+            value,
+            *(_present(x, key) for x in (alpha, beta, segment_ids, last_rows(segment_ids, tile.columns), *inverse)),
+            *(_present(x, operand) for x in (u, operand, residue, summary, lse)),
+            du,
+            *(tied or (operand,) * 3),
+        ),
+        (
+            dataclasses.replace(wide(width), zeroed=True),
+            wide(width),
+            wide(value.shape[3]),
+            Output(row, jnp.float32),
+            Output(row if beta is not None else (1,), jnp.float32),
+            Output((batch, time, heads, value.shape[3]), operand.dtype),
+            Output((batch, time, heads, value.shape[3]) if residue is not None else (1,), operand.dtype),
+            Output(padded(row) if settings.write.name == "softmax" else (1,), jnp.float32, zeroed=True),
+            Output((1 + batch * heads,), jnp.int32, zeroed=True),
+        ),
+        (time, settings.write.score_scale),
+        batch * heads * -(-time // tile.columns),
+        dict(
+            B=batch,
+            HEADS=heads,
+            HAS_ALPHA=alpha is not None,
+            HAS_BETA=beta is not None,
+            TIED=tied is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            HALVES=tile.halves,
+            GROUP=tile.group,
+            STAGES=tile.stages,
+            **_common(key, value, segment_ids, settings.write),
+        ),
+        tile.warps,
+        tile.stages,
+    )

@@ -1,0 +1,1 @@
+"""The gated ops' kernels for NVIDIA."""

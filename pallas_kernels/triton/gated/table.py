@@ -1,0 +1,117 @@
+"""Sizes of the gated kernels' tiles by width and architecture: chosen offline, looked up while tracing.
+
+Chosen among tiles that fit the shared memory of a block, by the registers that the compiler spills; not yet by time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.triton.delta.table import WIDTHS
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedTile:
+    """columns: how many of V a kernel has in hand at a time, or of K where it works on pairs with a decay of each
+    channel; then warps and stages of its pipeline."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+KERNELS = (
+    "gated_solve",
+    "gated_advance",
+    "gated_read",
+    "gated_read_values",
+    "gated_retreat",
+    "gated_read_gradients",
+    "gated_solve_gradients",
+)
+# With a decay of each channel.
+CHANNEL_KERNELS = (
+    "gated_channel_pairs",
+    "gated_channel_solve",
+    "gated_channel_advance",
+    "gated_channel_read",
+    "gated_channel_read_values",
+    "gated_channel_retreat",
+    "gated_channel_read_gradients",
+    "gated_channel_solve_gradients",
+    "gated_channel_pair_gradients",
+)
+
+# Compute capability, whether operands have two bytes -> tokens of a chunk, for WIDTHS.
+CHUNKS = {
+    (80, True): (64, 64, 64),
+    (80, False): (32, 16, 16),
+    (90, True): (64, 64, 64),
+    (90, False): (64, 64, 64),
+    (100, True): (64, 64, 32),
+    (100, False): (32, 32, 16),
+    (120, True): (64, 64, 32),
+    (120, False): (32, 16, 16),
+}
+
+# Kernel, whether operands have two bytes -> the tiles for WIDTHS, on every architecture.
+_TILES = {
+    ("gated_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
+    ("gated_advance", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
+    ("gated_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_read_values", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_retreat", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 1), GatedTile(32, 4, 1)),
+    ("gated_read_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
+    ("gated_solve_gradients", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_solve", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_advance", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_read", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_read_values", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_pairs", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
+    ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
+    ("gated_channel_advance", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
+    ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_channel_read_values", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
+    ("gated_channel_retreat", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 1), GatedTile(32, 4, 1)),
+    ("gated_channel_read_gradients", True): (GatedTile(64, 4, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_solve_gradients", True): (GatedTile(64, 4, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_pair_gradients", True): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_pairs", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_solve", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+    ("gated_channel_advance", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read_values", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_channel_pair_gradients", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
+}
+
+
+def _entry(compute_capability):
+    if compute_capability < 80:
+        raise NotImplementedError(f"Triton kernels need compute capability 8.0 or more, not {compute_capability / 10}")
+    # 8.6 and 8.9 have the shared memory of 12.0.
+    entry = 120 if 80 < compute_capability < 90 else max(x for x, _ in CHUNKS if x <= compute_capability)
+    return entry
+
+
+def _at(row, width):
+    return next(x for limit, x in zip(WIDTHS, row) if width <= limit)
+
+
+def chunk_rows(compute_capability: int, width: int, narrow: bool) -> int:
+    """Tokens of a chunk, for the larger of the widths of keys and values. Raises NotImplementedError below 8.0.
+
+    An architecture that is not in the table takes the entry of the nearest older one.
+    """
+    return _at(CHUNKS[_entry(compute_capability), narrow], width)
+
+
+def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> GatedTile:
+    """The tile for `width`. Raises NotImplementedError below 8.0."""
+    _entry(compute_capability)
+    return _at(_TILES[kernel, narrow], width)

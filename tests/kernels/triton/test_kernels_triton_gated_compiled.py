@@ -1,0 +1,56 @@
+"""The gated ops' Triton kernels compiled to machine code: for an H100 at every width, for others at one. No GPU."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
+
+from support.triton_compile import compiled
+from support.triton_gated_compile import ALL_KERNELS, CONFIGURATIONS, launch_of, launches
+
+from pallas_kernels.triton.delta.table import SHARED_MEMORY
+from pallas_kernels.triton.gated.table import choose
+
+# Bytes a thread spills with two-byte operands, where it spills at all. The float32 kernels, of three TF32 products,
+# spill up to 8 kB at width 256; what they are held to is that they compile and fit.
+SPILLS = {("gated_read_gradients", 256): 640, ("gated_solve_gradients", 256): 160}
+
+# What a kernel without decay, segments or system leaves out.
+LESS = {
+    "plain": dict(decay="none", segments=False),
+    "linear": dict(delta=False),
+    "plain linear": dict(delta=False, decay="none", segments=False),
+    "channels": dict(decay="channel", segments=False),
+    "linear channels": dict(delta=False, decay="channel"),
+}
+
+
+@pytest.mark.parametrize("kernel, narrow, width", CONFIGURATIONS)
+def test_sm_90(kernel, narrow, width):
+    ptx, shared, spilled = compiled(launch_of(kernel, 90, width, narrow), 90)
+    assert "wgmma.mma_async" in ptx
+    assert shared <= SHARED_MEMORY[90]
+    if narrow:
+        assert spilled <= SPILLS.get((kernel, width), 0)
+
+
+@pytest.mark.parametrize("less", LESS)
+def test_sm_90_with_less(less):
+    for launch in launches(90, 128, True, **LESS[less]).values():
+        ptx, shared, spilled = compiled(launch, 90)
+        assert "wgmma.mma_async" in ptx
+        assert shared <= SHARED_MEMORY[90]
+        assert spilled == 0
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("capability", [80, 100, 120])
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+def test_others(kernel, capability, narrow):
+    ptx, shared, _ = compiled(launch_of(kernel, capability, 128 if narrow else 64, narrow), capability)
+    assert ("tcgen05.mma" if capability == 100 and narrow else "mma.sync") in ptx
+    assert shared <= SHARED_MEMORY[capability]
+
+
+def test_old_devices_are_refused():
+    with pytest.raises(NotImplementedError, match=r"compute capability 8\.0 or more, not 7\.5"):
+        choose("gated_read", 75, 64, True)

@@ -1,0 +1,123 @@
+"""Norm, rotation, feed-forward, gate, shift and initialisation, each against its formula in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support.layers_cases import normal, randomise
+
+from deltaformer_jax.layers.embedding import Embedding
+from deltaformer_jax.layers.feed_forward import SwiGLU
+from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
+from deltaformer_jax.layers.linear import Gate, kernel
+from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
+from deltaformer_jax.layers.rotary import rotate
+
+
+def test_rms_norm():
+    x = 50 * normal((2, 3, 8))
+    norm = randomise(lambda: RMSNorm(8, epsilon=1e-5))
+    expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * np.asarray(norm.scale[...])
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5)
+    # In bfloat16 only the operand and the result are rounded, not what lies between.
+    low = jnp.asarray(x, jnp.bfloat16)
+    assert norm(low).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(low), norm(low.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_rms_normalize_has_finite_gradients_at_zero():
+    zero = jnp.zeros((4,))
+    np.testing.assert_array_equal(rms_normalize(zero), zero)
+    assert np.all(np.isfinite(jax.jacobian(rms_normalize)(zero)))
+
+
+def test_rotation_depends_on_differences_of_positions():
+    q, k = jnp.asarray(normal((1, 1, 1, 8)), jnp.float32), jnp.asarray(normal((1, 1, 1, 8), 1), jnp.float32)
+
+    def score(at_q, at_k):
+        return jnp.sum(rotate(q, jnp.array([[at_q]]), 100.0) * rotate(k, jnp.array([[at_k]]), 100.0))
+
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
+    assert abs(score(7, 3) - score(8, 3)) > 1e-3
+    np.testing.assert_array_equal(rotate(q, jnp.array([[0]]), 100.0), q)
+
+
+def test_rotation_is_a_complex_multiplication():
+    x, positions = normal((2, 3, 2, 6)), np.array([[0, 5, 9], [1, 2, 3]])
+    angle = positions[:, :, None, None] * 100.0 ** (-np.arange(3) / 3)
+    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 100.0), expected, atol=1e-5)
+
+
+def test_swiglu():
+    module = SwiGLU(4, 6, rngs=nnx.Rngs(0))
+    x = normal((2, 3, 4))
+    gate, up, down = (np.asarray(w[...], np.float64) for w in (module.gate, module.up, module.down))
+    expected = (x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)) @ down
+    np.testing.assert_allclose(module(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gate_is_float32_for_bfloat16_input():
+    gate = randomise(lambda: Gate(64, 3, axis="heads", rngs=nnx.Rngs(0)))
+    x = jnp.asarray(normal((2, 5, 64)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(gate.kernel[...], np.float64) + np.asarray(gate.bias[...])
+    assert gate(x).dtype == jnp.float32
+    np.testing.assert_allclose(gate(x), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_has_the_stated_variance():
+    values = np.asarray(kernel(nnx.Rngs(0), (16, 25, 400), ("heads", "head_dim", "embed"), fan_in=400, scale=0.5)[...])
+    np.testing.assert_allclose(values.std(), 0.5 / np.sqrt(400), rtol=0.01)
+    assert np.abs(values).max() < 2.3 * values.std()
+
+
+def test_shift_starts_as_a_mean_of_two():
+    shift = KVShift(5, rngs=nnx.Rngs(0))
+    for current, previous in [
+        (shift.current_key, shift.previous_key),
+        (shift.current_value, shift.previous_value),
+    ]:
+        np.testing.assert_allclose(current[...] + previous[...], 1.0, rtol=1e-6)
+        assert np.all((current[...] >= 0) & (current[...] <= 1)) and len(set(np.asarray(current[...]).tolist())) == 5
+    assert not np.array_equal(shift.current_key[...], shift.current_value[...])
+
+
+def test_shift_keeps_the_last_raw_token():
+    shift = randomise(lambda: KVShift(2, rngs=nnx.Rngs(0)))
+    key, value = (jnp.asarray(normal((1, 4, 2, 3), seed), jnp.float32) for seed in (0, 1))
+    zeros = jnp.zeros((1, 2, 3))
+    whole_key, whole_value, tail = shift(key, value, tail=ShiftTail(zeros, zeros))
+    np.testing.assert_array_equal(tail.key, key[:, -1])
+    np.testing.assert_array_equal(tail.value, value[:, -1])
+    _, _, tail = shift(key[:, :2], value[:, :2], tail=ShiftTail(zeros, zeros))
+    late_key, late_value, _ = shift(key[:, 2:], value[:, 2:], tail=tail)
+    np.testing.assert_array_equal(late_key, whole_key[:, 2:])
+    np.testing.assert_array_equal(late_value, whole_value[:, 2:])
+
+
+def test_last_real_token():
+    x = jnp.arange(8.0).reshape(2, 4, 1)
+    before = jnp.array([[-1.0], [-2.0]])
+    np.testing.assert_array_equal(last_real_token(x, None, before), [[3], [7]])
+    ids = jnp.array([[0, 1, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(last_real_token(x, ids, before), [[2], [-2]])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding(tied):
+    embedding = Embedding(5, 16, tied=tied, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[0, 4, 2]])
+    table = np.asarray(embedding.table[...])
+    assert table.shape == (128, 16)
+    np.testing.assert_allclose(embedding(tokens), 4 * table[np.asarray(tokens)], rtol=1e-6)
+    x = jnp.asarray(normal((1, 3, 16)), jnp.float32)
+    head = table.T if tied else np.asarray(embedding.head[...])
+    np.testing.assert_allclose(embedding.logits(x), np.asarray(x) @ head[:, :5], rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_shows_a_token_that_is_none():
+    embedding = Embedding(5, 4, tied=True, rngs=nnx.Rngs(0))
+    vectors = embedding(jnp.array([[4, 5, -1, 200, -1]]), jnp.array([[1, 1, 1, 1, 0]]))
+    np.testing.assert_array_equal(np.isnan(vectors).all(-1), [[False, True, True, True, False]])

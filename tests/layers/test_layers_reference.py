@@ -1,0 +1,162 @@
+"""The mixers against their definitions, written out token by token in NumPy, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.layers_cases import (
+    CASE_IDS,
+    CASES,
+    D_MODEL,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    ROWS,
+    make_mixer,
+    normal,
+    outputs,
+)
+
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.ops import Round
+
+
+def numbers(parameter):
+    return np.asarray(parameter[...], np.float64)
+
+
+def rms(x, gain=None):
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
+    return x if gain is None else x * numbers(gain)
+
+
+def rotate(x, base):
+    """Each pair of features is a complex number; x [T,H,K]."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None, None] * base ** (-2.0 * np.arange(half) / x.shape[-1])
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def shifted(x, current, previous):
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    return numbers(current)[:, None] * x + numbers(previous)[:, None] * before
+
+
+def heads(x, weight):
+    return np.einsum("td,dhk->thk", x, numbers(weight))
+
+
+def convolved(x, part):
+    """silu of each feature of x [T,H,K] with those before it."""
+    weight = numbers(part.weight)
+    total = np.zeros_like(x)
+    for t in range(len(x)):
+        for j in range(min(len(weight), t + 1)):
+            total[t] += weight[j] * x[t - j]
+    return total / (1 + np.exp(-total))
+
+
+def gated(out, module, x, options):
+    if not options.get("output_gate"):
+        return out
+    return out / (1 + np.exp(-heads(x, module.output_gate.kernel)))
+
+
+def inputs(module, x, options):
+    """q, k, v [T,H,K] of one sequence x [T,D], up to the rotation."""
+    maps = module.inputs
+    q, k, v = heads(x, maps.query), heads(x, maps.key), heads(x, maps.value)
+    if options.get("conv_size"):
+        q, k, v = (convolved(mapped, part) for mapped, part in zip((q, k, v), maps.convolutions))
+    if options.get("kv_shift"):
+        k = shifted(k, maps.shift.current_key, maps.shift.previous_key)
+        v = shifted(v, maps.shift.current_value, maps.shift.previous_value)
+    if options.get("qk_norm"):
+        q, k = rms(q, maps.query_norm.scale), rms(k, maps.key_norm.scale)
+    base = options.get("rope_base", 10_000.0)
+    return (q, k, v) if base is None else (rotate(q, base), rotate(k, base), v)
+
+
+def similarity(kind, scores):
+    if kind == "softmax":
+        return np.exp(scores) / np.sum(np.exp(scores)) if len(scores) else scores
+    return {
+        "linear": lambda s: s,
+        "relu": lambda s: np.maximum(s, 0),
+        "exp": np.exp,
+        Round(3): lambda s: np.round(s, 3),
+    }[kind](scores)
+
+
+def softmax_attention(module, x, options):
+    q, k, v = inputs(module, x, options)
+    out = np.zeros((len(x), HEADS, HEAD_DIM))
+    if options.get("forget_gate"):
+        decay = -np.log1p(np.exp(-(x @ numbers(module.forget.kernel) + numbers(module.forget.bias))))
+    for t in range(len(x)):
+        first = max(0, t + 1 - options.get("window", len(x)))
+        for h in range(HEADS):
+            g = h * KV_HEADS // HEADS
+            scores = k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5
+            if options.get("forget_gate"):
+                scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
+            sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0
+            out[t, h] = np.exp(scores) @ v[first : t + 1, g] / (np.exp(scores).sum() + sink)
+    return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
+
+
+def delta_former(module, x, options):
+    q, k, v = inputs(module, x, options)
+    kind = options.get("write_query", "key")
+    write, read = options.get("write_similarity", "softmax"), options.get("read_similarity", "softmax")
+    norm = options.get("write_key_norm", "auto")
+    unit = norm == "on" or (norm == "auto" and write != "softmax")
+    if kind == "projected":
+        w = heads(x, module.write_kernel)
+        w = convolved(w, module.write_convolution) if options.get("conv_size") else w
+        w = rms(w, module.write_norm.scale) if options.get("qk_norm") else w
+        base = options.get("rope_base", 10_000.0)
+        w = w if base is None else rotate(w, base)
+    else:
+        w = k if kind == "key" else q
+    write_scale = options.get("write_scale", 1.0 if unit else HEAD_DIM**-0.5)
+    write_keys = k
+    if unit:  # unit vectors for the write; the read's keys are √K as long
+        w, write_keys = rms(w) / np.sqrt(HEAD_DIM), rms(k) / np.sqrt(HEAD_DIM)
+        k = rms(k)
+    u_heads = w.shape[1]
+
+    def gate(layer, squash):
+        logits = x @ numbers(layer.kernel) + numbers(layer.bias)
+        return 1 / (1 + np.exp(-logits)) if squash else logits
+
+    alpha = gate(module.alpha_gate, True) if options.get("alpha") == "sigmoid" else np.ones((len(x), u_heads))
+    beta = options.get("beta", "sigmoid")
+    beta = np.ones((len(x), u_heads)) if beta == "one" else gate(module.beta_gate, beta == "sigmoid")
+    u = np.zeros((len(x), u_heads, HEAD_DIM))
+    for t in range(len(x)):
+        for h in range(u_heads):
+            g = h * KV_HEADS // u_heads
+            weights = similarity(write, write_keys[:t, g] @ w[t, h] * write_scale)
+            u[t, h] = alpha[t, h] * v[t, g] - beta[t, h] * (weights @ u[:t, h])
+    out = np.zeros((len(x), HEADS, HEAD_DIM))
+    for t in range(len(x)):
+        for h in range(HEADS):
+            scores = k[: t + 1, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
+            out[t, h] = similarity(read, scores) @ u[: t + 1, h * u_heads // HEADS]
+    return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
+
+
+@pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)
+def test_definition(mixer, name, options):
+    x = normal((ROWS, LENGTH, D_MODEL))
+    with jax.enable_x64(True):
+        module = make_mixer(mixer, options | {"implementation": "parallel"}, dtype=jnp.float64)
+        y = outputs(module, jnp.asarray(x))
+        assert y.dtype == jnp.float64
+        y = np.asarray(y)
+    reference = softmax_attention if mixer is SoftmaxAttention else delta_former
+    for row in range(len(x)):
+        np.testing.assert_allclose(y[row], reference(module, x[row], options), rtol=1e-9, atol=1e-10)

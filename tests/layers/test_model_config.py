@@ -1,0 +1,126 @@
+"""What a configuration means, what it costs, and what it is told when it doesn't hold together."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from support.model_cases import MODELS, SMALL, VOCABULARY, make_model
+from test_layers_flops import convolution_flops, counted_per_token
+
+from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.model import LanguageModel, mixer_fields, mlp_dim, num_parameters
+
+
+def test_overrides_reach_their_mixer_only():
+    model = make_model(
+        window=5, num_layers=3, mixers=("softmax_attention", Mixer("softmax_attention", window=2), "delta_former")
+    )
+    assert [getattr(block.mixer, "window", None) for block in model.blocks] == [5, 2, None]
+    wide = make_model(num_layers=2, mixers=("delta_former", Mixer("delta_former", head_dim=8, write_scale=0.5)))
+    assert [block.mixer.head_dim for block in wide.blocks] == [4, 8]
+    assert [block.mixer.write_scale for block in wide.blocks] == [0.5, 0.5]
+
+
+def test_zero_means_the_mixers_own_choice():
+    mixer = make_model(mixers=("delta_former",), write_similarity="linear", implementation="").blocks[0].mixer
+    assert mixer.write_scale == 1 / 4 and mixer.read_scale == 4**-0.5  # of keys of length √4
+    assert mixer.chunk_size is None and mixer.implementation is None
+    assert make_model(mixers=("delta_former",), rope_base=0.0).blocks[0].mixer.inputs.rope_base is None
+
+
+def test_mlp_dim():
+    assert mlp_dim(ModelConfig(d_model=256)) == 704  # 682.7, up to a multiple of 64
+    assert mlp_dim(ModelConfig(d_model=24)) == 64
+    assert mlp_dim(ModelConfig(mlp_dim=100)) == 100
+
+
+# The memories have no parallel form: test_layers_memory.py counts theirs.
+ATTENTION = {name: fields for name, fields in MODELS.items() if name != "memories"}
+
+
+@pytest.mark.parametrize("fields", ATTENTION.values(), ids=ATTENTION)
+def test_flops_are_those_of_the_parallel_form(fields):
+    model = make_model(**fields | dict(implementation="parallel"))
+    windowed = model.blocks[-1].mixer if fields == {} else None
+    if windowed is not None:  # the parallel form computes the whole square and masks it
+        windowed.window = None
+
+    def trace(length):
+        return jax.make_jaxpr(lambda tokens: model(tokens)[0])(jnp.zeros((1, length), jnp.int32)).jaxpr
+
+    counted = counted_per_token(trace, 10)
+    counted += convolution_flops(model)
+    counted -= 2 * 16 * (model.embedding.rows - VOCABULARY)  # the padded columns of the logits
+    for block in model.blocks:
+        if getattr(block.mixer, "tied", False):
+            counted -= model.periods * 2 * block.mixer.num_heads * block.mixer.head_dim * 10
+    assert model.flops_per_token(10) == pytest.approx(counted, rel=1e-12)
+
+
+def test_number_of_parameters():
+    # A block: q and o 16·16 each, k and v 16·8 each, gate 16·2 + 2, feed-forward 3·16·24, two norms.
+    block = 2 * 256 + 2 * 128 + 34 + 3 * 16 * 24 + 2 * 16
+    model = make_model(mixers=("delta_former",), num_layers=2)
+    assert num_parameters(model) == 2 * block + 128 * 16 + 16
+    untied = make_model(mixers=("delta_former",), num_layers=2, tie_embeddings=False)
+    assert num_parameters(untied) == num_parameters(model) + 128 * 16
+
+
+def test_fields_a_mixer_may_override():
+    assert "window" in mixer_fields("softmax_attention") and "window" not in mixer_fields("delta_former")
+    assert {"write_query", "beta", "num_heads", "kv_shift"} <= set(mixer_fields("delta_former"))
+    assert not {"d_model", "num_layers", "compute_dtype"} & set(mixer_fields("delta_former"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(vocab_size=0), "model.vocab_size=0 must be at least 1"),
+        (dict(d_model=0), "model.d_model=0 must be at least 1"),
+        (dict(num_layers=3), "model.num_layers=3 must be a multiple of the length of model.mixers, 2"),
+        (dict(mlp_dim=-1), "model.mlp_dim=-1"),
+        (dict(norm_epsilon=0.0), "model.norm_epsilon=0.0 must be positive"),
+        (dict(num_heads=3), "model.num_heads=3 must be a multiple of num_kv_heads=2"),
+        (dict(head_dim=5), "model.head_dim=5 must be even for the rotary embedding"),
+        (dict(compute_dtype="bf16"), "model.compute_dtype: 'bf16' is not one of 'float32', 'bfloat16'; did you mean"),
+        (dict(remat="all"), "model.remat: 'all' is not one of 'none', 'block'"),
+        (dict(mixers=()), r"model.mixers=\(\) must be a tuple"),
+        (dict(mixers="delta_former"), "model.mixers='delta_former' must be a tuple"),
+        (dict(mixers=(3,)), "model.mixers holds 3"),
+        (dict(mixers=("deltaformer",)), "model.mixers: 'deltaformer' is not one of .*; did you mean 'delta_former'"),
+        (dict(mixers=(Mixer("softmax_attention", windw=3),)), "override of softmax_attention: 'windw'.*'window'"),
+        (dict(mixers=(Mixer("delta_former", window=3),)), "an override of delta_former: 'window' is not one of"),
+        (dict(mixers=(Mixer("delta_former", num_heads=5),)), r"model.num_heads=5 .* \(of Mixer\(name='delta_former'"),
+        (dict(mixers=("delta_former",), window=4), "model.window=4, but no mixer"),
+        (dict(mixers=("delta_former",), forget_gate=True), "model.forget_gate=True, but no mixer in .*former"),
+        (dict(mixers=("delta_net",), kv_shift=True), "model.kv_shift=True, but no mixer"),
+        (dict(mixers=("softmax_attention",), write_similarity="round"), "model.write_similarity='round', but no mixer"),
+        (dict(implementation="chunks"), "model.implementation: 'chunks' is not one of .*; did you mean 'chunked'"),
+        (dict(window=-1), "model.window=-1 must be at least 1"),
+        (dict(write_query="keys"), "model.write_query='keys' must be one of"),
+        (dict(write_similarity="cosine"), "model.write_similarity='cosine'"),
+        (dict(beta="sigmod"), "model.beta='sigmod' must be one of"),
+        (dict(alpha="on"), "model.alpha='on' must be one of"),
+        (dict(rope_base=-2.0), "model.rope_base=-2.0"),
+    ],
+)
+def test_errors_name_the_field(fields, message):
+    fields = SMALL | dict(mixers=("softmax_attention", "delta_former")) | fields
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: LanguageModel(ModelConfig(**fields), rngs=nnx.Rngs(0)))
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*_340m.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_340m_configs_have_340m_parameters(path):
+    """To within 2.5 million, whatever the mixer, and nothing but the model differs between them."""
+    both = (path, path.with_stem("transformer_340m"))
+    config, transformer = (runpy.run_path(str(each))["get_config"]() for each in both)
+    shapes = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    assert abs(num_parameters(shapes) - 341e6) < 2.5e6
+    assert (config.data, config.optimizer, config.run) == (transformer.data, transformer.optimizer, transformer.run)

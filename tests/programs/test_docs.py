@@ -1,0 +1,35 @@
+"""Every Python example in README.md and docs/ runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [
+    pytest.param(code, id=f"{path.name}-{number}")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
+]
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 6
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs_and_has_the_shape_it_says(code):
+    names = {}
+    exec(code, names)
+    for name, shape in re.findall(r"^(\w+)(?:, _)? = .*  # (\[[\d, ]+\])$", code, re.M):
+        assert list(names[name].shape) == eval(shape), name
+
+
+def test_the_tests_that_docs_name_exist():
+    text = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"test_\w+\.py", text))
+    there = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(there.values()), re.M))
+    assert len(files) > 10 and files <= there.keys(), files - there.keys()
+    named = set(re.findall(r"::(test_\w+)", text))
+    assert named <= defined, named - defined

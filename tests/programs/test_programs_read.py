@@ -1,0 +1,273 @@
+"""sample and evaluate, on a run of seconds."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import training_cases as cases
+
+from deltaformer_jax import evaluate, sample
+from deltaformer_jax.config import Mixer, ModelConfig, on_any_device
+from deltaformer_jax.data import load_corpus, prepare_corpus
+from deltaformer_jax.training import by_position, loop
+from deltaformer_jax.training.checkpoints import restore
+from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.training.state import merge
+from deltaformer_jax.training.watch.metrics import Display
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    yield from cases.compile_once(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return cases.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    cases.run_training(cases.small_config(corpus), folder)
+    return folder
+
+
+def output(capsys, main, *arguments):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr()
+
+
+def error(capsys, main, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_sample_writes_whole_characters(workdir, capsys):
+    arguments = ["--workdir", workdir, "--prompt", "dé", "--tokens", 60, "--temperature", 5, "--top_k", 0]
+    text = output(capsys, sample.main, *arguments).out
+    assert text.startswith("dé") and text.endswith("\n") and len(text.encode()) >= 40
+    assert text == output(capsys, sample.main, *arguments).out
+    assert text != output(capsys, sample.main, *arguments, "--seed", 1).out
+
+
+def test_a_run_by_kernels_is_read_on_any_device(workdir, capsys, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    saved["model"]["implementation"] = "triton"
+    (run / "config.json").write_text(json.dumps(saved))
+    assert output(capsys, sample.main, "--workdir", run, "--prompt", "def ").out == (
+        output(capsys, sample.main, "--workdir", workdir, "--prompt", "def ").out
+    )
+    mixers = (Mixer("softmax_attention", implementation="cudnn", window=4), "delta_net")
+    assert on_any_device(ModelConfig(implementation="triton", d_model=8, mixers=mixers)) == ModelConfig(
+        d_model=8, mixers=(Mixer("softmax_attention", window=4), "delta_net")
+    )
+
+
+def test_training_by_kernels_ends_with_a_sample(corpus, tmp_path, capsys):
+    run = cases.run_training(cases.small_config(corpus, run__steps=1), tmp_path / "run")
+    run.config.run.sample_prompt, run.config.run.sample_tokens = "def ", 5
+    run.config.model.implementation = "triton"  # of which no CPU can do the training
+    loop.write_sample(run, Display(1, 1), Interruption())
+    assert "def " in capsys.readouterr().out.split("a sample of 5 tokens")[1]
+
+
+def test_sample_of_a_step(workdir, capsys):
+    texts = {output(capsys, sample.main, "--workdir", workdir, "--prompt", "", "--step", step).out for step in (4, 12)}
+    assert len(texts) == 2
+
+
+def test_sample_of_several_prompts(workdir, capsys, tmp_path):
+    (tmp_path / "prompts").write_text("self é\nimport\n", encoding="utf-8")
+    several = ["--prompt", "dé", "--prompt", "", "--prompts", tmp_path / "prompts", "--tokens", 30]
+    text = output(capsys, sample.main, "--workdir", workdir, *several).out
+    parts = re.split(r"^--- (\d) of 4\n", text, flags=re.MULTILINE)
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3", "4"]
+    lines = output(capsys, sample.main, "--workdir", workdir, *several, "--json").out.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["prompt"] for record in records] == ["dé", "", "self é", "import"]
+    assert [record["prompt"] + record["text"] + "\n" for record in records] == parts[2::2]
+    alone = output(capsys, sample.main, "--workdir", workdir, "--prompt", "dé", "--tokens", 30).out
+    assert alone == parts[2]
+    assert all(record["tokens"] == 30 or record["finish"] == "end_of_text" for record in records)
+    twice = output(capsys, sample.main, "--workdir", workdir, "--prompt", "dé", "--samples", 2, "--json").out
+    assert len({json.loads(line)["text"] for line in twice.splitlines()}) == 2
+
+
+def test_sample_stops(workdir, capsys):
+    arguments = ["--workdir", workdir, "--prompt", "def", "--tokens", 60, "--json"]
+    whole = json.loads(output(capsys, sample.main, *arguments).out)
+    assert len(whole["text"]) > 5
+    stop = whole["text"][4:6]
+    cut = json.loads(output(capsys, sample.main, *arguments, "--stop", "never there", "--stop", stop).out)
+    assert cut["finish"] == "stop" and cut["tokens"] < whole["tokens"]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    streamed = output(capsys, sample.main, *arguments[:-1], "--stop", stop).out
+    assert streamed == "def" + cut["text"] + "\n"
+
+
+def test_sample_top_p(workdir, capsys):
+    arguments = ["--workdir", workdir, "--prompt", "def", "--tokens", 40]
+    likeliest = output(capsys, sample.main, *arguments, "--temperature", 0).out
+    assert output(capsys, sample.main, *arguments, "--top_p", 1e-6, "--top_k", 0).out == likeliest
+
+
+def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
+    assert "no such folder" in error(capsys, sample.main, "--workdir", tmp_path / "x", "--prompt", "a")
+    assert "not the folder of a run" in error(capsys, sample.main, "--workdir", tmp_path, "--prompt", "a")
+    message = error(capsys, sample.main, "--workdir", workdir, "--prompt", "a", "--step", 5)
+    assert "--step 5: no such checkpoint" in message and "4, 8, 12" in message
+    given = ["--workdir", workdir, "--prompt", "a"]
+    assert "tokens = 0" in error(capsys, sample.main, *given, "--tokens", 0)
+    assert "top_p = 2.0" in error(capsys, sample.main, *given, "--top_p", 2)
+    assert "samples = 0" in error(capsys, sample.main, *given, "--samples", 0)
+    assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
+    assert "no prompt; give --prompt TEXT" in error(capsys, sample.main, "--workdir", workdir)
+    assert "--prompts none: No such file" in error(capsys, sample.main, "--workdir", workdir, "--prompts", "none")
+    (tmp_path / "latin").write_bytes(b"gr\xfcn")
+    assert "latin: not UTF-8 (byte 2)" in error(capsys, sample.main, *given, "--prompts", tmp_path / "latin")
+    assert r"--prompt 'a\udcff': not UTF-8" in error(capsys, sample.main, "--workdir", workdir, "--prompt", "a\udcff")
+    monkeypatch.setattr(restore, "restore", raising(ImportError("Please install gcsfs to access Google Storage")))
+    assert "gs:// needs gcsfs: pip install" in error(capsys, sample.main, "--workdir", "gs://b/run", "--prompt", "a")
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    monkeypatch.setattr(restore, "restore", raising(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--workdir", "x", "--prompt", "a"])
+    assert exit.value.code == 130 and capsys.readouterr().err == "\ndeltaformer_jax.sample: interrupted\n"
+
+
+def test_evaluate_says_what_the_run_said(workdir, corpus, capsys):
+    result = json.loads(output(capsys, evaluate.main, "--workdir", workdir).out)
+    last = cases.read_metrics(workdir)[-1]
+    assert result["step"] == 12 and result["data"] == str(corpus)
+    assert result["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert result["bits_per_byte"] == pytest.approx(last["eval_bits_per_byte"], rel=1e-6)
+    again = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--batch_size", 3).out)
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6) and again["tokens"] == result["tokens"]
+
+
+def test_evaluate_by_position(workdir, corpus, capsys):
+    """Against log softmax of the model's own logits, one document at a time."""
+    arguments = ["--workdir", workdir, "--batch_size", 3]
+    printed = output(capsys, evaluate.main, *arguments)
+    result = json.loads(printed.out)
+    run, split = restore.restore(workdir), load_corpus(corpus).split("eval")
+    pairs, length = [], 32
+    for i in range(split.documents):
+        text = split.read(i).tolist()
+        pairs += [(i, token, target) for token, target in zip([256, *text], [*text, 256])]
+    sums = {}
+    forward = jax.jit(merge(run.parts, run.params))
+    for start in range(0, len(pairs), length):
+        row = pairs[start : start + length]
+        tokens, ids = np.zeros((2, 1, length), np.int32)
+        tokens[0, : len(row)], ids[0, : len(row)] = [pair[1] for pair in row], [pair[0] + 1 for pair in row]
+        logits = np.asarray(forward(tokens, segment_ids=ids)[0], np.float64)[0]
+        seen = 0
+        for place, (document, _, target) in enumerate(row):
+            seen = seen + 1 if place and row[place - 1][0] == document else 1
+            nats = np.log(np.exp(logits[place]).sum()) - logits[place, target]
+            bucket = sums.setdefault(1 << (seen - 1).bit_length(), [0.0, 0, 0])
+            bucket[:] = bucket[0] + nats, bucket[1] + 1, bucket[2] + (target < 256)
+    assert [report["to"] for report in result["by_position"]] == sorted(sums) == [1, 2, 4, 8, 16, 32]
+    assert [report["from"] for report in result["by_position"]] == [1, 2, 3, 5, 9, 17]
+    for report in result["by_position"]:
+        nats, tokens, size = sums[report["to"]]
+        assert (report["tokens"], report["bytes"]) == (tokens, size)
+        assert report["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+        assert report["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-3)
+        assert report["bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+    assert result["tokens"] == len(pairs)
+    lines = printed.err.splitlines()
+    assert lines[0].split()[0] == "position" and lines[-1].split()[0] == "all" and len(lines) == 8
+
+
+def test_evaluate_longer_rows_and_fewer_batches(workdir, capsys):
+    result = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--sequence_length", 100).out)
+    assert result["sequence_length"] == 100 and result["by_position"][-1]["to"] == 100
+    few = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--batches", 1).out)
+    assert few["tokens"] == 8 * 32 < result["tokens"]
+
+
+def test_evaluate_on_a_mixture(workdir, corpus, capsys):
+    once = json.loads(output(capsys, evaluate.main, "--workdir", workdir).out)
+    twice = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--data", f"{corpus}=1,{corpus}=2").out)
+    assert twice["tokens"] == 2 * once["tokens"] and twice["loss"] == pytest.approx(once["loss"], rel=1e-6)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_positions(rows):
+    found = by_position.positions(np.array(rows))
+    for row, places in zip(rows, found):
+        for i, place in enumerate(places):
+            assert place == (places[i - 1] + 1 if i and row[i] == row[i - 1] else 0)
+
+
+def test_evaluate_plain_text(workdir, capsys, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("def é")
+    result = json.loads(output(capsys, evaluate.main, "--workdir", workdir, "--data", path).out)
+    assert (result["tokens"], result["bytes"]) == (7, 6)  # the end of the text is a target too
+    assert [child.name for child in tmp_path.iterdir()] == ["some.txt"]
+
+
+def test_evaluate_errors(workdir, corpus, capsys, tmp_path):
+    assert "--data nowhere" in error(capsys, evaluate.main, "--workdir", workdir, "--data", "nowhere")
+    other = prepare_corpus(corpus.parent / "text", tmp_path / "bpe", tokenizer="bpe:300").path
+    assert "another tokenizer" in error(capsys, evaluate.main, "--workdir", workdir, "--data", other)
+    assert "--sequence_length 0" in error(capsys, evaluate.main, "--workdir", workdir, "--sequence_length", 0)
+    assert "--batches -1" in error(capsys, evaluate.main, "--workdir", workdir, "--batches", -1)
+    assert "none: no such folder" in error(capsys, evaluate.main, "--workdir", workdir, "--data", "none=1,x=2")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "no document with text" in error(capsys, evaluate.main, "--workdir", workdir, "--data", empty)
+    assert "--batch_size -1" in error(capsys, evaluate.main, "--workdir", workdir, "--batch_size", -1)
+
+
+def test_corrupt_checkpoints(corpus, capsys, tmp_path):
+    cases.run_training(cases.small_config(corpus, run__steps=8), tmp_path)
+    damage(tmp_path / "checkpoints" / "8")
+    result = output(capsys, evaluate.main, "--workdir", tmp_path)
+    assert json.loads(result.out)["step"] == 4 and "going back to step 4" in result.err
+    assert "corrupt" in error(capsys, evaluate.main, "--workdir", tmp_path, "--step", 8)
+    damage(tmp_path / "checkpoints" / "4")
+    assert "no whole checkpoint" in error(capsys, evaluate.main, "--workdir", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in error(capsys, sample.main, "--workdir", tmp_path, "--prompt", "a")
+
+
+def damage(folder):
+    victim = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+
+def test_training_goes_on_from_the_last_whole_checkpoint(corpus, workdir, tmp_path):
+    config = cases.small_config(corpus)
+    cases.run_training(config, tmp_path)
+    damage(tmp_path / "checkpoints" / "12")
+    run = cases.run_training(config, tmp_path)
+    assert cases.read_metrics(tmp_path) == cases.read_metrics(workdir)
+    assert (tmp_path / "checkpoints" / "12").exists() and run.step == 12
+    assert len(jax.tree.leaves(run.state)) > 10

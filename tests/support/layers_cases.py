@@ -1,0 +1,119 @@
+"""The mixers' cases and what several tests do with them."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
+from deltaformer_jax.layers.mixers.delta_net import DeltaNet
+from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
+from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
+from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
+from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
+from deltaformer_jax.layers.mixers.retention import Retention
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.ops import Round
+
+D_MODEL, HEADS, KV_HEADS, HEAD_DIM = 12, 4, 2, 6
+
+# Every option of every mixer at least once, with grouped queries.
+SOFTMAX_CASES = {
+    "plain": {},
+    "window": dict(window=3),
+    "no rope": dict(rope_base=None),
+    "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
+    "forgetting": dict(forget_gate=True, rope_base=None),
+    "sinks": dict(forget_gate=True, sinks=True, window=4),
+    "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
+}
+DELTA_CASES = {
+    "key": {},
+    "query, tied": dict(write_query="query"),
+    "projected": dict(write_query="projected", alpha="sigmoid", qk_norm=True),
+    "linear": dict(write_similarity="linear", read_similarity="linear", beta="one"),
+    "relu": dict(write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query"),
+    "exp": dict(write_similarity="exp", read_similarity="softmax", write_scale=0.1, beta="raw"),
+    # Three digits: where a score is near the middle between two of them, an error of 1e-16 would decide.
+    "round": dict(write_similarity=Round(3), rope_base=None, write_query="projected"),
+    "all": dict(
+        write_query="projected", write_key_norm="on", read_scale=0.3, alpha="sigmoid", qk_norm=True, kv_shift=True
+    ),
+    "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
+    "gated": dict(output_gate=True, conv_size=4),
+    "gated, projected": dict(write_query="projected", output_gate=True, conv_size=2, kv_shift=True, qk_norm=True),
+}
+CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES]
+CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]
+CASE_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in CASES]
+
+# Mixers with a memory of fixed size; HEADS counts their heads of queries and keys.
+MEMORY_CASES = [
+    (LinearAttention, "plain", {}),
+    (Retention, "wide values", dict(value_dim=5)),
+    (Retention, "no rope, no gate", dict(rope_base=None, output_gate=False)),
+    (GatedLinearAttention, "plain", {}),
+    (GatedLinearAttention, "convolutions", dict(conv_size=3, value_dim=5)),
+    (DeltaNet, "plain", {}),
+    (DeltaNet, "all", dict(num_value_heads=8, value_dim=3, output_gate=True, negative_eigenvalues=True, conv_size=2)),
+    (GatedDeltaNet, "plain", {}),
+    (GatedDeltaNet, "no convolutions, grouped", dict(num_value_heads=8, conv_size=0, output_gate=False)),
+    (KimiDeltaAttention, "plain", {}),
+    (KimiDeltaAttention, "wide values", dict(value_dim=8, conv_size=1, negative_eigenvalues=True)),
+]
+MEMORY_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in MEMORY_CASES]
+
+
+def make_mixer(mixer, options, *, dtype=jnp.float32, **sizes):
+    """A mixer with random parameters in `dtype`."""
+    sizes = dict(d_model=D_MODEL, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM) | sizes
+    sizes = {name: size for name, size in sizes.items() if name in inspect.signature(mixer.__init__).parameters}
+    return randomise(lambda: mixer(**sizes, **options, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
+
+
+def randomise(build, dtype=jnp.float32):
+    """What `build` builds, no parameter at an initial 0 or 1: gains around 1, all else around 0. (Its own initial
+    values would take longer to compile than most tests.)"""
+    random = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        gain = "scale" in jax.tree_util.keystr(path[-2:])
+        return jnp.asarray(gain + 0.25 * random.standard_normal(leaf.shape), dtype)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(build))
+
+
+# Jitted once for all tests, which agree on [2, 12, D_MODEL].
+ROWS, LENGTH = 2, 12
+outputs = jax.jit(lambda module, x: module(x)[0])
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def feed(call, cache, rows, plan, padding):
+    """Feeds rows [B,T,...] through `call(block, segment_ids, cache) -> (outputs, cache)` as `plan` says.
+
+    Each entry of `plan` is (tokens per row, block width, side of the padding); `padding` fills the rest of a block.
+    Returns the outputs of each row's real tokens, in order, and the last cache.
+    """
+    done, outputs = [0] * len(rows), [[] for _ in rows]
+    for counts, width, side in plan:
+        block = np.full((len(rows), width, *rows.shape[2:]), padding, rows.dtype)
+        ids = np.zeros((len(rows), width), np.int32)
+        for row, count in enumerate(counts):
+            place = slice(width - count, width) if side == "left" else slice(0, count)
+            block[row, place], ids[row, place] = rows[row, done[row] : done[row] + count], 1
+            done[row] += count
+        out, cache = call(jnp.asarray(block), jnp.asarray(ids), cache)
+        for row in range(len(rows)):
+            outputs[row].append(np.asarray(out)[row][ids[row] == 1])
+    return [np.concatenate(parts) for parts in outputs], cache
+
+
+# Chunked prefill, padded left and then right, an empty row, one token at a time: 12 tokens and 9.
+PLAN = [((4, 2), 4, "left"), ((4, 3), 4, "right"), ((1, 1), 1, "left"), ((1, 0), 1, "left"), ((2, 3), 4, "left")]
+PLAN_LENGTHS = (12, 9)

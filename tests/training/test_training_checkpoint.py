@@ -1,0 +1,191 @@
+"""Checkpoints: what is damaged is found, what is whole comes back bit for bit, on another mesh too."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from support import training_cases as cases
+
+from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints.store import CHECKSUMS, CheckpointError, Checkpoints, check_checksums
+from deltaformer_jax.training.state import TrainState, abstract_state, create_state, model_parts
+
+
+@pytest.fixture(scope="module")
+def made():
+    config = cases.small_config("", model__vocab_size=64, optimizer__clip_norm=0.0)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    parts = model_parts(config.model)
+    abstract, shardings = abstract_state(config, parts, mesh)
+    return config, parts, abstract, create_state(config, parts, shardings)
+
+
+def at_step(state: TrainState, step: int) -> TrainState:
+    """Arrays of its own: a test may donate them."""
+    return jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), state)
+
+
+@pytest.fixture
+def saved(tmp_path, made):
+    """A folder with checkpoints 1, 2 and 3."""
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(at_step(made[3], step), {"step": step, "next_batch": step})
+    checkpoints.close()
+    return tmp_path
+
+
+def newest(folder, abstract):
+    checkpoints, notes = Checkpoints(folder, keep=3), []
+    try:
+        return *checkpoints.restore_newest(abstract, notes.append), notes
+    finally:
+        checkpoints.close()
+
+
+def test_comes_back_bit_for_bit(saved, made):
+    state, run, notes = newest(saved, made[2])
+    assert run["step"] == run["next_batch"] == 3 and notes == []
+    cases.assert_same_bits(state, at_step(made[3], 3))
+    assert not list(saved.glob("saving-*"))
+
+
+def test_a_relative_folder(tmp_path, made, monkeypatch):
+    _, _, abstract, state = made
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints")
+    checkpoints.save(state, {"step": 1})
+    checkpoints.close()
+    assert checkpoints.path(1) == tmp_path / "run" / "checkpoints" / "1"
+    cases.assert_same_bits(newest("run/checkpoints", abstract)[0], state)
+
+
+def test_keeps_the_newest(tmp_path, made):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(at_step(made[3], step), {"step": step})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.close()
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+
+
+def test_any_flipped_byte_is_found(saved):
+    draw = random.Random(0)
+    files = [file for file in files_of(saved / "3") if file.stat().st_size]
+    for file in files + draw.choices(files, k=100):
+        original = file.read_bytes()
+        damaged = bytearray(original)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{file.name}: corrupt"):
+            check_checksums(epath.Path(saved / "3"))
+        file.write_bytes(original)
+    check_checksums(epath.Path(saved / "3"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "zeroed"])
+def test_any_lost_file_is_found(saved, made, damage):
+    for file in files_of(saved / "3"):
+        original = file.read_bytes()
+        if damage == "deleted":
+            file.unlink()
+        elif original:
+            file.write_bytes(original[:-1] if damage == "truncated" else bytes(len(original)))
+        if file.exists() and file.read_bytes() == original:
+            continue  # it was empty
+        with pytest.raises(CheckpointError, match=file.name):
+            check_checksums(epath.Path(saved / "3"))
+        file.write_bytes(original)
+    check_checksums(epath.Path(saved / "3"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}", b"\xff"])
+def test_without_checksums_there_is_no_checkpoint(saved, made, content):
+    path = saved / "3" / CHECKSUMS
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"sha256.json"):
+        check_checksums(epath.Path(saved / "3"))
+
+
+def test_goes_back_to_the_step_before_and_says_so(saved, made):
+    victim = max(files_of(saved / "3"), key=lambda file: file.stat().st_size)
+    victim.write_bytes(bytes(victim.stat().st_size))
+    state, run, notes = newest(saved, made[2])
+    assert run["step"] == 2
+    cases.assert_same_bits(state, at_step(made[3], 2))
+    assert len(notes) == 1 and victim.name in notes[0] and "step 2" in notes[0]
+
+
+def test_none_whole_is_an_error_that_changes_nothing(saved, made):
+    for step in "123":
+        (saved / step / CHECKSUMS).write_text("{}")
+    before = {file: file.read_bytes() for file in files_of(saved)}
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*another --workdir"):
+        newest(saved, made[2])
+    assert before == {file: file.read_bytes() for file in files_of(saved)}
+
+
+def test_killed_before_the_checksums(saved, made):
+    # As a process killed between orbax's last write and ours leaves it: the step before is whole, go back to it.
+    (saved / "3" / CHECKSUMS).unlink()
+    (saved / "saving-3").write_text("")
+    checkpoints = Checkpoints(saved, keep=3)
+    checkpoints.settle()
+    assert checkpoints.steps() == [1, 2] and not list(saved.glob("saving-*"))
+    # The only one: orbax had written all of it.
+    checkpoints.drop_after(1)
+    (saved / "1" / CHECKSUMS).unlink()
+    (saved / "saving-1").write_text("")
+    checkpoints.settle()
+    checkpoints.close()
+    state, run, _ = newest(saved, made[2])
+    assert run["step"] == 1
+    cases.assert_same_bits(state, at_step(made[3], 1))
+
+
+def test_another_dtype_or_shape_is_refused(saved, made):
+    abstract = made[2]
+    half = abstract._replace(params=jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), abstract.params))
+    with pytest.raises(CheckpointError, match=r"float32.* in the checkpoint and .*bfloat16"):
+        newest(saved, half)
+    wide = abstract._replace(step=jax.ShapeDtypeStruct((1,), jnp.int32, sharding=abstract.step.sharding))
+    with pytest.raises(CheckpointError, match="step is"):
+        newest(saved, wide)
+
+
+def test_written_on_one_device_loads_on_eight(saved, made):
+    config, parts, _, state = made
+    abstract, shardings = abstract_state(config, parts, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    restored, _, _ = newest(saved, abstract)
+    cases.assert_same_bits(restored, at_step(state, 3))
+    for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path, made):
+    """The state's memory is given to the next step while orbax is still writing."""
+    _, _, abstract, state = made
+    state = at_step(state, 1)
+    expected = jax.tree.map(np.array, state)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state, {"step": 1})
+    for _ in range(3):
+        state = overwrite(state)
+    checkpoints.close()
+    cases.assert_same_bits(newest(tmp_path, abstract)[0], expected)
+
+
+def test_drop_after(saved):
+    checkpoints = Checkpoints(saved, keep=3)
+    checkpoints.drop_after(1)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()

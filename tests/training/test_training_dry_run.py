@@ -1,0 +1,62 @@
+"""The dry run: its numbers are those of the run, and it makes nothing, not even the default corpus."""
+
+import jax
+import pytest
+from support import training_cases as cases
+
+from deltaformer_jax.config import DataConfig
+from deltaformer_jax.training.dry_run import dry_run
+from deltaformer_jax.training.setup import prepare
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return cases.make_corpus(tmp_path / "corpus")
+
+
+def numbers(text, label):
+    line = next(line for line in text.splitlines() if line.strip().startswith(label))
+    return line.strip()[len(label) :].strip()
+
+
+def test_its_numbers_are_the_runs(corpus, tmp_path, capsys):
+    config = cases.small_config(corpus, mesh__data=2, mesh__fsdp=4, optimizer__accumulation_steps=1)
+    dry_run(config)
+    text = capsys.readouterr().out
+    run = prepare(config, tmp_path / "run")
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    assert numbers(text, "parameters") == f"{count:,}"
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(run.state.params))
+    moments = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(run.state.opt_state))
+    run.checkpoints.close()
+    tail = text[text.index("memory of the compiled step") :]
+    assert numbers(tail, "parameters") == f"{on_one / 1024:.4g} KiB"
+    assert numbers(tail, "optimiser") == f"{moments / 1024:.4g} KiB"
+    assert "8 x 32 = 256 tokens per step, in 1 part(s)" in text
+    assert numbers(text, "run").startswith("12 steps, 3,072 tokens, ")
+
+
+def test_nothing_is_made(tmp_path, monkeypatch, capsys):
+    """No array on a device, no file, and no standard library read for a vocabulary that the setting tells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = {id(array) for array in jax.live_arrays()}
+    config = cases.small_config("")
+    for tokenizer, rows in (("bytes", 257), ("bpe:300", 300)):
+        config.data = DataConfig(tokenizer=tokenizer, sequence_length=32, batch_size=8)
+        dry_run(config)
+        assert f"embedding.table {rows + -rows % 128} x 32" in " ".join(capsys.readouterr().out.split())
+    assert {id(array) for array in jax.live_arrays()} <= before
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors(tmp_path):
+    config = cases.small_config(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        dry_run(config)
+    config.data = DataConfig(tokenizer="nothing.json")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json: no such tokenizer"):
+        dry_run(config)
+    config.data = DataConfig(batch_size=7)
+    with pytest.raises(ValueError, match=r"data\.batch_size = 7"):
+        dry_run(config)

@@ -1,0 +1,151 @@
+"""Bad batches: one is skipped, several in a row are gone back from, and the run ends as if it had never seen them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import training_cases as cases
+
+from deltaformer_jax.data import load_corpus
+from deltaformer_jax.training import guard, step
+from deltaformer_jax.training.data_stream import number_batches
+from deltaformer_jax.training.loop import RunError, train
+from deltaformer_jax.training.setup import prepare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    yield from cases.compile_once(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return cases.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def fingerprint(tokens):
+    """A number that tells batches apart, in NumPy and under jit alike."""
+    weights = np.arange(1, tokens.size + 1, dtype=np.uint32).reshape(tokens.shape)
+    return (tokens.astype(np.uint32) * weights).sum(dtype=np.uint32)
+
+
+@pytest.fixture
+def poison(monkeypatch, corpus):
+    """poison({number: factor}) multiplies the loss and the gradient of those batches."""
+    original = step.loss_and_gradient
+
+    def spoil(factors):
+        marks = {}
+        for number, batch in number_batches(load_corpus(corpus), cases.small_config(corpus), 0, ()):
+            if number in factors:
+                marks[int(fingerprint(batch["tokens"]))] = factors[number]
+            if number == max(factors):
+                break
+        assert len(marks) == len(factors)
+
+        def poisoned(parts, params, batch, *rest):
+            loss, gradient, tokens = original(parts, params, batch, *rest)
+            factor, found = jnp.float32(1), fingerprint(batch["tokens"])
+            for mark, value in marks.items():
+                factor = jnp.where(found == np.uint32(mark), jnp.float32(value), factor)
+            return loss * factor, jax.tree.map(lambda g: g * factor, gradient), tokens
+
+        monkeypatch.setattr(step, "loss_and_gradient", poisoned)
+
+    return spoil
+
+
+def run_to_the_end(config, workdir, passed=(), stop=None):
+    run = prepare(config, workdir, devices=jax.devices()[:1])
+    run.passed = sorted({*run.passed, *passed})
+    train(run, cases.Interruption() if stop is None else stop(run), quiet=True)
+    return run
+
+
+def losses(workdir):
+    """The training lines: step, loss, gradient, learning rate."""
+    return [record for record in cases.read_metrics(workdir) if "loss" in record]
+
+
+def skipped(workdir):
+    return [record["skipped_batch"] for record in cases.read_metrics(workdir) if "skipped_batch" in record]
+
+
+@pytest.mark.parametrize(
+    ("number", "factor"), [(0, np.nan), (2, np.nan), (10, np.nan), (5, np.inf)], ids=["first", "early", "late", "inf"]
+)
+def test_one_bad_batch_is_one_skipped_step(corpus, poison, tmp_path, number, factor):
+    poison({number: factor})
+    run = run_to_the_end(cases.small_config(corpus), tmp_path / "poisoned")
+    assert skipped(tmp_path / "poisoned") == [number] and run.step == 12 and run.passed == []
+    assert int(run.state.guard.skipped) == 1 and int(run.state.guard.made) == 11
+    clean = run_to_the_end(cases.small_config(corpus, run__steps=11), tmp_path / "clean", passed=[number])
+    cases.assert_same_bits(run.state._replace(step=0, guard=0), clean.state._replace(step=0, guard=0))
+    numbers = lambda records: [(record["loss"], record["learning_rate"]) for record in records]
+    assert numbers(losses(tmp_path / "poisoned")) == numbers(losses(tmp_path / "clean"))
+
+
+def test_a_gradient_50_deviations_out_is_one_skipped_step(corpus, poison, tmp_path):
+    config = cases.small_config(corpus, run__steps=26, run__eval_every=0, run__checkpoint_every=0)
+    calm = run_to_the_end(config, tmp_path / "calm")
+    norms = np.array([record["grad_norm"] for record in losses(tmp_path / "calm")])
+    assert not skipped(tmp_path / "calm") and int(calm.state.guard.skipped) == 0
+    mean, deviation = norms[:23].mean(), norms[:23].std()
+    poison({23: (mean + 50 * deviation) / norms[23]})
+    run = run_to_the_end(config, tmp_path / "spike")
+    assert skipped(tmp_path / "spike") == [23] and int(run.state.guard.skipped) == 1
+
+
+@pytest.mark.parametrize("numbers", [(5, 6, 7), (0, 1, 2), (9, 10, 11)], ids=["middle", "before any checkpoint", "end"])
+def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
+    poison(dict.fromkeys(numbers, np.nan))
+    run = run_to_the_end(cases.small_config(corpus), tmp_path / "poisoned")
+    assert run.step == 12 and run.passed == list(numbers) and run.next_batch == 15
+    clean = run_to_the_end(cases.small_config(corpus), tmp_path / "clean", passed=numbers)
+    cases.assert_same_bits(run.state, clean.state)
+    here = cases.read_metrics(tmp_path / "poisoned")
+    assert [record for record in here if "passed_batches" not in record] == cases.read_metrics(tmp_path / "clean")
+    assert sum("passed_batches" in record for record in here) == 1
+
+
+@pytest.mark.parametrize("at", [6, 7, 10])
+def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
+    """Stopped after one or two of three bad batches, or after going back: the same as never stopped."""
+    poison(dict.fromkeys((5, 6, 7), np.nan))
+    whole = run_to_the_end(cases.small_config(corpus), tmp_path / "whole")
+    run_to_the_end(cases.small_config(corpus), tmp_path / "run", stop=lambda run: cases.StopAt(run, at))
+    run = run_to_the_end(cases.small_config(corpus), tmp_path / "run")
+    assert run.passed == whole.passed == [5, 6, 7]
+    cases.assert_same_bits(run.state, whole.state)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_cannot_get_past_says_so(corpus, poison, tmp_path):
+    poison(dict.fromkeys(range(5, 30), np.nan))
+    with pytest.raises(RunError, match=r"loss nan, gradient nan, and so again after going back 3 times.*learning_rate"):
+        run_to_the_end(cases.small_config(corpus), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def judge(values, deviations=20.0):
+    """Whether each of these norms in turn is made into a step, and the guard at the end."""
+    state, made = guard.new_guard(), []
+    for norm in values:
+        ok = guard.good(state, jnp.float32(1), jnp.float32(norm), deviations)
+        state, made = guard.after(state, ok, jnp.float32(norm)), [*made, bool(ok)]
+    return made, state
+
+
+def test_the_guard_by_hand():
+    calm = list(1 + 0.1 * np.random.default_rng(0).standard_normal(100))
+    made, state = judge([*calm[:60], np.nan, 6.0, *calm[60:]])
+    assert made == [True] * 60 + [False] * 2 + [True] * 40
+    without = judge(calm)[1]
+    np.testing.assert_array_equal(state.mean, without.mean)  # what was skipped left no trace
+    np.testing.assert_array_equal(state.variance, without.variance)
+    assert 0.9 < state.mean < 1.1 and 0.07 < np.sqrt(state.variance) < 0.13
+    assert int(state.skipped) == 2 and int(state.in_a_row) == 0
+    assert judge([*calm[:60], 6.0], deviations=0.0)[0][-1]  # 0: whatever is finite
+    assert judge([1.0] * 60 + [1.9])[0][-1] and not judge([1.0] * 60 + [2.1])[0][-1]  # norms that never varied
+    assert all(judge([100.0 / (1 + i) for i in range(60)])[0])  # a fall from a high start
+    assert int(judge([1.0] * 30 + [np.nan] * 3)[1].in_a_row) == 3

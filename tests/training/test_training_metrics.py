@@ -1,0 +1,63 @@
+"""The metrics file is cut back and mended; the display says the same on a terminal and in a log."""
+
+import json
+
+import pytest
+
+from deltaformer_jax.training.watch.metrics import Display, MetricsFile
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_cut_back_to_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": 1 / step})
+    file.write({"step": 3, "eval_loss": 0.1})
+    assert len(lines(path)) == 4 and file.has_evaluation(3) and not file.has_evaluation(2)
+
+    again = MetricsFile(path, 2)
+    assert [record["step"] for record in lines(path)] == [1, 2] == [record["step"] for record in again.records]
+    assert not again.has_evaluation(3)
+    again.write({"step": 3, "loss": 0.5})
+    assert lines(path)[-1] == {"step": 3, "loss": 0.5} and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\n", "null\n", '{"no step": 1}\n', '{"step": 3', "[3]\n"])
+def test_half_a_line_is_dropped(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n' + tail)
+    MetricsFile(path, 10).write({"step": 3, "loss": 1.0})
+    assert [record["step"] for record in lines(path)] == [1, 2, 3]
+
+
+def test_numbers_keep_their_bits(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, 0).write({"step": 1, "loss": 0.1 + 0.2})
+    assert MetricsFile(path, 1).records[0]["loss"] == 0.1 + 0.2
+
+
+def test_a_log_gets_one_line_per_record(capsys):
+    display = Display(1000, 0)
+    display.advance(10)
+    record = {"step": 10, "loss": 2.34567, "tokens_per_second": 12345.6, "grad_norm": 0.5, "learning_rate": 1e-3}
+    display.log(record, seconds_per_step=2.0)
+    display.evaluation({"step": 10, "eval_loss": 1.5, "eval_bits_per_byte": 2.164}, seconds=3.0)
+    display.note("[brackets] are text")
+    display.close()
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "step 10/1000  loss 2.3457  12.3k tokens/s  eta 33:00  gradient 0.5",
+        "step 10/1000  evaluation: 2.1640 bits per byte, loss 1.5000  (3.0 s)",
+        "[brackets] are text",
+    ]
+
+
+def test_quiet_is_silent(capsys):
+    display = Display(10, 0, quiet=True)
+    display.note("x")
+    display.close()
+    assert capsys.readouterr().out == ""

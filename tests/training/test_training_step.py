@@ -1,0 +1,179 @@
+"""The loss and the step: values, padding, accumulation, donation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import training_cases as cases
+
+from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
+from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, token_nats
+from deltaformer_jax.training.state import (
+    ModelParts,
+    abstract_state,
+    count_parameters,
+    create_state,
+    merge,
+    model_parts,
+)
+from deltaformer_jax.training.step import loss_and_gradient, make_train_step
+
+
+@pytest.fixture(scope="module")
+def built():
+    config = cases.small_config("", model__vocab_size=64, mesh__data=1)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    parts = model_parts(config.model)
+    _, shardings = abstract_state(config, parts, mesh)
+    return config, mesh, parts, shardings
+
+
+def ragged_batch(rows=8, length=32, seed=0):
+    """Rows with from 1 to `length` real tokens, in one to three documents."""
+    draw = np.random.default_rng(seed)
+    segments = np.zeros((rows, length), np.int32)
+    for row, real in enumerate(np.linspace(1, length, rows).astype(int)):
+        segments[row, :real] = np.sort(draw.integers(1, 4, real))
+    tokens, targets = draw.integers(0, 64, (2, rows, length), dtype=np.int32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segments}
+
+
+@functools.cache
+def compiled(accumulation_steps):
+    return jax.jit(
+        lambda graph, params, batch: loss_and_gradient(
+            ModelParts(graph, None, None, None), params, batch, accumulation_steps
+        ),
+        static_argnums=0,
+    )
+
+
+def compute(parts, params, batch, accumulation_steps):
+    return compiled(accumulation_steps)(parts.graphdef, params, batch)
+
+
+def test_token_nats_is_minus_log_softmax():
+    draw = np.random.default_rng(0)
+    logits, targets = draw.normal(size=(2, 5, 7)).astype(np.float32), draw.integers(0, 7, (2, 5))
+    mask = draw.random((2, 5)) < 0.5
+    wide = logits.astype(np.float64)
+    chosen = np.take_along_axis(wide - np.log(np.exp(wide).sum(-1, keepdims=True)), targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(token_nats(logits, targets, mask), np.where(mask, -chosen, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_masked_reaches_neither_value_nor_gradient():
+    logits = jnp.zeros((1, 3, 4)).at[0, 1].set(jnp.nan)
+    mask = jnp.array([[True, False, True]])
+    targets = jnp.array([[1, 10_000, 2]])
+    value, gradient = jax.value_and_grad(lambda x: token_nats(x, targets, mask).sum())(logits)
+    np.testing.assert_allclose(value, 2 * np.log(4), rtol=1e-6)
+    assert np.all(np.asarray(gradient[0, 1]) == 0) and np.all(np.isfinite(gradient))
+
+
+def test_bfloat16_logits_are_read_in_float32():
+    logits = jnp.array([[[300.0, 301.0]]], jnp.bfloat16)
+    assert token_nats(logits, jnp.array([[0]]), jnp.array([[True]])).dtype == jnp.float32
+
+
+def test_accumulation_is_weighted_by_tokens(built):
+    config, _, parts, shardings = built
+    params = create_state(config, parts, shardings).params
+    batch = ragged_batch()
+    whole, gradient, tokens = compute(parts, params, batch, 1)
+    cut, cut_gradient, cut_tokens = compute(parts, params, batch, 4)
+    assert int(tokens) == int(cut_tokens) == (batch["segment_ids"] > 0).sum()
+    np.testing.assert_allclose(whole, cut, rtol=1e-6)
+
+    # The two differ in the order of a sum over tokens: by at most n eps times the sum of its terms' absolute values,
+    # which are the gradients of each token's nats and cancel in some parameters by more than in others.
+    def nats_of(params):
+        return batch_nats(parts.graphdef, params, batch)
+
+    terms = jax.jit(jax.jacrev(nats_of))(params)
+    for a, b, term in zip(*map(jax.tree.leaves, (gradient, cut_gradient, terms)), strict=True):
+        bound = np.finfo(np.float32).eps * jnp.abs(term).sum((0, 1))  # n terms, divided by n tokens
+        assert np.all(jnp.abs(a - b) <= bound), float((jnp.abs(a - b) / bound).max())
+    # A mean of the parts' means is another number here: the test would see it.
+    nats = jax.jit(nats_of)(params)
+    means = [nats[i::4].sum() / (batch["segment_ids"][i::4] > 0).sum() for i in range(4)]
+    assert abs(np.mean(means) - float(whole)) > 1e-3
+
+
+def test_loss_is_the_models(built):
+    config, _, parts, shardings = built
+    params = create_state(config, parts, shardings).params
+    batch = ragged_batch()
+    forward = jax.jit(lambda params: merge(parts, params)(batch["tokens"], segment_ids=batch["segment_ids"])[0])
+    logits = forward(params)
+    wide = np.asarray(logits, np.float64)
+    wide -= np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) + wide.max(-1, keepdims=True)
+    nats = -np.take_along_axis(wide, batch["targets"][..., None], -1)[..., 0]
+    expected = nats[batch["segment_ids"] > 0].mean()
+    np.testing.assert_allclose(compute(parts, params, batch, 1)[0], expected, rtol=1e-5)
+
+
+def test_step_learns_donates_and_counts(built):
+    config, mesh, parts, shardings = built
+    state = create_state(config, parts, shardings)
+    assert count_parameters(parts) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    step = make_train_step(config, parts, mesh, shardings)
+    batch = jax.device_put(ragged_batch(), batch_sharding(mesh))
+    old, losses = state, []
+    for n in range(8):
+        state, metrics = step(state, batch)
+        assert all(isinstance(value, jax.Array) and value.dtype == jnp.float32 for value in metrics.values())
+        losses.append(float(metrics["loss"]))
+        assert int(state.step) == n + 1
+    assert losses[-1] < losses[0] - 0.3
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+    assert float(metrics["learning_rate"]) == pytest.approx(
+        3e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * 4 / 17)) / 2), rel=1e-5
+    )
+
+
+def test_a_batch_of_padding_changes_nothing_but_by_decay(built):
+    config, _, parts, shardings = built
+    params = create_state(config, parts, shardings).params
+    batch = {name: np.zeros((8, 32), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    loss, gradient, tokens = compute(parts, params, batch, 1)
+    assert float(loss) == 0 and int(tokens) == 0
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_logits_in_pieces_are_the_logits_at_once(built):
+    """Values and gradients, with a length that the pieces don't divide, a loss mask and NaN-free padding."""
+    config, _, parts, shardings = built
+    batch = {**ragged_batch(length=30), "loss_mask": np.random.default_rng(1).random((8, 30)) < 0.7}
+    params = create_state(config, parts, shardings).params
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(8, 30)), jnp.float32)
+
+    def total(params, max_logits):
+        return jnp.sum(weights * batch_nats(parts.graphdef, params, batch, max_logits=max_logits))
+
+    whole = jax.jit(jax.value_and_grad(lambda params: total(params, 2**26)))(params)
+    pieces = jax.jit(jax.value_and_grad(lambda params: total(params, 8 * 128 * 4)))(params)  # 4 positions of 30
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces)):
+        # The same terms, added in another order.
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=2e-5 * np.abs(a).max())
+
+
+def test_masked_tokens_do_not_count(built):
+    config, _, parts, shardings = built
+    params, batch = create_state(config, parts, shardings).params, ragged_batch()
+    mask = np.random.default_rng(1).random((8, 32)) < 0.5
+    loss, _, tokens = compute(parts, params, {**batch, "loss_mask": mask}, 1)
+    nats = np.asarray(batch_nats(parts.graphdef, params, batch))
+    assert tokens == (mask & (batch["segment_ids"] > 0)).sum()
+    np.testing.assert_allclose(loss, (nats * mask).sum() / tokens, rtol=1e-5)
+
+
+def test_a_large_vocabulary_never_has_all_its_logits_at_once():
+    """128k words, 8192 tokens: the logits alone are 4.3 GB; its gradient needs 0.6 GB of temporaries."""
+    config = cases.small_config("", model__vocab_size=131_072, model__num_layers=1, model__implementation="chunked")
+    parts = model_parts(config.model)
+    batch = {name: jax.ShapeDtypeStruct((4, 2048), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+    gradient = lambda params, batch: loss_and_gradient(parts, params, batch, 1)[1]
+    memory = jax.jit(gradient).lower(parts.params, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * 4 * MAX_LOGITS
