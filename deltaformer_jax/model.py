@@ -32,7 +32,7 @@ from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
 from deltaformer_jax.layers.mixers.retention import Retention
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.layers.norms import RMSNorm
-from deltaformer_jax.ops.common.checks import IMPLEMENTATIONS
+from deltaformer_jax.ops.common.dispatch import IMPLEMENTATIONS
 
 # What a name in `model.mixers` stands for.
 MIXERS = {

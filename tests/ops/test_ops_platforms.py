@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaformer_jax import causal_attention, delta_attention, gated_delta_rule, gated_linear_attention
-from deltaformer_jax.ops.softmax.kernels import splash_attention
+from pallas_kernels.tpu import splash
 
 SEGMENTS = np.asarray([[1] * 100 + [2] * 150 + [0] * 50, [0] * 20 + [3] * 280], np.int32)
 
@@ -57,7 +57,7 @@ def test_splash_attention_is_causal_attention(window, segment_ids):
     """Its arithmetic, interpreted, at a length that is no multiple of its tiles, with grouped queries."""
     inputs = draw()
     expected = causal_attention(**inputs, window=window, segment_ids=segment_ids, implementation="parallel")
-    run = lambda q, k, v: splash_attention(q, k, v, segment_ids, scale=64**-0.5, window=window, interpret=True)
+    run = lambda q, k, v: splash.attend(q, k, v, segment_ids, scale=64**-0.5, window=window, interpret=True)
     actual = np.asarray(jax.jit(run)(*inputs.values()), np.float32)
     if segment_ids is not None:
         actual = np.where((segment_ids != 0)[..., None, None], actual, 0)

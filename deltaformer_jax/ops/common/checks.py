@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,33 +144,11 @@ def check_scale(name, scale, width):
     return float(scale)
 
 
-def check_implementation(implementation, available, planned):
-    """The implementation's name; None gives "chunked", the form that runs on every platform."""
-    if implementation is None:
-        return "chunked"
-    if implementation in available:
-        return implementation
-    if implementation in planned:
-        raise NotImplementedError(f"implementation={implementation!r}: {planned[implementation]}")
-    near = difflib.get_close_matches(str(implementation), available, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"implementation={implementation!r} is unknown: give one of {available} or None.{hint}")
-
-
 def concrete_value(x):
     """x as a NumPy array when its value is known, None while tracing."""
     if isinstance(x, jax.core.Tracer):
         return None
     return np.asarray(x)
-
-
-FORMS = ("recurrent", "parallel", "chunked")
-KERNELS = {
-    "pallas_tpu": "this version has no TPU kernel for this op; use None or 'chunked'",
-    "triton": "this version has no NVIDIA kernel for this op; use None or 'chunked'",
-}
-# All that some op has.
-IMPLEMENTATIONS = (*FORMS, *KERNELS, "cudnn", "splash")
 
 
 def check_write_query(write_query, query, key):

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import jax
 
 
-def hand_written(name: str | Callable[..., str], instead: str):
+def hand_written(name: str | Callable[..., str], instead: str | Callable[..., str]):
     """Decorates backward(plan, residuals, cotangents): its own derivative raises NotImplementedError.
 
-    `name` is the implementation's, or makes it of the plan; `instead` says which have the derivative.
+    `name` is the implementation's; `instead` says which have the derivative. Either may be a function of the plan.
     """
 
     def decorate(backward):
@@ -23,9 +23,9 @@ def hand_written(name: str | Callable[..., str], instead: str):
 
         @once.defjvp
         def no_second_derivative(plan, primals, tangents):
-            implementation = name(plan) if callable(name) else name
+            implementation, others = (said(plan) if callable(said) else said for said in (name, instead))
             raise NotImplementedError(
-                f"implementation={implementation!r} has a hand-written backward and no second derivative: use {instead}"
+                f"implementation={implementation!r} has a hand-written backward and no second derivative: use {others}"
             )
 
         return once

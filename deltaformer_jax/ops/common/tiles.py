@@ -17,6 +17,11 @@ def accumulation_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def default_chunk(length: int) -> int:
+    """512 rows, or all there are: long enough for products to dominate, short enough to stay in a cache."""
+    return min(512, length)
+
+
 def dot(a, b, operand_dtype):
     """a·b with operands rounded to `operand_dtype` and sums in its accumulation dtype. float32 means float32."""
     return jnp.matmul(

@@ -12,11 +12,12 @@ from deltaformer_jax.ops.cache.caches import KUCache, check_cache, check_room, s
 from deltaformer_jax.ops.cache.extension import extend_delta, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity
-from deltaformer_jax.ops.common.tiles import accumulation_dtype
-from deltaformer_jax.ops.deltaformer.chunked import Plan, default_chunk, delta_chunked
+from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
+from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked
 from deltaformer_jax.ops.deltaformer.definition import read_parallel, read_recurrent, write_parallel, write_recurrent
-from deltaformer_jax.ops.deltaformer.kernels import KERNELS, delta_by_kernel, fastest_delta
+from deltaformer_jax.ops.deltaformer.kernels import bind
 
 _DEFINITIONS = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}
 
@@ -87,7 +88,7 @@ def delta_attention(
       caches, segments, the one-pass form and the backward are this project's.
     """
     checks.check_heads(query, key, value)
-    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
+    check_implementation("delta", implementation)
     checks.check_size("chunk_size", chunk_size)
     write_query = _resolve_write_query(write_query, query, key)
     write_heads = key.shape[2] if write_query is None else write_query.shape[2]
@@ -109,9 +110,9 @@ def delta_attention(
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
         checks.check_one_document(segment_ids)
         check_room(cache, real)
-        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": chunk_size or 128}.get(name)
-        if size is None:
-            raise NotImplementedError(f"implementation={name!r} goes on from no cache: use None or 'chunked'")
+        size = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
+        if implementation in BACKENDS["delta"]:
+            raise NotImplementedError(f"implementation={implementation!r} goes on from no cache: use None or 'chunked'")
         w = key if write_query is None else write_query
 
         def block(cache, *arrays):
@@ -119,16 +120,11 @@ def delta_attention(
 
         return in_blocks(block, cache, (query, w, key, value, alpha, beta, real), size)
 
-    if name in _DEFINITIONS:
-        out, u = _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids)
-    else:
+    if same_query and implementation not in _DEFINITIONS:
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
-        if same_query and softmax and plan.write_scale == plan.read_scale:
-            plan, write_query = dataclasses.replace(plan, tied=True), None
-        elif same_query:
-            write_query = query
-        form = _in_blocks_of_rows(implementation)
-        out, u = form(plan, query, write_query, key, value, alpha, beta, segment_ids)
+        tied = softmax and plan.write_scale == plan.read_scale
+        plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
+    out, u = _compute(implementation, plan, Inputs(query, write_query, key, value, alpha, beta, segment_ids))
     if segment_ids is not None:
         # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
         out = jnp.where(real[..., None, None], out, 0)
@@ -162,7 +158,7 @@ def delta_values(
       u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
     """
     checks.check_heads(None, key, value)
-    name = checks.check_implementation(implementation, (*checks.FORMS, *KERNELS), checks.KERNELS)
+    check_implementation("delta", implementation)
     checks.check_size("chunk_size", chunk_size)
     write_query = _resolve_write_query(write_query, None, key)
     write_heads = key.shape[2] if write_query is None else write_query.shape[2]
@@ -177,16 +173,16 @@ def delta_values(
         chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
     )
     real, (write_query, key, value, alpha, beta) = _without_padding(segment_ids, write_query, key, value, alpha, beta)
-    form = functools.partial(_by_definition, name) if name in _DEFINITIONS else _in_blocks_of_rows(implementation)
-    _, u = form(plan, None, write_query, key, value, alpha, beta, segment_ids)
+    _, u = _compute(implementation, plan, Inputs(None, write_query, key, value, alpha, beta, segment_ids))
     return u if segment_ids is None else jnp.where(real[..., None, None], u, 0)
 
 
-def _in_blocks_of_rows(implementation):
-    """The form of `delta_chunked`'s arguments that goes by that name."""
-    if implementation is None:
-        return fastest_delta
-    return delta_chunked if implementation == "chunked" else functools.partial(delta_by_kernel, implementation)
+def _compute(implementation, plan, inputs):
+    """(output or None, u) by the implementation of that name, or by the one that None stands for."""
+    if implementation in _DEFINITIONS:
+        return _by_definition(implementation, plan, inputs)
+    chunked = functools.partial(delta_chunked, plan)
+    return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
 def _resolve_write_query(write_query, query, key):
@@ -219,8 +215,9 @@ def _without_padding(segment_ids, *arrays):
     return real, tuple(clean(x) for x in arrays)
 
 
-def _by_definition(name, plan, query, write_query, key, value, alpha, beta, segment_ids):
+def _by_definition(name, plan, inputs):
     """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
     dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype
     batch, time = key.shape[:2]

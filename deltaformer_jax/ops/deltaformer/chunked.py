@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 
@@ -42,18 +43,24 @@ class Plan:
     chunk: int
 
 
-def default_chunk(length: int) -> int:
-    """512 rows, or all there are: long enough for products to dominate, short enough to stay in a cache."""
-    return min(512, length)
+class Inputs(NamedTuple):
+    """The arrays of a call, padding zeroed in all of them: query [B,T,H,K] (None where only u is wanted), write_query
+    [B,T,Hu,K] (None: the key, or where the plan is tied the query), key [B,T,G,K], value [B,T,G,V], alpha and beta
+    [B,T,Hu] or None, segment_ids [B,T] or None."""
+
+    query: jax.Array | None
+    write_query: jax.Array | None
+    key: jax.Array
+    value: jax.Array
+    alpha: jax.Array | None
+    beta: jax.Array | None
+    segment_ids: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def delta_chunked(plan: Plan, query, write_query, key, value, alpha, beta, segment_ids):
-    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `write_query` None means the key.
-
-    Padding has been zeroed by the caller, in every argument.
-    """
-    return _forward(plan, query, write_query, key, value, alpha, beta, segment_ids)[0]
+def delta_chunked(plan: Plan, inputs: Inputs):
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype."""
+    return _forward(plan, inputs)[0]
 
 
 def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
@@ -68,8 +75,8 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
 
 
-def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
-    given = (query, write_query, key, value, alpha, beta, segment_ids)
+def _forward(plan, inputs):
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
@@ -79,14 +86,14 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
         tied = functools.partial(tied_forward, first=bounds, scale=plan.write_scale, chunk=plan.chunk)
         out, u, summary, *rows = H.over_heads(tied, shared=(5,))(w, k, v, a, b, segments)
         u, out = back(u), back(out).astype(dtype)
-        return (out, u.astype(dtype)), (given, u, back(summary).astype(dtype), rows)
+        return (out, u.astype(dtype)), (inputs, u, back(summary).astype(dtype), rows)
     write = functools.partial(
         write_forward, first=bounds, similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk
     )
     u, lse_write = H.over_heads(write, shared=(5,))(w, k, v, a, b, segments)
     if plan.read_similarity is None:
         u = back(u)
-        return (None, u.astype(dtype)), (given, u, None, (lse_write,))
+        return (None, u.astype(dtype)), (inputs, u, None, (lse_write,))
     read = functools.partial(
         read_forward,
         log_decay=None,
@@ -101,13 +108,13 @@ def _forward(plan, query, write_query, key, value, alpha, beta, segment_ids):
     u = back(u)
     # Only softmax reads its own output again.
     kept = out if plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (given, u, kept, (lse_write, lse_read))
+    return (out, u.astype(dtype)), (inputs, u, kept, (lse_write, lse_read))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 def _backward(plan, residuals, cotangents):
-    given, u, kept, rows = residuals
-    query, write_query, key, value, alpha, beta, segment_ids = given
+    inputs, u, kept, rows = residuals
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
     dout, du = cotangents
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
@@ -150,15 +157,16 @@ def _backward(plan, residuals, cotangents):
         dk, dw = dk + dw, None
     else:
         dw = back(dw).astype(write_query.dtype)
-    return (
-        dq,
-        dw,
-        H.sum_heads(back(dk), kv_heads).astype(key.dtype),
-        H.sum_heads(back(dv), kv_heads).astype(value.dtype),
-        None if alpha is None else back(dalpha).astype(alpha.dtype),
-        None if beta is None else back(dbeta).astype(beta.dtype),
-        None,
+    gradients = Inputs(
+        query=dq,
+        write_query=dw,
+        key=H.sum_heads(back(dk), kv_heads).astype(key.dtype),
+        value=H.sum_heads(back(dv), kv_heads).astype(value.dtype),
+        alpha=None if alpha is None else back(dalpha).astype(alpha.dtype),
+        beta=None if beta is None else back(dbeta).astype(beta.dtype),
+        segment_ids=None,
     )
+    return (gradients,)
 
 
 delta_chunked.defvjp(_forward, _backward)

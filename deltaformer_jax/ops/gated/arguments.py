@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
-from deltaformer_jax.ops.gated.chunked import Plan, chunk_rows, gated_chunked
+from deltaformer_jax.ops.gated.chunked import Inputs, Plan, chunk_rows, gated_chunked
 from deltaformer_jax.ops.gated.definition import recurrent
-from deltaformer_jax.ops.gated.kernels import KERNELS, fastest_gated, gated_by_kernel
+from deltaformer_jax.ops.gated.kernels import bind
 
 FORMS = ("recurrent", "chunked")
 
@@ -20,7 +23,7 @@ def run_gated(
 ) -> tuple[jax.Array, jax.Array]:
     """(output, final_state) of gated_delta_rule (`delta`) or gated_linear_attention."""
     _check_heads(query, key, value)
-    name = checks.check_implementation(implementation, (*FORMS, *KERNELS), checks.KERNELS)
+    check_implementation("gated", implementation, FORMS)
     checks.check_size("chunk_size", chunk_size)
     scale = checks.check_scale("scale", scale, key.shape[3])
     checks.check_segments(segment_ids, key)
@@ -34,14 +37,13 @@ def run_gated(
         state = lax.full_like(value, 0, accumulation_dtype(value.dtype), state_shape)
 
     real, resets = _flags(segment_ids)
-    arguments = (query, key, value, beta, log_decay, state, real, resets)
-    if name == "recurrent" or (value.shape[1] == 1 and implementation not in KERNELS):
+    inputs = Inputs(query, key, value, beta, log_decay, state, real, resets)
+    if implementation == "recurrent" or (value.shape[1] == 1 and implementation not in BACKENDS["gated"]):
         # A chunk of one token is a step of the recurrence.
-        return recurrent(*arguments, scale=scale, delta=delta)
+        return recurrent(*inputs, scale=scale, delta=delta)
     plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
-    if implementation is None:
-        return fastest_gated(plan, *arguments)
-    return gated_chunked(plan, *arguments) if name == "chunked" else gated_by_kernel(name, plan, *arguments)
+    chunked = functools.partial(gated_chunked, plan)
+    return dispatch("gated", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
 def _flags(segment_ids):

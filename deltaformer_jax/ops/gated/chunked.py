@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,21 @@ class Plan:
     delta: bool
 
 
+class Inputs(NamedTuple):
+    """The arrays of a call: query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv],
+    [B,T,Hv,K] or None, state [B,Hv,K,V]; real and resets [B,T] booleans, or None for all and none: what is not real is
+    skipped, and before a reset the state is emptied."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    beta: jax.Array | None
+    log_decay: jax.Array | None
+    state: jax.Array
+    real: jax.Array | None
+    resets: jax.Array | None
+
+
 def chunk_rows(chunk_size: int, length: int) -> int:
     """The power of two that is at least min(chunk_size, length)."""
     return 1 << (min(chunk_size, length) - 1).bit_length()
@@ -52,9 +68,9 @@ def chunks_of_a_group(chunks: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_chunked(plan: Plan, query, key, value, beta, log_decay, state, real, resets):
-    """Arguments as of `definition.recurrent`, the state in its own dtype -> (output, final state)."""
-    return _forward(plan, query, key, value, beta, log_decay, state, real, resets)[0]
+def gated_chunked(plan: Plan, inputs: Inputs):
+    """(output [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] in the accumulation dtype)."""
+    return _forward(plan, inputs)[0]
 
 
 class _Groups:
@@ -112,10 +128,10 @@ class _Groups:
         return lambda k, q, log_decay: form(k, q * self.plan.scale, log_decay, local, self.plan.delta)
 
 
-def _forward(plan, query, key, value, beta, log_decay, state, real, resets):
-    given = (query, key, value, beta, log_decay, state, real, resets)
-    groups = _Groups(plan, value, log_decay, real, resets)
-    query, key, value, beta, log_decay = map(groups.whole, given[:5])
+def _forward(plan, inputs):
+    *arrays, state, real, resets = inputs
+    groups = _Groups(plan, inputs.value, inputs.log_decay, real, resets)
+    query, key, value, beta, log_decay = map(groups.whole, arrays)
     advance = gated_state.delta_advance if plan.delta else gated_state.linear_advance
 
     def group(carry, i):
@@ -126,14 +142,14 @@ def _forward(plan, query, key, value, beta, log_decay, state, real, resets):
 
     start = (state.astype(groups.dtype), jnp.zeros_like(value))
     (final, out), states = lax.scan(group, start, groups.indices)
-    return (out[:, : groups.time], final), (given, states)
+    return (out[:, : groups.time], final), (inputs, states)
 
 
 @hand_written("chunked", "implementation='recurrent'")
 def _backward(plan, residuals, cotangents):
-    given, states = residuals
-    *arrays, state, real, resets = given
-    groups = _Groups(plan, arrays[2], arrays[4], real, resets)
+    inputs, states = residuals
+    *arrays, state, real, resets = inputs
+    groups = _Groups(plan, inputs.value, inputs.log_decay, real, resets)
     query, key, value, beta, log_decay = arrays = [groups.whole(x) for x in arrays]
     dout, dfinal = cotangents
     dout = groups.whole(dout)
@@ -150,7 +166,8 @@ def _backward(plan, residuals, cotangents):
 
     start = (dfinal, jax.tree.map(jnp.zeros_like, arrays))
     (dstate, gradients), _ = lax.scan(group, start, (groups.indices, states), reverse=True)
-    return (*jax.tree.map(lambda x: x[:, : groups.time], gradients), dstate.astype(state.dtype), None, None)
+    gradients = jax.tree.map(lambda x: x[:, : groups.time], gradients)
+    return (Inputs(*gradients, dstate.astype(state.dtype), real=None, resets=None),)
 
 
 gated_chunked.defvjp(_forward, _backward)

@@ -11,27 +11,15 @@ from deltaformer_jax.ops.cache.caches import KVCache, check_cache, check_room, s
 from deltaformer_jax.ops.cache.extension import extend_attention, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
-from deltaformer_jax.ops.common.platforms import only_on
+from deltaformer_jax.ops.common.dispatch import BACKENDS, Kernels, check_implementation, dispatch
 from deltaformer_jax.ops.common.similarity import Softmax
-from deltaformer_jax.ops.common.tiles import accumulation_dtype
-from deltaformer_jax.ops.deltaformer.chunked import default_chunk
-from deltaformer_jax.ops.softmax.chunked import Plan, attention_chunked
+from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
+from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
 from deltaformer_jax.ops.softmax.definition import attend_parallel, attend_recurrent
-from deltaformer_jax.ops.softmax.kernels import (
-    cudnn_attention,
-    fastest_attention,
-    lacks_cudnn,
-    lacks_splash,
-    splash_attention,
-)
 
 _SOFTMAX = Softmax()
 
-# What cannot be done, the function, the platform.
-_KERNELS = {
-    "cudnn": (lacks_cudnn, cudnn_attention, "cuda"),
-    "splash": (lacks_splash, splash_attention, "tpu"),
-}
+_DEFINITIONS = {"recurrent": attend_recurrent, "parallel": attend_parallel}
 
 
 def causal_attention(
@@ -87,7 +75,7 @@ def causal_attention(
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
     """
     checks.check_heads(query, key, value)
-    name = checks.check_implementation(implementation, (*checks.FORMS, *_KERNELS), checks.KERNELS)
+    check_implementation("softmax", implementation)
     checks.check_size("window", window)
     checks.check_segments(segment_ids, key)
     scale = checks.check_scale("scale", scale, key.shape[3])
@@ -104,40 +92,21 @@ def causal_attention(
         check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
         checks.check_one_document(segment_ids)
         check_room(cache, real, window)
-        size = {"recurrent": 1, "parallel": key.shape[1], "chunked": 128}.get(name)
-        if size is None:
-            raise NotImplementedError(f"implementation={name!r} has no cache: use None or 'chunked'")
+        size = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
+        if implementation in BACKENDS["softmax"]:
+            raise NotImplementedError(f"implementation={implementation!r} has no cache: use None or 'chunked'")
 
         def block(cache, query, key, value, log_decay, real):
             return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, scale, window)
 
         return in_blocks(block, cache, (query, key, value, log_decay, real), size)
 
-    def chunked(query, key, value, segment_ids):
-        plan = Plan(scale, window, default_chunk(key.shape[1]))
-        out, lse = attention_chunked(plan, query, key, value, log_decay, segment_ids)
-        if sinks is None:
-            return out
-        # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
-        share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
-        return (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
-
-    if implementation is None:
-        out = fastest_attention(
-            query, key, value, log_decay, sinks, segment_ids, scale=scale, window=window, default=chunked
-        )
-    elif name == "chunked":
-        out = chunked(query, key, value, segment_ids)
-    elif name in _KERNELS:
-        lacks, kernel, platform = _KERNELS[name]
-        reason = lacks(query, key, value, log_decay, sinks)
-        if reason is not None:
-            raise NotImplementedError(f"implementation={name!r}: {reason}; use None or 'chunked'")
-        kernel = functools.partial(kernel, scale=scale, window=window)
-        message = f"implementation={name!r} runs on {platform} only: use None or 'chunked' to run on what there is"
-        out = only_on(platform, message, kernel, query, key, value, segment_ids)
+    inputs = Inputs(query, key, value, log_decay, sinks, segment_ids)
+    if implementation in _DEFINITIONS:
+        out = _by_definition(_DEFINITIONS[implementation], inputs, scale, window)
     else:
-        out = _by_definition(name, query, key, value, log_decay, sinks, segment_ids, scale, window)
+        chunked = functools.partial(attention_chunked, Plan(scale, window, default_chunk(key.shape[1])))
+        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=_bind(inputs, scale, window))
     if segment_ids is not None:
         out = jnp.where(real[..., None, None], out, 0)
     if not return_cache:
@@ -149,11 +118,22 @@ def causal_attention(
     return out, store(empty, key, value, real, log_decay)
 
 
-def _by_definition(name, query, key, value, log_decay, sinks, segment_ids, scale, window):
+def _bind(inputs, scale, window):
+    """The vendors' kernels for this call (pallas_kernels/cudnn.py, pallas_kernels/tpu/splash.py)."""
+
+    def bind(name, module):
+        query, key, value, log_decay, sinks, _ = inputs
+        run = lambda x: module.attend(x.query, x.key, x.value, x.segment_ids, scale=scale, window=window)
+        return Kernels(module.lacks(query, key, value, log_decay, sinks), run)
+
+    return bind
+
+
+def _by_definition(read, inputs, scale, window):
+    query, key, value, log_decay, sinks, segment_ids = inputs
     dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
     group = query.shape[2] // heads
     segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
-    read = {"recurrent": attend_recurrent, "parallel": attend_parallel}[name]
     one_head = lambda *arguments: read(*arguments, scale=scale, window=window)
     grouped = lambda x: H.fold_queries(x.astype(dtype), heads).reshape(batch, heads, time, group, *x.shape[3:])
     first = lambda x: H.heads_first(x.astype(dtype))

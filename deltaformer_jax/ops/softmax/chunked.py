@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 
@@ -40,8 +41,31 @@ def _layout(plan, query, key, value, log_decay, segment_ids):
     return (q, k, v, segments, log_decay), tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
 
 
+class Inputs(NamedTuple):
+    """The arrays of a call, padding zeroed in all of them: query [B,T,H,K], key [B,T,G,K], value [B,T,G,V], log_decay
+    [B,T,H] or None, sinks [H] or None, segment_ids [B,T] or None."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    log_decay: jax.Array | None
+    sinks: jax.Array | None
+    segment_ids: jax.Array | None
+
+
+def attention_chunked(plan: Plan, inputs: Inputs):
+    """The output [B,T,H,V] in value's dtype."""
+    query, key, value, log_decay, sinks, segment_ids = inputs
+    out, lse = _without_sinks(plan, query, key, value, log_decay, segment_ids)
+    if sinks is None:
+        return out
+    # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
+    share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
+    return (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention_chunked(plan, query, key, value, log_decay, segment_ids):
+def _without_sinks(plan, query, key, value, log_decay, segment_ids):
     """(output [B,T,H,V] in value's dtype, log-sum-exps [B,T,H] in the accumulation dtype)."""
     return _forward(plan, query, key, value, log_decay, segment_ids)[0]
 
@@ -72,4 +96,4 @@ def _backward(plan, residuals, cotangents):
     return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None
 
 
-attention_chunked.defvjp(_forward, _backward)
+_without_sinks.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from support.gated_cases import Case, call, case_id, draw_cotangents, draw_inputs, poison
 
-from deltaformer_jax.ops.gated import kernels as gated_kernels
+from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.tpu.gated import api as gated
 
 # Three groups, the last one short.
@@ -39,7 +39,7 @@ def interpreted(monkeypatch):
     """The ops with `implementation="pallas_tpu"` on this machine; settings are those given, with tests' chunks."""
 
     def switch(**settings):
-        monkeypatch.setattr(gated_kernels, "only_on", lambda platform, message, function, *arrays: function(*arrays))
+        monkeypatch.setattr(dispatch, "only_on", lambda platform, message, function, *arrays: function(*arrays))
         settings = {"chunk": 32, "chunks": 1, "interpret": True} | settings
         monkeypatch.setattr(gated, "Settings", functools.partial(gated.Settings, **settings))
 

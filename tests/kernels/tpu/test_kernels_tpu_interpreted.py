@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from support.ops_cases import CASES, Case, call, case_id, draw_inputs
 
-from deltaformer_jax.ops.deltaformer import kernels as delta_kernels
+from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.tpu.delta import api as delta
 
 CHUNK = 128  # the smallest tile
@@ -27,7 +27,7 @@ def interpreted(monkeypatch):
     """The op with `implementation="pallas_tpu"` on this machine; settings are those given, in tests' tiles."""
 
     def switch(**settings):
-        monkeypatch.setattr(delta_kernels, "only_on", lambda platform, message, function, *arrays: function(*arrays))
+        monkeypatch.setattr(dispatch, "only_on", lambda platform, message, function, *arrays: function(*arrays))
         settings = {"chunk": CHUNK, "interpret": True} | settings
         monkeypatch.setattr(delta, "Settings", functools.partial(delta.Settings, **settings))
 

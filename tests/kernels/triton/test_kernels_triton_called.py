@@ -15,8 +15,7 @@ from support import gated_cases, ops_cases
 from support.triton_worker import Worker
 
 from deltaformer_jax import delta_values
-from deltaformer_jax.ops.deltaformer import kernels as delta_kernels
-from deltaformer_jax.ops.gated import kernels as gated_kernels
+from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.triton import launch
 
 SEGMENTS = np.asarray([[1] * 4 + [0] * 3 + [2] * 6, [0] * 2 + [3] * 10 + [0]], np.int32)
@@ -47,9 +46,9 @@ def on_this_cpu(interpreter, monkeypatch):
         return jax.pure_callback(call, out_shape, *arguments[:count])
 
     monkeypatch.setattr(launch, "_jax_triton", lambda: types.SimpleNamespace(triton_call=triton_call))
-    for kernels in (delta_kernels, gated_kernels):
-        here = kernels.KERNELS["triton"]
-        monkeypatch.setitem(kernels.KERNELS, "triton", delta_kernels.Kernels("cpu", here.module, lambda: None))
+    for op in ("delta", "gated"):
+        here = dispatch.Backend("cpu", dispatch.BACKENDS[op]["triton"].load)
+        monkeypatch.setitem(dispatch.BACKENDS[op], "triton", here)
 
 
 def compare(call, inputs, cotangents, bound=2.0**-14):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.gated_cases import Case, call, draw_cotangents, draw_inputs
 
-from deltaformer_jax.ops.gated import kernels as gated_kernels
+from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.triton import packages
 
 needs_triton = pytest.mark.skipif(
@@ -119,8 +119,8 @@ def test_on_a_cpu_none_is_chunked(case):
 
 
 def test_without_the_packages_it_says_which(monkeypatch):
-    absent = gated_kernels.Kernels("cuda", "no.such.module", lambda: "it needs triton: install it")
-    monkeypatch.setitem(gated_kernels.KERNELS, "triton", absent)
+    absent = dispatch.Backend("cuda", load=None, missing=lambda: "it needs triton: install it")
+    monkeypatch.setitem(dispatch.BACKENDS["gated"], "triton", absent)
     inputs = draw_inputs(DELTA, 0, jnp.float32)
     with pytest.raises(NotImplementedError, match="implementation='triton': it needs triton: install it; use None or"):
         call(DELTA, inputs, "triton")

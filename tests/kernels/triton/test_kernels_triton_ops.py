@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deltaformer_jax import KUCache, Round, delta_attention, delta_values
-from deltaformer_jax.ops.deltaformer import kernels as delta_kernels
+from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.triton import packages
 
 needs_triton = pytest.mark.skipif(
@@ -138,8 +138,8 @@ def test_without_the_packages_it_says_which(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     reason = packages.missing.__wrapped__()
     assert reason.startswith("it needs triton and jax-triton and JAX's CUDA plugin: on Linux install")
-    absent = delta_kernels.Kernels("cuda", "no.such.module", lambda: reason)
-    monkeypatch.setitem(delta_kernels.KERNELS, "triton", absent)
+    absent = dispatch.Backend("cuda", load=None, missing=lambda: reason)
+    monkeypatch.setitem(dispatch.BACKENDS["delta"], "triton", absent)
     with pytest.raises(NotImplementedError, match=r"implementation='triton': it needs triton .*; use None"):
         delta_attention(**draw(), implementation="triton")
     np.testing.assert_array_equal(delta_attention(**draw()), delta_attention(**draw(), implementation="chunked"))
