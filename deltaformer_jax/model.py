@@ -9,11 +9,7 @@ size and compilation time don't grow with depth.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
 import math
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,62 +17,12 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
-from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
-from deltaformer_jax.layers.mixers.delta_net import DeltaNet
-from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
-from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
-from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
-from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
-from deltaformer_jax.layers.mixers.retention import Retention
-from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.layers.mixers.build import build_mixer, check_mixers
+from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
-from deltaformer_jax.ops.common.dispatch import IMPLEMENTATIONS
-
-# What a name in `model.mixers` stands for.
-MIXERS = {
-    "delta_former": DeltaFormer,
-    "softmax_attention": SoftmaxAttention,
-    "linear_attention": LinearAttention,
-    "retention": Retention,
-    "gated_linear_attention": GatedLinearAttention,
-    "delta_net": DeltaNet,
-    "gated_delta_net": GatedDeltaNet,
-    "kimi_delta_attention": KimiDeltaAttention,
-}
-
-# Fields of ModelConfig whose 0 or "" is a mixer's None.
-_ZERO_IS_NONE = (
-    "rope_base",
-    "window",
-    "chunk_size",
-    "implementation",
-    "write_scale",
-    "read_scale",
-    "num_value_heads",
-    "value_dim",
-)
-# Fields whose value means: what the mixer does by itself.
-_MIXERS_OWN = {"conv_size": -1, "output_gate": "auto"}
-# Fields that ask for something: without a mixer that has it they would be forgotten.
-_ASKS = (
-    "window",
-    "forget_gate",
-    "sinks",
-    "qk_norm",
-    "kv_shift",
-    "write_query",
-    "write_similarity",
-    "read_similarity",
-    "write_scale",
-    "read_scale",
-    "write_key_norm",
-    "alpha",
-    "beta",
-    "num_value_heads",
-    "negative_eigenvalues",
-)
 
 
 class Block(nnx.Module):
@@ -92,7 +38,9 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
-        mixed, cache = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, positions=positions, cache=cache)
+        result = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, positions=positions, cache=cache)
+        check_result(result, x, cache, self.mixer)
+        mixed, cache = result
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -126,7 +74,8 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        check_config(config)
+        check_model(config)
+        check_mixers(config)
         periods = config.num_layers // len(config.mixers)
 
         def period(key):
@@ -183,7 +132,10 @@ class LanguageModel(nnx.Module):
         def stack(x):
             return jnp.broadcast_to(x, (self.periods, *x.shape))
 
-        return tuple(jax.tree.map(stack, block.mixer.init_cache(batch, capacity)) for block in self.blocks)
+        caches = [block.mixer.init_cache(batch, capacity) for block in self.blocks]
+        for cache, block in zip(caches, self.blocks):
+            check_cache(cache, block.mixer)
+        return tuple(jax.tree.map(stack, cache) for cache in caches)
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs per token, the mean over a document of `length` tokens; a multiply-add counts 2.
@@ -203,83 +155,3 @@ def num_parameters(model) -> int:
 def mlp_dim(config: ModelConfig) -> int:
     """`config.mlp_dim`, or 8/3 d_model rounded up to a multiple of 64."""
     return config.mlp_dim or -(-8 * config.d_model // (3 * 64)) * 64
-
-
-def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float, rngs: nnx.Rngs) -> nnx.Module:
-    """The mixer an entry of `model.mixers` names, with the model's settings and the entry's overrides."""
-    name, overrides = (mixer, ()) if isinstance(mixer, str) else (mixer.name, mixer.overrides)
-    settings = dataclasses.replace(config, **dict(overrides))
-    arguments = {field: getattr(settings, field) for field in mixer_fields(name)}
-    for field in _ZERO_IS_NONE:
-        if field in arguments and not arguments[field]:
-            arguments[field] = None
-    for field, own in _MIXERS_OWN.items():
-        if field in arguments and arguments[field] == own:
-            del arguments[field]
-    if "output_gate" in arguments:
-        arguments["output_gate"] = arguments["output_gate"] == "on"
-    try:
-        return MIXERS[name](
-            config.d_model, **arguments, output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs
-        )
-    except ValueError as error:  # it begins with the argument's name, which is the field's
-        raise ValueError(f"model.{error} (of {mixer!r} in model.mixers)") from None
-
-
-def mixer_fields(name: str) -> list[str]:
-    """The fields of ModelConfig that the mixer of that name uses, which are those that a Mixer may override."""
-    parameters = inspect.signature(MIXERS[name].__init__).parameters
-    return [
-        field.name
-        for field in dataclasses.fields(ModelConfig)
-        if field.name in parameters and parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-
-
-def check_config(config: ModelConfig):
-    """Raises ValueError naming `model.FIELD` unless the model's own fields hold together; mixers check theirs."""
-    for field in ("vocab_size", "d_model", "num_layers"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"model.{field}={getattr(config, field)} must be at least 1")
-    if config.mlp_dim < 0:
-        raise ValueError(f"model.mlp_dim={config.mlp_dim} must be 0 (8/3 d_model) or more")
-    if config.norm_epsilon <= 0:
-        raise ValueError(f"model.norm_epsilon={config.norm_epsilon} must be positive")
-    _check_choice("model.compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
-    _check_choice("model.remat", config.remat, ("none", "block"))
-    _check_choice("model.output_gate", config.output_gate, ("auto", "on", "off"))
-    if not isinstance(config.mixers, (tuple, list)) or not config.mixers:
-        raise ValueError(f"model.mixers={config.mixers!r} must be a tuple of mixer names or Mixer(name, ...)")
-    for mixer in config.mixers:
-        _check_mixer(mixer)
-    if config.num_layers % len(config.mixers):
-        raise ValueError(
-            f"model.num_layers={config.num_layers} must be a multiple of the length of model.mixers,"
-            f" {len(config.mixers)}"
-        )
-    _check_choice("model.implementation", config.implementation, ("", *IMPLEMENTATIONS))
-    there = {field for mixer in config.mixers for field in mixer_fields(_name(mixer))}
-    for field in _ASKS:
-        value = getattr(config, field)
-        if field not in there and value != getattr(ModelConfig, field):
-            raise ValueError(f"model.{field}={value!r}, but no mixer in model.mixers={config.mixers} has one")
-
-
-def _name(mixer: str | Mixer) -> str:
-    return mixer if isinstance(mixer, str) else mixer.name
-
-
-def _check_mixer(mixer: str | Mixer):
-    if not isinstance(mixer, (str, Mixer)):
-        raise ValueError(f"model.mixers holds {mixer!r}; its entries are mixer names or Mixer(name, ...)")
-    _check_choice("model.mixers", _name(mixer), tuple(MIXERS))
-    if isinstance(mixer, Mixer):
-        for field, _ in mixer.overrides:
-            _check_choice(f"model.mixers: an override of {mixer.name}", field, mixer_fields(mixer.name))
-
-
-def _check_choice(what: str, value: str, choices: Iterable[str]):
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: {value!r} is not one of {', '.join(map(repr, choices))}{hint}")

@@ -1,10 +1,10 @@
 """The settings of a run: dataclasses, their checker, files and flags."""
 
+from deltaformer_jax.config.mixer import Mixer
 from deltaformer_jax.config.sections import (
     Config,
     DataConfig,
     MeshConfig,
-    Mixer,
     ModelConfig,
     OptimizerConfig,
     RunConfig,

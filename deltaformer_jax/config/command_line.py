@@ -14,8 +14,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from deltaformer_jax.config import Config, saved_config
+from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
-from deltaformer_jax.config.settings import Saved, check, flatten
+from deltaformer_jax.config.settings import Saved, flatten
 
 
 class Command(NamedTuple):

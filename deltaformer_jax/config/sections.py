@@ -1,71 +1,80 @@
-"""The settings of a run: plain dataclasses, one per section, checked before any work is done.
+"""The settings of a run: dataclasses, one per section, whose fields say what values they may have (fields.py).
 
 A config file is Python with a `get_config()` that returns a `Config`; a flag such as
 `--config.model.d_model=256` overrides one field.
 """
 
 import dataclasses
-from typing import Any
+
+from deltaformer_jax.config.fields import rule_of, setting
+from deltaformer_jax.config.mixer import Mixer
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class Mixer:
-    """One entry of `model.mixers` that differs from the model's own settings.
+def _implementations() -> tuple[str, ...]:
+    from deltaformer_jax.ops.common.dispatch import IMPLEMENTATIONS
 
-    `Mixer("softmax_attention", window=128, num_heads=8)` is softmax attention with those fields of
-    `ModelConfig` replaced in that layer. A bare name stands for a mixer without overrides.
-    """
-
-    name: str
-    overrides: tuple[tuple[str, Any], ...]
-
-    def __init__(self, name: str, **overrides: Any):
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "overrides", tuple(sorted(overrides.items())))
+    return IMPLEMENTATIONS
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Sizes and choices of the language model. Widths are numbers of features, windows numbers of tokens."""
+    """Sizes and choices of the language model. Widths are numbers of features, windows numbers of tokens.
 
-    vocab_size: int = 0  # 0: taken from the data's tokenizer
-    d_model: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 64
-    mlp_dim: int = 0  # 0: 8/3 d_model, rounded up to a multiple of 64
-    # A repeating pattern of mixer names or Mixer(name, **overrides); num_layers is a multiple of its length.
+    A mixer takes the fields that its constructor names. Where a field says `own`, that value (or None) leaves the
+    choice to the mixer, or to the op that it calls.
+    """
+
+    vocab_size: int = setting(0, least=0)  # 0: taken from the data's tokenizer
+    d_model: int = setting(256, least=1)
+    num_layers: int = setting(4, least=1)
+    num_heads: int = setting(4, least=1)
+    num_kv_heads: int = setting(4, least=1)
+    head_dim: int = setting(64, least=1)
+    mlp_dim: int = setting(0, least=0)  # 0: 8/3 d_model, rounded up to a multiple of 64
+    # A repeating pattern whose entries are a mixer's name, Mixer(name or class, **overrides) or "package.module:Class";
+    # num_layers is a multiple of its length.
     mixers: tuple = ("delta_former",)
     tie_embeddings: bool = True
-    norm_epsilon: float = 1e-6
-    compute_dtype: str = "float32"  # parameters are always float32
-    remat: str = "none"  # "none", or "block": recompute each block in the backward pass
-    conv_size: int = -1  # tokens of the short convolutions, 0: none; -1: the mixer's own (retention, linear: none)
-    output_gate: str = "auto"  # "on", "off"; "auto": the mixer's own (linear_attention: none)
+    norm_epsilon: float = setting(1e-6, above=0)
+    compute_dtype: str = setting("float32", choices=("float32", "bfloat16"))  # parameters are always float32
+    remat: str = setting("none", choices=("none", "block"))  # "block": recompute each block in the backward pass
+    conv_size: int = setting(-1, least=0, own=-1)  # tokens of the short convolutions; 0: none
+    output_gate: str = setting("auto", choices=("on", "off"), own="auto", is_true="on")
     # Attention mixers.
-    rope_base: float = 10_000.0  # 0: no rotary embedding
-    qk_norm: bool = False
-    kv_shift: bool = False
-    window: int = 0  # softmax attention only; 0: no window
-    forget_gate: bool = False  # softmax attention only: scores fade as the tokens between say
-    sinks: bool = False  # softmax attention only: a trained score of value 0 in each head
-    chunk_size: int = 0  # 0: chosen by the op
-    implementation: str = ""  # "": chosen by the op
+    rope_base: float = setting(10_000.0, none=0)  # 0: no rotary embedding
+    qk_norm: bool = setting(False, must_be_used=True)
+    kv_shift: bool = setting(False, must_be_used=True)
+    window: int = setting(0, least=1, own=0, must_be_used=True)  # of softmax attention; by default all tokens
+    # Of softmax attention: each token lowers the scores of all tokens before it, by as much as it decides.
+    forget_gate: bool = setting(False, must_be_used=True)
+    # Of softmax attention: a trained score in each head, of the value 0, that a token may attend to.
+    sinks: bool = setting(False, must_be_used=True)
+    chunk_size: int = setting(0, least=1, own=0)
+    implementation: str = setting("", choices=_implementations, own="")
     # DeltaFormer.
-    write_query: str = "key"  # "key", "query" or "projected"
-    write_similarity: str = "softmax"  # "linear", "relu", "exp", "softmax", "round"
-    read_similarity: str = "softmax"
-    write_scale: float = 0.0  # 0: head_dim ** -0.5, or 1 where the write's keys are normalised
-    read_scale: float = 0.0  # 0: head_dim ** -0.5
+    write_query: str = setting("key", must_be_used=True)  # "key", "query" or "projected"
+    # "linear", "relu", "exp", "softmax", "round", or "package.module:NAME" of one of yours.
+    write_similarity: str = setting("softmax", importable=True, must_be_used=True)
+    read_similarity: str = setting("softmax", importable=True, must_be_used=True)
+    # By default head_dim ** -0.5, and for the write 1 where its keys are normalised.
+    write_scale: float = setting(0.0, own=0.0, must_be_used=True)
+    read_scale: float = setting(0.0, own=0.0, must_be_used=True)
     # "auto": L2-normalise the write's keys and queries for linear, relu, round and exp writes; "on", "off".
-    write_key_norm: str = "auto"
-    alpha: str = "off"  # "off", or "sigmoid": of a projection with bias
-    beta: str = "sigmoid"  # "sigmoid" or "raw": of a projection with bias; "one": 1 everywhere
+    write_key_norm: str = setting("auto", must_be_used=True)
+    alpha: str = setting("off", must_be_used=True)  # "off", or "sigmoid": of a projection with bias
+    # "sigmoid" or "raw": of a projection with bias; "one": 1 everywhere
+    beta: str = setting("sigmoid", must_be_used=True)
     # Mixers with a memory of fixed size: num_heads heads of queries and keys.
-    num_value_heads: int = 0  # of the delta nets, a multiple of num_heads; 0: num_heads
-    value_dim: int = 0  # 0: head_dim
-    negative_eigenvalues: bool = False  # the delta nets' β in (0, 2) instead of (0, 1)
+    num_value_heads: int = setting(0, least=1, own=0, must_be_used=True)  # of the delta nets; by default num_heads
+    value_dim: int = setting(0, least=1, own=0)  # by default head_dim
+    # The delta nets' β in (0, 2) instead of (0, 1).
+    negative_eigenvalues: bool = setting(False, must_be_used=True)
+
+    def __post_init__(self):
+        self.mixers = tuple(self.mixers) if isinstance(self.mixers, list) else self.mixers
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and rule_of(field).has_own:
+                setattr(self, field.name, rule_of(field).own)  # as it stands in config.json
 
 
 def on_any_device(model: ModelConfig) -> ModelConfig:
@@ -77,7 +86,8 @@ def on_any_device(model: ModelConfig) -> ModelConfig:
     def free(mixer):
         if not isinstance(mixer, Mixer):
             return mixer
-        return Mixer(mixer.name, **{field: value for field, value in mixer.overrides if field != "implementation"})
+        others = {field: value for field, value in mixer.overrides if field != "implementation"}
+        return Mixer(mixer.given or mixer.name, **others)
 
     return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))
 
@@ -91,31 +101,32 @@ class DataConfig:
     # "task:NAME,option=value,option=value", whose rows are examples of sequence_length tokens (deltaformer_jax.tasks).
     path: str = ""
     tokenizer: str = "bytes"  # used when path is "": "bytes", a tokenizer.json file, or "bpe:SIZE"
-    sequence_length: int = 256
-    batch_size: int = 16
+    sequence_length: int = setting(256, least=1)
+    batch_size: int = setting(16, least=1)
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
     """AdamW. Steps count optimiser updates; `decay_steps` is the schedule's whole length, warm-up included."""
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    decay_steps: int = 1000
-    schedule: str = "cosine"  # "cosine", "wsd" (warm-up, stable, decay) or "constant"
-    wsd_decay_fraction: float = 0.2  # the share of decay_steps that "wsd" spends going down
-    final_learning_rate: float = 0.1  # as a fraction of learning_rate
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # 0: no clipping
-    accumulation_steps: int = 1  # a batch is cut into this many equal parts, weighted by their tokens
+    learning_rate: float = setting(1e-3, least=0)
+    warmup_steps: int = setting(50, least=0)
+    decay_steps: int = setting(1000, least=1)
+    # "wsd": warm-up, stable, decay.
+    schedule: str = setting("cosine", choices=("cosine", "wsd", "constant"))
+    wsd_decay_fraction: float = setting(0.2, least=0, most=1)  # the share of decay_steps that "wsd" spends going down
+    final_learning_rate: float = setting(0.1, least=0, most=1)  # as a fraction of learning_rate
+    b1: float = setting(0.9, least=0, below=1)
+    b2: float = setting(0.95, least=0, below=1)
+    epsilon: float = setting(1e-8, least=0)
+    weight_decay: float = setting(0.1, least=0)
+    clip_norm: float = setting(1.0, least=0)  # 0: no clipping
+    accumulation_steps: int = setting(1, least=1)  # a batch is cut into this many equal parts, weighted by their tokens
     # A step whose gradient is not finite, or whose norm is so many standard deviations above the mean of those before
     # it, is skipped (0: only what is not finite is). After so many skipped in a row, the run goes back to its last
     # checkpoint and passes over their batches.
-    skip_deviations: float = 20.0
-    rollback_after: int = 3
+    skip_deviations: float = setting(20.0, least=0)
+    rollback_after: int = setting(3, least=1)
 
 
 @dataclasses.dataclass
@@ -132,18 +143,20 @@ class MeshConfig:
 class RunConfig:
     """What a run does and when. Intervals are in steps; 0 switches the thing off."""
 
-    steps: int = 1000
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 250
-    eval_batches: int = 0  # batches of the evaluation split; 0: all of it
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 3
+    steps: int = setting(1000, least=1)
+    seed: int = setting(0, least=0, below=2**32)
+    log_every: int = setting(10, least=0)
+    eval_every: int = setting(250, least=0)
+    eval_batches: int = setting(0, least=0)  # batches of the evaluation split; 0: all of it
+    checkpoint_every: int = setting(250, least=0)
+    keep_checkpoints: int = setting(3, least=1)
     sample_prompt: str = "def "  # written on from at the end of the run; "": no sample
-    sample_tokens: int = 200
+    sample_tokens: int = setting(200, least=0)
     tensorboard: bool = False  # curves in DIR/tensorboard too; needs the extra "tensorboard"
-    statistics_every: int = 0  # norms of every layer's parameters, gradients and activations, in DIR/statistics.jsonl
-    profile_steps: int = 0  # how many steps jax.profiler traces, after the first two made, into DIR/profile
+    # Norms of every layer's parameters, gradients and activations, in DIR/statistics.jsonl.
+    statistics_every: int = setting(0, least=0)
+    # How many steps jax.profiler traces, after the first two made, into DIR/profile.
+    profile_steps: int = setting(0, least=0)
     compilation_cache: str = ""  # a folder to keep compiled programs in; "": as JAX_COMPILATION_CACHE_DIR says
 
 

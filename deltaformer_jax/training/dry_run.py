@@ -6,7 +6,7 @@ import math
 import jax
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.config.settings import check
+from deltaformer_jax.config.checks import check
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
 from deltaformer_jax.sharding.mesh import make_mesh

@@ -11,7 +11,8 @@ from support.model_cases import MODELS, SMALL, VOCABULARY, make_model
 from test_layers_flops import convolution_flops, counted_per_token
 
 from deltaformer_jax.config import Mixer, ModelConfig
-from deltaformer_jax.model import LanguageModel, mixer_fields, mlp_dim, num_parameters
+from deltaformer_jax.layers.mixers.build import mixer_fields
+from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
 
 
 def test_overrides_reach_their_mixer_only():
@@ -78,28 +79,31 @@ def test_fields_a_mixer_may_override():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(vocab_size=0), "model.vocab_size=0 must be at least 1"),
-        (dict(d_model=0), "model.d_model=0 must be at least 1"),
-        (dict(num_layers=3), "model.num_layers=3 must be a multiple of the length of model.mixers, 2"),
-        (dict(mlp_dim=-1), "model.mlp_dim=-1"),
-        (dict(norm_epsilon=0.0), "model.norm_epsilon=0.0 must be positive"),
+        (dict(vocab_size=0), "model.vocab_size = 0: must be at least 1"),
+        (dict(d_model=0), "model.d_model = 0: must be at least 1"),
+        (dict(num_layers=3), "model.num_layers = 3: must be a multiple of the length of model.mixers, 2"),
+        (dict(mlp_dim=-1), "model.mlp_dim = -1: must be at least 0"),
+        (dict(norm_epsilon=0.0), "model.norm_epsilon = 0.0: must be above 0"),
         (dict(num_heads=3), "model.num_heads=3 must be a multiple of num_kv_heads=2"),
         (dict(head_dim=5), "model.head_dim=5 must be even for the rotary embedding"),
-        (dict(compute_dtype="bf16"), "model.compute_dtype: 'bf16' is not one of 'float32', 'bfloat16'; did you mean"),
-        (dict(remat="all"), "model.remat: 'all' is not one of 'none', 'block'"),
-        (dict(mixers=()), r"model.mixers=\(\) must be a tuple"),
-        (dict(mixers="delta_former"), "model.mixers='delta_former' must be a tuple"),
-        (dict(mixers=(3,)), "model.mixers holds 3"),
+        (
+            dict(compute_dtype="bf16"),
+            "model.compute_dtype = 'bf16': must be one of .*; did you mean 'bfloat16'",
+        ),
+        (dict(remat="all"), "model.remat = 'all': must be one of none, block"),
+        (dict(mixers=()), r"model.mixers = \(\): must be a tuple"),
+        (dict(mixers="delta_former"), "model.mixers = 'delta_former': must be a tuple"),
+        (dict(mixers=(3,)), r"model.mixers = \(3,\): must be a tuple of names or Mixer"),
         (dict(mixers=("deltaformer",)), "model.mixers: 'deltaformer' is not one of .*; did you mean 'delta_former'"),
         (dict(mixers=(Mixer("softmax_attention", windw=3),)), "override of softmax_attention: 'windw'.*'window'"),
         (dict(mixers=(Mixer("delta_former", window=3),)), "an override of delta_former: 'window' is not one of"),
         (dict(mixers=(Mixer("delta_former", num_heads=5),)), r"model.num_heads=5 .* \(of Mixer\(name='delta_former'"),
-        (dict(mixers=("delta_former",), window=4), "model.window=4, but no mixer"),
-        (dict(mixers=("delta_former",), forget_gate=True), "model.forget_gate=True, but no mixer in .*former"),
-        (dict(mixers=("delta_net",), kv_shift=True), "model.kv_shift=True, but no mixer"),
-        (dict(mixers=("softmax_attention",), write_similarity="round"), "model.write_similarity='round', but no mixer"),
-        (dict(implementation="chunks"), "model.implementation: 'chunks' is not one of .*; did you mean 'chunked'"),
-        (dict(window=-1), "model.window=-1 must be at least 1"),
+        (dict(mixers=("delta_former",), window=4), "model.window = 4: no mixer"),
+        (dict(mixers=("delta_former",), forget_gate=True), "model.forget_gate = True: no mixer in .*former"),
+        (dict(mixers=("delta_net",), kv_shift=True), "model.kv_shift = True: no mixer"),
+        (dict(mixers=("softmax_attention",), write_similarity="round"), "model.write_similarity = 'round': no mixer"),
+        (dict(implementation="chunks"), "model.implementation = 'chunks': must be one of .*; did you mean 'chunked'"),
+        (dict(window=-1), "model.window = -1: must be at least 1"),
         (dict(write_query="keys"), "model.write_query='keys' must be one of"),
         (dict(write_similarity="cosine"), "model.write_similarity='cosine'"),
         (dict(beta="sigmod"), "model.beta='sigmod' must be one of"),

@@ -1,1 +1,34 @@
-"""The mixers: one memory a file."""
+"""The mixers: one memory a file. `protocol` says what a mixer is, `build` makes one from an entry of `model.mixers`."""
+
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
+from deltaformer_jax.layers.mixers.delta_net import DeltaNet
+from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
+from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
+from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
+from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
+from deltaformer_jax.layers.mixers.retention import Retention
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+
+# What a name in `model.mixers` stands for.
+MIXERS = {
+    "delta_former": DeltaFormer,
+    "softmax_attention": SoftmaxAttention,
+    "linear_attention": LinearAttention,
+    "retention": Retention,
+    "gated_linear_attention": GatedLinearAttention,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kimi_delta_attention": KimiDeltaAttention,
+}
+
+__all__ = [
+    "MIXERS",
+    "DeltaFormer",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "KimiDeltaAttention",
+    "LinearAttention",
+    "Retention",
+    "SoftmaxAttention",
+]

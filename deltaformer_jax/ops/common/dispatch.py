@@ -99,7 +99,7 @@ class Kernels(NamedTuple):
     """A backend's kernels bound to one call: why they cannot do it (None: they can), and inputs -> outputs."""
 
     lacks: str | None
-    function: Callable[[Any], Any]
+    function: Callable[[Any], Any] | None = None
 
 
 def check_implementation(op: str, implementation: str | None, forms: tuple[str, ...] = FORMS) -> None:
@@ -144,7 +144,7 @@ def dispatch(
 
 def _bound(name: str, backend: Backend, bind: Callable[[str, ModuleType], Kernels]) -> Kernels:
     missing = backend.missing()
-    return Kernels(missing, lambda _: None) if missing else bind(name, backend.load())
+    return Kernels(missing) if missing else bind(name, backend.load())
 
 
 class KernelCall(NamedTuple):

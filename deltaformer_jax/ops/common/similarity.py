@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,21 +106,55 @@ def _round_jvp(decimals, primals, tangents):
     return jnp.round(primals[0], decimals), tangents[0]
 
 
-Similarity = Linear | Relu | Exp | Softmax | Round
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """κ = f(s) of each score by itself, f a function of yours or the `weight` of an object of yours.
 
-_BY_NAME = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
+    Its derivative is the object's `slope(scores, weights)`, or JAX's where it has none.
+    """
+
+    given: Any
+    normalised = False
+
+    def weight(self, scores):
+        return self.given.weight(scores) if hasattr(self.given, "weight") else self.given(scores)
+
+    def slope(self, scores, weights):
+        if hasattr(self.given, "slope"):
+            return self.given.slope(scores, weights)
+        return jax.jvp(self.weight, (scores,), (jnp.ones_like(scores),))[1]
 
 
-def as_similarity(similarity: str | Similarity, argument: str) -> Similarity:
-    """The similarity of that name, or the object itself. Raises ValueError naming `argument`."""
+# What this package has, its kernels too.
+NAMED = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
+Similarity = Linear | Relu | Exp | Softmax | Round | Own
+
+
+def as_similarity(similarity: Any, argument: str) -> Similarity:
+    """The similarity of that name, the object itself, or `Own` of a function or an object of yours.
+
+    What is yours must be hashable, since programs are compiled for it: a function or a frozen dataclass without arrays.
+    Raises ValueError naming `argument`.
+    """
     if isinstance(similarity, Similarity):
         return similarity
-    if isinstance(similarity, str) and similarity in _BY_NAME:
-        return _BY_NAME[similarity]
-    near = difflib.get_close_matches(str(similarity), _BY_NAME, n=1)
+    if isinstance(similarity, str) and similarity in NAMED:
+        return NAMED[similarity]
+    if not isinstance(similarity, str | type) and (callable(similarity) or hasattr(similarity, "weight")):
+        if getattr(similarity, "normalised", False):
+            raise ValueError(f"{argument}={similarity!r} is normalised: of such there is 'softmax' alone")
+        try:
+            hash(similarity)
+        except TypeError:
+            raise ValueError(
+                f"{argument}={similarity!r} is not hashable: give a function or a frozen dataclass without arrays"
+            ) from None
+        return Own(similarity)
+    near = difflib.get_close_matches(str(similarity), NAMED, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"{argument}={similarity!r} is no similarity: give one of {sorted(_BY_NAME)} or Round(decimals).{hint}"
+        f"{argument}={similarity!r} is no similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
+        f"scores or an object with weight(scores).{hint}"
     )
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 from types import ModuleType
 
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
-from deltaformer_jax.ops.common.similarity import Round
+from deltaformer_jax.ops.common.similarity import NAMED, Own, Round
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan
 
 
 def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
     """`module`'s kernels for this call, as `delta_chunked(plan, inputs)`."""
+
+    if any(isinstance(similarity, Own) for similarity in (plan.write_similarity, plan.read_similarity)):
+        return Kernels(f"its kernels have the similarities {', '.join(NAMED)} and none of yours")
 
     def kappa(similarity, scale):
         decimals = {"decimals": similarity.decimals} if isinstance(similarity, Round) else {}
