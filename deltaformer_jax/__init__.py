@@ -1,37 +1,92 @@
-"""DeltaFormer and the delta-rule family of attention in JAX. What is exported here is promised; the rest may change."""
+"""DeltaFormer and the delta-rule family of attention in JAX. What is exported here is promised; the rest may change.
 
-from deltaformer_jax.ops import (
-    Exp,
-    KUCache,
-    KVCache,
-    Linear,
-    Relu,
-    Round,
-    Softmax,
-    causal_attention,
-    compress_cache,
-    delta_attention,
-    delta_values,
-    gated_delta_rule,
-    gated_linear_attention,
-    shift_mix,
-)
+Names are imported when they are first used: `import deltaformer_jax` alone imports neither jax nor flax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaformer_jax.config import Config, Mixer, ModelConfig
+    from deltaformer_jax.decoding.generate import generate, generate_batch
+    from deltaformer_jax.layers.caches import AttentionCache, StateCache
+    from deltaformer_jax.layers.mixers import (
+        DeltaFormer,
+        DeltaNet,
+        GatedDeltaNet,
+        GatedLinearAttention,
+        KimiDeltaAttention,
+        LinearAttention,
+        Retention,
+        SoftmaxAttention,
+    )
+    from deltaformer_jax.model import LanguageModel
+    from deltaformer_jax.ops import (
+        Exp,
+        KUCache,
+        KVCache,
+        Linear,
+        Relu,
+        Round,
+        Softmax,
+        causal_attention,
+        compress_cache,
+        delta_attention,
+        delta_values,
+        gated_delta_rule,
+        gated_linear_attention,
+        shift_mix,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Exp",
-    "KUCache",
-    "KVCache",
-    "Linear",
-    "Relu",
-    "Round",
-    "Softmax",
-    "causal_attention",
-    "compress_cache",
-    "delta_attention",
-    "delta_values",
-    "gated_delta_rule",
-    "gated_linear_attention",
-    "shift_mix",
-]
+# Module -> what it gives to this one.
+_EXPORTS = {
+    "config": ("Config", "Mixer", "ModelConfig"),
+    "decoding.generate": ("generate", "generate_batch"),
+    "layers.caches": ("AttentionCache", "StateCache"),
+    "layers.mixers": (
+        "DeltaFormer",
+        "DeltaNet",
+        "GatedDeltaNet",
+        "GatedLinearAttention",
+        "KimiDeltaAttention",
+        "LinearAttention",
+        "Retention",
+        "SoftmaxAttention",
+    ),
+    "model": ("LanguageModel",),
+    "ops": (
+        "Exp",
+        "KUCache",
+        "KVCache",
+        "Linear",
+        "Relu",
+        "Round",
+        "Softmax",
+        "causal_attention",
+        "compress_cache",
+        "delta_attention",
+        "delta_values",
+        "gated_delta_rule",
+        "gated_linear_attention",
+        "shift_mix",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

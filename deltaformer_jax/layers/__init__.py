@@ -1,10 +1,33 @@
-"""Flax (nnx) modules: mixers, each `module(x, *, segment_ids, positions, cache) -> (y, cache)`, and their parts."""
+"""Flax (nnx) modules: the mixers, each `module(x, *, segment_ids, positions, cache) -> (y, cache)`, and their parts."""
 
-from deltaformer_jax.layers.caches import AttentionCache
+from deltaformer_jax.layers.caches import AttentionCache, StateCache
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
-from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
-from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.layers.mixers import (
+    DeltaFormer,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    LinearAttention,
+    Retention,
+    SoftmaxAttention,
+)
 from deltaformer_jax.layers.norms import RMSNorm
 
-__all__ = ["AttentionCache", "DeltaFormer", "KVShift", "RMSNorm", "ShiftTail", "SoftmaxAttention", "SwiGLU"]
+__all__ = [
+    "AttentionCache",
+    "DeltaFormer",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "KVShift",
+    "KimiDeltaAttention",
+    "LinearAttention",
+    "RMSNorm",
+    "Retention",
+    "ShiftTail",
+    "SoftmaxAttention",
+    "StateCache",
+    "SwiGLU",
+]

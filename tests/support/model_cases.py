@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from support.layers_cases import randomise
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.model import LanguageModel
+from support.layers_cases import randomise
 
 VOCABULARY = 37
 

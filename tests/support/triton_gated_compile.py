@@ -8,11 +8,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from support.triton_compile import compiled
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY, WIDTHS
 from pallas_kernels.triton.gated import api as gated
 from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS
+from support.triton_compile import compiled
 
 ALL_KERNELS = (*KERNELS, *CHANNEL_KERNELS)
 CONFIGURATIONS = [(kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]

@@ -26,7 +26,9 @@ class MixerProtocol(Protocol):
     `ModelConfig` ("num_heads", "norm_epsilon", ...; a field that leaves the choice to the mixer is not passed, so give
     it a default), `dtype` (the model's compute dtype), `output_scale` (what to multiply the initial kernel at the end
     of the residual branch by), and the overrides of its `Mixer(MyMixer, width=3)`. It is made under `jax.vmap`, once
-    for all layers of its place in the pattern, so that its values may depend on `rngs` and on nothing else.
+    for all layers of its place in the pattern, so that its values may depend on `rngs` and on nothing else, and its
+    parameters get a leading axis over the layers. `init_cache` and `flops_per_token`, which the model asks of all those
+    layers at once, therefore take sizes from attributes, not from parameters' shapes.
 
     **Called** with x `[B,T,d_model]` in the compute dtype; returns (y, cache), y like x.
 

@@ -1,0 +1,153 @@
+"""The house: who may import whom, how full a folder may be, and what an import of the package itself costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltaformer_jax
+
+ROOT = Path(__file__).parents[2]
+
+# From the ground up. Names on one floor do not import each other; a package stands for all in it but what has a floor
+# of its own. docs/architecture.md says what each is for.
+FLOORS = [
+    ["pallas_kernels"],
+    ["deltaformer_jax.ops.common"],
+    ["deltaformer_jax.ops.cache"],
+    [f"deltaformer_jax.ops.{op}" for op in ("softmax", "deltaformer", "gated", "shift_mix")],
+    ["deltaformer_jax.ops"],
+    ["deltaformer_jax.config"],
+    ["deltaformer_jax.sharding"],
+    ["deltaformer_jax.layers"],
+    ["deltaformer_jax.layers.mixers"],
+    ["deltaformer_jax.model"],
+    ["deltaformer_jax.tasks"],
+    ["deltaformer_jax.data"],
+    ["deltaformer_jax.decoding"],
+    ["deltaformer_jax.training"],
+    ["deltaformer_jax.reproduce"],
+    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "plot")],
+]
+FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
+# Beside the one order: in pallas_kernels the accelerators do not know each other.
+APART = [("pallas_kernels.triton", "pallas_kernels.tpu"), ("pallas_kernels.tpu", "pallas_kernels.triton")]
+
+
+def modules():
+    """Module -> (path, its tree)."""
+    found = {}
+    for package in ("deltaformer_jax", "pallas_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = (path, ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name):
+    """The modules of ours that a module imports, at its top or inside a function."""
+    for node in ast.walk(MODULES[name][1]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in MODULES or node.module in MODULES:
+                    yield whole if whole in MODULES else node.module
+
+
+def floor_of(name):
+    while name not in FLOOR_OF:
+        name = name.rpartition(".")[0]
+        assert name, "every module stands on a floor"
+    return FLOOR_OF[name]
+
+
+INSIDE = [name for name in MODULES if name != "deltaformer_jax"]  # which is the face, and imports nothing by itself
+
+
+def test_imports_point_down():
+    upward = []
+    for name in INSIDE:
+        height, own = floor_of(name)
+        for other in imports(name):
+            if other == "deltaformer_jax":
+                continue
+            if other.startswith(f"{name}."):
+                continue  # a package gathers what is in it
+            below, theirs = floor_of(other)
+            if below > height or (below == height and theirs != own):
+                upward.append(f"{name} imports {other}")
+            if any(name.startswith(one) and other.startswith(another) for one, another in APART):
+                upward.append(f"{name} imports {other}")
+    assert not upward, upward
+
+
+def test_no_module_imports_itself_through_others():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in imports(name):
+            # A package's own modules may be what it gathers; they are imported before it is.
+            if other != name and not f"{name}.".startswith(f"{other}."):
+                visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in INSIDE:
+        visit(name)
+
+
+def test_no_folder_is_full():
+    folders = {path.parent for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "build" not in path.parts}
+    full = {folder: count for folder in folders if (count := len(list(folder.glob("*.py")))) > 14}
+    assert not full, full
+
+
+def test_no_file_holds_two_ideas():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, (path, _) in MODULES.items()}
+    assert max(lengths.values()) <= 450, {name: length for name, length in lengths.items() if length > 450}
+
+
+def run(code):
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_package_is_imported_without_jax():
+    run("import sys, deltaformer_jax; assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules.keys()")
+
+
+PROGRAMS = ("train", "sample", "evaluate", "plot", "data.prepare", "reproduce")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_given_without_jax(program):
+    run(
+        "import runpy, sys, contextlib\n"
+        "sys.argv = ['program', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        f"    runpy.run_module('deltaformer_jax.{program}', run_name='__main__')\n"
+        "assert not {'jax', 'flax'} & set(sys.modules)"
+    )
+
+
+def test_what_is_exported():
+    for name in deltaformer_jax.__all__:
+        assert getattr(deltaformer_jax, name).__name__ == name
+        assert name in dir(deltaformer_jax)
+    with pytest.raises(AttributeError, match="no attribute 'delta_attentoin'"):
+        _ = deltaformer_jax.delta_attentoin
+    tree = ast.parse(Path(deltaformer_jax.__file__).read_text(encoding="utf-8"))
+    for_checkers = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert set(for_checkers) - {"annotations", "TYPE_CHECKING", "Any"} == set(deltaformer_jax.__all__)

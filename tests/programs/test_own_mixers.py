@@ -1,0 +1,182 @@
+"""The mixer and the similarity of docs/own_mixers.md, which live outside the package: trained, resumed, decoded,
+sampled from, evaluated."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from deltaformer_jax import LanguageModel, Mixer, ModelConfig, delta_attention, evaluate, sample, train
+from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.data import prepare_corpus
+
+PAGE = (Path(__file__).parents[2] / "docs" / "own_mixers.md").read_text(encoding="utf-8")
+MODULE = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
+
+
+@pytest.fixture
+def memories(tmp_path, monkeypatch):
+    """The page's module, on Python's path."""
+    assert len(MODULE.splitlines()) <= 60
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "memories.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.delitem(sys.modules, "memories", raising=False)
+    import memories
+
+    yield memories
+    sys.modules.pop("memories")
+
+
+def tiny(**fields):
+    sizes = dict(vocab_size=30, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+    return ModelConfig(**sizes | fields)
+
+
+def test_decoding_is_the_full_forward(memories):
+    config = tiny(mixers=(Mixer(memories.LeakyAverage, width=5), "delta_former"), write_similarity="memories:Cubic")
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    assert model.blocks[0].mixer.width == 5 and model.blocks[1].mixer.write_similarity.given == memories.Cubic()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 12)))
+    whole, _ = model(tokens)
+    cache, pieces = model.init_cache(2, 12), []
+    for start, stop in ((0, 7), (7, 8), (8, 12)):
+        piece, cache = model(tokens[:, start:stop], cache=cache)
+        pieces.append(piece)
+    # float32 sums of 16 products in another order, through two layers.
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-5)
+    assert cache[0].length.tolist() == [[12, 12]]
+    assert model.flops_per_token(12) > 0
+
+
+def test_documents_and_padding_are_kept_apart(memories):
+    model = LanguageModel(tiny(num_layers=1, mixers=(Mixer(memories.LeakyAverage),)), rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (1, 9)))
+    packed, _ = model(tokens, segment_ids=jnp.asarray([[1, 1, 1, 0, 0, 2, 2, 2, 2]]))
+    np.testing.assert_allclose(packed[:, :3], model(tokens[:, :3])[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(packed[:, 5:], model(tokens[:, 5:])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_programs_find_them(memories, tmp_path, monkeypatch, capsys):
+    """Without --config: their names stand in config.json."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(12):
+        (text / f"{i}.txt").write_text(f"document {i} " + "with words and words " * 30)
+    prepare_corpus(str(text), tmp_path / "data", tokenizer="bytes", workers=1)
+    fields = {
+        "model.mixers": "('memories:LeakyAverage', 'delta_former')",
+        "model.write_similarity": "memories:Cubic",
+        "model.num_layers": 2,
+        "model.d_model": 16,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 1,
+        "model.head_dim": 8,
+        "model.mlp_dim": 16,
+        "data.path": tmp_path / "data",
+        "data.sequence_length": 32,
+        "data.batch_size": 8,
+        "run.eval_every": 0,
+        "run.log_every": 1,
+        "run.sample_tokens": 4,
+    }
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+
+    def program(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        train.main()
+
+    program("--workdir", tmp_path / "whole", *flags, "--config.run.steps=4")
+    program("--workdir", tmp_path / "parts", *flags, "--config.run.steps=2")
+    program("--workdir", tmp_path / "parts", "--config.run.steps=4")
+
+    def losses(run):
+        records = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        return [record["loss"] for record in records if "loss" in record]
+
+    assert len(losses("whole")) == 4 and losses("parts") == losses("whole")
+    capsys.readouterr()
+    sample.main(["--workdir", str(tmp_path / "whole"), "--prompt", "doc", "--tokens", "5", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 5
+    evaluate.main(["--workdir", str(tmp_path / "whole"), "--data", str(text / "1.txt")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_byte"] > 0
+
+
+def test_a_run_folder_runs_no_code(memories, tmp_path):
+    """A module that would be imported from the run's own folder is refused."""
+    from deltaformer_jax.config import Config
+
+    config = Config(model=tiny(vocab_size=0, mixers=("memories:LeakyAverage",)))
+    Saved(config, "", "").write(epath.Path(tmp_path / "path"))  # where memories.py is
+    with pytest.raises(
+        ValueError, match=r"'memories:LeakyAverage' lies in the run's folder, .*memories\.py; modules are"
+    ):
+        Saved.read(epath.Path(tmp_path / "path"))
+
+
+class NoCache(nnx.Module):
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
+        return x
+
+
+class NoLength(NoCache):
+    def __init__(self, d_model: int, *, needed: int, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
+        return x, cache
+
+    def init_cache(self, batch, capacity):
+        return jnp.zeros(batch)
+
+    def flops_per_token(self, length):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    "mixer, message",
+    [
+        (Mixer(NoCache), "NoCache has no method init_cache"),
+        (Mixer(dict), "dict is no class of flax.nnx.Module"),
+        (Mixer(NoLength, needed=1, other=2), "an override of .*NoLength: 'other' is not one of 'needed'"),
+        (Mixer(NoLength), r"NoLength needs needed: give Mixer\(.*, needed=...\)"),
+        ("no_such_module:Mixer", "there is no module 'no_such_module' on Python's path; install it, or set PYTHONPATH"),
+        ("json:Mixer", "the module 'json' has no 'Mixer'"),
+    ],
+)
+def test_what_is_no_mixer(mixer, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: LanguageModel(tiny(mixers=(mixer,)), rngs=nnx.Rngs(0)))
+
+
+def test_what_does_not_keep_to_the_protocol(monkeypatch):
+    model = LanguageModel(tiny(mixers=(Mixer(NoLength, needed=1),)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the cache of NoLength has no attribute length"):
+        model.init_cache(1, 4)
+    monkeypatch.setattr(NoLength, "__call__", NoCache.__call__)
+    with pytest.raises(ValueError, match=r"NoLength returned a .*, not \(y, cache\)"):
+        jax.eval_shape(lambda: model(jnp.zeros((1, 4), jnp.int32)))
+
+
+def test_a_similarity_without_a_slope_is_differentiated():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 9, 2, 4)) for i in range(3))
+
+    def gradient(implementation):
+        total = lambda q: delta_attention(
+            q, k, v, write_similarity=jnp.tanh, read_similarity=jnp.sin, implementation=implementation, chunk_size=4
+        ).sum()
+        return jax.grad(total)(q)
+
+    # Sums of nine terms below 1 in float32, in another order.
+    np.testing.assert_allclose(gradient("chunked"), gradient("recurrent"), rtol=0, atol=1e-5)
