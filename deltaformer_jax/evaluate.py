@@ -51,18 +51,18 @@ def main(arguments: list[str] | None = None) -> None:
         corpus = evaluation_corpus(run, flags.data, Path(folder))
         length = flags.sequence_length or run.config.data.sequence_length
         # Any batch gives the same sums: take one that these devices can share.
-        size, parts = flags.batch_size or run.config.data.batch_size, rows(run.mesh)
+        size, parts = flags.batch_size or run.config.data.batch_size, rows(run.program.mesh)
         shape = {"sequence_length": length, "batch_size": -(-size // parts) * parts}
         count = count_batches(corpus, "eval", **shape)
         with progress(min(count, flags.batches or count)) as advance:
             sums = evaluate_by_position(
-                run.parts,
-                run.mesh,
+                run.program.parts,
+                run.program.mesh,
                 run.params,
                 batches(corpus, "eval", **shape, seed=0),
                 sequence_length=length,
                 token_bytes=corpus.tokenizer.token_bytes,
-                sharding=batch_sharding(run.mesh),
+                sharding=batch_sharding(run.program.mesh),
                 limit=flags.batches,
                 advance=advance,
             )

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(
-            run.parts,
+            run.program.parts,
             run.params,
             [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
             flags.tokens,

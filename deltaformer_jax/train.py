@@ -30,9 +30,9 @@ def main() -> None:
 
             if command.dry_run:
                 return dry_run(command.config)
-            run = prepare(command.config, command.workdir or new_workdir(command.name), print)
+            prepared = prepare(command.config, command.workdir or new_workdir(command.name), print)
         with one_line_errors("train.py", (RunError, SaveError), code=1):
-            train(run, stop)
+            train(*prepared, stop)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltaformer_jax.training.state import ModelParts
+from deltaformer_jax.model_parts import ModelParts
 
 
 def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: float = 1.0) -> jax.Array:

@@ -9,10 +9,11 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
+from deltaformer_jax.model import num_parameters
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.setup import abstract_batch, check_batch, load_data, with_vocabulary
-from deltaformer_jax.training.state import abstract_state, count_parameters, merge, model_parts
-from deltaformer_jax.training.step import make_train_step
+from deltaformer_jax.training.program import Program
+from deltaformer_jax.training.setup import check_batch, load_data, with_vocabulary
 
 
 def dry_run(config: Config) -> None:
@@ -25,12 +26,12 @@ def dry_run(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     full = _with_vocabulary(config)
-    parts = model_parts(full.model)
-    abstract, shardings = abstract_state(full, parts, mesh)
+    program = Program(full, mesh)
+    parts, abstract = program.parts, program.abstract
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)
     print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
-    print(f"parameters  {count_parameters(parts):,}")
+    print(f"parameters  {num_parameters(parts.params):,}")
     print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with backward, at length {length}")
     tokens, steps, parts_of_batch = full.data.batch_size * length, full.run.steps, full.optimizer.accumulation_steps
     print(f"batch       {full.data.batch_size} x {length} = {tokens:,} tokens per step, in {parts_of_batch} part(s)")
@@ -47,8 +48,7 @@ def dry_run(config: Config) -> None:
     for line in lines:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
-    compiled = make_train_step(full, parts, mesh, shardings).lower(abstract, abstract_batch(full, mesh)).compile()
-    memory = compiled.memory_analysis()
+    memory = program.compile_train_step(full.data).memory_analysis()
     if memory is None:
         print(f"memory      not told by the {jax.devices()[0].platform} compiler")
         return

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import on_mesh, replicated, rows
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
-from deltaformer_jax.training.state import ModelParts
 
 
 class Evaluation(NamedTuple):

@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -15,45 +14,40 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.settings import Saved, check_resumable
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
-from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh, rows
+from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.store import Checkpoints
-from deltaformer_jax.training.compilation_cache import use_compilation_cache
-from deltaformer_jax.training.evaluation import make_evaluation_step
-from deltaformer_jax.training.state import ModelParts, TrainState, abstract_state, create_state, model_parts
-from deltaformer_jax.training.step import make_train_step
+from deltaformer_jax.training.position import Position
+from deltaformer_jax.training.program import Program, use_compilation_cache
+from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# Where in the data a run begins.
-NEW_RECORD = {"step": 0, "next_batch": 0, "passed": [], "streak": []}
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """A run ready to go on: `state` has seen `step` batches, and `metrics` and `checkpoints` agree with it.
-
-    `next_batch` is the number of the next one: step, and one more for each in `passed`, the batches that this run never
-    takes. `streak` are the newest ones if they were skipped.
-    """
+    """What stays as it is while a run goes on. `config` has its vocabulary size; `metrics` and `checkpoints` agree with
+    the position that the run goes on from."""
 
     config: Config
     workdir: epath.Path
     corpus: Corpus | Mixture | TaskData
-    mesh: Mesh
-    parts: ModelParts
-    abstract: TrainState
-    state: TrainState
-    step: int
-    next_batch: int
-    passed: list[int]
-    streak: list[int]
+    evaluation_batch_size: int
+    program: Program
     train_step: Callable  # compiled
-    evaluation_step: Callable
+    begin: Callable[[Program], TrainState]  # makes the state before the first batch
     checkpoints: Checkpoints
     metrics: MetricsFile
     resumed: bool
+
+
+class Prepared(NamedTuple):
+    """A run, and where it goes on from: `state` has seen `position.step` batches."""
+
+    run: Run
+    position: Position
+    state: TrainState
 
 
 def new_workdir(name: str) -> epath.Path:
@@ -98,23 +92,24 @@ def check_batch(config: Config, mesh: Mesh) -> None:
         )
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.data.batch_size, config.data.sequence_length)
-    leaf = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
-    batch = {name: leaf for name in ("tokens", "targets", "segment_ids")}
-    return {**batch, "loss_mask": leaf.update(dtype=np.bool_)} if is_task(config.data.path) else batch
-
-
 def prepare(
     config: Config,
     workdir: epath.PathLike,
     note: Callable[[str], Any] = lambda _: None,
     devices: list[jax.Device] | None = None,
-) -> Run:
+    *,
+    corpus: TaskData | None = None,
+    evaluation_batch_size: int | None = None,
+    make_program: Callable[[Config, Mesh], Program] = Program,
+    begin: Callable[[Program], TrainState] | None = None,
+) -> Prepared:
     """A new run in `workdir`, or the one that is there, restored. Nothing is written before everything is checked.
 
-    `note(text)` hears what is being done; `devices` are all there are by default. Raises ValueError, OSError or
-    NotImplementedError with a message that names the field, file or argument and the fix.
+    `note(text)` hears what is being done; `devices` are all there are by default. What an experiment may give in the
+    place of what the config says: `corpus`, a task that stands in for data.path; `evaluation_batch_size`, rows, as many
+    as in training by default; `make_program`, which may give a Program again that an equal run had; `begin`, the state
+    before the first batch, a new one of run.seed by default. Raises ValueError, OSError or NotImplementedError with a
+    message that names the field, file or argument and the fix.
     """
     check(config)
     if config.run.tensorboard:
@@ -124,15 +119,15 @@ def prepare(
     saved = _saved_run(config, workdir)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    corpus = load_data(config)
+    corpus = corpus or load_data(config)
     if saved is not None:
         _check_same_data(saved, corpus, workdir)
     _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
-    parts = model_parts(full.model)
-    abstract, shardings = abstract_state(full, parts, mesh)
+    program = make_program(full, mesh)
+    begin = begin or (lambda program: program.create_state(full.run.seed))
     # Traced before anything is written, since the model's forward pass checks the rest of the config.
-    lowered = make_train_step(full, parts, mesh, shardings).lower(abstract, abstract_batch(full, mesh))
+    program.lower_train_step(full.data)
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -140,35 +135,31 @@ def prepare(
     checkpoints.settle()
     resumed = bool(checkpoints.steps())
     if resumed:
-        state, record = checkpoints.restore_newest(abstract, note)
-        step = int(record["step"])
-        if step > config.run.steps:
-            raise ValueError(f"run.steps = {config.run.steps}: the run in {workdir} has made {step}; ask for more")
-        checkpoints.drop_after(step)
+        state, record = checkpoints.restore_newest(program.abstract, note)
+        position = Position.from_record(record)
+        if position.step > config.run.steps:
+            made = f"the run in {workdir} has made {position.step}; ask for more"
+            raise ValueError(f"run.steps = {config.run.steps}: {made}")
+        checkpoints.drop_after(position.step)
     else:
-        state, record, step = create_state(full, parts, shardings), NEW_RECORD, 0
+        state, position = begin(program), Position()
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
     note(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}")
-    return Run(
+    run = Run(
         config=full,
         workdir=workdir,
         corpus=corpus,
-        mesh=mesh,
-        parts=parts,
-        abstract=abstract,
-        state=state,
-        step=step,
-        next_batch=int(record["next_batch"]),
-        passed=list(record["passed"]),
-        streak=list(record["streak"]),
-        train_step=lowered.compile(),
-        evaluation_step=make_evaluation_step(parts, mesh),
+        evaluation_batch_size=evaluation_batch_size or full.data.batch_size,
+        program=program,
+        train_step=program.compile_train_step(full.data),
+        begin=begin,
         checkpoints=checkpoints,
-        metrics=MetricsFile(workdir / "metrics.jsonl", step),
+        metrics=MetricsFile(workdir / "metrics.jsonl", position.step),
         resumed=resumed,
     )
+    return Prepared(run, position, state)
 
 
 def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:

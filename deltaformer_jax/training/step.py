@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from deltaformer_jax.config import Config
+from deltaformer_jax.config import OptimizerConfig
+from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits, counted
-from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.state import ModelParts, TrainState
+from deltaformer_jax.training.state import TrainState
 
 
 def loss_and_gradient(
@@ -69,25 +69,30 @@ def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_
     return nats, beside, gradient
 
 
-def make_train_step(config: Config, parts: ModelParts, mesh: Mesh, shardings: TrainState) -> Callable:
+def make_train_step(
+    optimiser: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    settings: OptimizerConfig,
+    parts: ModelParts,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Callable:
     """jit of (state, batch) -> (state, metrics); the old state's memory is given to the new one.
 
     batch: {tokens, targets, segment_ids}, int32 [batch_size, T], and of a task loss_mask, bool. metrics, float32 []:
     loss and, of a task, accuracy (before the update), grad_norm (before clipping), learning_rate (of this update),
     skipped (1 where guard.py says no update is made). They stay on the device until someone reads them.
     """
-    optimiser = make_optimiser(config.optimizer, parts.decay)
-    schedule = learning_rate_schedule(config.optimizer)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        arguments = (parts, state.params, batch, config.optimizer.accumulation_steps, rows(mesh))
+        arguments = (parts, state.params, batch, settings.accumulation_steps, rows(mesh))
         more = {}
         if "loss_mask" in batch:
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments)
         else:
             loss, gradient, _ = loss_and_gradient(*arguments)
         norm = optax.tree.norm(gradient)
-        ok = guard.good(state.guard, loss, norm, config.optimizer.skip_deviations)
+        ok = guard.good(state.guard, loss, norm, settings.skip_deviations)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         metrics = {

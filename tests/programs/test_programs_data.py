@@ -90,7 +90,7 @@ def test_a_stopped_run_on_a_mixture_goes_on_bit_for_bit(tmp_path):
     config = cases.small_config(mixture)
     whole = cases.run_training(config, tmp_path / "whole")
     for step in (3, 7):
-        cases.run_training(config, tmp_path / "parts", lambda run, step=step: cases.StopAt(run, step))
+        cases.run_training(config, tmp_path / "parts", lambda steps, step=step: cases.StopAt(steps, step))
     parts = cases.run_training(config, tmp_path / "parts")
     assert cases.read_metrics(tmp_path / "parts") == cases.read_metrics(tmp_path / "whole")
     cases.assert_same_bits(parts.state, whole.state)

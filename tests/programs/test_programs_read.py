@@ -14,11 +14,11 @@ from support import training_cases as cases
 from deltaformer_jax import evaluate, sample
 from deltaformer_jax.config import Mixer, ModelConfig, on_any_device
 from deltaformer_jax.data import load_corpus, prepare_corpus
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.training import by_position, loop
 from deltaformer_jax.training.checkpoints import restore
 from deltaformer_jax.training.interruption import Interruption
-from deltaformer_jax.training.state import merge
-from deltaformer_jax.training.watch.metrics import Display
+from deltaformer_jax.training.watch.display import Display
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +78,7 @@ def test_training_by_kernels_ends_with_a_sample(corpus, tmp_path, capsys):
     run = cases.run_training(cases.small_config(corpus, run__steps=1), tmp_path / "run")
     run.config.run.sample_prompt, run.config.run.sample_tokens = "def ", 5
     run.config.model.implementation = "triton"  # of which no CPU can do the training
-    loop.write_sample(run, Display(1, 1), Interruption())
+    loop.write_sample(run, run.state, Display(1, 1), Interruption())
     assert "def " in capsys.readouterr().out.split("a sample of 5 tokens")[1]
 
 
@@ -176,7 +176,7 @@ def test_evaluate_by_position(workdir, corpus, capsys):
         text = split.read(i).tolist()
         pairs += [(i, token, target) for token, target in zip([256, *text], [*text, 256])]
     sums = {}
-    forward = jax.jit(merge(run.parts, run.params))
+    forward = jax.jit(merge(run.program.parts, run.params))
     for start in range(0, len(pairs), length):
         row = pairs[start : start + length]
         tokens, ids = np.zeros((2, 1, length), np.int32)

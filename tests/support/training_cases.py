@@ -1,7 +1,9 @@
 """A corpus of two kilobytes and a model of two layers: a run of seconds."""
 
+import dataclasses
 import json
 import random
+import types
 
 import jax
 import numpy as np
@@ -41,11 +43,30 @@ def small_config(corpus, **fields) -> Config:
     return config
 
 
-def run_training(config, workdir, stop=None, devices=1):
-    """Prepare and train on the first `devices` devices; the Run, whose state is the last one."""
-    run = prepare(config, workdir, devices=jax.devices()[:devices])
-    train(run, Interruption() if stop is None else stop(run), quiet=True)
-    return run
+def run_training(config, workdir, stop=None, devices=1, passed=()):
+    """Prepare and train on the first `devices` devices; what the run has, and the position and state it ends with.
+
+    stop(steps) makes what is asked in the place of an Interruption: `steps.made` says where the run is. `passed`:
+    batches that it is to pass over.
+    """
+    run, position, state = prepare(config, workdir, devices=jax.devices()[:devices])
+    position = position._replace(passed=tuple(sorted({*position.passed, *passed})))
+    steps = Steps(run.train_step, position.step)
+    run = dataclasses.replace(run, train_step=steps)
+    ending = train(run, position, state, Interruption() if stop is None else stop(steps), quiet=True)
+    return types.SimpleNamespace(**vars(run), **ending.position._asdict(), state=ending.state)
+
+
+class Steps:
+    """A train step, and the number of those that the newest state has seen."""
+
+    def __init__(self, step, made):
+        self._step, self.made = step, made
+
+    def __call__(self, state, batch):
+        state, metrics = self._step(state, batch)
+        self.made = int(state.step)
+        return state, metrics
 
 
 def compile_once(folder):
@@ -69,12 +90,12 @@ def compile_once(folder):
 class StopAt:
     """An Interruption that is requested once the run has made so many steps."""
 
-    def __init__(self, run, step):
-        self._run, self._step = run, step
+    def __init__(self, steps, step):
+        self._steps, self._step = steps, step
 
     @property
     def requested(self):
-        return self._run.step >= self._step
+        return self._steps.made >= self._step
 
 
 class DieAt(StopAt):
@@ -82,7 +103,7 @@ class DieAt(StopAt):
 
     @property
     def requested(self):
-        if self._run.step >= self._step:
+        if self._steps.made >= self._step:
             raise ProcessDied
         return False
 

@@ -19,9 +19,9 @@ from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.config.settings import from_json, to_json
 from deltaformer_jax.data import TaskData, batches, count_batches, load_data, load_tokenizer
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.training.checkpoints.restore import restore
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
-from deltaformer_jax.training.state import merge
 
 # ml_collections loads a config file by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -111,14 +111,18 @@ def test_hits_are_where_the_likeliest_word_is_the_target(whole, max_logits):
     """Of the model's own logits; at once, and a few positions at a time."""
     run = whole[1]
     batch = next(batches(run.corpus, "eval", sequence_length=LENGTH, batch_size=8, seed=0))
-    score = jax.jit(lambda params, batch: batch_nats_and_hits(run.parts.graphdef, params, batch, max_logits=max_logits))
+    score = jax.jit(
+        lambda params, batch: batch_nats_and_hits(run.program.parts.graphdef, params, batch, max_logits=max_logits)
+    )
     nats, hits = score(run.state.params, batch)
-    model = merge(run.parts, run.state.params)
+    model = merge(run.program.parts, run.state.params)
     logits, _ = jax.jit(lambda batch: model(batch["tokens"], segment_ids=batch["segment_ids"]))(batch)
     expected = (np.argmax(logits, axis=-1) == batch["targets"]) & batch["loss_mask"]
     np.testing.assert_array_equal(hits, expected)
     assert 0 < expected.sum() < batch["loss_mask"].sum()
-    alone = jax.jit(lambda params, batch: batch_nats(run.parts.graphdef, params, batch))(run.state.params, batch)
+    alone = jax.jit(lambda params, batch: batch_nats(run.program.parts.graphdef, params, batch))(
+        run.state.params, batch
+    )
     np.testing.assert_allclose(nats, alone, rtol=1e-6)
 
 
@@ -136,7 +140,9 @@ def test_the_metrics_file_has_accuracies(whole):
     # The last evaluation again, from the saved state, a batch at a time.
     stream = batches(run.corpus, "eval", sequence_length=LENGTH, batch_size=8, seed=0)
     first = [batch for batch, _ in zip(stream, range(3))]
-    hits = [run.evaluation_step(run.state.params, {k: jnp.asarray(v) for k, v in b.items()})["hits"] for b in first]
+    hits = [
+        run.program.evaluation_step(run.state.params, {k: jnp.asarray(v) for k, v in b.items()})["hits"] for b in first
+    ]
     assert scores[-1]["eval_accuracy"] == np.sum(hits) / 24
 
 
@@ -152,7 +158,7 @@ def test_parts_of_a_batch_add_up(whole, tmp_path, accumulation_steps):
 @pytest.mark.parametrize("stop_at", [5, 6])
 def test_resumed_is_the_same_run_bit_for_bit(whole, tmp_path, stop_at):
     folder = tmp_path / "run"
-    cases.run_training(task_config(), folder, stop=lambda run: cases.StopAt(run, stop_at))
+    cases.run_training(task_config(), folder, stop=lambda steps: cases.StopAt(steps, stop_at))
     resumed = cases.run_training(task_config(), folder)
     assert resumed.resumed
     assert cases.read_metrics(folder) == cases.read_metrics(whole[0])

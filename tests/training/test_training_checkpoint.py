@@ -12,16 +12,15 @@ from support import training_cases as cases
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.store import CHECKSUMS, CheckpointError, Checkpoints, check_checksums
-from deltaformer_jax.training.state import TrainState, abstract_state, create_state, model_parts
+from deltaformer_jax.training.program import Program
+from deltaformer_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
 def made():
     config = cases.small_config("", model__vocab_size=64, optimizer__clip_norm=0.0)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    parts = model_parts(config.model)
-    abstract, shardings = abstract_state(config, parts, mesh)
-    return config, parts, abstract, create_state(config, parts, shardings)
+    program = Program(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return config, program.abstract, program.create_state(config.run.seed)
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
@@ -34,7 +33,7 @@ def saved(tmp_path, made):
     """A folder with checkpoints 1, 2 and 3."""
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
-        checkpoints.save(at_step(made[3], step), {"step": step, "next_batch": step})
+        checkpoints.save(at_step(made[2], step), {"step": step, "next_batch": step})
     checkpoints.close()
     return tmp_path
 
@@ -48,14 +47,14 @@ def newest(folder, abstract):
 
 
 def test_comes_back_bit_for_bit(saved, made):
-    state, run, notes = newest(saved, made[2])
+    state, run, notes = newest(saved, made[1])
     assert run["step"] == run["next_batch"] == 3 and notes == []
-    cases.assert_same_bits(state, at_step(made[3], 3))
+    cases.assert_same_bits(state, at_step(made[2], 3))
     assert not list(saved.glob("saving-*"))
 
 
 def test_a_relative_folder(tmp_path, made, monkeypatch):
-    _, _, abstract, state = made
+    _, abstract, state = made
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints("run/checkpoints")
     checkpoints.save(state, {"step": 1})
@@ -67,7 +66,7 @@ def test_a_relative_folder(tmp_path, made, monkeypatch):
 def test_keeps_the_newest(tmp_path, made):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(at_step(made[3], step), {"step": step})
+        checkpoints.save(at_step(made[2], step), {"step": step})
     checkpoints.wait()
     assert checkpoints.steps() == [2, 3]
     checkpoints.close()
@@ -118,9 +117,9 @@ def test_without_checksums_there_is_no_checkpoint(saved, made, content):
 def test_goes_back_to_the_step_before_and_says_so(saved, made):
     victim = max(files_of(saved / "3"), key=lambda file: file.stat().st_size)
     victim.write_bytes(bytes(victim.stat().st_size))
-    state, run, notes = newest(saved, made[2])
+    state, run, notes = newest(saved, made[1])
     assert run["step"] == 2
-    cases.assert_same_bits(state, at_step(made[3], 2))
+    cases.assert_same_bits(state, at_step(made[2], 2))
     assert len(notes) == 1 and victim.name in notes[0] and "step 2" in notes[0]
 
 
@@ -129,7 +128,7 @@ def test_none_whole_is_an_error_that_changes_nothing(saved, made):
         (saved / step / CHECKSUMS).write_text("{}")
     before = {file: file.read_bytes() for file in files_of(saved)}
     with pytest.raises(CheckpointError, match=r"no whole checkpoint.*another --workdir"):
-        newest(saved, made[2])
+        newest(saved, made[1])
     assert before == {file: file.read_bytes() for file in files_of(saved)}
 
 
@@ -146,13 +145,13 @@ def test_killed_before_the_checksums(saved, made):
     (saved / "saving-1").write_text("")
     checkpoints.settle()
     checkpoints.close()
-    state, run, _ = newest(saved, made[2])
+    state, run, _ = newest(saved, made[1])
     assert run["step"] == 1
-    cases.assert_same_bits(state, at_step(made[3], 1))
+    cases.assert_same_bits(state, at_step(made[2], 1))
 
 
 def test_another_dtype_or_shape_is_refused(saved, made):
-    abstract = made[2]
+    abstract = made[1]
     half = abstract._replace(params=jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), abstract.params))
     with pytest.raises(CheckpointError, match=r"float32.* in the checkpoint and .*bfloat16"):
         newest(saved, half)
@@ -162,17 +161,17 @@ def test_another_dtype_or_shape_is_refused(saved, made):
 
 
 def test_written_on_one_device_loads_on_eight(saved, made):
-    config, parts, _, state = made
-    abstract, shardings = abstract_state(config, parts, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    restored, _, _ = newest(saved, abstract)
+    config, _, state = made
+    program = Program(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    restored, _, _ = newest(saved, program.abstract)
     cases.assert_same_bits(restored, at_step(state, 3))
-    for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True):
+    for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(program.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path, made):
     """The state's memory is given to the next step while orbax is still writing."""
-    _, _, abstract, state = made
+    _, abstract, state = made
     state = at_step(state, 1)
     expected = jax.tree.map(np.array, state)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)

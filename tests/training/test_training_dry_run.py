@@ -23,11 +23,11 @@ def test_its_numbers_are_the_runs(corpus, tmp_path, capsys):
     config = cases.small_config(corpus, mesh__data=2, mesh__fsdp=4, optimizer__accumulation_steps=1)
     dry_run(config)
     text = capsys.readouterr().out
-    run = prepare(config, tmp_path / "run")
-    count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    run, _, state = prepare(config, tmp_path / "run")
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert numbers(text, "parameters") == f"{count:,}"
-    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(run.state.params))
-    moments = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(run.state.opt_state))
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+    moments = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.opt_state))
     run.checkpoints.close()
     tail = text[text.index("memory of the compiled step") :]
     assert numbers(tail, "parameters") == f"{on_one / 1024:.4g} KiB"

@@ -19,6 +19,7 @@ from test_programs_train import WARNINGS, finish, start
 
 from deltaformer_jax import train as program
 from deltaformer_jax.training import loop, setup
+from deltaformer_jax.training import program as programs
 from deltaformer_jax.training.checkpoints import store as checkpoint
 from deltaformer_jax.training.checkpoints.restore import restore
 
@@ -98,7 +99,7 @@ class Compiling:
 
 STAGES = {
     "compiling": lambda patch, signals: patch(
-        setup, "make_train_step", lambda *a, make=setup.make_train_step: Compiling(make(*a), signals)
+        programs, "make_train_step", lambda *a, make=programs.make_train_step: Compiling(make(*a), signals)
     ),
     "stepping": lambda patch, signals: patch(loop, "to_devices", after(13, loop.to_devices, signals)),
     "evaluating": lambda patch, signals: patch(loop, "evaluate", after(2, loop.evaluate, signals)),
@@ -213,7 +214,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_pa
 
 def test_the_step_asks_nothing_of_the_host(corpus, tmp_path):
     """No callback in the compiled step, and nothing to transfer but what goes in and comes out."""
-    run = setup.prepare(cases.small_config(corpus), tmp_path, devices=jax.devices()[:1])
+    run, _, _ = setup.prepare(cases.small_config(corpus), tmp_path, devices=jax.devices()[:1])
     run.checkpoints.close()
     text = run.train_step.as_text()
     for word in ("callback", "infeed", "outfeed", "send", "recv"):

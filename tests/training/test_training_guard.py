@@ -8,9 +8,8 @@ from support import training_cases as cases
 
 from deltaformer_jax.data import load_corpus
 from deltaformer_jax.training import guard, step
-from deltaformer_jax.training.data_stream import number_batches
-from deltaformer_jax.training.loop import RunError, train
-from deltaformer_jax.training.setup import prepare
+from deltaformer_jax.training.loop import RunError
+from deltaformer_jax.training.position import Position, number_batches
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +35,7 @@ def poison(monkeypatch, corpus):
 
     def spoil(factors):
         marks = {}
-        for number, batch in number_batches(load_corpus(corpus), cases.small_config(corpus), 0, ()):
+        for number, batch in number_batches(load_corpus(corpus), cases.small_config(corpus), Position()):
             if number in factors:
                 marks[int(fingerprint(batch["tokens"]))] = factors[number]
             if number == max(factors):
@@ -55,13 +54,6 @@ def poison(monkeypatch, corpus):
     return spoil
 
 
-def run_to_the_end(config, workdir, passed=(), stop=None):
-    run = prepare(config, workdir, devices=jax.devices()[:1])
-    run.passed = sorted({*run.passed, *passed})
-    train(run, cases.Interruption() if stop is None else stop(run), quiet=True)
-    return run
-
-
 def losses(workdir):
     """The training lines: step, loss, gradient, learning rate."""
     return [record for record in cases.read_metrics(workdir) if "loss" in record]
@@ -76,10 +68,10 @@ def skipped(workdir):
 )
 def test_one_bad_batch_is_one_skipped_step(corpus, poison, tmp_path, number, factor):
     poison({number: factor})
-    run = run_to_the_end(cases.small_config(corpus), tmp_path / "poisoned")
-    assert skipped(tmp_path / "poisoned") == [number] and run.step == 12 and run.passed == []
+    run = cases.run_training(cases.small_config(corpus), tmp_path / "poisoned")
+    assert skipped(tmp_path / "poisoned") == [number] and run.step == 12 and run.passed == ()
     assert int(run.state.guard.skipped) == 1 and int(run.state.guard.made) == 11
-    clean = run_to_the_end(cases.small_config(corpus, run__steps=11), tmp_path / "clean", passed=[number])
+    clean = cases.run_training(cases.small_config(corpus, run__steps=11), tmp_path / "clean", passed=[number])
     cases.assert_same_bits(run.state._replace(step=0, guard=0), clean.state._replace(step=0, guard=0))
     numbers = lambda records: [(record["loss"], record["learning_rate"]) for record in records]
     assert numbers(losses(tmp_path / "poisoned")) == numbers(losses(tmp_path / "clean"))
@@ -87,21 +79,21 @@ def test_one_bad_batch_is_one_skipped_step(corpus, poison, tmp_path, number, fac
 
 def test_a_gradient_50_deviations_out_is_one_skipped_step(corpus, poison, tmp_path):
     config = cases.small_config(corpus, run__steps=26, run__eval_every=0, run__checkpoint_every=0)
-    calm = run_to_the_end(config, tmp_path / "calm")
+    calm = cases.run_training(config, tmp_path / "calm")
     norms = np.array([record["grad_norm"] for record in losses(tmp_path / "calm")])
     assert not skipped(tmp_path / "calm") and int(calm.state.guard.skipped) == 0
     mean, deviation = norms[:23].mean(), norms[:23].std()
     poison({23: (mean + 50 * deviation) / norms[23]})
-    run = run_to_the_end(config, tmp_path / "spike")
+    run = cases.run_training(config, tmp_path / "spike")
     assert skipped(tmp_path / "spike") == [23] and int(run.state.guard.skipped) == 1
 
 
 @pytest.mark.parametrize("numbers", [(5, 6, 7), (0, 1, 2), (9, 10, 11)], ids=["middle", "before any checkpoint", "end"])
 def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
     poison(dict.fromkeys(numbers, np.nan))
-    run = run_to_the_end(cases.small_config(corpus), tmp_path / "poisoned")
-    assert run.step == 12 and run.passed == list(numbers) and run.next_batch == 15
-    clean = run_to_the_end(cases.small_config(corpus), tmp_path / "clean", passed=numbers)
+    run = cases.run_training(cases.small_config(corpus), tmp_path / "poisoned")
+    assert run.step == 12 and run.passed == numbers and run.next_batch == 15
+    clean = cases.run_training(cases.small_config(corpus), tmp_path / "clean", passed=numbers)
     cases.assert_same_bits(run.state, clean.state)
     here = cases.read_metrics(tmp_path / "poisoned")
     assert [record for record in here if "passed_batches" not in record] == cases.read_metrics(tmp_path / "clean")
@@ -112,10 +104,10 @@ def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
 def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
     """Stopped after one or two of three bad batches, or after going back: the same as never stopped."""
     poison(dict.fromkeys((5, 6, 7), np.nan))
-    whole = run_to_the_end(cases.small_config(corpus), tmp_path / "whole")
-    run_to_the_end(cases.small_config(corpus), tmp_path / "run", stop=lambda run: cases.StopAt(run, at))
-    run = run_to_the_end(cases.small_config(corpus), tmp_path / "run")
-    assert run.passed == whole.passed == [5, 6, 7]
+    whole = cases.run_training(cases.small_config(corpus), tmp_path / "whole")
+    cases.run_training(cases.small_config(corpus), tmp_path / "run", stop=lambda steps: cases.StopAt(steps, at))
+    run = cases.run_training(cases.small_config(corpus), tmp_path / "run")
+    assert run.passed == whole.passed == (5, 6, 7)
     cases.assert_same_bits(run.state, whole.state)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -123,7 +115,7 @@ def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
 def test_a_run_that_cannot_get_past_says_so(corpus, poison, tmp_path):
     poison(dict.fromkeys(range(5, 30), np.nan))
     with pytest.raises(RunError, match=r"loss nan, gradient nan, and so again after going back 3 times.*learning_rate"):
-        run_to_the_end(cases.small_config(corpus), tmp_path)
+        cases.run_training(cases.small_config(corpus), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 

@@ -11,11 +11,11 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.data import batches, load_data
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import prepare
-from deltaformer_jax.training.state import abstract_state, create_state, merge, model_parts
-from deltaformer_jax.training.step import make_train_step
-from deltaformer_jax.training.watch.statistics import activations, as_record, make_statistics_step, total_norm
+from deltaformer_jax.training.watch.statistics import activations, as_record, total_norm
 from deltaformer_jax.training.watch.tensorboard import TensorBoard
 
 
@@ -47,12 +47,11 @@ def test_statistics_are_those_of_the_step(corpus, accumulation, mesh):
         **{f"mesh__{axis}": size for axis, size in mesh.items()},
     )
     devices = jax.devices()[: 4 if mesh else 1]
-    parts, mesh = model_parts(config.model), make_mesh(config.mesh, devices)
-    _, shardings = abstract_state(config, parts, mesh)
-    state = create_state(config, parts, shardings)
+    program = Program(config, make_mesh(config.mesh, devices))
+    state = program.create_state(config.run.seed)
     batch = next(batches(load_data(corpus), "train", sequence_length=32, batch_size=8, seed=0))
     batch["segment_ids"][0, 20:] = 0  # some padding
-    record = as_record(jax.device_get(make_statistics_step(parts, mesh, accumulation)(state.params, batch)))
+    record = as_record(jax.device_get(program.statistics_step(state.params, batch)))
     json.dumps(record)
 
     params = jax.device_get(state.params)
@@ -66,21 +65,20 @@ def test_statistics_are_those_of_the_step(corpus, accumulation, mesh):
     rms = record["activation_rms"]
     assert list(rms) == ["embedding", "layers.0", "layers.1", "layers.2", "layers.3"] == list(record["activation_max"])
     part = {name: value[::accumulation] for name, value in batch.items()}
-    model = merge(parts, jax.tree.map(jnp.asarray, params))
+    model = merge(program.parts, jax.tree.map(jnp.asarray, params))
     embedded = np.asarray(model.embedding(part["tokens"], part["segment_ids"]))[part["segment_ids"] > 0]
     assert rms["embedding"] == pytest.approx(np.sqrt((embedded**2).mean()), rel=1e-5)
     assert record["activation_max"]["embedding"] == pytest.approx(np.abs(embedded).max(), rel=1e-5)
 
-    _, metrics = make_train_step(config, parts, mesh, shardings)(state, batch)
+    _, metrics = program.train_step(state, batch)
     assert total_norm(record["gradient_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
 
 
 def test_the_activations_are_the_models(corpus):
     """Guards the copy of the model's forward pass: its last output is what the model's own norm and head take."""
     config = cases.small_config(corpus, model__vocab_size=257, model__mixers=("delta_former", "softmax_attention"))
-    parts = model_parts(config.model)
-    _, shardings = abstract_state(config, parts, make_mesh(config.mesh, jax.devices()[:1]))
-    model = merge(parts, create_state(config, parts, shardings).params)
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+    model = merge(program.parts, program.create_state(config.run.seed).params)
     tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 257)
     segment_ids = jnp.array([[1] * 9 + [2] * 5 + [0] * 2, [0] * 4 + [1] * 12])
     last, _ = activations(model, tokens, segment_ids)
@@ -93,7 +91,7 @@ def test_a_run_with_instruments_is_the_same_run(corpus, plain, tmp_path):
 
     options = {"run__tensorboard": True, "run__statistics_every": 5, "run__profile_steps": 2}
     config = cases.small_config(corpus, **options)
-    cases.run_training(config, tmp_path, lambda run: cases.StopAt(run, 7))
+    cases.run_training(config, tmp_path, lambda steps: cases.StopAt(steps, 7))
     run = cases.run_training(config, tmp_path)
     folder, before = plain
     cases.assert_same_bits(run.state, before.state)

@@ -9,9 +9,9 @@ import pytest
 from support import training_cases as cases
 
 from deltaformer_jax.data import batches
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.training.loop import RunError, train
 from deltaformer_jax.training.setup import prepare
-from deltaformer_jax.training.state import merge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +61,7 @@ def test_what_a_run_leaves(whole):
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_stopped_and_resumed(corpus, whole, tmp_path, step):
     config = cases.small_config(corpus)
-    run = cases.run_training(config, tmp_path / "run", stop=lambda run: cases.StopAt(run, step))
+    run = cases.run_training(config, tmp_path / "run", stop=lambda steps: cases.StopAt(steps, step))
     assert run.step == step and (tmp_path / "run" / "checkpoints" / str(step)).exists()
     again = cases.run_training(config, tmp_path / "run")
     assert again.resumed and again.step == 12
@@ -74,15 +74,15 @@ def test_died_and_resumed(corpus, whole, tmp_path, step):
     """Nothing is saved at the death; lines after the last checkpoint, and half a line, are cut away."""
     config = cases.small_config(corpus)
     with pytest.raises(cases.ProcessDied):
-        cases.run_training(config, tmp_path, stop=lambda run: cases.DieAt(run, step))
+        cases.run_training(config, tmp_path, stop=lambda steps: cases.DieAt(steps, step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    run = prepare(config, tmp_path, devices=jax.devices()[:1])
-    assert run.step == (4 if step == 7 else 0) and run.resumed == (step == 7)
-    assert all(record["step"] <= run.step for record in cases.read_metrics(tmp_path))
-    train(run, cases.Interruption(), quiet=True)
+    run, position, state = prepare(config, tmp_path, devices=jax.devices()[:1])
+    assert position.step == (4 if step == 7 else 0) and run.resumed == (step == 7)
+    assert all(record["step"] <= position.step for record in cases.read_metrics(tmp_path))
+    ending = train(run, position, state, cases.Interruption(), quiet=True)
     assert cases.read_metrics(tmp_path) == cases.read_metrics(whole[0])
-    cases.assert_same_bits(run.state, whole[1])
+    cases.assert_same_bits(ending.state, whole[1])
 
 
 def test_a_finished_run_goes_on(corpus, whole, tmp_path):
@@ -101,9 +101,9 @@ def test_a_finished_run_goes_on(corpus, whole, tmp_path):
 
 def test_resumed_on_another_mesh(corpus, whole, tmp_path):
     config = cases.small_config(corpus)
-    cases.run_training(config, tmp_path, stop=lambda run: cases.StopAt(run, 6))
+    cases.run_training(config, tmp_path, stop=lambda steps: cases.StopAt(steps, 6))
     run = cases.run_training(cases.small_config(corpus, mesh__fsdp=2, mesh__tensor=2), tmp_path, devices=8)
-    assert run.mesh.size == 8
+    assert run.program.mesh.size == 8
     here, there = cases.read_metrics(tmp_path), cases.read_metrics(whole[0])
     for a, b in zip(here, there, strict=True):
         assert a == pytest.approx(b, abs=1e-4, rel=1e-3)
@@ -111,12 +111,12 @@ def test_resumed_on_another_mesh(corpus, whole, tmp_path):
 
 def test_evaluation_is_the_exact_number_over_the_split(corpus, whole):
     config = cases.small_config(corpus)
-    run = prepare(config, whole[0], devices=jax.devices()[:1])
+    run, _, state = prepare(config, whole[0], devices=jax.devices()[:1])
     run.checkpoints.close()
-    forward = jax.jit(lambda params, tokens, ids: merge(run.parts, params)(tokens, segment_ids=ids)[0])
+    forward = jax.jit(lambda params, tokens, ids: merge(run.program.parts, params)(tokens, segment_ids=ids)[0])
     nats = count = size = 0
     for batch in batches(run.corpus, "eval", sequence_length=32, batch_size=8, seed=0):
-        logits = np.asarray(forward(run.state.params, batch["tokens"], batch["segment_ids"]), np.float64)
+        logits = np.asarray(forward(state.params, batch["tokens"], batch["segment_ids"]), np.float64)
         row, column = np.nonzero(batch["segment_ids"])
         targets = batch["targets"][row, column]
         nats += (np.log(np.exp(logits).sum(-1))[row, column] - logits[row, column, targets]).sum()
@@ -180,11 +180,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run(corpus, tmp_path):
 
 
 def test_damaged_data_is_named(corpus, tmp_path):
-    run = prepare(cases.small_config(corpus), tmp_path / "run", devices=jax.devices()[:1])
+    prepared = prepare(cases.small_config(corpus), tmp_path / "run", devices=jax.devices()[:1])
 
     def read(*_):
         raise ValueError("shard 3 is damaged")
 
-    run.corpus.split("train").read = read
+    prepared.run.corpus.split("train").read = read
     with pytest.raises(RunError, match="shard 3 is damaged"):
-        train(run, cases.Interruption(), quiet=True)
+        train(*prepared, cases.Interruption(), quiet=True)

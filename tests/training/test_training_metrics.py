@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from deltaformer_jax.training.watch.metrics import Display, MetricsFile
+from deltaformer_jax.training.watch.display import Display
+from deltaformer_jax.training.watch.metrics import MetricsFile
 
 
 def lines(path):
@@ -17,11 +18,11 @@ def test_cut_back_to_a_step(tmp_path):
     for step in (1, 2, 3):
         file.write({"step": step, "loss": 1 / step})
     file.write({"step": 3, "eval_loss": 0.1})
-    assert len(lines(path)) == 4 and file.has_evaluation(3) and not file.has_evaluation(2)
+    assert len(lines(path)) == 4 and file.evaluation(3) and not file.evaluation(2)
 
     again = MetricsFile(path, 2)
     assert [record["step"] for record in lines(path)] == [1, 2] == [record["step"] for record in again.records]
-    assert not again.has_evaluation(3)
+    assert not again.evaluation(3)
     again.write({"step": 3, "loss": 0.5})
     assert lines(path)[-1] == {"step": 3, "loss": 0.5} and not list(tmp_path.glob("*.tmp"))
 

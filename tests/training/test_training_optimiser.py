@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deltaformer_jax.config import ModelConfig, OptimizerConfig
+from deltaformer_jax.model_parts import model_parts
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.state import model_parts
 
 
 def values(config, steps):

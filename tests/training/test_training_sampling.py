@@ -8,8 +8,9 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.decoding.generate import choose, generate, generate_batch
+from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.state import abstract_state, create_state, merge, model_parts
+from deltaformer_jax.training.program import Program
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +18,8 @@ def model():
     # Layers of both kinds; a window shorter than prompt and answer.
     mixers = ("delta_former", Mixer("softmax_attention", window=8))
     config = cases.small_config("", model__vocab_size=64, model__mixers=mixers, model__kv_shift=True)
-    parts = model_parts(config.model)
-    _, shardings = abstract_state(config, parts, make_mesh(config.mesh, jax.devices()[:1]))
-    return parts, create_state(config, parts, shardings).params
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+    return program.parts, program.create_state(config.run.seed).params
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 19])
@@ -39,8 +39,6 @@ def test_temperature_0_is_the_argmax_of_the_full_forward(model, length):
 
 
 def _full(graphdef, params, tokens, real):
-    from deltaformer_jax.training.state import ModelParts
-
     return merge(ModelParts(graphdef, None, None, None), params)(tokens, segment_ids=real)[0]
 
 

@@ -8,9 +8,8 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh, partition, rows
+from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch
-from deltaformer_jax.training.state import abstract_state, create_state, model_parts
-from deltaformer_jax.training.step import make_train_step
 
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -64,9 +63,8 @@ def losses_on(mesh_config, devices, steps=20):
     config = cases.small_config("", model__vocab_size=64, optimizer__accumulation_steps=2)
     config.mesh = mesh_config
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    parts = model_parts(config.model)
-    _, shardings = abstract_state(config, parts, mesh)
-    state, step = create_state(config, parts, shardings), make_train_step(config, parts, mesh, shardings)
+    program = Program(config, mesh)
+    state, step = program.create_state(config.run.seed), program.train_step
     draw, losses = np.random.default_rng(0), []
     for _ in range(steps):
         tokens, targets = draw.integers(0, 64, (2, 8, 32), dtype=np.int32)
@@ -106,10 +104,9 @@ def test_the_first_weights_do_not_depend_on_the_mesh():
     config = cases.small_config("", model__vocab_size=64)
     states = []
     for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(CUBE)):
-        parts = model_parts(config.model)
-        states.append(create_state(config, parts, abstract_state(config, parts, mesh)[1]))
+        program = Program(config, mesh)
+        states.append(program.create_state(config.run.seed))
     cases.assert_same_bits(*states)
-    config.run.seed = 1
-    other = create_state(config, parts, abstract_state(config, parts, make_mesh(CUBE))[1])
+    other = program.create_state(1)
     table = [np.asarray(state.params["embedding"]["table"]) for state in (states[0], other)]
     assert not np.array_equal(*table)

@@ -8,26 +8,20 @@ import numpy as np
 import pytest
 from support import training_cases as cases
 
+from deltaformer_jax.model import num_parameters
+from deltaformer_jax.model_parts import ModelParts, merge, model_parts
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
 from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, token_nats
-from deltaformer_jax.training.state import (
-    ModelParts,
-    abstract_state,
-    count_parameters,
-    create_state,
-    merge,
-    model_parts,
-)
-from deltaformer_jax.training.step import loss_and_gradient, make_train_step
+from deltaformer_jax.training.program import Program
+from deltaformer_jax.training.step import loss_and_gradient
 
 
 @pytest.fixture(scope="module")
 def built():
+    """A program, and the parameters it begins with."""
     config = cases.small_config("", model__vocab_size=64, mesh__data=1)
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    parts = model_parts(config.model)
-    _, shardings = abstract_state(config, parts, mesh)
-    return config, mesh, parts, shardings
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+    return program, program.create_state(0).params
 
 
 def ragged_batch(rows=8, length=32, seed=0):
@@ -78,8 +72,7 @@ def test_bfloat16_logits_are_read_in_float32():
 
 
 def test_accumulation_is_weighted_by_tokens(built):
-    config, _, parts, shardings = built
-    params = create_state(config, parts, shardings).params
+    parts, params = built[0].parts, built[1]
     batch = ragged_batch()
     whole, gradient, tokens = compute(parts, params, batch, 1)
     cut, cut_gradient, cut_tokens = compute(parts, params, batch, 4)
@@ -102,8 +95,7 @@ def test_accumulation_is_weighted_by_tokens(built):
 
 
 def test_loss_is_the_models(built):
-    config, _, parts, shardings = built
-    params = create_state(config, parts, shardings).params
+    parts, params = built[0].parts, built[1]
     batch = ragged_batch()
     forward = jax.jit(lambda params: merge(parts, params)(batch["tokens"], segment_ids=batch["segment_ids"])[0])
     logits = forward(params)
@@ -115,14 +107,13 @@ def test_loss_is_the_models(built):
 
 
 def test_step_learns_donates_and_counts(built):
-    config, mesh, parts, shardings = built
-    state = create_state(config, parts, shardings)
-    assert count_parameters(parts) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    step = make_train_step(config, parts, mesh, shardings)
-    batch = jax.device_put(ragged_batch(), batch_sharding(mesh))
+    program, _ = built
+    state = program.create_state(0)
+    assert num_parameters(program.parts.params) == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    batch = jax.device_put(ragged_batch(), batch_sharding(program.mesh))
     old, losses = state, []
     for n in range(8):
-        state, metrics = step(state, batch)
+        state, metrics = program.train_step(state, batch)
         assert all(isinstance(value, jax.Array) and value.dtype == jnp.float32 for value in metrics.values())
         losses.append(float(metrics["loss"]))
         assert int(state.step) == n + 1
@@ -134,8 +125,7 @@ def test_step_learns_donates_and_counts(built):
 
 
 def test_a_batch_of_padding_changes_nothing_but_by_decay(built):
-    config, _, parts, shardings = built
-    params = create_state(config, parts, shardings).params
+    parts, params = built[0].parts, built[1]
     batch = {name: np.zeros((8, 32), np.int32) for name in ("tokens", "targets", "segment_ids")}
     loss, gradient, tokens = compute(parts, params, batch, 1)
     assert float(loss) == 0 and int(tokens) == 0
@@ -144,9 +134,8 @@ def test_a_batch_of_padding_changes_nothing_but_by_decay(built):
 
 def test_logits_in_pieces_are_the_logits_at_once(built):
     """Values and gradients, with a length that the pieces don't divide, a loss mask and NaN-free padding."""
-    config, _, parts, shardings = built
+    parts, params = built[0].parts, built[1]
     batch = {**ragged_batch(length=30), "loss_mask": np.random.default_rng(1).random((8, 30)) < 0.7}
-    params = create_state(config, parts, shardings).params
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(8, 30)), jnp.float32)
 
     def total(params, max_logits):
@@ -160,8 +149,7 @@ def test_logits_in_pieces_are_the_logits_at_once(built):
 
 
 def test_masked_tokens_do_not_count(built):
-    config, _, parts, shardings = built
-    params, batch = create_state(config, parts, shardings).params, ragged_batch()
+    parts, params, batch = built[0].parts, built[1], ragged_batch()
     mask = np.random.default_rng(1).random((8, 32)) < 0.5
     loss, _, tokens = compute(parts, params, {**batch, "loss_mask": mask}, 1)
     nats = np.asarray(batch_nats(parts.graphdef, params, batch))

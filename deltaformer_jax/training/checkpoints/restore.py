@@ -7,24 +7,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
-from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.config.settings import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.store import CheckpointError, Checkpoints, check_checksums
+from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
-from deltaformer_jax.training.state import ModelParts, abstract_state, model_parts
 
 
 class Restored(NamedTuple):
-    """`config` has its vocabulary size; `params` are arrays on `mesh`, and have seen `step` updates."""
+    """`config` has its vocabulary size; `params` are arrays on `program.mesh`, and have seen `step` updates."""
 
     config: Config
     tokenizer: Tokenizer
-    mesh: Mesh
-    parts: ModelParts
+    program: Program
     params: Any
     step: int
 
@@ -40,25 +38,23 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
     tokenizer = read_tokenizer(workdir, saved)
     config = with_vocabulary(saved.config, tokenizer)
     config = dataclasses.replace(config, model=on_any_device(config.model))
-    mesh = make_mesh(MeshConfig())  # not the run's: this machine may have other devices
-    parts = model_parts(config.model)
-    abstract, _ = abstract_state(config, parts, mesh)
+    program = Program(config, make_mesh(MeshConfig()))  # not the run's mesh: this machine may have other devices
     folder = workdir / "checkpoints"
     if not folder.exists():
         raise CheckpointError(f"--workdir {workdir}: no checkpoint yet")
     checkpoints = Checkpoints(folder, config.run.keep_checkpoints)
     try:
         if step is None:
-            state, record = checkpoints.restore_newest(abstract, note)
+            state, record = checkpoints.restore_newest(program.abstract, note)
         else:
             if step not in checkpoints.steps():
                 there = ", ".join(map(str, checkpoints.steps())) or "none"
                 raise CheckpointError(f"--step {step}: no such checkpoint in {folder}; there are: {there}")
             check_checksums(checkpoints.path(step))
-            state, record = checkpoints.restore(step, abstract)
+            state, record = checkpoints.restore(step, program.abstract)
     finally:
         checkpoints.close()
-    return Restored(config, tokenizer, mesh, parts, state.params, int(record["step"]))
+    return Restored(config, tokenizer, program, state.params, int(record["step"]))
 
 
 def read_tokenizer(workdir: epath.Path, saved: Saved) -> Tokenizer:

@@ -1,12 +1,9 @@
-"""What a run shows and keeps: DIR/metrics.jsonl, and a progress display."""
+"""What a run keeps of its course: DIR/metrics.jsonl."""
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import rich.console
-import rich.progress
 from etils import epath
 
 
@@ -63,76 +60,7 @@ class MetricsFile:
         self.records = [record for record in self.records if record["step"] <= step]
         self._rewrite()
 
-    def has_evaluation(self, step: int) -> bool:
-        return any(record["step"] == step and "eval_loss" in record for record in reversed(self.records))
-
-
-class Display:
-    """A live bar on a terminal, one line per log elsewhere (a file, a cluster's log)."""
-
-    def __init__(self, total: int, start: int, *, quiet: bool = False):
-        self._total = total
-        self._console = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
-        self._bar = None
-        if self._console.is_terminal and not quiet:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(),
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.TextColumn("eta"),
-                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=total, completed=start)
-            self._bar.start()
-
-    def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def log(self, record: dict[str, Any], seconds_per_step: float | None) -> None:
-        rate = f"{_short(record['tokens_per_second'])} tokens/s" if record["tokens_per_second"] else ""
-        right = f"accuracy {record['accuracy']:.4f}  " if "accuracy" in record else ""
-        text = f"loss {record['loss']:.4f}  {right}{rate}".rstrip()
-        if self._bar is not None:
-            self._bar.update(self._task, description=text, completed=record["step"])
-            return
-        if seconds_per_step is not None:
-            text += f"  eta {_clock((self._total - record['step']) * seconds_per_step)}"
-        self.note(f"step {record['step']}/{self._total}  {text}  gradient {record['grad_norm']:.3g}")
-
-    def evaluation(self, record: dict[str, Any], seconds: float) -> None:
-        if "eval_accuracy" in record:
-            score = f"accuracy {record['eval_accuracy']:.4f}"
-        else:
-            score = f"{record['eval_bits_per_byte']:.4f} bits per byte"
-        self.note(
-            f"step {record['step']}/{self._total}  evaluation: {score}, "
-            f"loss {record['eval_loss']:.4f}  ({seconds:.1f} s)"
-        )
-
-    def note(self, text: str) -> None:
-        """Print a line; above the bar when there is one."""
-        self._console.print(text, markup=False)
-
-    def write(self, text: str) -> None:
-        """Print a piece of a line, as it comes."""
-        self._console.print(text, end="", markup=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _short(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The record of an evaluation at `step`."""
+        found = (record for record in reversed(self.records) if record["step"] == step and "eval_loss" in record)
+        return next(found, None)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from deltaformer_jax import ops
 from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding.mesh import replicated, rows
-from deltaformer_jax.training.state import ModelParts, merge
 from deltaformer_jax.training.step import loss_and_gradient
 
 

@@ -1,0 +1,98 @@
+"""The metrics of each step, read while the devices make the next one, and the time they took."""
+
+import time
+from typing import Any
+
+import jax
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.training.position import Position
+from deltaformer_jax.training.watch.display import Display
+from deltaformer_jax.training.watch.metrics import MetricsFile
+
+
+class LateReader:
+    """Reads the metrics of a step after the next one has been dispatched, writes them down and keeps the time.
+
+    The clock runs from dispatch to dispatch and from reading to reading; evaluations and saves are outside it.
+
+    Attributes: too_many, the batches skipped in a row once they are as many as optimizer.rollback_after; last_skip,
+    what was seen at the newest of them.
+    """
+
+    def __init__(self, config: Config, metrics: MetricsFile, display: Display):
+        self._config, self._metrics, self._display = config, metrics, display
+        self._waiting = None
+        self._last = None
+        self._tokens = self._steps = self._seconds = 0
+        self.last_skip = ""
+        self.too_many: tuple[int, ...] = ()
+
+    def forget(self) -> None:
+        """What is waiting belongs to a state that is gone."""
+        self._waiting, self.too_many = None, ()
+        self._tokens = self._steps = self._seconds = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._last = None
+
+    def before_step(self) -> None:
+        if self._last is None:
+            self._last = time.perf_counter()
+
+    def after_step(self, position: Position, number: int, metrics: dict[str, jax.Array], tokens: int) -> Position:
+        """Read the step before this one, of batch `number`, which then waits."""
+        position = self.read(position)
+        self._waiting = (position.step, number, metrics, tokens)
+        return position
+
+    def read(self, position: Position) -> Position:
+        """Read what is waiting: the position with what is now known of its streak."""
+        if self._waiting is None:
+            return position
+        (step, number, metrics, tokens), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._tokens += tokens
+            self._steps += 1
+            self._last = now
+        self._display.advance(step)
+        if values["skipped"]:
+            streak = (*position.streak, number)
+            if len(streak) >= self._config.optimizer.rollback_after:
+                self.too_many = streak
+            self._write_skip(step, number, values)
+            return position._replace(streak=streak)
+        self._write_update(step, values)
+        return position._replace(streak=())
+
+    def _write_update(self, step: int, values: dict[str, float]) -> None:
+        every = self._config.run.log_every
+        if not every or not (step == 1 or step % every == 0):
+            return
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        record = {
+            "step": step,
+            "loss": values["loss"],
+            "tokens_per_second": round(rate, 1),
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+        }
+        if "accuracy" in values:
+            record["accuracy"] = values["accuracy"]
+        self._write(record)
+        self._display.log(record, self._seconds / self._steps if self._steps else None)
+        self._tokens = self._steps = self._seconds = 0
+
+    def _write_skip(self, step: int, number: int, values: dict[str, float]) -> None:
+        self.last_skip = f"loss {values['loss']:.4g}, gradient {values['grad_norm']:.4g}"
+        # JSON has no NaN: what was seen is told as text.
+        self._write({"step": step, "skipped_batch": number, "because": self.last_skip})
+        self._display.note(f"step {step}/{self._config.run.steps}  skipped batch {number}: {self.last_skip}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            self._metrics.write(record)
