@@ -14,7 +14,8 @@ Ctrl-C or SIGTERM finishes the step, saves and exits with 0; a second one stops 
 
 import sys
 
-from deltaformer_jax.config.command_line import one_line_errors, parse
+from deltaformer_jax.config.command_line import parse
+from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.training.interruption import Interruption
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltaformer_jax.model_parts import ModelParts
+from deltaformer_jax.model import LanguageModel
 
 
 def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: float = 1.0) -> jax.Array:
@@ -38,7 +38,7 @@ def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k", "top_p"))
 def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacity: int, top_k: int, top_p: float):
-    model = nnx.merge(graphdef, nnx.State(params))
+    model = nnx.merge(graphdef, params)
     hidden, cache = model.hidden(
         tokens, segment_ids=segment_ids, positions=None, cache=model.init_cache(tokens.shape[0], capacity)
     )
@@ -49,7 +49,7 @@ def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacit
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k", "top_p"), donate_argnames=("cache",))
 def _decode(graphdef, params, token, cache, key, position, temperature, *, top_k: int, top_p: float):
-    model = nnx.merge(graphdef, nnx.State(params))
+    model = nnx.merge(graphdef, params)
     logits, cache = model(token[:, None], cache=cache)
     return choose(logits[:, 0], _row_keys(key, position, token.shape[0]), temperature, top_k, top_p), cache
 
@@ -68,14 +68,16 @@ def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, se
         raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
 
 
-def generate(parts: ModelParts, params, prompt: Sequence[int], tokens: int, **options) -> Iterator[int]:
-    """As `generate_batch` for one prompt: yields `tokens` token ids."""
-    return (int(row[0]) for row in generate_batch(parts, params, [prompt], tokens, **options))
+def generate(model: LanguageModel, prompt: Sequence[int], tokens: int, **options) -> Iterator[int]:
+    """As `generate_batch` for one prompt: yields `tokens` token ids.
+
+    text = list(generate(model, [0, 5, 3], 20, temperature=0.0))
+    """
+    return (int(row[0]) for row in generate_batch(model, [prompt], tokens, **options))
 
 
 def generate_batch(
-    parts: ModelParts,
-    params,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
@@ -95,10 +97,11 @@ def generate_batch(
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: no token; start it with the document separator")
     check_sampling(tokens, temperature, top_k, top_p, seed)
-    return _generate(parts, params, prompts, tokens, float(temperature), {"top_k": top_k, "top_p": float(top_p)}, seed)
+    return _generate(model, prompts, tokens, float(temperature), {"top_k": top_k, "top_p": float(top_p)}, seed)
 
 
-def _generate(parts, params, prompts, tokens, temperature, among, seed):
+def _generate(model, prompts, tokens, temperature, among, seed):
+    graphdef, params = nnx.split(model)
     lengths = np.array([len(prompt) for prompt in prompts])
     width = _power_of_two(lengths.max())
     padded = np.zeros((len(prompts), width), np.int32)
@@ -107,10 +110,10 @@ def _generate(parts, params, prompts, tokens, temperature, among, seed):
     real = (np.arange(width) < lengths[:, None]).astype(np.int32)
     key, heat = jax.random.key(seed), jnp.float32(temperature)
     capacity = _power_of_two(lengths.max() + tokens)
-    token, cache = _prefill(parts.graphdef, params, padded, real, key, heat, capacity=capacity, **among)
+    token, cache = _prefill(graphdef, params, padded, real, key, heat, capacity=capacity, **among)
     yield np.asarray(token)
     for position in range(1, tokens):
-        token, cache = _decode(parts.graphdef, params, token, cache, key, position, heat, **among)
+        token, cache = _decode(graphdef, params, token, cache, key, position, heat, **among)
         yield np.asarray(token)
 
 

@@ -16,7 +16,7 @@ import sys
 from etils import epath
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
-from deltaformer_jax.config.command_line import one_line_errors
+from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.reproduce.experiment import NAMES, load
 
 PROGRAM = "deltaformer_jax.reproduce"

@@ -243,8 +243,8 @@ def write_sample(run: Run, state: TrainState, display: Display, stop: Interrupti
     stream = tokenizer.stream()
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
     display.write(settings.sample_prompt)
-    parts = model_parts(on_any_device(run.config.model))
-    for token in generate(parts, state.params, prompt, settings.sample_tokens, seed=settings.seed):
+    model = merge(model_parts(on_any_device(run.config.model)), state.params)
+    for token in generate(model, prompt, settings.sample_tokens, seed=settings.seed):
         if stop.requested or token == tokenizer.eot:
             break
         display.write(stream.push(token))

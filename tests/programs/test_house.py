@@ -24,6 +24,7 @@ FLOORS = [
     ["deltaformer_jax.layers"],
     ["deltaformer_jax.layers.mixers"],
     ["deltaformer_jax.model"],
+    ["deltaformer_jax.model_parts"],
     ["deltaformer_jax.tasks"],
     ["deltaformer_jax.data"],
     ["deltaformer_jax.decoding"],

@@ -13,9 +13,11 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from deltaformer_jax import LanguageModel, Mixer, ModelConfig, delta_attention, evaluate, sample, train
+from deltaformer_jax import LanguageModel, Mixer, ModelConfig, delta_attention, train
 from deltaformer_jax.config.settings import Saved
 from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.evaluate import __main__ as evaluate
+from deltaformer_jax.sample import __main__ as sample
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_mixers.md").read_text(encoding="utf-8")
 MODULE = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]

@@ -9,11 +9,11 @@ import pyarrow.parquet
 import pytest
 from support import training_cases as cases
 
-from deltaformer_jax import evaluate
 from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.data import load_corpus, prepare_corpus
 from deltaformer_jax.data.prepare import main as prepare_main
+from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.training.setup import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

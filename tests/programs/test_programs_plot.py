@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.object_store import bucket
 
-from deltaformer_jax import plot
+from deltaformer_jax.plot import __main__ as plot
+from deltaformer_jax.plot import picture
+from deltaformer_jax.plot.curves import names, read_curves, smoothed
+from deltaformer_jax.plot.picture import PANELS
 
-TITLES = [title for name, title in plot.PANELS if "accuracy" not in name]
+TITLES = [title for name, title in PANELS if "accuracy" not in name]
 
 
 def make_run(folder, steps=40, offset=0.0, evaluates=True):
@@ -40,8 +43,8 @@ def lines_of(axis):
 
 
 def test_what_is_drawn(tmp_path):
-    runs = [plot.read_curves(make_run(tmp_path / "a")), plot.read_curves(make_run(tmp_path / "b", 20, 1.0))]
-    figure = plot.figure(runs, "step", 1)
+    runs = [read_curves(make_run(tmp_path / "a")), read_curves(make_run(tmp_path / "b", 20, 1.0))]
+    figure = picture.figure(runs, "step", 1)
     panels = {axis.get_ylabel(): axis for axis in figure.axes if axis.axison}
     assert list(panels) == TITLES and all(axis.get_xlabel() == "step" for axis in panels.values())
     first, second = "a: 0.0375 bits per byte, step 40", "b: 0.575 bits per byte, step 20"
@@ -51,7 +54,7 @@ def test_what_is_drawn(tmp_path):
     np.testing.assert_allclose(loss[second], [(step, 3 / step + 1) for step in range(1, 21)])
     bits = lines_of(panels["evaluation (bits per byte)"])
     np.testing.assert_allclose(bits[second], [(10, 0.65), (20, 0.575)])
-    tokens = plot.figure(runs, "tokens", 1).axes[0]
+    tokens = picture.figure(runs, "tokens", 1).axes[0]
     np.testing.assert_allclose(lines_of(tokens)[second][:, 0], 32 * np.arange(1, 21))
     assert tokens.get_xlabel() == "tokens"
 
@@ -61,7 +64,7 @@ def test_a_run_on_a_task(tmp_path):
     records = [{"step": step, "accuracy": step / 40} for step in range(1, 41)] + [{"step": 40, "eval_accuracy": 0.875}]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
-    figure = plot.figure([plot.read_curves(folder)], "step", 1)
+    figure = picture.figure([read_curves(folder)], "step", 1)
     panels = {axis.get_ylabel(): axis for axis in figure.axes if axis.axison}
     label = "a: accuracy 0.875, step 40"
     np.testing.assert_allclose(lines_of(panels["training accuracy"])[label][:, 1], np.arange(1, 41) / 40)
@@ -69,8 +72,8 @@ def test_a_run_on_a_task(tmp_path):
 
 
 def test_a_run_without_evaluations_and_many_runs(tmp_path):
-    runs = [plot.read_curves(make_run(tmp_path / str(i), evaluates=False)) for i in range(12)]
-    figure = plot.figure(runs, "step", 5)
+    runs = [read_curves(make_run(tmp_path / str(i), evaluates=False)) for i in range(12)]
+    figure = picture.figure(runs, "step", 5)
     assert [axis.get_ylabel() for axis in figure.axes if axis.axison] == [TITLES[0], *TITLES[2:]]
     assert len(figure.legends[0].get_texts()) == 12
     colours = {tuple(line.get_color()) for line in figure.axes[2].lines}
@@ -99,13 +102,13 @@ def test_the_picture(tmp_path, capsys):
     ],
 )
 def test_names(folders, given, expected):
-    assert plot.names(folders, given) == expected
+    assert names(folders, given) == expected
 
 
 @given(st.lists(st.floats(-5, 5) | st.just(float("nan")), min_size=1, max_size=30), st.integers(1, 9))
 def test_smoothing_is_a_centred_mean(values, width):
     values = np.array(values)
-    found = plot.smoothed(values, width)
+    found = smoothed(values, width)
     for i, value in enumerate(values):
         reach = min(width // 2, i, len(values) - 1 - i)
         near = values[i - reach : i + reach + 1]
@@ -117,7 +120,7 @@ def test_a_run_that_is_being_written(tmp_path):
     folder = make_run(tmp_path / "a", 5)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    assert plot.read_curves(folder).values["loss"][0].tolist() == [1, 2, 3, 4, 5]
+    assert read_curves(folder).values["loss"][0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_an_object_store(tmp_path):

@@ -13,7 +13,8 @@ from support import training_cases as cases
 from support.program_output import ours
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.config.command_line import one_line_errors, parse
+from deltaformer_jax.config.command_line import parse
+from deltaformer_jax.config.errors import one_line_errors
 
 ROOT = Path(__file__).parents[2]
 # ml_collections loads a config file by a method that Python has deprecated.

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import training_cases as cases
 
-from deltaformer_jax import evaluate, sample, tasks
+from deltaformer_jax import tasks
 from deltaformer_jax import train as program
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.config.settings import from_json, to_json
 from deltaformer_jax.data import TaskData, batches, count_batches, load_data, load_tokenizer
+from deltaformer_jax.evaluate import __main__ as evaluate
+from deltaformer_jax.evaluate.corpus import check_same_kind, evaluation_corpus
 from deltaformer_jax.model_parts import merge
+from deltaformer_jax.sample import __main__ as sample
 from deltaformer_jax.training.checkpoints.restore import restore
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
@@ -261,14 +264,14 @@ def test_evaluate_says_what_the_run_said_and_takes_other_options(whole, capsys):
     text = str(folder.parent / "text.txt")
     assert "give task:parity with any options" in error(capsys, evaluate.main, [*given, "--data", text])
     with pytest.raises(ValueError, match="--data task:swap: the run was trained on text; give text"):
-        evaluate.check_same_kind("task:swap", "data/code")
+        check_same_kind("task:swap", "data/code")
 
 
 def test_evaluate_refuses_options_with_other_tokens(tmp_path):
     run = types.SimpleNamespace(config=Config(), tokenizer=load_data("task:swap").tokenizer)
     run.config.data.path = "task:swap"
     with pytest.raises(ValueError, match="--data task:swap,elements=6: 15 different tokens, the run has 10; give"):
-        evaluate.evaluation_corpus(run, "task:swap,elements=6", tmp_path)
+        evaluation_corpus(run, "task:swap,elements=6", tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "tasks").glob("*.py")))

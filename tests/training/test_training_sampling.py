@@ -26,7 +26,7 @@ def model():
 def test_temperature_0_is_the_argmax_of_the_full_forward(model, length):
     parts, params = model
     prompt = np.random.default_rng(length).integers(0, 64, length).tolist()
-    tokens = prompt + list(generate(parts, params, prompt, 12, temperature=0.0))
+    tokens = prompt + list(generate(merge(parts, params), prompt, 12, temperature=0.0))
     # The whole text in one call, padded to one shape for every prompt.
     padded, real = np.zeros((2, 1, 32), np.int32)
     padded[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
@@ -49,12 +49,12 @@ def test_seeds(model):
     parts, params = model
 
     def text(**options):
-        return list(generate(parts, params, [1, 2, 3], 12, **options))
+        return list(generate(merge(parts, params), [1, 2, 3], 12, **options))
 
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text(top_k=1, seed=1) == text(temperature=0.0)
     # A longer text begins as a shorter one.
-    longer = list(generate(parts, params, [1, 2, 3], 13, seed=1))
+    longer = list(generate(merge(parts, params), [1, 2, 3], 13, seed=1))
     assert longer[:12] == text(seed=1)
 
 
@@ -106,7 +106,7 @@ def test_prompts_of_different_lengths_in_one_batch(model):
     parts, params = model
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, 64, length).tolist() for length in (5, 1, 19, 16, 33)]
-    rows = np.stack(list(generate_batch(parts, params, prompts, 12, temperature=0.0)), axis=1)
+    rows = np.stack(list(generate_batch(merge(parts, params), prompts, 12, temperature=0.0)), axis=1)
     assert rows.shape == (5, 12) and rows.dtype == np.int32
     padded, real = np.zeros((2, 5, 48), np.int32)
     for i, prompt in enumerate(prompts):
@@ -117,11 +117,11 @@ def test_prompts_of_different_lengths_in_one_batch(model):
             before = logits[i, len(prompt) + j - 1]
             assert before[rows[i, j]] >= before.max() - 1e-4
 
-    drawn = np.stack(list(generate_batch(parts, params, prompts, 12, seed=3)), axis=1)
-    assert drawn[0].tolist() == list(generate(parts, params, prompts[0], 12, seed=3))
-    others = np.stack(list(generate_batch(parts, params, [*prompts[:2], prompts[4]], 12, seed=3)), axis=1)
+    drawn = np.stack(list(generate_batch(merge(parts, params), prompts, 12, seed=3)), axis=1)
+    assert drawn[0].tolist() == list(generate(merge(parts, params), prompts[0], 12, seed=3))
+    others = np.stack(list(generate_batch(merge(parts, params), [*prompts[:2], prompts[4]], 12, seed=3)), axis=1)
     np.testing.assert_array_equal(others[:2], drawn[:2])
-    same = np.stack(list(generate_batch(parts, params, [prompts[0]] * 2, 12, seed=3)), axis=1)
+    same = np.stack(list(generate_batch(merge(parts, params), [prompts[0]] * 2, 12, seed=3)), axis=1)
     assert (same[0] != same[1]).any()
 
 
@@ -143,4 +143,4 @@ def test_errors_come_at_the_call(model, options, message):
     parts, params = model
     options = {"prompt": [1], "tokens": 3, **options}
     with pytest.raises(ValueError, match=message):
-        generate(parts, params, options.pop("prompt"), options.pop("tokens"), **options)
+        generate(merge(parts, params), options.pop("prompt"), options.pop("tokens"), **options)

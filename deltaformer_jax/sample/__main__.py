@@ -9,14 +9,13 @@ stdout, whole characters only, the first one as it comes and the others when it 
 stderr. Several prompts, of any lengths, run as one batch. Bad input: one line, exit code 2.
 """
 
-import json
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
-from deltaformer_jax.config.command_line import one_line_errors
+from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.sample.output import Output
+from deltaformer_jax.sample.prompts import read_prompts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("deltaformer_jax.sample"):
         from deltaformer_jax.decoding.generate import check_sampling, generate_batch
         from deltaformer_jax.decoding.text_stream import TextStream
+        from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.restore import restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(
-            run.program.parts,
-            run.params,
+            merge(run.program.parts, run.params),
             [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
             flags.tokens,
             temperature=flags.temperature,
@@ -70,74 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
             if not stream.finish:
                 rest = stream.end()
                 output.add(i, rest, stream.finish or "length", tokens=0)
-
-
-def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    """--prompt's texts, then the lines of --prompts. Raises ValueError or OSError naming the flag."""
-    prompts = list(prompts)
-    if file is not None:
-        try:
-            content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            prompts += content.decode("utf-8").splitlines()
-        except OSError as error:
-            raise OSError(f"--prompts {file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts {file}: not UTF-8 (byte {error.start})") from None
-    if not prompts:
-        raise ValueError('no prompt; give --prompt TEXT (--prompt "" to begin from nothing) or --prompts FILE')
-    for prompt in prompts:
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"--prompt {prompt!a}: not UTF-8") from None
-    return prompts
-
-
-class Output:
-    """Texts that grow side by side, printed one after the other: the first unfinished one as it grows."""
-
-    def __init__(self, prompts: list[str], as_json: bool):
-        self._prompts = prompts
-        self._json = as_json
-        self._texts = [""] * len(prompts)
-        self._tokens = [0] * len(prompts)
-        self._finish: list[str | None] = [None] * len(prompts)
-        self._turn = 0  # whose text is on stdout
-        self._shown = -1  # characters of it; -1: not even the prompt
-
-    def add(self, i: int, text: str, finish: str | None, tokens: int = 1) -> None:
-        self._texts[i] += text
-        self._tokens[i] += tokens
-        self._finish[i] = finish
-        while self._turn < len(self._prompts) and self._show(self._turn):
-            self._turn, self._shown = self._turn + 1, -1
-
-    def _show(self, i: int) -> bool:
-        """Prints what there is of text i; True if that is all."""
-        done = self._finish[i] is not None
-        if self._json:
-            if done:
-                print(json.dumps(self._record(i), ensure_ascii=False), flush=True)
-            return done
-        if self._shown < 0:
-            if len(self._prompts) > 1:
-                print(f"--- {i + 1} of {len(self._prompts)}")
-            sys.stdout.write(self._prompts[i])
-            self._shown = 0
-        sys.stdout.write(self._texts[i][self._shown :])
-        self._shown = len(self._texts[i])
-        if done:
-            print()
-        sys.stdout.flush()
-        return done
-
-    def _record(self, i: int) -> dict[str, Any]:
-        return {
-            "prompt": self._prompts[i],
-            "text": self._texts[i],
-            "tokens": self._tokens[i],
-            "finish": self._finish[i],
-        }
 
 
 if __name__ == "__main__":

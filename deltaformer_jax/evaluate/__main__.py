@@ -11,16 +11,15 @@ predicts the next; with --sequence_length it may be a longer document than those
 exit code 2.
 """
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
-from deltaformer_jax.config.command_line import one_line_errors
+from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.evaluate.corpus import evaluation_corpus
+from deltaformer_jax.evaluate.report import progress, table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,82 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(whole, by_position), file=sys.stderr)
     data = str(flags.data or corpus.path)
     print(json.dumps({"step": run.step, "data": data, "sequence_length": length, **whole, "by_position": by_position}))
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """advance() of a bar on stderr, if that is a terminal."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with progress.Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda: bar.advance(task)
-
-
-def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
-    """Lines for people, the whole last."""
-    score = ("accuracy", "accuracy") if "accuracy" in whole else ("bits_per_byte", "bits per byte")
-    lines = [("position", "tokens", "loss", "perplexity", score[1])]
-    for report in [*by_position, whole]:
-        first, last = report.get("from"), report.get("to")
-        name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
-        numbers = [report[key] for key in ("loss", "perplexity", score[0])]
-        lines.append((name, f"{report['tokens']:,}", *("-" if n is None else f"{n:,.4f}" for n in numbers)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
-
-
-def check_same_kind(data: str | None, trained: str) -> None:
-    """Raise ValueError naming --data where it is not what the run learnt: text, or the same task with any options."""
-    from deltaformer_jax.data import is_task
-    from deltaformer_jax.tasks.spec import read_spec
-
-    if data is None or not (is_task(data) or is_task(trained)):
-        return
-    if not is_task(trained):
-        raise ValueError(f"--data {data}: the run was trained on text; give text")
-    name, _ = read_spec(trained)
-    if not is_task(data) or read_spec(data)[0] != name:
-        raise ValueError(f"--data {data}: the run was trained on {trained}; give task:{name} with any options")
-
-
-def evaluation_corpus(run, data: str | None, folder: Path):
-    """The corpus to evaluate on; plain text is prepared with the run's tokenizer in `folder`, all of it for evaluation.
-
-    Raises ValueError or FileNotFoundError naming --data.
-    """
-    from deltaformer_jax import data as library
-    from deltaformer_jax.data import Corpus, prepare_corpus
-    from deltaformer_jax.data.corpus import MANIFEST_FILE
-    from deltaformer_jax.training.setup import load_data
-
-    check_same_kind(data, run.config.data.path)
-    if data is None:
-        corpus = load_data(run.config)
-    elif library.is_task(data) or "://" in data or (Path(data) / MANIFEST_FILE).exists():
-        corpus = library.load_data(data)
-    elif not Path(data).exists() and "=" in data:
-        corpus = library.load_data(data)
-    elif not Path(data).exists():
-        raise FileNotFoundError(f"--data {data}: no such file or folder")
-    else:
-        run.tokenizer.save(folder / "tokenizer.json")
-        whole = prepare_corpus(data, folder / "corpus", tokenizer=str(folder / "tokenizer.json"), eval_fraction=0.0)
-        text = whole.split("train")
-        corpus = Corpus(whole.path, whole.manifest, whole.tokenizer, {"train": text, "eval": text})
-    if corpus.tokenizer.hash != run.tokenizer.hash and library.is_task(str(data or corpus.path)):
-        raise ValueError(
-            f"--data {data}: {corpus.tokenizer.vocab_size} different tokens, the run has {run.tokenizer.vocab_size}; "
-            f"give options that leave them as in {run.config.data.path}"
-        )
-    if corpus.tokenizer.hash != run.tokenizer.hash:
-        raise ValueError(
-            f"{data or corpus.path}: prepared with another tokenizer than the run's; prepare it with --tokenizer "
-            "and the run's tokenizer.json"
-        )
-    return corpus
 
 
 if __name__ == "__main__":

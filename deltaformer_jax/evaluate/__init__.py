@@ -1,0 +1,1 @@
+"""The program that scores a run's model: __main__.py says how."""

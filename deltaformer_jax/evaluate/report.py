@@ -1,0 +1,30 @@
+"""What an evaluation shows: a bar while it goes on, a table at its end."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """advance() of a bar on stderr, if that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with progress.Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda: bar.advance(task)
+
+
+def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
+    """Lines for people, the whole last."""
+    score = ("accuracy", "accuracy") if "accuracy" in whole else ("bits_per_byte", "bits per byte")
+    lines = [("position", "tokens", "loss", "perplexity", score[1])]
+    for report in [*by_position, whole]:
+        first, last = report.get("from"), report.get("to")
+        name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
+        numbers = [report[key] for key in ("loss", "perplexity", score[0])]
+        lines.append((name, f"{report['tokens']:,}", *("-" if n is None else f"{n:,.4f}" for n in numbers)))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)

@@ -1,0 +1,1 @@
+"""The program that draws the curves of runs: __main__.py says how."""

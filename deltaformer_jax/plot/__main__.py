@@ -1,0 +1,49 @@
+"""The curves of one run or of several, side by side in one picture:
+
+    python -m deltaformer_jax.plot DIR... [--out FILE.png] [--x step|tokens] [--smooth N] [--names NAME,NAME]
+
+Loss (its mean over N logged steps around each, and every logged step faintly), evaluation in bits per byte or, of a
+synthetic task, accuracy, norm of the gradient, learning rate and tokens per second, from DIR/metrics.jsonl; a run may
+still be going on. Without --out: curves.png in the first DIR. DIRs may be gs:// paths. Bad input: one line, exit code
+2.
+"""
+
+import io
+
+from etils import epath
+
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.errors import one_line_errors
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m deltaformer_jax.plot", description="The curves of runs, side by side in one picture."
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="runs' folders; may be gs://")
+    parser.add_argument("--out", metavar="FILE", help="the picture, .png, .pdf or .svg (default: DIR/curves.png)")
+    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="along the bottom (default: step)")
+    parser.add_argument("--smooth", type=int, default=10, metavar="N", help="mean of so many losses (default: 10)")
+    parser.add_argument("--names", metavar="NAME,NAME", help="of the runs, in the legend (default: the folders')")
+    flags = parser.parse_args(arguments)
+
+    with one_line_errors("deltaformer_jax.plot"):
+        from deltaformer_jax.plot.curves import names, read_curves
+        from deltaformer_jax.plot.picture import figure
+
+        if flags.smooth < 1:
+            raise ValueError(f"--smooth {flags.smooth}: give 1 (no smoothing) or more")
+        labels = names(flags.workdirs, flags.names)
+        runs = [read_curves(workdir)._replace(name=name) for workdir, name in zip(flags.workdirs, labels)]
+        out = epath.Path(flags.out) if flags.out else epath.Path(flags.workdirs[0]) / "curves.png"
+        if out.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"--out {out}: end it in .png, .pdf or .svg")
+        picture = io.BytesIO()
+        figure(runs, flags.x, flags.smooth).savefig(picture, format=out.suffix[1:], dpi=150)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(picture.getvalue())
+        print(out)
+
+
+if __name__ == "__main__":
+    main()

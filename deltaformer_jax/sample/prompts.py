@@ -1,0 +1,25 @@
+"""The texts that a sample writes on from: of flags and of a file."""
+
+import sys
+from pathlib import Path
+
+
+def read_prompts(prompts: list[str], file: str | None) -> list[str]:
+    """--prompt's texts, then the lines of --prompts. Raises ValueError or OSError naming the flag."""
+    prompts = list(prompts)
+    if file is not None:
+        try:
+            content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            prompts += content.decode("utf-8").splitlines()
+        except OSError as error:
+            raise OSError(f"--prompts {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {file}: not UTF-8 (byte {error.start})") from None
+    if not prompts:
+        raise ValueError('no prompt; give --prompt TEXT (--prompt "" to begin from nothing) or --prompts FILE')
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"--prompt {prompt!a}: not UTF-8") from None
+    return prompts
