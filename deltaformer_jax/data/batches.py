@@ -90,7 +90,7 @@ def _packing(
     corpus: Corpus | Mixture | TaskData, split: str, sequence_length: int, seed: int | None
 ) -> Packing | MixedPacking | TaskRows:
     if isinstance(corpus, TaskData):
-        return TaskRows(corpus, sequence_length, seed)
+        return corpus.rows(sequence_length, seed)
     if isinstance(corpus, Corpus):
         return Packing(check_split(corpus, split), sequence_length, seed)
     if split == "train":

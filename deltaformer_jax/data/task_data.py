@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from deltaformer_jax.tasks import Examples, make_task
 from deltaformer_jax.tasks.spec import PREFIX
 
 EVALUATION_EXAMPLES = 1024
-_EVALUATION = "evaluation"  # the seed of the evaluation split, which no run's training has
+EVALUATION_SEED = "evaluation"  # the seed of the evaluation split, which no run's training has
 _LONG = 2**20  # tokens in a row: room for any task, to ask what does not depend on it
 
 
@@ -38,15 +39,29 @@ class TaskData:
         """Raise ValueError unless the task fits rows of that many tokens."""
         make_task(self.path, sequence_length)
 
+    def rows(self, sequence_length: int, seed: int | None) -> TaskRows:
+        """The rows of training under `seed`, or, None, of the evaluation split."""
+        return TaskRows(make_task(self.path, sequence_length), seed)
+
 
 class TaskRows:
-    """Rows of a task, as `Packing`'s of a split: seed None is the evaluation split."""
+    """Rows of a task, as `Packing`'s of a split: seed None is the evaluation split, which has `examples` rows.
 
-    def __init__(self, data: TaskData, sequence_length: int, seed: int | None):
-        self._task = make_task(data.path, sequence_length)
-        self._seed = _EVALUATION if seed is None else seed
+    `first`: the example that is row 0.
+    """
+
+    def __init__(
+        self,
+        task: Callable[[int | str, np.ndarray], Examples],
+        seed: int | None,
+        *,
+        first: int = 0,
+        examples: int = EVALUATION_EXAMPLES,
+    ):
+        self._task, self._first = task, first
+        self._seed = EVALUATION_SEED if seed is None else seed
         self._ends = seed is None
-        self.rows_per_epoch = EVALUATION_EXAMPLES
+        self.rows_per_epoch = examples
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """tokens, targets, segment_ids (1, 0 at padding): int32 [N, T]; loss_mask: bool [N, T], what is asked for.
@@ -54,8 +69,8 @@ class TaskRows:
         Of the evaluation split rows past the end are all padding.
         """
         indices = np.asarray(indices, np.int64)
-        examples: Examples = self._task(self._seed, indices)
-        here = (indices < EVALUATION_EXAMPLES)[:, None] if self._ends else np.ones((len(indices), 1), bool)
+        examples = self._task(self._seed, self._first + indices)
+        here = (indices < self.rows_per_epoch)[:, None] if self._ends else np.ones((len(indices), 1), bool)
         return {
             "tokens": np.where(here, examples.tokens, 0),
             "targets": np.where(here, examples.targets, 0),

@@ -56,7 +56,9 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
     """Do what is left of an experiment; False if it was interrupted. Raises ValueError or OSError for one line."""
     from deltaformer_jax.reproduce import unfinished
     from deltaformer_jax.reproduce.notebook import Notebook, machine
+    from deltaformer_jax.training.checkpoints.store import SaveError
     from deltaformer_jax.training.interruption import Interruption
+    from deltaformer_jax.training.loop import RunError
 
     experiment = load(name)
     if out.exists() and not out.is_dir():
@@ -81,7 +83,10 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
             note(f"[{number}/{len(cells)}] {settings['label']}")
             folder = out / name / settings["label"].replace(" ", "_")
             clock = unfinished.Clock(folder, stop, machine())
-            result = experiment.run(settings, folder, note, clock)
+            try:
+                result = experiment.run(settings, folder, note, clock)
+            except (RunError, SaveError) as error:  # a full disk, say
+                raise OSError(str(error)) from error
             if result is None:
                 clock.save()
                 if not (folder / unfinished.MARKER).exists():

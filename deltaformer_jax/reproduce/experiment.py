@@ -29,19 +29,25 @@ class Experiment:
 
 # Name -> (what it shows, the module that holds EXPERIMENT).
 NAMES = {
-    "mixers": ("every mixer on the standard library's text, parameters and tokens equal", "mixers"),
-    "theorem1": ("an exact memory of n slots under swaps, with and without compression of its cache", "theorem1"),
-    "snr": ("retrieval: noise to signal against pairs and width, measured and by formula", "snr"),
-    "rope_base": ("the bases of a rotary embedding that bound the context", "rope_base"),
-    "table6": ("times of the recurrent, parallel and chunked forms on this machine", "table6"),
-    "figure3": ("tracking swaps of 5 elements: similarities of DeltaFormer against Transformers", "figure3"),
-    "figure4": ("swaps in rows of 256 by a curriculum and directly, and at 512 and 1024", "figure4"),
-    "figure5": ("reachability in a graph: similarities of DeltaFormer against Transformers", "figure5"),
-    "figure6": ("more elements than width, with fixed keys: linear against round", "figure6"),
-    "table1": ("associative recall by read similarity", "table1"),
-    "table5": ("formal languages at lengths never trained on", "table5"),
-    "mqar": ("associative recall by every mixer at the four usual sizes, of 256 and of 8,192 words", "mqar"),
-    "word_problem": ("products of permutations of five things", "word_problem"),
+    "mixers": ("every mixer on the standard library's text, parameters and tokens equal", "language.mixers"),
+    "theorem1": (
+        "an exact memory of n slots under swaps, with and without compression of its cache",
+        "deltaformer.theorem1",
+    ),
+    "snr": ("retrieval: noise to signal against pairs and width, measured and by formula", "associative_memory.snr"),
+    "rope_base": ("the bases of a rotary embedding that bound the context", "rope.rope_base"),
+    "table6": ("times of the recurrent, parallel and chunked forms on this machine", "deltaformer.table6"),
+    "figure3": (
+        "tracking swaps of 5 elements: similarities of DeltaFormer against Transformers",
+        "deltaformer.figure3",
+    ),
+    "figure4": ("swaps in rows of 256 by a curriculum and directly, and at 512 and 1024", "deltaformer.figure4"),
+    "figure5": ("reachability in a graph: similarities of DeltaFormer against Transformers", "deltaformer.figure5"),
+    "figure6": ("more elements than width, with fixed keys: linear against round", "deltaformer.figure6"),
+    "table1": ("associative recall by read similarity", "deltaformer.table1"),
+    "table5": ("formal languages at lengths never trained on", "deltaformer.table5"),
+    "mqar": ("associative recall by every mixer at the four usual sizes, of 256 and of 8,192 words", "recall.mqar"),
+    "word_problem": ("products of permutations of five things", "state_tracking.word_problem"),
 }
 
 

@@ -9,12 +9,12 @@ import json
 import time
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 
 MARKER = "made_by_deltaformer_jax_reproduce.txt"
-STATE, SECONDS = "unfinished.msgpack", "seconds.json"
+STAGES = "stages"  # the runs that a cell is made of, a folder each
+PROGRESS, SECONDS = "progress.json", "seconds.json"
+FORMER = "unfinished.msgpack"  # where earlier versions kept a cell's state
 SAVE_EVERY = 60.0  # seconds between two saves of a state
 ADVICE = "give another --out, or --force to start anew"
 
@@ -30,10 +30,13 @@ def claim(folder: epath.Path) -> None:
 
 
 def release(folder: epath.Path) -> None:
-    """Remove what `save` and `Clock` wrote, and the folder if that was all. What else a cell keeps there stays."""
+    """Remove a cell's stages and what `save` and `Clock` wrote, and the folder if that was all. What else a cell keeps
+    there stays."""
     if not (folder / MARKER).exists():
         return
-    for name in (STATE, SECONDS):
+    if (folder / STAGES).exists():
+        (folder / STAGES).rmtree()
+    for name in (PROGRESS, SECONDS):
         (folder / name).unlink(missing_ok=True)
     if [path.name for path in folder.iterdir()] == [MARKER]:
         folder.rmtree()
@@ -63,40 +66,29 @@ def _write(path: epath.Path, content: bytes) -> None:
     part.replace(path)
 
 
-def save(folder: epath.Path, settings: dict[str, Any], state: Any, progress: dict[str, Any]) -> None:
-    """Keep a pytree of arrays, and progress in plain JSON, of the cell that `settings` describes."""
-    from flax import serialization
-
-    claim(folder)
-    leaves = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(state))}
-    words = json.dumps({"settings": settings, "progress": progress})
-    _write(folder / STATE, serialization.msgpack_serialize({"leaves": leaves, "words": words}))
+def save(folder: epath.Path, settings: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Keep the progress, plain JSON, of the cell that `settings` describes."""
+    _write(folder / PROGRESS, json.dumps({"settings": settings, "progress": progress}).encode())
 
 
-def load(folder: epath.Path, settings: dict[str, Any], like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """What `save` kept, placed like `like`'s arrays, and the progress; None if there is none.
+def load(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The progress that `save` kept; None if there is none.
 
-    Raises ValueError for a file of other settings, or one that is damaged.
+    Raises ValueError for a file of other settings, one that is damaged, and what an earlier version kept.
     """
-    from flax import serialization
-
-    path = folder / STATE
-    if not (folder / MARKER).exists() or not path.exists():
+    if (folder / FORMER).exists():
+        raise ValueError(f"--out: {folder / FORMER} is of an earlier version, which kept it in another form; {ADVICE}")
+    path = folder / PROGRESS
+    if not path.exists():
         return None
     try:
-        saved = serialization.msgpack_restore(path.read_bytes())
-        words = json.loads(saved["words"])
-        kept, progress = words["settings"], words["progress"]
-        leaves = [saved["leaves"][str(number)] for number in range(len(saved["leaves"]))]
-    except Exception:  # msgpack has its own kinds, and none of them says more
+        saved = json.loads(path.read_text())
+        kept, progress = saved["settings"], dict(saved["progress"])
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"--out: {path} is damaged; {ADVICE}") from None
-    old, structure = jax.tree.flatten(like)
-    shapes = lambda arrays: [(array.shape, array.dtype) for array in arrays]
-    if kept != json.loads(json.dumps(settings)) or shapes(leaves) != shapes(old):
+    if kept != json.loads(json.dumps(settings)):
         raise ValueError(f"--out: {path} is of other settings than this version's or form's; {ADVICE}")
-    # A copy: the training step gives its state's memory away.
-    placed = [jax.device_put(new, leaf.sharding, may_alias=False) for new, leaf in zip(leaves, old)]
-    return jax.tree.unflatten(structure, placed), progress
+    return progress
 
 
 class Clock:

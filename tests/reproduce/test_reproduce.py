@@ -6,9 +6,12 @@ import signal
 
 import pytest
 from etils import epath
+from support import training_cases as cases
 
 from deltaformer_jax.reproduce import __main__ as program
-from deltaformer_jax.reproduce import experiment, families, mixers, mqar, notebook, pictures, train_task, unfinished
+from deltaformer_jax.reproduce import experiment, families, notebook, pictures, train_task, unfinished
+from deltaformer_jax.reproduce.language import mixers
+from deltaformer_jax.reproduce.recall import mqar
 
 
 @pytest.fixture
@@ -248,43 +251,58 @@ def tiny_cell(**changes):
 
 
 def test_a_stopped_cell_goes_on_to_the_same_bits(tmp_path):
-    """Stopped after every number of steps, and between the tests; its state and progress at the end are a file."""
-    whole = epath.Path(tmp_path / "whole")
-    result = train_task.run(tiny_cell(), whole, print, StopAfter(1000))
-    assert result["steps"] == 6 and result["solved_at"] == [2, None] and not whole.exists()
-    assert train_task.run(tiny_cell(), whole, print, StopAfter(7)) is None  # before the last test
-    expected = (whole / unfinished.STATE).read_bytes()
-    for steps in range(7):
-        folder = epath.Path(tmp_path / f"{steps}")
-        assert train_task.run(tiny_cell(), folder, print, StopAfter(steps)) is None
-        assert train_task.run(tiny_cell(), folder, print, StopAfter(7 - steps)) is None
-        assert (folder / unfinished.STATE).read_bytes() == expected
+    """Stopped at every step and between them, in both stages, and between the tests."""
+    whole, stop = epath.Path(tmp_path / "whole"), StopAfter(1000)
+    result = train_task.run(tiny_cell(), whole, print, stop)
+    assert result["steps"] == 6 and result["solved_at"] == [2, None] and list(result["tests"]) == ["2", "3"]
+    asks, expected = 1000 - stop.asks, cases.last_checkpoint(whole / unfinished.STAGES / "1")
+    places = set()
+    for first in range(0, asks, 3):
+        folder = epath.Path(tmp_path / f"{first}")
+        assert train_task.run(tiny_cell(), folder, print, StopAfter(first)) is None
+        stages = sorted((folder / unfinished.STAGES).iterdir())
+        places.add((len(stages), cases.last_checkpoint(stages[-1])[0]["step"]))
         assert train_task.run(tiny_cell(), folder, print, StopAfter(1000)) == result
+        assert cases.last_checkpoint(folder / unfinished.STAGES / "1") == expected
         unfinished.release(folder)
         assert not folder.exists()
+    assert places == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)}
 
 
 def test_a_cell_saves_as_it_goes_and_refuses_what_is_not_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
     folder = epath.Path(tmp_path / "cell")
 
-    def die(text):
-        raise SystemExit
+    class Die(StopAfter):
+        @property
+        def requested(self):
+            if super().requested:
+                raise SystemExit
+            return False
 
-    with pytest.raises(SystemExit):  # at the end, as if killed there
-        train_task.run(tiny_cell(), folder, die, StopAfter(1000))
+    with pytest.raises(SystemExit):  # in the second stage, as if killed there
+        train_task.run(tiny_cell(eval_every=2), folder, print, Die(16))
     said = []
-    train_task.run(tiny_cell(), folder, said.append, StopAfter(1000))
-    assert said[0].strip() == "going on after step 5"  # saved before the sixth
+    result = train_task.run(tiny_cell(eval_every=2), folder, said.append, StopAfter(1000))
+    assert said[0].strip() == "going on after step 5"  # the second stage begins after step 4
+    assert result == train_task.run(tiny_cell(eval_every=2), epath.Path(tmp_path / "whole"), print, StopAfter(1000))
     with pytest.raises(ValueError, match="is of other settings than this version's or form's; give another --out"):
         train_task.run(tiny_cell(seed=1), folder, print, StopAfter(1000))
-    (folder / unfinished.STATE).write_bytes(b"\x00" * 9)
-    with pytest.raises(ValueError, match=r"unfinished\.msgpack is damaged; give another --out, or --force"):
-        train_task.run(tiny_cell(), folder, print, StopAfter(1000))
+    checkpoints = tmp_path / "cell" / unfinished.STAGES / "1" / "checkpoints"
+    largest = max(checkpoints.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"\x00" * 9)
+    with pytest.raises(ValueError, match=r"stages/1 is damaged: .* corrupt .*; give another --out, or --force"):
+        train_task.run(tiny_cell(eval_every=2), folder, print, StopAfter(1000))
+    (folder / unfinished.PROGRESS).write_bytes(b"\x00" * 9)
+    with pytest.raises(ValueError, match=r"progress\.json is damaged; give another --out, or --force"):
+        train_task.run(tiny_cell(eval_every=2), folder, print, StopAfter(1000))
+    (folder / unfinished.FORMER).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"unfinished\.msgpack is of an earlier version.*; give another --out, or --f"):
+        train_task.run(tiny_cell(eval_every=2), folder, print, StopAfter(1000))
 
 
 def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
-    stop = StopAfter(3)
+    stop = StopAfter(10)
     monkeypatch.setattr(unfinished.Clock, "requested", property(lambda clock: stop.requested))
     one = experiment.Experiment(
         cells=lambda quick: [tiny_cell(family="parity", variant="tiny")],
@@ -296,12 +314,12 @@ def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(experiment.NAMES, "tiny", ("parity", "tiny"))
     monkeypatch.setattr(program, "load", lambda name: one)
     assert not program.reproduce("tiny", epath.Path(tmp_path))
-    folder = tmp_path / "tiny" / "label"
-    assert {path.name for path in folder.iterdir()} == {unfinished.MARKER, unfinished.STATE, unfinished.SECONDS}
+    folder, kept = tmp_path / "tiny" / "label", {unfinished.MARKER, unfinished.PROGRESS, unfinished.SECONDS}
+    assert {path.name for path in folder.iterdir()} == {*kept, unfinished.STAGES}
     stop.asks = 1000
     assert program.reproduce("tiny", epath.Path(tmp_path))
     said = capsys.readouterr().err
-    assert "going on after step 3" in said and "begins anew" not in said and not folder.parent.exists()
+    assert "going on after step 2" in said and "begins anew" not in said and not folder.parent.exists()
 
 
 @pytest.mark.parametrize("name", experiment.NAMES)

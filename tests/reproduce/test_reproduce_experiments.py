@@ -12,22 +12,12 @@ from flax import nnx
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.reproduce import __main__ as program
-from deltaformer_jax.reproduce import (
-    experiment,
-    figure3,
-    figure4,
-    figure5,
-    figure6,
-    mqar,
-    rope_base,
-    snr,
-    table1,
-    table5,
-    table6,
-    theorem1,
-    train_task,
-    word_problem,
-)
+from deltaformer_jax.reproduce import experiment, stages, train_task
+from deltaformer_jax.reproduce.associative_memory import snr
+from deltaformer_jax.reproduce.deltaformer import figure3, figure4, figure5, figure6, table1, table5, table6, theorem1
+from deltaformer_jax.reproduce.recall import mqar
+from deltaformer_jax.reproduce.rope import rope_base
+from deltaformer_jax.reproduce.state_tracking import word_problem
 from deltaformer_jax.tasks import Reachability
 
 ONE = dict(steps=3, batch_size=2)  # enough to go through every line of an experiment that trains
@@ -68,7 +58,7 @@ def test_every_cell_has_a_model_that_can_be_built(name):
         if isinstance(cell.get("model"), dict)
     }
     for fields in map(json.loads, models):
-        config = train_task.model_config(fields)
+        config = stages.model_config(fields)
         shapes = jax.eval_shape(lambda config=config: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
         assert len(jax.tree.leaves(shapes)) > 5
     trains = name in ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem")
@@ -260,8 +250,8 @@ def test_a_smallest_form_learns(results, name):
     ],
 )
 def test_a_plateau_is_three_evaluations_none_better_by_a_hundredth(accuracies, stands):
-    assert train_task._stands_still(accuracies, [3, 0.01]) == stands
-    assert not train_task._stands_still(accuracies, None)
+    assert stages._stands_still(accuracies, [3, 0.01]) == stands
+    assert not stages._stands_still(accuracies, None)
 
 
 def test_training_goes_from_task_to_task_and_ends_at_a_plateau(tmp_path):

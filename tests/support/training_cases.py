@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.training.checkpoints.store import Checkpoints, check_checksums
 from deltaformer_jax.training.interruption import Interruption
 from deltaformer_jax.training.loop import train
 from deltaformer_jax.training.setup import prepare
@@ -110,6 +111,19 @@ class DieAt(StopAt):
 
 class ProcessDied(Exception):
     pass
+
+
+def last_checkpoint(workdir):
+    """Parameters, moments, guard and step of the last checkpoint, and where in the data it stands."""
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=3)
+    step = checkpoints.steps()[-1]
+    check_checksums(checkpoints.path(step))
+    record = checkpoints.run_record(step)
+    whatever = checkpoints._ocp.args.Composite(state=checkpoints._ocp.args.StandardRestore())
+    state = checkpoints._manager.restore(step, args=whatever)["state"]
+    checkpoints.close()
+    place = {name: record[name] for name in ("step", "next_batch", "passed", "streak")}
+    return place, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
 def read_metrics(workdir, timeless=True):

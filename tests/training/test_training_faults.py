@@ -138,20 +138,6 @@ def environment(tmp_path_factory):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": WARNINGS, **cache}
 
 
-def everything(workdir):
-    """Parameters, moments, guard and step of the last checkpoint, and where in the data it stands."""
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    folder = workdir / "checkpoints" / str(step)
-    checkpoint.check_checksums(folder)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=3)
-    record = checkpoints.run_record(step)
-    whatever = checkpoints._ocp.args.Composite(state=checkpoints._ocp.args.StandardRestore())
-    state = checkpoints._manager.restore(step, args=whatever)["state"]
-    checkpoints.close()
-    place = {name: record[name] for name in ("step", "next_batch", "passed", "streak")}
-    return place, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
-
 def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     """SIGKILL, whatever the process is doing; started again, it ends as if it had never been killed, bit for bit."""
     variables, flags = environment(tmp_path_factory), flags_of(corpus, steps=100)
@@ -176,7 +162,7 @@ def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     code, _, err = finish(start([f"--workdir={tmp_path / 'run'}", *flags], variables, tmp_path))
     assert code == 0 and killed == KILLS, err
     assert cases.read_metrics(tmp_path / "run") == cases.read_metrics(tmp_path / "whole")
-    assert everything(tmp_path / "run") == everything(tmp_path / "whole")
+    assert cases.last_checkpoint(tmp_path / "run") == cases.last_checkpoint(tmp_path / "whole")
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_path, tmp_path_factory):

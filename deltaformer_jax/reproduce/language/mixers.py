@@ -92,9 +92,10 @@ def _model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
 
 
 def _parameters(model: ModelConfig) -> int:
-    from deltaformer_jax.training.state import count_parameters, model_parts
+    from deltaformer_jax.model import num_parameters
+    from deltaformer_jax.model_parts import model_parts
 
-    return count_parameters(model_parts(model))
+    return num_parameters(model_parts(model).params)
 
 
 def _matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
@@ -130,7 +131,7 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0))
     # One device, however many there are: the models are small and the batches smaller.
-    if not train(prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True):
+    if not train(*prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True).finished:
         return None
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]

@@ -24,6 +24,7 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.layers.embedding import Embedding
+from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.families import rows
@@ -154,9 +155,15 @@ def _family(sizes, family, layers, mixer, model, variants) -> list[dict[str, Any
     return found + [cell(name, changes, rate, 0) for name, (changes, rate) in variants.items()]
 
 
+def make_model(config: ModelConfig, *, rngs: nnx.Rngs) -> LanguageModel:
+    model = LanguageModel(config, rngs=rngs)
+    model.embedding = AdjacencyRows(config, rngs=rngs)
+    return model
+
+
 def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     make = lambda name, length: GraphTokens(length)
-    return train_task.run(settings, folder, note, stop, make=make, embedding=AdjacencyRows)
+    return train_task.run(settings, folder, note, stop, make_task=make, make_model=make_model)
 
 
 def figure(done: list[dict[str, Any]]):

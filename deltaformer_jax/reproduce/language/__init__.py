@@ -1,0 +1,1 @@
+"""Language models of the mixers side by side: a comparison of our own, which no paper has."""
