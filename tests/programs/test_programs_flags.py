@@ -9,7 +9,7 @@ import pytest
 from deltaformer_jax.config.argument_parser import ArgumentParser
 
 PROGRAMS = {
-    "reproduce.__main__": "--quick",
+    "reproduce": "--quick",
     "sample": "--workdir",
     "evaluate": "--batches",
     "plot": "--smooth",
@@ -19,7 +19,8 @@ PROGRAMS = {
 
 def error_of(capsys, name, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"deltaformer_jax.{name}").main(list(arguments))
+        program = name if name == "data.prepare" else f"{name}.__main__"
+        importlib.import_module(f"deltaformer_jax.{program}").main(list(arguments))
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and message.startswith("deltaformer_jax."), message
