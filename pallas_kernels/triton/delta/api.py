@@ -9,7 +9,7 @@ where one softmax serves both (tied); one more before a write of other weights t
 
 Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
 the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
-(5 digits) between bfloat16 arrays, u being kept in two parts (products.py), of TF32 (7 digits) between float32 ones.
+(5 digits) between bfloat16 arrays, u being kept in two parts (split_products.py), of TF32 (7 digits) between float32 ones.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from jax import lax
 
 from pallas_kernels.transform import transformable
 from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.constants import operands
 from pallas_kernels.triton.delta.launches import (
     invert_blocks_launch,
-    operands,
+    keeps_summary,
     read_backward_launch,
     read_forward_launch,
     tile_of,
     write_backward_launch,
     write_forward_launch,
 )
+from pallas_kernels.triton.delta.similarity import LOG2_E
 from pallas_kernels.triton.delta.table import Tile
-from pallas_kernels.triton.delta.weights import LOG2_E
 
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -54,8 +55,9 @@ class Kappa:
     decimals: int = 2
 
     @property
-    def constants(self):
-        return {"SIMILARITY": self.name, "POWER": float(10.0**self.decimals)}
+    def power(self) -> float:
+        """10 to the number of decimals."""
+        return float(10.0**self.decimals)
 
     @property
     def score_scale(self):
@@ -172,7 +174,7 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     written = _Written(
         u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
     )
-    summary = summary if launch.constants["SUMMARY"] else None
+    summary = summary if keeps_summary(settings, beta) else None
     kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:

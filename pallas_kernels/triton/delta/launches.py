@@ -1,6 +1,6 @@
 """The launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
 
-`settings` is delta.py's, and so are the letters of shapes.
+`settings` is api.py's, and so are the letters of shapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.constants import Present, Shape, Weighting, operands
 from pallas_kernels.triton.delta.invert_blocks import invert_blocks
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
@@ -19,26 +20,7 @@ from pallas_kernels.triton.delta.table import Tile, choose
 from pallas_kernels.triton.delta.write_backward import write_backward
 from pallas_kernels.triton.delta.write_forward import write_forward
 from pallas_kernels.triton.launch import Launch, Output
-
-
-def block_width(width: int) -> int:
-    """The width a tile takes in a kernel: a power of two, 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def operands(kappa, dtype) -> str:
-    """How products with these weights take float32 operands.
-
-    "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
-    (products.py), by other weights between bfloat16 arrays; "exact": as they are, between float32 arrays.
-    """
-    if np.dtype(dtype).itemsize == 4:
-        return "exact"
-    return "narrow" if kappa.name == "softmax" else "pair"
-
-
-# Of products between float32 registers: as exact as what else is computed from the arrays.
-_PRECISION = {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}
+from pallas_kernels.triton.memory import block_width
 
 
 def tile_of(settings, name, key, value) -> Tile:
@@ -53,19 +35,16 @@ def tile_of(settings, name, key, value) -> Tile:
     return choose(name, capability, width, operands(kappa, key.dtype))
 
 
-def _common(key, value, segment_ids, kappa):
-    return dict(
-        K=key.shape[3],
-        V=value.shape[3],
-        KV_HEADS=key.shape[2],
-        BLOCK_K=block_width(key.shape[3]),
-        BLOCK_V=block_width(value.shape[3]),
-        HAS_SEGMENTS=segment_ids is not None,
-        **kappa.constants,
-        PAIR=operands(kappa, key.dtype) == "pair",
-        SCORE_PRECISION="tf32x3",
-        PRECISION=_PRECISION[operands(kappa, key.dtype)],
-    )
+def _shape(key, value, heads: int, u_heads: int | None = None) -> Shape:
+    return Shape(heads, heads if u_heads is None else u_heads, key.shape[2], key.shape[3], value.shape[3])
+
+
+def _weighting(kappa, dtype, tied: bool = False) -> Weighting:
+    return Weighting(kappa.name, kappa.power, operands(kappa, dtype), tied)
+
+
+def _has(alpha=None, beta=None, segment_ids=None) -> Present:
+    return Present(alpha is not None, beta is not None, segment_ids is not None)
 
 
 def _present(array, otherwise):
@@ -112,7 +91,6 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
     tile = tile_of(settings, name, key, value)
     rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
     beta = _gate(beta)
-    common = _common(key, value, segment_ids, settings.write)
     padded_time = -(-time // (2 * rows)) * 2 * rows
     return Launch(
         invert_blocks,
@@ -120,11 +98,20 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
         (Output((batch, heads, padded_time, rows), jnp.bfloat16),) * 2,
         (time, settings.write.score_scale),
         batch * heads * (padded_time // rows),
-        dict(HEADS=heads, HAS_BETA=beta is not None, ROWS=rows)
-        | {constant: x for constant, x in common.items() if constant not in ("V", "BLOCK_V", "PAIR")},
+        dict(
+            SHAPE=_shape(key, value, heads),
+            WEIGHTING=_weighting(settings.write, key.dtype),
+            HAS=_has(beta=beta, segment_ids=segment_ids),
+            ROWS=rows,
+        ),
         4,
         1,
     )
+
+
+def keeps_summary(settings, beta) -> bool:
+    """Whether a write gives s. dβ needs it: from u = α v − β s it could not be had where β is 0."""
+    return settings.tied or beta is not None
 
 
 def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
@@ -137,8 +124,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
     alpha, beta = _gate(alpha), _gate(beta)
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
-    # dβ needs s: from u = α v − β s it could not be had where β is 0.
-    summary = settings.tied or beta is not None
+    summary = keeps_summary(settings, beta)
     return Launch(
         write_forward,
         (
@@ -162,17 +148,10 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
         batch * heads * -(-time // tile.rows),
         dict(
             B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            NARROW=taken == "narrow",
-            SUMMARY=summary,
-            TIED=settings.tied,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            **_common(key, value, segment_ids, settings.write),
+            SHAPE=_shape(key, value, heads),
+            WEIGHTING=_weighting(settings.write, key.dtype, settings.tied),
+            HAS=_has(alpha, beta, segment_ids),
+            TILE=tile,
         ),
         tile.warps,
         tile.stages,
@@ -193,11 +172,10 @@ def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch
         (time, settings.read.score_scale),
         batch * heads * -(-time // tile.rows),
         dict(
-            HEADS=heads,
-            U_HEADS=u.shape[2],
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            **_common(key, u, segment_ids, settings.read),
+            SHAPE=_shape(key, u, heads, u.shape[2]),
+            WEIGHTING=_weighting(settings.read, key.dtype),
+            HAS=_has(segment_ids=segment_ids),
+            TILE=tile,
         ),
         tile.warps,
         tile.stages,
@@ -229,12 +207,10 @@ def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, s
         (time, np.float32(settings.read.scale), settings.read.score_scale),
         batch * u_heads * -(-time // tile.columns),
         dict(
-            HEADS=heads,
-            U_HEADS=u_heads,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STAGES=tile.stages,
-            **_common(key, u, segment_ids, settings.read),
+            SHAPE=_shape(key, u, heads, u_heads),
+            WEIGHTING=_weighting(settings.read, key.dtype),
+            HAS=_has(segment_ids=segment_ids),
+            TILE=tile,
         ),
         tile.warps,
         tile.stages,
@@ -280,16 +256,10 @@ def write_backward_launch(
         batch * heads * -(-time // tile.columns),
         dict(
             B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            TIED=tied is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            STAGES=tile.stages,
-            **_common(key, value, segment_ids, settings.write),
+            SHAPE=_shape(key, value, heads),
+            WEIGHTING=_weighting(settings.write, key.dtype, tied is not None),
+            HAS=_has(alpha, beta, segment_ids),
+            TILE=tile,
         ),
         tile.warps,
         tile.stages,
