@@ -8,8 +8,9 @@ where one softmax serves both (tied); one more before a write of other weights t
 (invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
 
 Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
-the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
-(5 digits) between bfloat16 arrays, u being kept in two parts (split_products.py), of TF32 (7 digits) between float32 ones.
+the weights are softmax's, whose systems are solved with TF32 operands; else three products for one: of bfloat16
+(5 digits) between bfloat16 arrays, u being kept in two parts (split_products.py); of TF32 (7 digits) between float32
+ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.delta.constants import operands
 from pallas_kernels.triton.delta.launches import (
     invert_blocks_launch,
-    keeps_summary,
     read_backward_launch,
     read_forward_launch,
     tile_of,
@@ -174,7 +174,7 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     written = _Written(
         u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
     )
-    summary = summary if keeps_summary(settings, beta) else None
+    summary = summary if launch.constants["FORM"].has_summary else None
     kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:

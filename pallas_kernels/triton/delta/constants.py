@@ -1,4 +1,4 @@
-"""What a kernel knows while it is compiled, in a few named bundles: one argument each instead of thirty."""
+"""What a kernel knows while it is compiled, as one constant: FORM in every kernel and step."""
 
 from __future__ import annotations
 
@@ -20,59 +20,27 @@ def operands(kappa, dtype) -> str:
     return "narrow" if kappa.name == "softmax" else "pair"
 
 
-# Of products between float32 registers: as exact as what else is computed from the arrays.
-_PRECISION = {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}
-
-
 @dataclasses.dataclass(frozen=True)
-class Weighting:
-    """How weights are computed and multiplied.
+class Form:
+    """Everything about a call that its kernels are compiled for, but for tiles.
 
-    similarity: "linear", "relu", "exp", "softmax" or "round"; power: 10 to the number of decimals of "round";
-    operands: as `operands` says; tied: one softmax writes and reads.
+    heads, u_heads, kv_heads: of the query (q or w), of u (the write's: its query's) and of keys and values; key, value:
+    the widths K and V; similarity: "linear", "relu", "exp", "softmax" or "round"; power: 10 to the number of decimals
+    of "round"; operands: as `operands` says; tied: one softmax writes and reads; has_…: that optional array is there.
     """
-
-    similarity: str
-    power: float
-    operands: str
-    tied: bool = False
-
-    @property
-    def softmax(self) -> bool:
-        return self.similarity == "softmax"
-
-    @property
-    def narrow(self) -> bool:
-        return self.operands == "narrow"
-
-    @property
-    def pair(self) -> bool:
-        return self.operands == "pair"
-
-    @property
-    def exact(self) -> bool:
-        return self.operands == "exact"
-
-    @property
-    def score_precision(self) -> str:
-        """Of products between the arrays of queries and keys."""
-        return "tf32x3"
-
-    @property
-    def precision(self) -> str:
-        """Of products between float32 registers."""
-        return _PRECISION[self.operands]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Numbers of heads, and widths: K of `key`, V of `value`. u of the write has as many heads as its query."""
 
     heads: int
     u_heads: int
     kv_heads: int
     key: int
     value: int
+    similarity: str
+    power: float
+    operands: str
+    tied: bool = False
+    has_alpha: bool = False
+    has_beta: bool = False
+    has_segments: bool = False
 
     @property
     def queries(self) -> Layout:
@@ -104,11 +72,33 @@ class Shape:
         """dk, before heads that share a key are summed: [B, T, u_heads, K]."""
         return Layout(self.u_heads, self.key)
 
+    @property
+    def softmax(self) -> bool:
+        return self.similarity == "softmax"
 
-@dataclasses.dataclass(frozen=True)
-class Present:
-    """Which of the optional arrays a call has."""
+    @property
+    def narrow(self) -> bool:
+        return self.operands == "narrow"
 
-    alpha: bool
-    beta: bool
-    segments: bool
+    @property
+    def pair(self) -> bool:
+        return self.operands == "pair"
+
+    @property
+    def exact(self) -> bool:
+        return self.operands == "exact"
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the write gives s. dβ needs it: from u = α v − β s it could not be had where β is 0."""
+        return self.tied or self.has_beta
+
+    @property
+    def score_precision(self) -> str:
+        """Of products of float32 queries with keys; of two-byte ones it says nothing."""
+        return "tf32x3"
+
+    @property
+    def precision(self) -> str:
+        """Of products between float32 registers: as exact as what else is computed from the arrays."""
+        return {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}[self.operands]

@@ -17,71 +17,62 @@ from pallas_kernels.triton.triangular import invert
 
 
 class System(NamedTuple):
-    """What the triangular systems are made of: pointers to whole arrays; T; what products of w and k are multiplied by."""
+    """What the triangular systems are made of: pointers to whole arrays; T; what products of w and k are multiplied
+    by."""
 
     w: tl.tensor
     k: tl.tensor
     beta: tl.tensor
-    lse: tl.tensor
     segments: tl.tensor
     T: tl.tensor
     scale: tl.tensor
 
 
 @triton.jit
-def own_scores(system, n, start, SHAPE: tl.constexpr, WEIGHTING: tl.constexpr, HAS: tl.constexpr, ROWS: tl.constexpr):
+def own_scores(system, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
     """The scores of ROWS rows and as many columns from `start`, and which of them lie before the diagonal, unseen ones
     left out."""
-    QUERIES: tl.constexpr = SHAPE.queries
-    KEYS: tl.constexpr = SHAPE.keys
+    QUERIES: tl.constexpr = FORM.queries
+    KEYS: tl.constexpr = FORM.keys
     T = system.T
-    w = head_of(system.w, n, T, SHAPE.heads, QUERIES)
-    k = head_of(system.k, n, T, SHAPE.heads, KEYS)
+    w = head_of(system.w, n, T, FORM.heads, QUERIES)
+    k = head_of(system.k, n, T, FORM.heads, KEYS)
     rows = load_rows(w, start, T, QUERIES, ROWS)
     keys = load_rows(k, start, T, KEYS, ROWS)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=WEIGHTING.score_precision) * system.scale
+    scores = tl.dot(rows, tl.trans(keys), input_precision=FORM.score_precision) * system.scale
     index = tl.arange(0, ROWS)
     visible = index[:, None] > index[None, :]
-    if HAS.segments:
-        segments = system.segments + tl.cast(n // SHAPE.heads, tl.int64) * T
+    if FORM.has_segments:
+        segments = system.segments + tl.cast(n // FORM.heads, tl.int64) * T
         visible &= load_row(segments, start, T, ROWS)[:, None] == load_row(segments, start, T, ROWS)[None, :]
     return scores, visible
 
 
 @triton.jit
-def own_inverse(system, n, start, SHAPE: tl.constexpr, WEIGHTING: tl.constexpr, HAS: tl.constexpr, ROWS: tl.constexpr):
+def own_inverse(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
     """(I + diag(β) A)⁻¹ of ROWS rows and as many columns from `start`. `system`: a System, or what has its fields."""
-    PRECISION: tl.constexpr = WEIGHTING.precision
-    scores, visible = own_scores(system, n, start, SHAPE, WEIGHTING, HAS, ROWS)
+    PRECISION: tl.constexpr = FORM.precision
+    scores, visible = own_scores(system, n, start, FORM, ROWS)
     log_total = scores
-    if WEIGHTING.softmax:
-        log_total = load_row(system.lse + padded(n, system.T), start, system.T, ROWS)[:, None]
-    weights = weights_again(scores, visible, log_total, WEIGHTING, True)
-    if HAS.beta:
+    if FORM.softmax:
+        log_total = load_row(lse + padded(n, system.T), start, system.T, ROWS)[:, None]
+    weights = weights_again(scores, visible, log_total, FORM, True)
+    if FORM.has_beta:
         weights *= load_row(system.beta + tl.cast(n, tl.int64) * system.T, start, system.T, ROWS)[:, None]
     return invert(weights, ROWS, PRECISION)
 
 
 @triton.jit
-def own_inverses(
-    system,
-    n,
-    start,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
-):
+def own_inverses(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr):
     """`own_inverse` of the block of HALVES × ROWS at `start`, of its upper and of its lower half, which may be one;
     of no account where the inverses lie in memory."""
-    if WEIGHTING.pair:
+    if FORM.pair:
         return start, start
     else:
-        upper = own_inverse(system, n, start, SHAPE, WEIGHTING, HAS, ROWS)
+        upper = own_inverse(system, lse, n, start, FORM, ROWS)
         lower = upper
         if HALVES == 2:
-            lower = own_inverse(system, n, start + ROWS, SHAPE, WEIGHTING, HAS, ROWS)
+            lower = own_inverse(system, lse, n, start + ROWS, FORM, ROWS)
         return upper, lower
 
 
@@ -99,28 +90,15 @@ def load_inverse(inverse, n, start, T, ROWS: tl.constexpr):
 
 
 @triton.jit
-def invert_blocks(
-    w,
-    k,
-    beta,
-    segments,
-    T,
-    scale,
-    high,
-    low,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def invert_blocks(w, k, beta, segments, T, scale, high, low, FORM: tl.constexpr, ROWS: tl.constexpr):
     """w [B,T,heads,K], k [B,T,kv_heads,K], beta [B,heads,T], segments [B,T] -> high, low [B,heads,padded T,ROWS]: the
     two parts (split_products.py) of the inverses, T padded to a multiple of 2 ROWS."""
     blocks = tl.cdiv(T, 2 * ROWS) * 2
     n = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * ROWS
     # No log-sum-exp: it is softmax's.
-    system = System(w, k, beta, beta, segments, T, scale)
-    inverse_high, inverse_low = parts(own_inverse(system, n, start, SHAPE, WEIGHTING, HAS, ROWS))
+    system = System(w, k, beta, segments, T, scale)
+    inverse_high, inverse_low = parts(own_inverse(system, beta, n, start, FORM, ROWS))
     end = blocks * ROWS
     store_tile(inverse_base(high, n, T, ROWS), start, end, inverse_high, ROWS, ROWS, ROWS, ROWS)
     store_tile(inverse_base(low, n, T, ROWS), start, end, inverse_low, ROWS, ROWS, ROWS, ROWS)

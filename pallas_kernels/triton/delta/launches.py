@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.constants import Present, Shape, Weighting, operands
+from pallas_kernels.triton.delta.constants import Form, operands
 from pallas_kernels.triton.delta.invert_blocks import invert_blocks
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
@@ -35,16 +35,21 @@ def tile_of(settings, name, key, value) -> Tile:
     return choose(name, capability, width, operands(kappa, key.dtype))
 
 
-def _shape(key, value, heads: int, u_heads: int | None = None) -> Shape:
-    return Shape(heads, heads if u_heads is None else u_heads, key.shape[2], key.shape[3], value.shape[3])
-
-
-def _weighting(kappa, dtype, tied: bool = False) -> Weighting:
-    return Weighting(kappa.name, kappa.power, operands(kappa, dtype), tied)
-
-
-def _has(alpha=None, beta=None, segment_ids=None) -> Present:
-    return Present(alpha is not None, beta is not None, segment_ids is not None)
+def _form(kappa, key, value, heads: int, u_heads: int, alpha=None, beta=None, segment_ids=None, tied=False) -> Form:
+    return Form(
+        heads=heads,
+        u_heads=u_heads,
+        kv_heads=key.shape[2],
+        key=key.shape[3],
+        value=value.shape[3],
+        similarity=kappa.name,
+        power=kappa.power,
+        operands=operands(kappa, key.dtype),
+        tied=tied,
+        has_alpha=alpha is not None,
+        has_beta=beta is not None,
+        has_segments=segment_ids is not None,
+    )
 
 
 def _present(array, otherwise):
@@ -98,20 +103,10 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
         (Output((batch, heads, padded_time, rows), jnp.bfloat16),) * 2,
         (time, settings.write.score_scale),
         batch * heads * (padded_time // rows),
-        dict(
-            SHAPE=_shape(key, value, heads),
-            WEIGHTING=_weighting(settings.write, key.dtype),
-            HAS=_has(beta=beta, segment_ids=segment_ids),
-            ROWS=rows,
-        ),
+        dict(FORM=_form(settings.write, key, value, heads, heads, None, beta, segment_ids), ROWS=rows),
         4,
         1,
     )
-
-
-def keeps_summary(settings, beta) -> bool:
-    """Whether a write gives s. dβ needs it: from u = α v − β s it could not be had where β is 0."""
-    return settings.tied or beta is not None
 
 
 def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
@@ -124,7 +119,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
     alpha, beta = _gate(alpha), _gate(beta)
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
-    summary = keeps_summary(settings, beta)
+    form = _form(settings.write, key, value, heads, heads, alpha, beta, segment_ids, settings.tied)
     return Launch(
         write_forward,
         (
@@ -139,20 +134,14 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
             Output(tall if taken == "pair" else nothing, value.dtype),
             Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
-            Output(tall if summary else nothing, value.dtype),
+            Output(tall if form.has_summary else nothing, value.dtype),
             Output(tied(tall), value.dtype),
             Output(tied(row), jnp.float32),
             Output(tied(row), jnp.float32),
         ),
         (time, settings.write.score_scale),
         batch * heads * -(-time // tile.rows),
-        dict(
-            B=batch,
-            SHAPE=_shape(key, value, heads),
-            WEIGHTING=_weighting(settings.write, key.dtype, settings.tied),
-            HAS=_has(alpha, beta, segment_ids),
-            TILE=tile,
-        ),
+        dict(B=batch, FORM=form, TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -171,12 +160,7 @@ def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch
         ),
         (time, settings.read.score_scale),
         batch * heads * -(-time // tile.rows),
-        dict(
-            SHAPE=_shape(key, u, heads, u.shape[2]),
-            WEIGHTING=_weighting(settings.read, key.dtype),
-            HAS=_has(segment_ids=segment_ids),
-            TILE=tile,
-        ),
+        dict(FORM=_form(settings.read, key, u, heads, u.shape[2], segment_ids=segment_ids), TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -206,12 +190,7 @@ def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, s
         ),
         (time, np.float32(settings.read.scale), settings.read.score_scale),
         batch * u_heads * -(-time // tile.columns),
-        dict(
-            SHAPE=_shape(key, u, heads, u_heads),
-            WEIGHTING=_weighting(settings.read, key.dtype),
-            HAS=_has(segment_ids=segment_ids),
-            TILE=tile,
-        ),
+        dict(FORM=_form(settings.read, key, u, heads, u.shape[2], segment_ids=segment_ids), TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -256,9 +235,7 @@ def write_backward_launch(
         batch * heads * -(-time // tile.columns),
         dict(
             B=batch,
-            SHAPE=_shape(key, value, heads),
-            WEIGHTING=_weighting(settings.write, key.dtype, tied is not None),
-            HAS=_has(alpha, beta, segment_ids),
+            FORM=_form(settings.write, key, value, heads, heads, alpha, beta, segment_ids, tied is not None),
             TILE=tile,
         ),
         tile.warps,

@@ -58,8 +58,7 @@ def weights_seen(
     segments,
     start,
     T,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DIAGONAL: tl.constexpr,
@@ -73,19 +72,19 @@ def weights_seen(
             visible = places.column[:, None] <= row[None, :]
         else:
             visible = places.column[:, None] < row[None, :]
-        if HAS.segments:
+        if FORM.has_segments:
             visible &= places.segments[:, None] == load_row(segments, start, T, ROWS)[None, :]
     else:
-        if HAS.segments:
+        if FORM.has_segments:
             visible = places.segments[:, None] == load_row(segments, start, T, ROWS)[None, :]
-    weights = weights_again(scores, visible, log_total[None, :], WEIGHTING, CAUSAL or HAS.segments)
+    weights = weights_again(scores, visible, log_total[None, :], FORM, CAUSAL or FORM.has_segments)
     return weights, visible
 
 
 @triton.jit
-def score_gradient(dots, scores, weights, visible, WEIGHTING: tl.constexpr, MASKED: tl.constexpr):
+def score_gradient(dots, scores, weights, visible, FORM: tl.constexpr, MASKED: tl.constexpr):
     """κ' · dots where visible."""
-    gradient = times_slope(dots, scores, weights, WEIGHTING)
+    gradient = times_slope(dots, scores, weights, FORM)
     if MASKED:
         gradient = tl.where(visible, gradient, 0.0)
     return gradient
@@ -110,48 +109,44 @@ def add_rows(
     arrays,
     begin,
     end,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dkeys and du after the rows begin … end of one query head, whose dq is added to."""
-    QUERIES: tl.constexpr = SHAPE.queries
-    OUT: tl.constexpr = SHAPE.out
+    QUERIES: tl.constexpr = FORM.queries
+    OUT: tl.constexpr = FORM.out
     T = arrays.T
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         rows = load_rows(arrays.q, start, T, QUERIES, ROWS)
         grads = load_rows(arrays.dout, start, T, OUT, ROWS)
-        scores = tl.dot(own.k, tl.trans(rows), input_precision=WEIGHTING.score_precision) * arrays.score_scale
+        scores = tl.dot(own.k, tl.trans(rows), input_precision=FORM.score_precision) * arrays.score_scale
         log_total = start + tl.arange(0, ROWS)
-        if WEIGHTING.softmax:
+        if FORM.softmax:
             log_total = load_row(arrays.lse, start, T, ROWS)
-        weights, visible = weights_seen(
-            scores, log_total, places, arrays.segments, start, T, WEIGHTING, HAS, ROWS, CAUSAL, True
-        )
-        du = add_product_with_given(weights, grads, du, WEIGHTING)
-        dots = product_of_parts_with_given(own.u, own.low, tl.trans(grads), WEIGHTING)
-        if WEIGHTING.softmax:
+        weights, visible = weights_seen(scores, log_total, places, arrays.segments, start, T, FORM, ROWS, CAUSAL, True)
+        du = add_product_with_given(weights, grads, du, FORM)
+        dots = product_of_parts_with_given(own.u, own.low, tl.trans(grads), FORM)
+        if FORM.softmax:
             dots -= load_row(arrays.row_dot, start, T, ROWS)[None, :]
-        dscores = score_gradient(dots, scores, weights, visible, WEIGHTING, CAUSAL or HAS.segments)
-        dkeys = add_product_with_given(dscores, rows, dkeys, WEIGHTING)
-        drows = product_of_given(tl.trans(own.k), dscores, WEIGHTING) * arrays.scale
+        dscores = score_gradient(dots, scores, weights, visible, FORM, CAUSAL or FORM.has_segments)
+        dkeys = add_product_with_given(dscores, rows, dkeys, FORM)
+        drows = product_of_given(tl.trans(own.k), dscores, FORM) * arrays.scale
         add_transposed(arrays.dq, start, T, drows, QUERIES, ROWS)
     return dkeys, du
 
 
 @triton.jit
-def load_own_tiles(k, u, residue, n, begin, T, SHAPE: tl.constexpr, WEIGHTING: tl.constexpr, COLUMNS: tl.constexpr):
+def load_own_tiles(k, u, residue, n, begin, T, FORM: tl.constexpr, COLUMNS: tl.constexpr):
     """The columns at `begin` of head n of u."""
-    KEYS: tl.constexpr = SHAPE.keys
-    U: tl.constexpr = SHAPE.u
-    keys = load_rows(head_of(k, n, T, SHAPE.u_heads, KEYS), begin, T, KEYS, COLUMNS)
-    high = load_rows(head_of(u, n, T, SHAPE.u_heads, U), begin, T, U, COLUMNS)
+    KEYS: tl.constexpr = FORM.keys
+    U: tl.constexpr = FORM.u
+    keys = load_rows(head_of(k, n, T, FORM.u_heads, KEYS), begin, T, KEYS, COLUMNS)
+    high = load_rows(head_of(u, n, T, FORM.u_heads, U), begin, T, U, COLUMNS)
     low = high
-    if WEIGHTING.pair:
-        low = load_rows(head_of(residue, n, T, SHAPE.u_heads, U), begin, T, U, COLUMNS)
+    if FORM.pair:
+        low = load_rows(head_of(residue, n, T, FORM.u_heads, U), begin, T, U, COLUMNS)
     return OwnTiles(keys, high, low)
 
 
@@ -172,36 +167,34 @@ def read_backward(
     dq,
     dk,
     du,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
+    FORM: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """As `read_forward`, with dout [B,T,heads,V], lse, row_dot [B,heads,T], last [B,blocks]: the row after the last one
     that sees a block's last column -> dq [B,T,heads,K], dk [B,T,u_heads,K], du [B,T,u_heads,V], all float32, dq zeroed.
     `score_scale` has log2(e) in it for softmax, `scale` has not."""
-    QUERIES: tl.constexpr = SHAPE.queries
-    OUT: tl.constexpr = SHAPE.out
-    U: tl.constexpr = SHAPE.u
-    KEY_GRADIENTS: tl.constexpr = SHAPE.key_gradients
+    QUERIES: tl.constexpr = FORM.queries
+    OUT: tl.constexpr = FORM.out
+    U: tl.constexpr = FORM.u
+    KEY_GRADIENTS: tl.constexpr = FORM.key_gradients
     BLOCK_K: tl.constexpr = KEY_GRADIENTS.block
     BLOCK_V: tl.constexpr = U.block
-    HEADS: tl.constexpr = SHAPE.heads
-    SHARING: tl.constexpr = SHAPE.heads // SHAPE.u_heads
+    HEADS: tl.constexpr = FORM.heads
+    SHARING: tl.constexpr = FORM.heads // FORM.u_heads
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     blocks = tl.cdiv(T, COLUMNS)
     n = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    batch, u_head = n // SHAPE.u_heads, n % SHAPE.u_heads
+    batch, u_head = n // FORM.u_heads, n % FORM.u_heads
     begin = block * COLUMNS
     column = begin + tl.arange(0, COLUMNS)
-    own = load_own_tiles(k, u, residue, n, begin, T, SHAPE, WEIGHTING, COLUMNS)
-    if HAS.segments:
+    own = load_own_tiles(k, u, residue, n, begin, T, FORM, COLUMNS)
+    if FORM.has_segments:
         segments += tl.cast(batch, tl.int64) * T
-    places = Places(column, load_segments(segments, begin, T, HAS.segments, COLUMNS))
+    places = Places(column, load_segments(segments, begin, T, FORM.has_segments, COLUMNS))
     end = T
-    if HAS.segments:
+    if FORM.has_segments:
         end = tl.load(last + batch * blocks + block)
     dkeys = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     du_sum = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
@@ -213,10 +206,10 @@ def read_backward(
         head_dq = head_base(dq, batch, head, T, HEADS, QUERIES.width)
         arrays = QueryArrays(head_q, head_dout, lse + row, row_dot + row, head_dq, segments, T, scale, score_scale)
         near = tl.minimum(begin + COLUMNS, T)
-        dkeys, du_sum = add_rows(dkeys, du_sum, own, places, arrays, begin, near, SHAPE, WEIGHTING, HAS, ROWS, True, 1)
+        dkeys, du_sum = add_rows(dkeys, du_sum, own, places, arrays, begin, near, FORM, ROWS, True, 1)
         dkeys, du_sum = add_rows(
-            dkeys, du_sum, own, places, arrays, begin + COLUMNS, end, SHAPE, WEIGHTING, HAS, ROWS, False, TILE.stages
+            dkeys, du_sum, own, places, arrays, begin + COLUMNS, end, FORM, ROWS, False, TILE.stages
         )
-    dk = head_of(dk, n, T, SHAPE.u_heads, KEY_GRADIENTS)
+    dk = head_of(dk, n, T, FORM.u_heads, KEY_GRADIENTS)
     store_rows(dk, begin, T, dkeys * scale, KEY_GRADIENTS, COLUMNS)
-    store_rows(head_of(du, n, T, SHAPE.u_heads, U), begin, T, du_sum, U, COLUMNS)
+    store_rows(head_of(du, n, T, FORM.u_heads, U), begin, T, du_sum, U, COLUMNS)

@@ -1,5 +1,5 @@
-"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity. Its running
-sums over tiles of columns are the write's too.
+"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity. Its
+running sums over tiles of columns are the write's too.
 """
 
 from typing import NamedTuple
@@ -55,139 +55,100 @@ def absorb_columns(
     highest,
     total,
     ordered,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
+    FORM: tl.constexpr,
     COLUMNS: tl.constexpr,
     ORDERED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """`absorb` of the tile of columns at `start`. ORDERED: not all lie before all rows, and `ordered` says which do;
     WHOLE: all lie before T."""
-    KEYS: tl.constexpr = SHAPE.keys
+    KEYS: tl.constexpr = FORM.keys
     keys = load_rows(columns.k, start, columns.T, KEYS, COLUMNS, WHOLE)
-    scores = tl.dot(rows.tile, tl.trans(keys), input_precision=WEIGHTING.score_precision) * columns.scale
+    scores = tl.dot(rows.tile, tl.trans(keys), input_precision=FORM.score_precision) * columns.scale
     visible = ordered
-    if HAS.segments:
+    if FORM.has_segments:
         same = rows.segments[:, None] == load_row(columns.segments, start, columns.T, COLUMNS)[None, :]
         if ORDERED:
             visible = ordered & same
         else:
             visible = same
-    return absorb(scores, visible, highest, total, WEIGHTING, HAS.segments or ORDERED)
+    return absorb(scores, visible, highest, total, FORM, FORM.has_segments or ORDERED)
 
 
 @triton.jit
-def load_u(
-    columns, start, SHAPE: tl.constexpr, WEIGHTING: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr = False
-):
+def load_u(columns, start, FORM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr = False):
     """u of the tile of columns at `start`, in two parts; where it is one, the second is of no account."""
-    U: tl.constexpr = SHAPE.u
+    U: tl.constexpr = FORM.u
     high = load_rows(columns.u, start, columns.T, U, COLUMNS, WHOLE)
     low = high
-    if WEIGHTING.pair:
+    if FORM.pair:
         low = load_rows(columns.residue, start, columns.T, U, COLUMNS, WHOLE)
     return high, low
 
 
 @triton.jit
-def add_earlier_columns(
-    sums,
-    rows,
-    columns,
-    begin,
-    end,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def add_earlier_columns(sums, rows, columns, begin, end, FORM: tl.constexpr, COLUMNS: tl.constexpr):
     """The running sums with those over columns begin … end, all of them before T and before the rows."""
     highest, total, weighted = sums
     for start in tl.range(begin, end, COLUMNS):
         weights, highest, total, shrink = absorb_columns(
-            rows, columns, start, highest, total, 0, SHAPE, WEIGHTING, HAS, COLUMNS, False, True
+            rows, columns, start, highest, total, 0, FORM, COLUMNS, False, True
         )
-        high, low = load_u(columns, start, SHAPE, WEIGHTING, COLUMNS, True)
-        if WEIGHTING.softmax:
+        high, low = load_u(columns, start, FORM, COLUMNS, True)
+        if FORM.softmax:
             weighted *= shrink[:, None]
-        weighted = add_product(weights, high, low, weighted, WEIGHTING)
+        weighted = add_product(weights, high, low, weighted, FORM)
     return Sums(highest, total, weighted)
 
 
 @triton.jit
-def add_own_columns(
-    sums,
-    rows,
-    columns,
-    begin,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def add_own_columns(sums, rows, columns, begin, FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The running sums with those over the columns of the rows' own block, which begins at `begin`."""
     highest, total, weighted = sums
     for start in tl.range(begin, begin + ROWS, COLUMNS, num_stages=1):
         causal = (begin + tl.arange(0, ROWS))[:, None] >= (start + tl.arange(0, COLUMNS))[None, :]
         weights, highest, total, shrink = absorb_columns(
-            rows, columns, start, highest, total, causal, SHAPE, WEIGHTING, HAS, COLUMNS, True, False
+            rows, columns, start, highest, total, causal, FORM, COLUMNS, True, False
         )
-        high, low = load_u(columns, start, SHAPE, WEIGHTING, COLUMNS)
-        weighted = add_product(weights, high, low, weighted * shrink[:, None], WEIGHTING)
+        high, low = load_u(columns, start, FORM, COLUMNS)
+        weighted = add_product(weights, high, low, weighted * shrink[:, None], FORM)
     return Sums(highest, total, weighted)
 
 
 @triton.jit
-def read_forward(
-    q,
-    k,
-    u,
-    residue,
-    segments,
-    first,
-    T,
-    scale,
-    out,
-    lse,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def read_forward(q, k, u, residue, segments, first, T, scale, out, lse, FORM: tl.constexpr, TILE: tl.constexpr):
     """q [B,T,heads,K], k [B,T,kv_heads,K], u [B,T,u_heads,V] (in two parts its high one, and residue the low one),
     segments [B,T], first [B,blocks] -> out [B,T,heads,V], lse [B,heads,T] in base 2. `scale` has log2(e) in it for
     softmax."""
-    QUERIES: tl.constexpr = SHAPE.queries
-    KEYS: tl.constexpr = SHAPE.keys
-    U: tl.constexpr = SHAPE.u
-    OUT: tl.constexpr = SHAPE.out
+    QUERIES: tl.constexpr = FORM.queries
+    KEYS: tl.constexpr = FORM.keys
+    U: tl.constexpr = FORM.u
+    OUT: tl.constexpr = FORM.out
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     blocks = tl.cdiv(T, ROWS)
     n = tl.program_id(0) // blocks
     # The longest first; neighbours share keys and u in the cache.
     block = blocks - 1 - tl.program_id(0) % blocks
-    batch = n // SHAPE.heads
-    k = head_of(k, n, T, SHAPE.heads, KEYS)
-    u = head_of(u, n, T, SHAPE.heads, U)
-    if WEIGHTING.pair:
-        residue = head_of(residue, n, T, SHAPE.heads, U)
+    batch = n // FORM.heads
+    k = head_of(k, n, T, FORM.heads, KEYS)
+    u = head_of(u, n, T, FORM.heads, U)
+    if FORM.pair:
+        residue = head_of(residue, n, T, FORM.heads, U)
     start = block * ROWS
-    tile = load_rows(head_of(q, n, T, SHAPE.heads, QUERIES), start, T, QUERIES, ROWS)
+    tile = load_rows(head_of(q, n, T, FORM.heads, QUERIES), start, T, QUERIES, ROWS)
     earliest = 0
-    if HAS.segments:
+    if FORM.has_segments:
         segments += tl.cast(batch, tl.int64) * T
-    rows = Rows(tile, load_segments(segments, start, T, HAS.segments, ROWS))
-    if HAS.segments:
+    rows = Rows(tile, load_segments(segments, start, T, FORM.has_segments, ROWS))
+    if FORM.has_segments:
         earliest = tl.load(first + batch * blocks + block) // COLUMNS * COLUMNS
     columns = Columns(k, u, residue, segments, T, scale)
     sums = no_sums(ROWS, OUT.block)
-    sums = add_earlier_columns(sums, rows, columns, earliest, start, SHAPE, WEIGHTING, HAS, COLUMNS)
-    sums = add_own_columns(sums, rows, columns, start, SHAPE, WEIGHTING, HAS, ROWS, COLUMNS)
+    sums = add_earlier_columns(sums, rows, columns, earliest, start, FORM, COLUMNS)
+    sums = add_own_columns(sums, rows, columns, start, FORM, ROWS, COLUMNS)
     weighted = sums.weighted
-    if WEIGHTING.softmax:
+    if FORM.softmax:
         weighted *= inverse_or_zero(sums.total)[:, None]
         store_row(lse + tl.cast(n, tl.int64) * T, start, T, log_sum(sums.highest, sums.total), ROWS)
-    store_rows(head_of(out, n, T, SHAPE.heads, OUT), start, T, weighted, OUT, ROWS)
+    store_rows(head_of(out, n, T, FORM.heads, OUT), start, T, weighted, OUT, ROWS)

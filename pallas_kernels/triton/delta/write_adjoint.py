@@ -20,18 +20,9 @@ from pallas_kernels.triton.memory import (
 )
 
 
-class GradientArrays(NamedTuple):
-    """What `write_backward` takes and gives: pointers to whole arrays, T, and what products of w and k are multiplied
-    by."""
+class Saved(NamedTuple):
+    """Pointers to what the forward pass left and to the cotangents, whole given."""
 
-    w: tl.tensor
-    k: tl.tensor
-    v: tl.tensor
-    alpha: tl.tensor
-    beta: tl.tensor
-    segments: tl.tensor
-    inverse: tl.tensor
-    inverse_low: tl.tensor
     u: tl.tensor
     summary: tl.tensor
     lse: tl.tensor
@@ -39,8 +30,11 @@ class GradientArrays(NamedTuple):
     dout: tl.tensor
     past_share: tl.tensor
     read_dot: tl.tensor
-    T: tl.tensor
-    scale: tl.tensor
+
+
+class Gradients(NamedTuple):
+    """Pointers to the whole arrays that a write's backward fills."""
+
     dw: tl.tensor
     dv: tl.tensor
     dalpha: tl.tensor
@@ -58,90 +52,77 @@ def kept_gradient(dout, past_share, start, T, OUT: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def store_adjoint(
-    inverse,
-    incoming,
-    arrays,
-    n,
-    start,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def store_adjoint(inverse, incoming, given, saved, gradients, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
     """G of some rows, and all that follows from it."""
-    VALUES: tl.constexpr = SHAPE.values
-    U: tl.constexpr = SHAPE.u
-    T = arrays.T
+    VALUES: tl.constexpr = FORM.values
+    U: tl.constexpr = FORM.u
+    T = given.T
     row = tl.cast(n, tl.int64) * T
-    incoming += load_rows(head_of(arrays.du, n, T, SHAPE.heads, U), start, T, U, ROWS)
-    grad = tl.dot(tl.trans(inverse), incoming, input_precision=WEIGHTING.precision)
-    dv = head_of(arrays.dv, n, T, SHAPE.heads, U)
-    if HAS.alpha:
-        store_rows(dv, start, T, load_row(arrays.alpha + row, start, T, ROWS)[:, None] * grad, U, ROWS)
+    incoming += load_rows(head_of(saved.du, n, T, FORM.heads, U), start, T, U, ROWS)
+    grad = tl.dot(tl.trans(inverse), incoming, input_precision=FORM.precision)
+    dv = head_of(gradients.dv, n, T, FORM.heads, U)
+    if FORM.has_alpha:
+        store_rows(dv, start, T, load_row(given.alpha + row, start, T, ROWS)[:, None] * grad, U, ROWS)
     else:
         store_rows(dv, start, T, grad, U, ROWS)
-    v = head_of(arrays.v, n, T, SHAPE.heads, VALUES)
+    v = head_of(given.v, n, T, FORM.heads, VALUES)
     row_dot = tl.sum(load_rows(v, start, T, VALUES, ROWS).to(tl.float32) * grad, 1)
-    store_row(arrays.dalpha + row, start, T, row_dot, ROWS)
-    if WEIGHTING.softmax:
-        if HAS.alpha:
-            row_dot *= load_row(arrays.alpha + row, start, T, ROWS)
-        u = load_rows(head_of(arrays.u, n, T, SHAPE.heads, U), start, T, U, ROWS)
+    store_row(gradients.dalpha + row, start, T, row_dot, ROWS)
+    if FORM.softmax:
+        if FORM.has_alpha:
+            row_dot *= load_row(given.alpha + row, start, T, ROWS)
+        u = load_rows(head_of(saved.u, n, T, FORM.heads, U), start, T, U, ROWS)
         centre = tl.sum(grad * u, 1) - row_dot
-        if WEIGHTING.tied:
-            centre += load_row(arrays.past_share + row, start, T, ROWS) * load_row(
-                arrays.read_dot + row, start, T, ROWS
-            )
-        store_row(arrays.centre + padded(n, T), start, T, centre, ROWS)
-    if HAS.beta:
-        past = load_rows(head_of(arrays.summary, n, T, SHAPE.heads, U), start, T, U, ROWS).to(tl.float32)
-        store_row(arrays.dbeta + row, start, T, -tl.sum(grad * past, 1), ROWS)
-        grad *= load_row(arrays.beta + row, start, T, ROWS)[:, None]
+        if FORM.tied:
+            centre += load_row(saved.past_share + row, start, T, ROWS) * load_row(saved.read_dot + row, start, T, ROWS)
+        store_row(gradients.centre + padded(n, T), start, T, centre, ROWS)
+    if FORM.has_beta:
+        past = load_rows(head_of(saved.summary, n, T, FORM.heads, U), start, T, U, ROWS).to(tl.float32)
+        store_row(gradients.dbeta + row, start, T, -tl.sum(grad * past, 1), ROWS)
+        grad *= load_row(given.beta + row, start, T, ROWS)[:, None]
     left = -grad
-    if WEIGHTING.tied:
-        dout = head_of(arrays.dout, n, T, SHAPE.heads, U)
-        left += kept_gradient(dout, arrays.past_share + row, start, T, U, ROWS)
-    store_rows(head_of(arrays.adjoint, n, T, SHAPE.heads, U), start, T, left, U, ROWS)
+    if FORM.tied:
+        dout = head_of(saved.dout, n, T, FORM.heads, U)
+        left += kept_gradient(dout, saved.past_share + row, start, T, U, ROWS)
+    store_rows(head_of(gradients.adjoint, n, T, FORM.heads, U), start, T, left, U, ROWS)
 
 
 @triton.jit
-def store_adjoint_in_parts(
-    arrays, n, start, SHAPE: tl.constexpr, WEIGHTING: tl.constexpr, HAS: tl.constexpr, ROWS: tl.constexpr
-):
-    """`store_adjoint` with the inverses in memory and H in two parts, of similarities that nothing normalises. What came
-    in lies where dv goes. Some columns of the width at a time, so that parts and products have place in registers."""
-    VALUES: tl.constexpr = SHAPE.values
-    U: tl.constexpr = SHAPE.u
-    T = arrays.T
+def store_adjoint_in_parts(given, saved, gradients, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
+    """`store_adjoint` with the inverses in memory and H in two parts, of similarities that nothing normalises. What
+    came in lies where dv goes. Some columns of the width at a time, so that parts and products have place in
+    registers."""
+    VALUES: tl.constexpr = FORM.values
+    U: tl.constexpr = FORM.u
+    T = given.T
     row = tl.cast(n, tl.int64) * T
-    v = head_of(arrays.v, n, T, SHAPE.heads, VALUES)
-    summary = head_of(arrays.summary, n, T, SHAPE.heads, U)
-    du = head_of(arrays.du, n, T, SHAPE.heads, U)
-    dv = head_of(arrays.dv, n, T, SHAPE.heads, U)
-    inverse = load_inverse(arrays.inverse, n, start, T, ROWS)
-    inverse_low = load_inverse(arrays.inverse_low, n, start, T, ROWS)
-    adjoint = head_of(arrays.adjoint, n, T, SHAPE.heads, U)
-    adjoint_residue = head_of(arrays.adjoint_residue, n, T, SHAPE.heads, U)
+    v = head_of(given.v, n, T, FORM.heads, VALUES)
+    summary = head_of(saved.summary, n, T, FORM.heads, U)
+    du = head_of(saved.du, n, T, FORM.heads, U)
+    dv = head_of(gradients.dv, n, T, FORM.heads, U)
+    inverse = load_inverse(given.inverse, n, start, T, ROWS)
+    inverse_low = load_inverse(given.inverse_low, n, start, T, ROWS)
+    adjoint = head_of(gradients.adjoint, n, T, FORM.heads, U)
+    adjoint_residue = head_of(gradients.adjoint_residue, n, T, FORM.heads, U)
     alpha_dot, beta_dot = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     WIDTH: tl.constexpr = min(U.block, 64)
     for column in tl.range(0, U.block, WIDTH, num_stages=1):
         incoming = load_part(dv, start, T, column, U, ROWS, WIDTH)
         incoming += load_part(du, start, T, column, U, ROWS, WIDTH)
         high, low = parts(incoming)
-        grad = product_of_parts(tl.trans(inverse), tl.trans(inverse_low), high, low, WEIGHTING)
+        grad = product_of_parts(tl.trans(inverse), tl.trans(inverse_low), high, low, FORM)
         alpha_dot += tl.sum(load_part(v, start, T, column, VALUES, ROWS, WIDTH).to(tl.float32) * grad, 1)
         dvalue = grad
-        if HAS.alpha:
-            dvalue *= load_row(arrays.alpha + row, start, T, ROWS)[:, None]
+        if FORM.has_alpha:
+            dvalue *= load_row(given.alpha + row, start, T, ROWS)[:, None]
         store_part(dv, start, T, column, dvalue, U, ROWS, WIDTH)
-        if HAS.beta:
+        if FORM.has_beta:
             past = load_part(summary, start, T, column, U, ROWS, WIDTH).to(tl.float32)
             beta_dot += tl.sum(grad * past, 1)
-            grad *= load_row(arrays.beta + row, start, T, ROWS)[:, None]
+            grad *= load_row(given.beta + row, start, T, ROWS)[:, None]
         high, low = parts(-grad)
         store_part(adjoint, start, T, column, high, U, ROWS, WIDTH)
         store_part(adjoint_residue, start, T, column, low, U, ROWS, WIDTH)
-    store_row(arrays.dalpha + row, start, T, alpha_dot, ROWS)
-    if HAS.beta:
-        store_row(arrays.dbeta + row, start, T, -beta_dot, ROWS)
+    store_row(gradients.dalpha + row, start, T, alpha_dot, ROWS)
+    if FORM.has_beta:
+        store_row(gradients.dbeta + row, start, T, -beta_dot, ROWS)

@@ -17,59 +17,39 @@ from pallas_kernels.triton.delta.invert_blocks import own_inverses
 from pallas_kernels.triton.delta.order import afresh, done_blocks, draw, publish, wait_for
 from pallas_kernels.triton.delta.read_forward import absorb_columns, add_earlier_columns, no_sums
 from pallas_kernels.triton.delta.similarity import log_sum
+from pallas_kernels.triton.delta.write_summary import store_summaries
 from pallas_kernels.triton.delta.write_values import (
-    WriteArrays,
+    Given,
+    Written,
     add_columns_to_known,
     columns_of,
     rows_of,
     write_lower_half,
     write_rows,
 )
-from pallas_kernels.triton.delta.write_summary import store_summaries
 from pallas_kernels.triton.memory import head_of, load_rows, padded, store_row, store_rows
 
 
 @triton.jit
-def follow_earlier_blocks(
-    rows,
-    columns,
-    begin,
-    end,
-    counter,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def follow_earlier_blocks(rows, columns, begin, end, counter, FORM: tl.constexpr, TILE: tl.constexpr):
     """The running sums over the columns begin … end, as their blocks get ready."""
-    OUT: tl.constexpr = SHAPE.out
+    OUT: tl.constexpr = FORM.out
     sums = no_sums(TILE.rows, OUT.block)
     while begin < end:
         ready = tl.minimum(done_blocks(counter) * TILE.rows, end)
-        sums = add_earlier_columns(sums, rows, columns, begin, ready, SHAPE, WEIGHTING, HAS, TILE.columns)
+        sums = add_earlier_columns(sums, rows, columns, begin, ready, FORM, TILE.columns)
         begin = tl.maximum(begin, ready)
     return sums
 
 
 @triton.jit
-def complete_softmax(
-    highest,
-    total,
-    rows,
-    columns,
-    last_start,
-    start,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def complete_softmax(highest, total, rows, columns, last_start, start, FORM: tl.constexpr, TILE: tl.constexpr):
     """`highest` and `total` with the columns of the last earlier block and of the rows' own."""
     # The first row of all in its block sees no column before, the last one those of its own block.
     for at in tl.range(last_start, start + TILE.rows, TILE.columns, num_stages=1):
         strict = (start + tl.arange(0, TILE.rows))[:, None] > (at + tl.arange(0, TILE.columns))[None, :]
         _weights, highest, total, _shrink = absorb_columns(
-            rows, columns, at, highest, total, strict, SHAPE, WEIGHTING, HAS, TILE.columns, True, False
+            rows, columns, at, highest, total, strict, FORM, TILE.columns, True, False
         )
     return highest, total
 
@@ -97,9 +77,7 @@ def write_forward(
     own_share,
     past_share,
     B: tl.constexpr,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
+    FORM: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """w [B,T,heads,K], k [B,T,kv_heads,K], v [B,T,kv_heads,V], alpha, beta [B,heads,T], segments [B,T],
@@ -109,85 +87,65 @@ def write_forward(
     dtype where that is narrow, or the high part of a pair and in residue the low one; lse [B,heads,padded T], base 2,
     zeroed; with β or tied: summary, s [B,T,heads,V]; tied: out [B,T,heads,V], own_share, past_share [B,heads,T].
     `scale` has log2(e) in it for softmax."""
-    QUERIES: tl.constexpr = SHAPE.queries
-    U: tl.constexpr = SHAPE.u
+    QUERIES: tl.constexpr = FORM.queries
+    U: tl.constexpr = FORM.u
     ROWS: tl.constexpr = TILE.rows
     HALF: tl.constexpr = TILE.rows // TILE.halves
     blocks = tl.cdiv(T, ROWS)
-    n, block = draw(counters, B * SHAPE.heads, TILE.group, blocks)
+    n, block = draw(counters, B * FORM.heads, TILE.group, blocks)
     counter = counters + 1 + n
-    if WEIGHTING.exact:
+    if FORM.exact:
         operand = u
-    arrays = WriteArrays(
-        w,
-        k,
-        v,
-        alpha,
-        beta,
-        segments,
-        inverse,
-        inverse_low,
-        T,
-        scale,
-        u,
-        operand,
-        residue,
-        lse,
-        summary,
-        out,
-        own_share,
-        past_share,
-    )
+    given = Given(w, k, v, alpha, beta, segments, inverse, inverse_low, T, scale)
+    written = Written(u, operand, residue, lse, summary, out, own_share, past_share)
 
     # All but the last of the earlier blocks, as they get ready.
-    columns = columns_of(arrays, n, SHAPE, WEIGHTING, HAS)
+    columns = columns_of(given, written, n, FORM)
     start = block * ROWS
-    tile = load_rows(head_of(w, n, T, SHAPE.heads, QUERIES), start, T, QUERIES, ROWS)
+    tile = load_rows(head_of(w, n, T, FORM.heads, QUERIES), start, T, QUERIES, ROWS)
     earliest = 0
-    if HAS.segments:
-        earliest = tl.load(first + n // SHAPE.heads * blocks + block) // TILE.columns * TILE.columns
-    rows = rows_of(tile, columns, start, HAS, ROWS)
+    if FORM.has_segments:
+        earliest = tl.load(first + n // FORM.heads * blocks + block) // TILE.columns * TILE.columns
+    rows = rows_of(tile, columns, start, FORM, ROWS)
     last_start = tl.maximum(start - ROWS, earliest)
-    sums = follow_earlier_blocks(rows, columns, earliest, last_start, counter, SHAPE, WEIGHTING, HAS, TILE)
+    sums = follow_earlier_blocks(rows, columns, earliest, last_start, counter, FORM, TILE)
 
     # Put away: until they are needed again their registers are. u's place is free until it is known.
     n, start = afresh(n, start, counter)
-    store_rows(head_of(u, n, T, SHAPE.heads, U), start, T, sums.weighted, U, ROWS)
+    store_rows(head_of(u, n, T, FORM.heads, U), start, T, sums.weighted, U, ROWS)
     # The softmax sums need no u: complete them, and invert, before the last block is ready.
     total = sums.total
     log_total = total
-    if WEIGHTING.softmax:
-        columns = columns_of(arrays, n, SHAPE, WEIGHTING, HAS)
-        rows = rows_of(tile, columns, start, HAS, ROWS)
-        highest, total = complete_softmax(
-            sums.highest, total, rows, columns, last_start, start, SHAPE, WEIGHTING, HAS, TILE
-        )
+    if FORM.softmax:
+        columns = columns_of(given, written, n, FORM)
+        rows = rows_of(tile, columns, start, FORM, ROWS)
+        highest, total = complete_softmax(sums.highest, total, rows, columns, last_start, start, FORM, TILE)
         log_total = log_sum(highest, total)
         store_row(lse + padded(n, T), start, T, log_total, ROWS)
     tl.debug_barrier()
-    upper, lower = own_inverses(arrays, n, start, SHAPE, WEIGHTING, HAS, HALF, TILE.halves)
+    upper, lower = own_inverses(given, lse, n, start, FORM, HALF, TILE.halves)
 
     n, start = afresh(n, start, counter)
-    past = load_rows(head_of(u, n, T, SHAPE.heads, U), start, T, U, ROWS)
-    if WEIGHTING.softmax:
+    past = load_rows(head_of(u, n, T, FORM.heads, U), start, T, U, ROWS)
+    if FORM.softmax:
         past *= tl.exp2(sums.highest - log_total)[:, None]
     wait_for(counter, start // ROWS)
-    columns = columns_of(arrays, n, SHAPE, WEIGHTING, HAS)
-    rows = rows_of(tile, columns, start, HAS, ROWS)
+    columns = columns_of(given, written, n, FORM)
+    rows = rows_of(tile, columns, start, FORM, ROWS)
     # Narrower tiles: of three operands none waits in registers.
-    NEAR: tl.constexpr = min(TILE.columns, 32) if WEIGHTING.pair else TILE.columns
-    past = add_columns_to_known(past, rows, log_total, columns, last_start, start, SHAPE, WEIGHTING, HAS, NEAR)
-    store_rows(head_of(u, n, T, SHAPE.heads, U), start, T, past, U, ROWS)
+    NEAR: tl.constexpr = min(TILE.columns, 32) if FORM.pair else TILE.columns
+    past = add_columns_to_known(past, rows, log_total, columns, last_start, start, FORM, NEAR)
+    store_rows(head_of(u, n, T, FORM.heads, U), start, T, past, U, ROWS)
     tl.debug_barrier()
 
     n, start = afresh(n, start, counter)
-    upper_past = write_rows(arrays, upper, n, start, SHAPE, WEIGHTING, HAS, HALF)
+    upper_past = write_rows(given, written, upper, n, start, FORM, HALF)
     lower_past = upper_past
     if TILE.halves == 2:
         tl.debug_barrier()
-        lower_past = write_lower_half(arrays, lower, columns, n, start, SHAPE, WEIGHTING, HAS, HALF)
+        lower_past = write_lower_half(given, written, lower, columns, n, start, FORM, HALF)
     publish(counter, start // ROWS + 1)
 
     n, start = afresh(n, start, counter)
-    if WEIGHTING.tied or HAS.beta:
-        store_summaries(upper_past, lower_past, total, arrays, n, start, SHAPE, WEIGHTING, HAS, HALF, TILE.halves)
+    if FORM.has_summary:
+        store_summaries(upper_past, lower_past, total, given, written, n, start, FORM, HALF, TILE.halves)

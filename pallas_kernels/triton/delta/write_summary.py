@@ -1,5 +1,5 @@
-"""The write's sums s_t = Σ_{i<t} P_ti u_i, which dβ needs, and the read that they give where one softmax writes and reads
-(tied, w = q):
+"""The write's sums s_t = Σ_{i<t} P_ti u_i, which dβ needs, and the read that they give where one softmax writes and
+reads (tied, w = q):
 
     o_t = (1 − π_t) s_t + π_t u_t,    π_t = e^{s_tt} / (e^{s_tt} + Σ_{i<t} e^{s_ti})
 
@@ -35,62 +35,42 @@ def shares(scores, log_total, seen, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_summary(
-    past,
-    seen,
-    arrays,
-    n,
-    start,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def store_summary(past, seen, given, written, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
     """s of the ROWS rows at `start`, given `past`, their sums over the columns before; tied, also o and the shares.
     `seen`: more than 0 where there are such columns or own ones. u of the rows has just been stored."""
-    U: tl.constexpr = SHAPE.u
-    T = arrays.T
+    U: tl.constexpr = FORM.u
+    T = given.T
     row = tl.cast(n, tl.int64) * T
-    scores, visible = own_scores(arrays, n, start, SHAPE, WEIGHTING, HAS, ROWS)
+    scores, visible = own_scores(given, n, start, FORM, ROWS)
     log_total = seen
-    if WEIGHTING.softmax:
-        log_total = load_row(arrays.lse + padded(n, T), start, T, ROWS)
-    if WEIGHTING.tied:
+    if FORM.softmax:
+        log_total = load_row(written.lse + padded(n, T), start, T, ROWS)
+    if FORM.tied:
         own_share, past_share = shares(scores, log_total, seen, ROWS)
-        store_row(arrays.own_share + row, start, T, own_share, ROWS)
-        store_row(arrays.past_share + row, start, T, past_share, ROWS)
-    weights = weights_again(scores, visible, log_total[:, None], WEIGHTING, True)
-    high, low = load_u(columns_of(arrays, n, SHAPE, WEIGHTING, HAS), start, SHAPE, WEIGHTING, ROWS)
-    past = add_product(weights, high, low, past, WEIGHTING)
-    store_rows(head_of(arrays.summary, n, T, SHAPE.heads, U), start, T, past, U, ROWS)
-    if WEIGHTING.tied:
-        own = load_rows(head_of(arrays.u, n, T, SHAPE.heads, U), start, T, U, ROWS)
+        store_row(written.own_share + row, start, T, own_share, ROWS)
+        store_row(written.past_share + row, start, T, past_share, ROWS)
+    weights = weights_again(scores, visible, log_total[:, None], FORM, True)
+    high, low = load_u(columns_of(given, written, n, FORM), start, FORM, ROWS)
+    past = add_product(weights, high, low, past, FORM)
+    store_rows(head_of(written.summary, n, T, FORM.heads, U), start, T, past, U, ROWS)
+    if FORM.tied:
+        own = load_rows(head_of(written.u, n, T, FORM.heads, U), start, T, U, ROWS)
         out = past_share[:, None] * past + own_share[:, None] * own
-        store_rows(head_of(arrays.out, n, T, SHAPE.heads, U), start, T, out, U, ROWS)
+        store_rows(head_of(written.out, n, T, FORM.heads, U), start, T, out, U, ROWS)
 
 
 @triton.jit
 def store_summaries(
-    upper_past,
-    lower_past,
-    seen,
-    arrays,
-    n,
-    start,
-    SHAPE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    HAS: tl.constexpr,
-    HALF: tl.constexpr,
-    HALVES: tl.constexpr,
+    upper_past, lower_past, seen, given, written, n, start, FORM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr
 ):
     """`store_summary` of one tile, or of the upper and the lower half of the block."""
-    U: tl.constexpr = SHAPE.u
-    if WEIGHTING.pair:
+    U: tl.constexpr = FORM.u
+    if FORM.pair:
         # It still lies there: u has places of its own.
-        upper_past = load_rows(head_of(arrays.u, n, arrays.T, SHAPE.heads, U), start, arrays.T, U, HALF)
+        upper_past = load_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, U, HALF)
     upper_seen, lower_seen = seen, seen
     if HALVES == 2:
         upper_seen, lower_seen = halves_of(seen, 2 * HALF)
-    store_summary(upper_past, upper_seen, arrays, n, start, SHAPE, WEIGHTING, HAS, HALF)
+    store_summary(upper_past, upper_seen, given, written, n, start, FORM, HALF)
     if HALVES == 2:
-        store_summary(lower_past, lower_seen, arrays, n, start + HALF, SHAPE, WEIGHTING, HAS, HALF)
+        store_summary(lower_past, lower_seen, given, written, n, start + HALF, FORM, HALF)
