@@ -143,14 +143,3 @@ def load_rows(base, start, T, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WHOLE: t
 @triton.jit
 def store_rows(base, start, T, tile, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
     store_tile(base, start, T, tile, LAYOUT.stride, LAYOUT.width, ROWS, LAYOUT.block)
-
-
-@triton.jit
-def load_part(base, start, T, column, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`load_columns` of a head's array."""
-    return load_columns(base, start, T, column, LAYOUT.stride, LAYOUT.width, ROWS, COLUMNS)
-
-
-@triton.jit
-def store_part(base, start, T, column, tile, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    store_columns(base, start, T, column, tile, LAYOUT.stride, LAYOUT.width, ROWS, COLUMNS)

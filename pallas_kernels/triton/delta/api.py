@@ -26,7 +26,7 @@ from jax import lax
 
 from pallas_kernels.transform import transformable
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.constants import operands
+from pallas_kernels.triton.delta.form import operands
 from pallas_kernels.triton.delta.launches import (
     invert_blocks_launch,
     read_backward_launch,
@@ -178,8 +178,8 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:
-        out, share, rest = tied
-        return out, short_u, kept | {"share": share, "rest": rest}
+        out, own_share, past_share = tied
+        return out, short_u, kept | {"own_share": own_share, "past_share": past_share}
     if settings.read is None:
         return None, short_u, kept
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
@@ -214,12 +214,12 @@ def _backward(settings, run, residuals, dout, du):
     dquery, dkey_read, tied = None, 0, None
     if settings.tied:
         write_query = query
-        share, rest = residuals["share"], residuals["rest"]
+        own_share, past_share = residuals["own_share"], residuals["past_share"]
         wide = dout.astype(jnp.float32)
         summary = residuals["summary"].astype(jnp.float32)
-        read_dot = _row_dots(wide, _column(rest) * summary + _column(share) * written.exact)
-        du = du + _column(share) * wide
-        tied = (dout, rest, read_dot)
+        read_dot = _row_dots(wide, _column(past_share) * summary + _column(own_share) * written.exact)
+        du = du + _column(own_share) * wide
+        tied = (dout, past_share, read_dot)
     elif settings.read is not None:
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
@@ -235,7 +235,7 @@ def _backward(settings, run, residuals, dout, du):
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
-        own = _column(share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
+        own = _column(own_share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
         repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
         dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)
         dkey, dw = dkey + own * query.astype(jnp.float32), None

@@ -50,8 +50,8 @@ def segments_of(given, n, FORM: tl.constexpr):
 
 
 @triton.jit
-def later_rows_of(given, saved, gradients, n, columns, FORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Those of head n for the COLUMNS columns at `columns`."""
+def later_rows_of(given, saved, gradients, n, begin, FORM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Those of head n for the COLUMNS columns at `begin`."""
     QUERIES: tl.constexpr = FORM.queries
     U: tl.constexpr = FORM.u
     T = given.T
@@ -63,9 +63,9 @@ def later_rows_of(given, saved, gradients, n, columns, FORM: tl.constexpr, COLUM
         adjoint_residue = head_of(gradients.adjoint_residue, n, T, FORM.heads, U)
     lse = saved.lse + padded(n, T)
     centre = gradients.centre + padded(n, T)
-    column = columns + tl.arange(0, COLUMNS)
+    column = begin + tl.arange(0, COLUMNS)
     segments = segments_of(given, n, FORM)
-    places = Places(column, load_segments(segments, columns, T, FORM.has_segments, COLUMNS))
+    places = Places(column, load_segments(segments, begin, T, FORM.has_segments, COLUMNS))
     return LaterRows(w, adjoint, adjoint_residue, lse, centre, dw, segments, places, T, given.scale)
 
 
@@ -119,7 +119,7 @@ def follow_rows(
 
 @triton.jit
 def follow_later_blocks(
-    own, given, saved, gradients, counter, n, columns, nearest_end, end, FORM: tl.constexpr, TILE: tl.constexpr
+    own, given, saved, gradients, counter, n, begin, nearest_end, end, FORM: tl.constexpr, TILE: tl.constexpr
 ):
     """dkeys, and what comes in to G, of the rows from `end` back to `nearest_end`, as their blocks get ready; and where
     the rows that are left end."""
@@ -131,7 +131,7 @@ def follow_later_blocks(
     incoming = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
     while end > nearest_end:
         ready = tl.minimum(tl.maximum((blocks - done_blocks(counter)) * COLUMNS, nearest_end), end)
-        later = later_rows_of(given, saved, gradients, n, columns, FORM, COLUMNS)
+        later = later_rows_of(given, saved, gradients, n, begin, FORM, COLUMNS)
         dkeys, incoming = follow_rows(
             dkeys, incoming, own, later, ready, end, FORM, TILE.rows, False, True, True, TILE.stages
         )

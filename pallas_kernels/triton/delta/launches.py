@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.constants import Form, operands
+from pallas_kernels.triton.delta.form import Form, operands
 from pallas_kernels.triton.delta.invert_blocks import invert_blocks
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
@@ -24,9 +24,9 @@ from pallas_kernels.triton.memory import block_width
 
 
 def tile_of(settings, name, key, value) -> Tile:
-    given = dict(settings.tiles).get(name)
-    if given is not None:
-        return given
+    wanted = dict(settings.tiles).get(name)
+    if wanted is not None:
+        return wanted
     kappa = settings.write if name.startswith("write") else settings.read
     if settings.tied:
         name = name.replace("write", "tied")
@@ -40,8 +40,8 @@ def _form(kappa, key, value, heads: int, u_heads: int, alpha=None, beta=None, se
         heads=heads,
         u_heads=u_heads,
         kv_heads=key.shape[2],
-        key=key.shape[3],
-        value=value.shape[3],
+        key_width=key.shape[3],
+        value_width=value.shape[3],
         similarity=kappa.name,
         power=kappa.power,
         operands=operands(kappa, key.dtype),

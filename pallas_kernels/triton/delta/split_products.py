@@ -6,7 +6,7 @@ three bfloat16 products for one, 2^-16 of the largest term: what u needs between
 keeps it small. What many tiles multiply is parted once and lies in memory as two arrays: it reaches the tensor cores
 without passing through registers. What the caller's arrays hold has one part, and two products do.
 
-So it is where FORM.operands is "pair" (constants.py). Otherwise both operands of a product have the dtype of the one
+So it is where FORM.operands is "pair" (form.py). Otherwise both operands of a product have the dtype of the one
 that comes from memory, low parts are not looked at, and FORM says how float32 is multiplied. Smallest terms are added
 first.
 """

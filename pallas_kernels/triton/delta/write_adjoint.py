@@ -10,11 +10,11 @@ from pallas_kernels.triton.delta.invert_blocks import load_inverse
 from pallas_kernels.triton.delta.split_products import parts, product_of_parts
 from pallas_kernels.triton.memory import (
     head_of,
-    load_part,
+    load_columns,
     load_row,
     load_rows,
     padded,
-    store_part,
+    store_columns,
     store_row,
     store_rows,
 )
@@ -107,22 +107,24 @@ def store_adjoint_in_parts(given, saved, gradients, n, start, FORM: tl.constexpr
     alpha_dot, beta_dot = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     WIDTH: tl.constexpr = min(U.block, 64)
     for column in tl.range(0, U.block, WIDTH, num_stages=1):
-        incoming = load_part(dv, start, T, column, U, ROWS, WIDTH)
-        incoming += load_part(du, start, T, column, U, ROWS, WIDTH)
+        incoming = load_columns(dv, start, T, column, U.stride, U.width, ROWS, WIDTH)
+        incoming += load_columns(du, start, T, column, U.stride, U.width, ROWS, WIDTH)
         high, low = parts(incoming)
         grad = product_of_parts(tl.trans(inverse), tl.trans(inverse_low), high, low, FORM)
-        alpha_dot += tl.sum(load_part(v, start, T, column, VALUES, ROWS, WIDTH).to(tl.float32) * grad, 1)
+        alpha_dot += tl.sum(
+            load_columns(v, start, T, column, VALUES.stride, VALUES.width, ROWS, WIDTH).to(tl.float32) * grad, 1
+        )
         dvalue = grad
         if FORM.has_alpha:
             dvalue *= load_row(given.alpha + row, start, T, ROWS)[:, None]
-        store_part(dv, start, T, column, dvalue, U, ROWS, WIDTH)
+        store_columns(dv, start, T, column, dvalue, U.stride, U.width, ROWS, WIDTH)
         if FORM.has_beta:
-            past = load_part(summary, start, T, column, U, ROWS, WIDTH).to(tl.float32)
+            past = load_columns(summary, start, T, column, U.stride, U.width, ROWS, WIDTH).to(tl.float32)
             beta_dot += tl.sum(grad * past, 1)
             grad *= load_row(given.beta + row, start, T, ROWS)[:, None]
         high, low = parts(-grad)
-        store_part(adjoint, start, T, column, high, U, ROWS, WIDTH)
-        store_part(adjoint_residue, start, T, column, low, U, ROWS, WIDTH)
+        store_columns(adjoint, start, T, column, high, U.stride, U.width, ROWS, WIDTH)
+        store_columns(adjoint_residue, start, T, column, low, U.stride, U.width, ROWS, WIDTH)
     store_row(gradients.dalpha + row, start, T, alpha_dot, ROWS)
     if FORM.has_beta:
         store_row(gradients.dbeta + row, start, T, -beta_dot, ROWS)

@@ -38,7 +38,7 @@ from pallas_kernels.triton.delta.write_adjoint import (
     store_adjoint,
     store_adjoint_in_parts,
 )
-from pallas_kernels.triton.delta.write_values import Given
+from pallas_kernels.triton.delta.write_u import Given
 from pallas_kernels.triton.memory import head_of, load_row, load_rows, load_segments, padded, store_rows
 
 
@@ -49,7 +49,7 @@ def add_read_incoming(
     given,
     saved,
     n,
-    columns,
+    begin,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -63,10 +63,10 @@ def add_read_incoming(
     dout = head_of(saved.dout, n, T, FORM.heads, OUT)
     past_share = saved.past_share + tl.cast(n, tl.int64) * T
     lse = saved.lse + padded(n, T)
-    column = columns + tl.arange(0, COLUMNS)
+    column = begin + tl.arange(0, COLUMNS)
     segments = segments_of(given, n, FORM)
-    places = Places(column, load_segments(segments, columns, T, FORM.has_segments, COLUMNS))
-    for start in tl.range(columns, columns + COLUMNS, ROWS, num_stages=1):
+    places = Places(column, load_segments(segments, begin, T, FORM.has_segments, COLUMNS))
+    for start in tl.range(begin, begin + COLUMNS, ROWS, num_stages=1):
         rows = load_rows(w, start, T, QUERIES, ROWS)
         scores = tl.dot(own.k, tl.trans(rows), input_precision=FORM.score_precision) * given.scale
         log_total = load_row(lse, start, T, ROWS)

@@ -13,7 +13,7 @@ from pallas_kernels.triton.delta.invert_blocks import own_scores
 from pallas_kernels.triton.delta.read_forward import load_u
 from pallas_kernels.triton.delta.similarity import weights_again
 from pallas_kernels.triton.delta.split_products import add_product
-from pallas_kernels.triton.delta.write_values import columns_of
+from pallas_kernels.triton.delta.write_u import columns_of
 from pallas_kernels.triton.memory import head_of, load_row, load_rows, padded, store_row, store_rows
 
 

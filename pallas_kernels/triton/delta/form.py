@@ -1,4 +1,4 @@
-"""What a kernel knows while it is compiled, as one constant: FORM in every kernel and step."""
+"""What a kernel knows while it is compiled, but for its tile, as one constant: FORM in every kernel and step."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def operands(kappa, dtype) -> str:
 class Form:
     """Everything about a call that its kernels are compiled for, but for tiles.
 
-    heads, u_heads, kv_heads: of the query (q or w), of u (the write's: its query's) and of keys and values; key, value:
-    the widths K and V; similarity: "linear", "relu", "exp", "softmax" or "round"; power: 10 to the number of decimals
+    heads, u_heads, kv_heads: of the query (q or w), of u (the write's: its query's) and of keys and values; key_width,
+    value_width: K and V; similarity: "linear", "relu", "exp", "softmax" or "round"; power: 10 to the number of decimals
     of "round"; operands: as `operands` says; tied: one softmax writes and reads; has_…: that optional array is there.
     """
 
     heads: int
     u_heads: int
     kv_heads: int
-    key: int
-    value: int
+    key_width: int
+    value_width: int
     similarity: str
     power: float
     operands: str
@@ -45,32 +45,32 @@ class Form:
     @property
     def queries(self) -> Layout:
         """q, w, and their gradients: [B, T, heads, K]."""
-        return Layout(self.heads, self.key)
+        return Layout(self.heads, self.key_width)
 
     @property
     def keys(self) -> Layout:
         """k [B, T, kv_heads, K]."""
-        return Layout(self.kv_heads, self.key)
+        return Layout(self.kv_heads, self.key_width)
 
     @property
     def values(self) -> Layout:
         """v [B, T, kv_heads, V]."""
-        return Layout(self.kv_heads, self.value)
+        return Layout(self.kv_heads, self.value_width)
 
     @property
     def u(self) -> Layout:
         """u, and what has its shape: [B, T, u_heads, V]."""
-        return Layout(self.u_heads, self.value)
+        return Layout(self.u_heads, self.value_width)
 
     @property
     def out(self) -> Layout:
         """out, and its gradient: [B, T, heads, V]."""
-        return Layout(self.heads, self.value)
+        return Layout(self.heads, self.value_width)
 
     @property
     def key_gradients(self) -> Layout:
         """dk, before heads that share a key are summed: [B, T, u_heads, K]."""
-        return Layout(self.u_heads, self.key)
+        return Layout(self.u_heads, self.key_width)
 
     @property
     def softmax(self) -> bool:

@@ -11,12 +11,12 @@ from pallas_kernels.triton.delta.similarity import weights_again
 from pallas_kernels.triton.delta.split_products import add_product, parts, product_of_parts
 from pallas_kernels.triton.memory import (
     head_of,
-    load_part,
+    load_columns,
     load_row,
     load_rows,
     load_segments,
     padded,
-    store_part,
+    store_columns,
     store_rows,
 )
 
@@ -119,16 +119,16 @@ def write_rows_in_parts(given, written, n, start, FORM: tl.constexpr, ROWS: tl.c
     residue = head_of(written.residue, n, T, FORM.heads, U)
     WIDTH: tl.constexpr = min(U.block, 32)
     for column in tl.range(0, U.block, WIDTH, num_stages=1):
-        known = load_part(past, start, T, column, U, ROWS, WIDTH)
+        known = load_columns(past, start, T, column, U.stride, U.width, ROWS, WIDTH)
         if FORM.has_beta:
             known *= load_row(given.beta + row, start, T, ROWS)[:, None]
-        target = load_part(v, start, T, column, VALUES, ROWS, WIDTH).to(tl.float32)
+        target = load_columns(v, start, T, column, VALUES.stride, VALUES.width, ROWS, WIDTH).to(tl.float32)
         if FORM.has_alpha:
             target *= load_row(given.alpha + row, start, T, ROWS)[:, None]
         high, low = parts(target - known)
         high, low = parts(product_of_parts(inverse, inverse_low, high, low, FORM))
-        store_part(operand, start, T, column, high, U, ROWS, WIDTH)
-        store_part(residue, start, T, column, low, U, ROWS, WIDTH)
+        store_columns(operand, start, T, column, high, U.stride, U.width, ROWS, WIDTH)
+        store_columns(residue, start, T, column, low, U.stride, U.width, ROWS, WIDTH)
 
 
 @triton.jit
