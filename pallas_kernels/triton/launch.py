@@ -27,7 +27,11 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """kernel[grid](*arrays, *scalars, *outputs, **constants); scalars are ints or np.float32."""
+    """kernel[grid](*arrays, *scalars, *outputs, **constants); scalars are ints or np.float32.
+
+    A constant may be a frozen dataclass, which a kernel reads fields and properties of; to hand one of those that is no
+    number on to a function, name it first (`KEYS: tl.constexpr = FORM.keys`).
+    """
 
     kernel: triton.JITFunction
     arrays: tuple
@@ -60,7 +64,7 @@ def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array
     """The launch's outputs, as part of a JAX program for an NVIDIA GPU.
 
     `compute_capability` (90 for an H100): None is that of `target_capability`.
-    Raises NotImplementedError under jvp and vmap: derivatives and folded batches are the callers' business (delta.py).
+    Raises NotImplementedError under jvp and vmap: derivatives and folded batches are the callers' business (api.py).
     """
     return _jax_triton().triton_call(
         *launch.arrays,

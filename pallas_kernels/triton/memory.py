@@ -1,7 +1,32 @@
 """Tiles of rows in and out of arrays [B, T, heads, width], read where they lie: no copy puts heads first."""
 
+import dataclasses
+
 import triton
 import triton.language as tl
+
+
+def block_width(width: int) -> int:
+    """The width a tile takes in a kernel: a power of two, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array [B, T, heads, width] lies in memory, as a kernel's constant."""
+
+    heads: int
+    width: int
+
+    @property
+    def stride(self) -> int:
+        """From one row of a head to the next."""
+        return self.heads * self.width
+
+    @property
+    def block(self) -> int:
+        """The width of its tiles."""
+        return block_width(self.width)
 
 
 @triton.jit
@@ -24,9 +49,15 @@ def tile_mask(start, T, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def load_tile(
-    base, start, T, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    base,
+    start,
+    T,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
-):  # fmt: skip
+):
     """Rows start … start + ROWS, 0 past T and past the width. WHOLE: the caller knows that they all lie before T."""
     pointers = tile_pointers(base, start, STRIDE, ROWS, BLOCK)
     if WHOLE:
@@ -51,6 +82,15 @@ def load_row(base, start, T, ROWS: tl.constexpr):
     """Numbers start … start + ROWS of a contiguous row of T; 0 past its end."""
     index = start + tl.arange(0, ROWS)
     return tl.load(base + index, mask=index < T, other=0)
+
+
+@triton.jit
+def load_segments(segments, start, T, HAS_SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
+    """The segments of the rows at `start`; without segments a number that nothing reads."""
+    if HAS_SEGMENTS:
+        return load_row(segments, start, T, ROWS)
+    else:
+        return start
 
 
 @triton.jit
@@ -86,3 +126,20 @@ def store_columns(
 ):
     pointers = tile_pointers(base + column, start, STRIDE, ROWS, BLOCK)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=columns_mask(start, T, column, WIDTH, ROWS, BLOCK))
+
+
+@triton.jit
+def head_of(x, n, T, HEADS: tl.constexpr, LAYOUT: tl.constexpr):
+    """The first element of what head n of B × HEADS uses of x: LAYOUT.heads or fewer, each shared by neighbours."""
+    return head_base(x, n // HEADS, n % HEADS // (HEADS // LAYOUT.heads), T, LAYOUT.heads, LAYOUT.width)
+
+
+@triton.jit
+def load_rows(base, start, T, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr = False):
+    """`load_tile` of all columns of a head's array."""
+    return load_tile(base, start, T, LAYOUT.stride, LAYOUT.width, ROWS, LAYOUT.block, WHOLE)
+
+
+@triton.jit
+def store_rows(base, start, T, tile, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    store_tile(base, start, T, tile, LAYOUT.stride, LAYOUT.width, ROWS, LAYOUT.block)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from triton import knobs
 
 from pallas_kernels.triton.delta import api as delta
+from pallas_kernels.triton.delta import form
 from pallas_kernels.triton.delta import launches as delta_launches
 from pallas_kernels.triton.delta.table import SHARED_MEMORY, TABLE, WIDTHS
 from pallas_kernels.triton.launch import compile_for
@@ -50,7 +51,7 @@ def launch_of(kernel, capability, width, operands, similarity=None, segments=Fal
     kappa = delta.Kappa(similarity, 0.1)
     settings = delta.Settings(kappa, None if tied else kappa, tied, capability)
     u = {"narrow": (x, None), "pair": (x, x), "exact": (exact, None)}[operands]
-    assert delta_launches.operands(kappa, dtype) == operands
+    assert form.operands(kappa, dtype) == operands
     found = []
 
     def build(gate, ids):

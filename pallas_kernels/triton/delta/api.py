@@ -8,8 +8,9 @@ where one softmax serves both (tied); one more before a write of other weights t
 (invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
 
 Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
-the weights are softmax's, whose systems are solved with TF32 operands; else three products for one, of bfloat16
-(5 digits) between bfloat16 arrays, u being kept in two parts (products.py), of TF32 (7 digits) between float32 ones.
+the weights are softmax's, whose systems are solved with TF32 operands; else three products for one: of bfloat16
+(5 digits) between bfloat16 arrays, u being kept in two parts (split_products.py); of TF32 (7 digits) between float32
+ones.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from jax import lax
 
 from pallas_kernels.transform import transformable
 from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.form import operands
 from pallas_kernels.triton.delta.launches import (
     invert_blocks_launch,
-    operands,
     read_backward_launch,
     read_forward_launch,
     tile_of,
     write_backward_launch,
     write_forward_launch,
 )
+from pallas_kernels.triton.delta.similarity import LOG2_E
 from pallas_kernels.triton.delta.table import Tile
-from pallas_kernels.triton.delta.weights import LOG2_E
 
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -54,8 +55,9 @@ class Kappa:
     decimals: int = 2
 
     @property
-    def constants(self):
-        return {"SIMILARITY": self.name, "POWER": float(10.0**self.decimals)}
+    def power(self) -> float:
+        """10 to the number of decimals."""
+        return float(10.0**self.decimals)
 
     @property
     def score_scale(self):
@@ -172,12 +174,12 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     written = _Written(
         u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
     )
-    summary = summary if launch.constants["SUMMARY"] else None
+    summary = summary if launch.constants["FORM"].has_summary else None
     kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:
-        out, share, rest = tied
-        return out, short_u, kept | {"share": share, "rest": rest}
+        out, own_share, past_share = tied
+        return out, short_u, kept | {"own_share": own_share, "past_share": past_share}
     if settings.read is None:
         return None, short_u, kept
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
@@ -212,12 +214,12 @@ def _backward(settings, run, residuals, dout, du):
     dquery, dkey_read, tied = None, 0, None
     if settings.tied:
         write_query = query
-        share, rest = residuals["share"], residuals["rest"]
+        own_share, past_share = residuals["own_share"], residuals["past_share"]
         wide = dout.astype(jnp.float32)
         summary = residuals["summary"].astype(jnp.float32)
-        read_dot = _row_dots(wide, _column(rest) * summary + _column(share) * written.exact)
-        du = du + _column(share) * wide
-        tied = (dout, rest, read_dot)
+        read_dot = _row_dots(wide, _column(past_share) * summary + _column(own_share) * written.exact)
+        du = du + _column(own_share) * wide
+        tied = (dout, past_share, read_dot)
     elif settings.read is not None:
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
         row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
@@ -233,7 +235,7 @@ def _backward(settings, run, residuals, dout, du):
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
-        own = _column(share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
+        own = _column(own_share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
         repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
         dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)
         dkey, dw = dkey + own * query.astype(jnp.float32), None

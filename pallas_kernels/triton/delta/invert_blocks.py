@@ -5,39 +5,75 @@ inverted in a launch of their own, all at once, and the kernels in which one blo
 them. Softmax's wait for its sums, and are inverted there, as are float32's.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.solve import invert
-from pallas_kernels.triton.delta.weights import weights_again
-from pallas_kernels.triton.memory import head_base, load_row, load_tile, padded, store_tile
-from pallas_kernels.triton.products import parts
+from pallas_kernels.triton.delta.similarity import weights_again
+from pallas_kernels.triton.delta.split_products import parts
+from pallas_kernels.triton.memory import head_of, load_row, load_rows, load_tile, padded, store_tile
+from pallas_kernels.triton.triangular import invert
+
+
+class System(NamedTuple):
+    """What the triangular systems are made of: pointers to whole arrays; T; what products of w and k are multiplied
+    by."""
+
+    w: tl.tensor
+    k: tl.tensor
+    beta: tl.tensor
+    segments: tl.tensor
+    T: tl.tensor
+    scale: tl.tensor
 
 
 @triton.jit
-def own_inverse(
-    n, start, w, k, beta, lse, segments, T, score_scale, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(I + diag(β) A)⁻¹ of HALF rows and as many columns from `start`."""
-    batch, head = n // HEADS, n % HEADS
-    w = head_base(w, batch, head, T, HEADS, K)
-    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
-    rows = load_tile(w, start, T, HEADS * K, K, HALF, BLOCK_K, False)
-    keys = load_tile(k, start, T, KV_HEADS * K, K, HALF, BLOCK_K, False)
-    scores = tl.dot(rows, tl.trans(keys), input_precision=SCORE_PRECISION) * score_scale
-    visible = tl.arange(0, HALF)[:, None] > tl.arange(0, HALF)[None, :]
-    if HAS_SEGMENTS:
-        segments += tl.cast(batch, tl.int64) * T
-        visible &= load_row(segments, start, T, HALF)[:, None] == load_row(segments, start, T, HALF)[None, :]
+def own_scores(system, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
+    """The scores of ROWS rows and as many columns from `start`, and which of them lie before the diagonal, unseen ones
+    left out."""
+    QUERIES: tl.constexpr = FORM.queries
+    KEYS: tl.constexpr = FORM.keys
+    T = system.T
+    w = head_of(system.w, n, T, FORM.heads, QUERIES)
+    k = head_of(system.k, n, T, FORM.heads, KEYS)
+    rows = load_rows(w, start, T, QUERIES, ROWS)
+    keys = load_rows(k, start, T, KEYS, ROWS)
+    scores = tl.dot(rows, tl.trans(keys), input_precision=FORM.score_precision) * system.scale
+    index = tl.arange(0, ROWS)
+    visible = index[:, None] > index[None, :]
+    if FORM.has_segments:
+        segments = system.segments + tl.cast(n // FORM.heads, tl.int64) * T
+        visible &= load_row(segments, start, T, ROWS)[:, None] == load_row(segments, start, T, ROWS)[None, :]
+    return scores, visible
+
+
+@triton.jit
+def own_inverse(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
+    """(I + diag(β) A)⁻¹ of ROWS rows and as many columns from `start`. `system`: a System, or what has its fields."""
+    PRECISION: tl.constexpr = FORM.precision
+    scores, visible = own_scores(system, n, start, FORM, ROWS)
     log_total = scores
-    if SIMILARITY == "softmax":
-        log_total = load_row(lse + padded(n, T), start, T, HALF)[:, None]
-    weights = weights_again(scores, visible, log_total, SIMILARITY, POWER, True)
-    if HAS_BETA:
-        weights *= load_row(beta + tl.cast(n, tl.int64) * T, start, T, HALF)[:, None]
-    return invert(weights, HALF, PRECISION)
+    if FORM.softmax:
+        log_total = load_row(lse + padded(n, system.T), start, system.T, ROWS)[:, None]
+    weights = weights_again(scores, visible, log_total, FORM, True)
+    if FORM.has_beta:
+        weights *= load_row(system.beta + tl.cast(n, tl.int64) * system.T, start, system.T, ROWS)[:, None]
+    return invert(weights, ROWS, PRECISION)
+
+
+@triton.jit
+def own_inverses(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr):
+    """`own_inverse` of the block of HALVES × ROWS at `start`, of its upper and of its lower half, which may be one;
+    of no account where the inverses lie in memory."""
+    if FORM.pair:
+        return start, start
+    else:
+        upper = own_inverse(system, lse, n, start, FORM, ROWS)
+        lower = upper
+        if HALVES == 2:
+            lower = own_inverse(system, lse, n, start + ROWS, FORM, ROWS)
+        return upper, lower
 
 
 @triton.jit
@@ -54,23 +90,15 @@ def load_inverse(inverse, n, start, T, ROWS: tl.constexpr):
 
 
 @triton.jit
-def invert_blocks(
-    w, k, beta, segments, T, scale, high, low,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, HAS_BETA: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    SIMILARITY: tl.constexpr, POWER: tl.constexpr, SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """w [B,T,HEADS,K], k [B,T,KV_HEADS,K], beta [B,HEADS,T], segments [B,T] -> high, low [B,HEADS,padded T,ROWS]: the
-    two parts (products.py) of the inverses, T padded to a multiple of 2 ROWS."""
+def invert_blocks(w, k, beta, segments, T, scale, high, low, FORM: tl.constexpr, ROWS: tl.constexpr):
+    """w [B,T,heads,K], k [B,T,kv_heads,K], beta [B,heads,T], segments [B,T] -> high, low [B,heads,padded T,ROWS]: the
+    two parts (split_products.py) of the inverses, T padded to a multiple of 2 ROWS."""
     blocks = tl.cdiv(T, 2 * ROWS) * 2
     n = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * ROWS
     # No log-sum-exp: it is softmax's.
-    inverse = own_inverse(
-        n, start, w, k, beta, beta, segments, T, scale, HAS_BETA, HAS_SEGMENTS, HEADS, KV_HEADS, K, ROWS, BLOCK_K,
-        SIMILARITY, POWER, SCORE_PRECISION, PRECISION,
-    )  # fmt: skip
-    inverse_high, inverse_low = parts(inverse)
+    system = System(w, k, beta, segments, T, scale)
+    inverse_high, inverse_low = parts(own_inverse(system, beta, n, start, FORM, ROWS))
     end = blocks * ROWS
     store_tile(inverse_base(high, n, T, ROWS), start, end, inverse_high, ROWS, ROWS, ROWS, ROWS)
     store_tile(inverse_base(low, n, T, ROWS), start, end, inverse_low, ROWS, ROWS, ROWS, ROWS)

@@ -1,6 +1,6 @@
 """The launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
 
-`settings` is delta.py's, and so are the letters of shapes.
+`settings` is api.py's, and so are the letters of shapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.delta.form import Form, operands
 from pallas_kernels.triton.delta.invert_blocks import invert_blocks
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
@@ -19,32 +20,13 @@ from pallas_kernels.triton.delta.table import Tile, choose
 from pallas_kernels.triton.delta.write_backward import write_backward
 from pallas_kernels.triton.delta.write_forward import write_forward
 from pallas_kernels.triton.launch import Launch, Output
-
-
-def block_width(width: int) -> int:
-    """The width a tile takes in a kernel: a power of two, 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def operands(kappa, dtype) -> str:
-    """How products with these weights take float32 operands.
-
-    "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
-    (products.py), by other weights between bfloat16 arrays; "exact": as they are, between float32 arrays.
-    """
-    if np.dtype(dtype).itemsize == 4:
-        return "exact"
-    return "narrow" if kappa.name == "softmax" else "pair"
-
-
-# Of products between float32 registers: as exact as what else is computed from the arrays.
-_PRECISION = {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}
+from pallas_kernels.triton.memory import block_width
 
 
 def tile_of(settings, name, key, value) -> Tile:
-    given = dict(settings.tiles).get(name)
-    if given is not None:
-        return given
+    wanted = dict(settings.tiles).get(name)
+    if wanted is not None:
+        return wanted
     kappa = settings.write if name.startswith("write") else settings.read
     if settings.tied:
         name = name.replace("write", "tied")
@@ -53,18 +35,20 @@ def tile_of(settings, name, key, value) -> Tile:
     return choose(name, capability, width, operands(kappa, key.dtype))
 
 
-def _common(key, value, segment_ids, kappa):
-    return dict(
-        K=key.shape[3],
-        V=value.shape[3],
-        KV_HEADS=key.shape[2],
-        BLOCK_K=block_width(key.shape[3]),
-        BLOCK_V=block_width(value.shape[3]),
-        HAS_SEGMENTS=segment_ids is not None,
-        **kappa.constants,
-        PAIR=operands(kappa, key.dtype) == "pair",
-        SCORE_PRECISION="tf32x3",
-        PRECISION=_PRECISION[operands(kappa, key.dtype)],
+def _form(kappa, key, value, heads: int, u_heads: int, alpha=None, beta=None, segment_ids=None, tied=False) -> Form:
+    return Form(
+        heads=heads,
+        u_heads=u_heads,
+        kv_heads=key.shape[2],
+        key_width=key.shape[3],
+        value_width=value.shape[3],
+        similarity=kappa.name,
+        power=kappa.power,
+        operands=operands(kappa, key.dtype),
+        tied=tied,
+        has_alpha=alpha is not None,
+        has_beta=beta is not None,
+        has_segments=segment_ids is not None,
     )
 
 
@@ -112,7 +96,6 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
     tile = tile_of(settings, name, key, value)
     rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
     beta = _gate(beta)
-    common = _common(key, value, segment_ids, settings.write)
     padded_time = -(-time // (2 * rows)) * 2 * rows
     return Launch(
         invert_blocks,
@@ -120,8 +103,7 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
         (Output((batch, heads, padded_time, rows), jnp.bfloat16),) * 2,
         (time, settings.write.score_scale),
         batch * heads * (padded_time // rows),
-        dict(HEADS=heads, HAS_BETA=beta is not None, ROWS=rows)
-        | {constant: x for constant, x in common.items() if constant not in ("V", "BLOCK_V", "PAIR")},
+        dict(FORM=_form(settings.write, key, value, heads, heads, None, beta, segment_ids), ROWS=rows),
         4,
         1,
     )
@@ -137,8 +119,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
     alpha, beta = _gate(alpha), _gate(beta)
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
-    # dβ needs s: from u = α v − β s it could not be had where β is 0.
-    summary = settings.tied or beta is not None
+    form = _form(settings.write, key, value, heads, heads, alpha, beta, segment_ids, settings.tied)
     return Launch(
         write_forward,
         (
@@ -153,27 +134,14 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
             Output(tall if taken == "pair" else nothing, value.dtype),
             Output(padded(row) if settings.write.name == "softmax" else nothing, jnp.float32, zeroed=True),
             Output((1 + batch * heads,), jnp.int32, zeroed=True),
-            Output(tall if summary else nothing, value.dtype),
+            Output(tall if form.has_summary else nothing, value.dtype),
             Output(tied(tall), value.dtype),
             Output(tied(row), jnp.float32),
             Output(tied(row), jnp.float32),
         ),
         (time, settings.write.score_scale),
         batch * heads * -(-time // tile.rows),
-        dict(
-            B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            NARROW=taken == "narrow",
-            SUMMARY=summary,
-            TIED=settings.tied,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            **_common(key, value, segment_ids, settings.write),
-        ),
+        dict(B=batch, FORM=form, TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -192,13 +160,7 @@ def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch
         ),
         (time, settings.read.score_scale),
         batch * heads * -(-time // tile.rows),
-        dict(
-            HEADS=heads,
-            U_HEADS=u.shape[2],
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            **_common(key, u, segment_ids, settings.read),
-        ),
+        dict(FORM=_form(settings.read, key, u, heads, u.shape[2], segment_ids=segment_ids), TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -228,14 +190,7 @@ def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, s
         ),
         (time, np.float32(settings.read.scale), settings.read.score_scale),
         batch * u_heads * -(-time // tile.columns),
-        dict(
-            HEADS=heads,
-            U_HEADS=u_heads,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STAGES=tile.stages,
-            **_common(key, u, segment_ids, settings.read),
-        ),
+        dict(FORM=_form(settings.read, key, u, heads, u.shape[2], segment_ids=segment_ids), TILE=tile),
         tile.warps,
         tile.stages,
     )
@@ -280,16 +235,8 @@ def write_backward_launch(
         batch * heads * -(-time // tile.columns),
         dict(
             B=batch,
-            HEADS=heads,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            TIED=tied is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            HALVES=tile.halves,
-            GROUP=tile.group,
-            STAGES=tile.stages,
-            **_common(key, value, segment_ids, settings.write),
+            FORM=_form(settings.write, key, value, heads, heads, alpha, beta, segment_ids, tied is not None),
+            TILE=tile,
         ),
         tile.warps,
         tile.stages,

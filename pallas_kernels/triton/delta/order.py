@@ -43,10 +43,12 @@ def publish(counter, number):
 
 
 @triton.jit
-def unknown_zero(counter):
-    """0, which the compiler cannot know: what is computed from a number that this is added to is computed once more.
+def afresh(n, start, counter):
+    """The numbers n and start with a 0 added that the compiler cannot know: what is computed from them is computed once
+    more.
 
-    Addresses are cheap to compute and dear to keep: a part of a kernel that begins with one of these does not take over
-    those of the parts before it, which would cost the registers of everything in between.
+    Addresses are cheap to compute and dear to keep: a part of a kernel that begins with this does not take over those
+    of the parts before it, which would cost the registers of everything in between.
     """
-    return tl.minimum(tl.load(counter), 0)
+    zero = tl.minimum(tl.load(counter), 0)
+    return n + zero, start + zero

@@ -1,62 +1,154 @@
-"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity."""
+"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity. Its
+running sums over tiles of columns are the write's too.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.weights import LOWEST, inverse_or_zero, log_sum
-from pallas_kernels.triton.delta.write_forward import score_tile, stream
-from pallas_kernels.triton.memory import head_base, load_row, load_tile, store_row, store_tile
-from pallas_kernels.triton.products import add_product
+from pallas_kernels.triton.delta.similarity import LOWEST, absorb, inverse_or_zero, log_sum
+from pallas_kernels.triton.delta.split_products import add_product
+from pallas_kernels.triton.memory import head_of, load_row, load_rows, load_segments, store_row, store_rows
+
+
+class Rows(NamedTuple):
+    """A block of rows: their tile of q or w, and the numbers of their segments."""
+
+    tile: tl.tensor
+    segments: tl.tensor
+
+
+class Columns(NamedTuple):
+    """What a head's rows look at: pointers to its keys, to its u, of one part or two, and to its segments; T; what
+    products of rows and keys are multiplied by."""
+
+    k: tl.tensor
+    u: tl.tensor
+    residue: tl.tensor
+    segments: tl.tensor
+    T: tl.tensor
+    scale: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Of each row so far: the highest score, Σ κ (softmax's, of what is left of the highest) and Σ κ u."""
+
+    highest: tl.tensor
+    total: tl.tensor
+    weighted: tl.tensor
 
 
 @triton.jit
-def read_forward(
-    q, k, u, residue, segments, first, T, scale, out, lse,
-    HEADS: tl.constexpr, U_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, SIMILARITY: tl.constexpr, POWER: tl.constexpr, PAIR: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """q [B,T,HEADS,K], k [B,T,KV_HEADS,K], u [B,T,U_HEADS,V] (PAIR: its high part, and residue the low one),
-    segments [B,T], first [B,blocks] -> out [B,T,HEADS,V], lse [B,HEADS,T] in base 2. `scale` has log2(e) in it for
+def no_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums over no columns, BLOCK wide."""
+    highest = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    return Sums(highest, total, tl.zeros([ROWS, BLOCK], tl.float32))
+
+
+@triton.jit
+def absorb_columns(
+    rows,
+    columns,
+    start,
+    highest,
+    total,
+    ordered,
+    FORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """`absorb` of the tile of columns at `start`. ORDERED: not all lie before all rows, and `ordered` says which do;
+    WHOLE: all lie before T."""
+    KEYS: tl.constexpr = FORM.keys
+    keys = load_rows(columns.k, start, columns.T, KEYS, COLUMNS, WHOLE)
+    scores = tl.dot(rows.tile, tl.trans(keys), input_precision=FORM.score_precision) * columns.scale
+    visible = ordered
+    if FORM.has_segments:
+        same = rows.segments[:, None] == load_row(columns.segments, start, columns.T, COLUMNS)[None, :]
+        if ORDERED:
+            visible = ordered & same
+        else:
+            visible = same
+    return absorb(scores, visible, highest, total, FORM, FORM.has_segments or ORDERED)
+
+
+@triton.jit
+def load_u(columns, start, FORM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr = False):
+    """u of the tile of columns at `start`, in two parts; where it is one, the second is of no account."""
+    U: tl.constexpr = FORM.u
+    high = load_rows(columns.u, start, columns.T, U, COLUMNS, WHOLE)
+    low = high
+    if FORM.pair:
+        low = load_rows(columns.residue, start, columns.T, U, COLUMNS, WHOLE)
+    return high, low
+
+
+@triton.jit
+def add_earlier_columns(sums, rows, columns, begin, end, FORM: tl.constexpr, COLUMNS: tl.constexpr):
+    """The running sums with those over columns begin … end, all of them before T and before the rows."""
+    highest, total, weighted = sums
+    for start in tl.range(begin, end, COLUMNS):
+        weights, highest, total, shrink = absorb_columns(
+            rows, columns, start, highest, total, 0, FORM, COLUMNS, False, True
+        )
+        high, low = load_u(columns, start, FORM, COLUMNS, True)
+        if FORM.softmax:
+            weighted *= shrink[:, None]
+        weighted = add_product(weights, high, low, weighted, FORM)
+    return Sums(highest, total, weighted)
+
+
+@triton.jit
+def add_own_columns(sums, rows, columns, begin, FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The running sums with those over the columns of the rows' own block, which begins at `begin`."""
+    highest, total, weighted = sums
+    for start in tl.range(begin, begin + ROWS, COLUMNS, num_stages=1):
+        causal = (begin + tl.arange(0, ROWS))[:, None] >= (start + tl.arange(0, COLUMNS))[None, :]
+        weights, highest, total, shrink = absorb_columns(
+            rows, columns, start, highest, total, causal, FORM, COLUMNS, True, False
+        )
+        high, low = load_u(columns, start, FORM, COLUMNS)
+        weighted = add_product(weights, high, low, weighted * shrink[:, None], FORM)
+    return Sums(highest, total, weighted)
+
+
+@triton.jit
+def read_forward(q, k, u, residue, segments, first, T, scale, out, lse, FORM: tl.constexpr, TILE: tl.constexpr):
+    """q [B,T,heads,K], k [B,T,kv_heads,K], u [B,T,u_heads,V] (in two parts its high one, and residue the low one),
+    segments [B,T], first [B,blocks] -> out [B,T,heads,V], lse [B,heads,T] in base 2. `scale` has log2(e) in it for
     softmax."""
+    QUERIES: tl.constexpr = FORM.queries
+    KEYS: tl.constexpr = FORM.keys
+    U: tl.constexpr = FORM.u
+    OUT: tl.constexpr = FORM.out
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
     blocks = tl.cdiv(T, ROWS)
     n = tl.program_id(0) // blocks
     # The longest first; neighbours share keys and u in the cache.
     block = blocks - 1 - tl.program_id(0) % blocks
-    batch, head = n // HEADS, n % HEADS
-    k = head_base(k, batch, head // (HEADS // KV_HEADS), T, KV_HEADS, K)
-    u = head_base(u, batch, head // (HEADS // U_HEADS), T, U_HEADS, V)
-    if PAIR:
-        residue = head_base(residue, batch, head // (HEADS // U_HEADS), T, U_HEADS, V)
+    batch = n // FORM.heads
+    k = head_of(k, n, T, FORM.heads, KEYS)
+    u = head_of(u, n, T, FORM.heads, U)
+    if FORM.pair:
+        residue = head_of(residue, n, T, FORM.heads, U)
     start = block * ROWS
-    rows = load_tile(head_base(q, batch, head, T, HEADS, K), start, T, HEADS * K, K, ROWS, BLOCK_K, False)
+    tile = load_rows(head_of(q, n, T, FORM.heads, QUERIES), start, T, QUERIES, ROWS)
     earliest = 0
-    row_segments = start
-    if HAS_SEGMENTS:
+    if FORM.has_segments:
         segments += tl.cast(batch, tl.int64) * T
-        row_segments = load_row(segments, start, T, ROWS)
+    rows = Rows(tile, load_segments(segments, start, T, FORM.has_segments, ROWS))
+    if FORM.has_segments:
         earliest = tl.load(first + batch * blocks + block) // COLUMNS * COLUMNS
-    highest = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    highest, total, weighted = stream(
-        rows, k, u, residue, earliest, start, row_segments, segments, T, scale, highest, total, weighted,
-        HAS_SEGMENTS, KV_HEADS * K, K, U_HEADS * V, V, COLUMNS, BLOCK_K, BLOCK_V, SIMILARITY, POWER, PAIR,
-        SCORE_PRECISION, PRECISION,
-    )  # fmt: skip
-    for columns in tl.range(start, start + ROWS, COLUMNS, num_stages=1):
-        causal = (start + tl.arange(0, ROWS))[:, None] >= (columns + tl.arange(0, COLUMNS))[None, :]
-        weights, highest, total, shrink = score_tile(
-            rows, k, columns, row_segments, segments, T, scale, highest, total, causal,
-            HAS_SEGMENTS, True, False, KV_HEADS * K, K, COLUMNS, BLOCK_K, SIMILARITY, POWER, SCORE_PRECISION,
-        )  # fmt: skip
-        values = load_tile(u, columns, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
-        low = values
-        if PAIR:
-            low = load_tile(residue, columns, T, U_HEADS * V, V, COLUMNS, BLOCK_V, False)
-        weighted = add_product(weights, values, low, weighted * shrink[:, None], PAIR, PRECISION)
-    if SIMILARITY == "softmax":
-        weighted *= inverse_or_zero(total)[:, None]
-        store_row(lse + tl.cast(n, tl.int64) * T, start, T, log_sum(highest, total), ROWS)
-    store_tile(head_base(out, batch, head, T, HEADS, V), start, T, weighted, HEADS * V, V, ROWS, BLOCK_V)
+    columns = Columns(k, u, residue, segments, T, scale)
+    sums = no_sums(ROWS, OUT.block)
+    sums = add_earlier_columns(sums, rows, columns, earliest, start, FORM, COLUMNS)
+    sums = add_own_columns(sums, rows, columns, start, FORM, ROWS, COLUMNS)
+    weighted = sums.weighted
+    if FORM.softmax:
+        weighted *= inverse_or_zero(sums.total)[:, None]
+        store_row(lse + tl.cast(n, tl.int64) * T, start, T, log_sum(sums.highest, sums.total), ROWS)
+    store_rows(head_of(out, n, T, FORM.heads, OUT), start, T, weighted, OUT, ROWS)

@@ -31,7 +31,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 
 WIDTHS = (64, 128, 256)
 
-# Compute capability -> (kernel, how its products take float32 operands: delta_launches.operands) -> the tiles for
+# Compute capability -> (kernel, how its products take float32 operands: form.operands) -> the tiles for
 # WIDTHS; None: none fits. "tied_" kernels are the write's with the read in them, which softmax alone has.
 _LARGE = {
     ("write_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2, 2)),

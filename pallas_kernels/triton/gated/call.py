@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.launches import block_width
 from pallas_kernels.triton.gated.table import GatedTile, choose, chunk_rows
 from pallas_kernels.triton.launch import Launch, Output
+from pallas_kernels.triton.memory import block_width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ so that what a chunk writes is V' = U − W S for the state S that enters it (th
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.solve import invert
 from pallas_kernels.triton.gated.decay import decays, row_or_one
 from pallas_kernels.triton.gated.places import chunk_of, segments_of
 from pallas_kernels.triton.memory import head_base, load_columns, load_tile, store_columns, store_tile
+from pallas_kernels.triton.triangular import invert
 
 
 @triton.jit

@@ -13,10 +13,10 @@ Derived for this project."""
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.solve import invert
 from pallas_kernels.triton.gated.decay import row_or_one
 from pallas_kernels.triton.gated.places import chunk_of
 from pallas_kernels.triton.memory import head_base, load_columns, load_tile, store_columns, store_tile
+from pallas_kernels.triton.triangular import invert
 
 
 @triton.jit

@@ -24,40 +24,40 @@ def round_half_to_even(x):
 
 
 @triton.jit
-def weight(scores, SIMILARITY: tl.constexpr, POWER: tl.constexpr):
-    """κ(s); for softmax the numerator, of scores in base two. POWER: 10 to the number of decimals of "round"."""
-    if SIMILARITY == "softmax":
+def weight(scores, FORM: tl.constexpr):
+    """κ(s); for softmax the numerator, of scores in base two."""
+    if FORM.softmax:
         return tl.exp2(scores)
-    elif SIMILARITY == "exp":
+    elif FORM.similarity == "exp":
         return tl.exp(scores)
-    elif SIMILARITY == "relu":
+    elif FORM.similarity == "relu":
         return tl.maximum(scores, 0.0)
-    elif SIMILARITY == "round":
-        return round_half_to_even(scores * POWER) / POWER
+    elif FORM.similarity == "round":
+        return round_half_to_even(scores * FORM.power) / FORM.power
     else:
         return scores
 
 
 @triton.jit
-def times_slope(dots, scores, weights, SIMILARITY: tl.constexpr):
+def times_slope(dots, scores, weights, FORM: tl.constexpr):
     """κ'(s) · dots, given κ(s)."""
-    if SIMILARITY == "softmax":
+    if FORM.softmax:
         return weights * dots
-    elif SIMILARITY == "exp":
+    elif FORM.similarity == "exp":
         return weights * dots
-    elif SIMILARITY == "relu":
+    elif FORM.similarity == "relu":
         return tl.where(weights > 0, dots, 0.0)
     else:
         return dots
 
 
 @triton.jit
-def absorb(scores, visible, highest, total, SIMILARITY: tl.constexpr, POWER: tl.constexpr, MASKED: tl.constexpr):
+def absorb(scores, visible, highest, total, FORM: tl.constexpr, MASKED: tl.constexpr):
     """One more tile of columns: its weights, the running maximum and normaliser, and what the old sums shrink by.
 
     For softmax the weights are 2^(s − m), m the new maximum; otherwise κ(s), and the rest stays as it is.
     """
-    if SIMILARITY == "softmax":
+    if FORM.softmax:
         if MASKED:
             scores = tl.where(visible, scores, LOWEST)
         new = tl.maximum(highest, tl.max(scores, 1))
@@ -70,21 +70,21 @@ def absorb(scores, visible, highest, total, SIMILARITY: tl.constexpr, POWER: tl.
     else:
         if MASKED:
             scores = tl.where(visible, scores, 0.0)
-        weights = weight(scores, SIMILARITY, POWER)
+        weights = weight(scores, FORM)
         if MASKED:
             weights = tl.where(visible, weights, 0.0)
         return weights, highest, total, tl.full(highest.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def weights_again(scores, visible, lse, SIMILARITY: tl.constexpr, POWER: tl.constexpr, MASKED: tl.constexpr):
+def weights_again(scores, visible, lse, FORM: tl.constexpr, MASKED: tl.constexpr):
     """κ recomputed from scores and, for softmax, log2 of the rows' sums; `lse` lines up with the scores."""
-    if SIMILARITY == "softmax":
+    if FORM.softmax:
         scores = scores - lse
     if MASKED:
         # A hidden score may lie above its row's sum: mask before the exponential too.
         scores = tl.where(visible, scores, 0.0)
-    weights = weight(scores, SIMILARITY, POWER)
+    weights = weight(scores, FORM)
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     return weights

@@ -6,8 +6,9 @@ three bfloat16 products for one, 2^-16 of the largest term: what u needs between
 keeps it small. What many tiles multiply is parted once and lies in memory as two arrays: it reaches the tensor cores
 without passing through registers. What the caller's arrays hold has one part, and two products do.
 
-PAIR: so it is. Otherwise both operands of a product have the dtype of the one that comes from memory, low parts are not
-looked at, and PRECISION says how float32 is multiplied. Smallest terms are added first.
+So it is where FORM.operands is "pair" (form.py). Otherwise both operands of a product have the dtype of the one
+that comes from memory, low parts are not looked at, and FORM says how float32 is multiplied. Smallest terms are added
+first.
 """
 
 import triton
@@ -23,53 +24,53 @@ def parts(x):
 
 
 @triton.jit
-def add_product(left, high, low, total, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(left, high, low, total, FORM: tl.constexpr):
     """total + left · (high + low), left computed here."""
-    if PAIR:
+    if FORM.pair:
         left_high, left_low = parts(left)
         total = tl.dot(left_low, high, total)
         total = tl.dot(left_high, low, total)
         return tl.dot(left_high, high, total)
     else:
-        return tl.dot(left.to(high.dtype), high, total, input_precision=PRECISION)
+        return tl.dot(left.to(high.dtype), high, total, input_precision=FORM.precision)
 
 
 @triton.jit
-def add_product_with_given(left, right, total, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+def add_product_with_given(left, right, total, FORM: tl.constexpr):
     """total + left · right, left computed here, right as the caller's arrays have it."""
-    if PAIR:
+    if FORM.pair:
         left_high, left_low = parts(left)
         total = tl.dot(left_low, right, total)
         return tl.dot(left_high, right, total)
     else:
-        return tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
+        return tl.dot(left.to(right.dtype), right, total, input_precision=FORM.precision)
 
 
 @triton.jit
-def product_of_given(left, right, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+def product_of_given(left, right, FORM: tl.constexpr):
     """left · right, left as the caller's arrays have it, right computed here."""
-    if PAIR:
+    if FORM.pair:
         high, low = parts(right)
         return tl.dot(left, high, tl.dot(left, low))
     else:
-        return tl.dot(left, right.to(left.dtype), input_precision=PRECISION)
+        return tl.dot(left, right.to(left.dtype), input_precision=FORM.precision)
 
 
 @triton.jit
-def product_of_parts(left_high, left_low, high, low, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+def product_of_parts(left_high, left_low, high, low, FORM: tl.constexpr):
     """(left_high + left_low) · (high + low)."""
-    if PAIR:
+    if FORM.pair:
         total = tl.dot(left_low, high)
         total = tl.dot(left_high, low, total)
         return tl.dot(left_high, high, total)
     else:
-        return tl.dot(left_high, high, input_precision=PRECISION)
+        return tl.dot(left_high, high, input_precision=FORM.precision)
 
 
 @triton.jit
-def product_of_parts_with_given(high, low, right, PAIR: tl.constexpr, PRECISION: tl.constexpr):
+def product_of_parts_with_given(high, low, right, FORM: tl.constexpr):
     """(high + low) · right, right as the caller's arrays have it."""
-    if PAIR:
+    if FORM.pair:
         return tl.dot(high, right, tl.dot(low, right))
     else:
-        return tl.dot(high, right, input_precision=PRECISION)
+        return tl.dot(high, right, input_precision=FORM.precision)

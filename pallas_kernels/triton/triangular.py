@@ -1,11 +1,8 @@
-"""The triangular system of one block, (I + A) x = b or (I + A)ᵀ x = b, A strictly lower triangular, in registers.
+"""The inverse of a small unit triangular matrix, I + A with A strictly lower triangular, in registers.
 
-A block of rows is solved as one tile or as two halves: each half's own tile is inverted by the ladder, which doubles
-the blocks that are inverted already and never forms a power of A,
+The ladder doubles the blocks that are inverted already and never forms a power of A,
 
     X ← X − X L_b X,      L_b: A inside the 2b-blocks but outside the b-blocks,      b = 1, 2, 4, …
-
-and the halves are joined by substitution, which costs less than one inverse of the whole and is as exact.
 """
 
 import triton
@@ -27,21 +24,3 @@ def invert(a, N: tl.constexpr, PRECISION: tl.constexpr):
         left = tl.dot(inverse, below, input_precision=PRECISION)
         inverse -= tl.dot(left, inverse, input_precision=PRECISION)
     return inverse
-
-
-@triton.jit
-def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The upper and the lower half of the rows of x."""
-    return tl.split(tl.permute(tl.reshape(x, [2, ROWS // 2, COLUMNS]), (1, 2, 0)))
-
-
-@triton.jit
-def row_halves(x, ROWS: tl.constexpr):
-    """The upper and the lower half of a row of numbers."""
-    return tl.split(tl.permute(tl.reshape(x, [2, ROWS // 2]), (1, 0)))
-
-
-@triton.jit
-def joined_rows(upper, lower, ROWS: tl.constexpr):
-    """The inverse of `row_halves`."""
-    return tl.reshape(tl.permute(tl.join(upper, lower), (1, 0)), [ROWS])

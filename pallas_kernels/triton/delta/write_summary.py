@@ -1,0 +1,76 @@
+"""The write's sums s_t = Σ_{i<t} P_ti u_i, which dβ needs, and the read that they give where one softmax writes and
+reads (tied, w = q):
+
+    o_t = (1 − π_t) s_t + π_t u_t,    π_t = e^{s_tt} / (e^{s_tt} + Σ_{i<t} e^{s_ti})
+
+where π and 1 − π are two sigmoids, each computed by itself: neither cancels, whatever dominates the row.
+"""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.triton.delta.invert_blocks import own_scores
+from pallas_kernels.triton.delta.read_forward import load_u
+from pallas_kernels.triton.delta.similarity import weights_again
+from pallas_kernels.triton.delta.split_products import add_product
+from pallas_kernels.triton.delta.write_u import columns_of
+from pallas_kernels.triton.memory import head_of, load_row, load_rows, padded, store_row, store_rows
+
+
+@triton.jit
+def halves_of(numbers, ROWS: tl.constexpr):
+    """The upper and the lower half of ROWS numbers."""
+    return tl.split(tl.permute(tl.reshape(numbers, [2, ROWS // 2]), (1, 0)))
+
+
+@triton.jit
+def shares(scores, log_total, seen, ROWS: tl.constexpr):
+    """π and 1 − π: how much of a row's weight is its own, and its past's."""
+    index = tl.arange(0, ROWS)
+    excess = tl.sum(tl.where(index[:, None] == index[None, :], scores, 0.0), 1) - log_total
+    # Without a past all of the row's weight is its own.
+    own_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, -excess, 0.0))), 1.0)
+    past_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, excess, 0.0))), 0.0)
+    return own_share, past_share
+
+
+@triton.jit
+def store_summary(past, seen, given, written, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
+    """s of the ROWS rows at `start`, given `past`, their sums over the columns before; tied, also o and the shares.
+    `seen`: more than 0 where there are such columns or own ones. u of the rows has just been stored."""
+    U: tl.constexpr = FORM.u
+    T = given.T
+    row = tl.cast(n, tl.int64) * T
+    scores, visible = own_scores(given, n, start, FORM, ROWS)
+    log_total = seen
+    if FORM.softmax:
+        log_total = load_row(written.lse + padded(n, T), start, T, ROWS)
+    if FORM.tied:
+        own_share, past_share = shares(scores, log_total, seen, ROWS)
+        store_row(written.own_share + row, start, T, own_share, ROWS)
+        store_row(written.past_share + row, start, T, past_share, ROWS)
+    weights = weights_again(scores, visible, log_total[:, None], FORM, True)
+    high, low = load_u(columns_of(given, written, n, FORM), start, FORM, ROWS)
+    past = add_product(weights, high, low, past, FORM)
+    store_rows(head_of(written.summary, n, T, FORM.heads, U), start, T, past, U, ROWS)
+    if FORM.tied:
+        own = load_rows(head_of(written.u, n, T, FORM.heads, U), start, T, U, ROWS)
+        out = past_share[:, None] * past + own_share[:, None] * own
+        store_rows(head_of(written.out, n, T, FORM.heads, U), start, T, out, U, ROWS)
+
+
+@triton.jit
+def store_summaries(
+    upper_past, lower_past, seen, given, written, n, start, FORM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr
+):
+    """`store_summary` of one tile, or of the upper and the lower half of the block."""
+    U: tl.constexpr = FORM.u
+    if FORM.pair:
+        # It still lies there: u has places of its own.
+        upper_past = load_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, U, HALF)
+    upper_seen, lower_seen = seen, seen
+    if HALVES == 2:
+        upper_seen, lower_seen = halves_of(seen, 2 * HALF)
+    store_summary(upper_past, upper_seen, given, written, n, start, FORM, HALF)
+    if HALVES == 2:
+        store_summary(lower_past, lower_seen, given, written, n, start + HALF, FORM, HALF)
