@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import calls, limits
 from pallas_kernels.tpu.gated.backward import backward_kernel
 from pallas_kernels.tpu.gated.forward import Plan, forward_kernel
-from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.matrix_unit import TILE
 from pallas_kernels.transform import transformable
 
 

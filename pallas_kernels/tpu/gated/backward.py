@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.gated.forward import Chunk, Plan, advance, solve
 from pallas_kernels.tpu.gated.pairs import Pairs
-from pallas_kernels.tpu.gated.products import dot_exact
-from pallas_kernels.tpu.products import NN, NT, TN, dot
+from pallas_kernels.tpu.gated.differentiable import dot_exact
+from pallas_kernels.tpu.matrix_unit import NN, NT, TN, dot
 
 
 def backward_kernel(_, refs, *, plan: Plan):

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.gated.inverse import inverses
 from pallas_kernels.tpu.gated.pairs import channel_pairs, head_pairs
-from pallas_kernels.tpu.gated.products import dot_exact
-from pallas_kernels.tpu.products import NT, TN, dot
+from pallas_kernels.tpu.gated.differentiable import dot_exact
+from pallas_kernels.tpu.matrix_unit import NT, TN, dot
 
 
 class Plan(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.gated.products import block, dot_exact, place
+from pallas_kernels.tpu.gated.differentiable import block, dot_exact, place
 
 BLOCK = 16
 TILE = 8

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.gated.products import block, down, place, product, sums_of_columns, sums_of_rows
+from pallas_kernels.tpu.gated.differentiable import block, down, place, product, sums_of_columns, sums_of_rows
 
 # Rows of the blocks whose pairs of a decay of each channel are made one by one: as many as a tile of registers has.
 SUB = 8

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.products import NN, NT, TN, dot
+from pallas_kernels.tpu.matrix_unit import NN, NT, TN, dot
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
