@@ -90,11 +90,11 @@ down.defvjp(
 )
 
 
-def block(index, size: int):
+def block_of(index, size: int):
     """index // size of non-negative numbers, size a power of two: a shift, where a division is many instructions."""
     return index >> (size.bit_length() - 1)
 
 
-def place(index, size: int):
+def place_in_block(index, size: int):
     """index % size, likewise."""
     return index & (size - 1)
