@@ -1,59 +1,39 @@
-"""How the arrays of one call of DeltaFormer lie for its kernels on a TPU: [B,T,heads,W] as [B heads, T', W], T' whole
-chunks; which chunks meet which; and whether arrays of all rows stay in VMEM.
+"""How the arrays of one call lie for its kernels on a TPU, and how a kernel's steps go over them.
 
-Letters as in delta.py.
+The ops have [B,T,heads,W]; the kernels see [B heads, T', W], T' tokens in whole blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.tpu import limits
-from pallas_kernels.tpu.products import TILE, quotient
-
-
-def chunk_of(settings, dtype, time: int) -> int:
-    """512 rows for bfloat16, 256 for float32, whose tiles are twice as large; no more than there are."""
-    most = settings.chunk or (512 if dtype == jnp.bfloat16 else 256)
-    return min(most, -(-time // TILE) * TILE)
+from pallas_kernels.tpu import calls
+from pallas_kernels.tpu.matrix_unit import quotient
 
 
-class Layout:
-    """The sizes of one call, and the ways between the op's arrays and the kernels'. `settings`: delta.py's."""
+def _same(head):
+    return head
 
-    def __init__(self, settings, query, write_query, key, value, segment_ids):
-        self.batch, self.time, self.kv_heads, self.width = key.shape
-        self.value_width = value.shape[3]
-        w = query if settings.tied else key if write_query is None else write_query
-        self.heads = w.shape[2]
-        self.group = 1 if query is None else query.shape[2] // self.heads
-        self.chunk = chunk_of(settings, key.dtype, self.time)
-        self.steps = -(-self.time // self.chunk)
-        self.length = self.steps * self.chunk
-        self.operand = jnp.dtype(key.dtype)
-        narrow = lambda kappa: kappa is not None and kappa.normalised and key.dtype == jnp.bfloat16
-        self.write_dtype = jnp.dtype(jnp.bfloat16 if narrow(settings.write) else jnp.float32)
-        self.read_dtype = jnp.dtype(jnp.bfloat16 if narrow(settings.read) else jnp.float32)
-        if segment_ids is None:
-            self.first = jnp.zeros((self.batch, self.steps), jnp.int32)
-            self.last = jnp.full((self.batch, self.steps), self.steps - 1, jnp.int32)
-        else:
-            ids = self.pad(segment_ids)
-            self.first, self.last = first_chunks(ids, self.chunk), last_chunks(ids, self.chunk)
+
+class HeadsFirst:
+    """The sizes that every op's call has, and the ways between the op's arrays and the kernels'.
+
+    batch B, time T, heads of what is written, length T'.
+    """
+
+    def __init__(self, batch: int, time: int, heads: int, length: int):
+        self.batch, self.time, self.heads, self.length = batch, time, heads, length
 
     def pad(self, x):
+        """[B,T,...] -> [B,T',...], with zeros."""
         return jnp.pad(x, [(0, 0), (0, self.length - self.time)] + [(0, 0)] * (x.ndim - 2))
 
     def tall(self, x):
-        """[B,T,heads,W] -> [B heads, T', W]."""
+        """[B,T,heads,...] -> [B heads, T', ...]."""
         x = jnp.swapaxes(self.pad(x), 1, 2)
         return x.reshape(-1, *x.shape[2:])
-
-    def folded(self, x):
-        """[B,T,Hu r,W] -> [B Hu, r, T', W]."""
-        x = self.tall(x)
-        return x.reshape(-1, self.group, *x.shape[1:])
 
     def row(self, x):
         """[B,T,heads] -> [B heads, 1, T'] float32."""
@@ -64,54 +44,53 @@ class Layout:
         x = x.reshape(self.batch, -1, *x.shape[1:])
         return jnp.swapaxes(x, 1, 2)[:, : self.time]
 
-    def unfolded(self, x):
-        """[B Hu, r, T', W] -> [B,T,Hu r,W]."""
-        return self.back(x.reshape(-1, *x.shape[2:]))
+    def row_back(self, x):
+        """[B heads, 1, T'] -> [B,T,heads]."""
+        return self.back(x.swapaxes(1, 2))[..., 0]
 
-    def kv(self, head):
-        """Which of the B G heads of keys and values a head of u has."""
-        return quotient(head, self.heads // self.kv_heads)
-
-    def of_batch(self, head):
+    def batch_row(self, head):
+        """Which row of the batch one of the B heads is of."""
         return quotient(head, self.heads)
 
-    def sizes(self):
-        return dict(
-            chunk=self.chunk, group=self.group, group_of_batch=self.heads, operand=self.operand,
-            write_dtype=self.write_dtype, read_dtype=self.read_dtype,
-        )  # fmt: skip
 
-    def streams_forward(self, settings, kept_dtype):
-        """Whether k, twice, and u of all rows are too much for VMEM."""
-        lanes = lambda width: -(-width // TILE) * TILE
-        row = 2 * lanes(self.width) * self.operand.itemsize + lanes(self.value_width) * kept_dtype.itemsize
-        return self._streams(settings, row)
+class Blocks:
+    """How a kernel's steps cut arrays into blocks of `rows` tokens. `at`: which block a step has. An input that is None
+    stays None. `of`: which of an array's heads a head has."""
 
-    def streams_backward(self, settings, reads):
-        """The same of what the backward sweep keeps of all rows: w, H, dW; q, dO and dQ of each query head."""
-        lanes = lambda width: -(-width // TILE) * TILE
-        operand, width, value_width = self.operand.itemsize, lanes(self.width), lanes(self.value_width)
-        row = 2 * width * (operand + 4) + value_width * self.write_dtype.itemsize
-        row += (2 * width * (operand + 4) + 2 * value_width * operand) * self.group * reads
-        return self._streams(settings, row)
+    def __init__(self, layout: HeadsFirst, rows: int, at: Callable = _same):
+        self.heads, self.length, self.rows, self.at = layout.batch * layout.heads, layout.length, rows, at
 
-    def _streams(self, settings, bytes_per_row):
-        if settings.streamed is not None:
-            return settings.streamed
-        return self.length * bytes_per_row > limits.RESIDENT_BYTES
+    def whole(self, x, of: Callable = _same):
+        """A head's [1, ...], the same at every step."""
+        return x if x is None else calls.Input(x, (1, *x.shape[1:]), lambda h, s, _: (of(h), *[0] * (x.ndim - 1)))
 
+    def tall(self, x, of: Callable = _same):
+        """[1, rows, W] of x [., T', W]."""
+        return x if x is None else calls.Input(x, (1, self.rows, x.shape[2]), lambda h, s, _: (of(h), self.at(s), 0))
 
-def first_chunks(ids, chunk: int):
-    """[B, T/C] int32: the chunk where the segment of each chunk's first row begins; ids [B, T]."""
-    index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
-    return lax.cummax(jnp.where(begins, index, 0), axis=1)[:, ::chunk] // chunk
+    def folded(self, x):
+        """[1, r, rows, W] of x [., r, T', W]."""
+        if x is None:
+            return None
+        return calls.Input(x, (1, x.shape[1], self.rows, x.shape[3]), lambda h, s, _: (h, 0, self.at(s), 0))
 
+    def row(self, x, of: Callable = _same):
+        """[1, 1, rows] of x [., 1, T']."""
+        return x if x is None else calls.Input(x, (1, 1, self.rows), lambda h, s, _: (of(h), 0, self.at(s)))
 
-def last_chunks(ids, chunk: int):
-    """[B, T/C] int32: the chunk where the segment of each chunk's last column ends."""
-    time = ids.shape[1]
-    index = jnp.arange(time, dtype=jnp.int32)[None]
-    ends = jnp.concatenate([ids[:, 1:] != ids[:, :-1], jnp.ones_like(ids[:, :1], bool)], 1)
-    end = lax.cummin(jnp.where(ends, index, time), axis=1, reverse=True)
-    return end[:, chunk - 1 :: chunk] // chunk
+    def out_tall(self, width: int, dtype):
+        shape = (self.heads, self.length, width)
+        return calls.Output(shape, dtype, (1, self.rows, width), lambda h, s, _: (h, self.at(s), 0))
+
+    def out_folded(self, group: int, width: int, dtype):
+        shape = (self.heads, group, self.length, width)
+        return calls.Output(shape, dtype, (1, group, self.rows, width), lambda h, s, _: (h, 0, self.at(s), 0))
+
+    def out_row(self, group: int = 1):
+        """[., group, T'] float32."""
+        shape = (self.heads, group, self.length)
+        return calls.Output(shape, jnp.float32, (1, group, self.rows), lambda h, s, _: (h, 0, self.at(s)))
+
+    def out_whole(self, *shape: int):
+        """[., *shape] float32, the same block at every step of a head."""
+        return calls.Output((self.heads, *shape), jnp.float32, (1, *shape), lambda h, s, _: (h, *[0] * len(shape)))

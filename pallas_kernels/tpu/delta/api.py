@@ -16,13 +16,12 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import calls, limits
-from pallas_kernels.tpu.delta.backward import backward_kernel
-from pallas_kernels.tpu.delta.forward import forward_kernel
-from pallas_kernels.tpu.delta.weights import Kappa
-from pallas_kernels.tpu.layout import Layout
+from pallas_kernels.tpu import limits
+from pallas_kernels.tpu.delta.backward_call import Cotangents, call_backward
+from pallas_kernels.tpu.delta.forward_call import call_forward
+from pallas_kernels.tpu.delta.kappa import Kappa
+from pallas_kernels.tpu.delta.layout import Layout
 from pallas_kernels.transform import transformable
 
 _DIFFERENTIABLE = "'parallel' or 'recurrent'"
@@ -77,211 +76,90 @@ def backward(settings: Settings, residuals, dout, du):
 
 def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids):
     given = (query, write_query, key, value, alpha, beta, segment_ids)
-    at = Layout(settings, query, write_query, key, value, segment_ids)
-    heads, length, chunk, group = at.batch * at.heads, at.length, at.chunk, at.group
-    width, value_width = at.width, at.value_width
-    reads = settings.tied or settings.read is not None
-    kept_dtype = at.write_dtype if settings.read is None or settings.tied else max(
-        at.write_dtype, at.read_dtype, key=lambda dtype: dtype.itemsize
-    )  # fmt: skip
-    streamed = at.streams_forward(settings, kept_dtype)
-    k = at.tall(key)
-    segments = None if segment_ids is None else at.pad(segment_ids)[:, None, :]
-    whole = lambda x, index: x if x is None else calls.Input(x, (1, *x.shape[1:]), index)
-    tall = lambda x, w, of=lambda h: h: (
-        None if x is None else calls.Input(x, (1, chunk, w), lambda h, c, _: (of(h), c, 0))
-    )
-    row = lambda x, of=lambda h: h: None if x is None else calls.Input(x, (1, 1, chunk), lambda h, c, _: (of(h), 0, c))
-    inputs = {
-        "k": calls.Input(k) if streamed else whole(k, lambda h, c, _: (at.kv(h), 0, 0)),
-        "keys": tall(k, width, at.kv),
-        "w": None if write_query is None or settings.tied else tall(at.tall(write_query), width),
-        "q": None if query is None or (settings.read is None and not settings.tied) else calls.Input(
-            at.folded(query), (1, group, chunk, width), lambda h, c, _: (h, 0, c, 0)
-        ),
-        "v": tall(at.tall(value), value_width, at.kv),
-        "alpha": None if alpha is None else row(at.row(alpha)),
-        "beta": None if beta is None else row(at.row(beta)),
-        "rows": row(segments, at.of_batch),
-        "columns": whole(segments, lambda h, c, _: (at.of_batch(h), 0, 0)),
-    }  # fmt: skip
-    out_tall = lambda dtype: calls.Output(
-        (heads, length, value_width), dtype, (1, chunk, value_width), lambda h, c, _: (h, c, 0)
-    )
-    out_row = calls.Output((heads, 1, length), jnp.float32, (1, 1, chunk), lambda h, c, _: (h, 0, c))
-    outputs = {
-        "operand": calls.Output((heads, value_width, length), kept_dtype) if streamed else None,
-        "u": out_tall(jnp.float32),
-        "out": calls.Output(
-            (heads, group, length, value_width), value.dtype, (1, group, chunk, value_width),
-            lambda h, c, _: (h, 0, c, 0),
-        ) if reads else None,
-        "summary": out_tall(at.write_dtype) if settings.tied or beta is not None else None,
-        "lse_write": out_row if settings.write.normalised else None,
-        "lse_read": calls.Output(
-            (heads, group, length), jnp.float32, (1, group, chunk), lambda h, c, _: (h, 0, c)
-        ) if reads and not settings.tied and settings.read.normalised else None,
-        "share": out_row if settings.tied else None,
-        "rest": out_row if settings.tied else None,
-    }  # fmt: skip
-    scratch = {
-        "values": pltpu.VMEM((value_width, chunk if streamed else length), kept_dtype),
-        "sums": pltpu.VMEM((value_width, chunk), jnp.float32),
-    }
-    if streamed:
-        scratch |= {
-            "k_tiles": pltpu.VMEM((2, chunk, width), at.operand),
-            "k_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
-            "u_tiles": pltpu.VMEM((2, value_width, chunk), kept_dtype),
-            "u_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
-            "semaphore": pltpu.SemaphoreType.DMA(()),
-        }
-    results = calls.call(
-        functools.partial(forward_kernel, settings=settings, kv_head=at.kv, **at.sizes()),
-        "delta_forward",
-        (heads, at.steps),
-        at.first,
-        inputs,
-        outputs,
-        scratch,
-        vmem_bytes=limits.VMEM_BYTES,
-        interpret=settings.interpret,
-    )
-    kept = {name: x for name, x in results.items() if name not in ("out", "operand")} | {"given": given}
-    out = at.unfolded(results["out"]) if reads else None
-    normalised = reads and not settings.tied and settings.read.normalised
-    kept["out"] = out if normalised else None
+    layout = Layout(settings, query, write_query, key, value, segment_ids)
+    plan = layout.plan
+    results = call_forward(settings, layout, query, write_query, key, value, alpha, beta)
+    out = layout.unfolded(results["out"]) if plan.reads or plan.tied else None
     # Everything kept leads with the batch, so that vmap can fold it.
     kept = {
-        name: x if name in ("given", "out") or x is None else x.reshape(at.batch, at.heads, *x.shape[1:])
-        for name, x in kept.items()
+        name: x.reshape(layout.batch, layout.heads, *x.shape[1:])
+        for name, x in results.items()
+        if name not in ("out", "u_operand")
     }
-    return out, at.back(results["u"]).astype(value.dtype), kept
+    kept |= {"given": given, "out": out if plan.reads and plan.read.normalised else None}
+    return out, layout.back(results["u"]).astype(value.dtype), kept
 
 
 def _backward(settings, residuals, dout, du):
     query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
-    at = Layout(settings, query, write_query, key, value, segment_ids)
-    heads, length, chunk, group = at.batch * at.heads, at.length, at.chunk, at.group
-    width, value_width = at.width, at.value_width
-    merged = lambda name: residuals[name].reshape(-1, *residuals[name].shape[2:])
-    reads = settings.tied or settings.read is not None
-    j = lambda step: at.steps - 1 - step
-    whole = lambda x, of=lambda h: h: (
-        None if x is None else calls.Input(x, (1, *x.shape[1:]), lambda h, s, _: (of(h), *[0] * (x.ndim - 1)))
-    )
-    tall = lambda x, w, of=lambda h: h: (
-        None if x is None else calls.Input(x, (1, chunk, w), lambda h, s, _: (of(h), j(s), 0))
-    )
-    row = lambda x: None if x is None else calls.Input(x, (1, 1, chunk), lambda h, s, _: (h, 0, j(s)))
-    k, u = at.tall(key), merged("u")
-    du = at.tall(du).astype(jnp.float32)
-    row_dot = read_share = read_dot = share = None
-    if settings.tied:
-        share, rest, summary = merged("share"), merged("rest"), merged("summary")
-        across = lambda x: x.swapaxes(1, 2)  # [N,1,T] -> [N,T,1]
-        wide = at.tall(dout).astype(jnp.float32)
-        read = jnp.sum(wide * (across(rest) * summary.astype(jnp.float32) + across(share) * u), axis=2)[:, None]
-        du = du + across(share) * wide
-        read_share = (across(rest) * wide).astype(at.write_dtype)
-        read_dot = rest * read
-    elif reads and settings.read.normalised:
-        row_dot = jnp.sum(dout.astype(jnp.float32) * residuals["out"].astype(jnp.float32), axis=3)
-        row_dot = at.folded(row_dot[..., None])[..., 0]
-    segments = None if segment_ids is None else at.pad(segment_ids)[:, None, :]
-    separate = reads and not settings.tied
-    streamed = at.streams_backward(settings, separate)
-    w = at.tall(query if settings.tied else key if write_query is None else write_query)
-    write_head = at.kv if write_query is None and not settings.tied else lambda h: h
-    of_rows = (lambda x, of=None: None if x is None else calls.Input(x)) if streamed else whole
-    folded = lambda x, w: calls.Input(x, (1, group, chunk, w), lambda h, s, _: (h, 0, j(s), 0)) if separate else None
-    q, wide_dout = (at.folded(query), at.folded(dout)) if separate else (None, None)
-    inputs = {
-        "w": of_rows(w, write_head),
-        "q": of_rows(q),
-        "dout": of_rows(wide_dout),
-        "lse_write": whole(merged("lse_write")) if settings.write.normalised else None,
-        "lse_read": whole(merged("lse_read")) if row_dot is not None else None,
-        "row_dot": whole(row_dot),
-        "segments": whole(segments, at.of_batch),
-        "keys": tall(k, width, at.kv),
-        "own_w": tall(w, width, write_head),
-        "own_q": folded(q, width),
-        "own_dout": folded(wide_dout, value_width),
-        "u": tall(u, value_width),
-        "du": tall(du, value_width),
-        "summary": tall(merged("summary"), value_width) if beta is not None else None,
-        "v": tall(at.tall(value), value_width, at.kv),
-        "read_share": tall(read_share, value_width),
-        "alpha": None if alpha is None else row(at.row(alpha)),
-        "beta": None if beta is None else row(at.row(beta)),
-        "read_dot": row(read_dot),
-    }
-    grown = lambda *shape: (
-        calls.Output((heads, *shape), jnp.float32)
-        if streamed
-        else calls.Output((heads, *shape), jnp.float32, (1, *shape), lambda h, s, _: (h, *[0] * len(shape)))
-    )
-    out_tall = lambda w: calls.Output((heads, length, w), jnp.float32, (1, chunk, w), lambda h, s, _: (h, j(s), 0))
-    out_row = calls.Output((heads, 1, length), jnp.float32, (1, 1, chunk), lambda h, s, _: (h, 0, j(s)))
-    outputs = {
-        "dq": grown(group, width, length) if separate else None,
-        "dw": grown(width, length),
-        "adjoints": calls.Output((heads, length, value_width), at.write_dtype) if streamed else None,
-        "dk": out_tall(width),
-        "dv": out_tall(value_width),
-        "dalpha": out_row if alpha is not None else None,
-        "dbeta": out_row if beta is not None else None,
-    }
-    scratch = {
-        "adjoint": pltpu.VMEM((chunk if streamed else length, value_width), at.write_dtype),
-        "centre": pltpu.VMEM((1, length), jnp.float32),
-    }
-    if streamed:
-        tiles = {
-            "w": ((2, chunk, width), at.operand),
-            "adjoint": ((2, chunk, value_width), at.write_dtype),
-            "dw": ((2, width, chunk), jnp.float32),
-        }
-        if separate:
-            tiles |= {
-                "q": ((2, group, chunk, width), at.operand),
-                "dout": ((2, group, chunk, value_width), at.operand),
-                "dq": ((2, group, width, chunk), jnp.float32),
-            }
-        scratch |= {f"{name}_tiles": pltpu.VMEM(*tile) for name, tile in tiles.items()}
-        scratch |= {f"{name}_semaphores": pltpu.SemaphoreType.DMA((2, 2)) for name in tiles}
-        scratch["semaphore"] = pltpu.SemaphoreType.DMA(())
-    results = calls.call(
-        functools.partial(backward_kernel, settings=settings, steps=at.steps, write_head=write_head, **at.sizes()),
-        "delta_backward",
-        (heads, at.steps),
-        at.last,
-        inputs,
-        outputs,
-        scratch,
-        vmem_bytes=limits.VMEM_BYTES,
-        interpret=settings.interpret,
-    )
-    dk, dq, dw = results["dk"], None, results["dw"].swapaxes(1, 2) * settings.write.scale
-    if settings.tied:
-        # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
-        own = across(share * (jnp.sum(wide * u, axis=2)[:, None] - read)) * settings.write.scale
-        dq = at.back(dw + own * jnp.repeat(k, at.heads // at.kv_heads, axis=0).astype(jnp.float32))
+    layout = Layout(settings, query, write_query, key, value, segment_ids)
+    plan = layout.plan
+    merged = lambda x: x.reshape(-1, *x.shape[2:])
+    kept = {name: merged(x) for name, x in residuals.items() if name not in ("given", "out")}
+    k = layout.tall(key)
+    w = layout.tall(query if plan.tied else key if write_query is None else write_query)
+    du = layout.tall(du).astype(jnp.float32)
+    tied = None
+    if plan.tied:
+        tied = _TiedRead(layout.tall(dout).astype(jnp.float32), kept["rest"], kept["share"], kept["summary"], kept["u"])
+        cotangents = tied.cotangents(du, plan.write_dtype)
+    elif plan.reads:
+        cotangents = Cotangents(du, layout.folded(dout), _row_dot(layout, dout, residuals["out"]))
+    else:
+        cotangents = Cotangents(du)
+    results = call_backward(settings, layout, w, query, k, value, alpha, beta, kept, cotangents)
+    dk, dw, dq = results["dk"], results["dw"].swapaxes(1, 2) * plan.write.scale, None
+    if plan.tied:
+        own = tied.own_scores() * plan.write.scale
+        dq = layout.back(dw + own * jnp.repeat(k, layout.heads // layout.kv_heads, axis=0).astype(jnp.float32))
         dk, dw = dk + own * w.astype(jnp.float32), None
-    elif separate:
-        dq = at.unfolded(results["dq"].swapaxes(2, 3) * settings.read.scale)
-    if not settings.tied:
-        dk, dw = (dk + dw, None) if write_query is None else (dk, at.back(dw).astype(write_query.dtype))
-    gate = lambda name, x: None if x is None else at.back(results[name].swapaxes(1, 2))[..., 0].astype(x.dtype)
+    elif plan.reads:
+        dq = layout.unfolded(results["dq"].swapaxes(2, 3) * plan.read.scale)
+    if not plan.tied:
+        dk, dw = (dk + dw, None) if write_query is None else (dk, layout.back(dw).astype(write_query.dtype))
+    gate = lambda name, x: None if x is None else layout.row_back(results[name]).astype(x.dtype)
     return (
         None if dq is None else dq.astype(query.dtype),
         dw,
-        _sum_heads(at.back(dk), at.kv_heads).astype(key.dtype),
-        _sum_heads(at.back(results["dv"]), at.kv_heads).astype(value.dtype),
+        _sum_heads(layout.back(dk), layout.kv_heads).astype(key.dtype),
+        _sum_heads(layout.back(results["dv"]), layout.kv_heads).astype(value.dtype),
         gate("dalpha", alpha),
         gate("dbeta", beta),
     )
+
+
+def _row_dot(layout, dout, out):
+    """dO·o of every row, [B Hu,r,T'], for reads with a normaliser; None for others."""
+    if out is None:
+        return None
+    row_dot = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=3)
+    return layout.folded(row_dot[..., None])[..., 0]
+
+
+class _TiedRead:
+    """What o = (1 − π) s + π u, the read that the write makes on its way, does to cotangents. dout, summary (s), u
+    [B Hu,T',V]; rest (1 − π), share (π) [B Hu,1,T']."""
+
+    def __init__(self, dout, rest, share, summary, u):
+        self.dout, self.rest, self.share, self.u = dout, rest, share, u
+        # dO·o
+        self.dot = jnp.sum(dout * (_across(rest) * summary.astype(jnp.float32) + _across(share) * u), axis=2)[:, None]
+
+    def cotangents(self, du, dtype) -> Cotangents:
+        return Cotangents(
+            du + _across(self.share) * self.dout,
+            read_share=(_across(self.rest) * self.dout).astype(dtype),
+            read_dot=self.rest * self.dot,
+        )
+
+    def own_scores(self):
+        """The gradient of each row's own score, [B Hu,T',1]: dS_ii = π_i (dO_i·u_i − dO_i·o_i)."""
+        return _across(self.share * (jnp.sum(self.dout * self.u, axis=2)[:, None] - self.dot))
+
+
+def _across(x):
+    """[N,1,T] -> [N,T,1]."""
+    return x.swapaxes(1, 2)
 
 
 def _sum_heads(x, heads):

@@ -15,179 +15,238 @@ Tiles are columns × rows, so that what belongs to a row is a row vector and no 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.delta.solve import solve_across_transposed
-from pallas_kernels.tpu.delta.stream import Stream, copy, over_tiles
-from pallas_kernels.tpu.delta.weights import both, keep, weights_again
-from pallas_kernels.tpu.products import UPPER, WHOLE, quotient, upper_times
+from pallas_kernels.tpu.delta.hbm import HbmTiles, copy, over_tiles
+from pallas_kernels.tpu.delta.kappa import Kappa, both, keep, weights_again
+from pallas_kernels.tpu.delta.layout import Plan
+from pallas_kernels.tpu.delta.triangular import solve_across_transposed
+from pallas_kernels.tpu.matrix_unit import UPPER, WHOLE, TileProducts, tile_numbers, upper_times
 
 
-def backward_kernel(
-    last, refs, *, settings, chunk, group, group_of_batch, write_head, steps, operand, write_dtype, read_dtype
-):
+def backward_kernel(last, refs, *, plan: Plan):
     """One chunk of columns of one head. refs, of all rows: w [1,T,K] (the write query, be it k or q), q [1,r,T,K],
     dout [1,r,T,V]; lse_write, segments [1,1,T], lse_read, row_dot [1,r,T]; of the chunk: keys, own_w [1,C,K],
     own_q [1,r,C,K], own_dout [1,r,C,V], u, du, summary, v, read_share [1,C,V], alpha, beta, read_dot [1,1,C]; out:
     dq [1,r,K,T], dw [1,K,T], dk [1,C,K], dv [1,C,V], dalpha, dbeta [1,1,C]; scratch: adjoint [T,V] (H), centre [1,T]
-    (c). Which there are, delta.py says. With `tied` dw is the gradient of q.
+    (c). Which there are, backward_call.py says. With `tied` dw is the gradient of q.
 
     Past what VMEM holds, the arrays of all rows, dq and dw stay in HBM, and H goes there as `adjoints` [.,T,V];
     `adjoint` is [C,V] then, and tiles come through NAME_tiles [2, ...].
 
-    `last` [B, T/C]: the last chunk of rows that sees a chunk of columns. `write_head`: head of u -> head of w.
+    `last` [B, T/C]: the last chunk of rows that sees a chunk of columns.
     """
-    write, read = settings.write, settings.read
-    head, step = pl.program_id(0), pl.program_id(1)
-    j = steps - 1 - step
-    keys, u = refs["keys"][0], refs["u"][0]
-    keys_across = keys.astype(jnp.float32).T
-    streamed = "adjoints" in refs
-    reads = range(0 if settings.tied or read is None else group)
-    row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
+    columns = _Columns(refs, plan)
+    sums = columns.over_later(last)
+    row, column = columns.numbers
+    sums = columns.own_reads(sums, both(row >= column, columns.seen_by(columns.j)))
+    visible = both(row > column, columns.seen_by(columns.j))
+    w = refs["own_w"][0]
+    read_share = refs["read_share"][0].astype(jnp.float32) if plan.tied else None
+    grad = columns.solve(sums.grad, w, read_share, visible)
+    v = refs["v"][0].astype(jnp.float32)
+    alpha = refs["alpha"][0, 0, :][:, None] if "alpha" in refs else None
+    adjoint, centre = columns.adjoint_and_centre(grad, v if alpha is None else alpha * v, read_share)
+    dkeys = columns.own_write(w, adjoint, centre, visible)
+    columns.store(sums.dkeys_write + dkeys, sums.dkeys_read, grad, v, alpha)
 
-    def rows_of(i):
-        return pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
 
-    own = rows_of(j)
-    column_segments = refs["segments"][0, 0, own][:, None] if "segments" in refs else None
+class _Sums(NamedTuple):
+    """What a chunk of columns gets from all rows: of G [C,V], of dK by the write's scores and by the reads' [C,K]."""
 
-    def segment_mask(i):
-        return None if column_segments is None else column_segments == refs["segments"][0, :, rows_of(i)]
+    grad: jax.Array
+    dkeys_write: jax.Array
+    dkeys_read: jax.Array
 
-    def scores_and_weights(kappa, rows, lse, visible, by):
-        scores = by.outer(keys, rows, operand) * kappa.factor
-        return scores, weights_again(kappa, scores, lse, visible)
 
-    def write_tile(i, visible, w, adjoint, centre, by=WHOLE):
-        """What row chunk i gives to G_j and dK_j, and what it gets: its part of dW, [K, C]."""
-        lse = refs["lse_write"][0, :, rows_of(i)] if write.normalised else None
-        scores, weights = scores_and_weights(write, w, lse, visible, by)
-        dots = by.outer(u, adjoint, write_dtype)
-        if write.normalised:
-            dots = dots - centre
-        dscores = keep(visible, write.sloped(scores, weights, dots))
+class _Rows(NamedTuple):
+    """Rows of a write or a read: w or q [R,K]; what multiplies their weights, H or dO [R,V]; for softmax their
+    log-sum-exps and centres, c or D [1,R]."""
+
+    query: Any
+    cotangent: Any
+    lse: jax.Array | None
+    centre: jax.Array | None
+
+
+class _Columns:
+    """The chunk of columns that a step works on: its place, its keys and u, and the steps of the algorithm."""
+
+    def __init__(self, refs, plan: Plan):
+        self.refs, self.plan = refs, plan
+        self.head, step = pl.program_id(0), pl.program_id(1)
+        self.j = plan.steps - 1 - step
+        self.keys, self.u = refs["keys"][0], refs["u"][0]
+        self.keys_across = self.keys.astype(jnp.float32).T
+        self.streamed = "adjoints" in refs
+        self.reads = range(plan.group if plan.reads else 0)
+        self.numbers = tile_numbers(plan.chunk)
+        self.own = self.rows_of(self.j)
+        self.segments = refs["segments"][0, 0, self.own][:, None] if "segments" in refs else None
+
+    def rows_of(self, i):
+        """Where chunk i lies among all rows."""
+        return pl.ds(pl.multiple_of(i * self.plan.chunk, self.plan.chunk), self.plan.chunk)
+
+    def seen_by(self, i):
+        """By which rows of chunk i the columns are seen, as far as segments go; None: by all."""
+        if self.segments is None:
+            return None
+        return self.segments == self.refs["segments"][0, :, self.rows_of(i)]
+
+    def weights(self, kappa: Kappa, rows: _Rows, visible, form: TileProducts):
+        """(Scores, weights) of a tile."""
+        scores = form.outer(self.keys, rows.query, self.plan.operand) * kappa.factor
+        return scores, weights_again(kappa, scores, rows.lse, visible)
+
+    def tile(self, kappa: Kappa, rows: _Rows, visible, dtype, form: TileProducts):
+        """What a tile adds to G_j [C,V] and to dK_j [C,K], and to dW or dQ of its rows [K,R]."""
+        scores, weights = self.weights(kappa, rows, visible, form)
+        dots = form.outer(self.u, rows.cotangent, dtype)
+        if kappa.normalised:
+            dots = dots - rows.centre
+        dscores = keep(visible, kappa.sloped(scores, weights, dots))
         return (
-            by.tile_times(weights, adjoint, write_dtype),
-            by.tile_times(dscores, w, write_dtype),
-            by.times_tile(keys_across, dscores, write_dtype),
+            form.tile_times(weights, rows.cotangent, dtype),
+            form.tile_times(dscores, rows.query, dtype),
+            form.times_tile(self.keys_across, dscores, dtype),
         )
 
-    def read_tile(h, i, visible, q, dout, by=WHOLE):
-        """The same for one of the query heads."""
-        lse = refs["lse_read"][0, h : h + 1, rows_of(i)] if read.normalised else None
-        scores, weights = scores_and_weights(read, q, lse, visible, by)
-        dots = by.outer(u, dout, read_dtype)
-        if read.normalised:
-            dots = dots - refs["row_dot"][0, h : h + 1, rows_of(i)]
-        dscores = keep(visible, read.sloped(scores, weights, dots))
-        return (
-            by.tile_times(weights, dout, read_dtype),
-            by.tile_times(dscores, q, read_dtype),
-            by.times_tile(keys_across, dscores, read_dtype),
-        )
+    def write_tile(self, i, visible, query, adjoint, centre, form=WHOLE):
+        """`tile` of the write and row chunk i."""
+        lse = self.refs["lse_write"][0, :, self.rows_of(i)] if self.plan.write.normalised else None
+        return self.tile(self.plan.write, _Rows(query, adjoint, lse, centre), visible, self.plan.write_dtype, form)
 
-    def later(i, at, sums):
+    def read_tile(self, h, i, visible, query, dout, form=WHOLE):
+        """`tile` of query head h and row chunk i."""
+        lse = centre = None
+        if self.plan.read.normalised:
+            lse, centre = (self.refs[name][0, h : h + 1, self.rows_of(i)] for name in ("lse_read", "row_dot"))
+        return self.tile(self.plan.read, _Rows(query, dout, lse, centre), visible, self.plan.read_dtype, form)
+
+    def over_later(self, last) -> _Sums:
+        """The sums over the chunks of rows past j, whose dW and dQ grow."""
+        nothing = jnp.zeros(self.keys.shape, jnp.float32)
+        sums = _Sums(self.refs["du"][0].astype(jnp.float32), nothing, nothing)
+        start, stop = self.j + 1, last[self.plan.batch_row(self.head), self.j] + 1
+        if self.streamed:
+            return over_tiles(start, stop, self.hbm_tiles(), self.later, sums)
+        return lax.fori_loop(start, stop, lambda i, sums: self.later(i, self.resident_tiles(i), sums), sums)
+
+    def later(self, i, at, sums: _Sums) -> _Sums:
         """Row chunk i > j; `at` are its tiles."""
-        incoming, dkeys_write, dkeys_read = sums
-        visible = segment_mask(i)
-        more, dkeys, grow = write_tile(i, visible, at["w"][...], at["adjoint"][...], refs["centre"][:, rows_of(i)])
+        grad, dkeys_write, dkeys_read = sums
+        visible = self.seen_by(i)
+        w, adjoint, centre = at["w"][...], at["adjoint"][...], self.refs["centre"][:, self.rows_of(i)]
+        more, dkeys, grow = self.write_tile(i, visible, w, adjoint, centre)
         at["dw"][...] += grow
-        incoming, dkeys_write = incoming + more, dkeys_write + dkeys
-        for h in reads:
-            more, dkeys, grow = read_tile(h, i, visible, at["q"][h], at["dout"][h])
+        grad, dkeys_write = grad + more, dkeys_write + dkeys
+        for h in self.reads:
+            more, dkeys, grow = self.read_tile(h, i, visible, at["q"][h], at["dout"][h])
             at["dq"][h] += grow
-            incoming, dkeys_read = incoming + more, dkeys_read + dkeys
-        return incoming, dkeys_write, dkeys_read
+            grad, dkeys_read = grad + more, dkeys_read + dkeys
+        return _Sums(grad, dkeys_write, dkeys_read)
 
-    def resident(i, sums):
-        rows = rows_of(i)
+    def resident_tiles(self, i):
+        """Row chunk i of the arrays of all rows in VMEM."""
+        refs, rows = self.refs, self.rows_of(i)
         at = {
             "w": refs["w"].at[0, rows, :],
             "adjoint": refs["adjoint"].at[rows, :],
             "dw": refs["dw"].at[0, :, rows],
         }
-        if reads:
+        if self.reads:
             at |= {
                 "q": refs["q"].at[0, :, rows, :],
                 "dout": refs["dout"].at[0, :, rows, :],
                 "dq": refs["dq"].at[0, :, :, rows],
             }
-        return later(i, at, sums)
+        return at
 
-    def tiles_of(name, array, index, writes=False):
-        return Stream(refs[array], index, refs[f"{name}_tiles"], refs[f"{name}_semaphores"], writes)
+    def hbm_tiles(self):
+        """The same of arrays in HBM."""
+        head, rows_of, every = self.head, self.rows_of, slice(None)
 
-    nothing = jnp.zeros(keys.shape, jnp.float32)
-    sums = (refs["du"][0].astype(jnp.float32), nothing, nothing)
-    start, stop = j + 1, last[quotient(head, group_of_batch), j] + 1
-    if streamed:
+        def tiles_of(name, array, index, writes=False):
+            refs = self.refs
+            return HbmTiles(refs[array], index, refs[f"{name}_tiles"], refs[f"{name}_semaphores"], writes)
+
         tiles = {
-            "w": tiles_of("w", "w", lambda i: (write_head(head), rows_of(i))),
+            "w": tiles_of("w", "w", lambda i: (self.plan.write_head(head), rows_of(i))),
             "adjoint": tiles_of("adjoint", "adjoints", lambda i: (head, rows_of(i))),
-            "dw": tiles_of("dw", "dw", lambda i: (head, slice(None), rows_of(i)), writes=True),
+            "dw": tiles_of("dw", "dw", lambda i: (head, every, rows_of(i)), writes=True),
         }
-        if reads:
-            every = slice(None)
+        if self.reads:
             tiles |= {
                 "q": tiles_of("q", "q", lambda i: (head, every, rows_of(i))),
                 "dout": tiles_of("dout", "dout", lambda i: (head, every, rows_of(i))),
                 "dq": tiles_of("dq", "dq", lambda i: (head, every, every, rows_of(i)), writes=True),
             }
-        sums = over_tiles(start, stop, tiles, later, sums)
-    else:
-        sums = lax.fori_loop(start, stop, resident, sums)
-    incoming, dkeys_write, dkeys_read = sums
+        return tiles
 
-    visible = both(row >= column, segment_mask(j))
-    for h in reads:
-        more, dkeys, grow = read_tile(h, j, visible, refs["own_q"][0, h], refs["own_dout"][0, h], UPPER)
-        incoming, dkeys_read = incoming + more, dkeys_read + dkeys
-        # The diagonal is the first that a row chunk meets, and begins its sum.
-        if streamed:
-            refs["dq_tiles"][0, h] = grow
+    def own_reads(self, sums: _Sums, visible) -> _Sums:
+        """The reads of the chunk's own rows. The diagonal is the first tile that a row chunk meets, and begins its
+        dQ."""
+        refs, (grad, dkeys_write, dkeys_read) = self.refs, sums
+        for h in self.reads:
+            query, dout = refs["own_q"][0, h], refs["own_dout"][0, h]
+            more, dkeys, grow = self.read_tile(h, self.j, visible, query, dout, UPPER)
+            grad, dkeys_read = grad + more, dkeys_read + dkeys
+            if self.streamed:
+                refs["dq_tiles"][0, h] = grow
+            else:
+                refs["dq"][0, h, :, self.own] = grow
+        if self.streamed and self.reads:
+            copy(refs["dq_tiles"].at[0], refs["dq"].at[self.head, :, :, self.own], refs["semaphore"])
+        return _Sums(grad, dkeys_write, dkeys_read)
+
+    def solve(self, incoming, w, read_share, visible):
+        """G [C,V]: (I + β A)ᵀ G = incoming, A the weights of the chunk's own rows. `read_share`: ρ dO, None unless
+        tied."""
+        lse = self.refs["lse_write"][0, :, self.own] if self.plan.write.normalised else None
+        _, across = self.weights(self.plan.write, _Rows(w, None, lse, None), visible, UPPER)  # Aᵀ
+        if read_share is not None:
+            incoming = incoming + upper_times(across, read_share, self.plan.write_dtype)
+        system = across * self.refs["beta"][0] if "beta" in self.refs else across
+        return solve_across_transposed(system, incoming.T, self.plan.write_dtype).T
+
+    def adjoint_and_centre(self, grad, written, read_share):
+        """H [C,V] and c [1,C] of the chunk's own rows; `written` α v [C,V]. Earlier columns find c in `centre`."""
+        refs = self.refs
+        adjoint = -grad * refs["beta"][0, 0, :][:, None] if "beta" in refs else -grad
+        centre = -jnp.sum(grad * (written - self.u), axis=1, keepdims=True)
+        if read_share is not None:
+            adjoint = adjoint + read_share
+            centre = centre + refs["read_dot"][0, 0, :][:, None]
+        adjoint, centre = adjoint.astype(refs["adjoint"].dtype), centre[:, 0][None, :]
+        refs["centre"][:, self.own] = centre
+        return adjoint, centre
+
+    def own_write(self, w, adjoint, centre, visible):
+        """dK [C,K] by the write of the chunk's own rows. Their dW begins here, and earlier columns find H."""
+        refs = self.refs
+        _, dkeys, grow = self.write_tile(self.j, visible, w, adjoint, centre, UPPER)
+        if self.streamed:
+            refs["adjoint"][...] = adjoint
+            refs["dw_tiles"][0] = grow
+            copy(refs["adjoint"], refs["adjoints"].at[self.head, self.own], refs["semaphore"])
+            copy(refs["dw_tiles"].at[0], refs["dw"].at[self.head, :, self.own], refs["semaphore"])
         else:
-            refs["dq"][0, h, :, own] = grow
-    if streamed and reads:
-        copy(refs["dq_tiles"].at[0], refs["dq"].at[head, :, :, own], refs["semaphore"])
+            refs["adjoint"][self.own, :] = adjoint
+            refs["dw"][0, :, self.own] = grow
+        return dkeys
 
-    visible = both(row > column, segment_mask(j))
-    w = refs["own_w"][0]
-    lse = refs["lse_write"][0, :, own] if write.normalised else None
-    _, across = scores_and_weights(write, w, lse, visible, UPPER)  # Aᵀ
-    if settings.tied:
-        read_share = refs["read_share"][0].astype(jnp.float32)
-        incoming = incoming + upper_times(across, read_share, write_dtype)
-    beta = refs["beta"][0] if "beta" in refs else None  # [1, C]
-    system = across if beta is None else across * beta
-    grad = solve_across_transposed(system, incoming.T, write_dtype).T
-
-    v = refs["v"][0].astype(jnp.float32)
-    alpha = refs["alpha"][0, 0, :][:, None] if "alpha" in refs else None
-    written = v if alpha is None else alpha * v
-    adjoint = -grad if beta is None else -grad * refs["beta"][0, 0, :][:, None]
-    centre = -jnp.sum(grad * (written - u), axis=1, keepdims=True)
-    if settings.tied:
-        adjoint = adjoint + read_share
-        centre = centre + refs["read_dot"][0, 0, :][:, None]
-    adjoint, centre = adjoint.astype(refs["adjoint"].dtype), centre[:, 0][None, :]
-    refs["centre"][:, own] = centre
-    _, dkeys, grow = write_tile(j, visible, w, adjoint, centre, UPPER)
-    if streamed:
-        refs["adjoint"][...] = adjoint
-        refs["dw_tiles"][0] = grow
-        copy(refs["adjoint"], refs["adjoints"].at[head, own], refs["semaphore"])
-        copy(refs["dw_tiles"].at[0], refs["dw"].at[head, :, own], refs["semaphore"])
-    else:
-        refs["adjoint"][own, :] = adjoint
-        refs["dw"][0, :, own] = grow
-
-    refs["dk"][0] = (dkeys_write + dkeys) * write.scale + (0.0 if read is None else dkeys_read * read.scale)
-    refs["dv"][0] = grad if alpha is None else alpha * grad
-    if "dalpha" in refs:
-        refs["dalpha"][0, 0, :] = jnp.sum(v * grad, axis=1)
-    if "dbeta" in refs:
-        refs["dbeta"][0, 0, :] = -jnp.sum(grad * refs["summary"][0].astype(jnp.float32), axis=1)
+    def store(self, dkeys_write, dkeys_read, grad, v, alpha):
+        """The gradients that belong to the columns."""
+        refs, write, read = self.refs, self.plan.write, self.plan.read
+        refs["dk"][0] = dkeys_write * write.scale + (0.0 if read is None else dkeys_read * read.scale)
+        refs["dv"][0] = grad if alpha is None else alpha * grad
+        if "dalpha" in refs:
+            refs["dalpha"][0, 0, :] = jnp.sum(v * grad, axis=1)
+        if "dbeta" in refs:
+            refs["dbeta"][0, 0, :] = -jnp.sum(grad * refs["summary"][0].astype(jnp.float32), axis=1)

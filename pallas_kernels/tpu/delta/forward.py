@@ -18,110 +18,131 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu.delta.solve import solve_across
-from pallas_kernels.tpu.delta.stream import Stream, copy, over_tiles
-from pallas_kernels.tpu.delta.weights import (
-    absorb_weights,
-    both,
-    inverse_normaliser,
-    log_normaliser,
-    shrunk,
-    start,
-)
-from pallas_kernels.tpu.products import dot, product_in_tiles, quotient, times_upper, upper_product
+from pallas_kernels.tpu.delta.hbm import HbmTiles, copy, over_tiles
+from pallas_kernels.tpu.delta.kappa import absorb, both, inverse_normaliser, log_normaliser, nothing_seen, shrunk
+from pallas_kernels.tpu.delta.layout import Plan
+from pallas_kernels.tpu.delta.triangular import solve_across
+from pallas_kernels.tpu.matrix_unit import dot, product_in_tiles, tile_numbers, times_upper, upper_product
 
 
-def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, kv_head, operand, write_dtype, read_dtype):
+def forward_kernel(first, refs, *, plan: Plan):
     """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
     columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
-    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T], sums [V,C]. Which there are, delta.py says.
+    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T], sums [V,C]. Which there are, forward_call.py says.
 
-    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `operand` [.,V,T]; `values` is [V,C] then, and
-    tiles of both come through k_tiles [2,C,K] and u_tiles [2,V,C].
+    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `u_operand` [.,V,T]; `values` is [V,C] then,
+    and tiles of both come through k_tiles [2,C,K] and u_tiles [2,V,C].
 
-    `first` [B, T/C]: the first chunk that a chunk's rows see. `operand`: dtype of keys and queries; `write_dtype`,
-    `read_dtype`: of the products with u. `kv_head`: head of u -> head of k.
+    `first` [B, T/C]: the first chunk that a chunk's rows see.
     """
-    write, read = settings.write, settings.read
-    head, c = pl.program_id(0), pl.program_id(1)
-    sums, streamed = refs["sums"], "operand" in refs
+    rows = _Rows(refs, plan, first)
+    running = rows.over_earlier(plan.write, rows.w, plan.write_dtype)
+    row, column = tile_numbers(plan.chunk)
+    u = rows.write(running, row, column)
+    visible = both(row >= column, rows.sees(rows.own))
+    for h, query in enumerate(rows.queries if plan.reads else []):
+        rows.read(h, query, u, visible)
 
-    def block(j):
-        return pl.ds(pl.multiple_of(j * chunk, chunk), chunk)
 
-    own = block(c)
-    own_keys = refs["keys"].at[0]
-    queries = [refs["q"].at[0, h] for h in range(group)] if "q" in refs else []
-    w = refs["w"].at[0] if "w" in refs else queries[0] if settings.tied else own_keys
-    reads = [] if settings.tied else queries
+class _Rows:
+    """The chunk of rows that a step works on: its place, its queries, and the steps of the algorithm."""
 
-    def segment_mask(columns):
-        if "rows" not in refs:
+    def __init__(self, refs, plan: Plan, first):
+        self.refs, self.plan, self.first = refs, plan, first
+        self.head, self.c = pl.program_id(0), pl.program_id(1)
+        self.streamed = "u_operand" in refs
+        self.own = self.block(self.c)
+        self.keys = refs["keys"].at[0]
+        self.queries = [refs["q"].at[0, h] for h in range(plan.group)] if "q" in refs else []
+        self.w = refs["w"].at[0] if "w" in refs else self.queries[0] if plan.tied else self.keys
+
+    def block(self, j):
+        """Where chunk j lies among all rows."""
+        return pl.ds(pl.multiple_of(j * self.plan.chunk, self.plan.chunk), self.plan.chunk)
+
+    def sees(self, columns):
+        """Of which of the columns the rows are in the same segment; None: of all."""
+        if "rows" not in self.refs:
             return None
-        return refs["columns"][0, 0, columns][:, None] == refs["rows"][0]
+        return self.refs["columns"][0, 0, columns][:, None] == self.refs["rows"][0]
 
-    def scores(kappa, rows, keys):
-        return product_in_tiles(keys, rows, operand) * kappa.factor
-
-    def own_scores(kappa, rows):
-        return upper_product(own_keys, rows, operand) * kappa.factor
-
-    def over_earlier(kappa, rows, dtype):
+    def over_earlier(self, kappa, queries, dtype):
         """The maxima and normalisers of all earlier chunks; the weighted sums are left in `sums`."""
+        refs, sums = self.refs, self.refs["sums"]
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
-        begin, running = first[quotient(head, group_of_batch), c], start(chunk)
+        begin, running = self.first[self.plan.batch_row(self.head), self.c], nothing_seen(self.plan.chunk)
 
         def step(columns, keys, values, running):
-            visible = segment_mask(columns)
-            weights, shrink, running = absorb_weights(kappa, running, scores(kappa, rows, keys), visible)
+            visible = self.sees(columns)
+            scores = product_in_tiles(keys, queries, self.plan.operand) * kappa.factor
+            weights, shrink, running = absorb(kappa, running, scores, visible)
             sums[...] = shrunk(sums[...], shrink) + dot(values[...], weights, dtype)
             return running
 
-        if streamed:
-            streams = {
-                "k": Stream(refs["k"], lambda j: (kv_head(head), block(j)), refs["k_tiles"], refs["k_semaphores"]),
-                "u": Stream(
-                    refs["operand"], lambda j: (head, slice(None), block(j)), refs["u_tiles"], refs["u_semaphores"]
-                ),
-            }
-            return over_tiles(begin, c, streams, lambda j, at, x: step(block(j), at["k"], at["u"], x), running)
-
         def resident(j, running):
-            columns = block(j)
+            columns = self.block(j)
             return step(columns, refs["k"].at[0, columns, :], refs["values"].at[:, columns], running)
 
-        return lax.fori_loop(begin, c, resident, running)
+        if not self.streamed:
+            return lax.fori_loop(begin, self.c, resident, running)
+        of_k = lambda j: (self.plan.kv_head(self.head), self.block(j))
+        of_u = lambda j: (self.head, slice(None), self.block(j))
+        tiles = {
+            "k": HbmTiles(refs["k"], of_k, refs["k_tiles"], refs["k_semaphores"]),
+            "u": HbmTiles(refs["u_operand"], of_u, refs["u_tiles"], refs["u_semaphores"]),
+        }
+        return over_tiles(begin, self.c, tiles, lambda j, at, x: step(self.block(j), at["k"], at["u"], x), running)
 
-    running = over_earlier(write, w, write_dtype)
-    row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
-    visible = both(row > column, segment_mask(own))
-    write_scores = own_scores(write, w)
-    weights, shrink, running = absorb_weights(write, running, write_scores, visible)
-    inverse = inverse_normaliser(write, running)
-    weights, past = weights * inverse, shrunk(sums[...], shrink) * inverse
-    target = refs["v"][0].astype(jnp.float32).T
-    if "alpha" in refs:
-        target = target * refs["alpha"][0]
-    system, forced = weights, past
-    if "beta" in refs:
-        beta = refs["beta"][0]
-        system, forced = weights * beta, past * beta
-    u = solve_across(system, target - forced, write_dtype)
-    refs["u"][0] = u.T
-    if streamed:
-        refs["values"][...] = u.astype(refs["values"].dtype)
-        copy(refs["values"], refs["operand"].at[head, :, own], refs["semaphore"])
-    else:
-        refs["values"][:, own] = u.astype(refs["values"].dtype)
-    if "lse_write" in refs:
-        refs["lse_write"][0] = log_normaliser(running)
-    summary = None
-    if "summary" in refs:
-        summary = past + times_upper(u, weights, write_dtype)
-        refs["summary"][0] = summary.T.astype(refs["summary"].dtype)
-    if settings.tied:
-        score = jnp.sum(jnp.where(row == column, write_scores, 0.0), axis=0, keepdims=True)
+    def own_scores(self, kappa, queries):
+        return upper_product(self.keys, queries, self.plan.operand) * kappa.factor
+
+    def write(self, running, row, column):
+        """u [V, C] of the chunk, with all that the backward, the reads and later chunks need of it. `running`: of the
+        earlier chunks."""
+        refs, kappa = self.refs, self.plan.write
+        visible = both(row > column, self.sees(self.own))
+        scores = self.own_scores(kappa, self.w)
+        weights, shrink, running = absorb(kappa, running, scores, visible)
+        inverse = inverse_normaliser(kappa, running)
+        weights, past = weights * inverse, shrunk(refs["sums"][...], shrink) * inverse
+        u = self.solve(weights, past)
+        refs["u"][0] = u.T
+        self.keep_for_later(u)
+        if "lse_write" in refs:
+            refs["lse_write"][0] = log_normaliser(running)
+        summary = None
+        if "summary" in refs:
+            summary = past + times_upper(u, weights, self.plan.write_dtype)
+            refs["summary"][0] = summary.T.astype(refs["summary"].dtype)
+        if self.plan.tied:
+            score = jnp.sum(jnp.where(row == column, scores, 0.0), axis=0, keepdims=True)
+            self.read_tied(score, running, summary, u)
+        return u
+
+    def solve(self, weights, past):
+        """u: target − β past is u (I + β A)ᵀ, A the weights of the chunk's own columns."""
+        refs = self.refs
+        target = refs["v"][0].astype(jnp.float32).T
+        if "alpha" in refs:
+            target = target * refs["alpha"][0]
+        system, forced = weights, past
+        if "beta" in refs:
+            beta = refs["beta"][0]
+            system, forced = weights * beta, past * beta
+        return solve_across(system, target - forced, self.plan.write_dtype)
+
+    def keep_for_later(self, u):
+        """Puts u where later chunks find it."""
+        refs = self.refs
+        if self.streamed:
+            refs["values"][...] = u.astype(refs["values"].dtype)
+            copy(refs["values"], refs["u_operand"].at[self.head, :, self.own], refs["semaphore"])
+        else:
+            refs["values"][:, self.own] = u.astype(refs["values"].dtype)
+
+    def read_tied(self, score, running, summary, u):
+        """out, with the share π that a row's own column, whose score is `score`, has of its read, and 1 − π."""
+        refs = self.refs
         seen = running[1] > 0
         ahead = jnp.where(seen, log_normaliser(running) - score, 0.0)
         share = jnp.where(seen, 1.0 / (1.0 + jnp.exp2(ahead)), 1.0)
@@ -129,11 +150,12 @@ def forward_kernel(first, refs, *, settings, chunk, group, group_of_batch, kv_he
         refs["out"][0, 0] = (rest * summary + share * u).T.astype(refs["out"].dtype)
         refs["share"][0], refs["rest"][0] = share, rest
 
-    visible = both(row >= column, segment_mask(own))
-    for h, rows in enumerate(reads):
-        running = over_earlier(read, rows, read_dtype)
-        weights, shrink, running = absorb_weights(read, running, own_scores(read, rows), visible)
-        summed = shrunk(sums[...], shrink) + times_upper(u, weights, read_dtype)
-        refs["out"][0, h] = (summed * inverse_normaliser(read, running)).T.astype(refs["out"].dtype)
+    def read(self, h, query, u, visible):
+        """out of query head h."""
+        refs, kappa, dtype = self.refs, self.plan.read, self.plan.read_dtype
+        running = self.over_earlier(kappa, query, dtype)
+        weights, shrink, running = absorb(kappa, running, self.own_scores(kappa, query), visible)
+        summed = shrunk(refs["sums"][...], shrink) + times_upper(u, weights, dtype)
+        refs["out"][0, h] = (summed * inverse_normaliser(kappa, running)).T.astype(refs["out"].dtype)
         if "lse_read" in refs:
             refs["lse_read"][0, h : h + 1, :] = log_normaliser(running)

@@ -4,7 +4,7 @@ the ops is made of.
     S ← Diag(e^{g_t}) S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ  (delta rule)  or  S + k_t v_tᵀ,      o_t = scale · Sᵀ q_t
 
 Letters: B rows, T tokens, H heads of queries and keys, Hv of values, K and V the widths, C rows of a chunk, R = n C of
-a group of chunks. The grid is B Hv heads, in parallel, by T/R groups, in order; the state stays in VMEM.
+a group of chunks. The grid is B Hv heads, side by side, by T/R groups, in order; the state stays in VMEM.
 
 Memory: kept for the backward are the arguments and the states that enter the groups, T/R · K V float32 numbers a head
 of values (as many as a [T, K] array has, times V/R); states inside a group are made again in VMEM. Gradients of keys
@@ -22,13 +22,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import calls, limits
 from pallas_kernels.tpu.gated.backward import backward_kernel
-from pallas_kernels.tpu.gated.forward import Plan, forward_kernel
-from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.gated.forward import forward_kernel
+from pallas_kernels.tpu.gated.layout import Layout
+from pallas_kernels.tpu.layout import Blocks
 from pallas_kernels.transform import transformable
 
 
@@ -81,182 +80,73 @@ def backward(settings: Settings, residuals, dout, dstate):
     return function(residuals, dout, dstate)
 
 
-class _Layout:
-    """The sizes of one call, and the ways between the op's arrays and the kernels'."""
-
-    def __init__(self, settings, query, key, value, beta, log_decay, resets):
-        self.batch, self.time, self.heads, self.value_width = value.shape
-        self.key_heads, self.width = key.shape[2:]
-        self.group = self.heads // self.key_heads
-        channels = log_decay is not None and log_decay.ndim == 4
-        self.chunk = settings.chunk or chunk_rows(channels)
-        self.chunks = settings.chunks or chunks_of_a_group(self.chunk, self.time)
-        self.rows = self.chunk * self.chunks
-        self.steps = -(-self.time // self.rows)
-        self.length = self.steps * self.rows
-        self.plan = Plan(
-            settings.scale, settings.delta, channels, self.chunk, self.chunks, jnp.dtype(key.dtype)
-        )  # fmt: skip
-        self.interpret = settings.interpret
-        self.local = None
-        if resets is not None:
-            resets = jnp.pad(resets, [(0, 0), (0, self.length - self.time)]).reshape(self.batch, -1, self.chunk)
-            self.local = jnp.cumsum(resets, axis=-1, dtype=jnp.int32).reshape(self.batch, 1, self.length)
-
-    def tall(self, x):
-        """[B,T,heads,W] -> [B heads, T', W]."""
-        x = jnp.pad(x, [(0, 0), (0, self.length - self.time), (0, 0), (0, 0)])
-        return jnp.swapaxes(x, 1, 2).reshape(-1, self.length, x.shape[3])
-
-    def back(self, x):
-        """[B heads, T', W] -> [B,T,heads,W]."""
-        return jnp.swapaxes(x.reshape(self.batch, -1, *x.shape[1:]), 1, 2)[:, : self.time]
-
-    def row(self, x):
-        """[B,T,heads] -> [B heads, 1, T']."""
-        return jnp.swapaxes(self.tall(x[..., None]), 1, 2)
-
-    def across(self, state):
-        """[B,Hv,K,V] -> [B Hv, V, K] float32, or back."""
-        return jnp.swapaxes(state.astype(jnp.float32).reshape(-1, *state.shape[-2:]), 1, 2)
-
-    def inputs(self, query, key, value, beta, log_decay, at):
-        """Of both kernels; `at`: the group of a step."""
-        wide = lambda x, of=lambda h: h: calls.Input(
-            self.tall(x), (1, self.rows, x.shape[3]), lambda h, s, _: (of(h), at(s), 0)
-        )
-        row = lambda x, of=lambda h: h: calls.Input(x, (1, 1, self.rows), lambda h, s, _: (of(h), 0, at(s)))
-        # No `//`: of traced numbers it asks the device for its kind, and a program may be lowered with none at hand.
-        of_keys, of_batch = lambda h: lax.div(h, self.group), lambda h: lax.div(h, self.heads)
-        g = None if log_decay is None else log_decay.astype(jnp.float32)
-        return {
-            "k": wide(key, of_keys),
-            "q": wide(query, of_keys),
-            "v": wide(value),
-            "beta": None if beta is None or not self.plan.delta else row(self.row(beta.astype(jnp.float32))),
-            "g": None if g is None else wide(g) if self.plan.channels else row(self.row(g)),
-            "local": None if self.local is None else row(self.local, of_batch),
-        }
-
-    def state(self, array=None):
-        """A state of each head, as an input where there is an array."""
-        block, index = (1, self.value_width, self.width), lambda h, s, _: (h, 0, 0)
-        if array is not None:
-            return calls.Input(self.across(array), block, index)
-        return calls.Output((self.batch * self.heads, *block[1:]), jnp.float32, block, index)
-
-    def output(self, width, dtype, at):
-        shape = (self.batch * self.heads, self.length, width)
-        return calls.Output(shape, dtype, (1, self.rows, width), lambda h, s, _: (h, at(s), 0))
-
-    def output_row(self, at):
-        shape = (self.batch * self.heads, 1, self.length)
-        return calls.Output(shape, jnp.float32, (1, 1, self.rows), lambda h, s, _: (h, 0, at(s)))
-
-    def call(self, kernel, name, inputs, outputs, scratch):
-        return calls.call(
-            functools.partial(kernel, plan=self.plan),
-            name,
-            (self.batch * self.heads, self.steps),
-            # Nothing has to be known before a step: one number that nobody reads.
-            jnp.zeros(1, jnp.int32),
-            inputs,
-            outputs,
-            {scratch: pltpu.VMEM((self.value_width, self.width), jnp.float32)},
-            vmem_bytes=limits.VMEM_BYTES,
-            interpret=self.interpret,
-        )
-
-
-def chunk_rows(channels: bool) -> int:
-    """Rows of a chunk. By the static schedules for v5e at width 128 in bfloat16, four chunks of 128 rows take 2 % more
-    forward and 10 % less backward than eight of 64 with one decay a head, with one a channel 6 % and 10 % more."""
-    return 64 if channels else 128
-
-
-def chunks_of_a_group(chunk: int, time: int) -> int:
-    """4 chunks, fewer where there are no more: 10 % less a token than with 2 on v5e, 20 % on v6e. Rows of a group that
-    is not the only one are whole lanes."""
-    rows = min(4 * chunk, -(-time // TILE) * TILE)
-    return max(rows // chunk, 1)
-
-
 # Jitted, so that a call whose shapes were seen before is not traced again, on whatever platform it runs.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, key, value, beta, log_decay, state, resets):
-    layout = _Layout(settings, query, key, value, beta, log_decay, resets)
-    at = lambda s: s
-    block = (layout.value_width, layout.width)
-    heads = layout.batch * layout.heads
+    layout = Layout(settings, key, value, log_decay, resets)
+    blocks = Blocks(layout, layout.rows)
+    state_shape, heads = (layout.value_width, layout.width), layout.batch * layout.heads
     results = layout.call(
         forward_kernel,
         "gated_forward",
-        layout.inputs(query, key, value, beta, log_decay, at) | {"initial": layout.state(state)},
+        layout.inputs(blocks, query, key, value, beta, log_decay) | {"initial": blocks.whole(layout.across(state))},
         {
-            "out": layout.output(layout.value_width, value.dtype, at),
+            "out": blocks.out_tall(layout.value_width, value.dtype),
             "states": calls.Output(
-                (heads, layout.steps, *block), jnp.float32, (1, 1, *block), lambda h, s, _: (h, s, 0, 0)
+                (heads, layout.steps, *state_shape), jnp.float32, (1, 1, *state_shape), lambda h, s, _: (h, s, 0, 0)
             ),
-            "final": layout.state(),
+            "final": layout.out_state(),
         },
         "state",
     )
     final = layout.across(results["final"]).reshape(state.shape)
     # Everything kept leads with the batch, so that vmap can fold it.
-    states = results["states"].reshape(layout.batch, layout.heads, layout.steps, *block)
+    states = results["states"].reshape(layout.batch, layout.heads, layout.steps, *state_shape)
     return layout.back(results["out"]), final, states
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, dout, dstate):
     (query, key, value, beta, log_decay, state, resets), states = residuals
-    layout = _Layout(settings, query, key, value, beta, log_decay, resets)
-    at = lambda s: layout.steps - 1 - s
-    block = (layout.value_width, layout.width)
-    keys = layout.output(layout.width, key.dtype if layout.group == 1 else jnp.float32, at)
-    rows = layout.output_row(at)
+    layout = Layout(settings, key, value, log_decay, resets)
+    blocks = Blocks(layout, layout.rows, lambda step: layout.steps - 1 - step)
+    state_shape = (layout.value_width, layout.width)
+    dkeys = blocks.out_tall(layout.width, key.dtype if layout.sharing == 1 else jnp.float32)
+    dg = None
+    if log_decay is not None:
+        dg = blocks.out_tall(layout.width, jnp.float32) if layout.plan.channels else blocks.out_row()
     results = layout.call(
         backward_kernel,
         "gated_backward",
-        layout.inputs(query, key, value, beta, log_decay, at)
+        layout.inputs(blocks, query, key, value, beta, log_decay)
         | {
-            "dout": calls.Input(layout.tall(dout), (1, layout.rows, layout.value_width), lambda h, s, _: (h, at(s), 0)),
+            "dout": blocks.tall(layout.tall(dout)),
             "states": calls.Input(
-                states.reshape(-1, layout.steps, *block), (1, 1, *block), lambda h, s, _: (h, at(s), 0, 0)
+                states.reshape(-1, layout.steps, *state_shape),
+                (1, 1, *state_shape),
+                lambda h, s, _: (h, blocks.at(s), 0, 0),
             ),
-            "dfinal": layout.state(dstate),
+            "dfinal": blocks.whole(layout.across(dstate)),
         },
         {
-            "dq": keys,
-            "dk": keys,
-            "dv": layout.output(layout.value_width, value.dtype, at),
-            "dbeta": None if beta is None or not settings.delta else rows,
-            "dg": None
-            if log_decay is None
-            else layout.output(layout.width, jnp.float32, at)
-            if layout.plan.channels
-            else rows,
-            "dinitial": layout.state(),
+            "dq": dkeys,
+            "dk": dkeys,
+            "dv": blocks.out_tall(layout.value_width, value.dtype),
+            "dbeta": None if beta is None or not settings.delta else blocks.out_row(),
+            "dg": dg,
+            "dinitial": layout.out_state(),
         },
         "dstate",
     )
-
-    def of_keys(x):
-        x = layout.back(x)
-        if layout.group > 1:
-            x = x.reshape(*x.shape[:2], layout.key_heads, layout.group, layout.width).sum(axis=3)
-        return x.astype(key.dtype)
-
-    gate = lambda x: layout.back(jnp.swapaxes(x, 1, 2))[..., 0]
     dbeta = dlog_decay = None
     if beta is not None:
-        dbeta = gate(results["dbeta"]).astype(beta.dtype) if settings.delta else jnp.zeros_like(beta)
+        dbeta = layout.row_back(results["dbeta"]).astype(beta.dtype) if settings.delta else jnp.zeros_like(beta)
     if log_decay is not None:
-        dlog_decay = layout.back(results["dg"]) if layout.plan.channels else gate(results["dg"])
-        dlog_decay = dlog_decay.astype(log_decay.dtype)
+        back = layout.back if layout.plan.channels else layout.row_back
+        dlog_decay = back(results["dg"]).astype(log_decay.dtype)
     return (
-        of_keys(results["dq"]),
-        of_keys(results["dk"]),
+        layout.sum_sharing(results["dq"]).astype(key.dtype),
+        layout.sum_sharing(results["dk"]).astype(key.dtype),
         layout.back(results["dv"]),
         dbeta,
         dlog_decay,

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.gated.products import block, dot_exact, place
+from pallas_kernels.tpu.gated.differentiable import block_of, dot_exact, place_in_block
 
 BLOCK = 16
-TILE = 8
+SUBLANES = 8
 
 
 # Of a jitted function there is one trace, however many kernels call it.
@@ -30,7 +30,7 @@ def inverses(tiles, dtype):
     size = tiles[0].shape[0]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    apart = lambda b: block(row, b) != block(column, b)
+    apart = lambda b: block_of(row, b) != block_of(column, b)
     blocks = [_inverse_blocks(jnp.where(apart(BLOCK), 0.0, a)) for a in tiles]
     found = [jnp.where(apart(BLOCK), 0.0, jnp.concatenate([x] * (size // BLOCK))) for x in blocks]
     b = BLOCK
@@ -47,14 +47,14 @@ def _inverse_blocks(blocks):
     """[16, C]: the inverses of I + each diagonal block, side by side; blocks [C, C] with 0 elsewhere."""
     size = blocks.shape[0]
     packed = sum(blocks[i : i + BLOCK] for i in range(0, size, BLOCK))
-    parts = [packed[i : i + TILE] for i in range(0, BLOCK, TILE)]
-    lane = lax.broadcasted_iota(jnp.int32, (TILE, size), 1)
-    row = lax.broadcasted_iota(jnp.int32, (TILE, size), 0)
-    first = lane - place(lane, BLOCK)
-    x = [jnp.where(place(lane, BLOCK) == row + i, 1.0, 0.0) for i in range(0, BLOCK, TILE)]
+    parts = [packed[i : i + SUBLANES] for i in range(0, BLOCK, SUBLANES)]
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, size), 1)
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, size), 0)
+    first = lane - place_in_block(lane, BLOCK)
+    x = [jnp.where(place_in_block(lane, BLOCK) == row + i, 1.0, 0.0) for i in range(0, BLOCK, SUBLANES)]
     for j in range(BLOCK - 1):
-        done = x[j // TILE][j % TILE : j % TILE + 1]
-        for t in range((j + 1) // TILE, BLOCK // TILE):
+        done = x[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
+        for t in range((j + 1) // SUBLANES, BLOCK // SUBLANES):
             # Column j of each block, in all of the block's lanes; 0 in the rows up to j.
             x[t] = x[t] - _lanes(parts[t], first + j) * done
     return jnp.concatenate(x)

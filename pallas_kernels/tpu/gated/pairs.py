@@ -25,7 +25,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.gated.products import block, down, place, product, sums_of_columns, sums_of_rows
+from pallas_kernels.tpu.gated.differentiable import (
+    block_of,
+    down,
+    place_in_block,
+    product,
+    sums_of_columns,
+    sums_of_rows,
+)
 
 # Rows of the blocks whose pairs of a decay of each channel are made one by one: as many as a tile of registers has.
 SUB = 8
@@ -105,7 +112,7 @@ def channel_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
     while b < chunk:
         until, after = _sums(g, row, column, b)
         rows, columns = jnp.exp(until), jnp.exp(after) * k
-        meet = (block(row, 2 * b) == block(column, 2 * b)) & (block(row, b) > block(column, b))
+        meet = (block_of(row, 2 * b) == block_of(column, 2 * b)) & (block_of(row, b) > block_of(column, b))
         if delta:
             kk = kk + jnp.where(meet, product(rows * k, columns, operand), 0.0)
         qk = qk + jnp.where(meet, product(rows * q, columns, operand), 0.0)
@@ -124,7 +131,7 @@ def channel_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
 
 def _sums(g, row, column, b):
     """The sums of the gates of a token's block of b rows, up to it, and after it."""
-    same = block(row, b) == block(column, b)
+    same = block_of(row, b) == block_of(column, b)
     return sums_of_rows(same & (column <= row), g), sums_of_rows(same & (column > row), g)
 
 
@@ -140,7 +147,7 @@ def _near_pairs(k, q, g, delta):
         # Rows whose d-th before is in another block get a sum that nothing reads: of gates too, and so not positive.
         if d > 0:
             between = between + (g if d == 1 else down(g, d - 1))
-        here = (row - column == d) & (place(row, SUB) >= d)
+        here = (row - column == d) & (place_in_block(row, SUB) >= d)
         far = k if d == 0 else jnp.exp(between) * down(k, d)
         if delta and d > 0:
             kk = kk + jnp.where(here, jnp.sum(k * far, axis=1, keepdims=True), 0.0)

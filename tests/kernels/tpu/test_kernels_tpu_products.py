@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.tpu import products
+from pallas_kernels.tpu import matrix_unit
 
 
 def eighths(*shape):
@@ -23,17 +23,17 @@ def on(kind):
 @pytest.mark.parametrize("kind, side", [("TPU v5 lite", 128), ("TPU v5", 128), ("TPU v6 lite", 256), ("TPU7x", 256)])
 def test_the_size_of_a_unit(kind, side):
     with on(kind):
-        assert products.unit_side() == side
-    assert products.unit_side() == 128
+        assert matrix_unit.unit_side() == side
+    assert matrix_unit.unit_side() == 128
 
 
 @pytest.mark.parametrize("side", [128, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_product_in_tiles(dtype, side, monkeypatch):
     """The last tile is what is left: three of 128, or one of 256 and one of 128."""
-    monkeypatch.setattr(products, "unit_side", lambda: side)
+    monkeypatch.setattr(matrix_unit, "unit_side", lambda: side)
     a, b = eighths(384, 24), eighths(256, 24)
-    np.testing.assert_array_equal(products.product_in_tiles(a, b, dtype), a @ b.T)
+    np.testing.assert_array_equal(matrix_unit.product_in_tiles(a, b, dtype), a @ b.T)
 
 
 @pytest.mark.parametrize("size", [128, 384])
@@ -41,9 +41,9 @@ def test_products_of_tiles_on_and_above_the_diagonal(size):
     a, b, x = eighths(size, 24), eighths(size, 24), eighths(40, size)
     tile = np.arange(size) // 128
     upper = (a @ b.T) * (tile[:, None] <= tile)
-    np.testing.assert_array_equal(products.upper_product(a, b, jnp.float32), upper)
+    np.testing.assert_array_equal(matrix_unit.upper_product(a, b, jnp.float32), upper)
     # Rounded to eighths again, small enough for sums without rounding; below the diagonal is what must not be read.
     upper = np.round(upper)
     hidden = np.where(tile[:, None] <= tile, upper, np.nan)
-    np.testing.assert_array_equal(products.times_upper(x, hidden, jnp.float32), x @ upper)
-    np.testing.assert_array_equal(products.upper_times(hidden, x.T, jnp.float32), upper @ x.T)
+    np.testing.assert_array_equal(matrix_unit.times_upper(x, hidden, jnp.float32), x @ upper)
+    np.testing.assert_array_equal(matrix_unit.upper_times(hidden, x.T, jnp.float32), upper @ x.T)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu.delta.solve import solve_across, solve_across_transposed, tile_inverses
-from pallas_kernels.tpu.products import TILE
+from pallas_kernels.tpu.delta.triangular import solve_across, solve_across_transposed, tile_inverses
+from pallas_kernels.tpu.matrix_unit import TILE
 
 ROWS, WIDTH = 3 * TILE, 24
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.products import NN, NT, TILE, dot, tiles
+from pallas_kernels.tpu.matrix_unit import NN, NT, TILE, dot, tiles
 
 BLOCK = 16
 SUBLANES = 8

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class HbmTiles:
     """Tiles `array.at[index(n)]` of an array in HBM, through two places `buffer` [2, ...] of VMEM and `semaphores`
     [2, 2]. `writes`: what `step` leaves in the tile goes back to where it came from."""
 
@@ -32,7 +32,7 @@ class Stream:
         return pltpu.make_async_copy(self.tile(n), self.array.at[self.index(n)], self.semaphores.at[1, lax.rem(n, 2)])
 
 
-def over_tiles(start, stop, streams: dict[str, Stream], step: Callable, carry):
+def over_tiles(start, stop, streams: dict[str, HbmTiles], step: Callable, carry):
     """carry = step(n, {name: tile n}, carry) for n = start … stop − 1; every copy has ended when it returns."""
     writers = [stream for stream in streams.values() if stream.writes]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.products import NN, NT, TN, dot
+from pallas_kernels.tpu.matrix_unit import NN, NT, TN, dot
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -90,11 +90,11 @@ down.defvjp(
 )
 
 
-def block(index, size: int):
+def block_of(index, size: int):
     """index // size of non-negative numbers, size a power of two: a shift, where a division is many instructions."""
     return index >> (size.bit_length() - 1)
 
 
-def place(index, size: int):
+def place_in_block(index, size: int):
     """index % size, likewise."""
     return index & (size - 1)

@@ -29,6 +29,12 @@ def tiles(size: int, side: int = TILE):
     return [slice(i, min(i + side, size)) for i in range(0, size, side)]
 
 
+def tile_numbers(size: int):
+    """(Rows, columns) [size, size] int32: the number of each in a tile of columns × rows."""
+    shape = (size, size)
+    return lax.broadcasted_iota(jnp.int32, shape, 1), lax.broadcasted_iota(jnp.int32, shape, 0)
+
+
 def unit_side() -> int:
     """Rows and columns of a matrix unit: 256 since v6e; 128 before, and where the device is not known yet."""
     return pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else TILE
@@ -76,7 +82,7 @@ def upper_times(upper, x, dtype):
     return jnp.concatenate(parts, axis=0)
 
 
-class Products(NamedTuple):
+class TileProducts(NamedTuple):
     """What a tile [columns, rows] is made of and what is made of it: a bᵀ, tile · x, and x · tile."""
 
     outer: Callable
@@ -84,5 +90,5 @@ class Products(NamedTuple):
     times_tile: Callable
 
 
-WHOLE = Products(lambda a, b, dtype: dot(a, b, dtype, NT), dot, dot)
-UPPER = Products(upper_product, upper_times, times_upper)
+WHOLE = TileProducts(lambda a, b, dtype: dot(a, b, dtype, NT), dot, dot)
+UPPER = TileProducts(upper_product, upper_times, times_upper)

@@ -67,12 +67,12 @@ def both(a, b):
     return a if b is None else a & b
 
 
-def start(rows: int):
+def nothing_seen(rows: int):
     """(maximum [1, R], normaliser [1, R]) of rows that have seen nothing."""
     return jnp.full((1, rows), LOWEST, jnp.float32), jnp.zeros((1, rows), jnp.float32)
 
 
-def absorb_weights(kappa: Kappa, running, scores, visible):
+def absorb(kappa: Kappa, running, scores, visible):
     """(The weights of one more tile of columns, what the sums weighted so far shrink by (None: nothing), maximum and
     normaliser with the tile in them)."""
     if not kappa.normalised:
