@@ -50,7 +50,7 @@ def test_a_bad_value_or_one_argument_too_many(capsys):
 
 
 def test_no_abbreviation(capsys):
-    assert "--f: no such flag" in error_of(capsys, "reproduce.__main__", "figure3", "--out", "x", "--f")
+    assert "--f: no such flag" in error_of(capsys, "reproduce", "figure3", "--out", "x", "--f")
 
 
 def test_values_that_look_like_flags():
