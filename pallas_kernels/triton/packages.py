@@ -23,8 +23,8 @@ def missing() -> str | None:
     absent = [name for name, is_here in needed.items() if not is_here]
     if absent:
         return (
-            f"it needs {' and '.join(absent)}: on Linux install the dependency group `kernels`, or without a clone "
-            "pip install 'triton>=3.6,<3.7' 'jax-triton>=0.3.1,<0.4' 'jax[cuda12]'"
+            f"it needs {' and '.join(absent)}: on Linux install the extras cuda and triton "
+            "(pip install 'deltaformer-jax[cuda,triton]'), or in a clone the dependency group kernels"
         )
     version = importlib.metadata.version("jax-triton")
     if not version.startswith(JAX_TRITON):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,23 @@ def test_no_folder_is_full():
 def test_no_file_holds_two_ideas():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, (path, _) in MODULES.items()}
     assert max(lengths.values()) <= 450, {name: length for name, length in lengths.items() if length > 450}
+
+
+def test_prose_keeps_to_the_lines_length():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("pallas_kernels/*.md")]
+    long = [
+        f"{page.name}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 120 and not line.startswith("|")  # a row of a table is one line
+    ]
+    assert len(pages) > 6 and not long, long
+
+
+def test_the_extra_is_what_the_tests_compile_with():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    assert set(project["project"]["optional-dependencies"]["triton"]) < set(project["dependency-groups"]["kernels"])
 
 
 def run(code):
