@@ -5,7 +5,7 @@
 Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the widths.
 Arrays are [B, T, heads, width] and are read where they lie. Forward: one launch to write, one to read; one for both
 where one softmax serves both (tied); one more before a write of other weights than softmax's between bfloat16 arrays
-(invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
+(write/invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
 
 Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
 the weights are softmax's, whose systems are solved with TF32 operands; else three products for one: of bfloat16

@@ -13,12 +13,12 @@ from jax import lax
 
 from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.delta.form import Form, operands
-from pallas_kernels.triton.delta.invert_blocks import invert_blocks
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
 from pallas_kernels.triton.delta.table import Tile, choose
-from pallas_kernels.triton.delta.write_backward import write_backward
-from pallas_kernels.triton.delta.write_forward import write_forward
+from pallas_kernels.triton.delta.write.backward import write_backward
+from pallas_kernels.triton.delta.write.forward import write_forward
+from pallas_kernels.triton.delta.write.invert_blocks import invert_blocks
 from pallas_kernels.triton.launch import Launch, Output
 from pallas_kernels.triton.memory import block_width
 

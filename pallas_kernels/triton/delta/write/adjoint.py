@@ -1,13 +1,13 @@
 """G of rows to which everything has come in that later ones leave for them, and what follows from it: dV, dα, dβ, and
-what these rows leave for earlier ones, H and D (write_backward.py)."""
+what these rows leave for earlier ones, H and D (backward.py)."""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.invert_blocks import load_inverse
 from pallas_kernels.triton.delta.split_products import parts, product_of_parts
+from pallas_kernels.triton.delta.write.invert_blocks import load_inverse
 from pallas_kernels.triton.memory import (
     head_of,
     load_columns,

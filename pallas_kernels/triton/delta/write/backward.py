@@ -21,24 +21,24 @@ dW is added to memory tile by tile by several programs at once: its last bits di
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.invert_blocks import own_inverses
-from pallas_kernels.triton.delta.later_rows import (
-    follow_later_blocks,
-    follow_lower_half,
-    follow_rows,
-    later_rows_of,
-    segments_of,
-)
 from pallas_kernels.triton.delta.order import afresh, draw, publish, wait_for
 from pallas_kernels.triton.delta.read_backward import Places, load_own_tiles, weights_seen
-from pallas_kernels.triton.delta.write_adjoint import (
+from pallas_kernels.triton.delta.write.adjoint import (
     Gradients,
     Saved,
     kept_gradient,
     store_adjoint,
     store_adjoint_in_parts,
 )
-from pallas_kernels.triton.delta.write_u import Given
+from pallas_kernels.triton.delta.write.invert_blocks import own_inverses
+from pallas_kernels.triton.delta.write.later_rows import (
+    follow_later_blocks,
+    follow_lower_half,
+    follow_rows,
+    later_rows_of,
+    segments_of,
+)
+from pallas_kernels.triton.delta.write.u import Given
 from pallas_kernels.triton.memory import head_of, load_row, load_rows, load_segments, padded, store_rows
 
 

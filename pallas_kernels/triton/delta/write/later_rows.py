@@ -1,5 +1,5 @@
 """What later rows leave for earlier columns, in the write's backward: a block of columns follows them from the last to
-the first, and takes its own last (write_backward.py has the equations).
+the first, and takes its own last (backward.py has the equations).
 """
 
 from typing import NamedTuple

@@ -7,18 +7,18 @@ next is the last block's share of the sums and a product with the inverse; or tw
 lower half the upper one is one more earlier block. Where u is kept in two parts (split_products.py) the inverses come
 from invert_blocks.py.
 
-Tied, one softmax writes and reads (w = q), in the same pass: write_u.py.
+Tied, one softmax writes and reads (w = q), in the same pass: u.py.
 """
 
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.invert_blocks import own_inverses
 from pallas_kernels.triton.delta.order import afresh, done_blocks, draw, publish, wait_for
 from pallas_kernels.triton.delta.read_forward import absorb_columns, add_earlier_columns, no_sums
 from pallas_kernels.triton.delta.similarity import log_sum
-from pallas_kernels.triton.delta.write_summary import store_summaries
-from pallas_kernels.triton.delta.write_u import (
+from pallas_kernels.triton.delta.write.invert_blocks import own_inverses
+from pallas_kernels.triton.delta.write.summary import store_summaries
+from pallas_kernels.triton.delta.write.u import (
     Given,
     Written,
     add_columns_to_known,

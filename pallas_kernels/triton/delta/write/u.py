@@ -5,10 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.invert_blocks import load_inverse
 from pallas_kernels.triton.delta.read_forward import Columns, Rows, load_u
 from pallas_kernels.triton.delta.similarity import weights_again
 from pallas_kernels.triton.delta.split_products import add_product, parts, product_of_parts
+from pallas_kernels.triton.delta.write.invert_blocks import load_inverse
 from pallas_kernels.triton.memory import (
     head_of,
     load_columns,

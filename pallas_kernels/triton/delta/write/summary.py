@@ -9,11 +9,11 @@ where π and 1 − π are two sigmoids, each computed by itself: neither cancels
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.delta.invert_blocks import own_scores
 from pallas_kernels.triton.delta.read_forward import load_u
 from pallas_kernels.triton.delta.similarity import weights_again
 from pallas_kernels.triton.delta.split_products import add_product
-from pallas_kernels.triton.delta.write_u import columns_of
+from pallas_kernels.triton.delta.write.invert_blocks import own_scores
+from pallas_kernels.triton.delta.write.u import columns_of
 from pallas_kernels.triton.memory import head_of, load_row, load_rows, padded, store_row, store_rows
 
 

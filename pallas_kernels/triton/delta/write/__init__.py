@@ -1,0 +1,1 @@
+"""The write's kernels, forward and backward, and their steps."""
