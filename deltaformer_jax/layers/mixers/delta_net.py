@@ -45,21 +45,22 @@ class DeltaNet(DeltaRuleMixer):
         rngs: nnx.Rngs,
     ):
         heads, width = num_value_heads or num_heads, value_dim or head_dim
-        self.inputs = MemoryInputs(
-            d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
+        super().__init__(
+            MemoryInputs(d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs),
+            Gate(d_model, heads, axis="heads", rngs=rngs),
+            None,
+            MemoryOutput(
+                d_model,
+                heads,
+                width,
+                gate="swish" if output_gate else "",
+                epsilon=norm_epsilon,
+                output_scale=output_scale,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            state_shape=(heads, head_dim, width),
+            negative_eigenvalues=negative_eigenvalues,
+            chunk_size=chunk_size,
+            implementation=implementation,
         )
-        self.beta = Gate(d_model, heads, axis="heads", rngs=rngs)
-        self.decay = None
-        self.output = MemoryOutput(
-            d_model,
-            heads,
-            width,
-            gate="swish" if output_gate else "",
-            epsilon=norm_epsilon,
-            output_scale=output_scale,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
-        self.state_shape = (heads, head_dim, width)
-        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

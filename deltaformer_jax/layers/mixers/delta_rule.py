@@ -9,7 +9,9 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import product_flops
+from deltaformer_jax.layers.gates import ChannelDecay, HeadDecay
+from deltaformer_jax.layers.linear import Gate, product_flops
+from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.norms import l2_normalize
 from deltaformer_jax.layers.padding import clear_padding
 
@@ -18,9 +20,26 @@ class DeltaRuleMixer(nnx.Module):
     """y = output(gated_delta_rule(q/|q|, k/|k|, v, β, g), x),    q, k, v = inputs(x),  β = c sigmoid(beta(x)),
     g = decay(x).
 
-    A subclass sets `inputs`, `beta`, `decay` (None: nothing fades), `output`, `beta_scale` (c), `state_shape` (value
-    heads, K, V), `chunk_size`, `implementation` and `dtype`.
+    `decay` None: nothing fades. `state_shape`: value heads, K, V. `negative_eigenvalues`: c = 2, else 1. A subclass
+    makes the parts in this order, which decides what a seed gives each.
     """
+
+    def __init__(
+        self,
+        inputs: MemoryInputs,
+        beta: Gate,
+        decay: HeadDecay | ChannelDecay | None,
+        output: MemoryOutput,
+        *,
+        state_shape: tuple[int, int, int],
+        negative_eigenvalues: bool,
+        chunk_size: int | None,
+        implementation: str | None,
+    ):
+        self.inputs, self.beta, self.decay, self.output = inputs, beta, decay, output
+        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
+        self.state_shape, self.dtype = state_shape, inputs.dtype
+        self.chunk_size, self.implementation = chunk_size, implementation
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
         """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).

@@ -46,22 +46,23 @@ class KimiDeltaAttention(DeltaRuleMixer):
         rngs: nnx.Rngs,
     ):
         width = value_dim or head_dim
-        self.inputs = MemoryInputs(
-            d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
+        super().__init__(
+            MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs),
+            Gate(d_model, num_heads, axis="heads", rngs=rngs),
+            ChannelDecay(d_model, num_heads, head_dim, rank=head_dim, rngs=rngs),
+            MemoryOutput(
+                d_model,
+                num_heads,
+                width,
+                gate="sigmoid" if output_gate else "",
+                gate_rank=width,
+                epsilon=norm_epsilon,
+                output_scale=output_scale,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            state_shape=(num_heads, head_dim, width),
+            negative_eigenvalues=negative_eigenvalues,
+            chunk_size=chunk_size,
+            implementation=implementation,
         )
-        self.beta = Gate(d_model, num_heads, axis="heads", rngs=rngs)
-        self.decay = ChannelDecay(d_model, num_heads, head_dim, rank=head_dim, rngs=rngs)
-        self.output = MemoryOutput(
-            d_model,
-            num_heads,
-            width,
-            gate="sigmoid" if output_gate else "",
-            gate_rank=width,
-            epsilon=norm_epsilon,
-            output_scale=output_scale,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
-        self.state_shape = (num_heads, head_dim, width)
-        self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)

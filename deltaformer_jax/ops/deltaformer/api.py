@@ -87,25 +87,20 @@ def delta_attention(
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
       caches, segments, the one-pass form and the backward are this project's.
     """
-    checks.check_heads(query, key, value)
-    check_implementation("delta", implementation)
-    checks.check_size("chunk_size", chunk_size)
-    write_query = _resolve_write_query(write_query, query, key)
-    write_heads = key.shape[2] if write_query is None else write_query.shape[2]
-    _check_gates(alpha, beta, key, write_heads)
-    checks.check_segments(segment_ids, key)
+    write_query = _check(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation)
     plan = Plan(
         as_similarity(write_similarity, "write_similarity"),
         checks.check_scale("write_scale", write_scale, key.shape[3]),
         as_similarity(read_similarity, "read_similarity"),
         checks.check_scale("read_scale", read_scale, key.shape[3]),
         tied=False,
-        chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
+        chunk=_chunk(chunk_size, key),
     )
     same_query = write_query is query
     real, (query, write_query, key, value, alpha, beta) = _without_padding(
         segment_ids, query, write_query, key, value, alpha, beta
     )
+    write_heads = _write_heads(write_query, key)
     if cache is not None:
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
         checks.check_one_document(segment_ids)
@@ -157,20 +152,14 @@ def delta_values(
     Returns:
       u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
     """
-    checks.check_heads(None, key, value)
-    check_implementation("delta", implementation)
-    checks.check_size("chunk_size", chunk_size)
-    write_query = _resolve_write_query(write_query, None, key)
-    write_heads = key.shape[2] if write_query is None else write_query.shape[2]
-    _check_gates(alpha, beta, key, write_heads)
-    checks.check_segments(segment_ids, key)
+    write_query = _check(None, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation)
     plan = Plan(
         as_similarity(write_similarity, "write_similarity"),
         checks.check_scale("write_scale", write_scale, key.shape[3]),
         None,
         None,
         tied=False,
-        chunk=min(chunk_size or default_chunk(key.shape[1]), key.shape[1]),
+        chunk=_chunk(chunk_size, key),
     )
     real, (write_query, key, value, alpha, beta) = _without_padding(segment_ids, write_query, key, value, alpha, beta)
     _, u = _compute(implementation, plan, Inputs(None, write_query, key, value, alpha, beta, segment_ids))
@@ -200,9 +189,24 @@ def _resolve_write_query(write_query, query, key):
     return write_query
 
 
-def _check_gates(alpha, beta, key, write_heads):
-    checks.check_gate("alpha", alpha, key, write_heads)
-    checks.check_gate("beta", beta, key, write_heads)
+def _check(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation):
+    """The write query, None for the key; raises for what does not fit. `query` None where there is none."""
+    checks.check_heads(query, key, value)
+    check_implementation("delta", implementation)
+    checks.check_size("chunk_size", chunk_size)
+    write_query = _resolve_write_query(write_query, query, key)
+    for name, gate in (("alpha", alpha), ("beta", beta)):
+        checks.check_gate(name, gate, key, _write_heads(write_query, key))
+    checks.check_segments(segment_ids, key)
+    return write_query
+
+
+def _write_heads(write_query, key):
+    return (key if write_query is None else write_query).shape[2]
+
+
+def _chunk(chunk_size, key):
+    return min(chunk_size or default_chunk(key.shape[1]), key.shape[1])
 
 
 def _without_padding(segment_ids, *arrays):
