@@ -14,8 +14,9 @@ from pallas_kernels.triton.gated import api as gated
 from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS
 from support.triton_compile import compiled
 
-ALL_KERNELS = (*KERNELS, *CHANNEL_KERNELS)
-CONFIGURATIONS = [(kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
+# (kernel, decay), with all that the kernel can do.
+ALL_KERNELS = [(kernel, "head") for kernel in KERNELS] + [(kernel, "channel") for kernel in CHANNEL_KERNELS]
+CONFIGURATIONS = [(*kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
 @functools.cache
@@ -46,22 +47,23 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True)
     return found
 
 
-def launch_of(kernel, capability, width, narrow):
+def launch_of(kernel, decay, capability, width, narrow):
     """The launch of a kernel, with all that it can do."""
-    return launches(capability, width, narrow, decay="channel" if kernel in CHANNEL_KERNELS else "head")[kernel]
+    return launches(capability, width, narrow, decay=decay)[kernel]
 
 
 if __name__ == "__main__":
     for capability in [int(x) for x in sys.argv[1:]] or sorted({x for x, _ in CHUNKS}):
         for width in WIDTHS:
             for narrow in (True, False):
-                for kernel in ALL_KERNELS:
-                    ptx, shared, spilled = compiled(launch_of(kernel, capability, width, narrow), capability)
+                for kernel, decay in ALL_KERNELS:
+                    ptx, shared, spilled = compiled(launch_of(kernel, decay, capability, width, narrow), capability)
                     print(
                         capability,
                         width,
                         "two-byte" if narrow else "float32",
                         kernel,
+                        decay,
                         f"{shared} bytes shared of {SHARED_MEMORY[capability]}, {spilled} spilled,",
                         "wgmma" if "wgmma" in ptx else "",
                         flush=True,

@@ -1,14 +1,18 @@
-"""What one call of the gated ops knows, and how it becomes descriptions of launches: what gated.py (no decay, or one a
-head) and gated_channels.py (one a channel) share."""
+"""What one call of the gated ops knows, and how it becomes descriptions of launches.
+
+heads/launches.py (no decay, or one a head) and channels/launches.py (one a channel) share it."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.triton import launch as launching
+from pallas_kernels.triton.gated.states import gated_advance, gated_retreat
 from pallas_kernels.triton.gated.table import GatedTile, choose, chunk_rows
 from pallas_kernels.triton.launch import Launch, Output
 from pallas_kernels.triton.memory import block_width
@@ -45,6 +49,16 @@ def count_segments(chunk: int, time: int, resets):
     """The number of resets so far, [B, n C] in whole chunks, of resets [B,T] booleans."""
     segments = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
     return jnp.pad(segments, [(0, 0), (0, -time % chunk)], mode="edge")
+
+
+class Left(NamedTuple):
+    """What decays and resets leave, chunk by chunk: of the entering state at each token, and at the chunk's end of what
+    a token writes [B,Hv,n C], and of the state [B,Hv,n] or, of each channel, [B,Hv,n,K]. None: all, or, of each
+    channel, what queries and keys hold already."""
+
+    enter: jax.Array | None = None
+    leave: jax.Array | None = None
+    total: jax.Array | None = None
 
 
 class Call:
@@ -127,3 +141,42 @@ class Call:
 
     def states(self):
         return Output((self.batch, self.heads, self.chunks, self.key_width, self.width), self.dtype)
+
+    def advance(self, decay, keys, u, w, left: Left, state):
+        """States that enter the chunks, what is written, the final state. keys [B,T,.,K]; decay as in states.py."""
+        delta = self.settings.delta
+        states, written, final = self.run(
+            gated_advance,
+            (keys, u, w, left.leave, left.total, state.astype(jnp.float32)),
+            (
+                self.states(),
+                self.tall(self.width) if delta else Output((1,), self.dtype),
+                Output(state.shape, jnp.float32),
+            ),
+            (),
+            self.each_part_of_values,
+            K_HEADS=keys.shape[2],
+            DECAY=decay,
+        )
+        return states, written if delta else self.value, final
+
+    def retreat(self, decay, queries, keys, w, dout, dwritten, left: Left, dstate):
+        """Cotangents of the states that leave the chunks, of what is written, of the initial state. dwritten: what the
+        chunk's own reads give."""
+        return self.run(
+            gated_retreat,
+            (queries, keys, w, dout, dwritten, *left, dstate.astype(jnp.float32)),
+            (self.states(), self.tall(self.width), Output(dstate.shape, jnp.float32)),
+            (self.scale,),
+            self.each_part_of_values,
+            K_HEADS=keys.shape[2],
+            DECAY=decay,
+        )
+
+    def sum_heads(self, x):
+        """[B,T,Hv,K] -> [B,T,H,K] in the keys' type: the sums over the heads of values that share a head of keys."""
+        return x.reshape(*x.shape[:2], self.key.shape[2], -1, x.shape[3]).sum(axis=3).astype(self.key.dtype)
+
+    def tokens(self, x):
+        """[B,Hv,n C] -> [B,T,Hv]."""
+        return jnp.moveaxis(x, 1, 2)[:, : self.time]

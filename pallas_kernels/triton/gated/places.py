@@ -1,7 +1,9 @@
-"""Which chunk of which head a program of the gated kernels works on."""
+"""Which chunk of which head a program of the gated kernels works on, and where its numbers lie."""
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.triton.memory import head_base, load_columns, store_columns
 
 
 @triton.jit
@@ -15,13 +17,46 @@ def chunk_of(number, T, HEADS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def columns_of(number, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where parts of a width go side by side: which head or chunk it is, and the first column."""
+    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    return number // parts, number % parts * COLUMNS
+
+
+@triton.jit
+def key_base(x, batch, head, T, HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr):
+    """The first element of x [B,T,K_HEADS,K] for one of the HEADS of values."""
+    return head_base(x, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
+
+
+@triton.jit
 def segments_of(segments, batch, start, T, C: tl.constexpr):
     """The segments, [B, n C], of the chunk that begins at `start`."""
     return segments + tl.cast(batch, tl.int64) * tl.cdiv(T, C) * C + start
 
 
 @triton.jit
-def columns_of(number, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where parts of a width go side by side: which head or chunk it is, and the first column."""
-    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    return number // parts, number % parts * COLUMNS
+def square(block, C: tl.constexpr):
+    """[C, C]: where a chunk's own numbers lie in an array [B, HEADS, n, C, C]."""
+    index = tl.arange(0, C)
+    return block * C * C + index[:, None] * C + index[None, :]
+
+
+@triton.jit
+def row_or_one(x, C: tl.constexpr, PRESENT: tl.constexpr):
+    """C numbers, or ones."""
+    if PRESENT:
+        return tl.load(x + tl.arange(0, C))
+    else:
+        return tl.full([C], 1.0, tl.float32)
+
+
+@triton.jit
+def load_state(x, n, column, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr):
+    """[BLOCK_K, VALUES]: of the n-th state [K,V] of x the columns from `column` on; n is 64-bit."""
+    return load_columns(x + n * K * V, 0, K, column, V, V, BLOCK_K, VALUES)
+
+
+@triton.jit
+def store_state(x, n, column, state, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr):
+    store_columns(x + n * K * V, 0, K, column, state, V, V, BLOCK_K, VALUES)

@@ -20,6 +20,7 @@ class GatedTile:
     stages: int
 
 
+# With no decay, or one of each head.
 KERNELS = (
     "gated_solve",
     "gated_advance",
@@ -33,10 +34,10 @@ KERNELS = (
 CHANNEL_KERNELS = (
     "gated_channel_pairs",
     "gated_channel_solve",
-    "gated_channel_advance",
+    "gated_advance",
     "gated_channel_read",
     "gated_channel_read_values",
-    "gated_channel_retreat",
+    "gated_retreat",
     "gated_channel_read_gradients",
     "gated_channel_solve_gradients",
     "gated_channel_pair_gradients",
@@ -72,19 +73,15 @@ _TILES = {
     ("gated_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_pairs", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
     ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
-    ("gated_channel_advance", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
     ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
     ("gated_channel_read_values", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
-    ("gated_channel_retreat", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 1), GatedTile(32, 4, 1)),
     ("gated_channel_read_gradients", True): (GatedTile(64, 4, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_solve_gradients", True): (GatedTile(64, 4, 1), GatedTile(64, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_pair_gradients", True): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_pairs", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
     ("gated_channel_solve", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
-    ("gated_channel_advance", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_read", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_read_values", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
-    ("gated_channel_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_channel_pair_gradients", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),

@@ -24,9 +24,9 @@ LESS = {
 }
 
 
-@pytest.mark.parametrize("kernel, narrow, width", CONFIGURATIONS)
-def test_sm_90(kernel, narrow, width):
-    ptx, shared, spilled = compiled(launch_of(kernel, 90, width, narrow), 90)
+@pytest.mark.parametrize("kernel, decay, narrow, width", CONFIGURATIONS)
+def test_sm_90(kernel, decay, narrow, width):
+    ptx, shared, spilled = compiled(launch_of(kernel, decay, 90, width, narrow), 90)
     assert "wgmma.mma_async" in ptx
     assert shared <= SHARED_MEMORY[90]
     if narrow:
@@ -44,9 +44,9 @@ def test_sm_90_with_less(less):
 
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("capability", [80, 100, 120])
-@pytest.mark.parametrize("kernel", ALL_KERNELS)
-def test_others(kernel, capability, narrow):
-    ptx, shared, _ = compiled(launch_of(kernel, capability, 128 if narrow else 64, narrow), capability)
+@pytest.mark.parametrize("kernel, decay", ALL_KERNELS)
+def test_others(kernel, decay, capability, narrow):
+    ptx, shared, _ = compiled(launch_of(kernel, decay, capability, 128 if narrow else 64, narrow), capability)
     assert ("tcgen05.mma" if capability == 100 and narrow else "mma.sync") in ptx
     assert shared <= SHARED_MEMORY[capability]
 

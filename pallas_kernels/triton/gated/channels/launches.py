@@ -1,8 +1,8 @@
-"""The gated ops with a decay of each channel as kernel launches: what gated.py calls where log_decay is [B,T,Hv,K].
+"""The gated ops with a decay of each channel as kernel launches: what api.py calls where log_decay is [B,T,Hv,K].
 
     S ← Diag(e^{g_t}) S,      then as there
 
-Forward: the pairs of a chunk and what its decays make of keys and queries (gated_channel_pairs.py), the triangular
+Forward: the pairs of a chunk and what its decays make of keys and queries (pairs.py), the triangular
 systems (delta rule), the state's way through the chunks, what is read. Backward: the first three again, then what reads
 give back to what was written, the state's cotangent on its way back, the gradients of what the pairs' kernel had made,
 and of those all gradients. While it runs there are, a head of values, the states of all chunks, 2 n K V numbers (half
@@ -16,7 +16,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.triton.gated.call import Call, count_segments
+from pallas_kernels.triton.gated.call import Call, Left, count_segments
 from pallas_kernels.triton.gated.channels.pair_gradients import gated_channel_pair_gradients
 from pallas_kernels.triton.gated.channels.pairs import gated_channel_pairs
 from pallas_kernels.triton.gated.channels.reads import (
@@ -24,8 +24,7 @@ from pallas_kernels.triton.gated.channels.reads import (
     gated_channel_read_gradients,
     gated_channel_read_values,
 )
-from pallas_kernels.triton.gated.channels.solve import gated_channel_solve, gated_channel_solve_gradients
-from pallas_kernels.triton.gated.channels.states import gated_channel_advance, gated_channel_retreat
+from pallas_kernels.triton.gated.channels.systems import gated_channel_solve, gated_channel_solve_gradients
 from pallas_kernels.triton.launch import Output
 
 
@@ -86,38 +85,12 @@ class _Call(Call):
             STORE_INVERSE=store_inverse,
         )
 
-    def advance(self, writes, u, w, total, state):
-        """States that enter the chunks, what is written, the final state."""
-        delta = self.settings.delta
-        states, written, final = self.run(
-            gated_channel_advance,
-            (writes, u, w, total, state),
-            (
-                self.states(),
-                self.tall(self.width) if delta else Output((1,), self.dtype),
-                Output(state.shape, jnp.float32),
-            ),
-            (),
-            self.each_part_of_values,
-        )
-        return states, written if delta else self.value, final
-
     def read(self, qk, q_reads, written, states):
         arrays = (qk, q_reads, written, states)
         return self.run(gated_channel_read, arrays, (self.tall(self.width),), (self.scale,))[0]
 
     def read_values(self, qk, dout):
         return self.run(gated_channel_read_values, (qk, dout), (self.tall(self.width),), (self.scale,))[0]
-
-    def retreat(self, q_reads, writes, w, dout, dwritten, total, dstate):
-        """Cotangents of the states that leave the chunks, of what is written, of the initial state."""
-        return self.run(
-            gated_channel_retreat,
-            (q_reads, writes, w, dout, dwritten, total, dstate),
-            (self.states(), self.tall(self.width), Output(dstate.shape, jnp.float32)),
-            (self.scale,),
-            self.each_part_of_values,
-        )
 
     def read_gradients(self, written, dout, states, dstates):
         """dqk, dq_reads, dwrites, dtotal."""
@@ -154,42 +127,41 @@ class _Call(Call):
         )
 
 
-def channels_forward(settings, run, query, key, value, beta, log_decay, state, resets):
-    """out, final state; arguments as of gated.py's `forward`."""
+def forward(settings, run, query, key, value, beta, log_decay, state, resets):
+    """out, final state; arguments as of api.py's `forward`."""
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
     w, u = None, value
     if settings.delta:
         w, u, _ = call.solve(kk, k_reads, False)
-    states, written, final = call.advance(writes, u, w, total, state.astype(jnp.float32))
+    states, written, final = call.advance("channel", writes, u, w, Left(total=total), state)
     return call.read(qk, q_reads, written, states), final
 
 
-def channels_backward(settings, run, residuals, dout, dstate):
-    """The six gradients; arguments as of gated.py's `backward`."""
+def backward(settings, run, residuals, dout, dstate):
+    """The six gradients; arguments as of api.py's `backward`."""
     query, key, value, beta, log_decay, state, resets = residuals
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
-    w = inverse = None
-    u = value
+    w, u, inverse = None, value, None
     if settings.delta:
         w, u, inverse = call.solve(kk, k_reads, True)
-    states, written, _ = call.advance(writes, u, w, total, state.astype(jnp.float32))
+    left = Left(total=total)
+    states, written, _ = call.advance("channel", writes, u, w, left, state)
     dout = dout.astype(value.dtype)
     dwritten = call.read_values(qk, dout)
-    dstates, dwritten, dinitial = call.retreat(q_reads, writes, w, dout, dwritten, total, dstate.astype(jnp.float32))
+    dstates, dwritten, dinitial = call.retreat("channel", q_reads, writes, w, dout, dwritten, left, dstate)
     dqk, dq_reads, dwrites, dtotal = call.read_gradients(written, dout, states, dstates)
     dkk = dk_reads = dbeta = None
     dvalue = dwritten
     if settings.delta:
         dkk, dk_reads, dvalue, dbeta = call.solve_gradients(kk, k_reads, written, dwritten, inverse, states)
     dq, dk, dg = call.pair_gradients(dkk, dqk, dk_reads, dq_reads, dwrites, dtotal)
-    sum_heads = lambda x: x.reshape(*x.shape[:2], key.shape[2], -1, x.shape[3]).sum(axis=3).astype(key.dtype)
     return (
-        sum_heads(dq),
-        sum_heads(dk),
+        call.sum_heads(dq),
+        call.sum_heads(dk),
         dvalue,
-        None if beta is None else jnp.moveaxis(dbeta, 1, 2)[:, : call.time].astype(beta.dtype),
+        None if beta is None else call.tokens(dbeta).astype(beta.dtype),
         dg.astype(log_decay.dtype),
         dinitial.astype(state.dtype),
     )

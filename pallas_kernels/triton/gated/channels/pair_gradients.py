@@ -1,4 +1,4 @@
-"""The gradients of queries, keys and decays of each channel, of those of what gated_channel_pairs.py makes of them; all
+"""The gradients of queries, keys and decays of each channel, of those of what pairs.py makes of them; all
 chunks and parts of the channels at once. Where blocks of b tokens meet, with the factor E = e^D to the border,
 q' = E ⊙ q, k' = E ⊙ k and dqk, dkk masked to the pairs that meet,
 
@@ -11,8 +11,14 @@ nothing has to cancel. Derived for this project."""
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.gated.channels.pairs import around, decay_to_border, doubled, meeting, same_segment
-from pallas_kernels.triton.gated.places import chunk_of, columns_of, segments_of
+from pallas_kernels.triton.gated.channels.pairs import (
+    decay_to_border,
+    doubled,
+    enter_leave_total,
+    meeting,
+    same_segment,
+)
+from pallas_kernels.triton.gated.places import chunk_of, columns_of, key_base, segments_of, square
 from pallas_kernels.triton.memory import head_base, load_columns, load_row, store_columns
 
 
@@ -24,33 +30,53 @@ def sums_of_rows(where, x, dsum, PRECISION: tl.constexpr):
 
 @triton.jit
 def gated_channel_pair_gradients(
-    q, k, g, segments, to_border, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal, T, dq, dk, dg,
-    HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, HAS_SEGMENTS: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    g,
+    segments,
+    to_border,
+    dkk,
+    dqk,
+    dk_reads,
+    dq_reads,
+    dwrites,
+    dtotal,
+    T,
+    dq,
+    dk,
+    dg,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """As `gated_channel_pairs`, with to_border [LEVELS,C,C], 1 where gate l lies between token i of its block and the
     border, and the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
     number, column = columns_of(tl.program_id(0), K, KEYS)
     batch, head, start, block = chunk_of(number, T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
-    q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
-    k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
+    q = key_base(q, batch, head, T, HEADS, K_HEADS, K)
+    k = key_base(k, batch, head, T, HEADS, K_HEADS, K)
     g = head_base(g, batch, head, T, HEADS, K)
     keys = load_columns(k, start, T, column, K_HEADS * K, K, C, KEYS)
     queries = load_columns(q, start, T, column, K_HEADS * K, K, C, KEYS)
     until = load_columns(g, start, T, column, HEADS * K, K, C, KEYS)
     after = tl.zeros([C, KEYS], tl.float32)
     row = tl.arange(0, C)
-    inside = row[:, None] * C + row[None, :]
-    square = block * C * C + inside
     below = row[:, None] > row[None, :]
     if HAS_SEGMENTS:
         below &= same_segment(segments, C)
-    read = tl.load(dqk + square)
+    inside = square(0, C)
+    read = tl.load(dqk + square(block, C))
     own = tl.sum(tl.where(row[:, None] == row[None, :], read, 0.0).to(tl.float32), 1)
     read = tl.where(below, read, 0.0).to(keys.dtype)
     if DELTA:
-        deleted = tl.where(below, tl.load(dkk + square), 0.0).to(keys.dtype)
+        deleted = tl.where(below, tl.load(dkk + square(block, C)), 0.0).to(keys.dtype)
         # One of the two is 0.
         deleted += tl.trans(deleted)
     dqueries = own[:, None] * keys
@@ -83,7 +109,7 @@ def gated_channel_pair_gradients(
         until, after = doubled(until, after, level, C, KEYS)
     where = tl.load(to_border + (LEVELS - 1) * C * C + inside)
     dgates = tl.dot(where, dsum, dgates, input_precision=PRECISION)
-    enter, leave, left = around(until, after, segments, start, C, HAS_SEGMENTS)
+    enter, leave, left = enter_leave_total(until, after, segments, start, C, HAS_SEGMENTS)
     dnear_queries = load_columns(head_base(dq_reads, batch, head, T, HEADS, K), start, T, column, HEADS * K, K, C, KEYS)
     dqueries += enter * dnear_queries
     change = queries * dnear_queries.to(tl.float32)

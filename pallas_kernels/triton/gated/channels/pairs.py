@@ -18,7 +18,7 @@ al., Gated Linear Attention, arXiv 2312.06635.
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.gated.places import chunk_of, segments_of
+from pallas_kernels.triton.gated.places import chunk_of, key_base, segments_of, square
 from pallas_kernels.triton.memory import head_base, load_columns, store_columns
 
 
@@ -55,7 +55,7 @@ def same_segment(segments, C: tl.constexpr):
 
 
 @triton.jit
-def around(until, after, segments, start, C: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
+def enter_leave_total(until, after, segments, start, C: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
     """e^{D_i,start}, e^{D_end,i} [C, KEYS] and e^{D_end,start} [KEYS] of the chunk's sums; 0 across segments."""
     row = tl.arange(0, C)
     enter, leave = tl.exp(until), tl.exp(after)
@@ -72,16 +72,33 @@ def around(until, after, segments, start, C: tl.constexpr, HAS_SEGMENTS: tl.cons
 
 @triton.jit
 def gated_channel_pairs(
-    q, k, g, segments, T, kk, qk, k_reads, q_reads, writes, total,
-    HEADS: tl.constexpr, K_HEADS: tl.constexpr, K: tl.constexpr, HAS_SEGMENTS: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    g,
+    segments,
+    T,
+    kk,
+    qk,
+    k_reads,
+    q_reads,
+    writes,
+    total,
+    HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """q, k [B,T,K_HEADS,K], g [B,T,HEADS,K], segments [B,n C] -> qk [B,HEADS,n,C,C], q_reads, writes [B,T,HEADS,K] of
     q's type, total [B,HEADS,n,K]; DELTA: kk [B,HEADS,n,C,C], k_reads. KEYS channels at a time; C is 2^LEVELS."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
-    q = head_base(q, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
-    k = head_base(k, batch, head // (HEADS // K_HEADS), T, K_HEADS, K)
+    q = key_base(q, batch, head, T, HEADS, K_HEADS, K)
+    k = key_base(k, batch, head, T, HEADS, K_HEADS, K)
     g = head_base(g, batch, head, T, HEADS, K)
     k_reads = head_base(k_reads, batch, head, T, HEADS, K)
     q_reads = head_base(q_reads, batch, head, T, HEADS, K)
@@ -107,17 +124,16 @@ def gated_channel_pairs(
             part = tl.dot(near_queries, tl.trans(near_keys), input_precision=PRECISION)
             read += tl.where(meet, part, 0.0)
             until, after = doubled(until, after, level, C, KEYS)
-        enter, leave, left = around(until, after, segments, start, C, HAS_SEGMENTS)
+        enter, leave, left = enter_leave_total(until, after, segments, start, C, HAS_SEGMENTS)
         if DELTA:
             store_columns(k_reads, start, T, column, keys * enter, HEADS * K, K, C, KEYS)
         store_columns(q_reads, start, T, column, queries * enter, HEADS * K, K, C, KEYS)
         store_columns(writes, start, T, column, keys * leave, HEADS * K, K, C, KEYS)
         channel = column + tl.arange(0, KEYS)
         tl.store(total + block * K + channel, left, mask=channel < K)
-    square = block * C * C + row[:, None] * C + row[None, :]
     seen = row[:, None] >= row[None, :]
     if HAS_SEGMENTS:
         seen &= same_segment(segments, C)
     if DELTA:
-        tl.store(kk + square, tl.where(seen, deleted, 0.0))
-    tl.store(qk + square, tl.where(seen, read, 0.0).to(qk.dtype.element_ty))
+        tl.store(kk + square(block, C), tl.where(seen, deleted, 0.0))
+    tl.store(qk + square(block, C), tl.where(seen, read, 0.0).to(qk.dtype.element_ty))

@@ -1,5 +1,5 @@
-"""As gated_reads.py and gated_read_gradients.py, with a decay of each channel: qk, q_reads and writes hold it already
-(gated_channel_pairs.py). All chunks at once,
+"""What is read in a chunk with a decay of each channel, all chunks at once: qk, q_reads and writes hold it already
+(pairs.py).
 
     O = scale (q_reads S + qk V'),      and backward, of that alone,      dV' = scale qkᵀ dO
 
@@ -11,25 +11,35 @@ and, with the cotangent dS of the state that leaves the chunk,
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.gated.places import chunk_of
+from pallas_kernels.triton.gated.places import chunk_of, load_state, square
 from pallas_kernels.triton.memory import head_base, load_columns, load_tile, store_columns, store_tile
 
 
 @triton.jit
 def gated_channel_read(
-    qk, q_reads, written, states, T, scale, out,
-    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    BLOCK_K: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    qk,
+    q_reads,
+    written,
+    states,
+    T,
+    scale,
+    out,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     """qk [B,HEADS,n,C,C], q_reads [B,T,HEADS,K], written [B,T,HEADS,V], states [B,HEADS,n,K,V] -> out [B,T,HEADS,V]."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
-    index = tl.arange(0, C)
     written = head_base(written, batch, head, T, HEADS, V)
     out = head_base(out, batch, head, T, HEADS, V)
     queries = load_tile(head_base(q_reads, batch, head, T, HEADS, K), start, T, HEADS * K, K, C, BLOCK_K, False)
-    pairs = tl.load(qk + block * C * C + index[:, None] * C + index[None, :])
+    pairs = tl.load(qk + square(block, C))
     for column in tl.range(0, V, VALUES):
-        state = load_columns(states + block * K * V, 0, K, column, V, V, BLOCK_K, VALUES)
+        state = load_state(states, block, column, K, V, BLOCK_K, VALUES)
         read = tl.dot(queries, state, input_precision=PRECISION)
         values = load_columns(written, start, T, column, HEADS * V, V, C, VALUES)
         read = tl.dot(pairs, values, read, input_precision=PRECISION) * scale
@@ -38,15 +48,22 @@ def gated_channel_read(
 
 @triton.jit
 def gated_channel_read_values(
-    qk, dout, T, scale, dwritten,
-    HEADS: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    qk,
+    dout,
+    T,
+    scale,
+    dwritten,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     """As `gated_channel_read`, dout [B,T,HEADS,V] -> dwritten [B,T,HEADS,V]."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
-    index = tl.arange(0, C)
     dout = head_base(dout, batch, head, T, HEADS, V)
     dwritten = head_base(dwritten, batch, head, T, HEADS, V)
-    pairs = tl.trans(tl.load(qk + block * C * C + index[:, None] * C + index[None, :]))
+    pairs = tl.trans(tl.load(qk + square(block, C)))
     for column in tl.range(0, V, VALUES):
         grads = load_columns(dout, start, T, column, HEADS * V, V, C, VALUES)
         dvalues = tl.dot(pairs, grads, input_precision=PRECISION) * scale
@@ -55,14 +72,27 @@ def gated_channel_read_values(
 
 @triton.jit
 def gated_channel_read_gradients(
-    written, dout, states, dstates, T, scale, dqk, dq_reads, dwrites, dtotal,
-    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    BLOCK_K: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    written,
+    dout,
+    states,
+    dstates,
+    T,
+    scale,
+    dqk,
+    dq_reads,
+    dwrites,
+    dtotal,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     """written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V] -> dqk [B,HEADS,n,C,C] (to be read up to the
     diagonal and within segments), dq_reads, dwrites [B,T,HEADS,K], dtotal [B,HEADS,n,K]."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
-    index = tl.arange(0, C)
     written = head_base(written, batch, head, T, HEADS, V)
     dout = head_base(dout, batch, head, T, HEADS, V)
     dqueries = tl.zeros([C, BLOCK_K], tl.float32)
@@ -70,16 +100,15 @@ def gated_channel_read_gradients(
     dpairs = tl.zeros([C, C], tl.float32)
     kept = tl.zeros([BLOCK_K], tl.float32)
     for column in tl.range(0, V, VALUES, num_stages=1):
-        state = load_columns(states + block * K * V, 0, K, column, V, V, BLOCK_K, VALUES)
-        dstate = load_columns(dstates + block * K * V, 0, K, column, V, V, BLOCK_K, VALUES)
+        state = load_state(states, block, column, K, V, BLOCK_K, VALUES)
+        dstate = load_state(dstates, block, column, K, V, BLOCK_K, VALUES)
         values = load_columns(written, start, T, column, HEADS * V, V, C, VALUES)
         grads = load_columns(dout, start, T, column, HEADS * V, V, C, VALUES)
         dpairs = tl.dot(grads, tl.trans(values), dpairs, input_precision=PRECISION)
         dqueries = tl.dot(grads, tl.trans(state), dqueries, input_precision=PRECISION)
         dkeys = tl.dot(values, tl.trans(dstate), dkeys, input_precision=PRECISION)
         kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    square = block * C * C + index[:, None] * C + index[None, :]
-    tl.store(dqk + square, (dpairs * scale).to(dqk.dtype.element_ty))
+    tl.store(dqk + square(block, C), (dpairs * scale).to(dqk.dtype.element_ty))
     store_tile(head_base(dq_reads, batch, head, T, HEADS, K), start, T, dqueries * scale, HEADS * K, K, C, BLOCK_K)
     store_tile(head_base(dwrites, batch, head, T, HEADS, K), start, T, dkeys, HEADS * K, K, C, BLOCK_K)
     channel = tl.arange(0, BLOCK_K)

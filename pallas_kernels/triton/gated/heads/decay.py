@@ -30,12 +30,3 @@ def gate_gradient(dbetween, C: tl.constexpr):
     row = tl.arange(0, C)
     later = tl.cumsum(dbetween, 0, reverse=True)
     return tl.sum(tl.where(row[:, None] > row[None, :], later, 0.0), 1)
-
-
-@triton.jit
-def row_or_one(x, C: tl.constexpr, PRESENT: tl.constexpr):
-    """C numbers, or ones."""
-    if PRESENT:
-        return tl.load(x + tl.arange(0, C))
-    else:
-        return tl.full([C], 1.0, tl.float32)

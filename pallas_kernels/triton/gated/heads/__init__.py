@@ -1,0 +1,1 @@
+"""The gated ops with no decay, or one of each head."""
