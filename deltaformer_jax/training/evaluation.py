@@ -42,6 +42,8 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays."""
+    if sharding.is_fully_addressable:  # the same for one process, all arrays in one go
+        return jax.device_put(batch, sharding)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

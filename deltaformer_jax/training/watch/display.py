@@ -11,7 +11,7 @@ class Display:
     """A live bar on a terminal, one line per log elsewhere (a file, a cluster's log)."""
 
     def __init__(self, total: int, start: int, *, quiet: bool = False):
-        self._total = total
+        self._total, self._quiet = total, quiet
         self._console = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._bar = None
         if self._console.is_terminal and not quiet:
@@ -53,7 +53,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print a line; above the bar when there is one."""
-        self._console.print(text, markup=False)
+        if not self._quiet:  # asked first: rich takes its time to print nothing
+            self._console.print(text, markup=False)
 
     def write(self, text: str) -> None:
         """Print a piece of a line, as it comes."""
