@@ -69,8 +69,8 @@ class Progress(NamedTuple):
 
 @contextlib.contextmanager
 def _damage_is_said(folder: epath.Path) -> Iterator[None]:
-    """What is wrong with a stage that is there, as a ValueError that names --out."""
-    there = folder.exists()
+    """What is wrong with stages that are there, as a ValueError that names --out."""
+    there = folder.parent.exists()  # this stage or those before it
     try:
         yield
     except (ValueError, OSError) as error:
@@ -87,7 +87,6 @@ class Cell:
         settings: dict[str, Any],
         folder: epath.Path,
         note: Callable[[str], Any],
-        stop: Any,
         make_task: Callable[[str, int], Any],
         make_model: Callable[..., nnx.Module],
     ):

@@ -112,18 +112,16 @@ def run(
     it was not), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (updates
     that the guard against infinities left out), and tests.
     """
-    cell = Cell(settings, folder, note, stop, make_task, make_model)
+    cell = Cell(settings, folder, note, make_task, make_model)
     unfinished.claim(folder)
     kept = unfinished.load(folder, settings)
     at = Progress(**kept) if kept else Progress(solved=[None] * len(cell.tasks))
-    if kept is None:
-        cell.keep(at)
-    resumed = kept is not None
+    begun = at if kept else None
     while True:
+        cell.keep(at)
         prepared = cell.prepare(at)
-        if resumed:
+        if at is begun:
             note(f"    going on after step {at.step + prepared.position.step}")
-            resumed = False
         ending = train(
             *prepared,
             stop,
@@ -137,7 +135,6 @@ def run(
         if end.stage == at.stage or end.step == settings["steps"] or end.stage == len(cell.tasks):
             break
         at = end
-        cell.keep(at)
     answers = dict(at.tests)
     for name, (spec, length, rows) in settings["tests"].items():
         if name in answers:

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from support import training_cases as cases
-from support.program_output import ours
+from support.program_run import WARNINGS, finish, start
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.command_line import parse
@@ -19,7 +17,6 @@ from deltaformer_jax.config.errors import one_line_errors
 ROOT = Path(__file__).parents[2]
 # ml_collections loads a config file by a method that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-WARNINGS = "error,ignore:the load_module() method is deprecated:DeprecationWarning"
 TINY = str(ROOT / "configs" / "tiny.py")
 
 
@@ -53,22 +50,6 @@ def base(corpus, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     return flags, {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": WARNINGS, **cache}
-
-
-def start(arguments, environment, folder):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, ours(err)
 
 
 def wait_for_step(process, workdir, step):

@@ -188,3 +188,24 @@ def test_damaged_data_is_named(corpus, tmp_path):
     prepared.run.corpus.split("train").read = read
     with pytest.raises(RunError, match="shard 3 is damaged"):
         train(*prepared, cases.Interruption(), quiet=True)
+
+
+def test_an_experiment_ends_a_run_at_an_evaluation(corpus, whole, tmp_path):
+    """Saved there; asked again of the same evaluation by a run that goes on, whose steps are those of any other."""
+    asked = []
+
+    def second(record):
+        asked.append(record)
+        return record["step"] == 10
+
+    config = cases.small_config(corpus, run__checkpoint_every=0)
+    for _ in range(2):
+        prepared = prepare(config, tmp_path, devices=jax.devices()[:1])
+        ending = train(*prepared, cases.Interruption(), quiet=True, until=second, save_seconds=0.0)
+        assert ending.finished and ending.position.step == 10
+    expected = [record for record in cases.read_metrics(whole[0]) if record["step"] <= 10]
+    assert cases.read_metrics(tmp_path) == expected
+    assert asked == [record for record in [*expected, expected[-1]] if "eval_loss" in record]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"8", "9", "10"}  # no second went by unsaved
+    longer = cases.run_training(cases.small_config(corpus), tmp_path)
+    cases.assert_same_bits(longer.state, whole[1])
