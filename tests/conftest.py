@@ -44,6 +44,21 @@ def strict_arithmetic(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def portable_forms(request, monkeypatch):
+    """Where kernels are not the matter, an op that names none is traced in its portable form alone. Otherwise every
+    trace would contain the kernels of all platforms, which takes several times as long and changes nothing on a CPU."""
+    about_kernels = {"ops", "kernels"} & set(request.path.parts) or request.path.name == "test_parallel_over_devices.py"
+    if about_kernels:
+        return
+    from deltaformer_jax.ops.common import dispatch
+
+    for backends in dispatch.BACKENDS.values():
+        for name, backend in backends.items():
+            absent = dispatch.Backend(backend.platform, backend.load, lambda: "not in this test")
+            monkeypatch.setitem(backends, name, absent)
+
+
 @pytest.fixture
 def x64():
     """float64 for the definition and whatever is compared with it."""
