@@ -32,36 +32,36 @@ class HbmTiles:
         return pltpu.make_async_copy(self.tile(n), self.array.at[self.index(n)], self.semaphores.at[1, lax.rem(n, 2)])
 
 
-def over_tiles(start, stop, streams: dict[str, HbmTiles], step: Callable, carry):
+def over_tiles(start, stop, arrays: dict[str, HbmTiles], step: Callable, carry):
     """carry = step(n, {name: tile n}, carry) for n = start … stop − 1; every copy has ended when it returns."""
-    writers = [stream for stream in streams.values() if stream.writes]
+    writers = [array for array in arrays.values() if array.writes]
 
     @pl.when(start < stop)
     def _():
-        for stream in streams.values():
-            stream.fetch(start).start()
+        for array in arrays.values():
+            array.fetch(start).start()
 
     def body(n, carry):
-        for stream in streams.values():
-            stream.fetch(n).wait()
+        for array in arrays.values():
+            array.fetch(n).wait()
 
         @pl.when(n + 1 < stop)
         def _():
-            for stream in streams.values():
-                if stream.writes:
+            for array in arrays.values():
+                if array.writes:
                     # The place of tile n + 1 is that of n − 1.
-                    pl.when(n > start)(stream.store(n - 1).wait)
-                stream.fetch(n + 1).start()
+                    pl.when(n > start)(array.store(n - 1).wait)
+                array.fetch(n + 1).start()
 
-        carry = step(n, {name: stream.tile(n) for name, stream in streams.items()}, carry)
-        for stream in writers:
-            stream.store(n).start()
+        carry = step(n, {name: array.tile(n) for name, array in arrays.items()}, carry)
+        for array in writers:
+            array.store(n).start()
         return carry
 
     carry = lax.fori_loop(start, stop, body, carry)
-    for stream in writers:
-        pl.when(stop - start > 1)(stream.store(stop - 2).wait)
-        pl.when(stop > start)(stream.store(stop - 1).wait)
+    for array in writers:
+        pl.when(stop - start > 1)(array.store(stop - 2).wait)
+        pl.when(stop > start)(array.store(stop - 1).wait)
     return carry
 
 

@@ -98,7 +98,7 @@ class Call:
         return self._run(launch)
 
     def launch(self, kernel, arrays, outputs, scalars, programs, constants) -> Launch:
-        """Of the constants that every call has, those in the kernel's list; with `constants`, its own."""
+        """Of the constants that every call has, those in the kernel's list; `constants` are its own, and go before."""
         width = largest_width(self.key, self.value)
         tile = self.settings.tile or choose(kernel.__name__, self.settings.capability, width, self.narrow)
         known = dict(

@@ -2,11 +2,11 @@
 
     S ← Diag(e^{g_t}) S,      then as there
 
-Forward: the pairs of a chunk and what its decays make of keys and queries (pairs.py), the triangular
-systems (delta rule), the state's way through the chunks, what is read. Backward: the first three again, then what reads
-give back to what was written, the state's cotangent on its way back, the gradients of what the pairs' kernel had made,
-and of those all gradients. While it runs there are, a head of values, the states of all chunks, 2 n K V numbers (half
-of them forward), seven arrays of T K (four forward) and five of T C (two).
+Forward: the pairs of a chunk and what its decays make of keys and queries (pairs.py), the triangular systems (delta
+rule), the state's way through the chunks, what is read. Backward: the first three again, then what reads give back to
+what was written, the state's cotangent on its way back, the gradients of what the pairs' kernel had made, and of those
+all gradients. While it runs there are, a head of values, the states of all chunks, 2 n K V numbers (half of them
+forward), seven arrays of T K (four forward) and five of T C (two).
 """
 
 from __future__ import annotations
