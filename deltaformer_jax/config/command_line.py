@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from deltaformer_jax.config import Config, saved_config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
-from deltaformer_jax.config.settings import Saved, flatten
+from deltaformer_jax.config.saved import Saved, flatten
 
 
 class Command(NamedTuple):

@@ -3,7 +3,7 @@
 from etils import epath
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.config.saved import Saved
 
 
 def get_config(workdir: str) -> Config:

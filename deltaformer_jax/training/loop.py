@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from deltaformer_jax.config import on_any_device
-from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import TaskData, batches
 from deltaformer_jax.decoding.generate import generate
 from deltaformer_jax.model import num_parameters

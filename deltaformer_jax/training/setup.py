@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
-from deltaformer_jax.config.settings import Saved, check_resumable
+from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.store import Checkpoints

@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 
 from deltaformer_jax import LanguageModel, Mixer, ModelConfig, delta_attention, train
-from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import prepare_corpus
 from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.sample import __main__ as sample

@@ -9,7 +9,7 @@ from support.object_store import bucket
 
 from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
-from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import ByteTokenizer
 from deltaformer_jax.training.checkpoints.restore import read_tokenizer
 from deltaformer_jax.training.watch.metrics import MetricsFile

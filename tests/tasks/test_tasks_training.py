@@ -17,7 +17,7 @@ from deltaformer_jax import train as program
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
-from deltaformer_jax.config.settings import from_json, to_json
+from deltaformer_jax.config.saved import from_json, to_json
 from deltaformer_jax.data import TaskData, batches, count_batches, load_data, load_tokenizer
 from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.evaluate.corpus import check_same_kind, evaluation_corpus

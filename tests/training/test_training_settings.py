@@ -8,7 +8,7 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import Config, Mixer
 from deltaformer_jax.config.checks import check
-from deltaformer_jax.config.settings import Saved, check_resumable, flatten, from_json, to_json
+from deltaformer_jax.config.saved import Saved, check_resumable, flatten, from_json, to_json
 
 
 def test_json_and_back():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from deltaformer_jax.config import Config, MeshConfig, on_any_device
-from deltaformer_jax.config.settings import Saved
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.store import CheckpointError, Checkpoints, check_checksums
