@@ -11,11 +11,12 @@ from deltaformer_jax.ops.cache.caches import KVCache, check_cache, check_room, s
 from deltaformer_jax.ops.cache.extension import extend_attention, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
-from deltaformer_jax.ops.common.dispatch import BACKENDS, Kernels, check_implementation, dispatch
+from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
 from deltaformer_jax.ops.softmax.definition import attend_parallel, attend_recurrent
+from deltaformer_jax.ops.softmax.kernels import bind
 
 _SOFTMAX = Softmax()
 
@@ -105,8 +106,9 @@ def causal_attention(
     if implementation in _DEFINITIONS:
         out = _by_definition(_DEFINITIONS[implementation], inputs, scale, window)
     else:
-        chunked = functools.partial(attention_chunked, Plan(scale, window, default_chunk(key.shape[1])))
-        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=_bind(inputs, scale, window))
+        plan = Plan(scale, window, default_chunk(key.shape[1]))
+        chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
+        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound)
     if segment_ids is not None:
         out = jnp.where(real[..., None, None], out, 0)
     if not return_cache:
@@ -116,17 +118,6 @@ def causal_attention(
         key.shape[0], window or key.shape[1], key.shape[2], key.shape[3], value.shape[3], key.dtype, decay_heads
     )
     return out, store(empty, key, value, real, log_decay)
-
-
-def _bind(inputs, scale, window):
-    """The vendors' kernels for this call (pallas_kernels/cudnn.py, pallas_kernels/tpu/splash.py)."""
-
-    def bind(name, module):
-        query, key, value, log_decay, sinks, _ = inputs
-        run = lambda x: module.attend(x.query, x.key, x.value, x.segment_ids, scale=scale, window=window)
-        return Kernels(module.lacks(query, key, value, log_decay, sinks), run)
-
-    return bind
 
 
 def _by_definition(read, inputs, scale, window):
