@@ -3,8 +3,8 @@
     uv run python benchmarks/long_runs.py [--parameters 50] [--saves 50] [--json FILE]
 
 About one minute on two cores. A state of --parameters million parameters and two moments of each is saved through
-training/checkpoints/store.py: `blocks` is how long `save` takes to return when the save before it is done, `whole` how long
-until everything is on disk, checksums included; the share is their ratio, the median over the rounds. Then a small
+training/checkpoints/store.py: `blocks` is how long `save` takes to return when the save before it is done, `whole` how
+long until everything is on disk, checksums included; the share is their ratio, the median over the rounds. Then a small
 state is saved --saves times, and a line is fitted to the process's resident memory after each save.
 """
 

@@ -134,7 +134,7 @@ class LanguageModel(nnx.Module):
 
         caches = [block.mixer.init_cache(batch, capacity) for block in self.blocks]
         for cache, block in zip(caches, self.blocks):
-            check_cache(cache, block.mixer)
+            check_cache(cache, batch, block.mixer)
         return tuple(jax.tree.map(stack, cache) for cache in caches)
 
     def flops_per_token(self, length: int) -> float:

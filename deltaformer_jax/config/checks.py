@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
-from deltaformer_jax.config.fields import check_field
-from deltaformer_jax.config.imports import import_object
+from deltaformer_jax.config.fields import check_field, rule_of
+from deltaformer_jax.config.imports import NOT_IMPORTABLE, import_object
 from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.config.sections import Config, ModelConfig
 
@@ -40,15 +39,16 @@ def check(config: Config) -> None:
 
 def check_model(config: ModelConfig) -> None:
     """`check` of the model's section alone, for a model that no program makes; its vocabulary must be known."""
-    check_section("model", config)
+    check_section("model", config, strict=False)
     check_pattern(config)
     if config.vocab_size < 1:
         raise ValueError(f"model.vocab_size = {config.vocab_size}: must be at least 1")
 
 
-def check_section(name: str, section: Any) -> None:
+def check_section(name: str, section: Any, strict: bool = True) -> None:
+    """`strict`: the types are those that config.json can hold."""
     for field in dataclasses.fields(section):
-        check_field(f"{name}.{field.name}", field, getattr(section, field.name))
+        check_field(f"{name}.{field.name}", field, getattr(section, field.name), strict)
 
 
 def check_pattern(config: ModelConfig) -> None:
@@ -62,13 +62,31 @@ def check_pattern(config: ModelConfig) -> None:
 def _check_found_again(config: ModelConfig) -> None:
     """Raise ValueError for a mixer that config.json could not name, or with overrides that it could not hold."""
     for mixer in map(entry, config.mixers):
+        module, _, name = mixer.name.partition(":")
+        if module in NOT_IMPORTABLE or "<locals>" in name:
+            raise ValueError(
+                f"model.mixers: {mixer.name!r} was defined in a function, a notebook or a config file, where no import "
+                "finds it again; put it in a module on Python's path"
+            )
         if mixer.given is not None and import_object(mixer.name, "model.mixers") is not mixer.given:
             raise ValueError(f"model.mixers: {mixer.name!r} names another class than the one given")
         for name, value in mixer.overrides:
-            try:
-                json.dumps(value)
-            except TypeError:
+            if not _is_plain(value):
                 raise ValueError(
                     f"model.mixers: {mixer.name}, {name} = {value!r}: config.json holds numbers, texts, booleans, None "
                     "and lists of them"
-                ) from None
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def check_argument(name: str, value: Any) -> None:
+    """Raise ValueError, naming the argument, for a value that ModelConfig's field of that name could not have: for the
+    constructors of mixers, which others than the model may call."""
+    field = next(field for field in dataclasses.fields(ModelConfig) if field.name == name)
+    if reason := rule_of(field).broken_by(value):
+        raise ValueError(f"{name}={value!r} {reason}")

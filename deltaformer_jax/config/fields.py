@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,12 +20,13 @@ class Rule:
 
     least, above, below, most   bounds of a number
     choices                     the names that a text may be, or a function that returns them
-    own                         the value that leaves the choice to the mixer (or to the op that it calls); None is the
-                                same. Flags cannot say None, so each such field has a value of its own for it
-    none                        the value that a mixer is given as None: without the thing
+    own                         the value that leaves the choice to the mixer (or to the op that it calls): flags cannot
+                                say None, so each such field has a value for it
+    none                        the value that None stands for; by default `own`
+    zero_is_none                a mixer is given 0 as None
     is_true                     the text that a mixer is given as True; any other is False
     importable                  the text may be "package.module:NAME", which stands for that object, or if it is a class
-                                for one made without arguments
+                                for one made without arguments; without a config.json the object itself will do
     must_be_used                a value other than the default is refused in a model none of whose mixers has the field
     """
 
@@ -35,41 +37,59 @@ class Rule:
     choices: tuple[str, ...] | Callable[[], Iterable[str]] = ()
     own: Any = _NOTHING
     none: Any = _NOTHING
+    zero_is_none: bool = False
     is_true: str | None = None
     importable: bool = False
     must_be_used: bool = False
 
     @property
-    def has_own(self) -> bool:
-        return self.own is not _NOTHING
+    def takes_none(self) -> bool:
+        return self.own is not _NOTHING or self.none is not _NOTHING
+
+    def said(self, value: Any) -> Any:
+        """`value`, or what None stands for."""
+        if value is None and self.takes_none:
+            return self.own if self.none is _NOTHING else self.none
+        return value
 
     def for_mixer(self, name: str, value: Any) -> dict[str, Any]:
         """{name: what a mixer's constructor is given}, or {} where the constructor's own default is to stand."""
-        if value is None or value == self.own:
+        value = self.said(value)
+        if value == self.own:
             return {}
         if self.is_true is not None:
             return {name: value == self.is_true}
         if self.importable and is_import(value):
             found = import_object(value, f"model.{name}")
-            return {name: found() if isinstance(found, type) else found}
-        return {name: None if value == self.none else value}
+            try:
+                return {name: found() if isinstance(found, type) else found}
+            except TypeError as error:
+                raise ValueError(f"model.{name}: {value!r} cannot be made without arguments: {error}") from None
+        return {name: None if self.zero_is_none and not value else value}
+
+    def broken_by(self, value: Any) -> str | None:
+        """What `value` must be and is not, or None. Written so that NaN breaks every bound."""
+        if self.least is not None and not value >= self.least:
+            return f"must be at least {self.least}"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above}"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below}"
+        if self.most is not None and not value <= self.most:
+            return f"must be at most {self.most}"
+        choices = tuple(self.choices() if callable(self.choices) else self.choices)
+        if choices and value not in choices:
+            return f"must be one of {', '.join(choices)}{nearest(value, choices)}"
+        return None
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError, naming the field, for a value that breaks the rule."""
-        if value is None or value == self.own:
+        value = self.said(value)
+        if value == self.own:
             return
-        # Written so that NaN is refused.
-        if self.least is not None and not value >= self.least:
-            raise ValueError(f"{name} = {value}: must be at least {self.least}")
-        if self.above is not None and not value > self.above:
-            raise ValueError(f"{name} = {value}: must be above {self.above}")
-        if self.below is not None and not value < self.below:
-            raise ValueError(f"{name} = {value}: must be below {self.below}")
-        if self.most is not None and not value <= self.most:
-            raise ValueError(f"{name} = {value}: must be at most {self.most}")
-        choices = tuple(self.choices() if callable(self.choices) else self.choices)
-        if choices and value not in choices:
-            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}{nearest(value, choices)}")
+        if reason := self.broken_by(value):
+            own = "" if self.own is _NOTHING else f" ({self.own!r} leaves it to the mixer)"
+            raise ValueError(f"{name} = {value!r}: {reason}{own}")
 
 
 def nearest(given: Any, names: Iterable[str]) -> str:
@@ -87,17 +107,24 @@ def rule_of(field: dataclasses.Field) -> Rule:
     return field.metadata.get("rule", Rule())
 
 
-def check_field(name: str, field: dataclasses.Field, value: Any) -> None:
-    """Raise ValueError, naming the field, unless `value` has the field's type and keeps its rule."""
+def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = True) -> None:
+    """Raise ValueError, naming the field, unless `value` has the field's type and keeps its rule.
+
+    `strict`: the very types that config.json can hold; else whatever does for a number, and objects where a text may
+    name one.
+    """
     rule, expected = rule_of(field), field.type
-    if value is None and rule.has_own:
+    if value is None and rule.takes_none:
         return
     if expected is tuple:
         if not isinstance(value, tuple) or not value or not all(isinstance(part, str | Mixer) for part in value):
             raise ValueError(f"{name} = {value!r}: must be a tuple of names or Mixer(name, ...), at least one")
-    elif expected is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if rule.importable and not strict and not isinstance(value, str):
+        return  # the op says what is a similarity
+    if expected is float:
+        if not isinstance(value, int | float if strict else numbers.Real) or (strict and isinstance(value, bool)):
             raise ValueError(f"{name} = {value!r}: must be a number")
-    elif type(value) is not expected:
+    elif type(value) is not expected and (strict or expected is str or not isinstance(value, numbers.Integral)):
         raise ValueError(f"{name} = {value!r}: must be of type {expected.__name__}, not {type(value).__name__}")
     rule.check(name, value)

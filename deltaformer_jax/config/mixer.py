@@ -24,8 +24,13 @@ class Mixer:
     def __init__(self, name: str | type, **overrides: Any):
         given = name if isinstance(name, type) else None
         object.__setattr__(self, "name", name if given is None else f"{name.__module__}:{name.__qualname__}")
-        object.__setattr__(self, "overrides", tuple(sorted(overrides.items())))
+        object.__setattr__(self, "overrides", tuple(sorted((key, _plain(value)) for key, value in overrides.items())))
         object.__setattr__(self, "given", given)
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, which are hashable and what config.json's lists are read as."""
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
 def entry(mixer: str | Mixer) -> Mixer:

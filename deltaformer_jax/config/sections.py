@@ -7,6 +7,7 @@ A config file is Python with a `get_config()` that returns a `Config`; a flag su
 import dataclasses
 
 from deltaformer_jax.config.fields import rule_of, setting
+from deltaformer_jax.config.imports import is_import
 from deltaformer_jax.config.mixer import Mixer
 
 
@@ -38,10 +39,10 @@ class ModelConfig:
     norm_epsilon: float = setting(1e-6, above=0)
     compute_dtype: str = setting("float32", choices=("float32", "bfloat16"))  # parameters are always float32
     remat: str = setting("none", choices=("none", "block"))  # "block": recompute each block in the backward pass
-    conv_size: int = setting(-1, least=0, own=-1)  # tokens of the short convolutions; 0: none
-    output_gate: str = setting("auto", choices=("on", "off"), own="auto", is_true="on")
+    conv_size: int = setting(-1, least=0, own=-1, none=0)  # tokens of the short convolutions; 0: none
+    output_gate: str = setting("auto", choices=("on", "off"), own="auto", none="off", is_true="on")
     # Attention mixers.
-    rope_base: float = setting(10_000.0, none=0)  # 0: no rotary embedding
+    rope_base: float = setting(10_000.0, none=0.0, zero_is_none=True)  # 0: no rotary embedding
     qk_norm: bool = setting(False, must_be_used=True)
     kv_shift: bool = setting(False, must_be_used=True)
     window: int = setting(0, least=1, own=0, must_be_used=True)  # of softmax attention; by default all tokens
@@ -52,7 +53,7 @@ class ModelConfig:
     chunk_size: int = setting(0, least=1, own=0)
     implementation: str = setting("", choices=_implementations, own="")
     # DeltaFormer.
-    write_query: str = setting("key", must_be_used=True)  # "key", "query" or "projected"
+    write_query: str = setting("key", choices=("key", "query", "projected"), must_be_used=True)
     # "linear", "relu", "exp", "softmax", "round", or "package.module:NAME" of one of yours.
     write_similarity: str = setting("softmax", importable=True, must_be_used=True)
     read_similarity: str = setting("softmax", importable=True, must_be_used=True)
@@ -60,10 +61,11 @@ class ModelConfig:
     write_scale: float = setting(0.0, own=0.0, must_be_used=True)
     read_scale: float = setting(0.0, own=0.0, must_be_used=True)
     # "auto": L2-normalise the write's keys and queries for linear, relu, round and exp writes; "on", "off".
-    write_key_norm: str = setting("auto", must_be_used=True)
-    alpha: str = setting("off", must_be_used=True)  # "off", or "sigmoid": of a projection with bias
+    write_key_norm: str = setting("auto", choices=("auto", "on", "off"), must_be_used=True)
+    # "sigmoid": of a projection with bias.
+    alpha: str = setting("off", choices=("off", "sigmoid"), must_be_used=True)
     # "sigmoid" or "raw": of a projection with bias; "one": 1 everywhere
-    beta: str = setting("sigmoid", must_be_used=True)
+    beta: str = setting("sigmoid", choices=("sigmoid", "raw", "one"), must_be_used=True)
     # Mixers with a memory of fixed size: num_heads heads of queries and keys.
     num_value_heads: int = setting(0, least=1, own=0, must_be_used=True)  # of the delta nets; by default num_heads
     value_dim: int = setting(0, least=1, own=0)  # by default head_dim
@@ -73,8 +75,8 @@ class ModelConfig:
     def __post_init__(self):
         self.mixers = tuple(self.mixers) if isinstance(self.mixers, list) else self.mixers
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None and rule_of(field).has_own:
-                setattr(self, field.name, rule_of(field).own)  # as it stands in config.json
+            # As it stands in config.json.
+            setattr(self, field.name, rule_of(field).said(getattr(self, field.name)))
 
 
 def on_any_device(model: ModelConfig) -> ModelConfig:
@@ -84,10 +86,10 @@ def on_any_device(model: ModelConfig) -> ModelConfig:
     """
 
     def free(mixer):
-        if not isinstance(mixer, Mixer):
+        if not isinstance(mixer, Mixer) or is_import(mixer.name):  # what a class of yours is given is its own affair
             return mixer
         others = {field: value for field, value in mixer.overrides if field != "implementation"}
-        return Mixer(mixer.given or mixer.name, **others)
+        return Mixer(mixer.name, **others)
 
     return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from support.model_cases import MODELS, SMALL, VOCABULARY, make_model
 from test_layers_flops import convolution_flops, counted_per_token
 
+from deltaformer_jax import Round
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.layers.mixers.build import mixer_fields
 from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
@@ -30,6 +32,31 @@ def test_zero_means_the_mixers_own_choice():
     assert mixer.write_scale == 1 / 4 and mixer.read_scale == 4**-0.5  # of keys of length √4
     assert mixer.chunk_size is None and mixer.implementation is None
     assert make_model(mixers=("delta_former",), rope_base=0.0).blocks[0].mixer.inputs.rope_base is None
+
+
+@pytest.mark.parametrize(
+    "mixer, same",
+    [
+        (Mixer("gated_delta_net", conv_size=None, output_gate=None), dict(conv_size=0, output_gate="off")),
+        (Mixer("gated_delta_net", value_dim=None), dict(value_dim=0)),
+        (Mixer("softmax_attention", rope_base=None, window=None), dict(rope_base=0.0)),
+        (Mixer("delta_former", write_similarity=Round(decimals=2)), dict(write_similarity="round")),
+        (Mixer("delta_former", num_heads=np.int64(4), rope_base=np.float32(100)), dict(num_heads=4, rope_base=100.0)),
+    ],
+    ids=lambda x: x.name if isinstance(x, Mixer) else None,
+)
+def test_other_ways_to_say_it(mixer, same):
+    """None is "without" where there is such a thing; objects and NumPy's numbers do where no program keeps them."""
+    one, other = (
+        jax.eval_shape(lambda mixer=mixer, fields=fields: make_model(num_layers=1, mixers=(mixer,), **fields))
+        for mixer, fields in ((mixer, {}), (mixer.name, same))
+    )
+    assert jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(one))) == jax.tree.map(
+        lambda x: x.shape, nnx.to_pure_dict(nnx.state(other))
+    )
+    for field in same.keys() & vars(one.blocks[0].mixer).keys():
+        assert getattr(one.blocks[0].mixer, field) == getattr(other.blocks[0].mixer, field)
+    assert ModelConfig(rope_base=None, conv_size=None, window=None) == ModelConfig(rope_base=0.0, conv_size=0)
 
 
 def test_mlp_dim():
@@ -103,11 +130,14 @@ def test_fields_a_mixer_may_override():
         (dict(mixers=("delta_net",), kv_shift=True), "model.kv_shift = True: no mixer"),
         (dict(mixers=("softmax_attention",), write_similarity="round"), "model.write_similarity = 'round': no mixer"),
         (dict(implementation="chunks"), "model.implementation = 'chunks': must be one of .*; did you mean 'chunked'"),
-        (dict(window=-1), "model.window = -1: must be at least 1"),
-        (dict(write_query="keys"), "model.write_query='keys' must be one of"),
+        (dict(window=-1), r"model.window = -1: must be at least 1 \(0 leaves it to the mixer\)"),
+        (
+            dict(write_query="keys"),
+            "model.write_query = 'keys': must be one of key, query, projected; did you mean 'key'",
+        ),
         (dict(write_similarity="cosine"), "model.write_similarity='cosine'"),
-        (dict(beta="sigmod"), "model.beta='sigmod' must be one of"),
-        (dict(alpha="on"), "model.alpha='on' must be one of"),
+        (dict(beta="sigmod"), "model.beta = 'sigmod': must be one of .*; did you mean 'sigmoid'"),
+        (dict(alpha="on"), "model.alpha = 'on': must be one of off, sigmoid"),
         (dict(rope_base=-2.0), "model.rope_base=-2.0"),
     ],
 )

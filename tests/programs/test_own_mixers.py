@@ -13,8 +13,19 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from deltaformer_jax import LanguageModel, Mixer, ModelConfig, delta_attention, train
-from deltaformer_jax.config.saved import Saved
+from deltaformer_jax import (
+    AttentionCache,
+    DeltaFormer,
+    LanguageModel,
+    Mixer,
+    ModelConfig,
+    StateCache,
+    delta_attention,
+    train,
+)
+from deltaformer_jax.config import Config
+from deltaformer_jax.config.checks import check
+from deltaformer_jax.config.saved import Saved, from_json, to_json
 from deltaformer_jax.data import prepare_corpus
 from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.sample import __main__ as sample
@@ -34,7 +45,7 @@ def memories(tmp_path, monkeypatch):
     import memories
 
     yield memories
-    sys.modules.pop("memories")
+    sys.modules.pop("memories", None)
 
 
 def tiny(**fields):
@@ -112,16 +123,35 @@ def test_programs_find_them(memories, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_byte"] > 0
 
 
-def test_a_run_folder_runs_no_code(memories, tmp_path):
-    """A module that would be imported from the run's own folder is refused."""
-    from deltaformer_jax.config import Config
+@pytest.mark.parametrize("module", ["memories", "runs.evil.memories", "runs.evil.deeper.memories"])
+def test_a_run_folder_runs_no_code(memories, tmp_path, monkeypatch, module):
+    """A module that would be imported from the run's own folder is refused, however its name gets there."""
+    folder = tmp_path / "path" if module == "memories" else tmp_path / "path" / "runs" / "evil"
+    (folder / "deeper").mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "deeper"):
+        (place / "memories.py").write_text("raise SystemExit('this ran')")
+    sys.modules.pop("memories")
+    config = Config(model=tiny(vocab_size=0, mixers=(f"{module}:LeakyAverage",)))
+    Saved(config, "", "").write(epath.Path(folder))
+    with pytest.raises(ValueError, match=rf"'{module}:LeakyAverage' lies in the run's folder, .*; modules"):
+        Saved.read(epath.Path(folder))
 
-    config = Config(model=tiny(vocab_size=0, mixers=("memories:LeakyAverage",)))
-    Saved(config, "", "").write(epath.Path(tmp_path / "path"))  # where memories.py is
-    with pytest.raises(
-        ValueError, match=r"'memories:LeakyAverage' lies in the run's folder, .*memories\.py; modules are"
-    ):
-        Saved.read(epath.Path(tmp_path / "path"))
+
+@pytest.mark.parametrize("name", ["__main__:Own", "config_config:Own", "support.ops_cases:f.<locals>.Own"])
+def test_what_no_import_finds_again_is_no_programs(name):
+    module, _, qualified = name.partition(":")
+    own = type("Own", (NoLength,), {"__module__": module, "__qualname__": qualified})
+    with pytest.raises(ValueError, match="was defined in a function, a notebook or a config file"):
+        check(Config(model=tiny(mixers=(Mixer(own, needed=1),))))
+
+
+def test_overrides_are_what_config_json_can_hold():
+    config = Config(model=tiny(mixers=(Mixer(NoLength, needed=[3, [4, 5]]),)))
+    check(config)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    for value in ({"w": 4}, object(), np.ones(3), (1, {})):
+        with pytest.raises(ValueError, match=r"NoLength, needed = .*: config.json holds numbers, texts, booleans"):
+            check(Config(model=tiny(mixers=(Mixer(NoLength, needed=value),))))
 
 
 class NoCache(nnx.Module):
@@ -146,6 +176,25 @@ class NoLength(NoCache):
         return 0.0
 
 
+class Named(NoLength):
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        pass
+
+
+class Bare(NoCache):
+    """A call that cannot be told of documents."""
+
+    init_cache, flops_per_token = NoLength.init_cache, NoLength.flops_per_token
+
+    def __call__(self, x):
+        return x, None
+
+
+class Fails(NoLength):
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs):
+        int("no number")
+
+
 @pytest.mark.parametrize(
     "mixer, message",
     [
@@ -153,6 +202,9 @@ class NoLength(NoCache):
         (Mixer(dict), "dict is no class of flax.nnx.Module"),
         (Mixer(NoLength, needed=1, other=2), "an override of .*NoLength: 'other' is not one of 'needed'"),
         (Mixer(NoLength), r"NoLength needs needed: give Mixer\(.*, needed=...\)"),
+        (Mixer(Named), "the constructor of .*Named has no argument d_model"),
+        (Mixer(Bare), "Bare.__call__ has no argument segment_ids"),
+        (".relative:Mixer", "'.relative:Mixer' is not one of 'delta_former'"),
         ("no_such_module:Mixer", "there is no module 'no_such_module' on Python's path; install it, or set PYTHONPATH"),
         ("json:Mixer", "the module 'json' has no 'Mixer'"),
     ],
@@ -162,10 +214,38 @@ def test_what_is_no_mixer(mixer, message):
         jax.eval_shape(lambda: LanguageModel(tiny(mixers=(mixer,)), rngs=nnx.Rngs(0)))
 
 
+class Wider(DeltaFormer):
+    """What one would write to change a mixer in little."""
+
+    def __init__(self, d_model: int, *, extra: int = 1, **others):
+        super().__init__(d_model, **others)
+        self.extra = extra
+
+
+def test_a_subclass_hands_on_what_its_parent_names():
+    model = LanguageModel(tiny(mixers=(Mixer(Wider, extra=3, num_heads=4),)), rngs=nnx.Rngs(0))
+    mixer = model.blocks[0].mixer
+    assert mixer.extra == 3 and mixer.num_heads == 4 and mixer.num_kv_heads == 1
+
+
+def test_an_error_of_the_class_itself_is_left_alone():
+    with pytest.raises(ValueError, match=r"^invalid literal for int"):
+        LanguageModel(tiny(mixers=(Mixer(Fails),)), rngs=nnx.Rngs(0))
+
+
 def test_what_does_not_keep_to_the_protocol(monkeypatch):
     model = LanguageModel(tiny(mixers=(Mixer(NoLength, needed=1),)), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="the cache of NoLength has no attribute length"):
-        model.init_cache(1, 4)
+    for cache, message in (
+        (jnp.zeros(1), "has no attribute length"),
+        (AttentionCache(jnp.zeros((2, 1)), None), "is no pytree of arrays that lead with the batch"),
+        (StateCache(jnp.zeros((1, 2)), (), jnp.zeros(1)), "has no attribute length, int32"),
+    ):
+        monkeypatch.setattr(NoLength, "init_cache", lambda *_, cache=cache: cache)
+        with pytest.raises(ValueError, match=f"the cache of NoLength {message}"):
+            model.init_cache(1, 4)
+    monkeypatch.setattr(NoLength, "__call__", lambda self, x, **_: (x.astype(jnp.bfloat16), None))
+    with pytest.raises(ValueError, match=r"NoLength returned y bfloat16\[1, 4, 16\] for x float32\[1, 4, 16\]"):
+        jax.eval_shape(lambda: model(jnp.zeros((1, 4), jnp.int32)))
     monkeypatch.setattr(NoLength, "__call__", NoCache.__call__)
     with pytest.raises(ValueError, match=r"NoLength returned a .*, not \(y, cache\)"):
         jax.eval_shape(lambda: model(jnp.zeros((1, 4), jnp.int32)))

@@ -12,12 +12,12 @@ from deltaformer_jax.config.imports import import_object, is_import
 from deltaformer_jax.config.mixer import Mixer, entry
 from deltaformer_jax.config.sections import ModelConfig
 from deltaformer_jax.layers.mixers import MIXERS
-from deltaformer_jax.layers.mixers.protocol import check_class
+from deltaformer_jax.layers.mixers.protocol import ADVICE, check_class
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 
 # What the model itself gives a mixer's constructor.
-_THE_MODELS = ("self", "d_model", "rngs", "dtype", "output_scale")
+_THE_MODELS = ("d_model", "rngs", "dtype", "output_scale")
 
 
 def mixer_class(mixer: str | Mixer) -> type:
@@ -39,13 +39,21 @@ def mixer_class(mixer: str | Mixer) -> type:
 
 def constructor_names(mixer: str | Mixer) -> list[str]:
     """What the mixer's constructor takes by name, beside what the model itself gives it."""
-    return [name for name in _parameters(mixer) if name not in _THE_MODELS]
+    return [name for name in _parameters(mixer_class(mixer)) if name not in _THE_MODELS]
 
 
-def _parameters(mixer: str | Mixer) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(mixer_class(mixer).__init__).parameters
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind in named}
+def _parameters(mixer: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of a class's constructor, and where it hands the rest on by **, of the one it inherits."""
+    named: dict[str, inspect.Parameter] = {}
+    for owner in mixer.__mro__:
+        if "__init__" not in vars(owner) or owner in (nnx.Module, object):
+            continue
+        parameters = inspect.signature(owner.__init__).parameters.values()
+        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = {p.name: p for p in parameters if p.kind in kinds and p.name != "self"} | named
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return named
 
 
 def mixer_fields(mixer: str | Mixer) -> list[str]:
@@ -55,24 +63,26 @@ def mixer_fields(mixer: str | Mixer) -> list[str]:
 
 def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float, rngs: nnx.Rngs) -> nnx.Module:
     """The mixer that an entry of `model.mixers` names, with the model's settings and the entry's overrides."""
-    mixer = entry(mixer)
-    overrides = dict(mixer.overrides)
-    values = {name: getattr(config, name) for name in mixer_fields(mixer)}
-    if mixer.name in MIXERS:
-        values |= overrides
+    made, name, overrides = mixer_class(mixer), entry(mixer).name, dict(entry(mixer).overrides)
+    ours = name in MIXERS
+    values = {field: getattr(config, field) for field in mixer_fields(mixer)} | (overrides if ours else {})
     arguments = {}
-    for name, value in values.items():
-        arguments |= rule_of(FIELDS[name]).for_mixer(name, value)
-    if mixer.name not in MIXERS:
+    for field, value in values.items():
+        arguments |= rule_of(FIELDS[field]).for_mixer(field, value)
+    if not ours:
         arguments |= overrides
-    models = {"output_scale": output_scale, "dtype": config.compute_dtype, "rngs": rngs}
-    parameters = _parameters(mixer)
-    arguments |= {name: value for name, value in models.items() if name in parameters}
-    for name, parameter in parameters.items():
-        if name not in (*arguments, "self", "d_model") and parameter.default is inspect.Parameter.empty:
-            raise ValueError(f"model.mixers: {mixer.name} needs {name}: give Mixer({mixer.name!r}, {name}=...)")
+    parameters = _parameters(made)
+    if "d_model" not in parameters:
+        raise ValueError(f"model.mixers: the constructor of {name} has no argument d_model; {ADVICE}")
+    models = {"d_model": config.d_model, "rngs": rngs, "dtype": config.compute_dtype, "output_scale": output_scale}
+    arguments |= {argument: value for argument, value in models.items() if argument in parameters}
+    for argument, parameter in parameters.items():
+        if argument not in arguments and parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"model.mixers: {name} needs {argument}: give Mixer({name!r}, {argument}=...)")
+    if not ours:
+        return made(**arguments)
     try:
-        return mixer_class(mixer)(config.d_model, **arguments)
+        return made(**arguments)
     except ValueError as error:  # it begins with the argument's name, which is the field's
         raise ValueError(f"model.{error} (of {mixer!r} in model.mixers)") from None
 
@@ -88,7 +98,7 @@ def check_mixers(config: ModelConfig) -> None:
                     f"{nearest(name, known)}"
                 )
             if mixer.name in MIXERS:
-                check_field(f"model.mixers: {mixer.name}, {name}", FIELDS[name], value)
+                check_field(f"model.mixers: {mixer.name}, {name}", FIELDS[name], value, strict=False)
     there = {name for mixer in config.mixers for name in mixer_fields(mixer)}
     for name, field in FIELDS.items():
         value = getattr(config, name)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
+from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops
@@ -82,10 +83,9 @@ class DeltaFormer(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_choice("write_query", write_query, ("key", "query", "projected"))
-        check_choice("write_key_norm", write_key_norm, ("auto", "on", "off"))
-        check_choice("alpha", alpha, ("off", "sigmoid"))
-        check_choice("beta", beta, ("sigmoid", "raw", "one"))
+        options = dict(write_query=write_query, write_key_norm=write_key_norm, alpha=alpha, beta=beta)
+        for name, value in options.items():
+            check_argument(name, value)
         self.write_similarity = as_similarity(write_similarity, "write_similarity")
         self.read_similarity = as_similarity(read_similarity, "read_similarity")
         self.inputs = QueryKeyValue(
@@ -229,9 +229,3 @@ class DeltaFormer(nnx.Module):
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
         return projections + gates + 2.0 * passes * self.head_dim * length
-
-
-def check_choice(argument: str, value: str, choices: tuple[str, ...]):
-    """Raises ValueError, naming the argument first, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, choices))}")

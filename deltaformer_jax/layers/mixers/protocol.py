@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import jax
@@ -25,10 +26,11 @@ class MixerProtocol(Protocol):
     **Made** as `MyMixer(d_model, rngs=rngs, ...)` with whatever else its constructor names as keywords: fields of
     `ModelConfig` ("num_heads", "norm_epsilon", ...; a field that leaves the choice to the mixer is not passed, so give
     it a default), `dtype` (the model's compute dtype), `output_scale` (what to multiply the initial kernel at the end
-    of the residual branch by), and the overrides of its `Mixer(MyMixer, width=3)`. It is made under `jax.vmap`, once
-    for all layers of its place in the pattern, so that its values may depend on `rngs` and on nothing else, and its
-    parameters get a leading axis over the layers. `init_cache` and `flops_per_token`, which the model asks of all those
-    layers at once, therefore take sizes from attributes, not from parameters' shapes.
+    of the residual branch by), and the overrides of its `Mixer(MyMixer, width=3)`, as they stand there. A constructor
+    that hands `**others` on is asked for what the one it inherits names. It is made under `jax.vmap`, once for all
+    layers of its place in the pattern, so that its values may depend on `rngs` and on nothing else, and its parameters
+    get a leading axis over the layers. `init_cache` and `flops_per_token`, which the model asks of all those layers at
+    once, therefore take sizes from attributes, not from parameters' shapes.
 
     **Called** with x `[B,T,d_model]` in the compute dtype; returns (y, cache), y like x.
 
@@ -61,36 +63,44 @@ class MixerProtocol(Protocol):
     def flops_per_token(self, length: int) -> float: ...
 
 
-_ADVICE = "deltaformer_jax.layers.mixers.protocol says what a mixer is"
+ADVICE = "deltaformer_jax.layers.mixers.protocol says what a mixer is"
 
 
 def check_class(mixer: Any, name: str) -> None:
     """Raise ValueError unless `mixer` is a class whose instances may be mixers."""
     if not isinstance(mixer, type) or not issubclass(mixer, nnx.Module):
-        raise ValueError(f"model.mixers: {name} is no class of flax.nnx.Module; {_ADVICE}")
+        raise ValueError(f"model.mixers: {name} is no class of flax.nnx.Module; {ADVICE}")
     for method in ("__call__", "init_cache", "flops_per_token"):
         if not callable(getattr(mixer, method, None)):
-            raise ValueError(f"model.mixers: {name} has no method {method}; {_ADVICE}")
+            raise ValueError(f"model.mixers: {name} has no method {method}; {ADVICE}")
+    parameters = inspect.signature(mixer.__call__).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        named = [parameter.name for parameter in parameters]
+        if missing := [argument for argument in ("segment_ids", "positions", "cache") if argument not in named]:
+            raise ValueError(f"model.mixers: {name}.__call__ has no argument {missing[0]}; {ADVICE}")
 
 
-def check_cache(cache: Any, mixer: Any) -> None:
-    """Raise ValueError unless `cache`, from `mixer.init_cache`, knows its length."""
-    if not hasattr(cache, "length"):
-        raise ValueError(
-            f"model.mixers: the cache of {type(mixer).__name__} has no attribute length, int32 [batch]; {_ADVICE}"
-        )
+def check_cache(cache: Any, batch: int, mixer: Any) -> None:
+    """Raise ValueError unless `cache`, from `mixer.init_cache`, is a pytree of arrays that knows its length."""
+    name = type(mixer).__name__
+    if not all(hasattr(leaf, "shape") and leaf.shape[:1] == (batch,) for leaf in jax.tree.leaves(cache)):
+        raise ValueError(f"model.mixers: the cache of {name} is no pytree of arrays that lead with the batch; {ADVICE}")
+    length = getattr(cache, "length", None)
+    if getattr(length, "shape", None) != (batch,) or length.dtype != "int32":
+        raise ValueError(f"model.mixers: the cache of {name} has no attribute length, int32 [batch]; {ADVICE}")
 
 
 def check_result(result: Any, x: jax.Array, cache: Any, mixer: Any) -> None:
     """Raise ValueError unless a call of `mixer` with x and `cache` returned what it should."""
     name = type(mixer).__name__
     if not isinstance(result, tuple) or len(result) != 2:
-        raise ValueError(f"model.mixers: {name} returned a {type(result).__name__}, not (y, cache); {_ADVICE}")
+        raise ValueError(f"model.mixers: {name} returned a {type(result).__name__}, not (y, cache); {ADVICE}")
     y, after = result
-    if getattr(y, "shape", None) != x.shape:
-        raise ValueError(
-            f"model.mixers: {name} returned y of shape {getattr(y, 'shape', type(y).__name__)} for x of shape {x.shape}"
-        )
-    before, now = jax.tree.structure(cache), jax.tree.structure(after)
+    if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
+        found = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else type(y).__name__
+        raise ValueError(f"model.mixers: {name} returned y {found} for x {x.dtype}{list(x.shape)}: make them alike")
+    before, now = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (cache, after))
     if before != now:
-        raise ValueError(f"model.mixers: {name} was given the cache {before} and returned {now}: keep its structure")
+        raise ValueError(
+            f"model.mixers: {name} was given the cache {before} and returned {now}: keep its structure and shapes"
+        )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
+from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops
@@ -62,8 +63,8 @@ class SoftmaxAttention(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if window is not None and window < 1:
-            raise ValueError(f"window={window} must be at least 1 token")
+        if window is not None:
+            check_argument("window", window)
         self.inputs = QueryKeyValue(
             d_model,
             num_heads,
