@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,13 @@ from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import prepare
-from deltaformer_jax.training.watch.statistics import activations, as_record, total_norm
+from deltaformer_jax.training.watch.statistics import activations, as_record
 from deltaformer_jax.training.watch.tensorboard import TensorBoard
+
+
+def total_norm(norms: dict[str, float]) -> float:
+    """The 2-norm of all arrays together, from each one's."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))
 
 
 @pytest.fixture(scope="module", autouse=True)

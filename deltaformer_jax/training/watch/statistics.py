@@ -3,7 +3,6 @@
 A program of its own, run only when asked for: the train step is the same with and without it, and so is the run.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,8 +102,3 @@ def as_record(statistics: dict[str, Any]) -> dict[str, dict[str, float]]:
         record[kind] = {"embedding": float(at_start)}
         record[kind] |= {f"layers.{i:0{digits}}": float(value) for i, value in enumerate(layers)}
     return record
-
-
-def total_norm(norms: dict[str, float]) -> float:
-    """The 2-norm of all arrays together, from each one's."""
-    return math.sqrt(sum(norm * norm for norm in norms.values()))

@@ -43,7 +43,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 WIDEST = 256
 
 # The implementations of the op that can be differentiated in any way.
-_INSTEAD = "'parallel' or 'recurrent'"
+_DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     if run is not launching.run:
         return _forward(settings, run, *arrays)
     function = functools.partial(_forward, settings, run)
-    return transformable(function, "the Triton forward of delta attention", _INSTEAD)(*arrays)
+    return transformable(function, "the Triton forward of delta attention", _DIFFERENTIABLE)(*arrays)
 
 
 def backward(settings: Settings, residuals, dout, du, run=launching.run):
@@ -126,7 +126,7 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
     if run is not launching.run:
         return _backward(settings, run, residuals, dout, du)
     function = functools.partial(_backward, settings, run)
-    return transformable(function, "the Triton backward of delta attention", _INSTEAD)(residuals, dout, du)
+    return transformable(function, "the Triton backward of delta attention", _DIFFERENTIABLE)(residuals, dout, du)
 
 
 class _Written(NamedTuple):

@@ -75,7 +75,7 @@ class _Call(Call):
             HAS_SEGMENTS=self.segments is not None,
         )
 
-    def solve(self, kk, k_reads, store_inverse):
+    def solve_systems(self, kk, k_reads, store_inverse):
         """w, u, and the inverses."""
         return self.run(
             gated_channel_solve,
@@ -133,7 +133,7 @@ def forward(settings, run, query, key, value, beta, log_decay, state, resets):
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
     w, u = None, value
     if settings.delta:
-        w, u, _ = call.solve(kk, k_reads, False)
+        w, u, _ = call.solve_systems(kk, k_reads, False)
     states, written, final = call.advance("channel", writes, u, w, Left(total=total), state)
     return call.read(qk, q_reads, written, states), final
 
@@ -145,7 +145,7 @@ def backward(settings, run, residuals, dout, dstate):
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
     w, u, inverse = None, value, None
     if settings.delta:
-        w, u, inverse = call.solve(kk, k_reads, True)
+        w, u, inverse = call.solve_systems(kk, k_reads, True)
     left = Left(total=total)
     states, written, _ = call.advance("channel", writes, u, w, left, state)
     dout = dout.astype(value.dtype)

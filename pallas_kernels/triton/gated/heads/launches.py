@@ -69,7 +69,7 @@ class _Call(Call):
         """What there is of gates, as kernels ask for it."""
         return dict(HAS_DECAY=self.g is not None, HAS_SEGMENTS=self.segments is not None)
 
-    def solve(self, store_inverse):
+    def solve_systems(self, store_inverse):
         """w, u, and the inverses."""
         return self.run(
             gated_solve,
@@ -84,7 +84,7 @@ class _Call(Call):
         """States that enter the chunks, what is written, the final state, w, the inverses."""
         w, u, inverse = None, self.value, None
         if self.settings.delta:
-            w, u, inverse = self.solve(store_inverse)
+            w, u, inverse = self.solve_systems(store_inverse)
         return (*self.advance(self.decay, self.key, u, w, self.left, state), w, inverse)
 
     def read(self, written, states):
