@@ -6,6 +6,7 @@ import os
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -23,10 +24,19 @@ def device(name):
     return topology.devices[0]
 
 
+class Compiled(NamedTuple):
+    """How many calls of kernels a program holds, counted where it was handed to the compiler (some releases of libtpu
+    make programs for 7x that this jaxlib cannot print), and what memory its compiled form takes."""
+
+    kernels: int
+    memory: Any
+
+
 def compiled(function, name, arguments):
-    """function(*arguments), a tree of ShapeDtypeStructs, as a program for one core of that TPU."""
+    """function(*arguments), a tree of ShapeDtypeStructs, compiled for one core of that TPU."""
     one = device(name)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(one))
     kind = AbstractDevice(device_kind=one.device_kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)):
-        return jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
+        lowered = jax.jit(function).trace(*jax.tree.map(place, arguments)).lower()
+        return Compiled(lowered.as_text().count("@tpu_custom_call"), lowered.compile().memory_analysis())
