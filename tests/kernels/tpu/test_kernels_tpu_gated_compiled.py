@@ -42,9 +42,10 @@ def check(program, inputs):
     # Rows and columns are filled up to whole tiles.
     fill = lambda n, tile: -(-n // tile) * tile
     own = batch * fill(time, 512) * fill(heads, 8) * max(fill(width, 128), fill(value_width, 128)) * 4
-    assert program.memory.temp_size_in_bytes < 8 * own
+    # In float32 libtpu 0.0.52 takes 5.3 of them on v5e, 6.3 on v6e and 8.3 on 7x.
+    assert program.memory.temp_size_in_bytes < 9 * own
     if time >= 8192:
-        assert 8 * own < batch * time * heads * width * value_width
+        assert 9 * own < batch * time * heads * width * value_width
 
 
 @pytest.mark.parametrize("tpu", TPUS)
