@@ -1,4 +1,8 @@
-"""Programs compiled for TPUs that are not here, by libtpu alone."""
+"""Programs compiled for TPUs that are not here, by libtpu alone.
+
+For the long tests, which run by themselves: in a process that has loaded libtpu 0.0.52, jax.profiler of jax 0.10.2 dies
+when a trace is started, and an ordinary test starts one.
+"""
 
 import os
 

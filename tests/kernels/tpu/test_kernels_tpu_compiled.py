@@ -7,6 +7,8 @@ from support.tpu_compile import TPUS, compiled
 
 from deltaformer_jax import delta_attention, delta_values
 
+pytestmark = pytest.mark.long
+
 TIME, HEADS, WIDTH = 8192, 8, 128
 
 

@@ -7,6 +7,8 @@ from support.tpu_compile import TPUS, compiled
 
 from deltaformer_jax import gated_delta_rule, gated_linear_attention
 
+pytestmark = pytest.mark.long
+
 TIME, HEADS, WIDTH = 8192, 8, 128
 
 

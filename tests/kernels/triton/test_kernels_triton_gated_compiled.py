@@ -10,6 +10,8 @@ from support.triton_gated_compile import ALL_KERNELS, CONFIGURATIONS, launch_of,
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 from pallas_kernels.triton.gated.table import choose
 
+pytestmark = pytest.mark.long
+
 # Bytes a thread spills with two-byte operands, where it spills at all. The float32 kernels, of three TF32 products,
 # spill up to 8 kB at width 256; what they are held to is that they compile and fit.
 SPILLS = {("gated_read_gradients", 256): 640, ("gated_solve_gradients", 256): 160}

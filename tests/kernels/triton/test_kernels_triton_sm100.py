@@ -8,6 +8,8 @@ from support.triton_compile import ONE_WIDTH, compiled, launch_of
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("kernel, operands, width", ONE_WIDTH)
 def test_sm_100(kernel, operands, width):

@@ -9,6 +9,8 @@ from support.triton_compile import CONFIGURATIONS, compiled, launch_of
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 
+pytestmark = pytest.mark.long
+
 # Bytes a thread spills where it spills at all: at no width up to 128.
 SPILLS = {("read_backward", 256): 72, ("write_backward", 256): 56, ("tied_backward", 256): 48}
 

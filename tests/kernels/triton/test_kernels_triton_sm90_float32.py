@@ -9,6 +9,8 @@ from support.triton_compile import CONFIGURATIONS, compiled, launch_of
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 
+pytestmark = pytest.mark.long
+
 EXACT = [(kernel, width) for kernel, operands, width in CONFIGURATIONS if operands == "exact"]
 
 

@@ -9,6 +9,8 @@ from support.triton_compile import compiled, launch_of
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 
+pytestmark = pytest.mark.long
+
 KERNELS = ["write_forward", "tied_forward", "read_forward", "read_backward", "write_backward", "tied_backward"]
 INVERSES = ["forward_inverses", "backward_inverses"]
 PAIR_KERNELS = [*INVERSES, "write_forward", "read_forward", "read_backward", "write_backward"]
