@@ -20,6 +20,8 @@ from deltaformer_jax.reproduce.rope import rope_base
 from deltaformer_jax.reproduce.state_tracking import word_problem
 from deltaformer_jax.tasks import Reachability
 
+pytestmark = pytest.mark.long
+
 ONE = dict(steps=3, batch_size=2)  # enough to go through every line of an experiment that trains
 
 

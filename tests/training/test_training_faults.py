@@ -138,6 +138,7 @@ def environment(tmp_path_factory):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": WARNINGS, **cache}
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     """SIGKILL, whatever the process is doing; started again, it ends as if it had never been killed, bit for bit."""
     variables, flags = environment(tmp_path_factory), flags_of(corpus, steps=100)
@@ -165,6 +166,7 @@ def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     assert cases.last_checkpoint(tmp_path / "run") == cases.last_checkpoint(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_path, tmp_path_factory):
     """A tmpfs of 20 MB that fills up while the run is going: a message, a code, and a checkpoint to go on from."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"

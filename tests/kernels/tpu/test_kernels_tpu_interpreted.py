@@ -15,6 +15,8 @@ from support.ops_cases import CASES, Case, call, case_id, draw_inputs
 from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.tpu.delta import api as delta
 
+pytestmark = pytest.mark.long
+
 CHUNK = 128  # the smallest tile
 
 # Two chunks, the second one short; documents that begin, end and lie inside chunks; padding on all sides.

@@ -18,6 +18,8 @@ from deltaformer_jax import delta_values
 from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.triton import launch
 
+pytestmark = pytest.mark.long
+
 SEGMENTS = np.asarray([[1] * 4 + [0] * 3 + [2] * 6, [0] * 2 + [3] * 10 + [0]], np.int32)
 TIME = SEGMENTS.shape[1]
 

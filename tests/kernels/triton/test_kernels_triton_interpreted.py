@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="Triton is in the dependency group `kernels
 
 from support.triton_worker import Worker
 
+pytestmark = pytest.mark.long
+
 # The definition runs once: what XLA would spend on making it fast is more than it takes.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
