@@ -61,6 +61,7 @@ def wait_for_step(process, workdir, step):
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
+@pytest.mark.long
 def test_stopped_by_signals_and_resumed_is_the_same_run(base, tmp_path):
     flags, environment = base
     whole, parts = tmp_path / "whole", tmp_path / "parts"

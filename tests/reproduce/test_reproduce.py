@@ -250,6 +250,7 @@ def tiny_cell(**changes):
     return {**settings, **changes}
 
 
+@pytest.mark.long
 def test_a_stopped_cell_goes_on_to_the_same_bits(tmp_path):
     """Stopped at every step and between them, in both stages, and between the tests."""
     whole, stop = epath.Path(tmp_path / "whole"), StopAfter(1000)
@@ -364,6 +365,7 @@ def test_the_mixers_parameters_are_equal():
         assert max(sizes.values()) < 1.02 * min(sizes.values()), sizes
 
 
+@pytest.mark.long
 def test_mixers(monkeypatch, tmp_path):
     """Two of them for three steps."""
     few = ("DeltaFormer", "Gated DeltaNet")

@@ -14,6 +14,8 @@ from support.gated_cases import Case, call, case_id, draw_cotangents, draw_input
 from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.tpu.gated import api as gated
 
+pytestmark = pytest.mark.long
+
 # Three groups, the last one short.
 _case = lambda **more: Case(**{"time": 75, "heads": 1, "value_heads": 2, "key_dim": 24, "value_dim": 40} | more)
 # Documents that begin, end and lie inside chunks and groups; padding on all sides.

@@ -10,6 +10,8 @@ from support.gated_cases import Case, call, draw_cotangents, draw_inputs
 from deltaformer_jax.ops.common import dispatch
 from pallas_kernels.triton import packages
 
+pytestmark = pytest.mark.long
+
 needs_triton = pytest.mark.skipif(
     packages.missing() is not None, reason="Triton and jax-triton are in the dependency group `kernels`, on Linux"
 )
