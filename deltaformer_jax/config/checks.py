@@ -87,6 +87,8 @@ def _is_plain(value: Any) -> bool:
 def check_argument(name: str, value: Any) -> None:
     """Raise ValueError, naming the argument, for a value that ModelConfig's field of that name could not have: for the
     constructors of mixers, which others than the model may call."""
-    field = next(field for field in dataclasses.fields(ModelConfig) if field.name == name)
-    if reason := rule_of(field).broken_by(value):
+    rule = next(rule_of(field) for field in dataclasses.fields(ModelConfig) if field.name == name)
+    if isinstance(rule.choices, tuple) and rule.choices and value not in rule.choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, rule.choices))}")
+    if reason := rule.broken_by(value):
         raise ValueError(f"{name}={value!r} {reason}")
