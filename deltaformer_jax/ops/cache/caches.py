@@ -108,18 +108,19 @@ def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
         )
 
 
-def check_room(cache, real, window=None):
-    """Raises when values are concrete and the new tokens do not fit. Under jit what does not fit is lost, unsaid."""
+def check_room(cache, segment_ids, time, window=None):
+    """Raises when values are concrete and the new tokens, `time` in a row less padding, do not fit. Under jit what does
+    not fit is lost, unsaid."""
     if window is not None and cache.capacity >= window:
         return
-    length, real = concrete_value(cache.length), concrete_value(real)
-    if length is None or real is None:
+    length, ids = concrete_value(cache.length), None if segment_ids is None else concrete_value(segment_ids)
+    if length is None or (segment_ids is not None and ids is None):
         return
-    total = length + np.sum(real, axis=1)
-    if np.any(total > cache.capacity):
-        row = int(np.argmax(total))
+    new = np.full(length.shape, time) if ids is None else np.sum(ids != 0, axis=1)
+    if np.any(length + new > cache.capacity):
+        row = int(np.argmax(length + new))
         raise ValueError(
-            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and {real[row].sum()} "
+            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and {int(new[row])} "
             "more came; build the cache with a larger capacity"
         )
 

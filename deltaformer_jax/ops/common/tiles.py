@@ -76,15 +76,18 @@ def keep(visible, x):
 
 
 def zeros(shape, dtype, like):
-    """Zeros that vary over the mesh axes that `like` varies over, where shard_map keeps account of them: a loop's carry
-    must come in as it goes out."""
-    return jnp.zeros_like(like, dtype, shape=shape)
+    """Zeros that are mapped over, and vary over mesh axes, as `like` is: a loop's carry must come in as it goes out.
+
+    Under vmap a constant would do too, but JAX traces a loop's body a second time to find that out, for each axis and
+    for each loop around it. The sum of no numbers is 0, and XLA makes it a constant.
+    """
+    return jnp.broadcast_to(jnp.sum(like[:0]).astype(dtype), shape)
 
 
 def start_sum(rows, width, dtype, like):
     """(maximum, normaliser, weighted sum) of rows that have seen nothing yet."""
-    lowest = jnp.full_like(like, LOWEST, dtype, shape=(rows,))
-    return lowest, zeros((rows,), dtype, like), zeros((rows, width), dtype, like)
+    row = zeros((rows,), dtype, like)
+    return row + jnp.asarray(LOWEST, dtype), row, zeros((rows, width), dtype, like)
 
 
 def absorb(similarity, running, scores, visible, values, operand_dtype):

@@ -96,40 +96,19 @@ def delta_attention(
         tied=False,
         chunk=_chunk(chunk_size, key),
     )
-    same_query = write_query is query
-    real, (query, write_query, key, value, alpha, beta) = _without_padding(
-        segment_ids, query, write_query, key, value, alpha, beta
-    )
-    write_heads = _write_heads(write_query, key)
-    if cache is not None:
-        check_cache(cache, KUCache, key, write_heads, value.shape[3])
+    if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
-        check_room(cache, real)
-        size = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
+    own_query = write_query is query
+    inputs = Inputs(query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
+    if cache is not None:
+        write_heads = query.shape[2] if own_query else _write_heads(write_query, key)
+        check_cache(cache, KUCache, key, write_heads, value.shape[3])
+        check_room(cache, segment_ids, key.shape[1])
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(f"implementation={implementation!r} goes on from no cache: use None or 'chunked'")
-        w = key if write_query is None else write_query
-
-        def block(cache, *arrays):
-            return extend_delta(cache, *arrays, plan)
-
-        return in_blocks(block, cache, (query, w, key, value, alpha, beta, real), size)
-
-    if same_query and implementation not in _DEFINITIONS:
-        softmax = plan.write_similarity == plan.read_similarity == Softmax()
-        tied = softmax and plan.write_scale == plan.read_scale
-        plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
-    out, u = _compute(implementation, plan, Inputs(query, write_query, key, value, alpha, beta, segment_ids))
-    if segment_ids is not None:
-        # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
-        out = jnp.where(real[..., None, None], out, 0)
-    if not return_cache:
-        return out
-    checks.check_one_document(segment_ids)
-    empty = KUCache.empty(
-        key.shape[0], key.shape[1], key.shape[2], write_heads, key.shape[3], value.shape[3], key.dtype
-    )
-    return out, store(empty, key, u, real)
+        block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
+        return _extend(plan, own_query, block, cache, inputs)
+    return _attend(plan, own_query, implementation, return_cache, inputs)
 
 
 def delta_values(
@@ -161,9 +140,44 @@ def delta_values(
         tied=False,
         chunk=_chunk(chunk_size, key),
     )
-    real, (write_query, key, value, alpha, beta) = _without_padding(segment_ids, write_query, key, value, alpha, beta)
-    _, u = _compute(implementation, plan, Inputs(None, write_query, key, value, alpha, beta, segment_ids))
-    return u if segment_ids is None else jnp.where(real[..., None, None], u, 0)
+    return _write(plan, implementation, Inputs(None, write_query, key, value, alpha, beta, segment_ids))
+
+
+# Compiled once for each plan and shapes: also where the ops are called outside jit, one after another.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _attend(plan, own_query, implementation, return_cache, inputs):
+    """`delta_attention` without a cache to go on from. `own_query`: the write query is the query."""
+    real, inputs = _without_padding(inputs)
+    query, write_query, key, value, *_ = inputs
+    if own_query:
+        softmax = plan.write_similarity == plan.read_similarity == Softmax()
+        tied = softmax and plan.write_scale == plan.read_scale and implementation not in _DEFINITIONS
+        plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
+    out, u = _compute(implementation, plan, inputs._replace(write_query=write_query))
+    if inputs.segment_ids is not None:
+        # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
+        out = jnp.where(real[..., None, None], out, 0)
+    if not return_cache:
+        return out
+    empty = KUCache.empty(*key.shape[:3], u.shape[2], key.shape[3], value.shape[3], key.dtype)
+    return out, store(empty, key, u, real)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _extend(plan, own_query, block, cache, inputs):
+    """(output, cache): `delta_attention` going on from a cache, `block` tokens at a time."""
+    real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
+    w = query if own_query else key if write_query is None else write_query
+    extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
+    return in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _write(plan, implementation, inputs):
+    """`delta_values`."""
+    real, inputs = _without_padding(inputs)
+    _, u = _compute(implementation, plan, inputs)
+    return u if inputs.segment_ids is None else jnp.where(real[..., None, None], u, 0)
 
 
 def _compute(implementation, plan, inputs):
@@ -209,14 +223,14 @@ def _chunk(chunk_size, key):
     return min(chunk_size or default_chunk(key.shape[1]), key.shape[1])
 
 
-def _without_padding(segment_ids, *arrays):
-    """`real` [B, T], and the arrays with padding set to 0: NaN there reaches neither values nor gradients."""
+def _without_padding(inputs):
+    """`real` [B, T], and the inputs with padding set to 0: NaN there reaches neither values nor gradients."""
+    *arrays, segment_ids = inputs
     if segment_ids is None:
-        key = next(x for x in arrays if x is not None)
-        return jnp.ones(key.shape[:2], bool), arrays
+        return jnp.ones(inputs.key.shape[:2], bool), inputs
     real = segment_ids != 0
     clean = lambda x: None if x is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
-    return real, tuple(clean(x) for x in arrays)
+    return real, Inputs(*map(clean, arrays), segment_ids)
 
 
 def _by_definition(name, plan, inputs):

@@ -75,6 +75,9 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
 
 
+# Jitted, as _backward is, so that what was traced once is not traced again: not for the other platforms of a program
+# and not for the next layer.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, inputs):
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     time, dtype = key.shape[1], value.dtype
@@ -112,6 +115,7 @@ def _forward(plan, inputs):
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
     inputs, u, kept, rows = residuals
     query, write_query, key, value, alpha, beta, segment_ids = inputs

@@ -31,17 +31,23 @@ def run_gated(
     _check_decay(log_decay, key, value, segment_ids)
     state_shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     _check_state(initial_state, state_shape)
-    state = initial_state
+    plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
+    return _run(plan, implementation, (query, key, value, beta, log_decay, initial_state), segment_ids)
+
+
+# Compiled once for each plan and shapes: also where the ops are called outside jit, one after another.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(plan, implementation, arrays, segment_ids):
+    *arrays, state = arrays
+    key, value = arrays[1:3]
     if state is None:
         # full_like and not zeros: inside shard_map it varies over the mesh axes that value varies over.
-        state = lax.full_like(value, 0, accumulation_dtype(value.dtype), state_shape)
-
-    real, resets = _flags(segment_ids)
-    inputs = Inputs(query, key, value, beta, log_decay, state, real, resets)
+        shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+        state = lax.full_like(value, 0, accumulation_dtype(value.dtype), shape)
+    inputs = Inputs(*arrays, state, *_flags(segment_ids))
     if implementation == "recurrent" or (value.shape[1] == 1 and implementation not in BACKENDS["gated"]):
         # A chunk of one token is a step of the recurrence.
-        return recurrent(*inputs, scale=scale, delta=delta)
-    plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
+        return recurrent(*inputs, scale=plan.scale, delta=plan.delta)
     chunked = functools.partial(gated_chunked, plan)
     return dispatch("gated", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
@@ -50,7 +56,6 @@ def _flags(segment_ids):
     """(real, resets) [B, T]: which tokens are no padding, and which begin a segment that is not their row's first."""
     if segment_ids is None:
         return None, None
-    segment_ids = jnp.asarray(segment_ids)
     real = segment_ids != 0
     if segment_ids.shape[1] == 1:
         return real, None

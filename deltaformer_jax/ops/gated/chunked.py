@@ -128,6 +128,8 @@ class _Groups:
         return lambda k, q, log_decay: form(k, q * self.plan.scale, log_decay, local, self.plan.delta)
 
 
+# Jitted, as _backward is, so that what was traced once is not traced again.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, inputs):
     *arrays, state, real, resets = inputs
     groups = _Groups(plan, inputs.value, inputs.log_decay, real, resets)
@@ -146,6 +148,7 @@ def _forward(plan, inputs):
 
 
 @hand_written("chunked", "implementation='recurrent'")
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
     inputs, states = residuals
     *arrays, state, real, resets = inputs

@@ -82,42 +82,63 @@ def causal_attention(
     scale = checks.check_scale("scale", scale, key.shape[3])
     checks.check_log_decay(log_decay, (*key.shape[:2], query.shape[2]), segment_ids)
     checks.check_sinks(sinks, query.shape[2])
+    if cache is not None or return_cache:
+        checks.check_one_document(segment_ids)
+    inputs = Inputs(query, key, value, log_decay, sinks, segment_ids)
+    plan = Plan(scale, window, default_chunk(key.shape[1]))
+    if cache is not None:
+        decay_heads = None if log_decay is None else query.shape[2]
+        check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
+        check_room(cache, segment_ids, key.shape[1], window)
+        if implementation in BACKENDS["softmax"]:
+            raise NotImplementedError(f"implementation={implementation!r} has no cache: use None or 'chunked'")
+        block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
+        return _extend(plan, block, cache, inputs)
+    return _attend(plan, implementation, return_cache, inputs)
+
+
+# Compiled once for each plan and shapes: also where the op is called outside jit, again and again.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attend(plan, implementation, return_cache, inputs):
+    """`causal_attention` without a cache to go on from."""
+    real, inputs = _without_padding(inputs)
+    query, key, value, log_decay, *_ = inputs
+    if implementation in _DEFINITIONS:
+        out = _by_definition(_DEFINITIONS[implementation], inputs, plan.scale, plan.window)
+    else:
+        chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
+        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound)
+    if inputs.segment_ids is not None:
+        out = jnp.where(real[..., None, None], out, 0)
+    if not return_cache:
+        return out
+    batch, time, heads, width = key.shape
+    decay_heads = None if log_decay is None else query.shape[2]
+    empty = KVCache.empty(batch, plan.window or time, heads, width, value.shape[3], key.dtype, decay_heads)
+    return out, store(empty, key, value, real, log_decay)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _extend(plan, block, cache, inputs):
+    """(output, cache): `causal_attention` going on from a cache, `block` tokens at a time."""
+    real, (query, key, value, log_decay, sinks, _) = _without_padding(inputs)
+
+    def extend(cache, query, key, value, log_decay, real):
+        return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, plan.scale, plan.window)
+
+    return in_blocks(extend, cache, (query, key, value, log_decay, real), block)
+
+
+def _without_padding(inputs):
+    """`real` [B, T], and the inputs with padding set to 0 and log decays in the accumulation dtype."""
+    query, key, value, log_decay, sinks, segment_ids = inputs
     real = jnp.ones(key.shape[:2], bool)
     if segment_ids is not None:
         real = segment_ids != 0
         query, key, value = (jnp.where(real[..., None, None], x, 0) for x in (query, key, value))
     if log_decay is not None:
         log_decay = jnp.where(real[..., None], log_decay, 0).astype(accumulation_dtype(key.dtype))
-    decay_heads = None if log_decay is None else query.shape[2]
-    if cache is not None:
-        check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
-        checks.check_one_document(segment_ids)
-        check_room(cache, real, window)
-        size = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
-        if implementation in BACKENDS["softmax"]:
-            raise NotImplementedError(f"implementation={implementation!r} has no cache: use None or 'chunked'")
-
-        def block(cache, query, key, value, log_decay, real):
-            return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, scale, window)
-
-        return in_blocks(block, cache, (query, key, value, log_decay, real), size)
-
-    inputs = Inputs(query, key, value, log_decay, sinks, segment_ids)
-    if implementation in _DEFINITIONS:
-        out = _by_definition(_DEFINITIONS[implementation], inputs, scale, window)
-    else:
-        plan = Plan(scale, window, default_chunk(key.shape[1]))
-        chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
-        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound)
-    if segment_ids is not None:
-        out = jnp.where(real[..., None, None], out, 0)
-    if not return_cache:
-        return out
-    checks.check_one_document(segment_ids)
-    empty = KVCache.empty(
-        key.shape[0], window or key.shape[1], key.shape[2], key.shape[3], value.shape[3], key.dtype, decay_heads
-    )
-    return out, store(empty, key, value, real, log_decay)
+    return real, Inputs(query, key, value, log_decay, sinks, segment_ids)
 
 
 def _by_definition(read, inputs, scale, window):

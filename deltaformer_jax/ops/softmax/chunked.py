@@ -70,6 +70,8 @@ def _without_sinks(plan, query, key, value, log_decay, segment_ids):
     return _forward(plan, query, key, value, log_decay, segment_ids)[0]
 
 
+# Jitted, as _backward is, so that what was traced once is not traced again.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, query, key, value, log_decay, segment_ids):
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
     read = functools.partial(read_forward, first=bounds, **settings)
@@ -80,6 +82,7 @@ def _forward(plan, query, key, value, log_decay, segment_ids):
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
     query, key, value, log_decay, segment_ids, out, lse = residuals
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import limits
@@ -74,6 +75,8 @@ def backward(settings: Settings, residuals, dout, du):
     return transformable(function, "the Pallas backward of delta attention", _DIFFERENTIABLE)(residuals, dout, du)
 
 
+# Jitted, so that a call whose shapes were seen before is not traced again, on whatever platform it runs.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids):
     given = (query, write_query, key, value, alpha, beta, segment_ids)
     layout = Layout(settings, query, write_query, key, value, segment_ids)
@@ -90,6 +93,7 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
     return out, layout.back(results["u"]).astype(value.dtype), kept
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, dout, du):
     query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
     layout = Layout(settings, query, write_query, key, value, segment_ids)
