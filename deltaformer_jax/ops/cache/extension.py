@@ -82,8 +82,7 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     if t > 1:
         # Only the strict lower triangle is read: the diagonal is 1.
         matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
-        solve = jnp.vectorize(solve_by_halves, signature="(t,t),(t,v)->(t,v)")
-        u = jnp.moveaxis(solve(matrix, jnp.moveaxis(target, 1, 3)), 3, 1)
+        u = jnp.moveaxis(solve_by_halves(matrix, jnp.moveaxis(target, 1, 3)), 3, 1)
     else:
         u = target  # a lone token's system is the identity
 

@@ -3,7 +3,7 @@
     o_t = Σ_{i≤t} κ(q_t, k_i) u_i
 
 With κ = softmax this is flash attention (Dao et al., arXiv 2205.14135); the other similarities have no normaliser.
-Several query heads may share the keys: their queries are the r rows of a token, folded into q [T·r, K].
+Several query heads may share the keys: their queries are the r rows of a token, folded into q [B, h, T·r, K].
 
 Backward, with P the weights and D_i = dO_i·o_i − dlse_i for softmax, 0 otherwise:
 
@@ -22,98 +22,101 @@ from deltaformer_jax.ops.common.score_decay import add_decay, log_decay_gradient
 
 
 def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
-    """Which columns of tile j the rows of tile i see: [C·r, C], or None for all of them."""
+    """Which columns of tile j the rows of tile i see: [B or 1, 1, C·r, C], or None for all of them."""
     # Inside a tile the same for all of them, and so made once for all loops.
     column = jnp.arange(chunk, dtype=jnp.int32)
-    ago = jnp.repeat(column, rows_per_token)[:, None] - column[None, :]
+    ago = (jnp.repeat(column, rows_per_token)[:, None] - column[None, :])[None, None]
     visible = ago >= 0 if diagonal else None
     if window is not None:
         visible = tiles.both(visible, ago < window - (i - j) * chunk)
     if segments is not None:
-        row_segments = jnp.repeat(tiles.take(segments, i, chunk), rows_per_token)
+        row_segments = jnp.repeat(tiles.take(segments, i, chunk), rows_per_token, axis=2)
         visible = tiles.both(visible, tiles.same_segment(row_segments, tiles.take(segments, j, chunk)))
     return visible
 
 
 def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None):
-    """q [T·r, K], k [T, K], u [T, V], segments [T], log_decay [T, r] or None, first [T/C] -> o [T·r, V], lse [T·r].
-
-    Both are in the accumulation dtype.
+    """q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None,
+    first [T/C] -> o [B, h, T·r, V], lse [B, h, T·r], both in the accumulation dtype.
     """
-    length, width = u.shape
-    group = q.shape[0] // length
+    batch, heads, length, width = u.shape
+    group = q.shape[2] // length
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = k.dtype if similarity.normalised else dtype
     decay = score_decay(log_decay, chunk)
 
-    def one_chunk(_, c):
+    def one_chunk(carry, c):
+        out, lse = carry
         rows, left = tiles.scale_rows(tiles.take(q, c, chunk * group), scale)
 
         def step(j, running, diagonal):
-            scores = tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
+            scores = tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
             visible = _visible(c, j, group, chunk, segments, window, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
-        running = tiles.start_sum(chunk * group, width, dtype, u)
+        running = tiles.start_sum((batch, heads, chunk * group, width), dtype, u)
         running = lax.fori_loop(first[c], c, lambda j, running: step(j, running, False), running)
         running = step(c, running, True)
-        out = running[2] * tiles.inverse_normaliser(similarity, running)[:, None]
-        return None, (out, tiles.log_normaliser(similarity, running))
+        read = running[2] * tiles.inverse_normaliser(similarity, running)[..., None]
+        return (tiles.put(out, read, c), tiles.put(lse, tiles.log_normaliser(similarity, running), c)), None
 
-    _, (out, lse) = lax.scan(one_chunk, None, jnp.arange(length // chunk, dtype=jnp.int32))
-    return out.reshape(length * group, width), lse.reshape(length * group)
+    rows = (batch, heads, length * group)
+    start = (tiles.zeros((*rows, width), dtype, u), tiles.zeros(rows, dtype, u))
+    return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
 
 
 def read_backward(
     q, k, u, segments, log_decay, last, out, lse, dout, dlse=None, *, similarity, scale, chunk, window=None
 ):
-    """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [T·r, V] and dlse [T·r] (None: 0).
+    """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [B, h, T·r, V] and dlse [B, h, T·r] (None: 0).
 
-    All are in the accumulation dtype, dlog_decay [T, r] or None; `out` is read for softmax only.
+    All are in the accumulation dtype, dlog_decay [B, h, T, r] or None; `out` is read for softmax only.
     """
-    length = k.shape[0]
-    group = q.shape[0] // length
+    batch, heads, length, _ = k.shape
+    group = q.shape[2] // length
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = k.dtype if similarity.normalised else dtype
     decay = score_decay(log_decay, chunk)
     row_dot = None
     if similarity.normalised:
-        row_dot = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=1)
+        row_dot = jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
         row_dot = row_dot if dlse is None else row_dot - dlse
 
-    def one_chunk(dq, j):
+    def one_chunk(carry, j):
+        dq, dk, du, all_column_sums = carry
         keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
 
         def step(i, carry, diagonal):
             dq, dkeys, dvalues, column_sums = carry
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
             visible = _visible(i, j, group, chunk, segments, window, diagonal)
-            scores = add_decay(tiles.dot(rows, keys.T, k.dtype) * scale, decay, i, j, chunk, diagonal)
+            scores = add_decay(tiles.dot(rows, keys.mT, k.dtype) * scale, decay, i, j, chunk, diagonal)
             weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk * group), visible)
-            dots = tiles.dot(grad, values.T, operand)
+            dots = tiles.dot(grad, values.mT, operand)
             if row_dot is not None:
-                dots = dots - tiles.take(row_dot, i, chunk * group)[:, None]
+                dots = dots - tiles.take(row_dot, i, chunk * group)[..., None]
             dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots)
             if decay is not None:
-                column_sums = column_sums + jnp.sum(dscores.reshape(chunk, group, chunk), axis=0)
+                by_token = dscores.reshape(batch, heads, chunk, group, chunk)
+                column_sums = column_sums + jnp.swapaxes(jnp.sum(by_token, axis=2), 2, 3)
             dscores = dscores * scale
-            dvalues = dvalues + tiles.dot(weights.T, grad, operand)
-            dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
+            dvalues = dvalues + tiles.dot(weights.mT, grad, operand)
+            dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
             return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues, column_sums
 
-        column_sums = None if decay is None else tiles.zeros((group, chunk), dtype, u)
+        column_sums = None if decay is None else tiles.zeros((batch, heads, chunk, group), dtype, u)
         carry = (dq, tiles.zeros(keys.shape, dtype, u), tiles.zeros(values.shape, dtype, u), column_sums)
         carry = step(j, carry, True)
         dq, *columns = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
-        return dq, columns
+        whole = (dk, du, all_column_sums)
+        return (dq, *(None if x is None else tiles.put(x, part, j) for x, part in zip(whole, columns))), None
 
-    chunks = jnp.arange(length // chunk, dtype=jnp.int32)
-    dq, (dk, du, column_sums) = lax.scan(one_chunk, tiles.zeros(q.shape, dtype, u), chunks)
-    dlog_decay = None
-    if decay is not None:
-        column_sums = jnp.swapaxes(column_sums, 1, 2).reshape(length, group)
-        # A softmax row's dS adds up to what comes in through its log-sum-exp.
-        row_sums = jnp.zeros_like(column_sums) if dlse is None else dlse.reshape(length, group)
-        dlog_decay = log_decay_gradient(row_sums, column_sums)
-    return dq, dk.reshape(k.shape), du.reshape(u.shape), dlog_decay
+    column_sums = None if decay is None else tiles.zeros(log_decay.shape, dtype, u)
+    start = (*(tiles.zeros(x.shape, dtype, u) for x in (q, k, u)), column_sums)
+    dq, dk, du, column_sums = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
+    if decay is None:
+        return dq, dk, du, None
+    # A softmax row's dS adds up to what comes in through its log-sum-exp.
+    row_sums = jnp.zeros_like(column_sums) if dlse is None else dlse.reshape(column_sums.shape)
+    return dq, dk, du, log_decay_gradient(row_sums, column_sums)

@@ -26,7 +26,7 @@ from deltaformer_jax.ops.common import tiles
 
 
 class ScoreDecay(NamedTuple):
-    """Of one key head with r query heads: log_decay, prefix, suffix [T, r], between [T/C, T/C, r]."""
+    """Of key heads with r query heads each: log_decay, prefix, suffix [B, G, T, r], between [B, G, T/C, T/C, r]."""
 
     log_decay: jax.Array
     prefix: jax.Array
@@ -35,7 +35,7 @@ class ScoreDecay(NamedTuple):
 
 
 def decay_between(log_decay):
-    """D [N, N, ...] of log_decay [N, ...]: the sum of what lies after j up to i for j < i, 0 elsewhere."""
+    """D [N, N, …] of log_decay [N, …]: the sum of what lies after j up to i for j < i, 0 elsewhere."""
     time = log_decay.shape[0]
     index = jnp.arange(time, dtype=jnp.int32)
     after = index[:, None] > index[None, :]
@@ -43,34 +43,41 @@ def decay_between(log_decay):
     return jnp.cumsum(jnp.where(after, log_decay[:, None], 0), axis=0)
 
 
+def _between(log_decay):
+    """The same of log_decay [B, G, N, r]: D [B, G, N, N, r]."""
+    return jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 2, 0)), (0, 1), (2, 3))
+
+
 def score_decay(log_decay, chunk) -> ScoreDecay | None:
-    """What the tiles need of log_decay [T, r], in the accumulation dtype. (T/C)² r numbers beside O(T r)."""
+    """What the tiles need of log_decay [B, G, T, r], in the accumulation dtype. (T/C)² r numbers beside O(T r)."""
     if log_decay is None:
         return None
-    blocks = log_decay.reshape(-1, chunk, log_decay.shape[1])
-    prefix = jnp.cumsum(blocks, axis=1)
-    suffix = lax.cumsum(blocks, axis=1, reverse=True) - blocks
-    totals = prefix[:, -1]
-    # Chunk i's row sums the whole chunks after j and before i.
-    index = jnp.arange(totals.shape[0], dtype=jnp.int32)
-    before = (index[:, None] - 1 > index[None, :])[..., None]
-    previous = jnp.concatenate([jnp.zeros_like(totals[:1]), totals[:-1]])
-    between = jnp.cumsum(jnp.where(before, previous[:, None], 0), axis=0)
+    batch, heads, _, group = log_decay.shape
+    blocks = log_decay.reshape(batch, heads, -1, chunk, group)
+    prefix = jnp.cumsum(blocks, axis=3)
+    suffix = lax.cumsum(blocks, axis=3, reverse=True) - blocks
+    # Chunk i's row sums the whole chunks after j and before i: D between the chunks' totals, moved on by one.
+    totals = prefix[:, :, :, -1]
+    index = jnp.arange(totals.shape[2], dtype=jnp.int32)
+    before = (index[:, None] - 1 > index[None, :])[None, None, :, :, None]
+    previous = jnp.concatenate([jnp.zeros_like(totals[:, :, :1]), totals[:, :, :-1]], axis=2)
+    between = jnp.cumsum(jnp.where(before, previous[:, :, :, None], 0), axis=2)
     return ScoreDecay(log_decay, prefix.reshape(log_decay.shape), suffix.reshape(log_decay.shape), between)
 
 
 def add_decay(scores, decay: ScoreDecay | None, i, j, chunk, diagonal):
-    """scores [C·r, C] of row chunk i and column chunk j, plus D."""
+    """scores [B, G, C·r, C] of row chunk i and column chunk j, plus D."""
     if decay is None:
         return scores
     if diagonal:
-        bias = jnp.moveaxis(decay_between(tiles.take(decay.log_decay, i, chunk)), 1, 2)
+        bias = jnp.swapaxes(_between(tiles.take(decay.log_decay, i, chunk)), 3, 4)
     else:
-        rows = tiles.take(decay.prefix, i, chunk) + decay.between[i, j][None]
-        bias = rows[:, :, None] + tiles.take(decay.suffix, j, chunk).T[None]
+        at = lambda x, index: lax.dynamic_index_in_dim(x, index, axis=2, keepdims=False)
+        rows = tiles.take(decay.prefix, i, chunk) + at(at(decay.between, i), j)[:, :, None]
+        bias = rows[..., None] + jnp.swapaxes(tiles.take(decay.suffix, j, chunk), 2, 3)[:, :, None]
     return scores + bias.reshape(scores.shape)
 
 
 def log_decay_gradient(row_sums, column_sums):
-    """dg [T, r] from the row and column sums of dD, each [T, r]."""
-    return lax.cumsum(row_sums - column_sums, axis=0, reverse=True)
+    """dg [B, G, T, r] from the row and column sums of dD, of the same shape."""
+    return lax.cumsum(row_sums - column_sums, axis=2, reverse=True)

@@ -1,6 +1,8 @@
 """What the chunked forms share: tiles of rows and columns, products, and softmax sums that grow tile by tile.
 
-All of it speaks of one head: arrays are [T, width], T a whole number of chunks of `chunk` rows.
+Arrays lead with batch and heads: [B, h, T, width] and [B, h, T], T a whole number of chunks of `chunk` rows; what all
+heads of a row have in common, as segments, is [B, 1, T]. Written so and not for one head under vmap: JAX traces a loop
+several times to map it, and slices become gathers.
 """
 
 from __future__ import annotations
@@ -41,26 +43,26 @@ def scale_rows(rows, scale):
 
 
 def take(x, i, size):
-    """Rows i·size … (i+1)·size of x; None stays None."""
-    return None if x is None else lax.dynamic_slice_in_dim(x, i * size, size)
+    """Rows i·size … (i+1)·size of x [B, h, T, …]; None stays None."""
+    return None if x is None else lax.dynamic_slice_in_dim(x, i * size, size, axis=2)
 
 
 def put(x, tile, i):
-    """x with tile number i, of tile.shape[0] rows, replaced."""
-    return lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), i * tile.shape[0], 0)
+    """x [B, h, T, …] with tile number i, of tile.shape[2] rows, replaced."""
+    return lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), i * tile.shape[2], axis=2)
 
 
 def add_to(x, tile, i):
     """x with `tile` added to tile number i."""
-    return put(x, take(x, i, tile.shape[0]) + tile, i)
+    return put(x, take(x, i, tile.shape[2]) + tile, i)
 
 
 def same_segment(row_segments, column_segments):
-    """[R, C] booleans, or None when there are no segments: a row sees the columns of its own segment only.
+    """[B, 1, R, C] booleans, or None when there are no segments: a row sees the columns of its own segment only.
 
     Padding counts as a segment here: its rows are zero when they come in and are zeroed when they go out.
     """
-    return None if row_segments is None else row_segments[:, None] == column_segments[None, :]
+    return None if row_segments is None else row_segments[..., :, None] == column_segments[..., None, :]
 
 
 def both(a, b):
@@ -75,19 +77,22 @@ def keep(visible, x):
     return x if visible is None else jnp.where(visible, x, 0)
 
 
+def strictly_below(rows):
+    """[1, 1, rows, rows] booleans: the columns before each row."""
+    index = jnp.arange(rows, dtype=jnp.int32)
+    return (index[:, None] > index[None, :])[None, None]
+
+
 def zeros(shape, dtype, like):
-    """Zeros that are mapped over, and vary over mesh axes, as `like` is: a loop's carry must come in as it goes out.
-
-    Under vmap a constant would do too, but JAX traces a loop's body a second time to find that out, for each axis and
-    for each loop around it. The sum of no numbers is 0, and XLA makes it a constant.
-    """
-    return jnp.broadcast_to(jnp.sum(like[:0]).astype(dtype), shape)
+    """Zeros that vary over the mesh axes that `like` varies over, where shard_map keeps account of them: a loop's carry
+    must come in as it goes out."""
+    return jnp.zeros_like(like, dtype, shape=shape)
 
 
-def start_sum(rows, width, dtype, like):
-    """(maximum, normaliser, weighted sum) of rows that have seen nothing yet."""
-    row = zeros((rows,), dtype, like)
-    return row + jnp.asarray(LOWEST, dtype), row, zeros((rows, width), dtype, like)
+def start_sum(shape, dtype, like):
+    """(maximum, normaliser, weighted sum) of rows that have seen nothing yet; `shape` [B, h, rows, width]."""
+    lowest = jnp.full_like(like, LOWEST, dtype, shape=shape[:-1])
+    return lowest, zeros(shape[:-1], dtype, like), zeros(shape, dtype, like)
 
 
 def absorb(similarity, running, scores, visible, values, operand_dtype):
@@ -102,8 +107,8 @@ def absorb(similarity, running, scores, visible, values, operand_dtype):
     weights, highest_now, shrink = _new_weights(running, scores, visible)
     return (
         highest_now,
-        total * shrink + jnp.sum(weights, axis=1),
-        weighted * shrink[:, None] + dot(weights, values, operand_dtype),
+        total * shrink + jnp.sum(weights, axis=-1),
+        weighted * shrink[..., None] + dot(weights, values, operand_dtype),
     )
 
 
@@ -116,16 +121,16 @@ def absorb_weights(similarity, running, scores, visible):
     if not similarity.normalised:
         return keep(visible, similarity.weight(keep(visible, scores))), running
     weights, highest_now, shrink = _new_weights(running, scores, visible)
-    return weights, (highest_now, total * shrink + jnp.sum(weights, axis=1), weighted * shrink[:, None])
+    return weights, (highest_now, total * shrink + jnp.sum(weights, axis=-1), weighted * shrink[..., None])
 
 
 def _new_weights(running, scores, visible):
     highest = running[0]
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
-    highest_now = jnp.maximum(highest, jnp.max(scores, axis=1))
+    highest_now = jnp.maximum(highest, jnp.max(scores, axis=-1))
     # In a row that has seen nothing both are LOWEST and exp gives 1: mask again.
-    weights = keep(visible, jnp.exp(scores - highest_now[:, None]))
+    weights = keep(visible, jnp.exp(scores - highest_now[..., None]))
     return weights, highest_now, jnp.exp(highest - highest_now)
 
 
@@ -150,7 +155,7 @@ def weights_again(similarity, scores, lse, visible):
     scores = keep(visible, scores)
     if similarity.normalised:
         # A hidden score may lie above its row's log-sum-exp: mask before exp too, or it overflows.
-        scores = keep(visible, scores - lse[:, None])
+        scores = keep(visible, scores - lse[..., None])
     return keep(visible, similarity.weight(scores))
 
 

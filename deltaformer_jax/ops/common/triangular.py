@@ -80,63 +80,66 @@ def join_blocks(diagonal, below):
 
 
 class _Blocks:
-    """A system [n, n] in blocks of `size` rows, filled up with rows of the identity."""
+    """A system [..., n, n] in blocks of `size` rows, filled up with rows of the identity."""
 
     def __init__(self, a):
-        self.rows = a.shape[0]
+        self.rows = a.shape[-1]
         self.size = min(BLOCK, 1 << (self.rows - 1).bit_length())
         self.number = -(-self.rows // self.size)
-        missing = self.number * self.size - self.rows
-        self.a = jnp.pad(a, ((0, missing), (0, missing)))
-        self.missing = missing
+        self.a = self._filled(a, columns=True)
 
-    def filled(self, b):
-        return jnp.pad(b, ((0, self.missing), (0, 0)))
+    def _filled(self, x, columns):
+        missing = self.number * self.size - self.rows
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, missing if columns else 0)])
+
+    def right_hand_side(self, b):
+        return self._filled(b, columns=False)
 
     def tile(self, i, j):
-        return lax.dynamic_slice(self.a, (i * self.size, j * self.size), (self.size, self.size))
+        return self.take(lax.dynamic_slice_in_dim(self.a, j * self.size, self.size, -1), i)
 
     def inverses(self):
-        """Of the blocks on the diagonal, [number, size, size]."""
+        """Of the blocks on the diagonal, [..., number, size, size]."""
         if self.number == 1:
-            return invert_blocks(self.a[None])
-        return invert_blocks(lax.map(lambda i: self.tile(i, i), jnp.arange(self.number, dtype=jnp.int32)))
+            return invert_blocks(self.a[..., None, :, :])
+        grid = self.a.reshape(*self.a.shape[:-2], self.number, self.size, self.number, self.size)
+        return invert_blocks(jnp.moveaxis(jnp.diagonal(grid, axis1=-4, axis2=-2), -1, -3))
 
     def take(self, x, i):
-        return lax.dynamic_slice_in_dim(x, i * self.size, self.size, 0)
+        return lax.dynamic_slice_in_dim(x, i * self.size, self.size, -2)
 
     def put(self, x, part, i):
-        return lax.dynamic_update_slice_in_dim(x, part, i * self.size, 0)
+        return lax.dynamic_update_slice_in_dim(x, part, i * self.size, -2)
 
 
 def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x with (I + A) x = b; `a` [n, n], only its strict lower triangle is read, `b` [n, m]. From the first block on.
+    """x with (I + A) x = b; `a` [..., n, n], only its strict lower triangle is read, `b` [..., n, m].
 
-    Not differentiable in reverse: the loops over blocks have no derivative. `solve_by_halves` is.
+    From the first block on. Not differentiable in reverse, as loops of unknown length are not; `solve_by_halves` is.
     """
     system = _Blocks(a)
-    b, inverses = system.filled(b), system.inverses()
+    b, inverses = system.right_hand_side(b), system.inverses()
 
     def block(i, x):
         subtract = lambda j, rest: rest - _matmul(system.tile(i, j), system.take(x, j))
         rest = lax.fori_loop(0, i, subtract, system.take(b, i))
-        return system.put(x, _matmul(lax.dynamic_index_in_dim(inverses, i, keepdims=False), rest), i)
+        return system.put(x, _matmul(lax.dynamic_index_in_dim(inverses, i, -3, keepdims=False), rest), i)
 
-    return lax.fori_loop(0, system.number, block, b)[: system.rows]
+    return lax.fori_loop(0, system.number, block, b)[..., : system.rows, :]
 
 
 def solve_unit_lower_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """x with (I + A)ᵀ x = b; shapes as in `solve_unit_lower`, nor differentiable either. From the last block back."""
     system = _Blocks(a)
-    b, inverses = system.filled(b), system.inverses()
+    b, inverses = system.right_hand_side(b), system.inverses()
 
     def block(step, x):
         i = system.number - 1 - step
-        subtract = lambda j, rest: rest - _matmul(system.tile(j, i).T, system.take(x, j))
+        subtract = lambda j, rest: rest - _matmul(system.tile(j, i).mT, system.take(x, j))
         rest = lax.fori_loop(i + 1, system.number, subtract, system.take(b, i))
-        return system.put(x, _matmul(lax.dynamic_index_in_dim(inverses, i, keepdims=False).T, rest), i)
+        return system.put(x, _matmul(lax.dynamic_index_in_dim(inverses, i, -3, keepdims=False).mT, rest), i)
 
-    return lax.fori_loop(0, system.number, block, b)[: system.rows]
+    return lax.fori_loop(0, system.number, block, b)[..., : system.rows, :]
 
 
 def solve_by_halves(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -145,16 +148,17 @@ def solve_by_halves(a: jax.Array, b: jax.Array) -> jax.Array:
     Each level's slices of A have a gradient of n² numbers: log₂(n/BLOCK) such arrays, where n/BLOCK steps have as many.
     """
     system = _Blocks(a)
-    b, inverses, size = system.filled(b), system.inverses(), system.size
+    inverses, size = system.inverses(), system.size
 
     def solve(first, last, b):
         """The blocks first to last - 1, of right-hand side b."""
         if last - first == 1:
-            return _matmul(inverses[first], b)
+            return _matmul(inverses[..., first, :, :], b)
         middle = (first + last) // 2
         rows = (middle - first) * size
-        x = solve(first, middle, b[:rows])
-        below = system.a[middle * size : last * size, first * size : middle * size]
-        return jnp.concatenate([x, solve(middle, last, b[rows:] - _matmul(below, x))])
+        x = solve(first, middle, b[..., :rows, :])
+        below = system.a[..., middle * size : last * size, first * size : middle * size]
+        rest = b[..., rows:, :] - _matmul(below, x)
+        return jnp.concatenate([x, solve(middle, last, rest)], axis=-2)
 
-    return solve(0, system.number, b)[: system.rows]
+    return solve(0, system.number, system.right_hand_side(b))[..., : system.rows, :]

@@ -72,6 +72,7 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
     write_query = key if write_query is None else first(write_query)
     segments = H.pad_time(segment_ids, length)
     bounds = tiles.first_chunks(segments, None, length, plan.chunk)
+    segments = None if segments is None else segments[:, None]
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
 
 
@@ -86,27 +87,17 @@ def _forward(plan, inputs):
     heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
-        tied = functools.partial(tied_forward, first=bounds, scale=plan.write_scale, chunk=plan.chunk)
-        out, u, summary, *rows = H.over_heads(tied, shared=(5,))(w, k, v, a, b, segments)
+        out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, chunk=plan.chunk)
         u, out = back(u), back(out).astype(dtype)
         return (out, u.astype(dtype)), (inputs, u, back(summary).astype(dtype), rows)
-    write = functools.partial(
-        write_forward, first=bounds, similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk
-    )
-    u, lse_write = H.over_heads(write, shared=(5,))(w, k, v, a, b, segments)
+    how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
+    u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **how)
     if plan.read_similarity is None:
         u = back(u)
         return (None, u.astype(dtype)), (inputs, u, None, (lse_write,))
-    read = functools.partial(
-        read_forward,
-        log_decay=None,
-        first=bounds,
-        similarity=plan.read_similarity,
-        scale=plan.read_scale,
-        chunk=plan.chunk,
-    )
     q = H.fold_queries(H.pad_time(query, length), heads)
-    out, lse_read = H.over_heads(read, shared=(3,))(q, k, u, segments)
+    how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
+    out, lse_read = read_forward(q, k, u, segments, None, bounds, **how)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
     u = back(u)
     # Only softmax reads its own output again.
@@ -131,29 +122,21 @@ def _backward(plan, residuals, cotangents):
     du = first(du).astype(u.dtype)
     dq = None
     if plan.tied:
-        tied = functools.partial(tied_backward, scale=plan.write_scale, chunk=plan.chunk)
-        call = lambda q, k, v, a, b, s, *rest: tied(q, k, v, a, b, s, last, *rest)
-        dw, dk, dv, dalpha, dbeta = H.over_heads(call, shared=(5,))(
-            w, k, v, a, b, segments, u, first(kept), *rows, first(dout), du
+        kept = (u, first(kept), *rows)
+        dw, dk, dv, dalpha, dbeta = tied_backward(
+            w, k, v, a, b, segments, last, *kept, first(dout), du, scale=plan.write_scale, chunk=plan.chunk
         )
     else:
         dk_read = 0
         if plan.read_similarity is not None:
-            read = functools.partial(
-                read_backward, similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk
-            )
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
-            call = lambda q, k, u, s, out, lse, dout: read(q, k, u, s, None, last, out, lse, dout)
-            dq, dk_read, du_read, _ = H.over_heads(call, shared=(3,))(
-                fold(query), k, u, segments, fold(kept), rows[1], fold(dout)
-            )
+            rest = (fold(kept), rows[1], fold(dout))
+            how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
+            dq, dk_read, du_read, _ = read_backward(fold(query), k, u, segments, None, last, *rest, **how)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
-        write = functools.partial(
-            write_backward, similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk
-        )
-        call = lambda w, k, v, a, b, s, *rest: write(w, k, v, a, b, s, last, *rest)
-        dw, dk, dv, dalpha, dbeta = H.over_heads(call, shared=(5,))(w, k, v, a, b, segments, u, rows[0], du)
+        how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
+        dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **how)
         dk = dk + dk_read
     if plan.tied:
         dq, dw = back(dw).astype(query.dtype), None

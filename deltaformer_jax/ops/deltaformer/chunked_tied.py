@@ -1,4 +1,4 @@
-"""DeltaFormer with one softmax for writing and reading (w = q, equal scales), one head, in one pass over the keys.
+"""DeltaFormer with one softmax for writing and reading (w = q, equal scales), in one pass over the keys.
 
 With E_ij = e^{s_ij}, L1_i = Σ_{j<i} E_ij, L2_i = L1_i + E_ii, π_i = E_ii / L2_i, P_ij = E_ij / L1_i (0 in a first row):
 
@@ -36,30 +36,31 @@ _SOFTMAX = Softmax()
 
 
 def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
-    """q, k [T, K], v [T, V], alpha, beta [T] or None, segments [T] or None, first [T/C].
+    """q, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C].
 
-    Returns (o, u, s [T, V], log L1, π, ρ [T]), all in the accumulation dtype.
+    Returns (o, u, s [B, h, T, V], log L1, π, ρ [B, h, T]), all in the accumulation dtype.
     """
-    length, width = v.shape
+    batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
-    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+    strict = tiles.strictly_below(chunk)
 
-    def one_chunk(u, c):
+    def one_chunk(carry, c):
+        u = carry[1]
         rows, left = tiles.scale_rows(tiles.take(q, c, chunk), scale)
         row_segments = tiles.take(segments, c, chunk)
 
         def scores(j):
-            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
+            return tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
             return tiles.absorb(_SOFTMAX, running, scores(j), visible, tiles.take(u, j, chunk), k.dtype)
 
-        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype, v))
+        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         own = scores(c)
         weights, running = tiles.absorb_weights(_SOFTMAX, running, own, visible)
-        inverse = tiles.inverse_normaliser(_SOFTMAX, running)[:, None]
+        inverse = tiles.inverse_normaliser(_SOFTMAX, running)[..., None]
         past, weights = running[2] * inverse, weights * inverse
         gate = tiles.take(beta, c, chunk)
         target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
@@ -69,41 +70,44 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
         # π = 1 / (1 + e^{lse1 − s_ii}); 1 in a row with no past.
         lse1 = tiles.log_normaliser(_SOFTMAX, running)
         seen = running[1] > 0
-        share = jnp.where(seen, 1 / (1 + jnp.exp(jnp.where(seen, lse1 - jnp.diagonal(own), 0))), 1)
-        rest = jnp.where(seen, 1 / (1 + jnp.exp(jnp.where(seen, jnp.diagonal(own) - lse1, 0))), 0)
-        out = rest[:, None] * summary + share[:, None] * solved
-        return tiles.put(u, solved, c), (out, summary, lse1, share, rest)
+        own = jnp.diagonal(own, axis1=2, axis2=3)
+        share = jnp.where(seen, 1 / (1 + jnp.exp(jnp.where(seen, lse1 - own, 0))), 1)
+        rest = jnp.where(seen, 1 / (1 + jnp.exp(jnp.where(seen, own - lse1, 0))), 0)
+        out = rest[..., None] * summary + share[..., None] * solved
+        parts = (out, solved, summary, lse1, share, rest)
+        return tuple(tiles.put(x, part, c) for x, part in zip(carry, parts)), None
 
-    u, (out, summary, lse1, share, rest) = lax.scan(
-        one_chunk, tiles.zeros((length, width), dtype, v), jnp.arange(length // chunk, dtype=jnp.int32)
-    )
-    flat = lambda x: x.reshape(length, *x.shape[2:])
-    return flat(out), u, flat(summary), flat(lse1), flat(share), flat(rest)
+    start = (*[tiles.zeros(v.shape, dtype, v)] * 3, *[tiles.zeros(v.shape[:3], dtype, v)] * 3)
+    return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
 
 
 def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share, rest, dout, du, *, scale, chunk):
-    """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents of o and u, [T, V]; accumulation dtype."""
-    length = k.shape[0]
+    """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents of o and u, [B, h, T, V].
+
+    All are in the accumulation dtype.
+    """
+    length = k.shape[2]
     dtype = tiles.accumulation_dtype(k.dtype)
     dout, summary = dout.astype(dtype), summary.astype(dtype)
-    out = rest[:, None] * summary + share[:, None] * u
-    read_dot = jnp.sum(dout * out, axis=1)
-    read_share = rest[:, None] * dout
-    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+    out = rest[..., None] * summary + share[..., None] * u
+    read_dot = jnp.sum(dout * out, axis=-1)
+    read_share = rest[..., None] * dout
+    own_column = jnp.eye(chunk, dtype=dtype)[None, None]
+    strict = tiles.strictly_below(chunk)
 
     def weights_of(i, keys, visible):
-        scores = tiles.dot(tiles.take(q, i, chunk), keys.T, k.dtype) * scale
+        scores = tiles.dot(tiles.take(q, i, chunk), keys.mT, k.dtype) * scale
         return tiles.weights_again(_SOFTMAX, scores, tiles.take(lse1, i, chunk), visible)
 
     def adjoints(i, grad):
         """H and c of the rows of chunk i, given their G."""
         both_ways = tiles.take(read_share, i, chunk) - _times(tiles.take(beta, i, chunk), grad)
         written = _times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
-        write_dot = -jnp.sum(grad * (written - tiles.take(u, i, chunk)), axis=1)
+        write_dot = -jnp.sum(grad * (written - tiles.take(u, i, chunk)), axis=-1)
         return both_ways, tiles.take(rest * read_dot, i, chunk) + write_dot
 
     def one_chunk(carry, j):
-        g, dq = carry
+        g, dq, dk = carry
         keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
         column_segments = tiles.take(segments, j, chunk)
 
@@ -112,30 +116,30 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
             weights = weights_of(i, keys, visible)
             both_ways, centre = adjoints(i, tiles.take(g, i, chunk))
-            dscores = weights * (tiles.dot(both_ways, values.T, k.dtype) - centre[:, None]) * scale
-            incoming = incoming + tiles.dot(weights.T, both_ways, k.dtype)
-            dkeys = dkeys + tiles.dot(dscores.T, tiles.take(q, i, chunk), k.dtype)
+            dscores = weights * (tiles.dot(both_ways, values.mT, k.dtype) - centre[..., None]) * scale
+            incoming = incoming + tiles.dot(weights.mT, both_ways, k.dtype)
+            dkeys = dkeys + tiles.dot(dscores.mT, tiles.take(q, i, chunk), k.dtype)
             return tiles.add_to(dq, tiles.dot(dscores, keys, k.dtype), i), incoming, dkeys
 
         own_share, own_dout = tiles.take(share, j, chunk), tiles.take(dout, j, chunk)
-        incoming = tiles.take(du, j, chunk).astype(dtype) + own_share[:, None] * own_dout
+        incoming = tiles.take(du, j, chunk).astype(dtype) + own_share[..., None] * own_dout
         start = (dq, incoming, tiles.zeros(keys.shape, dtype, v))
         dq, incoming, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
         weights = weights_of(j, keys, visible)
-        incoming = incoming + tiles.dot(weights.T, tiles.take(read_share, j, chunk), dtype)
+        incoming = incoming + tiles.dot(weights.mT, tiles.take(read_share, j, chunk), dtype)
         grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), incoming)
         both_ways, centre = adjoints(j, grad)
-        dscores = weights * (tiles.dot(both_ways, values.T, k.dtype) - centre[:, None])
-        own = own_share * (jnp.sum(own_dout * values, axis=1) - tiles.take(read_dot, j, chunk))
-        dscores = (dscores + jnp.diag(own)) * scale
+        dscores = weights * (tiles.dot(both_ways, values.mT, k.dtype) - centre[..., None])
+        own = own_share * (jnp.sum(own_dout * values, axis=-1) - tiles.take(read_dot, j, chunk))
+        dscores = (dscores + own_column * own[..., None]) * scale
         rows = tiles.take(q, j, chunk)
-        dkeys = dkeys + tiles.dot(dscores.T, rows, k.dtype)
+        dkeys = dkeys + tiles.dot(dscores.mT, rows, k.dtype)
         dq = tiles.add_to(dq, tiles.dot(dscores, keys, k.dtype), j)
-        return (tiles.put(g, grad, j), dq), dkeys
+        return (tiles.put(g, grad, j), dq, tiles.put(dk, dkeys, j)), None
 
-    start = (tiles.zeros(v.shape, dtype, v), tiles.zeros(q.shape, dtype, v))
-    (g, dq), dk = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
-    dalpha = jnp.sum(v.astype(dtype) * g, axis=1)
-    return dq, dk.reshape(k.shape), _times(alpha, g), dalpha, -jnp.sum(g * summary, axis=1)
+    start = tuple(tiles.zeros(x.shape, dtype, v) for x in (v, q, k))
+    (g, dq, dk), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
+    dalpha = jnp.sum(v.astype(dtype) * g, axis=-1)
+    return dq, dk, _times(alpha, g), dalpha, -jnp.sum(g * summary, axis=-1)

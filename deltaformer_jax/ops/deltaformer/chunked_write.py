@@ -1,4 +1,4 @@
-"""The write of DeltaFormer, one head, chunk by chunk:
+"""The write of DeltaFormer, chunk by chunk, for batch and heads side by side:
 
     u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i,        that is   (I + diag(β) A) U = diag(α) V
 
@@ -25,11 +25,11 @@ from deltaformer_jax.ops.common.triangular import solve_unit_lower, solve_unit_l
 
 
 def _times(gate, x):
-    """gate ⊙ x in x's dtype, one gate a row; None means 1."""
+    """gate ⊙ x in x's dtype, one gate a row: gate [B, h, T], x [B, h, T] or [B, h, T, V]; None means 1."""
     if gate is None:
         return x
     gate = gate.astype(x.dtype)
-    return gate[:, None] * x if x.ndim == 2 else gate * x
+    return gate[..., None] * x if x.ndim == 4 else gate * x
 
 
 def _product_dtype(similarity, dtype):
@@ -38,58 +38,60 @@ def _product_dtype(similarity, dtype):
 
 
 def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
-    """w, k [T, K], v [T, V], alpha, beta [T] or None, segments [T] or None, first [T/C] -> u [T, V], lse [T].
+    """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C] ->
+    u [B, h, T, V], lse [B, h, T].
 
     u and lse are in the accumulation dtype whatever the inputs are: rounding u to bfloat16 at each step adds up.
     """
-    length, width = v.shape
+    batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = _product_dtype(similarity, k.dtype)
-    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+    strict = tiles.strictly_below(chunk)
 
-    def one_chunk(u, c):
+    def one_chunk(carry, c):
+        u, lse = carry
         rows, left = tiles.scale_rows(tiles.take(w, c, chunk), scale)
         row_segments = tiles.take(segments, c, chunk)
 
         def scores(j):
-            return tiles.dot(rows, tiles.take(k, j, chunk).T, k.dtype) * left
+            return tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
             return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
 
-        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum(chunk, width, dtype, v))
+        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
         # One factor for the row: β over the softmax's normaliser.
         factor = _times(tiles.take(beta, c, chunk), tiles.inverse_normaliser(similarity, running))
         target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
-        solved = solve_unit_lower(factor[:, None] * weights, target - factor[:, None] * running[2])
-        return tiles.put(u, solved, c), tiles.log_normaliser(similarity, running)
+        solved = solve_unit_lower(factor[..., None] * weights, target - factor[..., None] * running[2])
+        return (tiles.put(u, solved, c), tiles.put(lse, tiles.log_normaliser(similarity, running), c)), None
 
-    u, lse = lax.scan(one_chunk, tiles.zeros((length, width), dtype, v), jnp.arange(length // chunk, dtype=jnp.int32))
-    return u, lse.reshape(length)
+    start = (tiles.zeros(v.shape, dtype, v), tiles.zeros(v.shape[:3], dtype, v))
+    return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
 
 
 def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk):
-    """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [T, V]; all in the accumulation dtype.
+    """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [B, h, T, V]; all in the accumulation dtype.
 
     dalpha and dbeta are computed whether or not alpha and beta were given.
     """
-    length = k.shape[0]
+    length = k.shape[2]
     dtype = tiles.accumulation_dtype(k.dtype)
     operand = _product_dtype(similarity, k.dtype)
-    strict = jnp.arange(chunk)[:, None] > jnp.arange(chunk)[None, :]
+    strict = tiles.strictly_below(chunk)
 
     def tile(i, j, keys, values, visible, grad):
         """A, G Uᵀ and dS of rows i and columns j, given the rows' G."""
-        scores = tiles.dot(tiles.take(w, i, chunk), keys.T, k.dtype) * scale
+        scores = tiles.dot(tiles.take(w, i, chunk), keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk), visible)
-        products = tiles.dot(grad, values.T, operand)
+        products = tiles.dot(grad, values.mT, operand)
         dots = -_times(tiles.take(beta, i, chunk), products)
         if similarity.normalised:
-            row_dot = -jnp.sum(grad * (_written(i) - tiles.take(u, i, chunk)), axis=1)
-            dots = dots - row_dot[:, None]
+            row_dot = -jnp.sum(grad * (_written(i) - tiles.take(u, i, chunk)), axis=-1)
+            dots = dots - row_dot[..., None]
         dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
         return weights, products, dscores
 
@@ -106,10 +108,10 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
             grad = tiles.take(g, i, chunk)
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
             weights, products, dscores = tile(i, j, keys, values, visible, grad)
-            rest = rest - tiles.dot(weights.T, _times(tiles.take(beta, i, chunk), grad), operand)
-            dkeys = dkeys + tiles.dot(dscores.T, tiles.take(w, i, chunk), operand)
+            rest = rest - tiles.dot(weights.mT, _times(tiles.take(beta, i, chunk), grad), operand)
+            dkeys = dkeys + tiles.dot(dscores.mT, tiles.take(w, i, chunk), operand)
             dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), i)
-            dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=1), i)
+            dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), i)
             return dw, dbeta, rest, dkeys
 
         start = (dw, dbeta, tiles.take(du, j, chunk).astype(dtype), tiles.zeros(keys.shape, dtype, v))
@@ -117,20 +119,20 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
         rows = tiles.take(w, j, chunk)
-        scores = tiles.dot(rows, keys.T, k.dtype) * scale
+        scores = tiles.dot(rows, keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, j, chunk), visible)
         grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), rest)
         weights, products, dscores = tile(j, j, keys, values, visible, grad)
-        dkeys = dkeys + tiles.dot(dscores.T, rows, operand)
+        dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
         dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
-        dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=1), j)
+        dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), j)
         return (tiles.put(g, grad, j), dw, tiles.put(dk, dkeys, j), dbeta), None
 
     start = (
         tiles.zeros(v.shape, dtype, v),
         tiles.zeros(k.shape, dtype, v),
         tiles.zeros(k.shape, dtype, v),
-        tiles.zeros((length,), dtype, v),
+        tiles.zeros(v.shape[:3], dtype, v),
     )
     (g, dw, dk, dbeta), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
-    return dw, dk, _times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=1), dbeta
+    return dw, dk, _times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=-1), dbeta

@@ -37,8 +37,10 @@ def _layout(plan, query, key, value, log_decay, segment_ids):
     if log_decay is not None:
         log_decay = H.fold_queries(H.pad_time(log_decay, length), heads).reshape(*k.shape[:3], group)
     segments = H.pad_time(segment_ids, length)
+    bounds = tiles.first_chunks(segments, plan.window, length, plan.chunk)
+    segments = None if segments is None else segments[:, None]
     settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window)
-    return (q, k, v, segments, log_decay), tiles.first_chunks(segments, plan.window, length, plan.chunk), settings
+    return (q, k, v, segments, log_decay), bounds, settings
 
 
 class Inputs(NamedTuple):
@@ -74,8 +76,7 @@ def _without_sinks(plan, query, key, value, log_decay, segment_ids):
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, query, key, value, log_decay, segment_ids):
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
-    read = functools.partial(read_forward, first=bounds, **settings)
-    out, lse = H.over_heads(read, shared=(3,))(*arrays)
+    out, lse = read_forward(*arrays, bounds, **settings)
     back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
     out, lse = back(out).astype(value.dtype), back(lse)
     return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
@@ -89,9 +90,7 @@ def _backward(plan, residuals, cotangents):
     last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
     group = query.shape[2] // heads
     fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)
-    call = lambda q, k, v, s, g, *rest: read_backward(q, k, v, s, g, last, *rest, **settings)
-    rest = [fold(x) for x in (out, lse, *cotangents)]
-    dq, dk, dv, dg = H.over_heads(call, shared=(3,))(*arrays, *rest)
+    dq, dk, dv, dg = read_backward(*arrays, last, *map(fold, (out, lse, *cotangents)), **settings)
     back = lambda x: H.heads_last(x)[:, :time]
     rows = lambda x: H.unfold_queries(x, group)[:, :time]
     if dg is not None:
