@@ -45,12 +45,13 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
         # Blocks have 2**step rows, and two of them are one where row and column have the same number without that bit.
         pair = (row >> step) ^ (column >> step)
         below = (pair == 1) & (row > column)
-        part = jnp.where(below, a, jnp.zeros((), a.dtype))
+        part = jnp.where(jnp.broadcast_to(below, a.shape), a, jnp.zeros((), a.dtype))
         return inverse - _matmul(_matmul(inverse, part), inverse)
 
     # The first X is the identity, and its step A between neighbours.
     neighbours = (row == column + 1) & (row % 2 == 1)
-    inverse = jnp.eye(n, dtype=a.dtype) - jnp.where(neighbours, a, jnp.zeros((), a.dtype))
+    step = jnp.where(jnp.broadcast_to(neighbours, a.shape), a, jnp.zeros((), a.dtype))
+    inverse = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape) - step
     return lax.fori_loop(1, (n - 1).bit_length(), double, inverse)
 
 
