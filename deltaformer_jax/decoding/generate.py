@@ -11,9 +11,11 @@ from flax import nnx
 from deltaformer_jax.model import LanguageModel
 
 
-def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: float = 1.0) -> jax.Array:
+def choose(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: jax.Array | None = None
+) -> jax.Array:
     """int32 [B] from float32 [B, V] and keys [B]: argmax at temperature 0, else a draw from p = softmax(logits /
-    temperature) over the top_k largest (0: all) and of these the fewest likeliest whose p sum to top_p (1: all).
+    temperature) over the top_k largest (0: all) and of these the fewest likeliest whose p sum to top_p (None: all).
 
     Ties with the last token that is in stay in. Nucleus sampling: Holtzman et al., arXiv 1904.09751.
     """
@@ -21,7 +23,7 @@ def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: in
     if top_k:
         kth = jax.lax.top_k(scaled, min(top_k, logits.shape[-1]))[0][:, -1:]
         scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
-    if top_p < 1:
+    if top_p is not None:
         falling = -jnp.sort(-scaled, axis=-1)
         shares = jax.nn.softmax(falling, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier
@@ -36,8 +38,8 @@ def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, position), jnp.arange(rows))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k", "top_p"))
-def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacity: int, top_k: int, top_p: float):
+@partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k"))
+def _prefill(graphdef, params, tokens, segment_ids, key, temperature, top_p, *, capacity: int, top_k: int):
     model = nnx.merge(graphdef, params)
     hidden, cache = model.hidden(
         tokens, segment_ids=segment_ids, positions=None, cache=model.init_cache(tokens.shape[0], capacity)
@@ -47,8 +49,8 @@ def _prefill(graphdef, params, tokens, segment_ids, key, temperature, *, capacit
     return choose(logits, _row_keys(key, 0, tokens.shape[0]), temperature, top_k, top_p), cache
 
 
-@partial(jax.jit, static_argnames=("graphdef", "top_k", "top_p"), donate_argnames=("cache",))
-def _decode(graphdef, params, token, cache, key, position, temperature, *, top_k: int, top_p: float):
+@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames=("cache",))
+def _decode(graphdef, params, token, cache, key, position, temperature, top_p, *, top_k: int):
     model = nnx.merge(graphdef, params)
     logits, cache = model(token[:, None], cache=cache)
     return choose(logits[:, 0], _row_keys(key, position, token.shape[0]), temperature, top_k, top_p), cache
@@ -97,10 +99,12 @@ def generate_batch(
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: no token; start it with the document separator")
     check_sampling(tokens, temperature, top_k, top_p, seed)
-    return _generate(model, prompts, tokens, float(temperature), {"top_k": top_k, "top_p": float(top_p)}, seed)
+    # Both are arrays, so that another temperature or top_p is another draw and not another program.
+    nucleus = None if top_p == 1 else jnp.float32(top_p)
+    return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)
 
 
-def _generate(model, prompts, tokens, temperature, among, seed):
+def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):
     graphdef, params = nnx.split(model)
     lengths = np.array([len(prompt) for prompt in prompts])
     width = _power_of_two(lengths.max())
@@ -108,12 +112,12 @@ def _generate(model, prompts, tokens, temperature, among, seed):
     for row, prompt in zip(padded, prompts):
         row[: len(prompt)] = prompt
     real = (np.arange(width) < lengths[:, None]).astype(np.int32)
-    key, heat = jax.random.key(seed), jnp.float32(temperature)
+    key, how = jax.random.key(seed), (temperature, top_p)
     capacity = _power_of_two(lengths.max() + tokens)
-    token, cache = _prefill(graphdef, params, padded, real, key, heat, capacity=capacity, **among)
+    token, cache = _prefill(graphdef, params, padded, real, key, *how, capacity=capacity, top_k=top_k)
     yield np.asarray(token)
     for position in range(1, tokens):
-        token, cache = _decode(graphdef, params, token, cache, key, position, heat, **among)
+        token, cache = _decode(graphdef, params, token, cache, key, position, *how, top_k=top_k)
         yield np.asarray(token)
 
 

@@ -71,6 +71,9 @@ def test_draws_follow_the_softmax_of_the_top_k():
     assert set(everything) == set(range(5)) == set(np.asarray(choose(logits, keys, jnp.float32(5.0), 99)))
 
 
+_choose = jax.jit(choose, static_argnums=3)
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"),
     [
@@ -93,7 +96,7 @@ def test_draws_are_of_the_fewest_likeliest_that_sum_to_top_p(top_k, top_p, kept)
     heat = 2.0
     logits = jnp.tile(jnp.asarray(np.log2(shares) * np.log(2) * heat, jnp.float32), (20_000, 1))
     keys = jax.random.split(jax.random.key(1), len(logits))
-    drawn = np.asarray(jax.jit(lambda keys: choose(logits, keys, jnp.float32(heat), top_k, top_p))(keys))
+    drawn = np.asarray(_choose(logits, keys, jnp.float32(heat), top_k, jnp.float32(top_p)))
     expected = np.zeros(5)
     expected[kept] = shares[kept] / shares[kept].sum()
     found = np.bincount(drawn, minlength=5) / len(drawn)
