@@ -97,8 +97,13 @@ class LanguageModel(nnx.Module):
         """tokens [B,T] -> (the final norm's output [B,T,d_model] in the compute dtype, cache or None)."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, length]; they are {tokens.dtype}{list(tokens.shape)}")
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise ValueError(f"segment_ids must have tokens' shape {tokens.shape}; it has {segment_ids.shape}")
+        for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
+            if ids is None:
+                continue
+            if ids.shape != tokens.shape:
+                raise ValueError(f"{name} must have tokens' shape {tokens.shape}; it has {ids.shape}")
+            if not jnp.issubdtype(ids.dtype, jnp.integer):
+                raise TypeError(f"{name} must be integers; it has dtype {ids.dtype}")
         if positions is None:
             start = None if cache is None else cache[0].length[0]  # all layers have seen the same tokens
             positions = ops.token_positions(segment_ids, *tokens.shape, start)

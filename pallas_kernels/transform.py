@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+
+def _in_usual_arithmetic(function, *arguments):
+    """`function` under JAX's defaults. Kernels hold 32-bit numbers at most: under `jax_enable_x64` Python's integers
+    would be 64-bit in them, and the stricter rules of promotion are for users' own code."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return function(*arguments)
 
 
 def transformable(function, name: str, instead: str):
@@ -11,7 +20,7 @@ def transformable(function, name: str, instead: str):
 
     `name` says what it is; `instead` which implementations of the op have the derivatives.
     """
-    batched = jax.custom_batching.custom_vmap(function)
+    batched = jax.custom_batching.custom_vmap(functools.partial(_in_usual_arithmetic, function))
 
     @batched.def_vmap
     def fold(size, in_batched, *arguments):

@@ -1,7 +1,9 @@
 """Eight simulated devices; warnings are errors (pyproject.toml)."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the programs they start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -14,6 +16,14 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
 )
 
+# One cache of compiled programs for the whole session: the workers of xdist and the programs that tests start inherit
+# it, and many tests compile the same step. Whoever makes it removes it.
+_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-for-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import hypothesis
 import jax
 import pytest
@@ -25,6 +35,11 @@ hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, max_examples=20, database=None, print_blob=True
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_unconfigure():
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import truncated_normal
+from deltaformer_jax.ops.common.checks import as_int32
 
 ROW_MULTIPLE = 128
 INITIAL_STD = 0.02
@@ -38,6 +39,7 @@ class Embedding(nnx.Module):
         self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
 
     def __call__(self, tokens, segment_ids=None):
+        tokens = as_int32(tokens)
         if segment_ids is not None:
             tokens = jnp.where(segment_ids != 0, tokens, 0)
         row = jnp.where((tokens >= 0) & (tokens < self.vocab_size), tokens, self.rows)

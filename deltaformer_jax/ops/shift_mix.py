@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.common.checks import check_segments, check_tokens
+from deltaformer_jax.ops.common.checks import as_segment_ids, check_tokens
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -45,7 +45,7 @@ def shift_mix(
     expected = (x.shape[0], *x.shape[2:])
     if last is not None and jnp.shape(last) != expected:
         raise ValueError(f"last must have shape [batch, heads, width] = {expected}; it has {jnp.shape(last)}")
-    check_segments(segment_ids, x)
+    segment_ids = as_segment_ids(segment_ids, x)
     carried = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
     before = jnp.concatenate([carried, x[:, :-1]], axis=1)
     if segment_ids is not None:

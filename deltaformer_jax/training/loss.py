@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaformer_jax.ops.common.checks import as_int32
+
 # How many logits may exist at once on a device: 256 MB of float32. With 128k words that is 512 tokens, enough for the
 # product with the table to be bound by arithmetic and not by reading the table.
 MAX_LOGITS = 2**26
@@ -28,7 +30,7 @@ def token_nats(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Ar
 
 
 def _token_nats_forward(logits, targets, mask):
-    wide = logits.astype(jnp.float32)
+    wide, targets = logits.astype(jnp.float32), as_int32(targets)
     log_sum = jax.nn.logsumexp(wide, axis=-1)
     safe = jnp.where(mask, targets, 0)
     chosen = jnp.take_along_axis(wide, safe[..., None], axis=-1)[..., 0]
@@ -100,7 +102,7 @@ def over_logits(
     """
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-    targets, mask = batch["targets"], counted(batch)
+    targets, mask = as_int32(batch["targets"]), counted(batch)
     rows, length = targets.shape
     positions = max(1, max_logits // (-(-rows // row_shards) * model.embedding.rows))
     if positions >= length:

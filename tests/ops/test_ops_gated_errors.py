@@ -33,7 +33,7 @@ BAD = [
         r"log_decay must have shape .* = \(2, 6, 4\) or, .* \(2, 6, 4, 8\)",
     ),
     (dict(log_decay=zeros(2, 6, 4, 5)), ValueError, r"it has \(2, 6, 4, 5\)"),
-    (dict(log_decay=-0.5), ValueError, "log_decay must have shape .* it has float"),
+    (dict(log_decay=[-0.5]), ValueError, "log_decay must have shape .* or be one number; it has list"),
     (dict(log_decay=np.zeros((2, 6, 4), np.int32)), TypeError, "log_decay has dtype int32"),
     (dict(log_decay=zeros(2, 6, 4).at[0, 3, 1].set(0.25)), ValueError, "log_decay holds 0.25: .* at most 0"),
     (dict(log_decay=zeros(2, 6, 4).at[1, 2, 3].set(-jnp.inf)), ValueError, "log_decay holds -inf or NaN.* pass -1000"),
@@ -52,8 +52,8 @@ BAD = [
 ]
 
 BAD_BETA = [
-    (zeros(2, 6, 2), ValueError, r"beta must have shape .* = \(2, 6, 4\); it has \(2, 6, 2\)"),
-    (0.5, ValueError, "beta must have shape .* it has float"),
+    (zeros(2, 6, 2), ValueError, r"beta must have shape .* = \(2, 6, 4\) .*; it has \(2, 6, 2\)"),
+    ([0.5], ValueError, "beta must have shape .* or be one number; it has list"),
     (np.zeros((2, 6, 4), np.int32), TypeError, "beta has dtype int32"),
 ]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from deltaformer_jax.ops.cache.caches import KUCache, store
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
-from deltaformer_jax.ops.common.similarity import Similarity, as_similarity, row_weights
+from deltaformer_jax.ops.common.similarity import Similarity, as_similarity, row_weights, with_arrays, without_arrays
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -51,17 +53,25 @@ def compress_cache(
     """
     if not isinstance(cache, KUCache):
         raise TypeError(f"cache must be a KUCache, not {type(cache).__name__}")
-    similarity = as_similarity(read_similarity, "read_similarity")
+    similarity, arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
     keys = _checked_keys(cache, keys)
-    batch, slots, heads, width = keys.shape
+    slots, width = keys.shape[1], keys.shape[3]
     scale = checks.check_scale("read_scale", read_scale, width)
     checks.check_size("capacity", capacity)
     capacity = cache.capacity if capacity is None else capacity
     if capacity < slots:
         raise ValueError(f"capacity={capacity}: must be at least the number of keys, {slots}")
-    checks.check_segments(segment_ids, keys)
+    segment_ids = checks.as_segment_ids(segment_ids, keys)
     checks.check_one_document(segment_ids)
-    real = jnp.ones((batch, slots), bool) if segment_ids is None else jnp.asarray(segment_ids) != 0
+    return _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids)
+
+
+# Compiled once for each shape and similarity, also where it is called outside jit.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids):
+    similarity = with_arrays(similarity, arrays)
+    batch, slots, heads, width = keys.shape
+    real = jnp.ones((batch, slots), bool) if segment_ids is None else segment_ids != 0
     clean = jnp.where(real[..., None, None], keys, 0)
 
     filled = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.length[:, None]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
 FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -49,27 +51,34 @@ def check_multiple(name, heads, key_heads):
         raise ValueError(f"{name} has {heads} heads, which is not a multiple of key's {key_heads}")
 
 
-def check_gate(name, gate, key, heads):
-    """alpha or beta: [B, T, heads], a float array."""
+def as_gate(name, gate, heads, shapes, like):
+    """`gate` where it is a float array of one of `shapes` or None; a number becomes an array of the first shape.
+
+    `heads` says in an error whose heads they are. A number that is no array takes the accumulation dtype of `like`.
+    """
     if gate is None:
-        return
-    expected = (*key.shape[:2], heads)
-    if not hasattr(gate, "shape") or tuple(gate.shape) != expected:
-        shape = tuple(gate.shape) if hasattr(gate, "shape") else type(gate).__name__
-        raise ValueError(f"{name} must have shape [batch, time, heads of the write query] = {expected}; it has {shape}")
+        return None
+    if isinstance(gate, (int, float)) and not isinstance(gate, bool):
+        gate = np.asarray(gate, accumulation_dtype(like.dtype))
+    if not hasattr(gate, "shape") or not hasattr(gate, "dtype") or (gate.shape != () and gate.shape not in shapes):
+        found = tuple(gate.shape) if hasattr(gate, "shape") else type(gate).__name__
+        channel = f" or, for each key channel, {shapes[1]}" if len(shapes) > 1 else ""
+        expected = f"[batch, time, {heads}] = {shapes[0]}{channel}"
+        raise ValueError(f"{name} must have shape {expected} or be one number; it has {found}")
     if gate.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {gate.dtype}: cast it to a float dtype")
+    return jnp.broadcast_to(gate, shapes[0]) if gate.shape == () else gate
 
 
-def check_log_decay(log_decay, shape, segment_ids):
-    """Log decays of `shape`, floats, finite and at most 0 at every real token where their values are known."""
-    if log_decay is None:
-        return
-    if not hasattr(log_decay, "shape") or tuple(log_decay.shape) != tuple(shape):
-        found = tuple(log_decay.shape) if hasattr(log_decay, "shape") else type(log_decay).__name__
-        raise ValueError(f"log_decay must have shape {tuple(shape)}; it has {found}")
-    if log_decay.dtype not in FLOATS:
-        raise TypeError(f"log_decay has dtype {log_decay.dtype}: cast it to a float dtype")
+def as_log_decay(log_decay, heads, shapes, segment_ids, like):
+    """As `as_gate`, for log decays: finite and at most 0 at every real token where their values are known."""
+    log_decay = as_gate("log_decay", log_decay, heads, shapes, like)
+    if log_decay is not None:
+        _check_decay_values(log_decay, segment_ids)
+    return log_decay
+
+
+def _check_decay_values(log_decay, segment_ids):
     values, ids = concrete_value(log_decay), None if segment_ids is None else concrete_value(segment_ids)
     if values is None or (segment_ids is not None and ids is None):
         return
@@ -97,9 +106,11 @@ def check_sinks(sinks, heads):
         raise TypeError(f"sinks has dtype {sinks.dtype}: cast it to a float dtype")
 
 
-def check_segments(segment_ids, key):
+def as_segment_ids(segment_ids, key):
+    """segment_ids [B, T] as int32, which kernels take; raises for what is none, and where their values are known for
+    ids that come back."""
     if segment_ids is None:
-        return
+        return None
     if not hasattr(segment_ids, "shape") or tuple(segment_ids.shape) != tuple(key.shape[:2]):
         shape = tuple(segment_ids.shape) if hasattr(segment_ids, "shape") else type(segment_ids).__name__
         raise ValueError(f"segment_ids must have shape [batch, time] = {tuple(key.shape[:2])}; it has {shape}")
@@ -108,6 +119,19 @@ def check_segments(segment_ids, key):
     concrete = concrete_value(segment_ids)
     if concrete is not None:
         _check_runs(concrete)
+    return as_int32(segment_ids) if segment_ids.dtype.itemsize <= 4 else _renumbered(segment_ids)
+
+
+def as_int32(integers):
+    """An integer array as int32: sums and comparisons in a narrow type would wrap around."""
+    return integers if integers.dtype == jnp.int32 else integers.astype(jnp.int32)
+
+
+def _renumbered(ids):
+    """64-bit ids as int32: runs of one id numbered 1, 2, … in each row, 0 where they are 0."""
+    changes = ids[:, 1:] != ids[:, :-1]
+    number = jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32) + 1
+    return jnp.where(ids != 0, number, 0)
 
 
 def _check_runs(ids):

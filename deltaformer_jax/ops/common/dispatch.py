@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common.hand_written import hand_written
@@ -144,7 +145,15 @@ def dispatch(
 
 def _bound(name: str, backend: Backend, bind: Callable[[str, ModuleType], Kernels]) -> Kernels:
     missing = backend.missing()
-    return Kernels(missing) if missing else bind(name, backend.load())
+    if missing:
+        return Kernels(missing)
+    lacks, function = bind(name, backend.load())
+    return Kernels(lacks, lambda inputs: function(jax.tree.map(_narrow, inputs)))
+
+
+def _narrow(x):
+    """Float64 gates and states beside narrower values as float32, which kernels keep them in."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
 
 
 class KernelCall(NamedTuple):

@@ -110,7 +110,8 @@ def _round_jvp(decimals, primals, tangents):
 class Own:
     """κ = f(s) of each score by itself, f a function of yours or the `weight` of an object of yours.
 
-    Its derivative is the object's `slope(scores, weights)`, or JAX's where it has none.
+    Its derivative is the object's `slope(scores, weights)`, or JAX's where it has none. Inside compiled programs
+    `given` is the structure of an object that holds arrays (`without_arrays`).
     """
 
     given: Any
@@ -133,7 +134,10 @@ Similarity = Linear | Relu | Exp | Softmax | Round | Own
 def as_similarity(similarity: Any, argument: str) -> Similarity:
     """The similarity of that name, the object itself, or `Own` of a function or an object of yours.
 
-    What is yours must be hashable, since programs are compiled for it: a function or a frozen dataclass without arrays.
+    Programs are compiled for a similarity and kept as long as it is equal to the one before: a lambda written where the
+    op is called is another one at each call and is compiled each time. What is yours is a function or a hashable
+    object, as a frozen dataclass, which must not change. An object that holds arrays is registered as a pytree
+    (`jax.tree_util.Partial`, `jax.tree_util.register_dataclass`): its arrays are arguments, and they may change.
     Raises ValueError naming `argument`.
     """
     if isinstance(similarity, Similarity):
@@ -143,18 +147,51 @@ def as_similarity(similarity: Any, argument: str) -> Similarity:
     if not isinstance(similarity, str | type) and (callable(similarity) or hasattr(similarity, "weight")):
         if getattr(similarity, "normalised", False):
             raise ValueError(f"{argument}={similarity!r} is normalised: of such there is 'softmax' alone")
+        own = Own(similarity)
         try:
-            hash(similarity)
+            hash(without_arrays(own)[0])
         except TypeError:
             raise ValueError(
-                f"{argument}={similarity!r} is not hashable: give a function or a frozen dataclass without arrays"
+                f"{argument}={similarity!r} is not hashable: give a function or a frozen dataclass, or register an "
+                "object that holds arrays as a pytree"
             ) from None
-        return Own(similarity)
+        return own
     near = difflib.get_close_matches(str(similarity), NAMED, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"{argument}={similarity!r} is no similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
         f"scores or an object with weight(scores).{hint}"
+    )
+
+
+def without_arrays(similarity: Similarity) -> tuple[Similarity, tuple]:
+    """What is known while tracing, hashable, and the arrays of an object of yours that JAX knows as a pytree."""
+    if not isinstance(similarity, Own):
+        return similarity, ()
+    arrays, structure = jax.tree.flatten(similarity.given)
+    if jax.tree_util.treedef_is_leaf(structure):
+        return similarity, ()
+    return Own(structure), tuple(arrays)
+
+
+def with_arrays(similarity: Similarity, arrays: tuple) -> Similarity:
+    """The inverse of `without_arrays`."""
+    if isinstance(similarity, Own) and isinstance(similarity.given, jax.tree_util.PyTreeDef):
+        return Own(jax.tree.unflatten(similarity.given, arrays))
+    return similarity
+
+
+@jax.custom_jvp
+def without_gradient(arrays):
+    """`arrays`, the similarities' of a form that has no gradient for them: asking for one is an error, not 0."""
+    return arrays
+
+
+@without_gradient.defjvp
+def _no_gradient(primals, tangents):
+    raise NotImplementedError(
+        "implementation='chunked' has no gradient for the arrays that a similarity holds: use 'parallel' or "
+        "'recurrent', or put jax.lax.stop_gradient around them"
     )
 
 

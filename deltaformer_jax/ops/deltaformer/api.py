@@ -13,9 +13,9 @@ from deltaformer_jax.ops.cache.extension import extend_delta, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
-from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity
+from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
-from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked
+from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked, whole_plan
 from deltaformer_jax.ops.deltaformer.definition import read_parallel, read_recurrent, write_parallel, write_recurrent
 from deltaformer_jax.ops.deltaformer.kernels import bind
 
@@ -54,7 +54,8 @@ def delta_attention(
     Args:
       query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one dtype of float64, float32, bfloat16, float16.
       write_query: w. "key" (the delta rule proper, Hu = G), "query" (Hu = H), or an array [B, T, Hu, K].
-      alpha, beta: [B, T, Hu], floats; None means 1. With softmax, 0 ≤ β ≤ 1 keeps u bounded; |β| > 1 lets it grow.
+      alpha, beta: [B, T, Hu], floats, or one number; None means 1. With softmax, 0 ≤ β ≤ 1 keeps u bounded; |β| > 1
+        lets it grow.
       write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round" or an object of
         `deltaformer_jax.ops.common.similarity`, as Round(decimals=0).
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. Keys of unit length want a write scale of 1.
@@ -87,11 +88,14 @@ def delta_attention(
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
       caches, segments, the one-pass form and the backward are this project's.
     """
-    write_query = _check(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation)
+    given = (write_query, alpha, beta, segment_ids)
+    write_query, alpha, beta, segment_ids = _checked(query, key, value, *given, chunk_size, implementation)
+    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
+    read_similarity, read_arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
     plan = Plan(
-        as_similarity(write_similarity, "write_similarity"),
+        write_similarity,
         checks.check_scale("write_scale", write_scale, key.shape[3]),
-        as_similarity(read_similarity, "read_similarity"),
+        read_similarity,
         checks.check_scale("read_scale", read_scale, key.shape[3]),
         tied=False,
         chunk=_chunk(chunk_size, key),
@@ -99,7 +103,8 @@ def delta_attention(
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
     own_query = write_query is query
-    inputs = Inputs(query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
+    arrays = (query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
+    inputs = Inputs(*arrays, write_arrays, read_arrays)
     if cache is not None:
         write_heads = query.shape[2] if own_query else _write_heads(write_query, key)
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
@@ -131,16 +136,19 @@ def delta_values(
     Returns:
       u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
     """
-    write_query = _check(None, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation)
+    given = (write_query, alpha, beta, segment_ids)
+    write_query, alpha, beta, segment_ids = _checked(None, key, value, *given, chunk_size, implementation)
+    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
     plan = Plan(
-        as_similarity(write_similarity, "write_similarity"),
+        write_similarity,
         checks.check_scale("write_scale", write_scale, key.shape[3]),
         None,
         None,
         tied=False,
         chunk=_chunk(chunk_size, key),
     )
-    return _write(plan, implementation, Inputs(None, write_query, key, value, alpha, beta, segment_ids))
+    inputs = Inputs(None, write_query, key, value, alpha, beta, segment_ids, write_arrays)
+    return _write(plan, implementation, inputs)
 
 
 # Compiled once for each plan and shapes: also where the ops are called outside jit, one after another.
@@ -166,7 +174,8 @@ def _attend(plan, own_query, implementation, return_cache, inputs):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _extend(plan, own_query, block, cache, inputs):
     """(output, cache): `delta_attention` going on from a cache, `block` tokens at a time."""
-    real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
+    plan = whole_plan(plan, inputs)
+    real, (query, write_query, key, value, alpha, beta, *_) = _without_padding(inputs)
     w = query if own_query else key if write_query is None else write_query
     extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
     return in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
@@ -203,16 +212,19 @@ def _resolve_write_query(write_query, query, key):
     return write_query
 
 
-def _check(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation):
-    """The write query, None for the key; raises for what does not fit. `query` None where there is none."""
+def _checked(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation):
+    """The write query (None: the key), alpha, beta and segment ids as arrays; raises for what does not fit. `query`
+    None where there is none."""
     checks.check_heads(query, key, value)
     check_implementation("delta", implementation)
     checks.check_size("chunk_size", chunk_size)
     write_query = _resolve_write_query(write_query, query, key)
-    for name, gate in (("alpha", alpha), ("beta", beta)):
-        checks.check_gate(name, gate, key, _write_heads(write_query, key))
-    checks.check_segments(segment_ids, key)
-    return write_query
+    shapes = [(*key.shape[:2], _write_heads(write_query, key))]
+    gates = (
+        checks.as_gate(name, gate, "heads of the write query", shapes, key)
+        for name, gate in (("alpha", alpha), ("beta", beta))
+    )
+    return write_query, *gates, checks.as_segment_ids(segment_ids, key)
 
 
 def _write_heads(write_query, key):
@@ -225,17 +237,18 @@ def _chunk(chunk_size, key):
 
 def _without_padding(inputs):
     """`real` [B, T], and the inputs with padding set to 0: NaN there reaches neither values nor gradients."""
-    *arrays, segment_ids = inputs
+    *arrays, segment_ids, write_arrays, read_arrays = inputs
     if segment_ids is None:
         return jnp.ones(inputs.key.shape[:2], bool), inputs
     real = segment_ids != 0
     clean = lambda x: None if x is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
-    return real, Inputs(*map(clean, arrays), segment_ids)
+    return real, Inputs(*map(clean, arrays), segment_ids, write_arrays, read_arrays)
 
 
 def _by_definition(name, plan, inputs):
     """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
-    query, write_query, key, value, alpha, beta, segment_ids = inputs
+    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
+    plan = whole_plan(plan, inputs)
     write, read = _DEFINITIONS[name]
     dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype
     batch, time = key.shape[:2]

@@ -26,7 +26,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written
-from deltaformer_jax.ops.common.similarity import Similarity
+from deltaformer_jax.ops.common.similarity import Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
 
@@ -46,7 +46,7 @@ class Plan:
 class Inputs(NamedTuple):
     """The arrays of a call, padding zeroed in all of them: query [B,T,H,K] (None where only u is wanted), write_query
     [B,T,Hu,K] (None: the key, or where the plan is tied the query), key [B,T,G,K], value [B,T,G,V], alpha and beta
-    [B,T,Hu] or None, segment_ids [B,T] or None."""
+    [B,T,Hu] or None, segment_ids [B,T] or None; and what arrays the similarities of `Plan` hold."""
 
     query: jax.Array | None
     write_query: jax.Array | None
@@ -55,12 +55,30 @@ class Inputs(NamedTuple):
     alpha: jax.Array | None
     beta: jax.Array | None
     segment_ids: jax.Array | None
+    write_arrays: tuple = ()
+    read_arrays: tuple = ()
+
+
+def delta_chunked(plan: Plan, inputs: Inputs):
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype."""
+    if inputs.write_arrays or inputs.read_arrays:
+        arrays = without_gradient((inputs.write_arrays, inputs.read_arrays))
+        inputs = inputs._replace(write_arrays=arrays[0], read_arrays=arrays[1])
+    return _differentiable(plan, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def delta_chunked(plan: Plan, inputs: Inputs):
-    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype."""
+def _differentiable(plan, inputs):
     return _forward(plan, inputs)[0]
+
+
+def whole_plan(plan: Plan, inputs: Inputs) -> Plan:
+    """`plan` with the arrays of its similarities back in them."""
+    return dataclasses.replace(
+        plan,
+        write_similarity=with_arrays(plan.write_similarity, inputs.write_arrays),
+        read_similarity=with_arrays(plan.read_similarity, inputs.read_arrays),
+    )
 
 
 def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
@@ -80,7 +98,8 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
 # and not for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, inputs):
-    query, write_query, key, value, alpha, beta, segment_ids = inputs
+    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
+    plan = whole_plan(plan, inputs)
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
@@ -109,7 +128,8 @@ def _forward(plan, inputs):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
     inputs, u, kept, rows = residuals
-    query, write_query, key, value, alpha, beta, segment_ids = inputs
+    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
+    plan = whole_plan(plan, inputs)
     dout, du = cotangents
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
@@ -152,8 +172,11 @@ def _backward(plan, residuals, cotangents):
         alpha=None if alpha is None else back(dalpha).astype(alpha.dtype),
         beta=None if beta is None else back(dbeta).astype(beta.dtype),
         segment_ids=None,
+        # Nobody asks for these: without_gradient would have raised.
+        write_arrays=None,
+        read_arrays=None,
     )
     return (gradients,)
 
 
-delta_chunked.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

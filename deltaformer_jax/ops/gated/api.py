@@ -35,10 +35,10 @@ def gated_delta_rule(
     Args:
       query, key: [B, T, H, K], value: [B, T, Hv, V]; one dtype of float64, float32, bfloat16, float16. Keys of unit
         length (or ‖k‖² β ≤ 2) keep S bounded; longer ones make it grow without bound, and nothing here normalises them.
-      beta: β [B, T, Hv], floats; None means 1. In [0, 1] the transition I − β k kᵀ has eigenvalues in [0, 1], up to 2
-        in [−1, 1].
-      log_decay: g [B, T, Hv] or [B, T, Hv, K], natural logarithms of decays, at most 0 and finite, as strong as you
-        like: e^g underflows to 0 and nothing is clipped. None means no decay.
+      beta: β [B, T, Hv], floats, or one number; None means 1. In [0, 1] the transition I − β k kᵀ has eigenvalues in
+        [0, 1], up to 2 in [−1, 1].
+      log_decay: g [B, T, Hv], [B, T, Hv, K] or one number, natural logarithms of decays, at most 0 and finite, as
+        strong as you like: e^g underflows to 0 and nothing is clipped. None means no decay.
       scale: multiplies q; None means K ** -0.5.
       initial_state: S [B, Hv, K, V] that a row's first segment starts from; None means 0.
       segment_ids: [B, T] ints. 0 is padding: such rows return 0, write nothing and decay nothing, whatever they hold.
@@ -109,8 +109,8 @@ def gated_linear_attention(
 
     Args:
       query, key: [B, T, H, K], value: [B, T, Hv, V]; one dtype of float64, float32, bfloat16, float16.
-      log_decay: g [B, T, Hv] or [B, T, Hv, K], natural logarithms of decays, at most 0 and finite, as strong as you
-        like: e^g underflows to 0 and nothing is clipped. None means no decay.
+      log_decay: g [B, T, Hv], [B, T, Hv, K] or one number, natural logarithms of decays, at most 0 and finite, as
+        strong as you like: e^g underflows to 0 and nothing is clipped. None means no decay.
       scale: multiplies q; None means K ** -0.5.
       initial_state: S [B, Hv, K, V] that a row's first segment starts from; None means 0.
       segment_ids: [B, T] ints. 0 is padding: such rows return 0, write nothing and decay nothing, whatever they hold.

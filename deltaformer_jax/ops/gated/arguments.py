@@ -26,9 +26,11 @@ def run_gated(
     check_implementation("gated", implementation, FORMS)
     checks.check_size("chunk_size", chunk_size)
     scale = checks.check_scale("scale", scale, key.shape[3])
-    checks.check_segments(segment_ids, key)
-    _check_beta(beta, value)
-    _check_decay(log_decay, key, value, segment_ids)
+    segment_ids = checks.as_segment_ids(segment_ids, key)
+    head = tuple(value.shape[:3])
+    beta = checks.as_gate("beta", beta, "value heads", [head], value)
+    shapes = [head, (*head, key.shape[3])]
+    log_decay = checks.as_log_decay(log_decay, "value heads", shapes, segment_ids, value)
     state_shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     _check_state(initial_state, state_shape)
     plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
@@ -80,31 +82,6 @@ def _check_heads(query, key, value):
     if value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"value has shape {tuple(value.shape)}: heads and width must be at least 1")
     checks.check_multiple("value", value.shape[2], key.shape[2])
-
-
-def _check_beta(beta, value):
-    if beta is None:
-        return
-    expected = tuple(value.shape[:3])
-    if not hasattr(beta, "shape") or tuple(beta.shape) != expected:
-        found = tuple(beta.shape) if hasattr(beta, "shape") else type(beta).__name__
-        raise ValueError(f"beta must have shape [batch, time, value heads] = {expected}; it has {found}")
-    if beta.dtype not in checks.FLOATS:
-        raise TypeError(f"beta has dtype {beta.dtype}: cast it to a float dtype")
-
-
-def _check_decay(log_decay, key, value, segment_ids):
-    if log_decay is None:
-        return
-    head = tuple(value.shape[:3])
-    channel = (*head, key.shape[3])
-    shape = tuple(log_decay.shape) if hasattr(log_decay, "shape") else type(log_decay).__name__
-    if shape not in (head, channel):
-        raise ValueError(
-            f"log_decay must have shape [batch, time, value heads] = {head} or, for each key channel, {channel}; "
-            f"it has {shape}"
-        )
-    checks.check_log_decay(log_decay, shape, segment_ids)
 
 
 def _check_state(state, expected):

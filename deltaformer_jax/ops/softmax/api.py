@@ -50,7 +50,8 @@ def causal_attention(
       query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one float dtype.
       scale: multiplies q·k; None means K ** -0.5.
       window: how many tokens a token sees, itself included; None means all before it.
-      log_decay: g [B, T, H], at most 0, the natural log of how much of the past a token leaves; None means 0.
+      log_decay: g [B, T, H] or one number, at most 0, the natural log of how much of the past a token leaves; None
+        means 0.
       sinks: b [H], a logit each head may always attend to, of value 0; None means none.
       segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
         contiguous run, and a token sees its own run only.
@@ -78,9 +79,10 @@ def causal_attention(
     checks.check_heads(query, key, value)
     check_implementation("softmax", implementation)
     checks.check_size("window", window)
-    checks.check_segments(segment_ids, key)
+    segment_ids = checks.as_segment_ids(segment_ids, key)
     scale = checks.check_scale("scale", scale, key.shape[3])
-    checks.check_log_decay(log_decay, (*key.shape[:2], query.shape[2]), segment_ids)
+    shapes = [(*key.shape[:2], query.shape[2])]
+    log_decay = checks.as_log_decay(log_decay, "query heads", shapes, segment_ids, key)
     checks.check_sinks(sinks, query.shape[2])
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
