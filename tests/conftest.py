@@ -17,10 +17,9 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # One cache of compiled programs for the whole session: the workers of xdist and the programs that tests start inherit
-# it, and many tests compile the same step. Whoever makes it removes it.
-_CACHE = None
+# it, and many tests compile the same step. The process that makes it removes it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-for-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"compiled-for-tests-{os.getpid()}-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -38,8 +37,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_unconfigure():
-    if _CACHE is not None:
-        shutil.rmtree(_CACHE, ignore_errors=True)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if os.path.basename(folder).startswith(f"compiled-for-tests-{os.getpid()}-"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
