@@ -1,5 +1,7 @@
 """Ops under JAX's global settings: each gives what it gives without them, or stops where the setting says so."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,20 @@ from deltaformer_jax import (
 
 B, T, H, K = 2, 21, 2, 8
 
-SETTINGS = {
+
+@contextlib.contextmanager
+def same_program():
+    """Under these a program is the same to the letter: the ops neither promote unsaid nor leave products' precision
+    open."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        with jax.default_matmul_precision("bfloat16"):
+            yield
+
+
+# Under these it has other indices or is looked at while it runs, and its numbers are the same.
+SAME_NUMBERS = {
     "x64": lambda: jax.enable_x64(True),
     "debug_nans": lambda: jax.debug_nans(True),
-    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "bfloat16 products": lambda: jax.default_matmul_precision("bfloat16"),
-    "float32 products": lambda: jax.default_matmul_precision("float32"),
 }
 
 
@@ -63,29 +72,38 @@ OPS = {
 }
 
 
-def total(outputs):
-    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(outputs) if x.dtype != jnp.int32)
+# Four programs a case: two cases for every day, the others with the long tests.
+EVERY_DAY = [("one pass", jnp.float32), ("gated_delta_rule", jnp.float32)]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in EVERY_DAY else pytest.mark.long)
+        for name in OPS
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ],
+)
 def test_values_and_gradients_under_every_setting(name, dtype):
-    """Values and gradients, under jit, are those without the setting: to the bit but for the precision of products,
-    which the ops choose themselves."""
     arrays = inputs(dtype)
 
-    def run():
+    def program():
         def both(*x):
-            value = lambda *y: OPS[name](*y, arrays[4])
-            return value(*x), jax.grad(lambda *y: total(value(*y)), argnums=(0, 1, 2, 3))(*x)
+            out, pullback = jax.vjp(lambda *y: OPS[name](*y, arrays[4]), *x)
+            ones = lambda y: jnp.ones_like(y) if y.dtype != jnp.int32 else np.zeros(y.shape, jax.dtypes.float0)
+            return out, pullback(jax.tree.map(ones, out))
 
         # A new function each time, so that what was compiled under other settings is not taken again.
-        return jax.tree.map(np.asarray, jax.jit(both)(*arrays[:4]))
+        return jax.jit(both).lower(*arrays[:4])
 
-    expected = run()
-    for setting, context in SETTINGS.items():
+    lowered = program()
+    with same_program():
+        assert program().as_text() == lowered.as_text()
+
+    expected = lowered.compile()(*arrays[:4])
+    for setting, context in SAME_NUMBERS.items():
         with context():
-            found = run()
+            found = program().compile()(*arrays[:4])
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
             assert a.dtype == b.dtype, setting
             np.testing.assert_array_equal(a, b, err_msg=setting)
