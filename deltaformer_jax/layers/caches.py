@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.query_key_value import InputTail
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 from deltaformer_jax.sharding import over_devices
 
 
@@ -46,7 +47,7 @@ class StateCache:
 
     @classmethod
     def empty(cls, batch, heads, key_dim, value_dim, tails, dtype) -> StateCache:
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = accumulation_dtype(dtype)
         state = jnp.zeros((batch, heads, key_dim, value_dim), wide)
         return cls(state, tails, jnp.zeros((batch,), jnp.int32))
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from deltaformer_jax.layers.linear import truncated_normal
 from deltaformer_jax.ops.common.checks import as_int32
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 ROW_MULTIPLE = 128
 INITIAL_STD = 0.02
@@ -48,7 +49,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x):
         # Operands in the compute dtype, sums in float32 (float64 for float64).
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = accumulation_dtype(self.dtype)
         rows = x.astype(self.dtype).reshape(-1, self.d_model)
         if self.head is None:
             scores = jnp.einsum("nd,vd->nv", rows, self.table[...].astype(self.dtype), preferred_element_type=wide)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.linear import along, kernel, product_flops
 from deltaformer_jax.layers.query_key_value import project
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class OutputGate(nnx.Module):
@@ -31,7 +32,7 @@ class OutputGate(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, o, x):
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = accumulation_dtype(self.dtype)
         gate = jax.nn.sigmoid(project(x, self.kernel, self.dtype).astype(wide))
         return (o.astype(wide) * gate).astype(self.dtype)
 
@@ -53,7 +54,7 @@ def _step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) ->
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accumulation_dtype(x.dtype))
 
 
 class HeadDecay(nnx.Module):
@@ -65,8 +66,8 @@ class HeadDecay(nnx.Module):
         self.bias = _step_bias(rngs, (heads,), ("heads",))
 
     def __call__(self, x):
-        step = jnp.einsum("btd,dh->bth", _wide(x), self.kernel[...], precision="highest") + self.bias[...]
-        return -jnp.exp(self.log_rate[...]) * jax.nn.softplus(step)
+        step = jnp.einsum("btd,dh->bth", _wide(x), self.kernel[...], precision="highest")
+        return -jnp.exp(along(self.log_rate, step)) * jax.nn.softplus(step + along(self.bias, step))
 
     def flops_per_token(self) -> float:
         return product_flops(self.kernel)
@@ -83,8 +84,8 @@ class ChannelDecay(nnx.Module):
 
     def __call__(self, x):
         low = jnp.einsum("btd,dr->btr", _wide(x), self.down[...], precision="highest")
-        step = jnp.einsum("btr,rhk->bthk", low, self.up[...], precision="highest") + self.bias[...]
-        return -jnp.exp(self.log_rate[...])[:, None] * jax.nn.softplus(step)
+        step = jnp.einsum("btr,rhk->bthk", low, self.up[...], precision="highest")
+        return -jnp.exp(along(self.log_rate, low))[..., None] * jax.nn.softplus(step + along(self.bias, step))
 
     def flops_per_token(self) -> float:
         return product_flops(self.down, self.up)

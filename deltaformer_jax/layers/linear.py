@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
 # The standard deviation of a standard normal cut off at ±2.
 _TRUNCATED_STD = 0.87962566103423978
 
@@ -33,6 +35,13 @@ def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
     return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
+def along(parameter, x):
+    """The parameter's numbers with axes of length 1 in front, as many as x has dimensions: it may then meet x where JAX
+    is told to refuse arrays of unlike rank."""
+    numbers = parameter[...]
+    return numbers.reshape((1,) * (x.ndim - numbers.ndim) + numbers.shape)
+
+
 def product_flops(*kernels: nnx.Param | None) -> float:
     """2 FLOPs for each number of the kernels of one layer, stacked or not; None counts nothing."""
     return 2.0 * sum(math.prod(x.shape[-len(x.get_metadata("axes")) :]) for x in kernels if x is not None)
@@ -51,5 +60,6 @@ class Gate(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,))
 
     def __call__(self, x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.einsum("btd,dh->bth", wide, self.kernel[...], precision="highest") + self.bias[...]
+        wide = x.astype(accumulation_dtype(x.dtype))
+        product = jnp.einsum("btd,dh->bth", wide, self.kernel[...], precision="highest")
+        return product + along(self.bias, product)

@@ -9,20 +9,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaformer_jax.layers.linear import along
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
 ACTIVATIONS = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def rms_normalize(x, epsilon: float = 1e-6):
     """y = x / sqrt(mean(x²) + epsilon) over the last axis: a vector of width K comes out with length √K, or a little
     less. Computed in float32 (float64 for float64), returned in x's dtype; zero stays zero."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulation_dtype(x.dtype))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
 
 
 def l2_normalize(x, epsilon: float = 1e-6):
     """x / √(Σ x² + epsilon) over the last axis, in float32, returned in x's dtype; zero stays zero."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulation_dtype(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
@@ -38,8 +41,8 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (rms_normalize(wide, self.epsilon) * self.scale[...]).astype(x.dtype)
+        wide = x.astype(accumulation_dtype(x.dtype))
+        return (rms_normalize(wide, self.epsilon) * along(self.scale, x)).astype(x.dtype)
 
 
 class HeadNorm(nnx.Module):
@@ -55,7 +58,7 @@ class HeadNorm(nnx.Module):
         self.activation = activation
 
     def __call__(self, o, gate=None):
-        wide = self.norm(o.astype(jnp.promote_types(o.dtype, jnp.float32)))
+        wide = self.norm(o.astype(accumulation_dtype(o.dtype)))
         if gate is not None:
             wide = wide * ACTIVATIONS[self.activation](gate.astype(wide.dtype))
         return wide.astype(o.dtype)

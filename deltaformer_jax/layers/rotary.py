@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
 
 def rotate(x, positions, base: float):
     """x `[B,T,H,K]` with K even, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
@@ -17,8 +19,8 @@ def rotate(x, positions, base: float):
     Angles and products are float32 (float64 for float64). Lengths are kept.
     """
     half = x.shape[-1] // 2
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = base ** (-jnp.arange(half, dtype=wide) / half)
+    wide = accumulation_dtype(x.dtype)
+    frequency = (base ** (-jnp.arange(half, dtype=wide) / half))[None, None, None]
     angle = positions[:, :, None, None].astype(wide) * frequency
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)

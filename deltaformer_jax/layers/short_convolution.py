@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class ShortConvolution(nnx.Module):
@@ -30,8 +31,8 @@ class ShortConvolution(nnx.Module):
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        weight = self.weight[...].astype(wide)
+        wide = accumulation_dtype(x.dtype)
+        weight = self.weight[...].astype(wide)[:, None, None]
         time = x.shape[1]
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
         x = jnp.where(real[:, :, None, None], x, 0)
@@ -61,7 +62,7 @@ class ShortConvolution(nnx.Module):
         if slots == 0:
             return tail
         count = rank[:, -1:] + 1
-        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)  # ranks; negative ones are in the old tail
+        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)[None]  # ranks; negative ones are in the old tail
         first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
         new = jnp.take_along_axis(x, jnp.clip(first + wanted, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
         old = jnp.take_along_axis(tail, jnp.clip(slots + wanted, 0, slots - 1)[:, :, None, None], axis=1)

@@ -16,9 +16,10 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.linear import along, kernel, product_flops
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.padding import clear_padding
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 RANK = 16
 # The gate's logarithm is divided by this, so that memories start long.
@@ -89,10 +90,10 @@ class GatedLinearAttention(nnx.Module):
         return self.output(read, x), cache
 
     def _log_decay(self, x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(accumulation_dtype(x.dtype))
         low = jnp.einsum("btd,dr->btr", wide, self.decay_down[...], precision="highest")
-        gate = jnp.einsum("btr,rhk->bthk", low, self.decay_up[...], precision="highest") + self.decay_bias[...]
-        return jax.nn.log_sigmoid(gate) / TEMPERATURE
+        gate = jnp.einsum("btr,rhk->bthk", low, self.decay_up[...], precision="highest")
+        return jax.nn.log_sigmoid(gate + along(self.decay_bias, gate)) / TEMPERATURE
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
         """An empty cache; it holds any number of tokens, whatever `capacity` says."""

@@ -19,6 +19,7 @@ from deltaformer_jax.layers.caches import StateCache, remember
 from deltaformer_jax.layers.linear import kernel, product_flops
 from deltaformer_jax.layers.memory_inputs import MemoryInputs
 from deltaformer_jax.layers.padding import clear_padding
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class LinearAttention(nnx.Module):
@@ -64,7 +65,7 @@ class LinearAttention(nnx.Module):
         x = clear_padding(x, segment_ids)
         query, key, value, tails = self.inputs(x)
         # Sums of positive features grow with the length: float32, and the read divided before it is rounded.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = accumulation_dtype(self.dtype)
         feature = lambda x: jax.nn.elu(x.astype(wide)) + 1
         value = jnp.concatenate([value.astype(wide), jnp.ones((*value.shape[:3], 1), wide)], axis=-1)
         rule = functools.partial(

@@ -1,0 +1,93 @@
+"""Models of every mixer under JAX's stricter settings: traced with gradients, caches and segments, nothing refused."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltaformer_jax import LanguageModel
+from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.data.tokenizer import ByteTokenizer
+
+MIXERS = {
+    "softmax_attention": Mixer("softmax_attention", window=4, forget_gate=True, sinks=True, output_gate="on"),
+    "delta_former": Mixer("delta_former", write_query="projected", alpha="sigmoid", conv_size=3, kv_shift=True),
+    "linear_attention": "linear_attention",
+    "retention": "retention",
+    "gated_linear_attention": "gated_linear_attention",
+    "delta_net": "delta_net",
+    "gated_delta_net": Mixer("gated_delta_net", num_value_heads=4, value_dim=4),
+    "kimi_delta_attention": Mixer("kimi_delta_attention", negative_eigenvalues=True),
+}
+
+
+def model(mixer, **fields):
+    sizes = dict(d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=8)
+    return LanguageModel(ModelConfig(vocab_size=257, mixers=(mixer,), **sizes, **fields), rngs=nnx.Rngs(0))
+
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.mark.parametrize("settings", [strict, lambda: jax.enable_x64(True)], ids=["strict", "x64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_nothing_is_promoted_unsaid(mixer, dtype, settings):
+    """The shapes and dtypes of logits, caches and gradients are those without the settings."""
+
+    def shapes():
+        graphdef, params = nnx.split(model(MIXERS[mixer], compute_dtype=dtype))
+        tokens = jnp.ones((2, 12), jnp.int32)
+        segment_ids = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10], jnp.int32)
+
+        def total(params):
+            merged = nnx.merge(graphdef, params)
+            logits, _ = merged(tokens, segment_ids=segment_ids)
+            _, cache = merged(tokens, segment_ids=jnp.minimum(segment_ids, 1), cache=merged.init_cache(2, 16))
+            more, cache = merged(tokens[:, :1], cache=cache)
+            return logits.sum() + more.sum(), (logits, more, cache)
+
+        return jax.eval_shape(jax.grad(total, has_aux=True), params)
+
+    expected = shapes()
+    with settings():
+        assert shapes() == expected
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.uint32])
+def test_integers_of_every_type_are_the_same_tokens(dtype):
+    """What ByteTokenizer gives is uint8, in which 257 is 1."""
+    language_model = model("delta_former")
+    tokens = ByteTokenizer().encode_array("hello world")[None]
+    ids = np.asarray([[1] * 6 + [2] * 5])
+    call = jax.jit(lambda tokens, ids: language_model(tokens, segment_ids=ids)[0])
+    expected = call(tokens.astype(np.int32), ids.astype(np.int32))
+    np.testing.assert_array_equal(call(tokens.astype(dtype), ids.astype(dtype)), expected)
+    positions = np.arange(11)[None]
+    found = language_model(tokens.astype(np.int32), positions=positions.astype(dtype))[0]
+    np.testing.assert_array_equal(found, language_model(tokens.astype(np.int32), positions=positions)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(tokens=np.zeros((1, 4), np.float32)), ValueError, "tokens must be integers"),
+        (dict(segment_ids=np.zeros((1, 4), bool)), TypeError, "segment_ids must be integers; it has dtype bool"),
+        (dict(positions=np.zeros((1, 4), np.float32)), TypeError, "positions must be integers; it has dtype float32"),
+        (
+            dict(positions=np.zeros((1, 3), int)),
+            ValueError,
+            r"positions must have tokens' shape \(1, 4\); it has \(1, 3\)",
+        ),
+    ],
+)
+def test_other_types_and_shapes_are_refused(change, error, message):
+    arguments = dict(tokens=np.zeros((1, 4), np.int32)) | change
+    with pytest.raises(error, match=message):
+        model("delta_former")(**arguments)
