@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def prepare_corpus(
 ) -> Corpus:
     """Prepares `source` (see `open_source`) in folder `out`, or loads it if `out` was made by the same settings.
 
-    tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file.
+    tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file; what in that would
+    change texts is refused, or switched off with a warning (byte_level.py).
     A document goes to the eval split if the hash of its text, as a fraction, is below eval_fraction: equal texts are
     never on both sides. Empty documents are left out. `separator`: cut text files into documents wherever it stands,
     as "<|endoftext|>" does in some; without it a text file is one document. The folder's content depends on the source,
@@ -80,6 +82,9 @@ def prepare_corpus(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
+    if given and given.switched_off:
+        off = ", ".join(given.switched_off)
+        warnings.warn(f"{tokenizer}: switched off, so that a text's bytes are its tokens': {off}", stacklevel=2)
     try:
         partial = open_unfinished(folder, [layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, settings])
     except OSError as error:

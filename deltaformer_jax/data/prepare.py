@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
@@ -41,17 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--out is empty; name a folder")
         if not already and can_go_on(flags.out):
             print(f"{flags.out}: going on with what was not finished, if it is of the same settings", file=sys.stderr)
-        corpus = prepare_corpus(
-            flags.source,
-            flags.out,
-            tokenizer=flags.tokenizer,
-            workers=flags.workers,
-            eval_fraction=flags.eval_fraction,
-            text_field=flags.text_field,
-            separator=flags.separator.replace("\\n", "\n"),
-            force=flags.force,
-            progress=sys.stderr.isatty(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+            corpus = prepare_corpus(
+                flags.source,
+                flags.out,
+                tokenizer=flags.tokenizer,
+                workers=flags.workers,
+                eval_fraction=flags.eval_fraction,
+                text_field=flags.text_field,
+                separator=flags.separator.replace("\\n", "\n"),
+                force=flags.force,
+                progress=sys.stderr.isatty(),
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -92,14 +92,6 @@ def test_hashes_tell_tokenizers_apart():
     assert len({ByteTokenizer().hash, BPE.hash, train_bpe(TEXTS, 319).hash}) == 3
 
 
-def test_long_texts_are_encoded_in_blocks_with_the_same_result(monkeypatch):
-    text = "".join(TEXTS) + "\n\n  x\r\ny\n\n\nend " * 20 + "one\ntwo\n three\nfour"
-    whole = BPE.encode(text)
-    monkeypatch.setattr(tokenizer_module, "_BLOCK_CHARACTERS", 7)
-    assert len(list(tokenizer_module._blocks(text))) > 40
-    assert BPE.encode(text) == whole
-
-
 def test_a_file_without_end_of_text_gets_one_more_id(tmp_path):
     content = json.loads(BPE.file_text)
     content["added_tokens"] = []
