@@ -23,8 +23,9 @@ _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decode
 
 # Composed and decomposed accents, ligatures, full width, case, ends of lines of every kind, runs of spaces, numbers.
 PROBE = (
-    "  Ünïcode cafe\u0301 café ﬁn ＡＢＣ ① İstanbul ǅ ß ½ 日本語。한국어 한 \U0001f600\u200d\U0001f4bb \u00a0\u2028\u0085x\n"
-    "don't I'LL 1234567 3.14\t\tif(x!=y){z+=[];}\r\n\r\n\n   end\x00\x1f\ufeff\ufffd\ufffe  <|endoftext|> a  <s>b</s> \n "
+    "  Ünïcode cafe\u0301 café ﬁn ＡＢＣ ① İstanbul ǅ ß ½ 日本語。한국어 한 \U0001f600\u200d\U0001f4bb "
+    "\u00a0\u2028\u0085x\ndon't I'LL 1234567 3.14\t\tif(x!=y){z+=[];}\r\n\r\n\n   end\x00\x1f\ufeff\ufffd\ufffe "
+    " <|endoftext|> a  <s>b</s> \n "
 )
 
 
@@ -49,8 +50,8 @@ def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], lis
     for part in _parts(content, "pre_tokenizer"):
         if part["type"] not in _PRE_TOKENIZERS or part.get("behavior") == "Removed":
             raise ValueError(
-                f"{where}: its pre-tokenizer {part['type']} drops or changes characters; use a byte-level BPE file such "
-                "as GPT-2's or Llama 3's, or --tokenizer bpe:SIZE"
+                f"{where}: its pre-tokenizer {part['type']} drops or changes characters; use a byte-level BPE file "
+                "such as GPT-2's or Llama 3's, or --tokenizer bpe:SIZE"
             )
         if part.get("add_prefix_space"):
             part["add_prefix_space"] = False

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class BPETokenizer(Tokenizer):
         check_probe(lambda text: self.decode_bytes(self.encode(text)), where, words)
 
     def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """As of every tokenizer. The library needs some hundred bytes for a token, so that it is given a text in blocks.
+        """As of every tokenizer. The library needs some hundred bytes for a token, so it is given a text in blocks.
 
         They change nothing: a block ends between two words of the pre-tokenizer, found reading from the block's start,
         which is the end of such a word itself; BPE joins nothing across. The pre-tokenizer goes from left to right and
@@ -219,8 +220,9 @@ class BPETokenizer(Tokenizer):
         return 0, ""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Byte-level BPE of `vocab_size` ids learnt from `texts`: all 256 bytes, end-of-text, then merges.
+def train_bpe(texts: Iterable[str | Iterable[str]], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE of `vocab_size` ids learnt from `texts` (each whole, or in parts): all 256 bytes, end-of-text,
+    then merges.
 
     The result depends on the texts alone, not on threads. Few texts may allow fewer merges than asked for: the
     vocabulary is then smaller. ValueError for vocab_size < 257.
@@ -237,7 +239,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    encoder.train_from_iterator(texts, trainer)
+    encoder.train_from_iterator(_learning_slices(texts), trainer)
     return BPETokenizer(encoder.to_str())
 
 
@@ -291,6 +293,8 @@ _BLOCK_CHARACTERS = 2**18
 _LONGEST_WORD = 2**22
 _MARGIN_BYTES = 2**10
 _TRIES = 32
+_LEARNING_CHARACTERS = 2**16
+_WORD_BEGINS = re.compile(r"(?<=\w)(?=[ \t\r\n])")
 
 
 def _slices(parts: Iterable[str]) -> Iterator[str]:
@@ -298,6 +302,30 @@ def _slices(parts: Iterable[str]) -> Iterator[str]:
     for part in parts:
         for start in range(0, len(part), _BLOCK_CHARACTERS):
             yield part[start : start + _BLOCK_CHARACTERS]
+
+
+def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
+    """`texts` in slices of some 64 thousand characters: the library gathers 256 of what it is given before it counts.
+
+    It counts words, and the pre-tokenizer of `train_bpe` begins one at every white space after a letter or digit, so
+    that slices which begin there change nothing. Words of more than _LONGEST_WORD characters are cut.
+    """
+    for text in texts:
+        rest = ""
+        for part in _slices([text] if isinstance(text, str) else text):
+            rest += part
+            start = 0
+            while len(rest) - start > _LEARNING_CHARACTERS:
+                if found := _WORD_BEGINS.search(rest, start + _LEARNING_CHARACTERS):
+                    yield rest[start : found.start()]
+                    start = found.start()
+                elif len(rest) - start > _LONGEST_WORD:
+                    yield rest[start:]
+                    start = len(rest)
+                else:
+                    break
+            rest = rest[start:]
+        yield rest
 
 
 def _read_encoder(file_text: str, where: str) -> Any:

@@ -110,7 +110,7 @@ def test_a_byte_order_mark_before_a_tokenizer_file(tmp_path):
     assert load_tokenizer(tmp_path / "t.json").hash == BPETokenizer(json.dumps(PLAIN)).hash
 
 
-# GPT-2's, Llama 3's (Qwen's but for the digits), DeepSeek's in several steps, one that looks back, and no splits at all.
+# GPT-2's, Llama 3's (Qwen's but for the digits), DeepSeek's in several steps, one that looks back, no splits.
 PRE_TOKENIZERS = {
     "gpt2": PLAIN,
     "llama3": pre_tokenizers(

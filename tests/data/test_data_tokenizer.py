@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, train_bpe
-from deltaformer_jax.data import tokenizer as tokenizer_module
 
 TEXTS = [f"def function_{i}(self, value):\n    return self.value_{i} + value  # größer 日本 🙂\n" for i in range(40)]
 BPE = train_bpe(TEXTS, 320)
