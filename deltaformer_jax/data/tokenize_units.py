@@ -36,8 +36,9 @@ class Document(NamedTuple):
 class TokenizedUnit:
     """A unit's documents, without the empty ones and those that cannot be read.
 
-    tokens: all of them, end to end, in the dtype of `token_dtype`, or in a file; lengths, text_bytes (UTF-8) and
-    digests have an entry for each document. size: the unit's bytes of source. left_out: what could not be read.
+    tokens: all of them, end to end, in `dtype`, that of `token_dtype`; or a file of them, there until the next unit is
+    asked for. lengths, text_bytes (UTF-8) and digests have an entry for each document. size: the unit's bytes of
+    source. left_out: what could not be read.
     """
 
     size: int
@@ -54,13 +55,11 @@ class TokenizedUnit:
             yield Document(self._pieces(start, start + length), length, text_bytes, digest)
             start += length
 
-    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        for first in range(start, stop, PIECE):
-            last = min(first + PIECE, stop)
-            if isinstance(self.tokens, np.ndarray):
-                yield self.tokens[first:last]
-            else:
-                yield np.frombuffer(self.tokens.read((last - first) * self.dtype.itemsize), self.dtype)
+    def _pieces(self, start: int, stop: int) -> Iterable[np.ndarray]:
+        if isinstance(self.tokens, np.ndarray):
+            return [self.tokens[first : min(first + PIECE, stop)] for first in range(start, stop, PIECE)]
+        sizes = (min(PIECE, stop - first) * self.dtype.itemsize for first in range(start, stop, PIECE))
+        return (np.frombuffer(self.tokens.read(size), self.dtype) for size in sizes)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -98,8 +97,8 @@ def tokenize_unit(tokenizer: Tokenizer, unit: Unit, skip: bool = False) -> Token
     return TokenizedUnit(unit.size, tokens, [len(array) for array in arrays], text_bytes, digests, left_out, dtype)
 
 
-def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, folder: Path, skip: bool) -> TokenizedUnit:
-    """As `tokenize_unit`, one document by way of a nameless file in `folder`."""
+def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, file: BinaryIO, skip: bool) -> TokenizedUnit:
+    """As `tokenize_unit`, one document, whose tokens are in `file` as long as that is open."""
     dtype, digest, text_bytes, length = token_dtype(tokenizer), new_digest(), 0, 0
 
     def parts() -> Iterator[str]:
@@ -110,7 +109,7 @@ def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, folder: Path, skip: boo
             text_bytes += len(encoded)
             yield part
 
-    file = tempfile.TemporaryFile(dir=folder)
+    left_out = []
     try:
         for tokens in tokenizer.encode_stream(parts()):
             file.write(tokens.astype(dtype).tobytes())
@@ -118,9 +117,10 @@ def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, folder: Path, skip: boo
     except Unreadable as error:
         if not skip:
             raise
-        return TokenizedUnit(unit.size, np.zeros(0, dtype), [], [], [], [str(error)], dtype)
+        length, left_out = 0, [str(error)]
     file.seek(0)
-    return TokenizedUnit(unit.size, file, [length], [text_bytes], [digest.digest()], [], dtype)
+    entries = ([length], [text_bytes], [digest.digest()]) if length else ([], [], [])
+    return TokenizedUnit(unit.size, file, *entries, left_out, dtype)
 
 
 def tokenize_units(
@@ -134,7 +134,8 @@ def tokenize_units(
     if workers == 1:
         for unit in units:
             if isinstance(unit, LongUnit):
-                yield _tokenize_long(tokenizer, unit, folder, skip)
+                with tempfile.TemporaryFile(dir=folder) as tokens:
+                    yield _tokenize_long(tokenizer, unit, tokens, skip)
             else:
                 yield tokenize_unit(tokenizer, unit, skip)
         return
@@ -151,7 +152,8 @@ def tokenize_units(
                 if isinstance(unit, LongUnit):
                     while waiting:
                         yield waiting.popleft().result()
-                    yield _tokenize_long(tokenizer, unit, folder, skip)
+                    with tempfile.TemporaryFile(dir=folder) as tokens:
+                        yield _tokenize_long(tokenizer, unit, tokens, skip)
                     continue
                 with _keyboard_held():  # the first one starts the processes
                     waiting.append(pool.submit(_work, unit, skip))

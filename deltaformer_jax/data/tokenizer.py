@@ -111,9 +111,11 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         super().__init__("bytes", [bytes([i]) for i in range(256)] + [b""], 256, _BYTES_FILE)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
     def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        for part in parts:
-            yield np.frombuffer(part.encode("utf-8"), np.uint8)
+        return map(self.encode_array, parts)
 
 
 class TaskVocabulary(Tokenizer):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, AnyStr
 
-from deltaformer_jax.data.sources.units import LONG, Unreadable
+from deltaformer_jax.data.sources import units
+from deltaformer_jax.data.sources.units import Unreadable
 
 BLOCK = 2**20
 
@@ -68,7 +69,7 @@ def split(pieces: Iterable[AnyStr], separator: AnyStr) -> Iterator[tuple[AnyStr,
             for text in whole:
                 yield text, True
         certain = len(held) - max(len(separator) - 1, 0)  # the rest may be the beginning of a separator
-        if certain > LONG:
+        if certain > units.LONG:
             yield held[:certain], False
             held = held[certain:]
     yield held, True

@@ -14,8 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from deltaformer_jax.data.sources import units
 from deltaformer_jax.data.sources.record import field_of, text_of
-from deltaformer_jax.data.sources.units import LONG, Unreadable
+from deltaformer_jax.data.sources.units import Unreadable
 
 _LONG_STRING = 2**16
 _BLOCK = 2**20
@@ -69,8 +70,8 @@ def _without_long_strings(parts: Iterator[bytes], file: Any, where: str) -> tupl
                     string = bytearray(f"{mark}{len(places) - 1}".encode())
                 rest += string + b'"'
                 string, start, inside, at = bytearray(), None, False, at + 1
-        if len(rest) > LONG:
-            raise Unreadable(f"{where}: more than {LONG:,} bytes of JSON beside its long texts")
+        if len(rest) > units.LONG:
+            raise Unreadable(f"{where}: more than {units.LONG:,} bytes of JSON beside its long texts")
     return mark, bytes(rest + string + carried), places
 
 
