@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, prepare_corpus, train_bpe
@@ -108,6 +108,49 @@ def test_what_changes_nothing_is_taken():
 def test_a_byte_order_mark_before_a_tokenizer_file(tmp_path):
     (tmp_path / "t.json").write_text("\ufeff" + json.dumps(PLAIN), encoding="utf-8")
     assert load_tokenizer(tmp_path / "t.json").hash == BPETokenizer(json.dumps(PLAIN)).hash
+
+
+def nodes(content, path=()):
+    yield path
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            if "vocab" not in path and "merges" not in path:
+                yield from nodes(content[key], (*path, key))
+
+
+SMALL = json.loads(train_bpe(["ab"], 258).file_text)
+PATHS = [path for path in nodes(SMALL) if path]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PATHS), st.sampled_from([None, 1, "x", [], {}, [1], {"type": "NFC"}, True, "gone"])),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_a_tokenizer_file_with_any_fault_is_named(tmp_path_factory, changes):
+    content = copy.deepcopy(SMALL)
+    for path, value in changes:
+        place = content
+        try:
+            for key in path[:-1]:
+                place = place[key]
+            if value == "gone":
+                del place[path[-1]]
+            else:
+                place[path[-1]] = value
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change took it away
+    file = tmp_path_factory.getbasetemp() / "t.json"
+    file.write_text(json.dumps(content))
+    try:
+        tokenizer = load_tokenizer(file)
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+    else:
+        assert tokenizer.decode(tokenizer.encode("ab é<|endoftext|>")) == "ab é<|endoftext|>"
 
 
 # GPT-2's, Llama 3's (Qwen's but for the digits), DeepSeek's in several steps, one that looks back, no splits.

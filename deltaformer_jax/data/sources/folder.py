@@ -53,7 +53,9 @@ def files_below(root: Path, kind: Callable[[Path], str | None]) -> tuple[list[st
                 links.append((name, path))
             elif not entry.is_dir(follow_symlinks=False):
                 _take(name, path, kind, found, left)
-            elif path not in seen:
+            elif path in seen:
+                left.append((name, _OTHER_NAME))
+            else:
                 seen.add(path)
                 folders.append((f"{name}/", path))
         links.sort()
