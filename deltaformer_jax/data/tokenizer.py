@@ -190,7 +190,7 @@ class BPETokenizer(Tokenizer):
         decides a word by what is in it and the character after it, so that words `_margin` before the block's end are
         what they are in the whole text. That the next block begins alike without what stands before it is tried with
         what is left of this one, and if it does not (a pre-tokenizer may look back), the block ends a word earlier.
-        A word of more than _LONGEST_WORD characters, of which BPE would need gigabytes, is the exception: it is cut.
+        The exception is a word of more than _LONGEST_WORD characters, which would take BPE a gigabyte: it is cut.
         """
         rest, enough, made = "", _BLOCK_CHARACTERS, False
         for block in _slices(parts):
@@ -294,7 +294,7 @@ def check_bpe_size(size: int) -> None:
 
 
 _BLOCK_CHARACTERS = 2**18
-_LONGEST_WORD = 2**22
+_LONGEST_WORD = 2**20
 _MARGIN_BYTES = 2**10
 _TRIES = 32
 _LEARNING_CHARACTERS = 2**16
