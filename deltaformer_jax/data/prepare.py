@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Sequence
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
-from deltaformer_jax.config.lines import lines
 from deltaformer_jax.data.build import can_go_on, prepare_corpus
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS, Corpus
 from deltaformer_jax.data.sources import STDLIB, Unreadable
@@ -99,8 +98,9 @@ def _print_left_out(corpus: Corpus) -> None:
         print(f"  {path} names them" if path.exists() else "  (not named by the version that made it)")
     if on_error:
         print(f"  left out {on_error:,} documents or files that cannot be read; {path} names them, and here the first:")
-        for line in itertools.islice(lines(path.read_text(encoding="utf-8")), files, files + 5):
-            print(f"    {line}")
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in itertools.islice(file, files, files + 5):
+                print("   ", line.removesuffix("\n"))
 
 
 if __name__ == "__main__":
