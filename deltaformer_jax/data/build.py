@@ -12,22 +12,24 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from deltaformer_jax.data import corpus as layout
 from deltaformer_jax.data import shards
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
 from deltaformer_jax.data.remote import cache_folder
-from deltaformer_jax.data.shards import JOURNAL, Journal, SplitWriter
-from deltaformer_jax.data.sources import STDLIB, Source, open_source
-from deltaformer_jax.data.tokenize_units import digest_of, token_dtype, tokenize_units
+from deltaformer_jax.data.shards import JOURNAL, Journal, NotAsLeft, SplitWriter
+from deltaformer_jax.data.sources import STDLIB, LongUnit, Source, Unreadable, open_source
+from deltaformer_jax.data.sources.left_out import LeftOut
+from deltaformer_jax.data.tokenize_units import digest_of, new_digest, token_dtype, tokenize_units
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
 from deltaformer_jax.data.unfinished import Unfinished, open_unfinished, sweep, unfinished
 
+_UNITS = 2  # how sources are cut into units: what an unfinished folder counts
 BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
 
 
@@ -40,33 +42,43 @@ def prepare_corpus(
     eval_fraction: float = 0.02,
     text_field: str = "text",
     separator: str = "",
+    on_error: str = "stop",
     force: bool = False,
     progress: bool = False,
 ) -> Corpus:
     """Prepares `source` (see `open_source`) in folder `out`, or loads it if `out` was made by the same settings.
 
-    tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file.
+    tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file; what in that would
+    change texts is refused, or switched off with a warning (byte_level.py).
     A document goes to the eval split if the hash of its text, as a fraction, is below eval_fraction: equal texts are
     never on both sides. Empty documents are left out. `separator`: cut text files into documents wherever it stands,
     as "<|endoftext|>" does in some; without it a text file is one document. The folder's content depends on the source,
     tokenizer, eval_fraction, text_field and separator alone; `workers` processes only share the work (more than 1 start
     new interpreters, so a script that calls this needs `if __name__ == "__main__":`).
-    `force` replaces an existing corpus. `progress` shows a bar on stderr.
+    `on_error`: what is done about a document or file that cannot be read: "stop" with an error that names it, or "skip"
+    it, count it in the manifest ("left_out_on_error") and name it in the folder's left_out.txt, as files of other kinds
+    than text are. `force` replaces an existing corpus. `progress` shows a bar on stderr.
 
+    Memory: some hundred megabytes for each worker, whatever the size of a file or document (but see `parquet_units`).
     Errors, before anything is written where that is possible: ValueError, FileNotFoundError, FileExistsError.
-    A call that is killed or interrupted leaves nothing in `out`; the same call later goes on after the shards that it
-    had closed, kept in a hidden folder beside `out`, and makes the same corpus, byte for byte.
+    A call that is killed, interrupted or stops at an error leaves nothing in `out`; the same call later goes on after
+    the shards that it had closed, kept in a hidden folder beside `out`, and makes the same corpus, byte for byte. With
+    another `on_error` it goes on, too.
     """
     folder = local_folder(out)
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1")
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
     size = bpe_size(tokenizer)
     given = None if size else ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer)
     opened = open_source(source, text_field, separator)
     if opened.description["kind"] == "files" and folder.resolve().is_relative_to(opened.description["path"]):
         raise ValueError(f"{folder}: lies in the source and would be read as a part of it; choose another folder")
+    if size and opened.is_pipe:
+        raise ValueError(f"{source}: is a pipe, and learning {tokenizer} reads it twice; copy it to a file first")
     settings = {
         "tokenizer": tokenizer if size else given.hash,
         "eval_fraction": eval_fraction,
@@ -76,22 +88,26 @@ def prepare_corpus(
     }
     if (folder / layout.MANIFEST_FILE).exists():
         if not force:
-            return _same(folder, settings)
+            return _same(folder, settings, on_error)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
+    if given and given.switched_off:
+        off = ", ".join(given.switched_off)
+        warnings.warn(f"{tokenizer}: switched off, so that a text's bytes are its tokens': {off}", stacklevel=2)
     try:
-        partial = open_unfinished(folder, [layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, settings])
+        partial = open_unfinished(folder, [layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, _UNITS, settings])
     except OSError as error:
         raise OSError(f"{folder}: cannot be made: {error}") from None
     with partial.lock:
         try:
-            chosen = given or _learnt(partial.path, opened, size, eval_fraction, progress)
-            _write(partial.path, opened, chosen, settings, workers, progress)
-            corpus = _move(partial, folder, settings, force)
+            skip = on_error == "skip"
+            chosen = given or _learnt(partial.path, opened, size, eval_fraction, skip, progress)
+            _write(partial.path, opened, chosen, settings, workers, skip, progress)
+            corpus = _move(partial, folder, settings, on_error, force)
         except BaseException as error:
-            # Wrong input needs another source, and so another folder; after a kill or on a full disk work is kept.
-            if isinstance(error, ValueError) or not (partial.path / JOURNAL).exists():
+            # After a kill, on a full disk or at a document that cannot be read work is kept.
+            if isinstance(error, NotAsLeft) or not (partial.path / JOURNAL).exists():
                 partial.remove()
             raise
         partial.remove()  # what there is of it when another process was first
@@ -127,12 +143,17 @@ def _beside(folder: Path, what: str) -> Path:
     return folder.parent / f".{folder.name}.{what}-{secrets.token_hex(4)}"
 
 
-def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
+def _same(folder: Path, settings: dict[str, Any], on_error: str) -> Corpus:
     try:
         corpus = load_corpus(folder)
     except (ValueError, OSError) as error:
         raise FileExistsError(f"{folder}: holds a damaged corpus ({error}); delete it, or use --force") from None
     if corpus.manifest["settings"] == settings:
+        if (count := corpus.manifest.get("left_out_on_error")) and on_error == "stop":
+            raise FileExistsError(
+                f"{folder}: holds a corpus that left out {count} documents or files (--on_error skip); give that, "
+                "choose another folder, or --force replaces it"
+            )
         return corpus
     made = corpus.manifest["settings"]
     different = [name for name in {**settings, **made} if made.get(name) != settings.get(name)]
@@ -142,7 +163,7 @@ def _same(folder: Path, settings: dict[str, Any]) -> Corpus:
     )
 
 
-def _move(partial: Unfinished, folder: Path, settings: dict[str, Any], force: bool) -> Corpus:
+def _move(partial: Unfinished, folder: Path, settings: dict[str, Any], on_error: str, force: bool) -> Corpus:
     if force and folder.exists():
         old = _beside(folder, "old")
         os.replace(folder, old)
@@ -154,7 +175,7 @@ def _move(partial: Unfinished, folder: Path, settings: dict[str, Any], force: bo
     except OSError:
         if not (folder / layout.MANIFEST_FILE).exists():
             raise
-        return _same(folder, settings)  # another process was first
+        return _same(folder, settings, on_error)  # another process was first
     return load_corpus(folder)
 
 
@@ -166,25 +187,46 @@ def _in_eval(digest: bytes, eval_fraction: float) -> bool:
     return _fraction(digest[:8]) < eval_fraction
 
 
-def _learnt(partial: Path, source: Source, size: int, eval_fraction: float, progress: bool) -> Tokenizer:
+def _learnt(partial: Path, source: Source, size: int, eval_fraction: float, skip: bool, progress: bool) -> Tokenizer:
     """The BPE that this preparation had learnt before it was cut short, or learns now."""
     path = partial / layout.TOKENIZER_FILE
     if not path.exists():
         draft = partial / f"{layout.TOKENIZER_FILE}.tmp"
-        _learn_bpe(source, size, eval_fraction, progress).save(draft)
+        _learn_bpe(partial, source, size, eval_fraction, skip, progress).save(draft)
         os.replace(draft, path)
     return load_tokenizer(path)
 
 
-def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) -> Tokenizer:
+def _learn_bpe(partial: Path, source: Source, size: int, eval_fraction: float, skip: bool, progress: bool) -> Tokenizer:
     share = BPE_TRAINING_BYTES / max(source.size, 1)
 
-    def texts(advance: Any) -> Iterator[str]:
+    def chosen(digest: bytes) -> bool:
+        return not _in_eval(digest, eval_fraction) and _fraction(digest[8:]) < share
+
+    def long_text(unit: LongUnit) -> Iterator[Iterator[str] | Unreadable]:
+        # Whether it is one to learn from is known at its end.
+        digest = new_digest()
+        with tempfile.TemporaryFile("w+", dir=partial, encoding="utf-8", newline="") as file:
+            try:
+                for part in unit.parts:
+                    digest.update(part.encode("utf-8"))
+                    file.write(part)
+            except Unreadable as error:
+                yield error
+                return
+            if chosen(digest.digest()):
+                file.seek(0)
+                yield iter(lambda: file.read(2**18), "")
+
+    def texts(advance: Any) -> Iterator[str | Iterator[str]]:
         for unit in source.units():
-            for text in unit.documents():
-                digest = digest_of(text.encode("utf-8"))
-                if not _in_eval(digest, eval_fraction) and _fraction(digest[8:]) < share:
-                    yield text
+            found = long_text(unit) if isinstance(unit, LongUnit) else unit.documents()
+            for text in found:
+                if not isinstance(text, Unreadable):
+                    if not isinstance(text, str) or chosen(digest_of(text.encode("utf-8"))):
+                        yield text
+                elif not skip:
+                    raise text
             advance(unit.size)
 
     with _progress(progress, f"learning {size} tokens", source.size) as advance:
@@ -192,7 +234,13 @@ def _learn_bpe(source: Source, size: int, eval_fraction: float, progress: bool) 
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: Tokenizer, settings: dict[str, Any], workers: int, progress: bool
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    workers: int,
+    skip: bool,
+    progress: bool,
 ) -> None:
     tokenizer.save(folder / layout.TOKENIZER_FILE)
     journal = Journal(folder)
@@ -203,22 +251,26 @@ def _write(
             name: stack.enter_context(contextlib.closing(SplitWriter(folder, name, journal.splits.get(name))))
             for name in layout.SPLITS
         }
+        left_out = stack.enter_context(contextlib.closing(LeftOut(folder, journal.left_out)))
+        if not journal.units:
+            left_out.add(f"{name}: {why}" for name, why in source.left_out)
         advance(size, sum(state["documents"] for state in journal.splits.values()))
-        for unit in tokenize_units(tokenizer, units, workers):
-            ends = np.cumsum(unit.lengths, dtype=np.int64)
-            for end, length, text_bytes, digest in zip(ends, unit.lengths, unit.text_bytes, unit.digests):
-                name = "eval" if _in_eval(digest, settings["eval_fraction"]) else "train"
-                writers[name].add(unit.tokens[end - length : end], text_bytes, digest)
+        for unit in tokenize_units(tokenizer, units, workers, folder, skip):
+            for document in unit.documents():
+                name = "eval" if _in_eval(document.digest, settings["eval_fraction"]) else "train"
+                writers[name].add(*document)
+            left_out.add(unit.left_out)
             advance(unit.size, len(unit.lengths))
-            count, size, since = count + 1, size + unit.size, since + unit.tokens.nbytes
+            count, size, since = count + 1, size + unit.size, since + sum(unit.lengths) * unit.dtype.itemsize
             if since >= shards.SHARD_BYTES:  # where, does not depend on where it was cut short
-                journal.write(count, size, {name: writer.checkpoint() for name, writer in writers.items()})
+                states = {name: writer.checkpoint() for name, writer in writers.items()}
+                journal.write(count, size, states, left_out.checkpoint())
                 since = 0
     splits = {name: writer.finish() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
         found = splits["eval"]["documents"]
         why = f"all {found} documents fell to eval; lower --eval_fraction" if found else "no document with text in it"
-        raise ValueError(f"{settings['source'].get('path', STDLIB)}: {why}")
+        raise NotAsLeft(f"{settings['source'].get('path', STDLIB)}: {why}")
     kinds = [tokenizer.hash, *(splits[name]["documents_hash"] for name in layout.SPLITS)]
     manifest = {
         "format": layout.FORMAT,
@@ -227,7 +279,8 @@ def _write(
         "settings": settings,
         "token_dtype": token_dtype(tokenizer).str,
         "splits": splits,
-        "source_files_left_out": source.left_out,
+        "source_files_left_out": len(source.left_out),
+        **({"left_out_on_error": on_error} if (on_error := left_out.lines - len(source.left_out)) else {}),
         "content_hash": hashlib.sha256("\n".join(kinds).encode()).hexdigest(),
     }
     manifest["manifest_hash"] = layout.manifest_hash(manifest)

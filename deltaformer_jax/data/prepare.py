@@ -4,21 +4,27 @@
 
 SOURCE is a folder or file of text or code or .jsonl (each also .gz, .zst) or .parquet; without it, the running Python's
 own standard library. --eval_fraction F of the documents are kept for evaluation, --text_field names the text's field,
---separator cuts text files into documents, --force replaces a corpus that is there. Killed or stopped, the same command
-goes on where it was. Exit code 0 when DIR holds the corpus; 2, and one line on stderr, when not.
+--separator cuts text files into documents, --force replaces a corpus that is there. A document or file that cannot be
+read stops the program with its place, or --on_error skip leaves it out. Links are followed, each file is read once;
+pipes, sockets, devices and files of other kinds in a folder are left out. DIR/left_out.txt names all that was left out.
+Killed, stopped or at an error, the same command goes on where it was. Files and documents may be of any size. Exit code
+0 when DIR holds the corpus; 2, and one line on stderr, when not.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.data.build import can_go_on, prepare_corpus
-from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS
-from deltaformer_jax.data.sources import STDLIB
+from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS, Corpus
+from deltaformer_jax.data.sources import STDLIB, Unreadable
+from deltaformer_jax.data.sources.left_out import LEFT_OUT_FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
     parser.add_argument("--separator", default="", help="cut text files into documents at it (\\n: a new line)")
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at what cannot be read: stop (default), or skip it",
+    )
     parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
     flags = parser.parse_args(arguments)
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(flags.workers, 1)))  # what learning BPE uses
@@ -41,19 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--out is empty; name a folder")
         if not already and can_go_on(flags.out):
             print(f"{flags.out}: going on with what was not finished, if it is of the same settings", file=sys.stderr)
-        corpus = prepare_corpus(
-            flags.source,
-            flags.out,
-            tokenizer=flags.tokenizer,
-            workers=flags.workers,
-            eval_fraction=flags.eval_fraction,
-            text_field=flags.text_field,
-            separator=flags.separator.replace("\\n", "\n"),
-            force=flags.force,
-            progress=sys.stderr.isatty(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+            corpus = prepare_corpus(
+                flags.source,
+                flags.out,
+                tokenizer=flags.tokenizer,
+                workers=flags.workers,
+                eval_fraction=flags.eval_fraction,
+                text_field=flags.text_field,
+                separator=flags.separator.replace("\\n", "\n"),
+                on_error=flags.on_error,
+                force=flags.force,
+                progress=sys.stderr.isatty(),
+            )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = "; --on_error skip leaves out what cannot be read" if isinstance(error, Unreadable) else ""
+        if hint and can_go_on(flags.out):
+            hint += ", and what is done is kept"
+        print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         rest = "; the same command goes on from here" if can_go_on(flags.out) else ""
@@ -63,11 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in SPLITS:
         entry = corpus.manifest["splits"][name]
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
-    if left_out := corpus.manifest["source_files_left_out"]:
-        print(f"  left out {left_out:,} files of other kinds than text, code, JSON lines and Parquet")
+    _print_left_out(corpus)
     if not corpus.split("eval").documents:
         print("  no document fell to eval: evaluation needs more documents or a larger --eval_fraction")
     return 0
+
+
+def _print_left_out(corpus: Corpus) -> None:
+    files, on_error = corpus.manifest["source_files_left_out"], corpus.manifest.get("left_out_on_error", 0)
+    path = corpus.path / LEFT_OUT_FILE
+    if files:
+        print(
+            f"  left out {files:,} files of other kinds than text, code, JSON lines and Parquet, or not to be opened:"
+        )
+        print(f"  {path} names them" if path.exists() else "  (not named by the version that made it)")
+    if on_error:
+        print(f"  left out {on_error:,} documents or files that cannot be read; {path} names them, and here the first:")
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in itertools.islice(file, files, files + 5):
+                print("   ", line.removesuffix("\n"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from deltaformer_jax.data import corpus as layout
 
 SHARD_BYTES = 2**28  # of tokens, before compression: what a preparation that was killed makes again at most
 JOURNAL = "progress.json"
+
+
+class NotAsLeft(ValueError):
+    """What is in an unfinished folder is of no use."""
 
 
 class SplitWriter:
@@ -28,7 +32,7 @@ class SplitWriter:
     def __init__(self, folder: Path, name: str, checkpoint: dict[str, Any] | None = None):
         """Goes on after `checkpoint`, which the method of that name returned: what was written since is dropped.
 
-        ValueError if a file it names is not as it was.
+        NotAsLeft if a file it names is not as it was.
         """
         state = checkpoint or {"documents": 0, "bytes": 0, "shards": []}
         self._folder = folder
@@ -44,29 +48,30 @@ class SplitWriter:
                 file.unlink()
         for file, size in kept.items():
             if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-                raise ValueError(f"{folder / file}: not as it was left; the same call again starts over")
+                raise NotAsLeft(f"{folder / file}: not as it was left; the same call again starts over")
         self._lengths = self._reopen("lengths", 8 * self._documents)
         self._digests = self._reopen("digests", 16 * self._documents)
 
     def _reopen(self, what: str, size: int) -> Any:
         path = self._folder / f"{self._name}.{what}"
         if size and (not path.exists() or path.stat().st_size < size):
-            raise ValueError(f"{path}: not as it was left; the same call again starts over")
+            raise NotAsLeft(f"{path}: not as it was left; the same call again starts over")
         file = open(path, "ab")
         file.truncate(size)
         return file
 
-    def add(self, tokens: np.ndarray, text_bytes: int, digest: bytes) -> None:
+    def add(self, pieces: Iterable[np.ndarray], length: int, text_bytes: int, digest: bytes) -> None:
+        """A document of `length` tokens, in arrays of PIECE and the rest."""
         if self._writer is None or self._shard_bytes >= SHARD_BYTES:
             self._open_shard()
-        for start in range(0, len(tokens), layout.PIECE):
+        for tokens in pieces:
             with disk_errors():
-                self._writer.write(tokens[start : start + layout.PIECE].tobytes())
+                self._writer.write(tokens.tobytes())
             self._shards[-1]["records"] += 1
-        self._shard_bytes += tokens.nbytes
+            self._shard_bytes += tokens.nbytes
         self._documents += 1
         self._bytes += text_bytes
-        self._lengths.write(len(tokens).to_bytes(8, "little"))
+        self._lengths.write(length.to_bytes(8, "little"))
         self._digests.write(digest)
 
     def _open_shard(self) -> None:
@@ -123,7 +128,7 @@ class SplitWriter:
 class Journal:
     """How far a preparation in `folder` has come: `units` of the source, which are `size` bytes of it.
 
-    `splits`: a SplitWriter's checkpoint for each split, or {} at the start.
+    `splits`: a SplitWriter's checkpoint for each split, or {} at the start; `left_out`: LeftOut's.
     """
 
     def __init__(self, folder: Path):
@@ -131,15 +136,16 @@ class Journal:
         try:
             record = json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
-            record = {"units": 0, "size": 0, "splits": {}}
+            record = {"units": 0, "size": 0, "splits": {}, "left_out": (0, 0)}
         self.units: int = record["units"]
         self.size: int = record["size"]
         self.splits: dict[str, Any] = record["splits"]
+        self.left_out: tuple[int, int] = tuple(record["left_out"])
 
-    def write(self, units: int, size: int, splits: dict[str, Any]) -> None:
+    def write(self, units: int, size: int, splits: dict[str, Any], left_out: tuple[int, int]) -> None:
         draft = self._path.with_suffix(".tmp")
         with open(draft, "w") as file:
-            json.dump({"units": units, "size": size, "splits": splits}, file)
+            json.dump({"units": units, "size": size, "splits": splits, "left_out": left_out}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, self._path)

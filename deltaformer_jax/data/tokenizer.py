@@ -14,8 +14,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from deltaformer_jax.data.byte_level import byte_exact, check_probe, is_byte_level
 
 # The names under which published byte-level tokenizers keep their end-of-text token, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
@@ -32,7 +35,10 @@ class Tokenizer(abc.ABC):
       eot: id of the token before the first and after the last token of a document.
       token_bytes: int32 [vocab_size], len(pieces[i]): what bits per byte divides by.
       hash: sha256, hexadecimal, of the file `save` writes.
+      switched_off: names of what in the file would change texts or draw at random, and is not used.
     """
+
+    switched_off: tuple[str, ...] = ()
 
     def __init__(self, kind: str, pieces: list[bytes], eot: int, file_text: str):
         self.kind = kind
@@ -47,9 +53,14 @@ class Tokenizer(abc.ABC):
         """Token ids of `text`, without end-of-text. A lone surrogate in `text` raises UnicodeEncodeError."""
         return self.encode_array(text).tolist()
 
-    @abc.abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """As `encode`, as an integer array [number of tokens]."""
+        arrays = list(self.encode_stream([text]))
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    @abc.abstractmethod
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The tokens of the text that `parts` make together, in one or more arrays, in bounded memory."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; end-of-text has none. ValueError for an id outside [0, vocab_size)."""
@@ -103,6 +114,9 @@ class ByteTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        return map(self.encode_array, parts)
+
 
 class TaskVocabulary(Tokenizer):
     """The `vocab_size` ids of a synthetic task: numbers without text. `encode` raises ValueError."""
@@ -111,7 +125,7 @@ class TaskVocabulary(Tokenizer):
         content = {"deltaformer_jax": {"tokenizer": "task", "version": 1, "vocab_size": vocab_size}}
         super().__init__("task", [b""] * vocab_size, 0, json.dumps(content, sort_keys=True) + "\n")
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
         raise ValueError(
             "the tokens of a synthetic task are numbers, not text: its runs neither write on from prompts nor read "
             "text; python -m deltaformer_jax.evaluate scores them"
@@ -122,30 +136,32 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE from the text of a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and our own).
 
     End-of-text is the first of EOT_NAMES among the file's special tokens, or else one new id after its last.
-    Special tokens' names in a text are encoded as ordinary text. ValueError, naming `where`, for a file that is not
-    a byte-level BPE.
+    Special tokens' names in a text are encoded as ordinary text. What in the file would change texts is switched off
+    (`switched_off` names it) or refused, as byte_level.py says. ValueError, naming `where`, for a file that is not a
+    byte-level BPE.
     """
 
     def __init__(self, file_text: str, where: str = "tokenizer"):
         # Hugging Face's library is imported where it is used: byte tokenizers need none of it.
         import tokenizers
 
-        try:
-            encoder = tokenizers.Tokenizer.from_str(file_text)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{where}: not a tokenizer.json of Hugging Face tokenizers: {error}") from None
-        if not isinstance(encoder.model, tokenizers.models.BPE) or not _is_byte_level(file_text):
+        encoder = _read_encoder(file_text, where)
+        content = json.loads(file_text)
+        if not isinstance(encoder.model, tokenizers.models.BPE) or not is_byte_level(content):
             raise ValueError(
                 f"{where}: not a byte-level BPE tokenizer (model BPE, decoder ByteLevel); "
                 'use "bytes", "bpe:SIZE" or the file of one such as GPT-2\'s or Llama 3\'s'
             )
-        encoder.no_truncation()
-        encoder.no_padding()
+        exact, switched_off = byte_exact(content, where)
+        if exact != content:
+            encoder = _read_encoder(json.dumps(exact), where)
         encoder.encode_special_tokens = True
         added = encoder.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
         vocabulary = encoder.get_vocab(with_added_tokens=True)
-        size = max(vocabulary.values()) + 1
+        size = max(vocabulary.values(), default=0) + 1
+        if size > len(vocabulary) + 2**20:
+            raise ValueError(f"{where}: has ids up to {size - 1:,} for {len(vocabulary):,} tokens")
         eot = next((specials[name] for name in EOT_NAMES if name in specials), size)
         pieces = [b""] * max(size, eot + 1)
         to_byte = {character: byte for byte, character in _byte_characters().items()}
@@ -160,16 +176,57 @@ class BPETokenizer(Tokenizer):
         if missing := set(range(256)) - {piece[0] for piece in pieces if len(piece) == 1}:
             raise ValueError(f"{where}: lacks tokens for {len(missing)} of the 256 bytes, whose text it would lose")
         super().__init__("bpe", pieces, eot, file_text)
+        self.switched_off = tuple(switched_off)
         self._encoder = encoder
+        words = [token.content for token in added.values() if not token.special]
+        self._margin = max([_MARGIN_BYTES, *(2 * len(word.encode()) for word in words)])
+        check_probe(lambda text: self.decode_bytes(self.encode(text)), where, words)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        text.encode("utf-8")  # raises at a lone surrogate, where the library would panic
-        blocks = [self._encoder.encode(block, add_special_tokens=False).ids for block in _blocks(text)]
-        return np.concatenate([np.array(block, np.int64) for block in blocks])
+    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """As of every tokenizer. The library needs some hundred bytes for a token, so it is given a text in blocks.
+
+        They change nothing: a block ends between two words of the pre-tokenizer, found reading from the block's start,
+        which is the end of such a word itself; BPE joins nothing across. The pre-tokenizer goes from left to right and
+        decides a word by what is in it and the character after it, so that words `_margin` before the block's end are
+        what they are in the whole text. That the next block begins alike without what stands before it is tried with
+        what is left of this one, and if it does not (a pre-tokenizer may look back), the block ends a word earlier.
+        The exception is a word of more than _LONGEST_WORD characters, which would take BPE a gigabyte: it is cut.
+        """
+        rest, enough, made = "", _BLOCK_CHARACTERS, False
+        for block in _slices(parts):
+            block.encode("utf-8")  # raises at a lone surrogate, where the library would panic
+            rest += block
+            if len(rest) < enough:
+                continue
+            encoding = self._encoder.encode(rest, add_special_tokens=False)
+            ids = np.array(encoding.ids, np.int64)
+            cut, left = self._cut(rest, ids, np.array(encoding.word_ids))
+            if cut or len(rest) >= _LONGEST_WORD:
+                yield ids[: cut or len(ids)]
+                rest, enough, made = left, _BLOCK_CHARACTERS, True
+            else:
+                enough = 2 * len(rest)
+        if rest or not made:
+            yield self._ids(rest)
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def _cut(self, text: str, ids: np.ndarray, words: np.ndarray) -> tuple[int, str]:
+        """(number of tokens of a block that are certain, the text after them); (0, "") if none is."""
+        ends = np.cumsum(self.token_bytes[ids])
+        certain = np.searchsorted(ends, ends[-1] - self._margin, side="right")
+        (starts,) = np.nonzero(np.diff(words))  # token i ends a word
+        for i in reversed(starts[:-2][starts[:-2] < certain][-_TRIES:]):
+            left = text.encode("utf-8")[ends[i] :].decode("utf-8")
+            if np.array_equal(self._ids(left), ids[i + 1 :]):
+                return int(i) + 1, left
+        return 0, ""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Byte-level BPE of `vocab_size` ids learnt from `texts`: all 256 bytes, end-of-text, then merges.
+def train_bpe(texts: Iterable[str | Iterable[str]], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE of `vocab_size` ids learnt from `texts` (each whole, or in parts): all 256 bytes, end-of-text,
+    then merges.
 
     The result depends on the texts alone, not on threads. Few texts may allow fewer merges than asked for: the
     vocabulary is then smaller. ValueError for vocab_size < 257.
@@ -186,7 +243,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    encoder.train_from_iterator(texts, trainer)
+    encoder.train_from_iterator(_learning_slices(texts), trainer)
     return BPETokenizer(encoder.to_str())
 
 
@@ -196,13 +253,13 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     FileNotFoundError or ValueError names the file.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
         content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such tokenizer file (nor "bytes" or "bpe:SIZE")') from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; give the tokenizer.json file in it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a tokenizer file (JSON): {error}") from None
     if text == _BYTES_FILE:
         return ByteTokenizer()
@@ -236,23 +293,54 @@ def check_bpe_size(size: int) -> None:
         raise ValueError(f"bpe size {size} is too small: at least {SMALLEST_BPE} (256 bytes and end-of-text)")
 
 
-_BLOCK_CHARACTERS = 2**20
-# A single line break before a letter: published byte-level tokenizers never join what comes before and after it.
-_CUT = re.compile(r"(?<=\S\n)(?=\w)")
+_BLOCK_CHARACTERS = 2**18
+_LONGEST_WORD = 2**20
+_MARGIN_BYTES = 2**10
+_TRIES = 32
+_LEARNING_CHARACTERS = 2**16
+_WORD_BEGINS = re.compile(r"(?<=\w)(?=[ \t\r\n])")
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """`text` in parts of about a million characters: the library needs some hundred bytes of memory per token."""
-    start = 0
-    while cut := _CUT.search(text, start + _BLOCK_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+def _slices(parts: Iterable[str]) -> Iterator[str]:
+    """`parts`, the long ones in slices."""
+    for part in parts:
+        for start in range(0, len(part), _BLOCK_CHARACTERS):
+            yield part[start : start + _BLOCK_CHARACTERS]
 
 
-def _is_byte_level(file_text: str) -> bool:
-    decoder = json.loads(file_text).get("decoder") or {}
-    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
+    """`texts` in slices of some 64 thousand characters: the library gathers 256 of what it is given before it counts.
+
+    It counts words, and the pre-tokenizer of `train_bpe` begins one at every white space after a letter or digit, so
+    that slices which begin there change nothing. Words of more than _LONGEST_WORD characters are cut.
+    """
+    for text in texts:
+        rest = ""
+        for part in _slices([text] if isinstance(text, str) else text):
+            rest += part
+            start = 0
+            while len(rest) - start > _LEARNING_CHARACTERS:
+                if found := _WORD_BEGINS.search(rest, start + _LEARNING_CHARACTERS):
+                    yield rest[start : found.start()]
+                    start = found.start()
+                elif len(rest) - start > _LONGEST_WORD:
+                    yield rest[start:]
+                    start = len(rest)
+                else:
+                    break
+            rest = rest[start:]
+        yield rest
+
+
+def _read_encoder(file_text: str, where: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(file_text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        raise ValueError(f"{where}: not a tokenizer.json of Hugging Face tokenizers: {error}") from None
 
 
 def _byte_characters() -> dict[int, str]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from deltaformer_jax.config.lines import lines
+
 
 class Curves(NamedTuple):
     """A run's numbers: `values[name]` is (steps, values), float64 [N] both, in the order of the steps."""
@@ -39,14 +41,14 @@ def read_curves(workdir: epath.PathLike) -> Curves:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not path.exists():
         raise FileNotFoundError(f"{folder}: not the folder of a run (it has no metrics.jsonl)")
-    lines = path.read_text().splitlines()
+    records = lines(path.read_text())
     points: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(records, 1):
         try:
             record = json.loads(line)
             step = float(record["step"])
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):
+            if number == len(records):
                 break  # a run is writing it
             raise ValueError(f"{path}, line {number}: not a record of a run") from None
         for name, value in record.items():

@@ -3,14 +3,19 @@
 import sys
 from pathlib import Path
 
+from deltaformer_jax.config.lines import lines
+
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    """--prompt's texts, then the lines of --prompts. Raises ValueError or OSError naming the flag."""
+    r"""--prompt's texts, then the lines of --prompts, ended by \n or \r\n alone; a byte order mark is dropped.
+
+    Raises ValueError or OSError naming the flag.
+    """
     prompts = list(prompts)
     if file is not None:
         try:
             content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            prompts += content.decode("utf-8").splitlines()
+            prompts += lines(content.decode("utf-8-sig"))
         except OSError as error:
             raise OSError(f"--prompts {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -206,7 +206,7 @@ def test_standard_library_with_bad_tokenizers():
 
 def test_data_imports_nothing_of_the_floors_above_and_no_jax():
     """argument_parser, of the floor below, imports nothing but the standard library."""
-    for path in Path(deltaformer_jax.data.__file__).parent.glob("*.py"):
+    for path in Path(deltaformer_jax.data.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

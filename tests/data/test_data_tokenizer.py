@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, train_bpe
-from deltaformer_jax.data import tokenizer as tokenizer_module
 
 TEXTS = [f"def function_{i}(self, value):\n    return self.value_{i} + value  # größer 日本 🙂\n" for i in range(40)]
 BPE = train_bpe(TEXTS, 320)
@@ -90,14 +89,6 @@ def test_save_and_load(tokenizer, tmp_path):
 
 def test_hashes_tell_tokenizers_apart():
     assert len({ByteTokenizer().hash, BPE.hash, train_bpe(TEXTS, 319).hash}) == 3
-
-
-def test_long_texts_are_encoded_in_blocks_with_the_same_result(monkeypatch):
-    text = "".join(TEXTS) + "\n\n  x\r\ny\n\n\nend " * 20 + "one\ntwo\n three\nfour"
-    whole = BPE.encode(text)
-    monkeypatch.setattr(tokenizer_module, "_BLOCK_CHARACTERS", 7)
-    assert len(list(tokenizer_module._blocks(text))) > 40
-    assert BPE.encode(text) == whole
 
 
 def test_a_file_without_end_of_text_gets_one_more_id(tmp_path):

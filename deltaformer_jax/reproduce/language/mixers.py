@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.config.lines import lines
 from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.experiment import Experiment
 
@@ -133,7 +134,7 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     # One device, however many there are: the models are small and the batches smaller.
     if not train(*prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True).finished:
         return None
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in lines((folder / "metrics.jsonl").read_text())]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     scores = [(record["step"], record["eval_bits_per_byte"]) for record in records if "eval_bits_per_byte" in record]
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]

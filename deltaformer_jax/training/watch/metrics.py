@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.config.lines import lines
+
 
 class MetricsFile:
     """Lines of JSON, one record a line, each with its `step`, in the order in which things happened.
@@ -21,7 +23,7 @@ class MetricsFile:
         self.records = []
         self._followers: list[Callable[[dict[str, Any]], None]] = []
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
+            for line in lines(self._path.read_text()):
                 try:
                     record = json.loads(line)
                     keep = record["step"] <= step

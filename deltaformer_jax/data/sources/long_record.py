@@ -1,0 +1,92 @@
+"""A record of JSON that is too long to be held: the text at a field, in parts.
+
+Its long strings go to a file and leave a name in their place. What remains is short, and Python's own parser reads it;
+if the text is one of the long strings, it comes back from the file in blocks.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from deltaformer_jax.data.sources import units
+from deltaformer_jax.data.sources.record import field_of, text_of
+from deltaformer_jax.data.sources.units import Unreadable
+
+_LONG_STRING = 2**16
+_BLOCK = 2**20
+_IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+# Characters and whole escapes; of a pair of surrogates both, and one that has no other only where that can be seen.
+_WHOLE = re.compile(
+    r"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB])[^\\]{4}|\\u[dD][89abAB][^\\]{2}"
+    r"(?:\\u[dD][c-fC-F][^\\]{2}|(?=.{6})(?!\\u[dD][c-fC-F])))*+",
+    re.DOTALL,
+)
+
+
+def long_text(parts: Iterator[bytes], field: str, where: str) -> Iterator[str]:
+    """The text at `field` of the JSON that `parts` make. Memory: 4 MiB beside its long strings, or Unreadable."""
+    with tempfile.TemporaryFile() as file:
+        mark, rest, places = _without_long_strings(parts, file, where)
+        value = field_of(rest, field, where)
+        if isinstance(value, str) and value.startswith(mark):
+            yield from _unescaped(file, *places[int(value[len(mark) :])], field, where)
+        else:
+            yield text_of(value, field, where)
+
+
+def _without_long_strings(parts: Iterator[bytes], file: Any, where: str) -> tuple[str, bytes, list[tuple[int, int]]]:
+    """(mark, the JSON with mark + i for long string i, where that lies in `file`: (start, bytes))."""
+    mark = secrets.token_hex(16)
+    rest, string, places = bytearray(), bytearray(), []
+    inside, start, carried = False, None, b""
+    for part in parts:
+        part, carried, at = carried + part, b"", 0
+        while at < len(part):
+            if not inside:
+                end = part.find(b'"', at) + 1 or len(part)
+                rest += part[at:end]
+                inside, at = part[at:end].endswith(b'"'), end
+                continue
+            end = _IN_STRING.match(part, at).end()
+            string += part[at:end]
+            if len(string) > _LONG_STRING:
+                start = file.tell() if start is None else start
+                file.write(string)
+                string.clear()
+            at = end
+            if part[at : at + 1] == b"\\":  # half an escape
+                carried = part[at:]
+                break
+            if at < len(part):  # the closing quote
+                if start is not None:
+                    file.write(string)
+                    places.append((start, file.tell() - start))
+                    string = bytearray(f"{mark}{len(places) - 1}".encode())
+                rest += string + b'"'
+                string, start, inside, at = bytearray(), None, False, at + 1
+        if len(rest) > units.LONG:
+            raise Unreadable(f"{where}: more than {units.LONG:,} bytes of JSON beside its long texts")
+    return mark, bytes(rest + string + carried), places
+
+
+def _unescaped(file: Any, start: int, size: int, field: str, where: str) -> Iterator[str]:
+    decoder, text, end = codecs.getincrementaldecoder("utf-8")(), "", start + size
+    file.seek(start)
+    while (at := file.tell()) < end:
+        block = file.read(min(_BLOCK, end - at))
+        try:
+            text += decoder.decode(block, final=file.tell() == end)
+        except UnicodeDecodeError:
+            raise Unreadable(f"{where}: field {field!r} is not UTF-8; convert it or leave it out") from None
+        whole = len(text) if file.tell() == end else _WHOLE.match(text).end()
+        try:
+            yield text_of(json.loads(f'"{text[:whole]}"'), field, where)
+        except json.JSONDecodeError as error:
+            raise Unreadable(f"{where}: field {field!r} is not JSON: {error}") from None
+        text = text[whole:]
