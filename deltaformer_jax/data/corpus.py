@@ -20,6 +20,7 @@ import numpy as np
 
 from deltaformer_jax.data.remote import fetch
 from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deltaformer_jax.host.paths import expand
 
 FORMAT = "deltaformer_jax corpus"
 FORMAT_VERSION = 1
@@ -124,7 +125,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     """`path` as a Path; ValueError for an address such as gs://..., where ArrayRecord cannot write."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: a corpus is made on a local or mounted disk; copy the finished folder there")
-    return Path(path).expanduser()
+    return Path(expand(path))
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:

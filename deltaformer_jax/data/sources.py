@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deltaformer_jax.host.paths import expand
+
 STDLIB = "stdlib"
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .yaml .yml .toml .ini .cfg .py .pyi .pyx .c "
@@ -140,7 +142,7 @@ def open_source(source: str | os.PathLike, text_field: str = "text", separator: 
         raise ValueError("SOURCE is empty; name a file, a folder or stdlib")
     if "://" in os.fspath(source):
         raise ValueError(f"{source}: not on a local or mounted disk; copy it there first")
-    root = Path(source).expanduser()
+    root = Path(expand(source))
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
     kinds = f"text or code (.txt, .md, .py.gz, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"

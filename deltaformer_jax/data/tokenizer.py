@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deltaformer_jax.host.paths import expand
+
 # The names under which published byte-level tokenizers keep their end-of-text token, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
 SMALLEST_BPE = 257  # 256 bytes and end-of-text; merges start above
@@ -196,7 +198,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     FileNotFoundError or ValueError names the file.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(expand(path)).read_bytes().decode("utf-8")
         content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such tokenizer file (nor "bytes" or "bpe:SIZE")') from None

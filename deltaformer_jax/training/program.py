@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config, DataConfig
 from deltaformer_jax.data import is_task
+from deltaformer_jax.host.paths import expand
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import model_parts, new_params
 from deltaformer_jax.sharding.mesh import batch_sharding
@@ -102,6 +103,7 @@ def use_compilation_cache(folder: str) -> None:
     """
     if not folder:
         return
+    folder = expand(folder)
     try:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. Names on one floor do not import each other; a package stands for all in it but what has a floor
 # of its own. docs/architecture.md says what each is for.
 FLOORS = [
+    ["deltaformer_jax.host"],
     ["pallas_kernels"],
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],
