@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{flags.name!r} is no name: give one of {', '.join(NAMES)}{hint}")
         if not flags.out:
             raise ValueError("--out: give a folder for the results")
-        with alone(flags.out, flags.name, f"--out {flags.out}, {flags.name}", say_aside):
+        with alone(flags.out, flags.name, f"--out {flags.out}", say_aside):
             finished = reproduce(flags.name, epath.Path(flags.out), flags.quick, flags.force)
     if not finished:
         again = [flags.name, "--out", flags.out, *(["--quick"] if flags.quick else [])]
