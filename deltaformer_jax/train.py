@@ -35,12 +35,16 @@ def main() -> None:
         with one_line_errors(program):
             from deltaformer_jax.config.command_line import parse
             from deltaformer_jax.config.files import config_folder
+            from deltaformer_jax.config.remarks import remarks
             from deltaformer_jax.host.lock import alone
             from deltaformer_jax.host.waiting import say, say_aside, waiting
             from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
             command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
+            noticed = remarks(command.config)
             if command.dry_run:
+                for line in noticed:
+                    say_aside(line)
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
                 return dry_run(command.config)
@@ -50,6 +54,8 @@ def main() -> None:
             say(stands.line)
             if stands.finished:
                 return None
+            for line in noticed:
+                say(line)
             with waiting("importing jax", say):
                 from deltaformer_jax.training.checkpoints.store import SaveError
                 from deltaformer_jax.training.loop import RunError, train

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left_out := corpus.manifest["source_files_left_out"]:
         print(f"  left out {left_out:,} files of other kinds than text, code, JSON lines and Parquet")
     if not corpus.split("eval").documents:
-        print("  no document fell to eval: evaluation needs more documents or a larger --eval_fraction")
+        print("  no document fell to eval: evaluation needs more documents, a larger --eval_fraction or, in training,")
+        print("  --config.data.eval_tail=0.1, which keeps the end of each document for it")
     return 0
 
 

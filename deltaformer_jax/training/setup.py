@@ -13,6 +13,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
+from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.store import Checkpoints
@@ -52,6 +53,19 @@ class Prepared(NamedTuple):
 
 
 def load_data(config: Config) -> Corpus | Mixture | TaskData:
+    """What the config's `data` section names; ValueError or FileNotFoundError names the field or the folder."""
+    found, tail = _load_data(config), config.data.eval_tail
+    if not tail:
+        return found
+    try:
+        if isinstance(found, Corpus):
+            return with_held_out_tail(found, tail)
+    except ValueError as error:
+        raise ValueError(f"data.eval_tail = {tail}: {error}") from None
+    raise ValueError(f"data.eval_tail = {tail}: for one prepared corpus without evaluation documents; leave it at 0")
+
+
+def _load_data(config: Config) -> Corpus | Mixture | TaskData:
     if is_task(config.data.path):
         try:
             task = TaskData(config.data.path)
@@ -174,7 +188,9 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
         try:
             count_batches(corpus, "eval", sequence_length=config.data.sequence_length, batch_size=1)
         except ValueError as error:
-            raise ValueError(f"{error}; or set run.eval_every=0") from None
+            one = isinstance(corpus, Corpus)
+            tail = ", or data.eval_tail=0.1 to keep the end of each document for evaluation" if one else ""
+            raise ValueError(f"{error}; or set run.eval_every=0{tail}") from None
 
 
 def _check_same_data(saved: Saved, corpus: Corpus | Mixture | TaskData, workdir: epath.Path) -> None:
