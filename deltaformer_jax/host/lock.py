@@ -12,11 +12,12 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
+
+from deltaformer_jax.host import processes
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -32,7 +33,7 @@ def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Ite
     a lock that a process of another host left behind. Raises ValueError that says who holds it, before anything is
     done, and OSError where the folder or the file cannot be made.
     """
-    if not _is_first_process():
+    if processes.index() > 0:
         yield
         return
     if "://" in folder:
@@ -57,12 +58,6 @@ def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Ite
 def lock_file(name: str) -> str:
     """The name of the file that `alone` leaves in its folder when its process is killed."""
     return f"{name}.lock"
-
-
-def _is_first_process() -> bool:
-    # A process without jax has not joined others, and jax is too heavy to be imported for this.
-    jax = sys.modules.get("jax")
-    return jax is None or jax.process_index() == 0
 
 
 @contextlib.contextmanager

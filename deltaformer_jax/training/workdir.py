@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from etils import epath
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.saved import Saved, check_resumable
+from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
@@ -27,8 +27,7 @@ class Standing(NamedTuple):
 def new_workdir(name: str) -> str:
     """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that. Raises ValueError if this is
     one process of several, which would not agree on a time."""
-    jax = sys.modules.get("jax")  # a process without it has not joined others
-    if jax is not None and jax.process_count() > 1:
+    if processes.count() > 1:
         raise ValueError("--workdir: give one; the processes of a run must share it")
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))

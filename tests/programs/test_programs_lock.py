@@ -1,5 +1,6 @@
 """One program at a time in a folder: the second is refused before any work, whoever holds it and however it ended."""
 
+import builtins
 import errno
 import fcntl
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from deltaformer_jax import train as train_program
 from deltaformer_jax.config import Config
-from deltaformer_jax.host import lock
+from deltaformer_jax.host import lock, processes
 from deltaformer_jax.host.lock import alone
 from deltaformer_jax.reproduce import __main__ as reproduce
 from deltaformer_jax.training.workdir import LOCK, saved_run
@@ -98,6 +99,16 @@ def test_of_several_processes_the_first_holds_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(process_index=lambda: 1))
     with held(tmp_path):
         assert not list(tmp_path.iterdir())
+
+
+def test_the_hosts_of_a_tpu_are_asked_and_no_one_else(monkeypatch):
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    assert (processes.index(), processes.count()) == (0, 1) and "jax" not in sys.modules
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    third = types.SimpleNamespace(process_index=lambda: 2, process_count=lambda: 4)
+    monkeypatch.setattr(builtins, "__import__", lambda *_: third)
+    assert (processes.index(), processes.count()) == (2, 4)
 
 
 def test_a_holder_that_ends_meanwhile(tmp_path, monkeypatch):
