@@ -48,8 +48,8 @@ def main() -> None:
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
                 return dry_run(command.config)
-            workdir = command.workdir or new_workdir(command.name)
             with waiting("importing jax, to know whether this is the first process of several", say):
+                workdir = command.workdir or new_workdir(command.name)
                 held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
             stands = standing(workdir, command.config, command.resume)
             say(stands.line)
