@@ -3,8 +3,6 @@
 from deltaformer_jax.config.saved import flatten
 from deltaformer_jax.config.sections import Config
 
-_TASK = "task:"  # deltaformer_jax.tasks.spec.PREFIX, which is on a floor above
-
 
 def remarks(config: Config) -> list[str]:
     """A line for each, naming the field."""
@@ -22,9 +20,7 @@ def remarks(config: Config) -> list[str]:
         ("optimizer.wsd_decay_fraction", optimizer.schedule == "wsd", "it is for optimizer.schedule = 'wsd'"),
         ("optimizer.decay_steps", optimizer.schedule != "constant", "optimizer.schedule = 'constant' never decays"),
         ("optimizer.final_learning_rate", optimizer.schedule != "constant", "optimizer.schedule = 'constant' stays"),
-        ("run.eval_batches", run.eval_every > 0, "run.eval_every = 0 makes no evaluation"),
-        ("run.sample_prompt", not config.data.path.startswith(_TASK), "the tokens of a task are no text"),
     ):
-        if not is_read and values[field] not in (defaults[field], ""):
+        if not is_read and values[field] != defaults[field]:
             found.append(f"{field} = {values[field]!r} is not used: {why}")
     return found

@@ -156,9 +156,7 @@ def prepare(
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
-    compiling = f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
-    note(compiling)
-    with waiting(compiling, note):
+    with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
         train_step = program.compile_train_step(full.data)
     run = Run(
         config=full,

@@ -132,8 +132,6 @@ def test_what_is_not_used_is_remarked():
         "data.tokenizer = 'bpe:300' is not used": {"data__tokenizer": "bpe:300"},
         "optimizer.wsd_decay_fraction = 0.5 is not used": {"optimizer__wsd_decay_fraction": 0.5},
         "optimizer.decay_steps = 20 is not used": {"optimizer__schedule": "constant"},
-        "run.eval_batches = 3 is not used": {"run__eval_every": 0, "run__eval_batches": 3},
-        "run.sample_prompt = 'x' is not used": {"data__path": "task:parity", "run__sample_prompt": "x"},
         "run.steps = 30 is past optimizer.decay_steps = 20: steps after that are made at the rate 0.0003, ": {
             "run__steps": 30
         },
