@@ -40,7 +40,8 @@ def main() -> None:
             from deltaformer_jax.host.waiting import say, say_aside, waiting
             from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
-            command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
+            with waiting("reading the config", say):  # one with mixers of the user's own imports jax
+                command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
             noticed = remarks(command.config)
             if command.dry_run:
                 for line in noticed:
@@ -51,7 +52,8 @@ def main() -> None:
             with waiting("importing jax, to know whether this is the first process of several", say):
                 workdir = command.workdir or new_workdir(command.name)
                 held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
-            stands = standing(workdir, command.config, command.resume)
+            with waiting(f"looking at {workdir}", say):
+                stands = standing(workdir, command.config, command.resume)
             say(stands.line)
             if stands.finished:
                 return None
