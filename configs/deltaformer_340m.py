@@ -15,9 +15,10 @@ Command; the second one prints sizes and the step's memory and allocates nothing
     python train.py --config deltaformer_340m --workdir runs/deltaformer_340m
     python train.py --config deltaformer_340m --dry_run
 
-Hardware: eight accelerators; the dry run, as compiled for eight CPU devices (JAX_NUM_CPU_DEVICES=8), needs 14.2 GiB on
-each, 3.8 of them state. Any number that divides 64, a part of a batch, will do; on fewer or smaller ones raise
---config.optimizer.accumulation_steps: the batch and the result stay the same. --config.mesh.fsdp cuts the state too.
+Hardware: eight accelerators; the dry run, as compiled for eight CPU devices (JAX_NUM_CPU_DEVICES=8), needs 10.8 GiB on
+each, 3.8 of them state (docs/performance.md has every config's). Any number that divides 64, a part of a batch, will
+do; on fewer or smaller ones raise --config.optimizer.accumulation_steps: the batch and the result stay the same.
+--config.mesh.fsdp cuts the state too.
 Time: not measured. By arithmetic, 15e9 tokens at 2.65 GFLOP each, attention included, are 4.0e19 FLOP.
 Result: not measured. In the paper's Table 2 the averages over benchmarks are within noise of the Transformer's, for
 linear, relu, round and softmax writes; configs/transformer_340m.py is the Transformer to compare with.

@@ -1,39 +1,81 @@
 """Train a language model.
 
-    python train.py [--config NAME|FILE] [--workdir DIR] [--config.section.field=value ...] [--dry_run]
-    python -m deltaformer_jax.train ...                     the same, wherever the package is installed
+    python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
+                                    [--dry_run]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
 --workdir  the run's folder, also gs://...; a run that is there goes on, bit for bit, with its own config where --config
            isn't given. Without --workdir: a new folder under runs/
+--resume   refuse a --workdir that holds no run, instead of beginning one there
 --dry_run  print parameters, FLOPs per token, shapes, shardings and the step's memory; allocate and write nothing
 
-Ctrl-C or SIGTERM finishes the step, saves and exits with 0; a second one stops at once.
+The first line says whether the run is new or goes on, and at which step. Ctrl-C or SIGTERM finishes the step, saves and
+exits with 0; a second one stops at once.
 """
 
+import contextlib
 import sys
+import textwrap
 
-from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.errors import one_line_errors
-from deltaformer_jax.config.files import config_folder
-from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.host import called
+from deltaformer_jax.host.interruption import Interruption
+
+MODULE = "deltaformer_jax.train"
 
 
 def main() -> None:
-    with Interruption() as stop:
-        with one_line_errors("train.py"):
-            command = parse(sys.argv, str(config_folder() / "tiny.py"), __doc__)
-            from deltaformer_jax.training.checkpoints.store import SaveError
-            from deltaformer_jax.training.dry_run import dry_run
-            from deltaformer_jax.training.loop import RunError, train
-            from deltaformer_jax.training.setup import new_workdir, prepare
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):  # nothing is imported for it
+        print(usage())
+        return
+    program = called.name(MODULE)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(Interruption())
+        with one_line_errors(program):
+            from deltaformer_jax.config.command_line import parse
+            from deltaformer_jax.config.files import config_folder
+            from deltaformer_jax.config.remarks import remarks
+            from deltaformer_jax.host.lock import alone
+            from deltaformer_jax.host.waiting import say, say_aside, waiting
+            from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
+            with waiting("reading the config", say):  # one with mixers of the user's own imports jax
+                command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
+            noticed = remarks(command.config)
             if command.dry_run:
+                for line in noticed:
+                    say_aside(line)
+                with waiting("importing jax", say_aside):
+                    from deltaformer_jax.training.dry_run import dry_run
                 return dry_run(command.config)
-            prepared = prepare(command.config, command.workdir or new_workdir(command.name), print)
-        with one_line_errors("train.py", (RunError, SaveError), code=1):
+            with waiting("importing jax, to know whether this is the first process of several", say):
+                workdir = command.workdir or new_workdir(command.name)
+                held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
+            with waiting(f"looking at {workdir}", say):
+                stands = standing(workdir, command.config, command.resume)
+            say(stands.line)
+            if stands.finished:
+                return None
+            for line in noticed:
+                say(line)
+            with waiting("importing jax", say):
+                from deltaformer_jax.training.checkpoints.store import SaveError
+                from deltaformer_jax.training.loop import RunError, train
+                from deltaformer_jax.training.setup import prepare
+            prepared = prepare(command.config, workdir, say)
+        with one_line_errors(program, (RunError, SaveError), code=1):
             train(*prepared, stop)
+
+
+def usage() -> str:
+    from deltaformer_jax.config.files import config_names
+
+    head, tail = __doc__.strip().split(f"python -m {MODULE}", 1)
+    begin = called.command(MODULE)
+    rest = tail.replace(" " * len(f"python -m {MODULE}"), " " * len(begin), 1)
+    names = textwrap.fill(f"Configs that come with the package: {', '.join(config_names())}", 120)
+    return f"{head}{begin}{rest}\n\n{names}"
 
 
 if __name__ == "__main__":

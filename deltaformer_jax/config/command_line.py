@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ from deltaformer_jax.config import Config, saved_config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
 from deltaformer_jax.config.saved import Saved, flatten
+from deltaformer_jax.host.paths import expand
+
+# The flags beside those of fields: whether each takes a value.
+OWN = {"config": True, "workdir": True, "resume": False, "dry_run": False}
+LISTING = "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run"
 
 
 class Command(NamedTuple):
@@ -22,6 +28,7 @@ class Command(NamedTuple):
     workdir: str  # "": a new folder under runs/
     name: str  # of the config file
     dry_run: bool
+    resume: bool  # a workdir without a run is refused
 
 
 def parse(argv: list[str], default_config: str, usage: str) -> Command:
@@ -33,21 +40,25 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
         print(usage.strip())
         sys.exit(0)
+    _check_flags(argv)
     workdir = _value_of("workdir", argv)
     path = _value_of("config", argv)
+    if workdir is not None:
+        workdir = expand(workdir)
+        argv = _with_value("workdir", workdir, argv)
     if path is not None:
-        path = find_config(path, Path(default_config).parent)
+        path = find_config(expand(path), Path(default_config).parent)
         argv = _with_value("config", path, argv)
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
         Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
         path = f"{saved_config.__file__}:{workdir}"
     else:
         path = default_config
-    _check_fields(argv)
     # ml_collections loads every config file into one module, where an earlier one's get_config would linger.
     sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
+    flags.DEFINE_bool("resume", False, "refuse a workdir without a run", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
     holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     try:
@@ -55,18 +66,23 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
         config = holder.value
     except Exception as error:  # absl's own, or whatever the file's code raises
         text = str(error)
-        if not isinstance(error, flags.Error):
+        if isinstance(error, AttributeError) and text.endswith("no attribute 'get_config'"):
+            text = (
+                f"--config {path}: has no get_config(); define it there, def get_config(): return Config(...), as in "
+                f"{default_config}"
+            )
+        elif not isinstance(error, flags.Error):
             text = f"--config {path}: {type(error).__name__}: {text}"
         elif "Traceback" in text:  # ml_collections packs the whole of get_config()'s into its message
             text = f"--config {path}: {text.strip().splitlines()[-1]}"
         raise ValueError(text + _nearest_keyword(text)) from error
     if len(rest) > 1:
-        raise ValueError(
-            f"{rest[1]!r}: not a flag; flags are --config FILE, --config.section.field=value, --workdir DIR, --dry_run"
-        )
+        raise ValueError(f"{rest[1]!r}: not a flag; {LISTING}")
+    if values.resume and not workdir:
+        raise ValueError("--resume: give the run's folder too, --workdir DIR")
     check(config)
     name = Path(path.partition(":")[0]).stem if _value_of("config", argv) or path == default_config else "resumed"
-    return Command(config, values.workdir, name, values.dry_run)
+    return Command(config, values.workdir, name, values.dry_run, values.resume)
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -94,19 +110,38 @@ def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:
     return out
 
 
-def _check_fields(argv: list[str]) -> None:
-    """Raise ValueError for a --config.section.field that Config doesn't have, with the nearest one that it has."""
+def _check_flags(argv: list[str]) -> None:
+    """Raise ValueError for a flag, or a --config.section.field, that is not there, with the nearest one that is."""
     known = list(flatten(Config()))
     sections = [section.name for section in dataclasses.fields(Config)]
-    for argument in argv[1:]:
+    for flag in _flags(argv):
+        field = flag.removeprefix("no").removeprefix("config.")
+        if flag in OWN or flag.removeprefix("no") in OWN or flag in ("flagfile", "undefok"):  # the last two are absl's
+            continue
+        if not flag.removeprefix("no").startswith("config."):
+            near = difflib.get_close_matches(flag, OWN, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else _nearest(flag.replace("-", "_"), known, LISTING)
+            raise ValueError(f"--{flag}: no such flag{hint}")
+        if field in sections:
+            raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
+        if field not in known:
+            raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+
+
+def _flags(argv: list[str]) -> Iterator[str]:
+    """The names of the flags given, without what may be the value of one."""
+    truths = {name for name, value in flatten(Config()).items() if isinstance(value, bool)}
+    rest = iter(argv[1:])
+    for argument in rest:
+        if argument == "--":
+            return
         if not argument.startswith("-"):
             continue
-        flag = argument.lstrip("-").partition("=")[0]
-        field = flag.removeprefix("no").removeprefix("config.")
-        if flag.removeprefix("no").startswith("config.") and field not in known:
-            if field in sections:
-                raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
-            raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+        flag, equals, _ = argument.lstrip("-").partition("=")
+        yield flag
+        field = flag.removeprefix("config.")
+        if not equals and (OWN.get(flag) or (field != flag and field not in truths)):
+            next(rest, None)
 
 
 def _nearest_keyword(text: str) -> str:
@@ -122,11 +157,12 @@ def _nearest_keyword(text: str) -> str:
     return ""
 
 
-def _nearest(field: str, known: list[str]) -> str:
+def _nearest(field: str, known: list[str], otherwise: str = "") -> str:
     # The same last name in another section is what a forgetful user meant; a near spelling is what a hasty one did.
     last = field.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
     if near:
         return f"; did you mean --config.{near[0]}?"
-    return f"; the sections are {', '.join(dict.fromkeys(name.partition('.')[0] for name in known))}"
+    sections = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
+    return f"; {otherwise or f'the sections are {sections}'}"

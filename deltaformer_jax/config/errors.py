@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from deltaformer_jax.host.called import install
+
 
 @contextlib.contextmanager
 def one_line_errors(
@@ -21,7 +23,7 @@ def one_line_errors(
     except ImportError as error:
         if "gcsfs" not in str(error):
             raise
-        print(f"{program}: error: gs:// needs gcsfs: pip install 'deltaformer-jax[gcs]'", file=sys.stderr)
+        print(f"{program}: error: gs:// needs gcsfs: {install('gcs')}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)

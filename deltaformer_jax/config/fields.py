@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +20,7 @@ class Rule:
     """The values that a field may have, and what some of them mean.
 
     least, above, below, most   bounds of a number
+    finite                      neither infinite nor NaN
     choices                     the names that a text may be, or a function that returns them
     own                         the value that leaves the choice to the mixer (or to the op that it calls): flags cannot
                                 say None, so each such field has a value for it
@@ -34,6 +36,7 @@ class Rule:
     above: float | None = None
     below: float | None = None
     most: float | None = None
+    finite: bool = False
     choices: tuple[str, ...] | Callable[[], Iterable[str]] = ()
     own: Any = _NOTHING
     none: Any = _NOTHING
@@ -69,6 +72,8 @@ class Rule:
 
     def broken_by(self, value: Any) -> str | None:
         """What `value` must be and is not, or None. Written so that NaN breaks every bound."""
+        if self.finite and not math.isfinite(value):
+            return "must be a finite number"
         if self.least is not None and not value >= self.least:
             return f"must be at least {self.least}"
         if self.above is not None and not value > self.above:

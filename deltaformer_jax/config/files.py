@@ -1,11 +1,16 @@
 """Where config files are: those that come with the package, by name, and the user's own, by path."""
 
+from __future__ import annotations
+
 import difflib
 import runpy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deltaformer_jax
-from deltaformer_jax.config import Config
+
+if TYPE_CHECKING:
+    from deltaformer_jax.config import Config
 
 
 def config_folder() -> Path:
@@ -21,6 +26,12 @@ def packaged_config(name: str) -> Config:
     Raises FileNotFoundError where there is none of that name.
     """
     return runpy.run_path(find_config(name, config_folder()))["get_config"]()
+
+
+def config_names() -> list[str]:
+    """The names of the configs that come with the package, as --config takes them."""
+    folder = config_folder()
+    return [_short(path, folder) for path in sorted(folder.rglob("*.py"))]
 
 
 def find_config(given: str, folder: Path) -> str:

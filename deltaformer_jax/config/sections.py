@@ -36,13 +36,13 @@ class ModelConfig:
     # num_layers is a multiple of its length.
     mixers: tuple = ("delta_former",)
     tie_embeddings: bool = True
-    norm_epsilon: float = setting(1e-6, above=0)
+    norm_epsilon: float = setting(1e-6, above=0, finite=True)
     compute_dtype: str = setting("float32", choices=("float32", "bfloat16"))  # parameters are always float32
     remat: str = setting("none", choices=("none", "block"))  # "block": recompute each block in the backward pass
     conv_size: int = setting(-1, least=0, own=-1, none=0)  # tokens of the short convolutions; 0: none
     output_gate: str = setting("auto", choices=("on", "off"), own="auto", none="off", is_true="on")
     # Attention mixers.
-    rope_base: float = setting(10_000.0, none=0.0, zero_is_none=True)  # 0: no rotary embedding
+    rope_base: float = setting(10_000.0, none=0.0, zero_is_none=True, finite=True)  # 0: no rotary embedding
     qk_norm: bool = setting(False, must_be_used=True)
     kv_shift: bool = setting(False, must_be_used=True)
     window: int = setting(0, least=1, own=0, must_be_used=True)  # of softmax attention; by default all tokens
@@ -58,8 +58,8 @@ class ModelConfig:
     write_similarity: str = setting("softmax", importable=True, must_be_used=True)
     read_similarity: str = setting("softmax", importable=True, must_be_used=True)
     # By default head_dim ** -0.5, and for the write 1 where its keys are normalised.
-    write_scale: float = setting(0.0, own=0.0, must_be_used=True)
-    read_scale: float = setting(0.0, own=0.0, must_be_used=True)
+    write_scale: float = setting(0.0, own=0.0, must_be_used=True, finite=True)
+    read_scale: float = setting(0.0, own=0.0, must_be_used=True, finite=True)
     # "auto": L2-normalise the write's keys and queries for linear, relu, round and exp writes; "on", "off".
     write_key_norm: str = setting("auto", choices=("auto", "on", "off"), must_be_used=True)
     # "sigmoid": of a projection with bias.
@@ -103,6 +103,9 @@ class DataConfig:
     # "task:NAME,option=value,option=value", whose rows are examples of sequence_length tokens (deltaformer_jax.tasks).
     path: str = ""
     tokenizer: str = "bytes"  # used when path is "": "bytes", a tokenizer.json file, or "bpe:SIZE"
+    # For a corpus without evaluation documents, one long text say: the share of each document, at its end, that is kept
+    # from training for evaluation.
+    eval_tail: float = setting(0.0, least=0, below=1)
     sequence_length: int = setting(256, least=1)
     batch_size: int = setting(16, least=1)
 
@@ -111,7 +114,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW. Steps count optimiser updates; `decay_steps` is the schedule's whole length, warm-up included."""
 
-    learning_rate: float = setting(1e-3, least=0)
+    learning_rate: float = setting(1e-3, least=0, finite=True)
     warmup_steps: int = setting(50, least=0)
     decay_steps: int = setting(1000, least=1)
     # "wsd": warm-up, stable, decay.
@@ -120,8 +123,8 @@ class OptimizerConfig:
     final_learning_rate: float = setting(0.1, least=0, most=1)  # as a fraction of learning_rate
     b1: float = setting(0.9, least=0, below=1)
     b2: float = setting(0.95, least=0, below=1)
-    epsilon: float = setting(1e-8, least=0)
-    weight_decay: float = setting(0.1, least=0)
+    epsilon: float = setting(1e-8, least=0, finite=True)
+    weight_decay: float = setting(0.1, least=0, finite=True)
     clip_norm: float = setting(1.0, least=0)  # 0: no clipping
     accumulation_steps: int = setting(1, least=1)  # a batch is cut into this many equal parts, weighted by their tokens
     # A step whose gradient is not finite, or whose norm is so many standard deviations above the mean of those before

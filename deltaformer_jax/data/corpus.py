@@ -20,6 +20,7 @@ import numpy as np
 
 from deltaformer_jax.data.remote import fetch
 from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deltaformer_jax.host.paths import expand
 
 FORMAT = "deltaformer_jax corpus"
 FORMAT_VERSION = 1
@@ -78,6 +79,26 @@ class Split:
         return ArrayRecordReader(str(self._shards[shard][0]), options, file_reader_buffer_size=2**15)
 
 
+class Part:
+    """As a Split: of document i of `split` the tokens starts[i] .. starts[i] + lengths[i] - 1, int64 [documents] both.
+    Documents of which that is none are left out."""
+
+    def __init__(self, split: Split, starts: np.ndarray, lengths: np.ndarray):
+        (self._documents,) = np.nonzero(lengths)
+        self._split, self._starts = split, starts[self._documents]
+        self.lengths = lengths[self._documents]
+        self.documents = len(self.lengths)
+        self.tokens = int(self.lengths.sum())
+        self.eot = split.eot
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        length, first = int(self.lengths[document]), int(self._starts[document])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"tokens {start}:{stop} of document {document}, which has {length}")
+        return self._split.read(int(self._documents[document]), first + start, first + stop)
+
+
 class Corpus:
     """A prepared corpus, checked.
 
@@ -120,11 +141,31 @@ def load_corpus(path: str | os.PathLike) -> Corpus:
     return Corpus(folder, manifest, tokenizer, splits)
 
 
+def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
+    """The same corpus with the last `share` of each training document, rounded up, as its evaluation split.
+
+    Its hash stays: what was held out is a setting of who trains. ValueError where there are evaluation documents.
+    """
+    if corpus.split("eval").documents:
+        raise ValueError(f"{corpus.path} has evaluation documents of its own; leave it at 0")
+    train = corpus.split("train")
+    tails = np.ceil(train.lengths * share).astype(np.int64)
+    heads = train.lengths - tails
+    if not heads.any():
+        raise ValueError(f"{corpus.path} has documents of {train.lengths.max()} tokens at most: too short to be cut")
+    splits = {"train": Part(train, np.zeros_like(heads), heads), "eval": Part(train, heads, tails)}
+    counts = {
+        name: {**corpus.manifest["splits"][name], "tokens": part.tokens, "documents": part.documents}
+        for name, part in splits.items()
+    }
+    return Corpus(corpus.path, {**corpus.manifest, "splits": counts}, corpus.tokenizer, splits)
+
+
 def local_folder(path: str | os.PathLike) -> Path:
     """`path` as a Path; ValueError for an address such as gs://..., where ArrayRecord cannot write."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: a corpus is made on a local or mounted disk; copy the finished folder there")
-    return Path(path).expanduser()
+    return Path(expand(path))
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from deltaformer_jax.data.corpus import SPLITS, Corpus, Split, load_corpus
 from deltaformer_jax.data.packing import Packing, permuted
 from deltaformer_jax.data.task_data import TaskData, is_task
+from deltaformer_jax.host.paths import expand
 
 BLOCK = 10_000  # rows; weights are rounded to so many parts
 
@@ -75,7 +76,7 @@ def load_data(spec: str | os.PathLike) -> Corpus | Mixture | TaskData:
     text = os.fspath(spec)
     if is_task(text):
         return TaskData(text)
-    if Path(text).exists() or not ("," in text or "=" in text):
+    if Path(expand(text)).exists() or not ("," in text or "=" in text):
         return load_corpus(text)
     corpora, weights = [], []
     for part in filter(None, map(str.strip, text.split(","))):

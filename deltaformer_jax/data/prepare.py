@@ -25,15 +25,18 @@ from deltaformer_jax.data.build import can_go_on, prepare_corpus
 from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS, Corpus
 from deltaformer_jax.data.sources import STDLIB, Unreadable
 from deltaformer_jax.data.sources.left_out import LEFT_OUT_FILE
+from deltaformer_jax.host.paths import expand
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="python -m deltaformer_jax.data.prepare", description="Turns text into a corpus to train on."
     )
-    parser.add_argument("source", nargs="?", default=STDLIB, metavar="SOURCE", help="folder, file or stdlib (default)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the corpus's folder, on a local disk")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:SIZE or a tokenizer.json (default: bytes)")
+    parser.add_argument(
+        "source", nargs="?", type=expand, default=STDLIB, metavar="SOURCE", help="folder, file; default: stdlib"
+    )
+    parser.add_argument("--out", type=expand, required=True, metavar="DIR", help="the corpus's folder, on a local disk")
+    parser.add_argument("--tokenizer", type=expand, default="bytes", help="bytes (default), bpe:SIZE or a file")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more pay from 50 MB of BPE)")
     parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
@@ -84,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
     _print_left_out(corpus)
     if not corpus.split("eval").documents:
-        print("  no document fell to eval: evaluation needs more documents or a larger --eval_fraction")
+        print("  no document fell to eval: evaluation needs more documents, a larger --eval_fraction or, in training,")
+        print("  --config.data.eval_tail=0.1, which keeps the end of each document for it")
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deltaformer_jax.data.byte_level import byte_exact, check_probe, is_byte_level
+from deltaformer_jax.host.paths import expand
 
 # The names under which published byte-level tokenizers keep their end-of-text token, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
@@ -253,7 +254,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     FileNotFoundError or ValueError names the file.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = Path(expand(path)).read_bytes().decode("utf-8-sig")
         content = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such tokenizer file (nor "bytes" or "bpe:SIZE")') from None

@@ -14,14 +14,15 @@ from etils import epath
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.host.paths import expand
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m deltaformer_jax.plot", description="The curves of runs, side by side in one picture."
     )
-    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="runs' folders; may be gs://")
-    parser.add_argument("--out", metavar="FILE", help="the picture, .png, .pdf or .svg (default: DIR/curves.png)")
+    parser.add_argument("workdirs", type=expand, nargs="+", metavar="DIR", help="runs' folders; may be gs://")
+    parser.add_argument("--out", type=expand, metavar="FILE", help=".png, .pdf or .svg (default: DIR/curves.png)")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="along the bottom (default: step)")
     parser.add_argument("--smooth", type=int, default=10, metavar="N", help="mean of so many losses (default: 10)")
     parser.add_argument("--names", metavar="NAME,NAME", help="of the runs, in the legend (default: the folders')")

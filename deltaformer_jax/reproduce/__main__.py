@@ -17,6 +17,11 @@ from etils import epath
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.host import called
+from deltaformer_jax.host.interruption import Interruption
+from deltaformer_jax.host.lock import alone
+from deltaformer_jax.host.paths import expand, to_paste
+from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.reproduce.experiment import NAMES, load
 
 PROGRAM = "deltaformer_jax.reproduce"
@@ -31,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="what to make; without it, the list of names")
-    parser.add_argument("--out", metavar="DIR", help="where NAME.json and NAME.png go; may be gs://")
+    parser.add_argument("--out", type=expand, metavar="DIR", help="where NAME.json and NAME.png go; may be gs://")
     parser.add_argument("--quick", action="store_true", help="a small form, two minutes on two cores")
     parser.add_argument("--force", action="store_true", help="throw away what DIR holds of NAME, and start anew")
     flags = parser.parse_args(arguments)
@@ -45,25 +50,26 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{flags.name!r} is no name: give one of {', '.join(NAMES)}{hint}")
         if not flags.out:
             raise ValueError("--out: give a folder for the results")
-        finished = reproduce(flags.name, epath.Path(flags.out), flags.quick, flags.force)
+        with alone(flags.out, flags.name, f"--out {flags.out}", say_aside):
+            finished = reproduce(flags.name, epath.Path(flags.out), flags.quick, flags.force)
     if not finished:
-        again = f"python -m {PROGRAM} {flags.name} --out {flags.out}{' --quick' if flags.quick else ''}"
-        print(f"stopped; to go on: {again}", file=sys.stderr)
+        again = [flags.name, "--out", flags.out, *(["--quick"] if flags.quick else [])]
+        print(f"stopped; to go on: {called.command(PROGRAM)} {to_paste(*again)}", file=sys.stderr)
         sys.exit(130)
 
 
 def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = False) -> bool:
     """Do what is left of an experiment; False if it was interrupted. Raises ValueError or OSError for one line."""
-    from deltaformer_jax.reproduce import unfinished
-    from deltaformer_jax.reproduce.notebook import Notebook, machine
-    from deltaformer_jax.training.checkpoints.store import SaveError
-    from deltaformer_jax.training.interruption import Interruption
-    from deltaformer_jax.training.loop import RunError
+    with waiting("importing jax", say_aside):
+        from deltaformer_jax.reproduce import unfinished
+        from deltaformer_jax.reproduce.notebook import Notebook, machine
+        from deltaformer_jax.training.checkpoints.store import SaveError
+        from deltaformer_jax.training.loop import RunError
 
-    experiment = load(name)
+        experiment = load(name)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    note = lambda text: print(text, file=sys.stderr, flush=True)
+    note = say_aside
     if force:
         for path in (out / f"{name}.json", out / f"{name}.png"):
             path.unlink(missing_ok=True)

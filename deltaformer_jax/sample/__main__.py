@@ -14,6 +14,8 @@ import sys
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.host.paths import expand
+from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.sample.output import Output
 from deltaformer_jax.sample.prompts import read_prompts
 
@@ -22,9 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m deltaformer_jax.sample", description="Lets a run's model write on from prompts."
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder; may be gs://")
+    parser.add_argument("--workdir", type=expand, required=True, metavar="DIR", help="the run's folder; may be gs://")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='may be "", and be repeated')
-    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line (-: stdin)")
+    parser.add_argument("--prompts", type=expand, metavar="FILE", help="more prompts, one a line (-: stdin)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many to write (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
@@ -37,10 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.sample"):
-        from deltaformer_jax.decoding.generate import check_sampling, generate_batch
-        from deltaformer_jax.decoding.text_stream import TextStream
-        from deltaformer_jax.model_parts import merge
-        from deltaformer_jax.training.checkpoints.restore import restore
+        with waiting("importing jax", say_aside):
+            from deltaformer_jax.decoding.generate import check_sampling, generate_batch
+            from deltaformer_jax.decoding.text_stream import TextStream
+            from deltaformer_jax.model_parts import merge
+            from deltaformer_jax.training.checkpoints.restore import restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
@@ -48,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         prompts = [prompt for prompt in read_prompts(flags.prompt, flags.prompts) for _ in range(flags.samples)]
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
-        run = restore(flags.workdir, flags.step, lambda text: print(text, file=sys.stderr))
+        with waiting(f"restoring the model of {flags.workdir}", say_aside):
+            run = restore(flags.workdir, flags.step, say_aside)
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(

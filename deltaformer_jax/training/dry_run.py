@@ -9,6 +9,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
+from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
@@ -26,7 +27,9 @@ def dry_run(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     full = _with_vocabulary(config)
-    program = Program(full, mesh)
+    with waiting("tracing the model", say_aside):
+        program = Program(full, mesh)
+        program.lower_train_step(full.data)
     parts, abstract = program.parts, program.abstract
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)
@@ -48,7 +51,8 @@ def dry_run(config: Config) -> None:
     for line in lines:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
-    memory = program.compile_train_step(full.data).memory_analysis()
+    with waiting("compiling", say_aside):
+        memory = program.compile_train_step(full.data).memory_analysis()
     if memory is None:
         print(f"memory      not told by the {jax.devices()[0].platform} compiler")
         return

@@ -20,12 +20,15 @@ from deltaformer_jax.config import on_any_device
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import TaskData, batches
 from deltaformer_jax.decoding.generate import generate
+from deltaformer_jax.host import called
+from deltaformer_jax.host.interruption import Interruption
+from deltaformer_jax.host.paths import to_paste
+from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge, model_parts
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.checkpoints.rollback import LIMIT, roll_back
 from deltaformer_jax.training.evaluation import evaluate, to_devices
-from deltaformer_jax.training.interruption import Interruption
 from deltaformer_jax.training.position import Position, number_batches
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.state import TrainState
@@ -81,7 +84,7 @@ def train(
             write_sample(run, ending.state, display, stop)
         else:
             display.note(f"stopped at step {step} of {settings.steps}; saved in {where}")
-            display.note(f"to go on: python train.py --workdir {run.workdir}")
+            display.note(f"to go on: {called.command('deltaformer_jax.train')} {to_paste('--workdir', run.workdir)}")
     return ending
 
 
@@ -142,7 +145,8 @@ def run_steps(
 
             if evaluating:
                 # A resumed run may have made it before it stopped.
-                evaluation = run.metrics.evaluation(position.step) or _evaluate(run, position, state, display, stop)
+                with waiting("evaluating", display.note):
+                    evaluation = run.metrics.evaluation(position.step) or _evaluate(run, position, state, display, stop)
                 done = done or (evaluation is not None and until(evaluation))
                 reader.restart_clock()
 
@@ -157,7 +161,8 @@ def run_steps(
                 saved, saved_at, rollbacks = position.step, time.monotonic(), 0
                 reader.restart_clock()
             if done or (stop.requested and position.step == saved):
-                run.checkpoints.wait()
+                with waiting("saving", display.note):
+                    run.checkpoints.wait()
                 return Ending(done, position, state)
 
             number, batch = _next(stream, position)

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config, DataConfig
 from deltaformer_jax.data import is_task
+from deltaformer_jax.host.compiler_alarm import without_alarm
+from deltaformer_jax.host.paths import expand
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import model_parts, new_params
 from deltaformer_jax.sharding.mesh import batch_sharding
@@ -75,7 +77,9 @@ class Program:
         """(state, batch) -> (state, metrics) for such batches, ready to run."""
         key = (data.batch_size, data.sequence_length, is_task(data.path))
         if key not in self._compiled:
-            self._compiled[key] = self.lower_train_step(data).compile()
+            lowered = self.lower_train_step(data)
+            with without_alarm():
+                self._compiled[key] = lowered.compile()
         return self._compiled[key]
 
     @functools.cached_property
@@ -102,6 +106,7 @@ def use_compilation_cache(folder: str) -> None:
     """
     if not folder:
         return
+    folder = expand(folder)
     try:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +11,10 @@ from jax.sharding import Mesh
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
-from deltaformer_jax.config.saved import Saved, check_resumable
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
+from deltaformer_jax.data.corpus import with_held_out_tail
+from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.position import Position
@@ -21,6 +22,7 @@ from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
+from deltaformer_jax.training.workdir import saved_run
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -50,17 +52,20 @@ class Prepared(NamedTuple):
     state: TrainState
 
 
-def new_workdir(name: str) -> epath.Path:
-    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that. Raises ValueError if this is
-    one process of several, which would not agree on a time."""
-    if jax.process_count() > 1:
-        raise ValueError("--workdir: give one; the processes of a run must share it")
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    candidates = (epath.Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))
-    return next(path for path in candidates if not path.exists())
-
-
 def load_data(config: Config) -> Corpus | Mixture | TaskData:
+    """What the config's `data` section names; ValueError or FileNotFoundError names the field or the folder."""
+    found, tail = _load_data(config), config.data.eval_tail
+    if not tail:
+        return found
+    try:
+        if isinstance(found, Corpus):
+            return with_held_out_tail(found, tail)
+    except ValueError as error:
+        raise ValueError(f"data.eval_tail = {tail}: {error}") from None
+    raise ValueError(f"data.eval_tail = {tail}: for one prepared corpus without evaluation documents; leave it at 0")
+
+
+def _load_data(config: Config) -> Corpus | Mixture | TaskData:
     if is_task(config.data.path):
         try:
             task = TaskData(config.data.path)
@@ -116,18 +121,21 @@ def prepare(
         check_installed()
     use_compilation_cache(config.run.compilation_cache)
     workdir = epath.Path(workdir)
-    saved = _saved_run(config, workdir)
-    mesh = make_mesh(config.mesh, devices)
+    saved = saved_run(config, workdir)
+    with waiting("finding the devices", note):
+        mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    corpus = corpus or load_data(config)
+    with waiting(_what_is_read(config), note):
+        corpus = corpus or load_data(config)
     if saved is not None:
         _check_same_data(saved, corpus, workdir)
     _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
-    program = make_program(full, mesh)
     begin = begin or (lambda program: program.create_state(full.run.seed))
-    # Traced before anything is written, since the model's forward pass checks the rest of the config.
-    program.lower_train_step(full.data)
+    with waiting("tracing the model", note):
+        program = make_program(full, mesh)
+        # Traced before anything is written, since the model's forward pass checks the rest of the config.
+        program.lower_train_step(full.data)
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -135,25 +143,28 @@ def prepare(
     checkpoints.settle()
     resumed = bool(checkpoints.steps())
     if resumed:
-        state, record = checkpoints.restore_newest(program.abstract, note)
+        with waiting(f"restoring from {workdir / 'checkpoints'}", note):
+            state, record = checkpoints.restore_newest(program.abstract, note)
         position = Position.from_record(record)
         if position.step > config.run.steps:
             made = f"the run in {workdir} has made {position.step}; ask for more"
             raise ValueError(f"run.steps = {config.run.steps}: {made}")
         checkpoints.drop_after(position.step)
     else:
-        state, position = begin(program), Position()
+        with waiting("making the first parameters", note):
+            state, position = begin(program), Position()
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
-    note(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}")
+    with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
+        train_step = program.compile_train_step(full.data)
     run = Run(
         config=full,
         workdir=workdir,
         corpus=corpus,
         evaluation_batch_size=evaluation_batch_size or full.data.batch_size,
         program=program,
-        train_step=program.compile_train_step(full.data),
+        train_step=train_step,
         begin=begin,
         checkpoints=checkpoints,
         metrics=MetricsFile(workdir / "metrics.jsonl", position.step),
@@ -162,20 +173,12 @@ def prepare(
     return Prepared(run, position, state)
 
 
-def _saved_run(config: Config, workdir: epath.Path) -> Saved | None:
-    if not workdir.exists():
-        return None
-    if not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir}: is a file; give a folder")
-    if not (workdir / Saved.FILE).exists():
-        if any(workdir.iterdir()):
-            raise ValueError(
-                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is no run's folder; give one, or a new one"
-            )
-        return None
-    saved = Saved.read(workdir)
-    check_resumable(saved.config, config, workdir)
-    return saved
+def _what_is_read(config: Config) -> str:
+    path, tokenizer = config.data.path, config.data.tokenizer
+    if path:
+        return f"reading {path}"
+    learnt = f"; learning {tokenizer.removeprefix('bpe:')} tokens from it" if tokenizer.startswith("bpe:") else ""
+    return f"reading Python's standard library{learnt}"
 
 
 def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> None:
@@ -183,7 +186,9 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
         try:
             count_batches(corpus, "eval", sequence_length=config.data.sequence_length, batch_size=1)
         except ValueError as error:
-            raise ValueError(f"{error}; or set run.eval_every=0") from None
+            one = isinstance(corpus, Corpus)
+            tail = ", or data.eval_tail=0.1 to keep the end of each document for evaluation" if one else ""
+            raise ValueError(f"{error}; or set run.eval_every=0{tail}") from None
 
 
 def _check_same_data(saved: Saved, corpus: Corpus | Mixture | TaskData, workdir: epath.Path) -> None:

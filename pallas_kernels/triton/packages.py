@@ -8,6 +8,8 @@ import importlib.util
 
 # The interface of jax-triton that launch.py speaks; 0.4 has another.
 JAX_TRITON = "0.3."
+# As in pyproject.toml, for an error that is right however this package was installed.
+REQUIREMENTS = "'triton>=3.6,<3.7' 'jax-triton>=0.3.1,<0.4' 'jax[cuda12]>=0.10.2'"
 
 
 @functools.cache
@@ -23,8 +25,8 @@ def missing() -> str | None:
     absent = [name for name, is_here in needed.items() if not is_here]
     if absent:
         return (
-            f"it needs {' and '.join(absent)}: on Linux install the extras cuda and triton "
-            "(pip install 'deltaformer-jax[cuda,triton]'), or in a clone the dependency group kernels"
+            f"it needs {' and '.join(absent)}: on Linux, pip install (or uv pip install) {REQUIREMENTS}, which are the "
+            "extras cuda and triton"
         )
     version = importlib.metadata.version("jax-triton")
     if not version.startswith(JAX_TRITON):

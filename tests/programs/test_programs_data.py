@@ -14,7 +14,7 @@ from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.data import load_corpus, prepare_corpus
 from deltaformer_jax.data.prepare import main as prepare_main
 from deltaformer_jax.evaluate import __main__ as evaluate
-from deltaformer_jax.training.setup import prepare
+from deltaformer_jax.training.setup import load_data, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -118,3 +118,44 @@ def test_no_evaluation_documents_is_said_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
     config.run.eval_every, config.run.steps = 0, 2
     assert cases.run_training(config, tmp_path / "run").step == 2
+
+
+def test_one_document_is_evaluated_on_its_end(tmp_path):
+    text = "".join(f"line {i} of a single document\n" for i in range(100))
+    (tmp_path / "one.txt").write_text(text)
+    corpus = prepare_corpus(tmp_path / "one.txt", tmp_path / "corpus", eval_fraction=0)
+    config = cases.small_config(corpus.path, run__steps=2, run__eval_every=2)
+    with pytest.raises(ValueError, match=r"or data\.eval_tail=0\.1 to keep the end of each document for evaluation"):
+        prepare(config, tmp_path / "run", devices=jax.devices()[:1])
+    config.data.eval_tail = 0.1
+    held_out = load_data(config)
+    tail, head = held_out.split("eval"), held_out.split("train")
+    assert held_out.tokenizer.decode(head.read(0)) + held_out.tokenizer.decode(tail.read(0)) == text
+    assert tail.tokens == -(-len(text) // 10) == held_out.manifest["splits"]["eval"]["tokens"]
+    assert held_out.tokenizer.decode(tail.read(0, 3, 9)) == text[-tail.tokens :][3:9]
+    run = cases.run_training(config, tmp_path / "run")
+    assert cases.read_metrics(tmp_path / "run")[-1]["eval_bits_per_byte"] > 0 and run.corpus.hash == corpus.hash
+    with pytest.raises(ValueError, match=r"other settings: data\.eval_tail: 0\.1 in the run, 0\.2 asked"):
+        prepare(cases.small_config(corpus.path, run__steps=3, data__eval_tail=0.2), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{own}", "has evaluation documents of its own"),
+        ("task:parity", "for one prepared corpus"),
+        ("{own}=1,", "for one prepared corpus"),
+    ],
+)
+def test_an_end_is_not_held_out_where_there_is_something_to_evaluate_on(tmp_path, path, message):
+    corpus = cases.make_corpus(tmp_path)
+    config = cases.small_config(path.format(own=corpus), data__eval_tail=0.1, data__sequence_length=64)
+    with pytest.raises(ValueError, match=rf"^data\.eval_tail = 0\.1: .*{message}.*; leave it at 0"):
+        load_data(config)
+
+
+def test_an_end_of_a_document_of_one_token(tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    corpus = prepare_corpus(tmp_path / "one.txt", tmp_path / "corpus", eval_fraction=0).path
+    with pytest.raises(ValueError, match=r"documents of 1 tokens at most: too short to be cut"):
+        load_data(cases.small_config(corpus, data__eval_tail=0.1))

@@ -14,11 +14,11 @@ from support import training_cases as cases
 from deltaformer_jax.config import Mixer, ModelConfig, on_any_device
 from deltaformer_jax.data import load_corpus, prepare_corpus
 from deltaformer_jax.evaluate import __main__ as evaluate
+from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sample import __main__ as sample
 from deltaformer_jax.training import by_position, loop
 from deltaformer_jax.training.checkpoints import restore
-from deltaformer_jax.training.interruption import Interruption
 from deltaformer_jax.training.watch.display import Display
 
 
@@ -139,7 +139,8 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     assert "latin: not UTF-8 (byte 2)" in error(capsys, sample.main, *given, "--prompts", tmp_path / "latin")
     assert r"--prompt 'a\udcff': not UTF-8" in error(capsys, sample.main, "--workdir", workdir, "--prompt", "a\udcff")
     monkeypatch.setattr(restore, "restore", raising(ImportError("Please install gcsfs to access Google Storage")))
-    assert "gs:// needs gcsfs: pip install" in error(capsys, sample.main, "--workdir", "gs://b/run", "--prompt", "a")
+    message = error(capsys, sample.main, "--workdir", "gs://b/run", "--prompt", "a")
+    assert "gs:// needs gcsfs: " in message and "pip install" in message
 
 
 def raising(error):

@@ -151,8 +151,13 @@ def test_dry_run_prints_and_writes_nothing(base, tmp_path):
         (["--config", "deltaformer_340"], "deltaformer_340: no such file.*; did you mean deltaformer_340m?"),
         (["--config=configs/tiny"], "configs/tiny: no such file.*; did you mean .*tiny"),
         (["--config=qqqqqqq.py"], "qqqqqqq.py: no such file.*; there are: .*deltaformer_340m, .*tiny"),
-        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (["--wrkdir=x"], "--wrkdir: no such flag; did you mean --workdir?"),
         (["--workdir"], "--workdir: give a value"),
+        (["--steps", "10"], "--steps: no such flag; did you mean --config.run.steps?"),
+        (["--learning-rate=1"], "--learning-rate: no such flag; did you mean --config.optimizer.learning_rate?"),
+        (["--run.steps=10"], "--run.steps: no such flag; did you mean --config.run.steps?"),
+        (["--zzz"], "--zzz: no such flag; the flags are --config NAME|FILE, .*--resume, --dry_run"),
+        (["--resume"], "--resume: give the run's folder too, --workdir DIR"),
         (["stray"], "'stray': not a flag"),
     ],
 )
@@ -164,7 +169,7 @@ def test_command_line_errors(flags, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x = 1", "no attribute 'get_config'"),
+        ("x = 1", r"mine\.py: has no get_config\(\); define it there, .* as in .*tiny\.py"),
         ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
         ("def get_config(): return {}", "returned a dict"),
         (
@@ -195,6 +200,8 @@ def test_command_line_values(tmp_path):
             "--config.run.steps",
             "7",
             "--config.model.qk_norm",
+            "--config.run.sample_prompt",
+            "--steps",  # the prompt
             "--dry_run",
         ],
         TINY,
@@ -202,7 +209,8 @@ def test_command_line_values(tmp_path):
     )
     assert command.config.model.mixers == ("softmax_attention", "delta_former")
     assert command.config.optimizer.learning_rate == 1.0 and command.config.run.steps == 7
-    assert command.config.model.qk_norm and command.dry_run
+    assert command.config.model.qk_norm and command.dry_run and not command.resume
+    assert command.config.run.sample_prompt == "--steps"
     assert (command.workdir, command.name) == (str(tmp_path), "tiny")
 
 

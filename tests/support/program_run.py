@@ -20,6 +20,6 @@ def start(arguments, environment, folder):
     )
 
 
-def finish(process):
-    out, err = process.communicate(timeout=120)
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, ours(err)

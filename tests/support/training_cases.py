@@ -11,8 +11,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from deltaformer_jax.data import prepare_corpus
-from deltaformer_jax.training.checkpoints.store import Checkpoints, check_checksums
-from deltaformer_jax.training.interruption import Interruption
+from deltaformer_jax.host.interruption import Interruption
+from deltaformer_jax.training.checkpoints.checksums import check_checksums
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.loop import train
 from deltaformer_jax.training.setup import prepare
 

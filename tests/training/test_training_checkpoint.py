@@ -11,7 +11,8 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.checkpoints.store import CHECKSUMS, CheckpointError, Checkpoints, check_checksums
+from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.state import TrainState
 

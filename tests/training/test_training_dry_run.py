@@ -1,12 +1,20 @@
 """The dry run: its numbers are those of the run, and it makes nothing, not even the default corpus."""
 
+import os
+import re
+from pathlib import Path
+
 import jax
 import pytest
 from support import training_cases as cases
+from support.program_run import finish, start
 
 from deltaformer_jax.config import DataConfig
 from deltaformer_jax.training.dry_run import dry_run
 from deltaformer_jax.training.setup import prepare
+
+ROOT = Path(__file__).parents[2]
+DELTAFORMER_340M = (ROOT / "configs" / "deltaformer_340m.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -60,3 +68,31 @@ def test_errors(tmp_path):
     config.data = DataConfig(batch_size=7)
     with pytest.raises(ValueError, match=r"data\.batch_size = 7"):
         dry_run(config)
+
+
+def table():
+    """{config: (GiB together, GiB of state)}, of docs/performance.md."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+_340m)` \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    return {name: (float(together), float(state)) for name, together, state in rows}
+
+
+def test_every_large_config_is_in_the_table():
+    assert sorted(table()) == sorted(path.stem for path in (ROOT / "configs").glob("*_340m.py"))
+    said = re.search(r"needs\s+([\d.]+)\s+GiB\s+on\s+each,\s+([\d.]+)\s+of\s+them\s+state", DELTAFORMER_340M)
+    assert tuple(map(float, said.groups())) == table()["deltaformer_340m"]
+    elsewhere = [path.name for path in (ROOT / "configs").rglob("*.py") if "GiB" in path.read_text(encoding="utf-8")]
+    assert elsewhere == ["deltaformer_340m.py"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", table())
+def test_the_table_is_what_the_command_prints(name, tmp_path):
+    """Without these tests' XLA_FLAGS, by which programs take other memory."""
+    others = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = {**others, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    code, out, err = finish(start(["--config", name, "--dry_run"], environment, tmp_path), timeout=600)
+    assert code == 0, err
+    printed = [float(numbers(out, label).split()[0]) for label in ("together", "state and batch")]
+    # Rounded in the table; another version of XLA keeps a little more or less.
+    assert table()[name] == pytest.approx(printed, rel=0.03, abs=0.051)

@@ -150,7 +150,7 @@ def test_tensorboard_that_is_not_installed_is_named_before_any_work(corpus, tmp_
         return really(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"run.tensorboard = True: needs tensorboardX.*deltaformer-jax\[tensorboard\]"):
+    with pytest.raises(ValueError, match=r"run.tensorboard = True: needs tensorboardX.* not installed: .*tensorboard"):
         prepare(cases.small_config(corpus, run__tensorboard=True), tmp_path / "run", devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,10 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import Config, Mixer
 from deltaformer_jax.config.checks import check
+from deltaformer_jax.config.files import config_names, packaged_config
+from deltaformer_jax.config.remarks import remarks
 from deltaformer_jax.config.saved import Saved, check_resumable, flatten, from_json, to_json
+from deltaformer_jax.training.optimiser import learning_rate_schedule
 
 
 def test_json_and_back():
@@ -54,6 +57,12 @@ def test_every_number_has_a_bound():
         ({"model__mixers": ()}, "model.mixers = .*at least one"),
         ({"model__qk_norm": 1}, "model.qk_norm = 1: must be of type bool"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate = nan"),
+        ({"optimizer__learning_rate": float("inf")}, "optimizer.learning_rate = inf: must be a finite number"),
+        ({"optimizer__weight_decay": float("inf")}, "optimizer.weight_decay = inf: must be a finite number"),
+        ({"optimizer__epsilon": float("inf")}, "optimizer.epsilon = inf: must be a finite number"),
+        ({"model__write_scale": float("nan")}, "model.write_scale = nan: must be a finite number"),
+        ({"model__rope_base": float("inf")}, "model.rope_base = inf: must be a finite number"),
+        ({"data__eval_tail": 1.0}, "data.eval_tail = 1.0: must be below 1"),
         ({"optimizer__learning_rate": None}, "optimizer.learning_rate = None: must be a number"),
         ({"optimizer__b2": 1.0}, "optimizer.b2 = 1.0: must be below 1"),
         ({"optimizer__wsd_decay_fraction": 1.5}, "optimizer.wsd_decay_fraction = 1.5: must be at most 1"),
@@ -112,3 +121,31 @@ def test_config_json_that_is_not_one(tmp_path, content, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         Saved.read(epath.Path(tmp_path))
     assert str(tmp_path) in str(error.value)
+
+
+def test_what_is_not_used_is_remarked():
+    assert not remarks(Config())
+    assert not remarks(cases.small_config("a/corpus"))
+    for name in config_names():
+        assert not remarks(packaged_config(name)), name
+    found = {
+        "data.tokenizer = 'bpe:300' is not used": {"data__tokenizer": "bpe:300"},
+        "optimizer.wsd_decay_fraction = 0.5 is not used": {"optimizer__wsd_decay_fraction": 0.5},
+        "optimizer.decay_steps = 20 is not used": {"optimizer__schedule": "constant"},
+        "run.steps = 30 is past optimizer.decay_steps = 20: steps after that are made at the rate 0.0003, ": {
+            "run__steps": 30
+        },
+    }
+    for text, fields in found.items():
+        (line,) = remarks(cases.small_config("a/corpus", **fields))
+        assert line.startswith(text)
+    assert not remarks(cases.small_config("", data__tokenizer="bpe:300"))
+    assert not remarks(
+        cases.small_config("a", run__steps=30, optimizer__schedule="constant", optimizer__decay_steps=1000)
+    )
+
+
+def test_the_rate_past_the_schedule_is_the_one_remarked():
+    for schedule in ("cosine", "wsd"):
+        config = cases.small_config("a", run__steps=30, optimizer__schedule=schedule)
+        assert f"{float(learning_rate_schedule(config.optimizer)(29)):.6g}" in remarks(config)[0]

@@ -23,6 +23,7 @@ from deltaformer_jax.data.sources.parquet import ParquetUnit, parquet_units
 from deltaformer_jax.data.sources.stdlib import STDLIB, stdlib_files
 from deltaformer_jax.data.sources.text import FilesUnit, text_units
 from deltaformer_jax.data.sources.units import LongUnit, TextsUnit, Unreadable
+from deltaformer_jax.host.paths import expand
 
 __all__ = ["STDLIB", "LongUnit", "Source", "Unit", "Unreadable", "open_source"]
 
@@ -97,7 +98,7 @@ def open_source(source: str | os.PathLike, text_field: str = "text", separator: 
         raise ValueError("SOURCE is empty; name a file, a folder or stdlib")
     if "://" in os.fspath(source):
         raise ValueError(f"{source}: not on a local or mounted disk; copy it there first")
-    root = Path(source).expanduser()
+    root = Path(expand(source))
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
     kinds = f"text or code (.txt, .md, .py.gz, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"

@@ -12,7 +12,8 @@ from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.checkpoints.store import CheckpointError, Checkpoints, check_checksums
+from deltaformer_jax.training.checkpoints.checksums import CheckpointError, check_checksums
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
 

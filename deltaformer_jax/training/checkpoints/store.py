@@ -7,8 +7,6 @@ restores flipped bytes without a word.
 
 import concurrent.futures
 import contextlib
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,13 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums, write_checksums
 from deltaformer_jax.training.state import TrainState
-
-CHECKSUMS = "sha256.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be trusted or doesn't fit the run."""
 
 
 class SaveError(RuntimeError):
@@ -186,49 +179,6 @@ def _first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     found = re.search(r"No space left on device|Disk quota exceeded", text)
     return found.group() if found else text[:300]
-
-
-def write_checksums(folder: epath.Path) -> None:
-    """Write sha256.json: the SHA-256 of every file of a finished checkpoint."""
-    files = {name: _sha256(folder / name) for name in _files(folder)}
-    draft = folder / f"{CHECKSUMS}.tmp"
-    draft.write_text(json.dumps(files, indent=1))
-    draft.replace(folder / CHECKSUMS)
-
-
-def check_checksums(folder: epath.Path) -> None:
-    """Raise CheckpointError, naming the file, unless every file is there and as it was written."""
-    path = folder / CHECKSUMS
-    if not path.exists():
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({CHECKSUMS} is missing: the save was cut short)")
-    try:
-        expected = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: corrupt") from None
-    found = set(_files(folder))
-    if unlisted := sorted(found - expected.keys()):
-        raise CheckpointError(f"{path}: doesn't list {unlisted[0]}, which is there")
-    for name, digest in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{folder / name}: missing from the checkpoint")
-        if _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name}: corrupt (its SHA-256 is not the one it was written with)")
-
-
-def _files(folder: epath.Path) -> list[str]:
-    found, folders = [], [folder]
-    while folders:
-        for path in folders.pop().iterdir():
-            if path.is_dir():
-                folders.append(path)
-            elif not path.name.startswith(CHECKSUMS):
-                found.append(path.relative_to(folder).as_posix())
-    return sorted(found)
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _signatures(state: TrainState) -> dict[str, list]:

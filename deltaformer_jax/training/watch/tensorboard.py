@@ -4,6 +4,8 @@ from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.host.called import install
+
 _TAGS = {
     "eval_loss": "evaluation/loss",
     "eval_bits_per_byte": "evaluation/bits_per_byte",
@@ -54,6 +56,5 @@ def check_installed() -> None:
         import tensorboardX  # noqa: F401
     except ImportError:
         raise ValueError(
-            "run.tensorboard = True: needs tensorboardX, which is not installed; "
-            "pip install 'deltaformer-jax[tensorboard]', or uv run --extra tensorboard train.py"
+            f"run.tensorboard = True: needs tensorboardX, which is not installed: {install('tensorboard')}"
         ) from None

@@ -1,0 +1,26 @@
+"""What is allowed in a config and may surprise: settings that nothing reads, a schedule that ends before the run."""
+
+from deltaformer_jax.config.saved import flatten
+from deltaformer_jax.config.sections import Config
+
+
+def remarks(config: Config) -> list[str]:
+    """A line for each, naming the field."""
+    values, defaults = flatten(config), flatten(Config())
+    optimizer, run = config.optimizer, config.run
+    found = []
+    if optimizer.schedule != "constant" and run.steps > optimizer.decay_steps:
+        rate = optimizer.learning_rate * optimizer.final_learning_rate
+        found.append(
+            f"run.steps = {run.steps} is past optimizer.decay_steps = {optimizer.decay_steps}: steps after that are "
+            f"made at the rate {rate:g}, optimizer.learning_rate times optimizer.final_learning_rate"
+        )
+    for field, is_read, why in (
+        ("data.tokenizer", not config.data.path, "data.path has a tokenizer of its own"),
+        ("optimizer.wsd_decay_fraction", optimizer.schedule == "wsd", "it is for optimizer.schedule = 'wsd'"),
+        ("optimizer.decay_steps", optimizer.schedule != "constant", "optimizer.schedule = 'constant' never decays"),
+        ("optimizer.final_learning_rate", optimizer.schedule != "constant", "optimizer.schedule = 'constant' stays"),
+    ):
+        if not is_read and values[field] != defaults[field]:
+            found.append(f"{field} = {values[field]!r} is not used: {why}")
+    return found

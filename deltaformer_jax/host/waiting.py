@@ -1,0 +1,57 @@
+"""What a program says while something takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+AFTER = 1.5  # seconds before the first word, so that it comes within two
+AGAIN = (10.0, 30.0, 60.0)  # the next words; after the last of them one every minute
+
+
+def say(text: str) -> None:
+    """A line on stdout at once, also where that is a file or a pipe."""
+    print(text, flush=True)
+
+
+def say_aside(text: str) -> None:
+    """A line on stderr, of a program whose stdout is its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(reason: str, note: Callable[[str], Any]) -> Iterator[None]:
+    """`note(reason)` if the block takes longer than AFTER, and again with the seconds so far.
+
+    A thread of its own says it, while the block holds the main one, in Python or in a compiler.
+    """
+    start, over = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        if over.wait(AFTER):
+            return
+        note(f"{reason} ...")
+        for due in _due():
+            if over.wait(start + due - time.monotonic()):
+                return
+            note(f"{reason}: {due:.0f} s so far")
+
+    watcher = threading.Thread(target=watch, daemon=True, name="waiting")
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _due() -> Iterator[float]:
+    yield from AGAIN
+    due = AGAIN[-1]
+    while True:
+        due += 60.0
+        yield due

@@ -1,0 +1,119 @@
+"""A run's folder, looked at before jax is imported: is there a run, where does it stand, has it anything left to do?"""
+
+import difflib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.config.saved import Saved, check_resumable
+from deltaformer_jax.host import processes
+from deltaformer_jax.host.lock import lock_file
+from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
+
+LOCK = "train"  # the name of the lock by which one training at a time is in a folder
+
+
+class Standing(NamedTuple):
+    """`line` says whether the run is new or goes on, and where; `finished`: it has made all that is asked of it."""
+
+    line: str
+    finished: bool = False
+
+
+def new_workdir(name: str) -> str:
+    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that. Raises ValueError if this is
+    one process of several, which would not agree on a time."""
+    if processes.count() > 1:
+        raise ValueError("--workdir: give one; the processes of a run must share it")
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))
+    return str(next(path for path in candidates if not path.exists()))
+
+
+def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
+    """What the run in `workdir` was started with; None if there is no run and one may begin there.
+
+    Raises ValueError where `config` differs from it in what may not change, and for a file or a folder of other things.
+    """
+    if not workdir.exists():
+        return None
+    if not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir}: is a file; give a folder")
+    if not (workdir / Saved.FILE).exists():
+        if any(path.name != lock_file(LOCK) for path in workdir.iterdir()):
+            raise ValueError(
+                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is no run's folder; give one, or a new one"
+            )
+        return None
+    saved = Saved.read(workdir)
+    check_resumable(saved.config, config, workdir)
+    return saved
+
+
+def standing(workdir: str, config: Config, resume: bool) -> Standing:
+    """Where the run in `workdir` stands, of which `config` asks. Nothing is written.
+
+    Raises ValueError or FileNotFoundError for a run of other settings, a config.json that is not one and, if `resume`,
+    for a folder without a run.
+    """
+    folder = epath.Path(workdir)
+    if resume and not (folder / Saved.FILE).exists():
+        raise ValueError(f"--resume: --workdir {workdir} holds no run{_nearest_run(folder)}")
+    if saved_run(config, folder) is None:
+        return Standing(f"new run in {workdir}")
+    step, steps = _newest_whole(folder / "checkpoints"), config.run.steps
+    if step == steps and _is_evaluated(folder, config) and _is_whole(folder / "checkpoints" / str(step)):
+        return Standing(
+            f"nothing to do: the run in {workdir} has made its {steps} steps; --config.run.steps={2 * steps} goes on",
+            finished=True,
+        )
+    if step is None:
+        return Standing(f"going on at step 0 of {steps}: the run in {workdir}, which has saved no checkpoint yet")
+    return Standing(f"going on at step {step} of {steps}: the run in {workdir}")
+
+
+def _newest_whole(checkpoints: epath.Path) -> int | None:
+    """The newest step whose save was finished; whether its bytes are those that were written is not asked."""
+    if not checkpoints.exists():
+        return None
+    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit() and (path / CHECKSUMS).exists()]
+    return max(steps, default=None)
+
+
+def _is_evaluated(folder: epath.Path, config: Config) -> bool:
+    """Whether the evaluation at the end was made: a run that was stopped just before it makes it when it goes on."""
+    if not config.run.eval_every:
+        return True
+    path = folder / "metrics.jsonl"
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        try:
+            record = json.loads(line)
+            if record["step"] == config.run.steps and "eval_loss" in record:
+                return True
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was being written when the run was killed
+    return False
+
+
+def _is_whole(checkpoint: epath.Path) -> bool:
+    try:
+        check_checksums(checkpoint)
+    except CheckpointError:
+        return False  # the run goes back to the checkpoint before, and says so
+    return True
+
+
+def _nearest_run(folder: epath.Path) -> str:
+    """ "; did you mean DIR?", or which runs there are beside it."""
+    beside = folder.parent
+    if not beside.exists():
+        return "; there is no such folder"
+    runs = sorted(path.name for path in beside.iterdir() if (path / Saved.FILE).exists())
+    near = difflib.get_close_matches(folder.name, runs, n=1)
+    if near:
+        return f"; did you mean {beside / near[0]}?"
+    return f"; beside it there are {', '.join(runs[-5:])}" if runs else "; without --resume a new run starts there"
