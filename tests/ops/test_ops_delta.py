@@ -70,7 +70,7 @@ def test_without_segments_equals_one_segment(case, x64):
     chex.assert_trees_all_close(*run(inputs), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.long), jnp.bfloat16])
 @pytest.mark.parametrize("case", [case for case in CASES if "round" not in (case.write,)], ids=case_id)
 def test_narrow_dtypes_stay_within_their_rounding(case, dtype):
     """chunked in float32 and bfloat16 against the float64 recurrence on the same (rounded) inputs.

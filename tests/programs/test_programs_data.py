@@ -66,6 +66,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["deltaformer_340m", "transformer_340m"])
 def test_the_recipe_from_parquet_to_bits_per_byte(tmp_path, capsys, name):
     source, out, workdir = fineweb_edu(tmp_path / "parquet"), tmp_path / "data", tmp_path / "run"

@@ -64,7 +64,9 @@ def skipped(workdir):
 
 
 @pytest.mark.parametrize(
-    ("number", "factor"), [(0, np.nan), (2, np.nan), (10, np.nan), (5, np.inf)], ids=["first", "early", "late", "inf"]
+    ("number", "factor"),
+    [(0, np.nan), pytest.param(2, np.nan, marks=pytest.mark.long), (10, np.nan), (5, np.inf)],
+    ids=["first", "early", "late", "inf"],
 )
 def test_one_bad_batch_is_one_skipped_step(corpus, poison, tmp_path, number, factor):
     poison({number: factor})
@@ -88,7 +90,15 @@ def test_a_gradient_50_deviations_out_is_one_skipped_step(corpus, poison, tmp_pa
     assert skipped(tmp_path / "spike") == [23] and int(run.state.guard.skipped) == 1
 
 
-@pytest.mark.parametrize("numbers", [(5, 6, 7), (0, 1, 2), (9, 10, 11)], ids=["middle", "before any checkpoint", "end"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (5, 6, 7),
+        pytest.param((0, 1, 2), marks=pytest.mark.long),
+        pytest.param((9, 10, 11), marks=pytest.mark.long),
+    ],
+    ids=["middle", "before any checkpoint", "end"],
+)
 def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
     poison(dict.fromkeys(numbers, np.nan))
     run = cases.run_training(cases.small_config(corpus), tmp_path / "poisoned")
@@ -100,6 +110,7 @@ def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
     assert sum("passed_batches" in record for record in here) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [6, 7, 10])
 def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
     """Stopped after one or two of three bad batches, or after going back: the same as never stopped."""

@@ -41,7 +41,9 @@ def plain(corpus, tmp_path_factory):
     return folder, cases.run_training(cases.small_config(corpus), folder)
 
 
-@pytest.mark.parametrize(("accumulation", "mesh"), [(1, {}), (2, {"data": 2, "fsdp": 2, "tensor": 1})])
+@pytest.mark.parametrize(
+    ("accumulation", "mesh"), [pytest.param(1, {}, marks=pytest.mark.long), (2, {"data": 2, "fsdp": 2, "tensor": 1})]
+)
 def test_statistics_are_those_of_the_step(corpus, accumulation, mesh):
     mixers = ("delta_former", Mixer("softmax_attention", window=8))
     config = cases.small_config(
@@ -92,6 +94,7 @@ def test_the_activations_are_the_models(corpus):
     np.testing.assert_allclose(model.final_norm(last), hidden, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_with_instruments_is_the_same_run(corpus, plain, tmp_path):
     from tensorboardX.proto import event_pb2
 

@@ -99,6 +99,7 @@ def test_a_finished_run_goes_on(corpus, whole, tmp_path):
         prepare(cases.small_config(corpus, run__steps=3), tmp_path)
 
 
+@pytest.mark.long
 def test_resumed_on_another_mesh(corpus, whole, tmp_path):
     config = cases.small_config(corpus)
     cases.run_training(config, tmp_path, stop=lambda steps: cases.StopAt(steps, 6))

@@ -77,6 +77,7 @@ def test_documents_and_padding_are_kept_apart(memories):
     np.testing.assert_allclose(packed[:, 5:], model(tokens[:, 5:])[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_programs_find_them(memories, tmp_path, monkeypatch, capsys):
     """Without --config: their names stand in config.json."""

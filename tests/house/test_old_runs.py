@@ -28,6 +28,7 @@ def test_every_mixers_parameters_are_restored(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_run_goes_on_as_it_would_have(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "goes_on", tmp_path / "run")
