@@ -111,9 +111,11 @@ STAGES = {
 }
 
 
+EVERY_DAY = ("stepping", "saving")
+
+
 @pytest.mark.parametrize(
-    "stage",
-    [stage if stage in ("stepping", "saving") else pytest.param(stage, marks=pytest.mark.long) for stage in STAGES],
+    "stage", [pytest.param(stage, marks=[] if stage in EVERY_DAY else pytest.mark.long) for stage in STAGES]
 )
 def test_sigterm_at_every_stage(stage, corpus, whole, tmp_path, monkeypatch, capfd):
     """Exit code 0, at most the step under way is still made, and what is resumed ends as if nothing had happened."""
