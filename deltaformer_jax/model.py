@@ -104,27 +104,7 @@ class LanguageModel(nnx.Module):
                 raise ValueError(f"{name} must have tokens' shape {tokens.shape}; it has {ids.shape}")
             if not jnp.issubdtype(ids.dtype, jnp.integer):
                 raise TypeError(f"{name} must be integers; it has dtype {ids.dtype}")
-        if positions is None:
-            start = None if cache is None else cache[0].length[0]  # all layers have seen the same tokens
-            positions = ops.token_positions(segment_ids, *tokens.shape, start)
-
-        def apply(block, x, cache):
-            return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
-
-        if self.remat == "block":
-            apply = jax.checkpoint(apply, prevent_cse=False)  # a scan's body needs no protection from CSE
-
-        def period(x, layers):
-            blocks, caches = layers
-            after = []
-            for block, cache in zip(blocks, caches):
-                x, cache = apply(block, x, cache)
-                after.append(cache)
-            return x, tuple(after)
-
-        caches = (None,) * len(self.blocks) if cache is None else cache
-        x, caches = jax.lax.scan(period, self.embedding(tokens, segment_ids), (tuple(self.blocks), caches))
-        return self.final_norm(x), None if cache is None else caches
+        return _hidden(self, tokens, segment_ids, positions, cache)
 
     def logits(self, x):
         """x [B,T,d_model] from `hidden` -> float32 [B,T,vocab_size]."""
@@ -150,6 +130,32 @@ class LanguageModel(nnx.Module):
         """
         blocks = sum(block.flops_per_token(length) for block in self.blocks)
         return self.periods * blocks + self.embedding.flops_per_token(length)
+
+
+# Compiled once for each model and shapes: also where a model is called outside jit, again and again.
+@jax.jit
+def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
+    if positions is None:
+        start = None if cache is None else cache[0].length[0]  # all layers have seen the same tokens
+        positions = ops.token_positions(segment_ids, *tokens.shape, start)
+
+    def apply(block, x, cache):
+        return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
+
+    if model.remat == "block":
+        apply = jax.checkpoint(apply, prevent_cse=False)  # a scan's body needs no protection from CSE
+
+    def period(x, layers):
+        blocks, caches = layers
+        after = []
+        for block, cache in zip(blocks, caches):
+            x, cache = apply(block, x, cache)
+            after.append(cache)
+        return x, tuple(after)
+
+    caches = (None,) * len(model.blocks) if cache is None else cache
+    x, caches = jax.lax.scan(period, model.embedding(tokens, segment_ids), (tuple(model.blocks), caches))
+    return model.final_norm(x), None if cache is None else caches
 
 
 def num_parameters(model) -> int:

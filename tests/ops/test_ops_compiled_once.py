@@ -1,13 +1,12 @@
 """Called again with the same shapes, outside jit, nothing is traced or compiled."""
 
-import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import monitoring
+from support.compiled import counted
 
 from deltaformer_jax import (
     KUCache,
@@ -26,21 +25,6 @@ RNG = np.random.default_rng(0)
 Q, KEY, V = (jnp.asarray(RNG.standard_normal((B, T, H, K)), jnp.float32) for _ in range(3))
 BETA = jnp.full((B, T, H), 0.5)
 IDS = jnp.asarray([[1] * 15 + [0] * 5, [0] * 4 + [1] * 16])
-
-# Every event by which JAX reports a trace, a lowering or a compilation.
-WORK = "/jax/core/compile/"
-
-
-@contextlib.contextmanager
-def counted():
-    """The names of what was traced, lowered or compiled inside."""
-    names = []
-    listen = lambda name, seconds, **_: names.append(name) if name.startswith(WORK) else None
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        monitoring.unregister_event_duration_listener(listen)
 
 
 def cached():

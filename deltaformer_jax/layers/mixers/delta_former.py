@@ -25,8 +25,16 @@ from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue, project
 from deltaformer_jax.layers.rotary import rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
-from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity
+from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.sharding import over_devices
+
+
+def _fixed(name: str, similarity) -> Similarity:
+    """The similarity, a part of the mixer's structure: arrays in it would be neither parameters nor constants."""
+    similarity = as_similarity(similarity, name)
+    if without_arrays(similarity)[1]:
+        raise ValueError(f"{name}={similarity.given!r} holds arrays: a mixer takes similarities of plain numbers")
+    return similarity
 
 
 class DeltaFormer(nnx.Module):
@@ -86,8 +94,8 @@ class DeltaFormer(nnx.Module):
         options = dict(write_query=write_query, write_key_norm=write_key_norm, alpha=alpha, beta=beta)
         for name, value in options.items():
             check_argument(name, value)
-        self.write_similarity = as_similarity(write_similarity, "write_similarity")
-        self.read_similarity = as_similarity(read_similarity, "read_similarity")
+        self.write_similarity = _fixed("write_similarity", write_similarity)
+        self.read_similarity = _fixed("read_similarity", read_similarity)
         self.inputs = QueryKeyValue(
             d_model,
             num_heads,
