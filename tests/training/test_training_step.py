@@ -48,6 +48,15 @@ def compute(parts, params, batch, accumulation_steps):
     return compiled(accumulation_steps)(parts.graphdef, params, batch)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+def test_targets_of_every_integer_type(dtype):
+    """A vocabulary of more words than the type counts to: the gradient, too, is that of int32."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 300)), jnp.float32)
+    targets, mask = np.array([[0, 1, 100, 127, 44]]), np.ones((1, 5), bool)
+    nats = lambda kind: jax.value_and_grad(lambda x: token_nats(x, targets.astype(kind), mask).sum())(logits)
+    jax.tree.map(np.testing.assert_array_equal, nats(dtype), nats(np.int32))
+
+
 def test_token_nats_is_minus_log_softmax():
     draw = np.random.default_rng(0)
     logits, targets = draw.normal(size=(2, 5, 7)).astype(np.float32), draw.integers(0, 7, (2, 5))
