@@ -1,12 +1,13 @@
 """Let a run's model write on from one prompt or several, as it goes:
 
-    python -m deltaformer_jax.sample --workdir DIR --prompt TEXT [--prompt TEXT ...] [--prompts FILE] [--samples 1]
+    python -m deltaformer_jax.sample --workdir DIR [--prompt TEXT ...] [--prompts FILE] [--samples 1]
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
                                      [--seed 0] [--step N] [--json]
 
-A text ends at --tokens, at a --stop text (which is not shown) or where the model ends the document. The texts go to
-stdout, whole characters only, the first one as it comes and the others when it is their turn; everything else goes to
-stderr. Several prompts, of any lengths, run as one batch. Bad input: one line, exit code 2.
+Without a prompt it is the run's, `run.sample_prompt`. A text ends at --tokens, at a --stop text (which is not shown)
+or where the model ends the document. The texts go to stdout, whole characters only, the first one as it comes and the
+others when it is their turn; everything else goes to stderr. Several prompts, of any lengths, run as one batch. Bad
+input: one line, exit code 2.
 """
 
 import os
@@ -25,7 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m deltaformer_jax.sample", description="Lets a run's model write on from prompts."
     )
     parser.add_argument("--workdir", type=expand, required=True, metavar="DIR", help="the run's folder; may be gs://")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='may be "", and be repeated')
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help='may be "" and repeated; default: the run\'s'
+    )
     parser.add_argument("--prompts", type=expand, metavar="FILE", help="more prompts, one a line (-: stdin)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many to write (default: 200)")
@@ -48,11 +51,15 @@ def main(arguments: list[str] | None = None) -> None:
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
             raise ValueError(f"samples = {flags.samples}: give 1 or more")
-        prompts = [prompt for prompt in read_prompts(flags.prompt, flags.prompts) for _ in range(flags.samples)]
+        prompts = read_prompts(flags.prompt, flags.prompts)
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
         with waiting(f"restoring the model of {flags.workdir}", say_aside):
             run = restore(flags.workdir, flags.step, say_aside)
+        if not prompts:
+            prompts = [run.config.run.sample_prompt]
+            say_aside(f"after the run's own prompt, {prompts[0]!r}; --prompt TEXT is another")
+        prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(

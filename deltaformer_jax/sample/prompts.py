@@ -7,7 +7,8 @@ from deltaformer_jax.config.lines import lines
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    r"""--prompt's texts, then the lines of --prompts, ended by \n or \r\n alone; a byte order mark is dropped.
+    r"""--prompt's texts, then the lines of --prompts, ended by \n or \r\n alone; a byte order mark is dropped. None
+    where neither is given.
 
     Raises ValueError or OSError naming the flag.
     """
@@ -20,8 +21,8 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
             raise OSError(f"--prompts {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts {file}: not UTF-8 (byte {error.start})") from None
-    if not prompts:
-        raise ValueError('no prompt; give --prompt TEXT (--prompt "" to begin from nothing) or --prompts FILE')
+    if file is not None and not prompts:
+        raise ValueError(f"--prompts {file}: it holds no line")
     for prompt in prompts:
         try:
             prompt.encode("utf-8")

@@ -123,6 +123,18 @@ def test_sample_top_p(workdir, capsys):
     assert output(capsys, sample.main, *arguments, "--top_p", 1e-6, "--top_k", 0).out == likeliest
 
 
+def test_sample_without_a_prompt_takes_the_runs(workdir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    config = json.loads((run / "config.json").read_text())
+    config["run"]["sample_prompt"] = "self"
+    (run / "config.json").write_text(json.dumps(config))
+    arguments = ["--workdir", run, "--tokens", 5, "--temperature", 0]
+    found = output(capsys, sample.main, *arguments)
+    assert "after the run's own prompt, 'self'" in found.err
+    assert found.out == output(capsys, sample.main, *arguments, "--prompt", "self").out
+
+
 def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     assert "no such folder" in error(capsys, sample.main, "--workdir", tmp_path / "x", "--prompt", "a")
     assert "not the folder of a run" in error(capsys, sample.main, "--workdir", tmp_path, "--prompt", "a")
@@ -133,7 +145,9 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     assert "top_p = 2.0" in error(capsys, sample.main, *given, "--top_p", 2)
     assert "samples = 0" in error(capsys, sample.main, *given, "--samples", 0)
     assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
-    assert "no prompt; give --prompt TEXT" in error(capsys, sample.main, "--workdir", workdir)
+    (tmp_path / "empty").write_bytes(b"")
+    empty = error(capsys, sample.main, "--workdir", workdir, "--prompts", tmp_path / "empty")
+    assert "empty: it holds no line" in empty
     assert "--prompts none: No such file" in error(capsys, sample.main, "--workdir", workdir, "--prompts", "none")
     (tmp_path / "latin").write_bytes(b"gr\xfcn")
     assert "latin: not UTF-8 (byte 2)" in error(capsys, sample.main, *given, "--prompts", tmp_path / "latin")
