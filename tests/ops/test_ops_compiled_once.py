@@ -117,3 +117,18 @@ def test_gradients_of_a_similaritys_arrays(x64):
         return jax.grad(lambda q: delta_attention(q, KEY, V, **how).sum())(Q)
 
     np.testing.assert_allclose(of_queries(None), of_queries("parallel"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("op", "instead"),
+    [
+        (lambda x: delta_attention(x, x, x), "'recurrent' or 'parallel'"),
+        (lambda x: delta_values(x, x), "'recurrent' or 'parallel'"),
+        (lambda x: causal_attention(x, x, x), "'recurrent' or 'parallel'"),
+        (lambda x: gated_delta_rule(x, x, x)[0], "'recurrent'"),
+    ],
+    ids=["delta_attention", "delta_values", "causal_attention", "gated_delta_rule"],
+)
+def test_forward_mode_is_refused_with_what_has_it(op, instead):
+    with pytest.raises(NotImplementedError, match=rf"no derivative in forward mode .*: use implementation={instead}"):
+        jax.jvp(op, (KEY / 4,), (V,))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from deltaformer_jax.ops.cache.caches import KUCache, store
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.similarity import Similarity, as_similarity, row_weights, with_arrays, without_arrays
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
@@ -66,8 +65,7 @@ def compress_cache(
     return _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids)
 
 
-# Compiled once for each shape and similarity, also where it is called outside jit.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(3)
 def _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids):
     similarity = with_arrays(similarity, arrays)
     batch, slots, heads, width = keys.shape

@@ -12,6 +12,7 @@ from deltaformer_jax.ops.cache.caches import KUCache, check_cache, check_room, s
 from deltaformer_jax.ops.cache.extension import extend_delta, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
@@ -151,8 +152,7 @@ def delta_values(
     return _write(plan, implementation, inputs)
 
 
-# Compiled once for each plan and shapes: also where the ops are called outside jit, one after another.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@compiled(4)
 def _attend(plan, own_query, implementation, return_cache, inputs):
     """`delta_attention` without a cache to go on from. `own_query`: the write query is the query."""
     real, inputs = _without_padding(inputs)
@@ -171,7 +171,7 @@ def _attend(plan, own_query, implementation, return_cache, inputs):
     return out, store(empty, key, u, real)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(3)
 def _extend(plan, own_query, block, cache, inputs):
     """(output, cache): `delta_attention` going on from a cache, `block` tokens at a time."""
     plan = whole_plan(plan, inputs)
@@ -181,7 +181,7 @@ def _extend(plan, own_query, block, cache, inputs):
     return in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(2)
 def _write(plan, implementation, inputs):
     """`delta_values`."""
     real, inputs = _without_padding(inputs)

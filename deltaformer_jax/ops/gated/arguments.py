@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 from deltaformer_jax.ops.gated.chunked import Inputs, Plan, chunk_rows, gated_chunked
@@ -37,8 +38,7 @@ def run_gated(
     return _run(plan, implementation, (query, key, value, beta, log_decay, initial_state), segment_ids)
 
 
-# Compiled once for each plan and shapes: also where the ops are called outside jit, one after another.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(2, "'recurrent'")
 def _run(plan, implementation, arrays, segment_ids):
     *arrays, state = arrays
     key, value = arrays[1:3]

@@ -11,6 +11,7 @@ from deltaformer_jax.ops.cache.caches import KVCache, check_cache, check_room, s
 from deltaformer_jax.ops.cache.extension import extend_attention, in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
+from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
@@ -99,8 +100,7 @@ def causal_attention(
     return _attend(plan, implementation, return_cache, inputs)
 
 
-# Compiled once for each plan and shapes: also where the op is called outside jit, again and again.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(3)
 def _attend(plan, implementation, return_cache, inputs):
     """`causal_attention` without a cache to go on from."""
     real, inputs = _without_padding(inputs)
@@ -120,7 +120,7 @@ def _attend(plan, implementation, return_cache, inputs):
     return out, store(empty, key, value, real, log_decay)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(2)
 def _extend(plan, block, cache, inputs):
     """(output, cache): `causal_attention` going on from a cache, `block` tokens at a time."""
     real, (query, key, value, log_decay, sinks, _) = _without_padding(inputs)
