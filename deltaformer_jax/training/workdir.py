@@ -63,10 +63,13 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
     folder = epath.Path(workdir)
     if resume and not (folder / Saved.FILE).exists():
         raise ValueError(f"--resume: --workdir {workdir} holds no run{_nearest_run(folder)}")
-    if saved_run(config, folder) is None:
+    saved = saved_run(config, folder)
+    if saved is None:
         return Standing(f"new run in {workdir}")
     step, steps = _newest_whole(folder / "checkpoints"), config.run.steps
-    if step == steps and _is_evaluated(folder, config) and _is_whole(folder / "checkpoints" / str(step)):
+    # Of other data it is refused when that is opened.
+    same_data = saved.config.data == config.data
+    if step == steps and same_data and _is_evaluated(folder, config) and _is_whole(folder / "checkpoints" / str(step)):
         return Standing(
             f"nothing to do: the run in {workdir} has made its {steps} steps; --config.run.steps={2 * steps} goes on",
             finished=True,

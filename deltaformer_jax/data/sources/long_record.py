@@ -34,10 +34,16 @@ def long_text(parts: Iterator[bytes], field: str, where: str) -> Iterator[str]:
     with tempfile.TemporaryFile() as file:
         mark, rest, places = _without_long_strings(parts, file, where)
         value = field_of(rest, field, where)
-        if isinstance(value, str) and value.startswith(mark):
-            yield from _unescaped(file, *places[int(value[len(mark) :])], field, where)
-        else:
+        wanted = int(value[len(mark) :]) if isinstance(value, str) and value.startswith(mark) else None
+        for i, place in enumerate(places):
+            if i != wanted:
+                for _ in _unescaped(file, *place, where):
+                    pass  # is it JSON?
+        if wanted is None:
             yield text_of(value, field, where)
+        else:
+            for text in _unescaped(file, *places[wanted], where):
+                yield text_of(text, field, where)
 
 
 def _without_long_strings(parts: Iterator[bytes], file: Any, where: str) -> tuple[str, bytes, list[tuple[int, int]]]:
@@ -75,7 +81,7 @@ def _without_long_strings(parts: Iterator[bytes], file: Any, where: str) -> tupl
     return mark, bytes(rest + string + carried), places
 
 
-def _unescaped(file: Any, start: int, size: int, field: str, where: str) -> Iterator[str]:
+def _unescaped(file: Any, start: int, size: int, where: str) -> Iterator[str]:
     decoder, text, end = codecs.getincrementaldecoder("utf-8")(), "", start + size
     file.seek(start)
     while (at := file.tell()) < end:
@@ -83,10 +89,10 @@ def _unescaped(file: Any, start: int, size: int, field: str, where: str) -> Iter
         try:
             text += decoder.decode(block, final=file.tell() == end)
         except UnicodeDecodeError:
-            raise Unreadable(f"{where}: field {field!r} is not UTF-8; convert it or leave it out") from None
+            raise Unreadable(f"{where}: not UTF-8; convert it or leave it out") from None
         whole = len(text) if file.tell() == end else _WHOLE.match(text).end()
         try:
-            yield text_of(json.loads(f'"{text[:whole]}"'), field, where)
+            yield json.loads(f'"{text[:whole]}"')
         except json.JSONDecodeError as error:
-            raise Unreadable(f"{where}: field {field!r} is not JSON: {error}") from None
+            raise Unreadable(f"{where}: not JSON: {error}") from None
         text = text[whole:]

@@ -123,6 +123,7 @@ def test_on_a_cpu_none_is_chunked(case):
 def test_without_the_packages_it_says_which(monkeypatch):
     absent = dispatch.Backend("cuda", load=None, missing=lambda: "it needs triton: install it")
     monkeypatch.setitem(dispatch.BACKENDS["gated"], "triton", absent)
+    jax.clear_caches()  # what was compiled for these shapes knows the kernels
     inputs = draw_inputs(DELTA, 0, jnp.float32)
     with pytest.raises(NotImplementedError, match="implementation='triton': it needs triton: install it; use None or"):
         call(DELTA, inputs, "triton")
