@@ -139,7 +139,7 @@ def test_on_a_cpu_none_is_chunked(dtype):
 def test_without_the_packages_it_says_which(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     reason = packages.missing.__wrapped__()
-    assert reason.startswith("it needs triton and jax-triton and JAX's CUDA plugin: on Linux install")
+    assert reason.startswith("it needs triton and jax-triton and JAX's CUDA plugin: on Linux, pip install")
     absent = dispatch.Backend("cuda", load=None, missing=lambda: reason)
     monkeypatch.setitem(dispatch.BACKENDS["delta"], "triton", absent)
     jax.clear_caches()  # what was compiled for these shapes knows the kernels
