@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.program_output import ours
+from support.program_run import ours
 
 from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, shards, train_bpe
 from deltaformer_jax.data.prepare import main

@@ -1,12 +1,12 @@
-"""train.py in a process of its own."""
+"""train.py in a process of its own, and what it says on stderr without what libraries say in every process."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from support.program_output import ours
-
 WARNINGS = "error,ignore:the load_module() method is deprecated:DeprecationWarning"
+
+PREAMBLE = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR"
 
 
 def start(arguments, environment, folder):
@@ -23,3 +23,12 @@ def start(arguments, environment, folder):
 def finish(process, timeout=120):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, ours(err)
+
+
+def ours(stderr: str) -> str:
+    """`stderr` without the lines in which JAX's CUDA plugin says that there is no GPU.
+
+    The plugin is there because jax-triton needs it; as it is loaded it writes them past Python and past every setting.
+    """
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if line.rstrip() != PREAMBLE and "cudart_stub.cc" not in line)

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 from support import training_cases as cases
-from support.program_output import ours
-from support.program_run import WARNINGS, finish, start
+from support.program_run import WARNINGS, finish, ours, start
 
 from deltaformer_jax import train as program
 from deltaformer_jax.training import loop, setup
