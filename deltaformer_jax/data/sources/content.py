@@ -32,7 +32,10 @@ class Content:
             with open(self._path, "rb") as file:
                 seekable = file.seekable()
                 stream = _decompressed(self._path, file)
-                while block := stream.read(BLOCK):
+                # Of a pipe what is there, and not a whole block: a signal that comes while C code waits for the rest,
+                # after it has read a part, would be heard when the pipe ends.
+                read = file.read1 if stream is file else stream.read
+                while block := read(BLOCK):
                     self._place = file.tell() if seekable else self._place + len(block)
                     yield block
         except Exception as error:  # gzip, zlib and pyarrow raise many kinds at files that are not what they seem
