@@ -7,21 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.model_cases import MIXERS
 
 from deltaformer_jax import LanguageModel
-from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.data.tokenizer import ByteTokenizer
-
-MIXERS = {
-    "softmax_attention": Mixer("softmax_attention", window=4, forget_gate=True, sinks=True, output_gate="on"),
-    "delta_former": Mixer("delta_former", write_query="projected", alpha="sigmoid", conv_size=3, kv_shift=True),
-    "linear_attention": "linear_attention",
-    "retention": "retention",
-    "gated_linear_attention": "gated_linear_attention",
-    "delta_net": "delta_net",
-    "gated_delta_net": Mixer("gated_delta_net", num_value_heads=4, value_dim=4),
-    "kimi_delta_attention": Mixer("kimi_delta_attention", negative_eigenvalues=True),
-}
 
 
 def model(mixer, **fields):

@@ -104,8 +104,8 @@ def delta_attention(
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
     own_query = write_query is query
-    arrays = (query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
-    inputs = Inputs(*arrays, write_arrays, read_arrays)
+    inputs = Inputs(query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
+    held = (write_arrays, read_arrays)
     if cache is not None:
         write_heads = query.shape[2] if own_query else _write_heads(write_query, key)
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
@@ -113,8 +113,8 @@ def delta_attention(
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(f"implementation={implementation!r} goes on from no cache: use None or 'chunked'")
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
-        return _extend(plan, own_query, block, cache, inputs)
-    return _attend(plan, own_query, implementation, return_cache, inputs)
+        return _extend(plan, own_query, block, held, cache, inputs)
+    return _attend(plan, own_query, implementation, return_cache, held, inputs)
 
 
 def delta_values(
@@ -148,12 +148,12 @@ def delta_values(
         tied=False,
         chunk=_chunk(chunk_size, key),
     )
-    inputs = Inputs(None, write_query, key, value, alpha, beta, segment_ids, write_arrays)
-    return _write(plan, implementation, inputs)
+    inputs = Inputs(None, write_query, key, value, alpha, beta, segment_ids)
+    return _write(plan, implementation, (write_arrays, ()), inputs)
 
 
 @compiled(4)
-def _attend(plan, own_query, implementation, return_cache, inputs):
+def _attend(plan, own_query, implementation, return_cache, held, inputs):
     """`delta_attention` without a cache to go on from. `own_query`: the write query is the query."""
     real, inputs = _without_padding(inputs)
     query, write_query, key, value, *_ = inputs
@@ -161,7 +161,7 @@ def _attend(plan, own_query, implementation, return_cache, inputs):
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
         tied = softmax and plan.write_scale == plan.read_scale and implementation not in _DEFINITIONS
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
-    out, u = _compute(implementation, plan, inputs._replace(write_query=write_query))
+    out, u = _compute(implementation, plan, held, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
         # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
         out = jnp.where(real[..., None, None], out, 0)
@@ -172,28 +172,28 @@ def _attend(plan, own_query, implementation, return_cache, inputs):
 
 
 @compiled(3)
-def _extend(plan, own_query, block, cache, inputs):
+def _extend(plan, own_query, block, held, cache, inputs):
     """(output, cache): `delta_attention` going on from a cache, `block` tokens at a time."""
-    plan = whole_plan(plan, inputs)
-    real, (query, write_query, key, value, alpha, beta, *_) = _without_padding(inputs)
+    plan = whole_plan(plan, held)
+    real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
     w = query if own_query else key if write_query is None else write_query
     extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
     return in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
 
 
 @compiled(2)
-def _write(plan, implementation, inputs):
+def _write(plan, implementation, held, inputs):
     """`delta_values`."""
     real, inputs = _without_padding(inputs)
-    _, u = _compute(implementation, plan, inputs)
+    _, u = _compute(implementation, plan, held, inputs)
     return u if inputs.segment_ids is None else jnp.where(real[..., None, None], u, 0)
 
 
-def _compute(implementation, plan, inputs):
+def _compute(implementation, plan, held, inputs):
     """(output or None, u) by the implementation of that name, or by the one that None stands for."""
     if implementation in _DEFINITIONS:
-        return _by_definition(implementation, plan, inputs)
-    chunked = functools.partial(delta_chunked, plan)
+        return _by_definition(implementation, whole_plan(plan, held), inputs)
+    chunked = functools.partial(delta_chunked, plan, held)
     return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
@@ -237,18 +237,17 @@ def _chunk(chunk_size, key):
 
 def _without_padding(inputs):
     """`real` [B, T], and the inputs with padding set to 0: NaN there reaches neither values nor gradients."""
-    *arrays, segment_ids, write_arrays, read_arrays = inputs
+    *arrays, segment_ids = inputs
     if segment_ids is None:
         return jnp.ones(inputs.key.shape[:2], bool), inputs
     real = segment_ids != 0
     clean = lambda x: None if x is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
-    return real, Inputs(*map(clean, arrays), segment_ids, write_arrays, read_arrays)
+    return real, Inputs(*map(clean, arrays), segment_ids)
 
 
 def _by_definition(name, plan, inputs):
     """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
-    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
-    plan = whole_plan(plan, inputs)
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
     dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype
     batch, time = key.shape[:2]

@@ -46,7 +46,7 @@ class Plan:
 class Inputs(NamedTuple):
     """The arrays of a call, padding zeroed in all of them: query [B,T,H,K] (None where only u is wanted), write_query
     [B,T,Hu,K] (None: the key, or where the plan is tied the query), key [B,T,G,K], value [B,T,G,V], alpha and beta
-    [B,T,Hu] or None, segment_ids [B,T] or None; and what arrays the similarities of `Plan` hold."""
+    [B,T,Hu] or None, segment_ids [B,T] or None."""
 
     query: jax.Array | None
     write_query: jax.Array | None
@@ -55,29 +55,24 @@ class Inputs(NamedTuple):
     alpha: jax.Array | None
     beta: jax.Array | None
     segment_ids: jax.Array | None
-    write_arrays: tuple = ()
-    read_arrays: tuple = ()
 
 
-def delta_chunked(plan: Plan, inputs: Inputs):
-    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype."""
-    if inputs.write_arrays or inputs.read_arrays:
-        arrays = without_gradient((inputs.write_arrays, inputs.read_arrays))
-        inputs = inputs._replace(write_arrays=arrays[0], read_arrays=arrays[1])
-    return _differentiable(plan, inputs)
+def delta_chunked(plan: Plan, held: tuple[tuple, tuple], inputs: Inputs):
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held`: as in `whole_plan`."""
+    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan, inputs):
-    return _forward(plan, inputs)[0]
+def _differentiable(plan, held, inputs):
+    return _forward(plan, held, inputs)[0]
 
 
-def whole_plan(plan: Plan, inputs: Inputs) -> Plan:
-    """`plan` with the arrays of its similarities back in them."""
+def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
+    """`plan` with the arrays back that its write and its read similarity held (`without_arrays`)."""
     return dataclasses.replace(
         plan,
-        write_similarity=with_arrays(plan.write_similarity, inputs.write_arrays),
-        read_similarity=with_arrays(plan.read_similarity, inputs.read_arrays),
+        write_similarity=with_arrays(plan.write_similarity, held[0]),
+        read_similarity=with_arrays(plan.read_similarity, held[1]),
     )
 
 
@@ -97,9 +92,9 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
 # Jitted, as _backward is, so that what was traced once is not traced again: not for the other platforms of a program
 # and not for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, inputs):
-    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
-    plan = whole_plan(plan, inputs)
+def _forward(plan, held, inputs):
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
+    plan = whole_plan(plan, held)
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
@@ -108,12 +103,12 @@ def _forward(plan, inputs):
     if plan.tied:
         out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, chunk=plan.chunk)
         u, out = back(u), back(out).astype(dtype)
-        return (out, u.astype(dtype)), (inputs, u, back(summary).astype(dtype), rows)
+        return (out, u.astype(dtype)), (held, inputs, u, back(summary).astype(dtype), rows)
     how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
     u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **how)
     if plan.read_similarity is None:
         u = back(u)
-        return (None, u.astype(dtype)), (inputs, u, None, (lse_write,))
+        return (None, u.astype(dtype)), (held, inputs, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
     how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
     out, lse_read = read_forward(q, k, u, segments, None, bounds, **how)
@@ -121,15 +116,15 @@ def _forward(plan, inputs):
     u = back(u)
     # Only softmax reads its own output again.
     kept = out if plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (inputs, u, kept, (lse_write, lse_read))
+    return (out, u.astype(dtype)), (held, inputs, u, kept, (lse_write, lse_read))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    inputs, u, kept, rows = residuals
-    query, write_query, key, value, alpha, beta, segment_ids, *_ = inputs
-    plan = whole_plan(plan, inputs)
+    held, inputs, u, kept, rows = residuals
+    query, write_query, key, value, alpha, beta, segment_ids = inputs
+    plan = whole_plan(plan, held)
     dout, du = cotangents
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
@@ -172,11 +167,9 @@ def _backward(plan, residuals, cotangents):
         alpha=None if alpha is None else back(dalpha).astype(alpha.dtype),
         beta=None if beta is None else back(dbeta).astype(beta.dtype),
         segment_ids=None,
-        # Nobody asks for these: without_gradient would have raised.
-        write_arrays=None,
-        read_arrays=None,
     )
-    return (gradients,)
+    # Nobody asks for those of the arrays held: without_gradient would have raised.
+    return None, gradients
 
 
 _differentiable.defvjp(_forward, _backward)
