@@ -9,6 +9,9 @@ import tempfile
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The README starts the tests by `uv run`; what a program says to type again depends on that, and a test says it itself.
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
+
 # Before the first import of jax: tests run on the CPU wherever they run.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised code: tests compile much and run little, and this halves their time. XLA's own passes stay as they are.
