@@ -7,7 +7,7 @@ Result:     accuracy 0.9999 on the evaluation split after 1,200 steps of 64 rows
             a token that turns all three is two swaps, and a layer writes one at a time.
 
 --config.data.path=task:word_problem,group=S5 (or A5, S4, A4) are the harder ones: one layer has 0.08 on S5 after 2,000.
-With moves=2 besides, words of its swaps alone, one layer is enough (docs/results.md, word_problem).
+With moves=2 besides, words of its swaps alone, one layer is enough (docs/results/word_problem.md).
 """
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

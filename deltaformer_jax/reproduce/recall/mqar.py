@@ -31,7 +31,7 @@ MIXERS = {
     "Kimi Delta Attention": {"mixers": ["kimi_delta_attention"]},
 }
 # The better of 3e-3 and 1e-2 in 240 steps of the first rows, 16 long; for Gated DeltaNet 5e-3, which was better than
-# both. docs/results.md has the accuracies.
+# both. docs/results/mqar.md has the accuracies.
 RATES = {
     "DeltaFormer": 3e-3,
     "DeltaFormer, KV shifting": 1e-2,
