@@ -79,7 +79,7 @@ def gated_chunked(plan: Plan, inputs: Inputs):
 
 
 class _Groups:
-    """Cuts the arguments into groups of chunks: slices a group out of an array, casts it and sets it to 0 at padding."""
+    """The arguments in groups of chunks. A group is sliced out of an array, cast, and set to 0 at padding."""
 
     def __init__(self, plan, value, log_decay, real, resets):
         self.plan = plan
