@@ -200,7 +200,7 @@ class Fails(NoLength):
     "mixer, message",
     [
         (Mixer(NoCache), "NoCache has no method init_cache"),
-        (Mixer(dict), "dict is no class of flax.nnx.Module"),
+        (Mixer(dict), "dict is not a subclass of flax.nnx.Module"),
         (Mixer(NoLength, needed=1, other=2), "an override of .*NoLength: 'other' is not one of 'needed'"),
         (Mixer(NoLength), r"NoLength needs needed: give Mixer\(.*, needed=...\)"),
         (Mixer(Named), "the constructor of .*Named has no argument d_model"),
@@ -238,7 +238,7 @@ def test_what_does_not_keep_to_the_protocol(monkeypatch):
     model = LanguageModel(tiny(mixers=(Mixer(NoLength, needed=1),)), rngs=nnx.Rngs(0))
     for cache, message in (
         (jnp.zeros(1), "has no attribute length"),
-        (AttentionCache(jnp.zeros((2, 1)), None), "is no pytree of arrays that lead with the batch"),
+        (AttentionCache(jnp.zeros((2, 1)), None), "must be a pytree of arrays whose first axis is the batch"),
         (StateCache(jnp.zeros((1, 2)), (), jnp.zeros(1)), "has no attribute length, int32"),
     ):
         monkeypatch.setattr(NoLength, "init_cache", lambda *_, cache=cache: cache)
