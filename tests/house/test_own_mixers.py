@@ -151,7 +151,9 @@ def test_overrides_are_what_config_json_can_hold():
     check(config)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for value in ({"w": 4}, object(), np.ones(3), (1, {})):
-        with pytest.raises(ValueError, match=r"NoLength, needed = .*: config.json holds numbers, texts, booleans"):
+        with pytest.raises(
+            ValueError, match=r"NoLength, needed = .*: config.json can hold only numbers, strings, booleans"
+        ):
             check(Config(model=tiny(mixers=(Mixer(NoLength, needed=value),))))
 
 
