@@ -74,7 +74,7 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
     same_data = saved.config.data == config.data
     if step == steps and same_data and _is_evaluated(folder, config) and _is_whole(folder / "checkpoints" / str(step)):
         return Standing(
-            f"nothing to do: the run in {workdir} has made its {steps} steps; to train further, give "
+            f"nothing to do: the run in {workdir} has made its {steps} steps; for more, give "
             f"--config.run.steps={2 * steps}",
             finished=True,
         )
