@@ -11,7 +11,7 @@ class Interruption:
     """`with Interruption() as stop:` ... `if stop.requested: ...`. Outside the main thread `requested` stays False.
 
     Python runs signal handlers between bytecodes, so a handler would wait for a compilation of minutes. Python's
-    wake-up socket is written at once, and a separate thread reads it. `doing`: what the program prints on the first signal.
+    wake-up socket is written at once, and a separate thread reads it. `doing`: the text printed on the first signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
