@@ -157,7 +157,7 @@ def run_steps(
                 position = reader.read(position)
                 if reader.too_many:
                     continue
-            # Between skipped steps no checkpoint is made: a rollback would not use it.
+            # Between skipped steps no scheduled checkpoint is made: going back to it would not help.
             if (done or stopping or (due and not position.streak)) and position.step != saved:
                 run.checkpoints.save(state, _record(run, position))
                 saved, saved_at, rollbacks = position.step, time.monotonic(), 0
