@@ -5,7 +5,7 @@
 
 Takes three minutes on two cores.
 
-ratio           time divided by the yardstick's in the same direction: the median over rounds in one process (measure.py)
+ratio           time divided by the yardstick's in the same direction: median over rounds in one process (measure.py)
 of the product  closed-form floating-point operations per second, divided by those of a large float32 matrix product
                 in the same process
 

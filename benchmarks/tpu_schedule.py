@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def parts(name, counts, in_step, in_chunk, chunks, product):
-    """The rows of one kernel: step, chunk, all. `product`: bundles that a product needs at the peak, None if unknown."""
+    """The rows of one kernel: step, chunk, all. `product`: bundles that a product needs at the peak, or None."""
     steps = chunks * (chunks - 1) // 2
     # Part -> (tokens, bundles, products, slots). The loops over earlier tiles are inside the loop over chunks. Splash
     # attention has only a loop over steps.
