@@ -104,7 +104,7 @@ def _packing(
 
 
 def check_split(corpus: Corpus, split: str) -> Split:
-    """The split; ValueError if it has no documents."""
+    """The split. Raises ValueError if it has no documents."""
     chosen = corpus.split(split)
     if chosen.documents == 0:
         raise ValueError(

@@ -159,15 +159,15 @@ def _same(folder: Path, settings: dict[str, Any], on_error: str) -> Corpus:
     if corpus.manifest["settings"] == settings:
         if (count := corpus.manifest.get("left_out_on_error")) and on_error == "stop":
             raise FileExistsError(
-                f"{folder}: holds a corpus that left out {count} documents or files (--on_error skip); give that, "
-                "choose another folder, or --force replaces it"
+                f"{folder}: holds a corpus that left out {count} documents or files; give --on_error skip again, "
+                "choose another folder, or replace it with --force"
             )
         return corpus
     made = corpus.manifest["settings"]
     different = [name for name in {**settings, **made} if made.get(name) != settings.get(name)]
     raise FileExistsError(
         f"{folder}: holds a corpus made with another {' and '.join(different)}; "
-        "choose another folder, or --force replaces it"
+        "choose another folder, or --force to replace it"
     )
 
 

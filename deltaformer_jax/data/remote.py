@@ -18,7 +18,7 @@ _BLOCK = 2**24
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/deltaformer_jax, by default ~/.cache/deltaformer_jax."""
+    """$XDG_CACHE_HOME/deltaformer_jax, or ~/.cache/deltaformer_jax if XDG_CACHE_HOME is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaformer_jax"
 
 

@@ -48,14 +48,14 @@ class SplitWriter:
                 file.unlink()
         for file, size in kept.items():
             if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-                raise NotAsLeft(f"{folder / file}: not as it was left; the same call again starts over")
+                raise NotAsLeft(f"{folder / file}: was changed meanwhile; the same call again starts over")
         self._lengths = self._reopen("lengths", 8 * self._documents)
         self._digests = self._reopen("digests", 16 * self._documents)
 
     def _reopen(self, what: str, size: int) -> Any:
         path = self._folder / f"{self._name}.{what}"
         if size and (not path.exists() or path.stat().st_size < size):
-            raise NotAsLeft(f"{path}: not as it was left; the same call again starts over")
+            raise NotAsLeft(f"{path}: was changed meanwhile; the same call again starts over")
         file = open(path, "ab")
         file.truncate(size)
         return file
@@ -104,7 +104,7 @@ class SplitWriter:
         self._digests.close()
 
     def finish(self) -> dict[str, Any]:
-        """The split's entry in the manifest."""
+        """Closes everything. Returns the entry of this split in the manifest."""
         self._close_shard()
         self.close()
         raw = Path(self._lengths.name)
@@ -156,7 +156,7 @@ class Journal:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """ArrayRecord's RuntimeError, of a full disk for example, as the OSError that it is."""
+    """Turns a RuntimeError of ArrayRecord, for example on a full disk, into an OSError."""
     try:
         yield
     except RuntimeError as error:

@@ -162,7 +162,9 @@ class BPETokenizer(Tokenizer):
         vocabulary = encoder.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=0) + 1
         if size > len(vocabulary) + 2**20:
-            raise ValueError(f"{where}: has ids up to {size - 1:,} for {len(vocabulary):,} tokens")
+            raise ValueError(
+                f"{where}: has ids up to {size - 1:,} for only {len(vocabulary):,} tokens; use another file"
+            )
         eot = next((specials[name] for name in EOT_NAMES if name in specials), size)
         pieces = [b""] * max(size, eot + 1)
         to_byte = {character: byte for byte, character in _byte_characters().items()}

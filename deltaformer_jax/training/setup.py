@@ -91,7 +91,9 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """
     size = config.model.vocab_size
     if 0 < size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size}; set 0 to take that")
+        raise ValueError(
+            f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} tokens; set 0 to use that"
+        )
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
 

@@ -1,4 +1,4 @@
-"""One update as one compiled, donated, pure step: (state, batch) -> (state, metrics)."""
+"""The training step: one pure compiled function (state, batch) -> (state, metrics), which donates the old state."""
 
 from collections.abc import Callable
 

@@ -369,7 +369,9 @@ def test_a_damaged_unfinished_folder_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "tokenize_units", really)
     (shard,) = tmp_path.glob(".out.partial-*/train-00000.array_record")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"train-00000.array_record: not as it was left; the same call again starts"):
+    with pytest.raises(
+        ValueError, match=r"train-00000.array_record: was changed meanwhile; the same call again starts"
+    ):
         prepare_corpus(source, tmp_path / "out")
     assert sorted(texts_of(prepare_corpus(source, tmp_path / "out"))) == sorted(text * 3 for text in TEXTS)
 

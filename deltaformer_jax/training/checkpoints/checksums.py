@@ -28,10 +28,10 @@ def check_checksums(folder: epath.Path) -> None:
     try:
         expected = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: corrupt") from None
+        raise CheckpointError(f"{path}: corrupt (not a list of checksums)") from None
     found = set(_files(folder))
     if unlisted := sorted(found - expected.keys()):
-        raise CheckpointError(f"{path}: doesn't list {unlisted[0]}, which is there")
+        raise CheckpointError(f"{path}: does not list {unlisted[0]}, which is in the checkpoint")
     for name, digest in expected.items():
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing from the checkpoint")

@@ -40,8 +40,8 @@ def roll_back(
     if jax.process_index() == 0 and written not in run.metrics.records:  # killed after going back, it goes back again
         run.metrics.write(written)
     note(
-        f"step {position.step}: {len(bad)} skipped in a row; back to step {before.step}, "
-        f"passing over batches {list(bad)}"
+        f"step {position.step}: {len(bad)} batches skipped in a row; going back to step {before.step}, "
+        f"leaving out batches {list(bad)}"
     )
     return before._replace(passed=passed, streak=()), state
 

@@ -114,7 +114,7 @@ class Checkpoints:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                note(f"passed over {problem}; going back to step {step}")
+                note(f"damaged, not used: {problem}; going back to step {step}")
             return self.restore(step, abstract)
         raise CheckpointError(
             f"{self._folder}: no whole checkpoint. " + "; ".join(problems or ["there is none"]) + ". "
