@@ -10,9 +10,9 @@ Memory: the residuals are the arguments and the states that enter the groups, T/
 (V/R times as many as a [T, K] array has). The backward kernel recomputes the states inside a group in VMEM. If several
 value heads share a key head, the gradients of queries and keys are first computed for each value head, in float32.
 
-Precision: the state and all sums are float32, and triangular systems are solved in float32. For bfloat16 inputs,
-products take bfloat16 operands, to which written values and states are rounded. Otherwise they take float32 operands,
-with six passes of the matrix unit.
+Precision: the state and all sums are float32. Triangular systems are solved as accurately as in float32 for float32
+inputs, and to 2^-15 for bfloat16 inputs (`dot_exact`). Other products take bfloat16 operands for bfloat16 inputs, to
+which written values and states are rounded. Otherwise they take float32 operands, with six passes of the matrix unit.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Plan(NamedTuple):
     """The static arguments of the kernels.
 
     scale: of the read. delta: the gated delta rule or gated linear attention. channels: a decay per channel or not.
-    chunk: rows of a chunk. chunks: chunks of a group. operand: the dtype of the operands of products; triangular
-    systems are solved in float32.
+    chunk: rows of a chunk. chunks: chunks of a group. operand: the dtype of the operands of products, but for those
+    that solve triangular systems (`dot_exact`).
     """
 
     scale: float
