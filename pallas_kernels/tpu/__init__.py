@@ -1,1 +1,1 @@
-"""Pallas kernels for TPU (Mosaic)."""
+"""The ops' kernels for TPUs, in Pallas (Mosaic)."""

@@ -1,4 +1,4 @@
-"""A Pallas call whose arrays have names: a kernel asks for what is there, and not by counting."""
+"""A pallas_call with named arrays: a kernel gets a dictionary of refs, and an absent array is absent there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An array and how it is cut: the block's shape, and its index from (head, step, prefetched). A block () leaves it
-    in HBM."""
+    """An input array and its blocks: the block's shape, and the function (head, step, prefetched) -> block index. With
+    the block () the array stays in HBM."""
 
     array: jax.Array
     block: tuple[int, ...] = ()
@@ -23,7 +23,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A result's shape and dtype, and how it is cut; a block () leaves it in HBM."""
+    """An output's shape and dtype, and its blocks, as in Input. With the block () the array stays in HBM."""
 
     shape: tuple[int, ...]
     dtype: jax.typing.DTypeLike
@@ -43,9 +43,11 @@ def call(
     vmem_bytes: int,
     interpret=False,
 ) -> dict[str, jax.Array]:
-    """Runs kernel(prefetched, refs) over `grid` (heads, steps), steps of one head in order; absent arrays are None.
+    """Runs kernel(prefetched, refs) over the grid (heads, steps) and returns {name: output}.
 
-    `scratch` (pltpu.VMEM and semaphores) lasts over the steps. `interpret`: False, True or a pltpu.InterpretParams.
+    The steps of a head run in order; heads are independent. Inputs and outputs that are None are left out. `prefetched`
+    is a small integer array for the kernel and the index functions. `scratch` (pltpu.VMEM and semaphores) keeps its
+    content from step to step. `interpret`: False, True or a pltpu.InterpretParams.
     """
     inputs = {key: x for key, x in inputs.items() if x is not None}
     outputs = {key: x for key, x in outputs.items() if x is not None}

@@ -1,6 +1,6 @@
-"""How the arrays of one call lie for its kernels on a TPU, and how a kernel's steps go over them.
+"""The layout of the arrays for the TPU kernels, and how they are cut into blocks for the steps of a kernel's grid.
 
-The ops have [B,T,heads,W]; the kernels see [B heads, T', W], T' tokens in whole blocks.
+The ops' arrays are [B,T,heads,W]. The kernels' arrays are [B heads, T', W], with T' = T padded to whole blocks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def _same(head):
 
 
 class HeadsFirst:
-    """The sizes that every op's call has, and the ways between the op's arrays and the kernels'.
+    """The sizes of a call, and the conversions between the ops' layout and the kernels' layout.
 
-    batch B, time T, heads of what is written, length T'.
+    batch: B. time: T. heads: heads of the written values. length: T'.
     """
 
     def __init__(self, batch: int, time: int, heads: int, length: int):
         self.batch, self.time, self.heads, self.length = batch, time, heads, length
 
     def pad(self, x):
-        """[B,T,...] -> [B,T',...], with zeros."""
+        """[B,T,...] -> [B,T',...], padded with zeros."""
         return jnp.pad(x, [(0, 0), (0, self.length - self.time)] + [(0, 0)] * (x.ndim - 2))
 
     def tall(self, x):
@@ -49,33 +49,36 @@ class HeadsFirst:
         return self.back(x.swapaxes(1, 2))[..., 0]
 
     def batch_row(self, head):
-        """Which row of the batch one of the B heads is of."""
+        """The batch row of a head, one of the B × heads."""
         return quotient(head, self.heads)
 
 
 class Blocks:
-    """How a kernel's steps cut arrays into blocks of `rows` tokens. `at`: which block a step has. An input that is None
-    stays None. `of`: which of an array's heads a head has."""
+    """Cuts arrays into blocks of `rows` tokens, one for each step of a kernel's grid (heads, steps).
+
+    `at` maps a step to its block. In the methods, `of` maps a head of the grid to a head of the array. An input that is
+    None stays None.
+    """
 
     def __init__(self, layout: HeadsFirst, rows: int, at: Callable = _same):
         self.heads, self.length, self.rows, self.at = layout.batch * layout.heads, layout.length, rows, at
 
     def whole(self, x, of: Callable = _same):
-        """A head's [1, ...], the same at every step."""
+        """Block [1, ...]: all rows of a head, the same block at every step."""
         return x if x is None else calls.Input(x, (1, *x.shape[1:]), lambda h, s, _: (of(h), *[0] * (x.ndim - 1)))
 
     def tall(self, x, of: Callable = _same):
-        """[1, rows, W] of x [., T', W]."""
+        """Block [1, rows, W] of x [., T', W]."""
         return x if x is None else calls.Input(x, (1, self.rows, x.shape[2]), lambda h, s, _: (of(h), self.at(s), 0))
 
     def folded(self, x):
-        """[1, r, rows, W] of x [., r, T', W]."""
+        """Block [1, r, rows, W] of x [., r, T', W]."""
         if x is None:
             return None
         return calls.Input(x, (1, x.shape[1], self.rows, x.shape[3]), lambda h, s, _: (h, 0, self.at(s), 0))
 
     def row(self, x, of: Callable = _same):
-        """[1, 1, rows] of x [., 1, T']."""
+        """Block [1, 1, rows] of x [., 1, T']."""
         return x if x is None else calls.Input(x, (1, 1, self.rows), lambda h, s, _: (of(h), 0, self.at(s)))
 
     def out_tall(self, width: int, dtype):
@@ -87,10 +90,10 @@ class Blocks:
         return calls.Output(shape, dtype, (1, group, self.rows, width), lambda h, s, _: (h, 0, self.at(s), 0))
 
     def out_row(self, group: int = 1):
-        """[., group, T'] float32."""
+        """Output [., group, T'] float32, in blocks [1, group, rows]."""
         shape = (self.heads, group, self.length)
         return calls.Output(shape, jnp.float32, (1, group, self.rows), lambda h, s, _: (h, 0, self.at(s)))
 
     def out_whole(self, *shape: int):
-        """[., *shape] float32, the same block at every step of a head."""
+        """Output [., *shape] float32; all of a head is one block, the same at every step."""
         return calls.Output((self.heads, *shape), jnp.float32, (1, *shape), lambda h, s, _: (h, *[0] * len(shape)))

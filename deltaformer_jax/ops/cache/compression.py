@@ -43,8 +43,8 @@ def compress_cache(
 
     Returns:
       A new KUCache of that capacity with the given cache's dtypes. Its length is the number of slot keys of the row.
-      Sums are float32 (float64 for float64). A rotary embedding counts positions from the cache's length. To continue
-      from the position in the text, pass `positions` to it.
+      Sums are float32 (float64 for float64). A layer's rotary embedding counts positions from the cache's length. To
+      continue from the position in the text instead, pass `positions` to the layer.
 
     Raises:
       ValueError, TypeError: a shape, dtype, name or size that does not fit. The message names the argument.

@@ -60,9 +60,9 @@ def gated_delta_rule(
       each row. The state and all sums are float32 (float64 for float64).
 
     Raises:
-      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a positive
-        log_decay, and a segment id that occurs in two separate runs of a row, if their values are known. Under jit they
-        are not known, and the result is then undefined.
+      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a log_decay
+        that is positive or not finite, and a segment id that occurs in two separate runs of a row, if their values are
+        known. Under jit they are not known, and the result is then undefined.
       NotImplementedError: the named implementation does not exist for this op, does not support this call, needs
         another platform, or needs a package that is not installed. Also a second derivative of any implementation but
         "recurrent".
@@ -138,9 +138,9 @@ def gated_linear_attention(
       each row. The state and all sums are float32 (float64 for float64).
 
     Raises:
-      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a positive
-        log_decay, and a segment id that occurs in two separate runs of a row, if their values are known. Under jit they
-        are not known, and the result is then undefined.
+      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a log_decay
+        that is positive or not finite, and a segment id that occurs in two separate runs of a row, if their values are
+        known. Under jit they are not known, and the result is then undefined.
       NotImplementedError: the named implementation does not exist for this op, does not support this call, needs
         another platform, or needs a package that is not installed. Also a second derivative of any implementation but
         "recurrent".

@@ -49,7 +49,7 @@ def _run(plan, implementation, arrays, segment_ids):
         state = lax.full_like(value, 0, accumulation_dtype(value.dtype), shape)
     inputs = Inputs(*arrays, state, *_flags(segment_ids))
     if implementation == "recurrent" or (value.shape[1] == 1 and implementation not in BACKENDS["gated"]):
-        # For a single token, the recurrence does the same work as the chunked form, without its set-up.
+        # A chunk of one token would be one step of the recurrence, so the step is taken directly.
         return recurrent(*inputs, scale=plan.scale, delta=plan.delta)
     chunked = functools.partial(gated_chunked, plan)
     return dispatch("gated", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))

@@ -73,9 +73,10 @@ def causal_attention(
       Sums are float32 (float64 for float64) inside the op.
 
     Raises:
-      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a positive
-        log_decay, and a cache without room, if their values are known. Under jit they are not known: a positive
-        log_decay is then used as given, and tokens without room are lost.
+      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a log_decay
+        that is positive or not finite, a segment id that occurs in two separate runs of a row, and a cache without
+        room, if their values are known. Under jit they are not known: log_decay is then used as given, separate runs
+        give an undefined result, and tokens without room are lost.
       NotImplementedError: the named implementation does not exist for this op, does not support this call or needs
         another platform. Also a second derivative of "chunked".
 

@@ -1,1 +1,1 @@
-"""DeltaFormer's kernels for TPUs."""
+"""DeltaFormer's TPU kernels."""

@@ -1,13 +1,14 @@
-"""DeltaFormer on a TPU: one kernel forward, one backward; what a `custom_vjp` of the op is made of.
+"""The forward and backward pass of DeltaFormer on a TPU, for the op's `custom_vjp`: one kernel each.
 
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
 
-Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), r = H / Hu queries
-that share one u, K and V the widths, C rows of a chunk. The kernels see [B Hu, T, width].
+Letters: B batch rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), r = H / Hu
+query heads that share one head of u, K and V the head dimensions, C rows of a chunk. The kernels' arrays are
+[B Hu, T, width].
 
-Precision: sums, u and everything between are float32. Products take bfloat16 operands where the inputs are bfloat16 and
-the weights are softmax's, float32 ones (six passes of the matrix unit) elsewhere; products of queries and keys take the
-inputs' own.
+Precision: sums, u and intermediate results are float32. Products of queries and keys take operands of the inputs'
+dtype. Products with weights take bfloat16 operands if the inputs are bfloat16 and the similarity is softmax; otherwise
+float32 operands (six passes of the matrix unit).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is known while tracing. `read` None: only u is wanted. `tied`: w = q, and `write`, one softmax, serves both.
+    """The static arguments of a call.
 
-    `chunk`: rows of a chunk, a multiple of 128; 0: chosen. `streamed`: whether arrays of all rows stay in HBM; None:
-    where VMEM does not hold them. `interpret`: goes to pallas_call.
+    write, read: the similarities; `read` is None if only u is needed. tied: w = q, and the softmax `write` serves both.
+    chunk: rows of a chunk, a multiple of 128; 0 means the default. streamed: whether arrays of all rows stay in HBM;
+    None means that they do if they do not fit in VMEM. interpret: passed to pallas_call.
     """
 
     write: Kappa
@@ -45,18 +47,18 @@ class Settings:
 
 
 def lacks(settings: Settings, key, value) -> str | None:
-    """Why these kernels cannot do this call, or None."""
+    """Why these kernels do not support this call, or None if they do."""
     return limits.lacks(key, value)
 
 
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids):
-    """(out [B,T,H,V] or None, u [B,T,Hu,V], both in value's dtype; residuals for `backward`).
+    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype.
 
-    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key
-    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0
-    in all of them. Under vmap the batch is folded.
+    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: it is the key, or the query if tied), key
+    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. All arrays must be 0 at
+    padding (id 0). Under vmap the mapped axis is folded into the batch.
 
-    Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
+    Raises NotImplementedError for a call that `lacks` rejects, and under jvp (the op's custom_vjp avoids jvp).
     """
     reason = lacks(settings, key, value)
     if reason:
@@ -69,13 +71,13 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
 def backward(settings: Settings, residuals, dout, du):
     """The gradients (dquery, dwrite_query, dkey, dvalue, dalpha, dbeta) for the cotangents of `forward`'s out and u.
 
-    Each in its argument's shape and dtype; None where the argument was None (and dwrite_query with `tied`).
+    Each has the shape and dtype of its argument, and is None if the argument was None. If tied, dwrite_query is None.
     """
     function = functools.partial(_backward, settings)
     return transformable(function, "the Pallas backward of delta attention", _DIFFERENTIABLE)(residuals, dout, du)
 
 
-# Jitted, so that a call whose shapes were seen before is not traced again, on whatever platform it runs.
+# _forward and _backward are jitted, so that JAX traces each once per shape, whatever the platform.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids):
     given = (query, write_query, key, value, alpha, beta, segment_ids)
@@ -83,7 +85,7 @@ def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids)
     plan = layout.plan
     results = call_forward(settings, layout, query, write_query, key, value, alpha, beta)
     out = layout.unfolded(results["out"]) if plan.reads or plan.tied else None
-    # Everything kept leads with the batch, so that vmap can fold it.
+    # The first axis of all residuals must be the batch, so that vmap can fold it.
     kept = {
         name: x.reshape(layout.batch, layout.heads, *x.shape[1:])
         for name, x in results.items()
@@ -133,7 +135,7 @@ def _backward(settings, residuals, dout, du):
 
 
 def _row_dot(layout, dout, out):
-    """dO·o of every row, [B Hu,r,T'], for reads with a normaliser; None for others."""
+    """dO·o of every row, [B Hu,r,T'], if the read is softmax (`out` is kept); else None."""
     if out is None:
         return None
     row_dot = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=3)
@@ -141,8 +143,10 @@ def _row_dot(layout, dout, out):
 
 
 class _TiedRead:
-    """What o = (1 − π) s + π u, the read that the write makes on its way, does to cotangents. dout, summary (s), u
-    [B Hu,T',V]; rest (1 − π), share (π) [B Hu,1,T']."""
+    """The cotangents in the tied case, where the write kernel also computes the read o = (1 − π) s + π u.
+
+    dout, summary (s), u [B Hu,T',V]; rest (1 − π), share (π) [B Hu,1,T'].
+    """
 
     def __init__(self, dout, rest, share, summary, u):
         self.dout, self.rest, self.share, self.u = dout, rest, share, u
@@ -157,7 +161,7 @@ class _TiedRead:
         )
 
     def own_scores(self):
-        """The gradient of each row's own score, [B Hu,T',1]: dS_ii = π_i (dO_i·u_i − dO_i·o_i)."""
+        """The gradient of the diagonal scores, [B Hu,T',1]: dS_ii = π_i (dO_i·u_i − dO_i·o_i)."""
         return _across(self.share * (jnp.sum(self.dout * self.u, axis=2)[:, None] - self.dot))
 
 
@@ -167,7 +171,7 @@ def _across(x):
 
 
 def _sum_heads(x, heads):
-    """[B,T,h,W] -> [B,T,heads,W]: the sums over the heads that share one."""
+    """[B,T,h,W] -> [B,T,heads,W]: sums over the heads that share a key/value head."""
     if x.shape[2] == heads:
         return x
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads, x.shape[3]).sum(axis=3)

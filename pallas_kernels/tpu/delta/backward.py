@@ -1,16 +1,21 @@
-"""DeltaFormer's backward, one head of u at a time: one sweep over chunks of columns, from the last to the first.
+"""DeltaFormer's backward kernel on a TPU.
 
-With G = M⁻ᵀ dU, the adjoint of the written values, and for each row i, over the columns j it sees,
+Grid: (B Hu heads of u, chunks). The steps of a head take the chunks of columns from the last to the first. A step
+computes G, dK, dV, dα and dβ of its columns from all later rows, and adds to dW and dQ of those rows. H and c of the
+later rows, which earlier columns need, stay in VMEM, and so do dW and dQ.
+
+G = M⁻ᵀ dU is the gradient of the written values. For row i and the columns j that it sees,
 
     H_i = −β_i G_i,    c_i = −G_i·(α_i v_i − u_i)  for softmax, else 0
-    G_j  = dU_j + Σ_{i≥j} κ₂(q_i, k_j) dO_i + Σ_{i>j} A_ij H_i           inside the chunk a transposed solve
+    G_j  = dU_j + Σ_{i≥j} κ₂(q_i, k_j) dO_i + Σ_{i>j} A_ij H_i           inside the chunk, a transposed solve
     dS_ij = κ₁'(s_ij) (H_i·u_j − c_i),      dR_ij = κ₂'(r_ij) (dO_i·u_j − D_i),   D_i = dO_i·o_i for softmax, else 0
     dV = α G,  dα = v·G,  dβ = −G·s,  dK = Σ_i dSᵀ w + dRᵀ q,  dW = dS K,  dQ = dR K
 
-Tied: H_i = ρ_i dO_i − β_i G_i and c_i = ρ_i D_i + c_i serve for both, and G_j has Σ_{i>j} P_ij ρ_i dO_i in it by H.
+If tied, H_i = ρ_i dO_i − β_i G_i, and ρ_i D_i is added to c_i, with P the weights and ρ = 1 − π. These serve write and
+read together; in G_j, Σ_{i>j} P_ij ρ_i dO_i is then part of Σ P_ij H_i.
 
-Tiles are columns × rows, so that what belongs to a row is a row vector and no tile is transposed: dQ and dW grow as
-[K, T]. Source: derived for this project from Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
+Tiles of scores are laid out columns × rows. Numbers per row are then row vectors, and no tile is transposed: dQ and dW
+are summed as [K, T]. Source: derived for this project from Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
 """
 
 from __future__ import annotations
@@ -30,14 +35,17 @@ from pallas_kernels.tpu.matrix_unit import UPPER, WHOLE, TileProducts, tile_numb
 
 
 def backward_kernel(last, refs, *, plan: Plan):
-    """One chunk of columns of one head. refs, of all rows: w [1,T,K] (the write query, be it k or q), q [1,r,T,K],
-    dout [1,r,T,V]; lse_write, segments [1,1,T], lse_read, row_dot [1,r,T]; of the chunk: keys, own_w [1,C,K],
-    own_q [1,r,C,K], own_dout [1,r,C,V], u, du, summary, v, read_share [1,C,V], alpha, beta, read_dot [1,1,C]; out:
-    dq [1,r,K,T], dw [1,K,T], dk [1,C,K], dv [1,C,V], dalpha, dbeta [1,1,C]; scratch: adjoint [T,V] (H), centre [1,T]
-    (c). Which there are, backward_call.py says. With `tied` dw is the gradient of q.
+    """Computes one chunk of columns of one head of u. The refs (backward_call.py says which are present):
 
-    Past what VMEM holds, the arrays of all rows, dq and dw stay in HBM, and H goes there as `adjoints` [.,T,V];
-    `adjoint` is [C,V] then, and tiles come through NAME_tiles [2, ...].
+    inputs of all rows: w [1,T,K] (the write query, also if it is k or q), q [1,r,T,K], dout [1,r,T,V], lse_write,
+      segments [1,1,T], lse_read, row_dot [1,r,T];
+    inputs of the chunk: keys, own_w [1,C,K], own_q [1,r,C,K], own_dout [1,r,C,V], u, du, summary, v, read_share
+      [1,C,V], alpha, beta, read_dot [1,1,C];
+    outputs: dq [1,r,K,T], dw [1,K,T] (if tied, the gradient of q), dk [1,C,K], dv [1,C,V], dalpha, dbeta [1,1,C];
+    scratch: adjoint [T,V] (H), centre [1,T] (c).
+
+    If all rows do not fit in VMEM, w, q, dout, dq and dw stay in HBM, and H is written there as `adjoints` [.,T,V].
+    Then `adjoint` is [C,V], and tiles are copied through NAME_tiles [2, ...] (hbm.py).
 
     `last` [B, T/C]: the last chunk of rows that sees a chunk of columns.
     """
@@ -57,7 +65,8 @@ def backward_kernel(last, refs, *, plan: Plan):
 
 
 class _Sums(NamedTuple):
-    """What a chunk of columns gets from all rows: of G [C,V], of dK by the write's scores and by the reads' [C,K]."""
+    """The sums of a chunk of columns over the rows: of G [C,V], of dK through the write's scores and of dK through the
+    reads' scores [C,K], neither multiplied by its scale yet."""
 
     grad: jax.Array
     dkeys_write: jax.Array
@@ -65,8 +74,8 @@ class _Sums(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows of a write or a read: w or q [R,K]; what multiplies their weights, H or dO [R,V]; for softmax their
-    log-sum-exps and centres, c or D [1,R]."""
+    """A tile of rows of the write or of a read: query, w or q [R,K]; cotangent, H or dO [R,V]; for softmax, the
+    log-sum-exps and centre, c or D [1,R]."""
 
     query: Any
     cotangent: Any
@@ -75,7 +84,7 @@ class _Rows(NamedTuple):
 
 
 class _Columns:
-    """The chunk of columns that a step works on: its place, its keys and u, and the steps of the algorithm."""
+    """The chunk of columns of one grid step: its position, its keys and u, and the parts of the algorithm."""
 
     def __init__(self, refs, plan: Plan):
         self.refs, self.plan = refs, plan
@@ -90,22 +99,22 @@ class _Columns:
         self.segments = refs["segments"][0, 0, self.own][:, None] if "segments" in refs else None
 
     def rows_of(self, i):
-        """Where chunk i lies among all rows."""
+        """The slice of chunk i in all rows."""
         return pl.ds(pl.multiple_of(i * self.plan.chunk, self.plan.chunk), self.plan.chunk)
 
     def seen_by(self, i):
-        """By which rows of chunk i the columns are seen, as far as segments go; None: by all."""
+        """[columns, rows] mask of equal segments, for the rows of chunk i; None without segments."""
         if self.segments is None:
             return None
         return self.segments == self.refs["segments"][0, :, self.rows_of(i)]
 
     def weights(self, kappa: Kappa, rows: _Rows, visible, form: TileProducts):
-        """(Scores, weights) of a tile."""
+        """(scores, weights) of a tile."""
         scores = form.outer(self.keys, rows.query, self.plan.operand) * kappa.factor
         return scores, weights_again(kappa, scores, rows.lse, visible)
 
     def tile(self, kappa: Kappa, rows: _Rows, visible, dtype, form: TileProducts):
-        """What a tile adds to G_j [C,V] and to dK_j [C,K], and to dW or dQ of its rows [K,R]."""
+        """The contributions of a tile: to G [C,V], to dK [C,K], and to dW or dQ of its rows [K,R]."""
         scores, weights = self.weights(kappa, rows, visible, form)
         dots = form.outer(self.u, rows.cotangent, dtype)
         if kappa.normalised:
@@ -118,19 +127,19 @@ class _Columns:
         )
 
     def write_tile(self, i, visible, query, adjoint, centre, form=WHOLE):
-        """`tile` of the write and row chunk i."""
+        """`tile` of the write, for row chunk i."""
         lse = self.refs["lse_write"][0, :, self.rows_of(i)] if self.plan.write.normalised else None
         return self.tile(self.plan.write, _Rows(query, adjoint, lse, centre), visible, self.plan.write_dtype, form)
 
     def read_tile(self, h, i, visible, query, dout, form=WHOLE):
-        """`tile` of query head h and row chunk i."""
+        """`tile` of the read by query head h, for row chunk i."""
         lse = centre = None
         if self.plan.read.normalised:
             lse, centre = (self.refs[name][0, h : h + 1, self.rows_of(i)] for name in ("lse_read", "row_dot"))
         return self.tile(self.plan.read, _Rows(query, dout, lse, centre), visible, self.plan.read_dtype, form)
 
     def over_later(self, last) -> _Sums:
-        """The sums over the chunks of rows past j, whose dW and dQ grow."""
+        """The sums over all later chunks of rows. Also adds to dW and dQ of these rows."""
         nothing = jnp.zeros(self.keys.shape, jnp.float32)
         sums = _Sums(self.refs["du"][0].astype(jnp.float32), nothing, nothing)
         start, stop = self.j + 1, last[self.plan.batch_row(self.head), self.j] + 1
@@ -139,7 +148,7 @@ class _Columns:
         return lax.fori_loop(start, stop, lambda i, sums: self.later(i, self.resident_tiles(i), sums), sums)
 
     def later(self, i, at, sums: _Sums) -> _Sums:
-        """Row chunk i > j; `at` are its tiles."""
+        """`sums` after row chunk i > j; `at` holds the chunk's tiles."""
         grad, dkeys_write, dkeys_read = sums
         visible = self.seen_by(i)
         w, adjoint, centre = at["w"][...], at["adjoint"][...], self.refs["centre"][:, self.rows_of(i)]
@@ -153,7 +162,7 @@ class _Columns:
         return _Sums(grad, dkeys_write, dkeys_read)
 
     def resident_tiles(self, i):
-        """Row chunk i of the arrays of all rows in VMEM."""
+        """The tiles of row chunk i, if the arrays of all rows are in VMEM."""
         refs, rows = self.refs, self.rows_of(i)
         at = {
             "w": refs["w"].at[0, rows, :],
@@ -169,7 +178,7 @@ class _Columns:
         return at
 
     def hbm_tiles(self):
-        """The same of arrays in HBM."""
+        """The tiles, for `over_tiles`, if the arrays of all rows are in HBM."""
         head, rows_of, every = self.head, self.rows_of, slice(None)
 
         def tiles_of(name, array, index, writes=False):
@@ -190,8 +199,8 @@ class _Columns:
         return tiles
 
     def own_reads(self, sums: _Sums, visible) -> _Sums:
-        """The reads of the chunk's own rows. The diagonal is the first tile that a row chunk meets, and begins its
-        dQ."""
+        """`sums` after the reads of the chunk's own rows. The diagonal tile is the first that a row chunk takes part
+        in, so it sets the rows' dQ instead of adding to it."""
         refs, (grad, dkeys_write, dkeys_read) = self.refs, sums
         for h in self.reads:
             query, dout = refs["own_q"][0, h], refs["own_dout"][0, h]
@@ -206,8 +215,8 @@ class _Columns:
         return _Sums(grad, dkeys_write, dkeys_read)
 
     def solve(self, incoming, w, read_share, visible):
-        """G [C,V]: (I + β A)ᵀ G = incoming, A the weights of the chunk's own rows. `read_share`: ρ dO, None unless
-        tied."""
+        """G [C,V], the solution of (I + diag(β) A)ᵀ G = incoming, with A the weights of the chunk's own rows.
+        `read_share`: ρ dO if tied, else None."""
         lse = self.refs["lse_write"][0, :, self.own] if self.plan.write.normalised else None
         _, across = self.weights(self.plan.write, _Rows(w, None, lse, None), visible, UPPER)  # Aᵀ
         if read_share is not None:
@@ -216,7 +225,7 @@ class _Columns:
         return solve_across_transposed(system, incoming.T, self.plan.write_dtype).T
 
     def adjoint_and_centre(self, grad, written, read_share):
-        """H [C,V] and c [1,C] of the chunk's own rows; `written` α v [C,V]. Earlier columns find c in `centre`."""
+        """(H [C,V], c [1,C]) of the chunk's own rows; `written` is α v [C,V]. Stores c for earlier columns."""
         refs = self.refs
         adjoint = -grad * refs["beta"][0, 0, :][:, None] if "beta" in refs else -grad
         centre = -jnp.sum(grad * (written - self.u), axis=1, keepdims=True)
@@ -228,7 +237,7 @@ class _Columns:
         return adjoint, centre
 
     def own_write(self, w, adjoint, centre, visible):
-        """dK [C,K] by the write of the chunk's own rows. Their dW begins here, and earlier columns find H."""
+        """dK [C,K] through the write of the chunk's own rows. Sets the rows' dW, and stores H for earlier columns."""
         refs = self.refs
         _, dkeys, grow = self.write_tile(self.j, visible, w, adjoint, centre, UPPER)
         if self.streamed:
@@ -242,7 +251,7 @@ class _Columns:
         return dkeys
 
     def store(self, dkeys_write, dkeys_read, grad, v, alpha):
-        """The gradients that belong to the columns."""
+        """Stores the gradients of the chunk's columns: dK, dV, dα, dβ."""
         refs, write, read = self.refs, self.plan.write, self.plan.read
         refs["dk"][0] = dkeys_write * write.scale + (0.0 if read is None else dkeys_read * read.scale)
         refs["dv"][0] = grad if alpha is None else alpha * grad

@@ -1,4 +1,4 @@
-"""The arrays of the backward kernel of DeltaFormer on a TPU, and its call."""
+"""The call of DeltaFormer's backward kernel on a TPU: its grid, inputs, outputs and scratch memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from pallas_kernels.tpu.layout import Blocks
 
 
 class Cotangents(NamedTuple):
-    """What the kernel is told of dO and dU: du [B Hu,T',V] float32; of separate reads dout [B Hu,r,T',V], and with
-    softmax row_dot = dO·o [B Hu,r,T']; tied, read_share = ρ dO [B Hu,T',V] and read_dot = ρ dO·o [B Hu,1,T']."""
+    """The cotangents dU and dO as the kernel takes them.
+
+    du [B Hu,T',V] float32. For a separate read: dout (dO) [B Hu,r,T',V] and, for softmax, row_dot (dO·o) [B Hu,r,T'].
+    If tied: read_share (ρ dO) [B Hu,T',V] and read_dot (ρ dO·o) [B Hu,1,T'].
+    """
 
     du: jax.Array
     dout: jax.Array | None = None
@@ -27,8 +30,10 @@ class Cotangents(NamedTuple):
 
 
 def call_backward(settings, layout: Layout, w, query, k, value, alpha, beta, kept, cotangents: Cotangents):
-    """{name: array} of the kernel's outputs as `backward_kernel` has them, [B Hu, ...]. w [.,T',K], k [B G,T',K]; kept:
-    what the forward kernel left; the rest as of the op."""
+    """The outputs {name: array [B Hu, ...]} of `backward_kernel`. Grid: (B Hu, chunks).
+
+    w [.,T',K], k [B G,T',K]; `kept` are the forward kernel's outputs; the other arguments are the op's.
+    """
     streamed = layout.streams_backward()
     return calls.call(
         functools.partial(backward_kernel, plan=layout.plan),
@@ -44,7 +49,7 @@ def call_backward(settings, layout: Layout, w, query, k, value, alpha, beta, kep
 
 
 def _blocks(layout):
-    """From the last chunk to the first."""
+    """Blocks from the last chunk to the first."""
     return Blocks(layout, layout.chunk, lambda step: layout.steps - 1 - step)
 
 

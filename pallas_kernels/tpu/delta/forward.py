@@ -1,15 +1,18 @@
-"""DeltaFormer's forward, one head of u at a time, chunk by chunk: the write, and the reads of it in the same pass.
+"""DeltaFormer's forward kernel on a TPU: the write, and the reads in the same pass.
 
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
 
-A chunk's rows go over the earlier chunks once: each tile of k and u is loaded once and serves w and every query head
-that shares it. Then the chunk's own triangular system is solved, its u joins those in VMEM, and the reads take the
-diagonal tile. Tied (w = q, one softmax for both): o = (1 − π) s + π u, so that the read costs nothing.
+Grid: (B Hu heads of u, chunks). The chunks of a head run in order, because a chunk needs u of the earlier chunks, which
+stays in VMEM. A step computes one chunk of rows: it sums over the earlier chunks for the write query, solves the
+chunk's own triangular system, stores u, and then sums over the earlier and the own chunk for each query head that
+shares the head of u. If tied (w = q, one softmax for both), the read is o = (1 − π) s + π u and needs no sums of its
+own.
 
-Tiles are columns × rows and sums [V, rows]: what belongs to a row is a row vector, its maximum and sum go down the
-sublanes, and the unit that moves data across lanes has nothing to do. The matrix units are kept busy by the order of
-the products (`product_in_tiles`): scores of 128 rows are done before the next rows' begin, so that one part's weights
-are made while others are multiplied. The weighted sums stay in VMEM: a loop's carry would be copied at every step.
+Tiles of scores are laid out columns × rows, and sums are [V, rows]. Numbers per row are then row vectors, and maximum
+and sum of a row are reductions over sublanes, which do not use the cross-lane unit. The order of the products
+(`product_in_tiles`) keeps the matrix units busy: the scores of some rows are complete before those of the next rows
+begin, so that their weights are computed while other scores are multiplied. The weighted sums are in scratch memory,
+because a loop's carry would be copied at every step.
 """
 
 from __future__ import annotations
@@ -26,12 +29,16 @@ from pallas_kernels.tpu.matrix_unit import dot, product_in_tiles, tile_numbers, 
 
 
 def forward_kernel(first, refs, *, plan: Plan):
-    """One chunk of one head. refs: k [1,T,K]; keys, w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C], rows and
-    columns (segment ids [1,1,C], [1,1,T]); out: u [1,C,V], out [1,r,C,V], summary [1,C,V], lse_write [1,1,C],
-    lse_read [1,r,C], share, rest [1,1,C]; scratch: values [V,T], sums [V,C]. Which there are, forward_call.py says.
+    """Computes one chunk of one head of u. The refs (forward_call.py says which are present):
 
-    Past what VMEM holds k [.,T,K] stays in HBM and u goes there too, as `u_operand` [.,V,T]; `values` is [V,C] then,
-    and tiles of both come through k_tiles [2,C,K] and u_tiles [2,V,C].
+    inputs: k [1,T,K], all keys; keys (the chunk's), w [1,C,K], q [1,r,C,K], v [1,C,V], alpha, beta [1,1,C]; segment ids
+      of the chunk and of all tokens, rows [1,1,C] and columns [1,1,T];
+    outputs: u [1,C,V], out [1,r,C,V], summary (s) [1,C,V], lse_write [1,1,C], lse_read [1,r,C], share (π), rest (1 − π)
+      [1,1,C];
+    scratch: values [V,T], u of all chunks so far; sums [V,C], the weighted sums.
+
+    If all rows do not fit in VMEM, k [.,T,K] stays in HBM, and u is written to HBM too, as `u_operand` [.,V,T]. Then
+    `values` is [V,C], and tiles of k and u are copied through k_tiles [2,C,K] and u_tiles [2,V,C] (hbm.py).
 
     `first` [B, T/C]: the first chunk that a chunk's rows see.
     """
@@ -45,7 +52,7 @@ def forward_kernel(first, refs, *, plan: Plan):
 
 
 class _Rows:
-    """The chunk of rows that a step works on: its place, its queries, and the steps of the algorithm."""
+    """The chunk of rows of one grid step: its position, its queries, and the parts of the algorithm."""
 
     def __init__(self, refs, plan: Plan, first):
         self.refs, self.plan, self.first = refs, plan, first
@@ -57,17 +64,17 @@ class _Rows:
         self.w = refs["w"].at[0] if "w" in refs else self.queries[0] if plan.tied else self.keys
 
     def block(self, j):
-        """Where chunk j lies among all rows."""
+        """The slice of chunk j in all rows."""
         return pl.ds(pl.multiple_of(j * self.plan.chunk, self.plan.chunk), self.plan.chunk)
 
     def sees(self, columns):
-        """Of which of the columns the rows are in the same segment; None: of all."""
+        """[columns, rows] mask of equal segments; None without segments."""
         if "rows" not in self.refs:
             return None
         return self.refs["columns"][0, 0, columns][:, None] == self.refs["rows"][0]
 
     def over_earlier(self, kappa, queries, dtype):
-        """The maxima and normalisers of all earlier chunks; the weighted sums are left in `sums`."""
+        """The running maxima and normalisers over all earlier chunks. The weighted sums are left in the ref `sums`."""
         refs, sums = self.refs, self.refs["sums"]
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
         begin, running = self.first[self.plan.batch_row(self.head), self.c], nothing_seen(self.plan.chunk)
@@ -97,8 +104,8 @@ class _Rows:
         return upper_product(self.keys, queries, self.plan.operand) * kappa.factor
 
     def write(self, running, row, column):
-        """u [V, C] of the chunk, with all that the backward, the reads and later chunks need of it. `running`: of the
-        earlier chunks."""
+        """u [V, C] of the chunk. Also stores everything that the backward pass, the reads and later chunks need.
+        `running`: the maxima and normalisers over the earlier chunks."""
         refs, kappa = self.refs, self.plan.write
         visible = both(row > column, self.sees(self.own))
         scores = self.own_scores(kappa, self.w)
@@ -120,7 +127,7 @@ class _Rows:
         return u
 
     def solve(self, weights, past):
-        """u: target − β past is u (I + β A)ᵀ, A the weights of the chunk's own columns."""
+        """u [V, C], the solution of u (I + diag(β) A)ᵀ = α v − β past; A is `weights`, of the chunk's own columns."""
         refs = self.refs
         target = refs["v"][0].astype(jnp.float32).T
         if "alpha" in refs:
@@ -132,7 +139,7 @@ class _Rows:
         return solve_across(system, target - forced, self.plan.write_dtype)
 
     def keep_for_later(self, u):
-        """Puts u where later chunks find it."""
+        """Stores u for later chunks: in VMEM, or in HBM if streamed."""
         refs = self.refs
         if self.streamed:
             refs["values"][...] = u.astype(refs["values"].dtype)
@@ -141,7 +148,7 @@ class _Rows:
             refs["values"][:, self.own] = u.astype(refs["values"].dtype)
 
     def read_tied(self, score, running, summary, u):
-        """out, with the share π that a row's own column, whose score is `score`, has of its read, and 1 − π."""
+        """Stores out, π and 1 − π. π is the weight of a row's own column, whose score is `score`, in the row's read."""
         refs = self.refs
         seen = running[1] > 0
         ahead = jnp.where(seen, log_normaliser(running) - score, 0.0)
@@ -151,7 +158,7 @@ class _Rows:
         refs["share"][0], refs["rest"][0] = share, rest
 
     def read(self, h, query, u, visible):
-        """out of query head h."""
+        """Computes and stores out of query head h."""
         refs, kappa, dtype = self.refs, self.plan.read, self.plan.read_dtype
         running = self.over_earlier(kappa, query, dtype)
         weights, shrink, running = absorb(kappa, running, self.own_scores(kappa, query), visible)

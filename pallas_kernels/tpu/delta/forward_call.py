@@ -1,4 +1,4 @@
-"""The arrays of the forward kernel of DeltaFormer on a TPU, and its call."""
+"""The call of DeltaFormer's forward kernel on a TPU: its grid, inputs, outputs and scratch memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.tpu.layout import Blocks
 
 
 def call_forward(settings, layout: Layout, query, write_query, key, value, alpha, beta):
-    """{name: array} of the kernel's outputs as `forward_kernel` has them, [B Hu, ...]; arguments as of the op."""
+    """The outputs {name: array [B Hu, ...]} of `forward_kernel`. The arguments are the op's. Grid: (B Hu, chunks)."""
     plan = layout.plan
     kept_dtype = _kept_dtype(plan)
     streamed = layout.streams_forward(kept_dtype)
@@ -32,7 +32,7 @@ def call_forward(settings, layout: Layout, query, write_query, key, value, alpha
 
 
 def _kept_dtype(plan):
-    """Of u where later chunks find it: the wider of what the write's and the read's products take."""
+    """The dtype in which u is kept for later chunks: the wider of the operand dtypes of write and read."""
     if not plan.reads:
         return plan.write_dtype
     return max(plan.write_dtype, plan.read_dtype, key=lambda dtype: dtype.itemsize)
@@ -55,7 +55,7 @@ def _inputs(layout, streamed, query, write_query, key, value, alpha, beta):
 
 
 def _outputs(layout, streamed, kept_dtype, dtype, has_beta):
-    """`dtype`: of out."""
+    """The kernel's outputs; `dtype` is that of out."""
     plan, blocks = layout.plan, Blocks(layout, layout.chunk)
     width, heads = layout.value_width, layout.batch * layout.heads
     return {

@@ -1,4 +1,4 @@
-"""Tiles of arrays that lie in HBM, brought to VMEM one ahead of where they are used, and written back behind it."""
+"""A loop over tiles of arrays in HBM. Each tile is copied to VMEM one step before its use, and copied back after it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True)
 class HbmTiles:
-    """Tiles `array.at[index(n)]` of an array in HBM, through two places `buffer` [2, ...] of VMEM and `semaphores`
-    [2, 2]. `writes`: what `step` leaves in the tile goes back to where it came from."""
+    """The tiles `array.at[index(n)]` of an array in HBM, with two buffers in VMEM, `buffer` [2, ...], and `semaphores`
+    [2, 2]. `writes`: after `step`, the tile is copied back to HBM."""
 
     array: jax.Array
     index: Callable
@@ -33,7 +33,7 @@ class HbmTiles:
 
 
 def over_tiles(start, stop, arrays: dict[str, HbmTiles], step: Callable, carry):
-    """carry = step(n, {name: tile n}, carry) for n = start … stop − 1; every copy has ended when it returns."""
+    """carry = step(n, {name: tile n}, carry) for n = start … stop − 1. All copies are complete when it returns."""
     writers = [array for array in arrays.values() if array.writes]
 
     @pl.when(start < stop)
@@ -49,7 +49,7 @@ def over_tiles(start, stop, arrays: dict[str, HbmTiles], step: Callable, carry):
         def _():
             for array in arrays.values():
                 if array.writes:
-                    # The place of tile n + 1 is that of n − 1.
+                    # Tile n + 1 uses the buffer of tile n − 1, so that tile's copy back must be complete.
                     pl.when(n > start)(array.store(n - 1).wait)
                 array.fetch(n + 1).start()
 
@@ -66,7 +66,7 @@ def over_tiles(start, stop, arrays: dict[str, HbmTiles], step: Callable, carry):
 
 
 def copy(source, target, semaphore):
-    """source -> target, waited for."""
+    """Copies source to target and waits for the copy."""
     transfer = pltpu.make_async_copy(source, target, semaphore)
     transfer.start()
     transfer.wait()

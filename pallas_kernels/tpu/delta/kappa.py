@@ -1,7 +1,8 @@
-"""κ of tiles of scores inside a kernel, and softmax sums that grow tile by tile.
+"""Similarities κ of tiles of scores inside a kernel, and the running softmax sums (online softmax).
 
-Softmax's exponentials are powers of two: log₂ e is in the factor of its scores (`Kappa.factor`), and so in its running
-maxima and log-sum-exps. Tiles are columns × rows, so that what belongs to a row is a row vector [1, R].
+Exponentials of softmax are computed as powers of two. The factor of its scores (`Kappa.factor`) therefore includes
+log₂ e, and its running maxima and log-sum-exps are in base 2. Tiles are laid out columns × rows, so that numbers per
+row are row vectors [1, R].
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-# Where a row has seen nothing yet its running maximum starts here: finite, so that a difference of two is 0.
+# The start of a running maximum. It is finite, so that the difference of two starts is 0 and not NaN.
 LOWEST = -1e30
 LOG2_E = float(np.log2(np.e))
 
@@ -30,11 +31,11 @@ class Kappa:
 
     @property
     def factor(self) -> float:
-        """What products of queries and keys are multiplied by."""
+        """The factor that products of queries and keys are multiplied by."""
         return self.scale * (LOG2_E if self.normalised else 1.0)
 
     def weight(self, scores):
-        """κ of scores; for softmax the numerator."""
+        """κ(s). For softmax the numerator 2^s."""
         if self.name == "linear":
             return scores
         if self.name == "relu":
@@ -47,7 +48,8 @@ class Kappa:
         return jnp.round(scores * power) / power
 
     def sloped(self, scores, weights, x):
-        """κ'(s) x, the derivative by the scaled score; softmax's own, without its normaliser's part."""
+        """κ'(s) · x, the derivative with respect to the scaled score. For softmax, the caller accounts for the
+        normaliser."""
         if self.name in ("linear", "round"):
             return x
         if self.name == "relu":
@@ -56,32 +58,32 @@ class Kappa:
 
 
 def keep(visible, x):
-    """x where visible, 0 elsewhere; None means visible everywhere."""
+    """x where visible, 0 elsewhere. None means that everything is visible."""
     return x if visible is None else jnp.where(visible, x, 0.0)
 
 
 def both(a, b):
-    """a and b, where None means everything."""
+    """The mask a & b. None means that everything is visible."""
     if a is None:
         return b
     return a if b is None else a & b
 
 
 def nothing_seen(rows: int):
-    """(maximum [1, R], normaliser [1, R]) of rows that have seen nothing."""
+    """The running (maximum [1, R], normaliser [1, R]) before the first tile."""
     return jnp.full((1, rows), LOWEST, jnp.float32), jnp.zeros((1, rows), jnp.float32)
 
 
 def absorb(kappa: Kappa, running, scores, visible):
-    """(The weights of one more tile of columns, what the sums weighted so far shrink by (None: nothing), maximum and
-    normaliser with the tile in them)."""
+    """(weights, shrink, running maximum and normaliser) after one more tile of columns. `shrink` is the factor that the
+    old weighted sums must be multiplied by; None means 1."""
     if not kappa.normalised:
         return keep(visible, kappa.weight(keep(visible, scores))), None, running
     highest, total = running
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
     highest_now = jnp.maximum(highest, jnp.max(scores, axis=0, keepdims=True))
-    # In a row that has seen nothing both are LOWEST and the power is 1: mask again.
+    # In a row that has seen nothing, score and maximum are both LOWEST, and the power is 1. So mask again.
     weights = keep(visible, jnp.exp2(scores - highest_now))
     shrink = jnp.exp2(highest - highest_now)
     total = total * shrink + jnp.sum(weights, axis=0, keepdims=True)
@@ -93,7 +95,7 @@ def shrunk(sums, shrink):
 
 
 def inverse_normaliser(kappa: Kappa, running):
-    """1/l of each row [1, R], 0 for a row that saw nothing; 1 without a normaliser."""
+    """1/l of each row, [1, R]; 0 for a row that saw nothing; 1 if the similarity is not softmax."""
     total = running[1]
     if not kappa.normalised:
         return jnp.ones_like(total)
@@ -101,15 +103,16 @@ def inverse_normaliser(kappa: Kappa, running):
 
 
 def log_normaliser(running):
-    """log₂ Σ_j 2^{s_ij} [1, R]; 0 in rows that saw nothing, where nothing multiplies it."""
+    """The log-sum-exp log₂ Σ_j 2^{s_ij} of each row, [1, R]; 0 for a row that saw nothing, whose weights are masked
+    anyway."""
     highest, total = running
     return jnp.where(total > 0, highest + jnp.log2(jnp.where(total > 0, total, 1.0)), 0.0)
 
 
 def weights_again(kappa: Kappa, scores, lse, visible):
-    """κ recomputed from scores and log-sum-exps that broadcast against them."""
+    """κ, recomputed from the scores and the rows' log-sum-exps, which broadcast against the scores."""
     scores = keep(visible, scores)
     if kappa.normalised:
-        # A hidden score may lie above its row's log-sum-exp: mask before the power too, or it overflows.
+        # A hidden score may exceed its row's log-sum-exp, and the power could overflow. So mask before it too.
         scores = keep(visible, scores - lse)
     return keep(visible, kappa.weight(scores))

@@ -1,7 +1,5 @@
-"""How the arrays of one call of DeltaFormer lie for its kernels on a TPU: which chunks meet which, whether arrays of
-all rows stay in VMEM, and what the kernels know of it.
-
-Letters as in api.py.
+"""The layout of one call of DeltaFormer for its TPU kernels: sizes, which chunks see which, and whether arrays of all
+rows stay in VMEM. The letters are those of api.py.
 """
 
 from __future__ import annotations
@@ -18,9 +16,13 @@ from pallas_kernels.tpu.matrix_unit import TILE, quotient
 
 
 class Plan(NamedTuple):
-    """What the kernels know while tracing: the similarities and whether w = q (tied) or w = k; rows of a chunk, and how
-    many chunks; query heads that share one u; heads of u and of keys of a batch row; what products of keys and queries
-    round to, and those with u in the write and in the reads."""
+    """The static arguments of the kernels.
+
+    write, read: the similarities. tied: w = q, and one softmax writes and reads. writes_by_key: w = k. chunk: rows of a
+    chunk. steps: number of chunks. group: query heads that share one head of u. heads, kv_heads: heads of u and of keys
+    per batch row. operand, write_dtype, read_dtype: the dtypes of the operands of products of queries and keys, of
+    products with weights in the write, and of products with weights in the read.
+    """
 
     write: Kappa
     read: Kappa | None
@@ -37,29 +39,31 @@ class Plan(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        """Whether there are reads that the write does not make on its way."""
+        """Whether there is a read that the write does not compute itself."""
         return self.read is not None and not self.tied
 
     def batch_row(self, head):
         return quotient(head, self.heads)
 
     def kv_head(self, head):
-        """Which of the B G heads of keys and values a head of u has."""
+        """The key/value head, of B G, that a head of u uses."""
         return quotient(head, self.heads // self.kv_heads)
 
     def write_head(self, head):
-        """Which head of w."""
+        """The head of w that a head of u uses."""
         return self.kv_head(head) if self.writes_by_key else head
 
 
 def chunk_rows(settings, dtype, time: int) -> int:
-    """512 rows for bfloat16, 256 for float32, whose tiles are twice as large; no more than there are."""
+    """Rows of a chunk: 512 for bfloat16; 256 for float32, whose tiles take twice the memory; T, rounded up to a
+    multiple of 128, if that is less."""
     most = settings.chunk or (512 if dtype == jnp.bfloat16 else 256)
     return min(most, -(-time // TILE) * TILE)
 
 
 class Layout(HeadsFirst):
-    """The sizes of one call, and the ways between the op's arrays and the kernels'. `settings`: api.py's."""
+    """The sizes of one call, and the conversions between the op's layout and the kernels' layout. `settings`: Settings
+    of api.py."""
 
     def __init__(self, settings, query, write_query, key, value, segment_ids):
         batch, time, self.kv_heads, self.width = key.shape
@@ -104,12 +108,13 @@ class Layout(HeadsFirst):
         return self.back(x.reshape(-1, *x.shape[2:]))
 
     def streams_forward(self, kept_dtype) -> bool:
-        """Whether k, twice, and u of all rows are too much for VMEM."""
+        """Whether the forward kernel leaves arrays of all rows in HBM: two buffers of k, and u, do not fit in VMEM."""
         row = 2 * _lanes(self.width) * self.plan.operand.itemsize + _lanes(self.value_width) * kept_dtype.itemsize
         return self._streams(row)
 
     def streams_backward(self) -> bool:
-        """The same of what the backward sweep keeps of all rows: w, H, dW; q, dO and dQ of each query head."""
+        """Whether the backward kernel leaves arrays of all rows in HBM: w, H and dW, and for a separate read q, dO and
+        dQ of each query head."""
         operand, width, value_width = self.plan.operand.itemsize, _lanes(self.width), _lanes(self.value_width)
         row = 2 * width * (operand + 4) + value_width * self.plan.write_dtype.itemsize
         row += (2 * width * (operand + 4) + 2 * value_width * operand) * self.group * self.plan.reads

@@ -1,9 +1,10 @@
-"""Unit triangular systems of a tile's rows, given across: a [columns, rows] = Aᵀ, A strictly lower triangular.
+"""Solves I + A for strictly lower triangular A, given in transposed form: a = Aᵀ, [columns, rows].
 
-Diagonal blocks of 16 rows are inverted by substitution on the vector unit, all of them side by side, row after row from
-the last: X_i ← X_i − a_ij X_j. Then blocks of b rows are joined to blocks of 2b by X ← X − X L X, L the part of Aᵀ
-between them, on the matrix unit, up to tiles of 128; the rest is substitution, tile by tile. No power of A is ever
-formed. What costs time is the number of products that wait for one another: six for the joins, two for each tile.
+Diagonal blocks of 16 rows are inverted by substitution on the vector unit, all blocks side by side, from the last row
+to the first: X_i ← X_i − a_ij X_j. Then pairs of blocks of b rows are joined to blocks of 2b rows by X ← X − X L X, on
+the matrix unit, up to tiles of 128 rows; L is the part of Aᵀ between the two blocks. The rest is block substitution,
+tile by tile. No power of A is formed. The run time depends on the number of products that wait for one another: six for
+the joins, and two per tile.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ SUBLANES = 8
 
 
 def tile_inverses(a, dtype):
-    """A list of [128, 128]: the inverses of the diagonal tiles of I + a, a [C, C] with 0 in what is not above the
-    diagonal, C a multiple of 128. Products take operands of `dtype`. Step by step for all tiles at once."""
+    """The inverses of the diagonal 128 × 128 tiles of I + a, as a list of [128, 128].
+
+    a is [C, C], C a multiple of 128, and 0 on and below the diagonal. Products take operands of `dtype`. Each step is
+    done for all tiles before the next step, so that the tiles' products overlap.
+    """
     diagonal = [a[i, i] for i in tiles(a.shape[0])]
     row = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
     column = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
-    # Where an entry's row and column differ in a bit is the size of the blocks it joins.
+    # The highest bit in which an entry's row and column differ is the size of the blocks that the entry joins.
     apart = row ^ column
     found = [jnp.where(apart < BLOCK, jnp.concatenate([_blocks(x)] * (TILE // BLOCK)), 0.0) for x in diagonal]
     b = BLOCK
@@ -36,7 +40,7 @@ def tile_inverses(a, dtype):
 
 
 def _blocks(tile):
-    """[16, 128]: the inverses of I + each diagonal block of 16 rows of a tile [128, 128], side by side."""
+    """[16, 128]: the inverses of I + b for each diagonal 16 × 16 block b of a tile [128, 128], side by side."""
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, TILE), 1)
     row = lax.broadcasted_iota(jnp.int32, (SUBLANES, TILE), 0)
     place = lane & (BLOCK - 1)
@@ -50,13 +54,13 @@ def _blocks(tile):
     for j in reversed(range(1, BLOCK)):
         done = x[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
         for t in range((j - 1) // SUBLANES + 1):
-            # Column j of each block, in all of the block's lanes; 0 in the rows from j on.
+            # The gather puts column j of each block into all lanes of the block. It is 0 in rows j and later.
             x[t] = x[t] - jnp.take_along_axis(parts[t], lane - place + j, axis=1) * done
     return jnp.concatenate(x)
 
 
 def solve_across(a, b, dtype):
-    """x with x (I + a) = b, b [V, C]: xᵀ solves (I + A) xᵀ = bᵀ. From the first tile on."""
+    """x [V, C] with x (I + a) = b, b [V, C]; that is, (I + A) xᵀ = bᵀ. From the first tile to the last."""
     inverses = tile_inverses(a, dtype)
     own = tiles(a.shape[0])
     rest, found = [b[:, i] for i in own], []
@@ -68,7 +72,7 @@ def solve_across(a, b, dtype):
 
 
 def solve_across_transposed(a, b, dtype):
-    """x with (I + a) xᵀ = bᵀ, b [V, C]: xᵀ solves (I + A)ᵀ xᵀ = bᵀ. From the last tile back."""
+    """x [V, C] with (I + a) xᵀ = bᵀ, b [V, C]; that is, (I + A)ᵀ xᵀ = bᵀ. From the last tile to the first."""
     inverses = tile_inverses(a, dtype)
     own = tiles(a.shape[0])
     rest, found = [b[:, i] for i in own], [None] * len(own)

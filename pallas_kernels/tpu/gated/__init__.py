@@ -1,1 +1,1 @@
-"""The gated ops' kernels for TPUs."""
+"""The gated ops' TPU kernels."""

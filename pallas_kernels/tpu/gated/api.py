@@ -1,18 +1,18 @@
-"""The gated delta rule and gated linear attention on a TPU: one kernel forward, one backward; what a `custom_vjp` of
-the ops is made of.
+"""The forward and backward pass of the gated ops on a TPU, for the ops' `custom_vjp`: one kernel each.
 
     S ← Diag(e^{g_t}) S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ  (delta rule)  or  S + k_t v_tᵀ,      o_t = scale · Sᵀ q_t
 
-Letters: B rows, T tokens, H heads of queries and keys, Hv of values, K and V the widths, C rows of a chunk, R = n C of
-a group of chunks. The grid is B Hv heads, side by side, by T/R groups, in order; the state stays in VMEM.
+Letters: B batch rows, T tokens, H query and key heads, Hv value heads, K and V the head dimensions, C rows of a chunk,
+n chunks and R = n C rows of a group. The grid is (B Hv heads, T/R groups). Heads are independent; the groups of a head
+run in order, and the state stays in VMEM between them.
 
-Memory: kept for the backward are the arguments and the states that enter the groups, T/R · K V float32 numbers a head
-of values (as many as a [T, K] array has, times V/R); states inside a group are made again in VMEM. Gradients of keys
-and queries are float32 and of every head of values where several share a head of keys.
+Memory: the residuals are the arguments and the states that enter the groups, T/R · K V float32 numbers per value head
+(V/R times as many as a [T, K] array has). The backward kernel recomputes the states inside a group in VMEM. If several
+value heads share a key head, the gradients of queries and keys are first computed for each value head, in float32.
 
-Precision: the state and all sums are float32, and systems are solved in float32. Products take bfloat16 operands where
-the inputs are bfloat16 (what is written, and the states, are rounded to it for products), else float32 ones, six passes
-of the matrix unit.
+Precision: the state and all sums are float32. Triangular systems are solved as accurately as in float32 for float32
+inputs, and to 2^-15 for bfloat16 inputs (`dot_exact`). Other products take bfloat16 operands for bfloat16 inputs, to
+which written values and states are rounded. Otherwise they take float32 operands, with six passes of the matrix unit.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from pallas_kernels.transform import transformable
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is known while tracing: the read's scale, the delta rule or not.
+    """The static arguments of a call.
 
-    `chunk`, `chunks`: rows of a chunk, a power of two of at least 32, and chunks of a group; 0: chosen. `interpret`:
-    goes to pallas_call.
+    scale: of the read. delta: the gated delta rule (True) or gated linear attention. chunk: rows of a chunk, a power of
+    two of at least 32. chunks: chunks of a group. For both, 0 means the default. interpret: passed to pallas_call.
     """
 
     scale: float
@@ -47,18 +47,18 @@ class Settings:
 
 
 def lacks(settings: Settings, key, value, log_decay) -> str | None:
-    """Why these kernels cannot do this call, or None."""
+    """Why these kernels do not support this call, or None if they do."""
     return limits.lacks(key, value)
 
 
 def forward(settings: Settings, query, key, value, beta, log_decay, state, resets):
-    """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32; residuals for `backward`).
+    """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32, residuals for `backward`).
 
     query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv], [B,T,Hv,K] or None, state
-    [B,Hv,K,V], resets [B,T] booleans or None: before a reset the state is emptied. Padding must be 0 in all of them.
-    Under vmap the batch is folded.
+    [B,Hv,K,V], resets [B,T] bools or None; the state is set to 0 before each token with a reset. All arrays must be 0
+    at padding. Under vmap the mapped axis is folded into the batch.
 
-    Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
+    Raises NotImplementedError for a call that `lacks` rejects, and under jvp (the op's custom_vjp avoids jvp).
     """
     reason = lacks(settings, key, value, log_decay)
     if reason:
@@ -71,16 +71,15 @@ def forward(settings: Settings, query, key, value, beta, log_decay, state, reset
 
 
 def backward(settings: Settings, residuals, dout, dstate):
-    """The gradients (dquery, dkey, dvalue, dbeta, dlog_decay, dstate), each in its argument's shape and dtype.
-
-    For the cotangents of `forward`'s out and final state; None where the argument was None.
+    """The gradients (dquery, dkey, dvalue, dbeta, dlog_decay, dstate) for the cotangents of `forward`'s out and final
+    state. Each has the shape and dtype of its argument, and is None if the argument was None.
     """
     function = functools.partial(_backward, settings)
     function = transformable(function, "the Pallas backward of the gated ops", "'recurrent'")
     return function(residuals, dout, dstate)
 
 
-# Jitted, so that a call whose shapes were seen before is not traced again, on whatever platform it runs.
+# _forward and _backward are jitted, so that JAX traces each once per shape, whatever the platform.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, key, value, beta, log_decay, state, resets):
     layout = Layout(settings, key, value, log_decay, resets)
@@ -100,7 +99,7 @@ def _forward(settings, query, key, value, beta, log_decay, state, resets):
         "state",
     )
     final = layout.across(results["final"]).reshape(state.shape)
-    # Everything kept leads with the batch, so that vmap can fold it.
+    # The first axis of all residuals must be the batch, so that vmap can fold it.
     states = results["states"].reshape(layout.batch, layout.heads, layout.steps, *state_shape)
     return layout.back(results["out"]), final, states
 

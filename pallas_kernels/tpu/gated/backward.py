@@ -1,17 +1,18 @@
-"""The gated ops backward: from the last group of chunks to the first, with the state's cotangent dS in VMEM.
+"""The gated ops' backward kernel on a TPU. Grid: (B Hv heads, groups of chunks), from the last group to the first. The
+state's cotangent dS goes from step to step in VMEM.
 
-A group's states are made again from the one that entered it. Then, chunk by chunk from the last, dS the cotangent of
-the state that leaves,
+A step recomputes the states of its group from the state that entered the group. Then it takes the chunks from the last
+to the first. With dS the cotangent of the state that leaves a chunk,
 
     dV' = scale qkᵀ dO + writes dS,      dS ← total ⊙ dS + scale q_readsᵀ dO − Wᵀ dV'
 
-and with those, for all chunks of the group at once, Y = Xᵀ dV' (delta rule),
+With Y = Xᵀ dV' (delta rule), the other cotangents are
 
     dV = diag(β) Y,      dkk = −diag(β) Y V'ᵀ,      dk_reads = −dV Sᵀ,      dβ = Y·(V − k_reads S) − Σ_j kk ⊙ Y V'ᵀ
     dqk = scale dO V'ᵀ,      dq_reads = scale dO Sᵀ,      dwrites = V' dSᵀ,      dtotal = S ⊙ dS
 
-(dV = dV' without the delta rule), and what those cotangents of the pairs are of keys, queries and decays, by `jax.vjp`
-inside the kernel. Source: derived for this project.
+Without the delta rule, dV = dV'. From the cotangents of the pairs, `jax.vjp` inside the kernel computes those of keys,
+queries and decays. Source: derived for this project.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from pallas_kernels.tpu.matrix_unit import NN, NT, TN, dot
 
 
 def backward_kernel(_, refs, *, plan: Plan):
-    """refs: as of `forward_kernel` without initial, with dout [1,R,V], states [1,1,V,K], dfinal [1,V,K]; out: dq, dk
-    [1,R,K], dv [1,R,V], dbeta [1,1,R], dg as g, dinitial [1,V,K]; scratch: dstate [V,K]."""
+    """Computes the gradients of one group of chunks of one head. The refs:
+
+    inputs: those of `forward_kernel` without initial; dout [1,R,V], states [1,1,V,K], dfinal [1,V,K];
+    outputs: dq, dk [1,R,K], dv [1,R,V], dbeta [1,1,R], dg in g's shape, dinitial [1,V,K];
+    scratch: dstate [V,K].
+    """
     step = pl.program_id(1)
 
     @pl.when(step == 0)
@@ -70,7 +75,7 @@ def backward_kernel(_, refs, *, plan: Plan):
 
 
 def _states_again(state, group, pairs, wy_forms, plan):
-    """The state that enters each chunk and what the chunk writes, of the state that enters the group."""
+    """(state that enters each chunk, V' of each chunk), recomputed from the state that enters the group."""
     states, all_written = [], []
     for i, (chunk, p, wy) in enumerate(zip(group, pairs, wy_forms)):
         written = written_by(chunk, wy, state, plan.operand)
@@ -82,7 +87,7 @@ def _states_again(state, group, pairs, wy_forms, plan):
 
 
 def _system_gradients(refs, plan, chunk, p, wy, state, written, dwritten):
-    """(dV, dkk, dk_reads), the last two None without the delta rule; dβ goes to its ref."""
+    """(dV, dkk, dk_reads); the last two are None without the delta rule. Stores dβ in its ref."""
     if wy is None:
         return dwritten, None, None
     y = dot_exact(wy[0], dwritten, plan.operand, TN)
@@ -96,7 +101,7 @@ def _system_gradients(refs, plan, chunk, p, wy, state, written, dwritten):
 
 
 def _total_gradient(total, state, dstate, channels):
-    """dtotal, [1,K] where each channel has a decay, else [1,1]; None without decay."""
+    """dtotal, [1,K] with a decay per channel, else [1,1]; None if `total` is None."""
     if total is None:
         return None
     dtotal = jnp.sum(state * dstate, axis=0, keepdims=True)
@@ -104,7 +109,7 @@ def _total_gradient(total, state, dstate, channels):
 
 
 def _retreat(p, wy, dout, dwritten, dstate, plan):
-    """dS [V,K] of the state that enters the chunk, of that of the one that leaves it."""
+    """The cotangent [V,K] of the state that enters the chunk, from that of the state that leaves it, `dstate`."""
     if p.total is not None:
         dstate = p.total * dstate
     dstate = dstate + plan.scale * dot(dout, p.q_reads, plan.operand, TN)

@@ -1,4 +1,4 @@
-"""One chunk of the gated ops inside a kernel: its arrays, the delta rule's WY form, and the step of the state.
+"""One chunk of the gated ops inside a kernel: its arrays, the delta rule's WY form, and the update of the state.
 
 Source of the WY form: Yang et al., arXiv 2406.06484, 2412.06464.
 """
@@ -17,8 +17,12 @@ from pallas_kernels.tpu.matrix_unit import NT, TN, dot
 
 
 class Plan(NamedTuple):
-    """What is known while tracing: the read's scale, the delta rule or not, a decay for each channel or not, rows of a
-    chunk, chunks of a group, what products round their operands to. Systems are solved in float32."""
+    """The static arguments of the kernels.
+
+    scale: of the read. delta: the gated delta rule or gated linear attention. channels: a decay per channel or not.
+    chunk: rows of a chunk. chunks: chunks of a group. operand: the dtype of the operands of products, but for those
+    that solve triangular systems (`dot_exact`).
+    """
 
     scale: float
     delta: bool
@@ -29,7 +33,7 @@ class Plan(NamedTuple):
 
 
 class Chunk:
-    """Chunk i of the group in `refs`: its arrays in float32, and what needs no state."""
+    """Chunk i of the group in `refs`: its arrays in float32, and `pairs_of`, which computes its Pairs."""
 
     def __init__(self, refs, plan: Plan, i: int):
         self.rows = pl.ds(i * plan.chunk, plan.chunk)
@@ -47,7 +51,7 @@ class Chunk:
 
 
 def wy_form(group, pairs, operand):
-    """(X, W, U) of the delta rule, of each chunk: X = (I + diag(β) kk)⁻¹, W = X diag(β) k_reads, U = X diag(β) V."""
+    """(X, W, U) of each chunk: X = (I + diag(β) kk)⁻¹, W = X diag(β) k_reads, U = X diag(β) V."""
     found = inverses([chunk.times_beta(p.kk) for chunk, p in zip(group, pairs)], operand)
     w = [dot_exact(x, chunk.times_beta(p.k_reads), operand) for x, chunk, p in zip(found, group, pairs)]
     u = [dot_exact(x, chunk.times_beta(chunk.v), operand) for x, chunk in zip(found, group)]
@@ -55,7 +59,7 @@ def wy_form(group, pairs, operand):
 
 
 def written_by(chunk, wy, state, operand):
-    """V' [C,V]: U − W S with the delta rule, V where `wy` is None. state [V,K]."""
+    """V' [C,V]: U − W S with the delta rule; V if `wy` is None. state [V,K]."""
     if wy is None:
         return chunk.v
     _, w, u = wy

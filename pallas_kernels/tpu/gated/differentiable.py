@@ -1,5 +1,6 @@
-"""Products of tiles that `jax.vjp` can go through inside a kernel: the products of a gradient are written out, so that
-their operands' types are as much said as those of the product itself. And a few operations that kernels lack.
+"""Products of tiles that `jax.vjp` can differentiate inside a kernel, and a few operations that Pallas lacks.
+
+The gradients are written by hand, so that their products have explicit operand dtypes too (matrix_unit.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pallas_kernels.tpu.matrix_unit import NN, NT, TN, dot
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(a, b, dtype):
-    """a bᵀ, operands rounded to `dtype` there and in the gradients."""
+    """a bᵀ. Operands are rounded to `dtype`, in the product and in its gradients."""
     return dot(a, b, dtype, NT)
 
 
@@ -27,10 +28,11 @@ product.defvjp(
 
 
 def _parts(x, number):
-    """bfloat16 numbers whose sum is float32 x, exactly so if they are three: 8 bits each, cut off and not rounded."""
+    """`number` bfloat16 arrays whose sum is the float32 array x; exactly x if `number` is 3. Each part has the next 8
+    bits of x, truncated, not rounded."""
     parts = []
     for _ in range(number - 1):
-        # By its bits: a compiler may take x.astype(bfloat16).astype(float32) for x.
+        # Truncated by its bits, because a compiler may replace x.astype(bfloat16).astype(float32) by x.
         high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -65536, jnp.float32)
         parts.append(high.astype(jnp.bfloat16))
         x = x - high
@@ -46,8 +48,8 @@ def _ones(where):
 
 
 def dot_exact(a, b, dtype, dimensions=NN):
-    """The product of float32 a and b in a call whose inputs are of `dtype`: as accurate as float32 products for
-    float32, 2^-15 of |a||b| for bfloat16, in three passes instead of six."""
+    """The product of float32 a and b, as accurate as a call with inputs of `dtype` needs: for float32, as accurate as a
+    float32 product; for bfloat16, to 2^-15 |a||b|, with three passes instead of six."""
     if dtype == jnp.float32:
         return dot(a, b, jnp.float32, dimensions)
     (a, a_rest), (b, b_rest) = _parts(a, 2), _parts(b, 2)
@@ -56,7 +58,7 @@ def dot_exact(a, b, dtype, dimensions=NN):
 
 @jax.custom_vjp
 def sums_of_columns(x, where):
-    """Σ_l x_il [where_lj] of float32 x, as accurate as float32 sums: three passes of the matrix unit."""
+    """Σ_l x_il [where_lj] of float32 x, as accurate as float32 sums, with three passes of the matrix unit."""
     return _add(_parts(x, 3), [_ones(where)], NN)
 
 
@@ -68,7 +70,7 @@ sums_of_columns.defvjp(
 
 @jax.custom_vjp
 def sums_of_rows(where, x):
-    """Σ_l [where_il] x_lj, likewise."""
+    """Σ_l [where_il] x_lj of float32 x, as accurate as float32 sums, with three passes of the matrix unit."""
     return _add([_ones(where)], _parts(x, 3), NN)
 
 
@@ -80,7 +82,7 @@ sums_of_rows.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def down(x, rows):
-    """Row i of x [C, W] moved to row i + rows, modulo C."""
+    """x [C, W] with row i moved to row i + rows, modulo C."""
     return pltpu.roll(x, rows % x.shape[0], 0)
 
 
@@ -91,10 +93,11 @@ down.defvjp(
 
 
 def block_of(index, size: int):
-    """index // size of non-negative numbers, size a power of two: a shift, where a division is many instructions."""
+    """index // size of non-negative integers, size a power of two. A shift, because a division takes many
+    instructions."""
     return index >> (size.bit_length() - 1)
 
 
 def place_in_block(index, size: int):
-    """index % size, likewise."""
+    """index % size of non-negative integers, size a power of two."""
     return index & (size - 1)

@@ -1,12 +1,14 @@
-"""The gated ops forward, one group of chunks of one head at a time; the state goes from group to group in VMEM.
+"""The gated ops' forward kernel on a TPU. Grid: (B Hv heads, groups of chunks). A step computes one group of one head;
+the state goes from step to step in VMEM.
 
-With the pairs of pairs.py and, for the delta rule, X = (I + diag(β) kk)⁻¹, W = X diag(β) k_reads,
-U = X diag(β) V, a chunk that the state S enters does
+With the pairs of pairs.py and, for the delta rule, X = (I + diag(β) kk)⁻¹, W = X diag(β) k_reads, U = X diag(β) V, a
+chunk that the state S enters computes
 
     V' = U − W S  (delta rule)  or  V,      O = scale (q_reads S + qk V'),      S ← total ⊙ S + writesᵀ V'
 
-Only V' and S wait for the chunk before; all else of a group is made at once. The state is kept as Sᵀ [V,K], so that
-total is a row. Source: Yang et al., Gated Delta Networks, arXiv 2412.06464.
+Only V', O and S depend on the previous chunk. The pairs and the WY form are computed for all chunks of the group at
+once. The state is stored as Sᵀ [V,K], so that total is a row vector. Source: Yang et al., Gated Delta Networks, arXiv
+2412.06464.
 """
 
 from __future__ import annotations
@@ -18,8 +20,13 @@ from pallas_kernels.tpu.matrix_unit import NT, dot
 
 
 def forward_kernel(_, refs, *, plan: Plan):
-    """refs: k, q [1,R,K], v [1,R,V], beta [1,1,R], g [1,1,R] or [1,R,K], local [1,1,R] (segments begun in the chunk),
-    initial [1,V,K]; out: out [1,R,V], states [1,1,V,K] (what enters the group), final [1,V,K]; scratch: state [V,K]."""
+    """Computes one group of chunks of one head. The refs:
+
+    inputs: k, q [1,R,K], v [1,R,V], beta [1,1,R], g [1,1,R] or [1,R,K], local [1,1,R] (the number of resets in the
+      chunk up to each token), initial [1,V,K]; beta, g and local may be absent;
+    outputs: out [1,R,V], states [1,1,V,K] (the state that enters the group), final [1,V,K];
+    scratch: state [V,K].
+    """
     step = pl.program_id(1)
 
     @pl.when(step == 0)

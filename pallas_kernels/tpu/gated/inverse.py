@@ -1,8 +1,9 @@
-"""(I + A)⁻¹ of a strictly lower triangular tile, for products with many right-hand sides in both passes.
+"""(I + A)⁻¹ of a strictly lower triangular tile A. It is an inverse and not a solve, because forward and backward pass
+multiply it by many right-hand sides.
 
-Diagonal blocks of 16 rows are inverted by substitution on the vector unit, all of them side by side in one [16, C]
-tile: X ← X − A_·j X_j, column after column. Then blocks of b rows are joined to blocks of 2b by X ← X − X L X, L the
-part of A between them, on the matrix unit. No power of A is ever formed.
+Diagonal blocks of 16 rows are inverted by substitution on the vector unit, all blocks side by side in one [16, C] tile:
+X ← X − A_·j X_j, column after column. Then pairs of blocks of b rows are joined to blocks of 2b rows by X ← X − X L X,
+on the matrix unit; L is the part of A between the two blocks. No power of A is formed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ BLOCK = 16
 SUBLANES = 8
 
 
-# Of a jitted function there is one trace, however many kernels call it.
+# Jitted, so that JAX traces it once for all kernels that call it.
 @functools.partial(jax.jit, static_argnums=1)
 def inverses(tiles, dtype):
-    """A list of [C, C] float32 of one of [C, C], C a power of two of at least 16; what is not below the diagonal must
-    be 0. Step by step for all at once: one tile's products wait for each other.
+    """The inverses of I + A for each A of the list `tiles`: a list of [C, C] float32.
 
-    `dtype`: of the call's inputs; products are as accurate as `dot_exact` says.
+    Each A is [C, C], C a power of two of at least 16, and 0 on and above the diagonal. Each step is done for all tiles
+    before the next step, so that the products of different tiles overlap; those of one tile wait for each other.
+    `dtype` is that of the call's inputs; it sets the accuracy of the products (`dot_exact`).
     """
     size = tiles[0].shape[0]
     row = lax.broadcasted_iota(jnp.int32, (size, size), 0)
@@ -44,7 +46,8 @@ def inverses(tiles, dtype):
 
 @jax.jit
 def _inverse_blocks(blocks):
-    """[16, C]: the inverses of I + each diagonal block, side by side; blocks [C, C] with 0 elsewhere."""
+    """[16, C]: the inverses of I + b for each diagonal 16 × 16 block b of `blocks` [C, C], side by side. `blocks` is 0
+    outside the diagonal blocks."""
     size = blocks.shape[0]
     packed = sum(blocks[i : i + BLOCK] for i in range(0, size, BLOCK))
     parts = [packed[i : i + SUBLANES] for i in range(0, BLOCK, SUBLANES)]
@@ -55,7 +58,7 @@ def _inverse_blocks(blocks):
     for j in range(BLOCK - 1):
         done = x[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
         for t in range((j + 1) // SUBLANES, BLOCK // SUBLANES):
-            # Column j of each block, in all of the block's lanes; 0 in the rows up to j.
+            # The gather puts column j of each block into all lanes of the block. It is 0 in rows 0 … j.
             x[t] = x[t] - _lanes(parts[t], first + j) * done
     return jnp.concatenate(x)
 

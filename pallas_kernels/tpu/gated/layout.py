@@ -1,4 +1,4 @@
-"""How the arrays of one call of the gated ops lie for its kernels on a TPU. Letters as in api.py."""
+"""The layout of one call of the gated ops for its TPU kernels. The letters are those of api.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pallas_kernels.tpu.matrix_unit import TILE, quotient
 
 
 class Layout(HeadsFirst):
-    """The sizes of one call, and the ways between the op's arrays and the kernels'. `settings`: api.py's."""
+    """The sizes of one call, and the conversions between the ops' layout and the kernels' layout. `settings`: Settings
+    of api.py."""
 
     def __init__(self, settings, key, value, log_decay, resets):
         batch, time, heads, self.value_width = value.shape
@@ -34,22 +35,22 @@ class Layout(HeadsFirst):
             self.local = jnp.cumsum(resets, axis=-1, dtype=jnp.int32).reshape(batch, 1, self.length)
 
     def key_head(self, head):
-        """Which of the B H heads of keys a head of values has."""
+        """The key head, of B H, that a value head uses."""
         return quotient(head, self.sharing)
 
     def across(self, state):
-        """[B,Hv,K,V] -> [B Hv, V, K] float32, or back."""
+        """The transposed states, [B,Hv,K,V] -> [B Hv, V, K] float32; also for the way back."""
         return jnp.swapaxes(state.astype(jnp.float32).reshape(-1, *state.shape[-2:]), 1, 2)
 
     def sum_sharing(self, x):
-        """[B Hv, T', K] -> [B,T,H,K]: the sums over the heads of values that share a head of keys."""
+        """[B Hv, T', K] -> [B,T,H,K]: sums over the value heads that share a key head."""
         x = self.back(x)
         if self.sharing > 1:
             x = x.reshape(*x.shape[:2], self.key_heads, self.sharing, self.width).sum(axis=3)
         return x
 
     def inputs(self, blocks: Blocks, query, key, value, beta, log_decay):
-        """What both kernels take."""
+        """The inputs that both kernels take."""
         tall = lambda x, of: blocks.tall(self.tall(x), of)
         own = lambda head: head
         g = None
@@ -66,16 +67,16 @@ class Layout(HeadsFirst):
         }
 
     def out_state(self):
-        """A state of each head."""
+        """The Output of one state per head."""
         return Blocks(self, self.rows).out_whole(self.value_width, self.width)
 
     def call(self, kernel, name, inputs, outputs, scratch):
-        """`scratch`: the name of the one state that stays in VMEM."""
+        """Runs a kernel. `scratch`: the name of the scratch array in VMEM that holds the state."""
         return calls.call(
             functools.partial(kernel, plan=self.plan),
             name,
             (self.batch * self.heads, self.steps),
-            # Nothing has to be known before a step: one number that nobody reads.
+            # These kernels need no prefetched array; `calls.call` takes one, which is not read.
             jnp.zeros(1, jnp.int32),
             inputs,
             outputs,
@@ -86,13 +87,16 @@ class Layout(HeadsFirst):
 
 
 def chunk_rows(channels: bool) -> int:
-    """Rows of a chunk. By the static schedules for v5e at width 128 in bfloat16, four chunks of 128 rows take 2 % more
-    forward and 10 % less backward than eight of 64 with one decay a head, with one a channel 6 % and 10 % more."""
+    """Rows of a chunk: 128 with one decay per head or none, 64 with a decay per channel.
+
+    From the static schedules for v5e, head dimension 128, bfloat16: four chunks of 128 rows, compared with eight of 64,
+    take 2 % more time forward and 10 % less backward with one decay per head, and 6 % and 10 % more per channel.
+    """
     return 64 if channels else 128
 
 
 def chunks_of_a_group(chunk: int, time: int) -> int:
-    """4 chunks, fewer where there are no more: 10 % less a token than with 2 on v5e, 20 % on v6e. Rows of a group that
-    is not the only one are whole lanes."""
+    """Chunks of a group: 4, or fewer if T is shorter. With 4, a token takes 10 % less time than with 2 on v5e, and 20 %
+    less on v6e (static schedules). The rows of a group are a multiple of 128 if there are several groups."""
     rows = min(4 * chunk, -(-time // TILE) * TILE)
     return max(rows // chunk, 1)

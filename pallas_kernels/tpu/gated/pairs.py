@@ -1,19 +1,19 @@
-"""What the decays of a chunk do to its pairs of tokens, and to what enters and leaves it; one chunk of one head.
+"""Everything in a chunk of one head that does not depend on the state: decayed scores, decayed reads and writes.
 
 With D_ij = Σ_{j<l≤i} g_l the log decay between two tokens of a chunk,
 
     kk_ij = k_i · (e^{D_ij} ⊙ k_j)  for j < i,      qk_ij = q_i · (e^{D_ij} ⊙ k_j)  for j ≤ i
-    k_reads, q_reads = e^{D_i,start} ⊙ (k_i, q_i)   what they see of the state that enters the chunk
-    writes_j = e^{D_end,j} ⊙ k_j                    what is left of k_j in the state that leaves it
-    total = e^{D_end,start}                         what is left of the state itself
+    k_reads, q_reads = e^{D_i,start} ⊙ (k_i, q_i)   multiply the state that enters the chunk
+    writes_j = e^{D_end,j} ⊙ k_j                    the keys, decayed to the chunk's end
+    total = e^{D_end,start}                         the decay of the state over the whole chunk
 
-Each D is a sum of gates, never a difference of cumulative sums; no exponent is positive, and masks come before
-exponentials. Tokens of different segments have a pair of 0, and a state is seen and left within its segment only.
+Each D is a sum of gates, never a difference of cumulative sums. No exponent is positive. Masks are applied before
+exponentials. Pairs of tokens of different segments are 0, and so are reads and writes across segments.
 
-A decay of each channel sits inside the product. Rows and columns of two neighbouring blocks of b rows meet at the
-border between them, x_i · (e^{D_ij} ⊙ k_j) = (e^{D_i,border} ⊙ x_i) · (e^{D_border,j} ⊙ k_j), for b = SUB, 2 SUB, …;
-inside blocks of SUB rows there is an exponential for each pair and channel, one diagonal of pairs after another.
-Source of the reference rows: Yang et al., Gated Linear Attention, arXiv 2312.06635.
+A decay per channel is inside the dot product. For rows and columns of two neighbouring blocks of b rows, the border
+between the blocks is the reference: x_i · (e^{D_ij} ⊙ k_j) = (e^{D_i,border} ⊙ x_i) · (e^{D_border,j} ⊙ k_j), for
+b = SUB, 2 SUB, … Inside blocks of SUB rows, the pairs are computed with one exponential per pair and channel, one
+diagonal after another. Source of the reference rows: Yang et al., Gated Linear Attention, arXiv 2312.06635.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from pallas_kernels.tpu.gated.differentiable import (
     sums_of_rows,
 )
 
-# Rows of the blocks whose pairs of a decay of each channel are made one by one: as many as a tile of registers has.
+# With a decay per channel: rows of the blocks whose pairs are computed one by one. It is the number of sublanes of a
+# vector register.
 SUB = 8
 
 
 class Pairs(NamedTuple):
-    """kk (None without the delta rule, as is k_reads), qk [C,C], k_reads, q_reads, writes [C,K], total None, [1,1] or
-    [1,K]; float32."""
+    """The arrays defined above, float32: kk, qk [C,C], k_reads, q_reads, writes [C,K], total [1,1], [1,K] or None. kk
+    and k_reads are None without the delta rule; total is None without decay and segments."""
 
     kk: jax.Array | None
     qk: jax.Array
@@ -51,7 +52,8 @@ class Pairs(NamedTuple):
 
 
 class Segments:
-    """Which of a chunk's tokens see one another; `row` [1,C] counts the segments begun in the chunk, or None."""
+    """The segment masks of a chunk. `row` [1,C] is, for each token, the number of resets in the chunk up to it; None
+    without segments."""
 
     def __init__(self, row):
         self.local = row is not None
@@ -64,14 +66,18 @@ class Segments:
             self.whole = row[:, chunk - 1 :] == 0
 
     def keep(self, name, x):
-        """x where `name` (same, first, last, whole) holds."""
+        """x where the mask `name` holds, else 0.
+
+        same: both tokens are in one segment. first: the token is in the segment that enters the chunk. last: the token
+        is in the segment that leaves the chunk. whole: one segment enters and leaves the chunk.
+        """
         return jnp.where(getattr(self, name), x, 0.0) if self.local else x
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def head_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
-    """One decay a head, or none: k, q [C,K] float32, g [1,C] or None. `local` [1,C] int32 or
-    None: the segments begun in the chunk; `operand`: what products round to. Jitted: one trace for all chunks."""
+    """Pairs with one decay per head, or none: k, q [C,K] float32, g [1,C] or None, local [1,C] int32 or None (the `row`
+    of Segments). `operand`: the dtype of operands. Jitted, so that it is traced once for all chunks."""
     chunk, segments = k.shape[0], Segments(local)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
@@ -103,7 +109,8 @@ def head_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def channel_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
-    """A decay of each channel: k, q, g [C,K] float32, C a power of two of at least SUB; the rest as above."""
+    """Pairs with a decay per channel: k, q, g [C,K] float32, C a power of two of at least SUB. Other arguments as in
+    `head_pairs`."""
     chunk, segments = k.shape[0], Segments(local)
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
@@ -130,13 +137,14 @@ def channel_pairs(k, q, g, local, operand, delta: bool) -> Pairs:
 
 
 def _sums(g, row, column, b):
-    """The sums of the gates of a token's block of b rows, up to it, and after it."""
+    """(until, after), both [C,K]: the sums of the gates in a token's block of b rows, up to the token and after it."""
     same = block_of(row, b) == block_of(column, b)
     return sums_of_rows(same & (column <= row), g), sums_of_rows(same & (column > row), g)
 
 
 def _near_pairs(k, q, g, delta):
-    """kk and qk within blocks of SUB rows, 0 elsewhere: for each distance d all pairs of a row and the d-th before."""
+    """(kk, qk) within blocks of SUB rows, 0 elsewhere. For each distance d, the loop takes the pairs of all rows with
+    the d-th row before them."""
     chunk = k.shape[0]
     row = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     column = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
@@ -144,7 +152,8 @@ def _near_pairs(k, q, g, delta):
     zero = jnp.zeros((chunk, chunk), jnp.float32)
     kk, qk = (zero if delta else None), zero
     for d in range(SUB):
-        # Rows whose d-th before is in another block get a sum that nothing reads: of gates too, and so not positive.
+        # For a row whose d-th row before is in another block, `between` is a sum of other gates. It is not positive, so
+        # that exp cannot overflow, and its pair is masked.
         if d > 0:
             between = between + (g if d == 1 else down(g, d - 1))
         here = (row - column == d) & (place_in_block(row, SUB) >= d)

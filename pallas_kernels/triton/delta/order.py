@@ -46,8 +46,8 @@ def publish(counter, number):
 def afresh(n, start, counter):
     """n and start, each plus a zero that the compiler cannot know to be zero.
 
-    It makes the compiler compute addresses again in the next part of a kernel. Otherwise it would keep the addresses of
-    the part before in registers, where they are missing for everything in between. Recomputing them is cheap.
+    Because of that zero, the compiler computes addresses again in the next part of a kernel. Otherwise it would keep
+    those of an earlier part in registers, and the code in between would have fewer. Recomputing addresses is cheap.
     """
     zero = tl.minimum(tl.load(counter), 0)
     return n + zero, start + zero

@@ -98,7 +98,8 @@ def choose(kernel: str, compute_capability: int, width: int, operands: str) -> T
     """The tile of a kernel. `width` is the larger head dimension of keys and values.
 
     An architecture that is not in the table uses the entry of the next older one, for example 103 that of 100. 86 and
-    89 use that of 120, because they have the same shared memory. Raises NotImplementedError if no tile fits.
+    89 use that of 120, because they have the same shared memory. Raises NotImplementedError if no tile fits, and below
+    compute capability 8.0.
     """
     known = [x for x in TABLE if x <= compute_capability]
     if not known:

@@ -134,7 +134,7 @@ def test_named_it_is_refused_elsewhere_and_what_it_lacks_is_said():
     with pytest.raises(NotImplementedError, match="'pallas_tpu': its kernels take one dtype of bfloat16, float32"):
         call(DELTA, draw_inputs(DELTA, 0, jnp.float16), "pallas_tpu")
     wide = Case(time=8, key_dim=264)
-    with pytest.raises(NotImplementedError, match=r"'pallas_tpu': .* widths up to 256; .*; use None or"):
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu': .* head dimensions up to 256; .*; use None or"):
         call(wide, draw_inputs(wide, 0, jnp.float32), "pallas_tpu")
 
 

@@ -78,7 +78,7 @@ def test_vmap_folds_the_batch(case, forward, backward):
 def test_what_the_kernels_lack_is_chunked():
     wide = Case(time=8, key_dim=264)
     assert kernels(total(wide, None), draw_inputs(wide, 0, jnp.float32)) == 0
-    with pytest.raises(NotImplementedError, match=r"'triton': .* widths up to 256; .*; use None or"):
+    with pytest.raises(NotImplementedError, match=r"'triton': .* head dimensions up to 256; .*; use None or"):
         total(wide, "triton")(draw_inputs(wide, 0, jnp.float32))
 
 

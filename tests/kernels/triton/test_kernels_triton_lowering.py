@@ -77,7 +77,7 @@ def test_what_is_refused():
     float16 = jax.ShapeDtypeStruct((1, 8, 1, 16), np.float16)
     linear = delta.Settings(delta.Kappa("linear", 1.0), SOFTMAX)
     assert delta.lacks(SEPARATE, float16, float16) is None
-    assert "float16 with softmax alone, not with 'linear'" in delta.lacks(linear, float16, float16)
+    assert "'linear' in bfloat16 and float32 only; float16 needs softmax" in delta.lacks(linear, float16, float16)
     assert delta.lacks(linear, _array(1, 8, 1, 16), _array(1, 8, 1, 16)) is None
     with pytest.raises(NotImplementedError, match="compute capability"):
         choose("read_forward", 75, 64, "narrow")

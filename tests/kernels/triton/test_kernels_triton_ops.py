@@ -72,7 +72,9 @@ def test_written_values_alone(implementation):
 @needs_triton
 def test_what_the_kernels_lack_is_chunked():
     assert kernels(total(), draw(width=264)) == 0
-    with pytest.raises(NotImplementedError, match=r"implementation='triton': .* widths up to 256; .*use None or"):
+    with pytest.raises(
+        NotImplementedError, match=r"implementation='triton': .* head dimensions up to 256; .*use None or"
+    ):
         delta_attention(**draw(width=264), implementation="triton")
     with jax.enable_x64(True):
         wide = {name: x.astype(jnp.float64) for name, x in draw().items()}

@@ -6,8 +6,9 @@ much as possible before the block just before its own is done:
 
 1. It sums over the earlier columns, as flash attention does, following the earlier blocks as they become ready, up to
    the last one.
-2. It computes the scores of the last earlier block and of its own block, which need no u. This completes the softmax
-   sums. Then it inverts its own triangular system. (For operands "pair" the inverses come from invert_blocks.py.)
+2. For softmax, it computes the scores of the last earlier block and of its own block, which need no u. This completes
+   the softmax sums. Then it inverts its own triangular system. (For operands "pair" the inverses come from
+   invert_blocks.py.)
 3. It waits for the last earlier block, adds that block's part to the sums, and multiplies by the inverse. Only this
    step is sequential. With TILE.halves = 2, the upper half of the block is solved first, and is then one more earlier
    block for the lower half.

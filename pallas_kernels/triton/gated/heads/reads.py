@@ -8,7 +8,6 @@ With S the state that enters the chunk and dS the cotangent of the state that le
 of what the chunk adds to the state are
 
     dP_ij = scale e^{D_ij} dO_i·V'_j,      dQ = dP K + scale enter ⊙ (dO Sᵀ),      dK = dPᵀ Q + leave ⊙ (V' dSᵀ)
-
     dD_ij = dP_ij q_i·k_j,      denter = scale Σ_k (dO Sᵀ) ⊙ Q,      dleave = Σ_k (V' dSᵀ) ⊙ K,      dtotal = Σ S ⊙ dS
 """
 
