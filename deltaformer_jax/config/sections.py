@@ -66,12 +66,12 @@ class ModelConfig:
     qk_norm: bool = setting(False, must_be_used=True)
     # Whether each key and value is mixed with the previous token's, with four trained numbers per key and value head.
     kv_shift: bool = setting(False, must_be_used=True)
-    # softmax_attention: number of tokens that a token sees, itself included. 0: all tokens before it and itself.
+    # softmax_attention: number of tokens that a token sees, itself included. 0: itself and all tokens before it.
     window: int = setting(0, least=1, own=0, must_be_used=True)
     # softmax_attention: whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) per query
-    # head; its logarithm is added to that token's scores, and later tokens' scores, for all tokens before it.
+    # head. If that token or a later one attends to a token before it, the gate's logarithm is added to the score.
     forget_gate: bool = setting(False, must_be_used=True)
-    # softmax_attention: whether each query head has a sink: one trained score more, whose value vector is 0.
+    # softmax_attention: whether each query head has a sink: one more score, a trained number, whose value vector is 0.
     sinks: bool = setting(False, must_be_used=True)
 
     # Of every mixer's op.
@@ -144,11 +144,10 @@ def on_any_device(model: ModelConfig) -> ModelConfig:
 class DataConfig:
     """The text or task to train on, and the shape of a batch."""
 
-    # What to train on, one of:
-    # "": the running Python's standard library;
-    # a folder made by deltaformer_jax.data.prepare; a gs:// folder is copied to this machine once;
-    # "FOLDER=WEIGHT,FOLDER=WEIGHT": several such folders, mixed so that each gives its weight's share of the rows;
-    # "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks; each row is one example.
+    # What to train on. "": the running Python's standard library. "FOLDER": a corpus that deltaformer_jax.data.prepare
+    # made; a gs:// folder is copied to this machine once. "FOLDER=WEIGHT,FOLDER=WEIGHT": several corpora, mixed so that
+    # each gives its weight's share of the rows. "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks;
+    # each row is one example.
     path: str = ""
     # Tokenizer of the standard library's text, when path is "": "bytes", the path of a tokenizer.json, or "bpe:SIZE",
     # which learns a tokenizer of SIZE tokens from the text. Other data has a tokenizer of its own.
@@ -185,7 +184,7 @@ class OptimizerConfig:
     b2: float = setting(0.95, least=0, below=1)
     # Adam's epsilon, added to the root of the mean squared gradient.
     epsilon: float = setting(1e-8, least=0, finite=True)
-    # AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and gate scalars are exempt.
+    # AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and numbers per head are exempt.
     weight_decay: float = setting(0.1, least=0, finite=True)
     # Largest global norm of the gradient; a longer gradient is scaled down to it. 0: no clipping.
     clip_norm: float = setting(1.0, least=0)
@@ -204,13 +203,15 @@ class OptimizerConfig:
 class MeshConfig:
     """Number of devices along each axis of the mesh. The product of the four is the number of devices."""
 
-    # Parts of a batch's rows; each part has a copy of the parameters. -1: as many as the other axes leave devices for.
+    # Number of devices that split the rows of a batch; each has a copy of the parameters. -1: all devices that the
+    # other axes leave.
     data: int = -1
-    # Parts of a batch's rows that also share the parameters and the optimiser's state: each device keeps a part.
+    # Number of devices that split the rows of a batch, and also the parameters and the optimiser's state (fully sharded
+    # data parallelism).
     fsdp: int = 1
-    # Parts of the heads, of the feed-forward layer's width and of the vocabulary (tensor parallelism).
+    # Number of devices that split the heads, the feed-forward layer's width and the vocabulary (tensor parallelism).
     tensor: int = 1
-    # Parts of a sequence. Only 1 is supported.
+    # Number of devices that split a sequence. Only 1 is supported.
     context: int = 1
 
 
@@ -218,11 +219,12 @@ class MeshConfig:
 class RunConfig:
     """What a run does and when. Intervals are in steps; an interval of 0 switches its action off."""
 
-    # Number of steps in all, those before a resume included. A step takes one batch, and is counted if it is skipped.
+    # Number of steps in all, those before a resume included. A step takes one batch; skipped steps count too.
     steps: int = setting(1000, least=1)
     # Seed of the initial parameters, of the order of the data or the examples of a task, and of the sample at the end.
     seed: int = setting(0, least=0, below=2**32)
-    # Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl. 0: none.
+    # Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl; the first step is
+    # recorded too. 0: none.
     log_every: int = setting(10, least=0)
     # Steps between evaluations; the last step is evaluated too. 0: no evaluation at all.
     eval_every: int = setting(250, least=0)
@@ -239,7 +241,7 @@ class RunConfig:
     # Whether the curves are also written for TensorBoard, to DIR/tensorboard. Needs the extra "tensorboard".
     tensorboard: bool = False
     # Steps between records of the norms of every layer's parameters, gradients and activations, which are written to
-    # DIR/statistics.jsonl. 0: none.
+    # DIR/statistics.jsonl; the first step is recorded too. 0: none.
     statistics_every: int = setting(0, least=0)
     # Number of steps that jax.profiler traces, into DIR/profile. It begins after the process's first two. 0: none.
     profile_steps: int = setting(0, least=0)
