@@ -1,17 +1,18 @@
 """Train a language model.
 
     python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
-                                    [--dry_run]
+                                    [--dry_run] [--help_config [WORD]]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
---workdir  the run's folder, also gs://...; a run that is there goes on, bit for bit, with its own config where --config
-           isn't given. Without --workdir: a new folder under runs/
---resume   refuse a --workdir that holds no run, instead of beginning one there
---dry_run  print parameters, FLOPs per token, shapes, shardings and the step's memory; allocate and write nothing
+--workdir  the folder of the run, also gs://... . If it holds a run, that run is resumed, bit for bit. Without --config
+           it keeps its own config. Default: a new folder under runs/
+--resume   refuse a --workdir that holds no run, instead of starting a new run there
+--dry_run  print parameters, FLOPs per token, shapes, shardings and the memory of a step; allocate and write nothing
+--help_config  explain every setting (--config.section.field), or those whose name or meaning contains WORD
 
-The first line says whether the run is new or goes on, and at which step. Ctrl-C or SIGTERM finishes the step, saves and
-exits with 0; a second one stops at once.
+The first line says whether the run is new or resumed, and at which step. Ctrl-C or SIGTERM finishes the current step,
+saves and exits with code 0. A second one stops at once.
 """
 
 import contextlib
@@ -23,13 +24,18 @@ from deltaformer_jax.host import called
 from deltaformer_jax.host.interruption import Interruption
 
 MODULE = "deltaformer_jax.train"
+HELP_CONFIG = "--help_config"
 
 
 def main() -> None:
-    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):  # nothing is imported for it
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):  # before anything slow is imported
         print(usage())
         return
     program = called.name(MODULE)
+    if HELP_CONFIG in {argument.partition("=")[0] for argument in sys.argv[1:]}:
+        with one_line_errors(program):
+            print(_settings(sys.argv[1:]))
+        return
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Interruption())
         with one_line_errors(program):
@@ -40,7 +46,7 @@ def main() -> None:
             from deltaformer_jax.host.waiting import say, say_aside, waiting
             from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
-            with waiting("reading the config", say):  # one with mixers of the user's own imports jax
+            with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
                 command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
             noticed = remarks(command.config)
             if command.dry_run:
@@ -49,7 +55,7 @@ def main() -> None:
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
                 return dry_run(command.config)
-            with waiting("importing jax, to know whether this is the first process of several", say):
+            with waiting("importing jax, to find out whether this is the first of several processes", say):
                 workdir = command.workdir or new_workdir(command.name)
                 held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
             with waiting(f"looking at {workdir}", say):
@@ -66,6 +72,20 @@ def main() -> None:
             prepared = prepare(command.config, workdir, say)
         with one_line_errors(program, (RunError, SaveError), code=1):
             train(*prepared, stop)
+
+
+def _settings(arguments: list[str]) -> str:
+    """What --help_config, --help_config=WORD or --help_config WORD asks for. Raises ValueError for anything else."""
+    from deltaformer_jax.host.waiting import say_aside, waiting
+
+    flag, _, word = arguments[0].partition("=")
+    words = [*([word] if word else []), *arguments[1:]]
+    if flag != HELP_CONFIG or len(words) > 1 or (words and words[0].startswith("-")):
+        raise ValueError(f"{HELP_CONFIG}: give at most one word after it and nothing else, as in {HELP_CONFIG} rope")
+    with waiting("importing the mixers, which say what settings they take", say_aside):
+        from deltaformer_jax.help_config import about
+
+        return about(words[0] if words else None)
 
 
 def usage() -> str:

@@ -7,8 +7,8 @@ Result:     accuracy 0.9999 on the evaluation split after 1,200 steps of 64 rows
             steps: a rotation of all three elements consists of two swaps, and a layer writes one swap per token.
 
 Harder problems are --config.data.path=task:word_problem,group=S5, and the groups A5, S4 and A4. On S5 one layer reaches
-0.08 after 2,000 steps. With moves=2 the words consist of swaps only, and one layer is enough (docs/results.md,
-word_problem).
+0.08 after 2,000 steps. With moves=2 the words consist of swaps only, and one layer is enough
+(docs/results/word_problem.md).
 """
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

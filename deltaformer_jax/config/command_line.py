@@ -20,7 +20,9 @@ from deltaformer_jax.host.paths import expand
 
 # Flag -> whether it takes a value, for the flags that are not config fields.
 OWN = {"config": True, "workdir": True, "resume": False, "dry_run": False}
-LISTING = "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run"
+LISTING = (
+    "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run, --help_config"
+)
 
 
 class Command(NamedTuple):
@@ -119,7 +121,7 @@ def _check_flags(argv: list[str]) -> None:
         if flag in OWN or flag.removeprefix("no") in OWN or flag in ("flagfile", "undefok"):  # absl adds the last two
             continue
         if not flag.removeprefix("no").startswith("config."):
-            near = difflib.get_close_matches(flag, OWN, n=1)
+            near = difflib.get_close_matches(flag, [*OWN, "help_config"], n=1)
             hint = f"; did you mean --{near[0]}?" if near else _nearest(flag.replace("-", "_"), known, LISTING)
             raise ValueError(f"--{flag}: no such flag{hint}")
         if field in sections:

@@ -50,6 +50,18 @@ class Rule:
     def takes_none(self) -> bool:
         return self.own is not _NOTHING or self.none is not _NOTHING
 
+    def allowed(self) -> str:
+        """The bounds or choices as a phrase; "" where the type is all."""
+        choices = tuple(self.choices() if callable(self.choices) else self.choices)
+        if choices:
+            own = () if self.own in (_NOTHING, "") else (self.own,)
+            return ", ".join(dict.fromkeys((*own, *choices)))
+        bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+        said = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        if isinstance(self.own, int | float) and self.least is not None and self.own < self.least:
+            said = [f"{self.own} or {said[0]}", *said[1:]]
+        return ", ".join([*said, *(["finite"] if self.finite else [])])
+
     def said(self, value: Any) -> Any:
         """`value`, or what None stands for."""
         if value is None and self.takes_none:
@@ -104,13 +116,17 @@ def nearest(given: Any, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def setting(default: Any, **rule: Any) -> Any:
-    """A dataclass field with that default and `Rule(**rule)`."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(**rule)})
+def setting(default: Any, meaning: str, **rule: Any) -> Any:
+    """A dataclass field with that default, what it means to a user, and `Rule(**rule)`."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(**rule), "meaning": meaning})
 
 
 def rule_of(field: dataclasses.Field) -> Rule:
-    return field.metadata.get("rule", Rule())
+    return field.metadata["rule"]
+
+
+def meaning_of(field: dataclasses.Field) -> str:
+    return field.metadata["meaning"]
 
 
 def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = True) -> None:

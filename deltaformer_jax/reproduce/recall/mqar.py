@@ -32,7 +32,7 @@ MIXERS = {
     "Kimi Delta Attention": {"mixers": ["kimi_delta_attention"]},
 }
 # Learning rates: the better of 3e-3 and 1e-2 after 240 steps of the first stage (rows of 16 tokens); for Gated DeltaNet
-# 5e-3, which was better than both. docs/results.md has the accuracies.
+# 5e-3, which was better than both. docs/results/mqar.md has the accuracies.
 RATES = {
     "DeltaFormer": 3e-3,
     "DeltaFormer, KV shifting": 1e-2,
