@@ -116,7 +116,7 @@ class ModelConfig:
     )
     window: int = setting(
         0,
-        "softmax_attention: number of tokens that a token sees, itself included. 0: all tokens before it and itself.",
+        "softmax_attention: number of tokens that a token sees, itself included. 0: itself and all tokens before it.",
         least=1,
         own=0,
         must_be_used=True,
@@ -124,13 +124,14 @@ class ModelConfig:
     forget_gate: bool = setting(
         False,
         "softmax_attention: whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) "
-        "per query head; its logarithm is added to that token's scores, and later tokens' scores, for all "
-        "tokens before it.",
+        "per query head. If that token or a later one attends to a token before it, the gate's logarithm is "
+        "added to the score.",
         must_be_used=True,
     )
     sinks: bool = setting(
         False,
-        "softmax_attention: whether each query head has a sink: one trained score more, whose value vector is 0.",
+        "softmax_attention: whether each query head has a sink: one more score, a trained number, whose value "
+        "vector is 0.",
         must_be_used=True,
     )
 
@@ -237,9 +238,8 @@ def on_any_device(model: ModelConfig) -> ModelConfig:
     """
 
     def free(mixer):
-        if not isinstance(mixer, Mixer) or is_import(
-            mixer.name
-        ):  # a class of one's own may give the argument another meaning
+        # A class of one's own may give the argument another meaning.
+        if not isinstance(mixer, Mixer) or is_import(mixer.name):
             return mixer
         others = {field: value for field, value in mixer.overrides if field != "implementation"}
         return Mixer(mixer.name, **others)
@@ -253,11 +253,10 @@ class DataConfig:
 
     path: str = setting(
         "",
-        'What to train on, one of: "": the running Python\'s standard library; a folder made by '
-        "deltaformer_jax.data.prepare; a gs:// folder is copied to this machine once; "
-        '"FOLDER=WEIGHT,FOLDER=WEIGHT": several such folders, mixed so that each gives its weight\'s share of '
-        'the rows; "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks; each row is one '
-        "example.",
+        'What to train on. "": the running Python\'s standard library. "FOLDER": a corpus that '
+        "deltaformer_jax.data.prepare made; a gs:// folder is copied to this machine once. "
+        '"FOLDER=WEIGHT,FOLDER=WEIGHT": several corpora, mixed so that each gives its weight\'s share of the '
+        'rows. "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks; each row is one example.',
     )
     tokenizer: str = setting(
         "bytes",
@@ -316,7 +315,7 @@ class OptimizerConfig:
     )
     weight_decay: float = setting(
         0.1,
-        "AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and gate scalars are exempt.",
+        "AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and numbers per head are exempt.",
         least=0,
         finite=True,
     )
@@ -350,16 +349,20 @@ class MeshConfig:
 
     data: int = setting(
         -1,
-        "Parts of a batch's rows; each part has a copy of the parameters. -1: as many as the other axes leave "
-        "devices for.",
+        "Number of devices that split the rows of a batch; each has a copy of the parameters. -1: all devices "
+        "that the other axes leave.",
     )
     fsdp: int = setting(
-        1, "Parts of a batch's rows that also share the parameters and the optimiser's state: each device keeps a part."
+        1,
+        "Number of devices that split the rows of a batch, and also the parameters and the optimiser's state "
+        "(fully sharded data parallelism).",
     )
     tensor: int = setting(
-        1, "Parts of the heads, of the feed-forward layer's width and of the vocabulary (tensor parallelism)."
+        1,
+        "Number of devices that split the heads, the feed-forward layer's width and the vocabulary (tensor "
+        "parallelism).",
     )
-    context: int = setting(1, "Parts of a sequence. Only 1 is supported.")
+    context: int = setting(1, "Number of devices that split a sequence. Only 1 is supported.")
 
 
 @dataclasses.dataclass
@@ -368,8 +371,7 @@ class RunConfig:
 
     steps: int = setting(
         1000,
-        "Number of steps in all, those before a resume included. A step takes one batch, and is counted if it "
-        "is skipped.",
+        "Number of steps in all, those before a resume included. A step takes one batch; skipped steps count too.",
         least=1,
     )
     seed: int = setting(
@@ -381,7 +383,8 @@ class RunConfig:
     )
     log_every: int = setting(
         10,
-        "Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl. 0: none.",
+        "Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl; the first "
+        "step is recorded too. 0: none.",
         least=0,
     )
     eval_every: int = setting(
@@ -404,7 +407,7 @@ class RunConfig:
     statistics_every: int = setting(
         0,
         "Steps between records of the norms of every layer's parameters, gradients and activations, which are "
-        "written to DIR/statistics.jsonl. 0: none.",
+        "written to DIR/statistics.jsonl; the first step is recorded too. 0: none.",
         least=0,
     )
     profile_steps: int = setting(

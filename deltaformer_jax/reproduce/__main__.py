@@ -77,7 +77,7 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
         for path in (out / f"{name}.json", out / f"{name}.png"):
             path.unlink(missing_ok=True)
         if left := unfinished.remove_all(out / name):
-            note(f"{out / name}: {left[0]} was not made by this program and stays")
+            note(f"{out / name}: {left[0]} was not made by this program and stays there")
     cells = experiment.cells(quick)
     notebook = Notebook(out, name, quick, cells)
     out.mkdir(parents=True, exist_ok=True)

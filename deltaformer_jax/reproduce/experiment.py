@@ -33,7 +33,7 @@ class Experiment:
 # Name -> (description, the module that holds EXPERIMENT).
 NAMES = {
     "mixers": (
-        "every mixer as a language model of Python's standard library, with equal parameters and tokens",
+        "every mixer as a language model of Python's standard library, with equal numbers of parameters and tokens",
         "language.mixers",
     ),
     "theorem1": (

@@ -112,7 +112,7 @@ def run(
 
     Returns a dict: accuracy (the last one, at the last length reached), solved_at (the step at which each length was
     solved, or None), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (the
-    number of steps skipped because they were not finite), and tests.
+    number of steps that were skipped), and tests.
     """
     cell = Cell(settings, folder, note, make_task, make_model)
     unfinished.claim(folder)

@@ -1,4 +1,4 @@
-"""DeltaNet: a linear memory updated by the delta rule, which replaces the value stored at a key.
+"""DeltaNet: a linear memory updated by the delta rule, which moves the value stored at a key towards the new value.
 
     S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K,      q, k of unit length,  β = sigmoid(x W_β + b)
 

@@ -19,9 +19,9 @@ class MixerProtocol(Protocol):
             def flops_per_token(self, length: int) -> float: ...
 
     **Parameters.** A mixer is an nnx.Module. Its parameters are `nnx.Param`s. Each has `axes=(...)`, the names of its
-    dimensions: "embed", "heads", "kv_heads", "head_dim", "mlp", "rank", "conv". A dimension with any other name is
-    never sharded. Weight decay applies to parameters with two or more dimensions; `decay=False` or `decay=True` on the
-    parameter overrides that. Every other attribute of the mixer is static and hashable.
+    dimensions: "embed", "heads", "kv_heads" and "mlp" can be sharded; "head_dim", "rank", "conv" and any other name are
+    not. Weight decay applies to parameters with two or more names; `decay=False` or `decay=True` on the parameter
+    overrides that. Every other attribute of the mixer is static and hashable.
 
     **Construction.** The model calls `MyMixer(d_model=..., rngs=...)`. It also passes, by keyword, what the constructor
     names:

@@ -1,4 +1,4 @@
-"""The least base of a rotary embedding for a context of L tokens: similar tokens must get higher scores than others.
+"""The least base of a rotary embedding with which similar tokens score higher than others at all distances up to L.
 
     B_m(θ) = Σ_{i < d/2} cos(m θ_i),    θ_i = base^(−2i/d)        must be ≥ 0 for every distance 1 ≤ m ≤ L
 
