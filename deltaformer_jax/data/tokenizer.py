@@ -194,8 +194,8 @@ class BPETokenizer(Tokenizer):
         * A block ends between two words of the pre-tokenizer, and BPE joins nothing across words.
         * The pre-tokenizer works from left to right and decides a word by its characters and the one after it. So words
           that end at least `_margin` bytes before the end of a block are the words of the whole text.
-        * A pre-tokenizer may look back. So the text left of the block is encoded by itself, and if its tokens differ,
-          the block ends one word earlier.
+        * A pre-tokenizer may look back. So what follows the cut is also encoded without the text before it. If its
+          tokens then differ, the block is cut one word earlier.
 
         Exception: a word of more than _LONGEST_WORD characters, for which BPE would take a gigabyte, is cut.
         """

@@ -37,7 +37,7 @@ def new_workdir(name: str) -> str:
 
 
 def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
-    """What the run in `workdir` was started with; None if the folder is missing or empty.
+    """What the run in `workdir` was started with; None if there is no folder, or only a lock in it.
 
     Raises ValueError if `config` differs from it in a setting that may not change, if `workdir` is a file, or if it
     holds files but no run.
