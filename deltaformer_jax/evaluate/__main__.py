@@ -18,8 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from etils import epath
+
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.evaluate.corpus import evaluation_corpus
 from deltaformer_jax.evaluate.report import progress, table
 from deltaformer_jax.host.paths import expand
@@ -47,17 +50,18 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.evaluate"), tempfile.TemporaryDirectory() as folder:
+        if flags.batches < 0:
+            raise ValueError(f"--batches {flags.batches}: give 0 (all batches) or more")
+        for name in ("batch_size", "sequence_length"):
+            if getattr(flags, name) is not None and getattr(flags, name) < 1:
+                raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
+        Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
             from deltaformer_jax.data import batches, count_batches
             from deltaformer_jax.sharding.mesh import batch_sharding, rows
             from deltaformer_jax.training.by_position import evaluate_by_position
             from deltaformer_jax.training.checkpoints.restore import restore
 
-        if flags.batches < 0:
-            raise ValueError(f"--batches {flags.batches}: give 0 (all batches) or more")
-        for name in ("batch_size", "sequence_length"):
-            if getattr(flags, name) is not None and getattr(flags, name) < 1:
-                raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
         with waiting(f"restoring the model of {flags.workdir}", say_aside):
             run = restore(flags.workdir, flags.step, say_aside)
         with waiting("reading the data", say_aside):

@@ -13,8 +13,11 @@ batch. Wrong input gives one line on stderr and exit code 2.
 import os
 import sys
 
+from etils import epath
+
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.sample.output import Output
@@ -60,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.sample"):
+        Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
             from deltaformer_jax.decoding.generate import check_sampling, generate_batch
             from deltaformer_jax.decoding.text_stream import TextStream
