@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import along, kernel, product_flops
+from deltaformer_jax.layers.linear import along, kernel, product_flops, wide_kernel
 from deltaformer_jax.layers.query_key_value import project
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
@@ -61,7 +61,7 @@ class HeadDecay(nnx.Module):
     """x [B,T,d_model] -> g [B,T,heads] float32 (float64 for float64), at most 0. A and b are not decayed."""
 
     def __init__(self, d_model: int, heads: int, *, rngs: nnx.Rngs):
-        self.kernel = kernel(rngs, (d_model, heads), ("embed", "heads"))
+        self.kernel = wide_kernel(rngs, (d_model, heads), ("embed", "heads"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads,), ("heads",))
 
@@ -77,8 +77,8 @@ class ChannelDecay(nnx.Module):
     """x [B,T,d_model] -> g [B,T,heads,width], at most 0, W = W₁ W₂ of rank `rank`, A one number a head."""
 
     def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
-        self.down = kernel(rngs, (d_model, rank), ("embed", "rank"))
-        self.up = kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
+        self.down = wide_kernel(rngs, (d_model, rank), ("embed", "rank"))
+        self.up = wide_kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
 
