@@ -1,4 +1,4 @@
-"""Train a language model: `python train.py --help` says how. The program is deltaformer_jax/train.py."""
+"""Train a language model. `python train.py --help` explains the flags; the program is deltaformer_jax/train.py."""
 
 from deltaformer_jax.train import main
 

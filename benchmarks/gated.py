@@ -1,13 +1,15 @@
-"""The gated ops in chunks against the scan over chunks that one would write first: time and memory.
+"""The chunked gated ops against a plain scan over chunks on a CPU: time and memory.
 
     uv run python benchmarks/gated.py [--rounds 9] [--json FILE]
     taskset -c 0,1 ...                                       on two cores
 
-Three minutes on two cores. The yardstick is the gated delta rule with one decay a head as a `lax.scan` over chunks, W
-and U by `jax.scipy.linalg.solve_triangular`, products at HIGHEST precision, under autodiff; of its chunk sizes the one
-that is fastest for the shape and direction is the one compared with. `speed` is the yardstick's time over the form's,
-the median over rounds in one process (measure.py), so 2 is twice as fast; `memory` the form's temporaries over the
-yardstick's.
+Takes three minutes on two cores. The yardstick is the gated delta rule with one decay per head: a `lax.scan` over
+chunks with W and U from `jax.scipy.linalg.solve_triangular`, products at HIGHEST precision, and automatic
+differentiation. For each shape and direction the fastest of its chunk sizes is used.
+
+speed   the yardstick's time divided by the form's, so 2 is twice as fast: the median over rounds in one process
+        (measure.py)
+memory  the form's temporaries divided by the yardstick's
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import argparse
 import os
 import statistics
 
-# Before the first import of jax, for the yardstick's sake. Two batched triangular solves at once, as in its backward,
-# wait for ever for a pool of two threads (jaxlib 0.10.2); and OpenBLAS's threads inside each of them only slow it down.
+# Both are set before the first import of jax, and only the yardstick needs them. Its backward pass runs two batched
+# triangular solves at once, which deadlock in a pool of two threads (jaxlib 0.10.2). OpenBLAS's own threads inside each
+# solve make it slower.
 os.environ.setdefault("PJRT_NPROC", str(max(4, os.cpu_count())))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -66,7 +69,7 @@ def yardstick(query, key, value, beta, log_decay, *, chunk):
 
 
 def draw(shape, seed=0):
-    """query, key of unit length, value, beta, log decays of a head and of each channel."""
+    """query, key of unit length, value, beta, log_decay with one per head, log_decay with one per channel."""
     rng = np.random.default_rng(seed)
     normal = lambda *sizes: rng.standard_normal(sizes)
     key = normal(*shape)
@@ -105,8 +108,10 @@ def forms(inputs):
 
 
 def program(function, arguments, direction) -> Compiled:
-    """The outputs, and with "forward+backward" the gradients of all arguments, for cotangents given as arguments: they
-    are nobody's temporaries."""
+    """The compiled form: its outputs and, for "forward+backward", the gradients of all arguments.
+
+    The cotangents are arguments, so that they do not count as temporaries.
+    """
     if direction == "forward":
         return Compiled(function, *arguments)
 
@@ -140,7 +145,7 @@ def table(shape, direction, rounds) -> list[dict]:
 
 
 def length_rows(rounds) -> list[dict]:
-    """What grows with T, forward and backward, one row of 4 heads of 64."""
+    """Time and temporaries against T, forward and backward, for a batch of 1 with 4 heads of width 64."""
     rows = []
     for length in (4096, 16384, 65536):
         for name, call in forms(draw((1, length, 4, 64))).items():

@@ -1,22 +1,24 @@
-"""The Triton kernels on an NVIDIA GPU: first right, then fast. One command:
+"""Checks and times the Triton kernels on an NVIDIA GPU. One command, a few minutes:
 
     uv run --extra cuda --group kernels python benchmarks/gpu.py --json gpu.json
 
-1. Against the definition (`recurrent`, float64, on the CPU): random shapes, values and all gradients, float32 and
-   bfloat16.
-2. One shape a thousand times: what has no additions in arbitrary order must come out bit for bit the same, and the rest
-   within rounding. A race between blocks would show here.
-3. Medians of runs on the device at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention
-   in the same process. F = 2 T² K B H floating-point operations are one causal pass of two products: flash attention
-   and the tied form take 1 F forward and 3.5 F with the backward, the untied form twice that, w = k with r query heads
-   a key (1 + 1/r) times.
+1. shapes: values and all gradients at random shapes, in float32 and bfloat16, against the definition (`recurrent` in
+   float64 on the CPU).
+2. repeats: one shape a thousand times. Results without additions in arbitrary order must be the same bit for bit, the
+   others within rounding. This would show a race between thread blocks.
+3. times: medians at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention in the same
+   process. One causal pass of two products takes F = 2 T² K B H floating-point operations. Flash attention and the tied
+   form take 1 F forward and 3.5 F forward and backward. The untied form takes twice that, and w = k with r query heads
+   per key head 1 + 1/r times that.
 
-The same of the gated ops, by gpu_gated.py, beside fla's kernel.
+The gated ops are checked and timed in the same way, by gpu_gated.py, beside fla's kernels.
 
-`--op delta|gated` does one of the two families, `--only shapes|repeats|times` one of the three, and
-`--tile write_forward=128,64,8,3,2,16` tries another tile of delta_attention (rows, columns, warps, stages, halves,
-group: pallas_kernels/triton/delta/table.py). A few minutes in all; no result, no table: the first disagreement ends the
-program with exit code 1.
+--op delta|gated            only one of the two families
+--only shapes|repeats|times only one of the three parts
+--tile KERNEL=SIZES         another tile of delta_attention, for example write_forward=128,64,8,3,2,16: rows, columns,
+                            warps, stages, halves, group (pallas_kernels/triton/delta/table.py)
+
+The first disagreement ends the program with exit code 1 and without a table.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import statistics
 import sys
 import time
 
-# What fla's kernels, run by torch in this process, find free.
+# Leaves GPU memory for fla's kernels, which torch runs in this process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import gpu_gated
@@ -42,7 +44,7 @@ from pallas_kernels.triton.delta.table import Tile
 
 NAMES = ("query", "write_query", "key", "value", "alpha", "beta")
 
-# What each time should come to, milliseconds on an H100.
+# The times to reach, in milliseconds on an H100.
 AIMS = {
     ("untied", "forward"): 5.5,
     ("tied", "forward"): 3.3,
@@ -53,7 +55,7 @@ AIMS = {
 
 
 def draw(rng):
-    """One random call: its settings and shapes."""
+    """The settings and shapes of one random call."""
     kv_heads = int(rng.integers(1, 3))
     heads = kv_heads * int(rng.integers(1, 4))
     write = str(rng.choice(["softmax", "softmax", "linear", "relu", "exp"]))
@@ -91,7 +93,7 @@ def inputs_of(shape, rng, dtype):
 
 
 def scales(shape):
-    # Short keys' similarities other than softmax's are kept small enough for u not to grow over 400 tokens.
+    # For similarities other than softmax the scores are kept small enough that u does not grow over 400 tokens.
     return shape["width"] ** -0.5 * (1 if shape["write"] == "softmax" else 0.05), shape["width"] ** -0.5
 
 
@@ -132,7 +134,7 @@ def settings_of(shape, tiles):
 
 
 def forward_and_backward(settings):
-    """A jitted (arrays in NAMES' order, segments, dout) -> out, u, gradients."""
+    """A jitted function (arrays in the order of NAMES, segments, dout) -> (out, u, gradients)."""
 
     @jax.jit
     def call(arrays, segments, dout):
@@ -155,10 +157,10 @@ def by_kernels(shape, arrays, segments, dout, tiles):
 
 
 def check_shapes(count, tiles):
-    """The largest error of each dtype relative to the largest number of its array."""
+    """The largest error for each dtype, relative to the largest number of the array."""
     rng = np.random.default_rng(0)
-    # Rounding units times what a few hundred rows of a softmax with sigmoid gates let them grow by; between bfloat16
-    # arrays other similarities take products in parts, and only arrays and results are rounded.
+    # The rounding unit times its growth over a few hundred rows of a softmax with sigmoid gates. For bfloat16 arrays,
+    # other similarities split the operands of products, so that only inputs and results are rounded.
     bounds = {"float32": 2e-4, "bfloat16": 0.15}
     worst = dict.fromkeys(bounds, 0.0)
     for number in range(count):
@@ -172,7 +174,7 @@ def check_shapes(count, tiles):
             pairs = {"out": (found, out)} | {name: (found_gradients[name], x) for name, x in gradients.items()}
             for name, (a, b) in pairs.items():
                 error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
-                # Not `error > bound`: NaN has to fail too.
+                # Not `error > bound`, so that NaN fails too.
                 if not error <= bound:
                     sys.exit(f"{name} of {shape} in {dtype} is off by {error:.2g}, more than {bound}")
                 worst[dtype] = max(worst[dtype], error)
@@ -181,7 +183,7 @@ def check_shapes(count, tiles):
 
 
 def check_repeats(count, tiles):
-    """One shape again and again, forward and backward."""
+    """Runs one shape repeatedly, forward and backward, and compares the results."""
     results = {}
     for form, similarity in (("heads", "softmax"), ("query", "softmax"), ("key", "linear")):
         shape = dict(
@@ -222,14 +224,14 @@ def check_repeats(count, tiles):
             sys.exit(f"{similarity}, write_query={form}: {differ}")
         results[f"{similarity}, {form}"] = {"runs": count, "dq and dk apart by": float(apart.max())}
         print(
-            f"{similarity}, write_query={form}: {count} runs, out, u and dv the same bit for bit, dq and dk within "
+            f"{similarity}, write_query={form}: {count} runs; out, u and dv are the same bit for bit, dq and dk within "
             f"{apart.max():.2g}"
         )
     return results
 
 
 def device_milliseconds(call, arguments, rounds=15, calls=5):
-    """The median over rounds of a call's time in a row of calls: the device never waits for the host."""
+    """The median over rounds of the mean time in a row of calls, in which the device never waits for the host."""
     jax.block_until_ready([call(*arguments) for _ in range(2)])
     times = []
     for _ in range(rounds):
@@ -252,7 +254,7 @@ def time_table(length, tiles):
     forms = {
         "untied": (separate, (q, w, k, v, None, gate(heads), None), 2),
         "tied": (tied, (q, None, k, v, None, gate(heads), None), 1),
-        # Keys of length √width: scaled so, the delta rule forgets and u stays finite.
+        # Keys have length √width: with this scale the delta rule forgets and u stays finite.
         "linear, w = k": (delta.Settings(linear, linear, tiles=tiles), (q, None, k, v, None, gate(heads), None), 2),
         "w = k, 8 queries a key": (separate, (q, None, few_k, few_v, None, gate(heads // 8), None), 1 + 1 / 8),
     }
@@ -310,7 +312,7 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
-        sys.exit("no NVIDIA device is here: this program measures one")
+        sys.exit("no NVIDIA GPU found: this program needs one")
     tiles = tuple(options.tile)
     more = {"tiles": [str(x) for x in tiles]}
     wanted = lambda op, name: options.op in (None, op) and options.only in (None, name)

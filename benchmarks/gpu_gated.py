@@ -1,9 +1,9 @@
 """The gated ops' part of benchmarks/gpu.py: the Triton kernels of gated_delta_rule and gated_linear_attention.
 
-Against the recurrence (random shapes, values and all gradients), the same bits a thousand times, and times at batch 4,
-32 heads, 8192 tokens, width 128, bfloat16, with a decay of each head and of each channel, beside fla's
-`chunk_gated_delta_rule`, `chunk_kda` and `chunk_gla` in the same process where torch and flash-linear-attention are
-installed (`pip install flash-linear-attention`).
+Compares values and all gradients with the recurrence at random shapes. Checks that a thousand runs give the same bits.
+Measures times at batch 4, 32 heads, 8192 tokens, width 128, bfloat16, with one decay per head and one per channel. If
+torch and flash-linear-attention are installed (`pip install flash-linear-attention`), fla's `chunk_gated_delta_rule`,
+`chunk_kda` and `chunk_gla` are timed in the same process.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def _both(delta, implementation):
 
 
 def check_shapes(count):
-    """The largest error of each dtype relative to the largest number of its array."""
+    """The largest error for each dtype, relative to the largest number of the array."""
     rng = np.random.default_rng(0)
-    # Rounding units times what a few hundred tokens add up to.
+    # The rounding unit times its growth over a few hundred tokens.
     bounds = {"float32": 2e-4, "bfloat16": 0.1}
     worst = dict.fromkeys(bounds, 0.0)
     for number in range(count):
@@ -91,7 +91,7 @@ def check_shapes(count):
             for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected)):
                 a, b = np.asarray(a, np.float64), np.asarray(b)
                 error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
-                # Not `error > bound`: NaN has to fail too.
+                # Not `error > bound`, so that NaN fails too.
                 if not error <= bounds[dtype]:
                     where = jax.tree_util.keystr(path)
                     sys.exit(f"gated op: {where} of {shape} in {dtype} is off by {error:.2g}, over {bounds[dtype]}")
@@ -101,7 +101,7 @@ def check_shapes(count):
 
 
 def check_repeats(count):
-    """Nothing is added in an arbitrary order: every run gives the same bits."""
+    """Every run must give the same bits, since nothing is added in an arbitrary order."""
     for delta, decay in itertools.product((True, False), ("head", "channel")):
         shape = dict(
             batch=2,
@@ -126,7 +126,7 @@ def check_repeats(count):
         agree = np.asarray(jax.device_get([same(call(*given)) for _ in range(count)]))
         if not agree.all():
             sys.exit(f"gated op, delta={delta}, decay={decay}: {int((~agree).sum())} of {count} runs differ")
-    print(f"gated ops: {count} runs the same bit for bit, gradients too")
+    print(f"gated ops: {count} runs are the same bit for bit, also in gradients")
     return {"runs": count}
 
 
@@ -146,7 +146,7 @@ def _torch_milliseconds(call, rounds=15, calls=5):
     return statistics.median(times)
 
 
-# fla's kernels: the delta rule or not, a decay of each -> module and function.
+# fla's kernels: (delta rule or not, one decay per head or per channel) -> (module, function).
 FLA = {
     (True, "head"): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     (True, "channel"): ("fla.ops.kda", "chunk_kda"),
@@ -155,7 +155,7 @@ FLA = {
 
 
 def _fla(delta, decay, arrays, dout):
-    """Milliseconds of fla's kernel by direction; none where there is no such kernel, or fla is not installed."""
+    """{direction: milliseconds of fla's kernel}; {} if there is no such kernel or fla is not installed."""
     if (delta, decay) not in FLA or not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
         return {}
     import torch
@@ -182,9 +182,9 @@ def _fla(delta, decay, arrays, dout):
 
 
 def time_table(length, device_milliseconds):
-    """Rows of milliseconds; `device_milliseconds(call, arguments)` measures."""
+    """The rows of the table of times. `device_milliseconds(call, arguments)` measures a call."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "fla")):
-        print("gated ops: torch and fla are not installed, so that there is nothing to compare with")
+        print("gated ops: torch or fla is not installed, so the times of fla's kernels are missing")
     rows = []
     for op, decay in itertools.product((gated_delta_rule, gated_linear_attention), ("head", "channel")):
         delta = op is gated_delta_rule

@@ -1,11 +1,15 @@
-"""What saving costs a run: how long an asynchronous save holds up training, and whether memory grows from save to save.
+"""The cost of checkpoints: how long an asynchronous save blocks training, and whether memory grows with every save.
 
     uv run python benchmarks/long_runs.py [--parameters 50] [--saves 50] [--json FILE]
 
-About one minute on two cores. A state of --parameters million parameters and two moments of each is saved through
-training/checkpoints/store.py: `blocks` is how long `save` takes to return when the save before it is done, `whole` how
-long until everything is on disk, checksums included; the share is their ratio, the median over the rounds. Then a small
-state is saved --saves times, and a line is fitted to the process's resident memory after each save.
+Takes about one minute on two cores. First, a state of --parameters million parameters and two moments of each is saved
+by training/checkpoints/store.py:
+
+blocks  time until `save` returns, if the save before it is done
+whole   time until everything is on disk, checksums included
+share   blocks / whole; all three are medians over the rounds
+
+Then a small state is saved --saves times, and a line is fitted to the resident memory of the process after each save.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from deltaformer_jax.training.state import TrainState
 
 
 def make_state(parameters: int) -> TrainState:
-    """Ten arrays of parameters and as many of each moment."""
+    """A state with ten arrays of parameters, and ten of each moment."""
     draw = jax.jit(lambda key: [jax.random.normal(key, (parameters // 10,), jnp.float32) for _ in range(10)])
     params, first, second = (draw(jax.random.key(i)) for i in range(3))
     return TrainState(params, (first, second), jnp.zeros((), jnp.int32), new_guard())
@@ -49,7 +53,7 @@ def blocking_row(parameters: int, rounds: int = 5) -> dict:
             checkpoints.save(state, {"step": step})
             returned = time.perf_counter()
             checkpoints.wait()
-            if step:  # the first one also sets things up
+            if step:  # the first save also sets things up
                 blocks.append(returned - start)
                 wholes.append(time.perf_counter() - start)
         checkpoints.close()
@@ -69,7 +73,7 @@ def memory_row(saves: int) -> dict:
             checkpoints.save(state, {"step": step})
             checkpoints.wait()
             gc.collect()
-            if step >= 10:  # pools fill up first
+            if step >= 10:  # memory pools fill up first
                 sizes.append(resident_bytes())
         checkpoints.close()
     slope, _ = np.polyfit(np.arange(len(sizes)), np.array(sizes) / 1e6, 1)

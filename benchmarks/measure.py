@@ -1,5 +1,8 @@
-"""Times as ratios: every candidate runs once a round, in one process, and what is reported is the median over rounds of
-its time over the yardstick's in the same round. What slows the machine down then slows both."""
+"""Measuring times as ratios.
+
+All candidates run in one process, in rounds. The reported ratio is the median over rounds of a candidate's time divided
+by the yardstick's time in the same round. So whatever slows down the machine affects both.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from rich.table import Table
 
 
 class Compiled:
-    """A function compiled for its arguments: seconds it took, bytes of temporaries, and a call that waits."""
+    """A function compiled for its arguments: seconds of compilation, bytes of temporaries, seconds of a call."""
 
     def __init__(self, function: Callable, *arguments):
         start = time.perf_counter()
@@ -36,8 +39,11 @@ class Compiled:
 
 
 def in_rounds(candidates: dict[str, Compiled], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round. It runs twice and the second counts: the first pays for what ran before
-    it, whose half gigabyte of temporaries must leave the caches and go back to the system."""
+    """Seconds of each candidate in each round.
+
+    A candidate runs twice, and the second run is timed. The first run is slowed by the program before it, whose half
+    gigabyte of temporaries must leave the caches and be returned to the system.
+    """
     times = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
@@ -51,7 +57,7 @@ def median_ratio(times: dict[str, list[float]], name: str, yardstick: str) -> fl
 
 
 def matrix_product_flops_per_second(size: int = 2048, rounds: int = 7) -> float:
-    """The best of several float32 products of size × size matrices: what this machine's arithmetic can do."""
+    """The best rate of several float32 products of size × size matrices, as a measure of the machine's arithmetic."""
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.standard_normal((size, size)), jnp.float32) for _ in range(2))
     product = Compiled(jnp.matmul, a, b)
@@ -64,7 +70,7 @@ def machine() -> dict:
 
 
 def report(title: str, rows: list[dict], path: str | None, **more):
-    """Print the rows as a table and, with a path, write them and `more` as JSON."""
+    """Print the rows as a table. If `path` is given, also write them and `more` as JSON."""
     table = Table(title=title, title_justify="left")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:

@@ -1,12 +1,16 @@
-"""delta_attention in chunks against jax.nn.dot_product_attention of the same shape: time, arithmetic, memory.
+"""The chunked delta_attention against jax.nn.dot_product_attention on a CPU: time, arithmetic, memory.
 
     uv run python benchmarks/ops.py [--length 4096] [--rounds 9] [--json FILE]
     taskset -c 0,1 ...                                       on two cores
 
-Three minutes on two cores. `ratio` is the time over the yardstick's of the same direction, the median over rounds in
-one process (measure.py); `of the product` the closed-form floating-point operations a second over those of a large
-float32 matrix product in the same process. One causal pass of two products is F = 2 T² K B H operations: the untied
-form is 2 F forward and 7 F with its backward, the one-pass form 1 F and 3.5 F, as flash attention.
+Takes three minutes on two cores.
+
+ratio           time divided by the yardstick's in the same direction: median over rounds in one process (measure.py)
+of the product  closed-form floating-point operations per second, divided by those of a large float32 matrix product
+                in the same process
+
+One causal pass of two products takes F = 2 T² K B H floating-point operations. The untied form takes 2 F forward and
+7 F forward and backward. The one-pass form takes 1 F and 3.5 F, as flash attention does.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from deltaformer_jax import causal_attention, delta_attention
 
 YARDSTICK = "jax.nn.dot_product_attention"
 
-# Name -> (the function, passes over the keys: how many F a forward takes).
+# Name -> (the function, passes over the keys, which is how many F a forward pass takes).
 FORMS = {
     YARDSTICK: (lambda q, k, v, b: jax.nn.dot_product_attention(q, k, v, is_causal=True), 1),
     "delta_attention, w = k": (lambda q, k, v, b: delta_attention(q, k, v, beta=b), 2),
@@ -57,7 +61,7 @@ def times_table(length: int, rounds: int, peak: float) -> list[dict]:
         times = in_rounds(compiled, rounds)
         for name, (_, passes) in FORMS.items():
             median = float(np.median(times[name]))
-            # The yardstick computes the whole square, masked: twice the causal count.
+            # The yardstick computes the whole T×T square and masks it: twice the causal count.
             flops = one_pass * passes * (1 if direction == "forward" else 3.5) * (2 if name == YARDSTICK else 1)
             rows.append(
                 {
@@ -74,7 +78,7 @@ def times_table(length: int, rounds: int, peak: float) -> list[dict]:
 
 
 def recurrent_row(length: int, rounds: int) -> dict:
-    """chunked against the definition, forward."""
+    """Time of the definition (recurrent) divided by that of chunked, forward."""
     *inputs, beta = draw(length)
     call = lambda name: Compiled(lambda *x: delta_attention(*x[:3], beta=x[3], implementation=name), *inputs, beta)
     times = in_rounds({"chunked": call("chunked"), "recurrent": call("recurrent")}, rounds)

@@ -1,19 +1,18 @@
-"""How well a TPU's matrix units are filled, by the compiler's own schedule; no TPU is needed.
+"""How busy a TPU's matrix units are according to the compiler's schedule. No TPU is needed.
 
     JAX_PLATFORMS=cpu uv run --group kernels python benchmarks/tpu_schedule.py [--tpu v5e] [--length 8192] [--json FILE]
 
-Two or three minutes. Compiles delta_attention's kernels (8 heads of 128, bfloat16), the gated delta rule's, and JAX's
-splash attention without a mask for the same TPU, and counts instruction bundles, one a cycle where nothing stalls, and
-the slots that each unit takes of them.
+Takes two or three minutes. Compiles the kernels of delta_attention (8 heads of 128, bfloat16) and of the gated delta
+rule, and JAX's splash attention without a mask, for the same TPU. Counts instruction bundles, one per cycle where
+nothing stalls, and the slots that each unit uses in them.
 
-A "step" is what one tile of 512 rows and 512 earlier columns takes; splash attention's is 512×512 too, masks and sums
-included. A "chunk" is what 512 rows take once: their own tile, the triangular system, gates, loads and stores; of the
-gated ops, which have no steps, a group of four chunks of 128. "All" is one head of the whole length: T/512 chunks and
-the steps between them.
-
-"of peak" (v5e, v5p) is the products that the mathematics asks for, over what the matrix units could do in as many
-cycles: 512 bundles for a product of 512×128 by 128×512. Fills and spills are loads and stores of registers that did not
-suffice.
+step           one tile of 512 rows and 512 earlier columns; for splash attention 512×512 too, masks and sums included
+chunk          what every 512 rows take once: their own tile, the triangular system, gates, loads and stores. For the
+               gated ops, which have no steps, a group of four chunks of 128 rows
+all            one head of the whole length: T/512 chunks and the steps between them
+of peak        (v5e, v5p) cycles that the products of the formula need at the peak of the matrix units, divided by the
+               bundles; a product of 512×128 by 128×512 needs 512 cycles
+fills, spills  loads and stores of vector registers that did not suffice
 """
 
 from __future__ import annotations
@@ -36,8 +35,10 @@ COLUMNS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "fills", "VSTORE", "spi
 
 
 def programs(length: int):
-    """Name -> (the kernel's name in the dump; products of 512×128 by 128×512 in a step and in a chunk, where half of a
-    causal tile counts; a function of q, k, v, beta [1,T,H,K])."""
+    """Name -> (the kernel's name in the dump, products in a step, products in a chunk, a function of q, k, v, beta).
+
+    Products are of 512×128 by 128×512; of a causal tile half counts. q, k, v are [1, T, H, K].
+    """
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -60,8 +61,9 @@ def programs(length: int):
     def gated(q, k, v, beta):
         return gated_delta_rule(q, k, v, beta=beta, log_decay=-beta, implementation="pallas_tpu")[0]
 
-    # A chunk of 128 rows of the gated delta rule is eight products of 128×128×128 (K Kᵀ, Q Kᵀ, T K, T V, W S, Q S,
-    # P V', Kᵀ V'), four chunks' as much as 2 of 512×128×512; backward they are made again, and two gradients of each.
+    # A chunk of 128 rows of the gated delta rule has eight products of 128×128×128 (K Kᵀ, Q Kᵀ, T K, T V, W S, Q S,
+    # P V', Kᵀ V'). Four chunks have as much as 2 products of 512×128×512. The backward pass recomputes them and makes
+    # two gradients of each.
     return {
         "splash attention": ("splash", 2, 0, attention),
         "write alone": (
@@ -80,7 +82,7 @@ def programs(length: int):
 
 
 def compile_one(name: str, tpu: str, length: int) -> None:
-    """In a process of its own, since libtpu reads where to dump to once."""
+    """Compile one program, in its own process, since libtpu reads only once where to write its dump."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -96,7 +98,7 @@ def compile_one(name: str, tpu: str, length: int) -> None:
 
 
 def bundles(folder: str, kernel: str) -> dict[int, dict[str, int]]:
-    """Depth of the loop -> bundles there, and slots used of each unit in them."""
+    """Loop depth -> number of bundles at that depth, and the slots that each unit uses in them."""
     newest = lambda ending: sorted(glob.glob(f"{folder}/*{kernel}*{ending}"))[-1]
     used = [
         [int(x) for x in line.split()]
@@ -154,10 +156,10 @@ def main() -> None:
 
 
 def parts(name, counts, in_step, in_chunk, chunks, product):
-    """The table's rows of one kernel: a step, a chunk, and one head's all; `product`: bundles of one, None: unknown."""
+    """The rows of one kernel: step, chunk, all. `product`: bundles that a product needs at the peak, or None."""
     steps = chunks * (chunks - 1) // 2
-    # Part -> (tokens, bundles, products, slots). Loops over earlier tiles lie in the one over chunks; splash
-    # attention's own loop is its steps'.
+    # Part -> (tokens, bundles, products, slots). The loops over earlier tiles are inside the loop over chunks. Splash
+    # attention has only a loop over steps.
     found = {}
     if in_step:
         slots = counts[2 if in_chunk else 1]

@@ -1,19 +1,19 @@
-"""Window layers and global layers in turn, each with heads of its own shape, as in Baichuan-M1, at the size and on the
-data of deltaformer_340m.py.
+"""A hybrid as in Baichuan-M1: softmax attention with a window and without one in turn, each with its own head shape.
+Size and data are those of configs/deltaformer_340m.py.
 
-341 million parameters (the feed-forward's width makes up for the few KV heads), 15 billion tokens of FineWeb-edu, made
-as that file's docstring says. Command:
+341 million parameters, 15 billion tokens of FineWeb-edu. The feed-forward width is chosen to give that number, since
+there are few KV heads. The docstring of deltaformer_340m.py says how to prepare the data. Command:
 
     python train.py --config baichuan_m1_340m --workdir runs/baichuan_m1_340m
 
-Hardware: as there.
+Hardware: see deltaformer_340m.py.
 Time: not measured. By arithmetic, 15e9 tokens at 2.26 GFLOP each are 3.4e19 FLOP.
 Result: not measured.
 
-From Baichuan-M1 (arXiv 2502.12671): the alternation, KV shifting in every layer, the RoPE base of 1e6, and the
-proportions: there 40 heads of 128 over 8 KV heads with a window of 8192 tokens, and 20 heads of 256 over 2 without;
-here 16 of 64 over 4 with a window of 512, a quarter of the context, and 8 of 128 over 2. Its normalised output head is
-left out.
+Taken from Baichuan-M1 (arXiv 2502.12671): the alternation, KV shifting in every layer, the RoPE base of 1e6, and the
+proportions of the heads. Baichuan-M1 has 40 query heads of dimension 128 over 8 KV heads with a window of 8192 tokens,
+and 20 of 256 over 2 without a window. This config has 16 of 64 over 4 with a window of 512 tokens, a quarter of the
+context, and 8 of 128 over 2 without a window. Baichuan-M1's normalised output head is left out.
 """
 
 from dataclasses import replace

@@ -1,11 +1,11 @@
-"""DeltaNet at the size and on the data of configs/deltaformer_340m.py, to compare it with.
+"""DeltaNet with the size and the data of configs/deltaformer_340m.py, for comparison with it.
 
-342 million parameters (the feed-forward's width makes up for the mixer's), 15 billion tokens of FineWeb-edu, made as
-that file's docstring says. Command:
+342 million parameters, 15 billion tokens of FineWeb-edu. The docstring of deltaformer_340m.py says how to prepare the
+data. Command:
 
     python train.py --config delta_net_340m --workdir runs/delta_net_340m
 
-Hardware: as there.
+Hardware: see deltaformer_340m.py.
 Time: not measured. By arithmetic, 15e9 tokens at 2.11 GFLOP each are 3.2e+19 FLOP.
 Result: not measured.
 """

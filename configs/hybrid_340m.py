@@ -1,11 +1,12 @@
-"""Three layers of Gated DeltaNet to one of softmax attention, at the size and on the data of deltaformer_340m.py.
+"""A hybrid: three layers of Gated DeltaNet, then one of softmax attention, repeated six times. Size and data are those
+of configs/deltaformer_340m.py.
 
-342 million parameters (the feed-forward's width makes up for the mixer's), 15 billion tokens of FineWeb-edu, made as
-that file's docstring says. Command:
+342 million parameters, 15 billion tokens of FineWeb-edu. The feed-forward width is chosen to give that number. The
+docstring of deltaformer_340m.py says how to prepare the data. Command:
 
     python train.py --config hybrid_340m --workdir runs/hybrid_340m
 
-Hardware: as there.
+Hardware: see deltaformer_340m.py.
 Time: not measured. By arithmetic, 15e9 tokens at 2.17 GFLOP each are 3.3e+19 FLOP.
 Result: not measured.
 """

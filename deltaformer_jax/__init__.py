@@ -1,6 +1,7 @@
-"""DeltaFormer and the delta-rule family of attention in JAX. What is exported here is promised; the rest may change.
+"""DeltaFormer and the delta-rule family of attention in JAX.
 
-Names are imported when they are first used: `import deltaformer_jax` alone imports neither jax nor flax.
+The names exported here are the public interface and stay stable; everything else may change between versions. A name's
+module is imported when the name is first used: `import deltaformer_jax` alone imports neither jax nor flax.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Module -> what it gives to this one.
+# Module -> the names that this package exports from it.
 _EXPORTS = {
     "config": ("Config", "Mixer", "ModelConfig"),
     "decoding.generate": ("generate", "generate_batch"),

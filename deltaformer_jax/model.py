@@ -1,10 +1,11 @@
-"""The language model: an embedding, a stack of blocks that is scanned, a norm, logits.
+"""The language model: an embedding, a scanned stack of blocks, a final norm, and the logits.
 
     x = √d E[tokens];   for each layer:  x = x + mixer(norm(x));  x = x + swiglu(norm(x));   logits = norm(x) Eᵀ
 
-Layers follow a repeating pattern of p mixers (`ModelConfig.mixers`). The parameters of layers p apart are stacked
-(`jax.vmap` over their initialisation), and `jax.lax.scan` goes over the num_layers / p periods, so that the program's
-size and compilation time don't grow with depth.
+Layers follow a repeating pattern of p mixers (`ModelConfig.mixers`). One repetition of the pattern is a period; there
+are num_layers / p of them. Each parameter is stacked over the periods (by `jax.vmap` over the initialisation), and
+`jax.lax.scan` runs over the periods. The compiled program's size and the compilation time therefore don't grow with
+depth.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Block(nnx.Module):
     """x = x + mixer(norm(x)); x = x + swiglu(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype."""
 
     def __init__(self, config: ModelConfig, mixer: str | Mixer, *, rngs: nnx.Rngs):
-        output_scale = (2 * config.num_layers) ** -0.5  # so that 2 num_layers branches add up to unit variance
+        # The model adds 2 num_layers residual branches; with this scale their sum starts with unit variance.
+        output_scale = (2 * config.num_layers) ** -0.5
         self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
         self.mixer = build_mixer(config, mixer, output_scale=output_scale, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
@@ -45,7 +47,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), cache
 
     def flops_per_token(self, length: int) -> float:
-        """The mixer's and the feed-forward's; norms count nothing."""
+        """The sum of the mixer's and the feed-forward layer's FLOPs per token. The norms are not counted."""
         return self.mixer.flops_per_token(length) + self.mlp.flops_per_token(length)
 
 
@@ -55,22 +57,25 @@ class LanguageModel(nnx.Module):
         model = LanguageModel(ModelConfig(vocab_size=256), rngs=nnx.Rngs(0))
         logits, _ = model(tokens, segment_ids=segment_ids)
 
-    * `segment_ids` int [B,T]: 0 is padding, whose tokens don't matter; equal non-zero ids are one document, which is
-      all that a token sees. None: one document per row.
-    * `positions` int [B,T]: by default the index among the document's real tokens, after those in the cache.
-    * `cache`: from `init_cache`, one document per row; the call takes the new tokens in, be they a prompt (padded left
-      or right, with `segment_ids`), a part of one, or one token.
+    * `segment_ids` int [B,T]: 0 marks padding; its token ids are ignored. Equal non-zero ids mark one document, and a
+      token sees only its own document. None: each row is one document.
+    * `positions` int [B,T], for the rotary embedding. By default a token's position is its index among the real tokens
+      of its document, counted on from the tokens already in the cache.
+    * `cache`: from `init_cache`; each row holds one document. The call appends the new tokens to the cache. They may be
+      a whole prompt (padded on the left or right, with `segment_ids`), a piece of a prompt, or one token.
 
-    An nnx module and a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it as it is. `blocks` holds one
-    Block per entry of the pattern, every parameter with a leading axis over the periods. Each parameter carries `axes`,
-    the names of its dimensions without that leading one: "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp",
-    "rank", "conv".
-    Parameters are float32; `compute_dtype` holds between them; norms, gates, softmax and logits are float32.
+    The model is an nnx module and a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` accept it directly. `blocks`
+    holds one Block per entry of the pattern; each of their parameters has a leading axis over the periods. Each
+    parameter carries `axes`, the names of its dimensions without that leading one: "vocab", "embed", "heads",
+    "kv_heads", "head_dim", "mlp", "rank", "conv".
+    Parameters are float32. Activations and matrix products use `compute_dtype`. Norms, softmax and the sigmoids of
+    gates are computed in float32, and the logits are float32.
 
-    Kernels start as a truncated normal of variance 1 / fan-in; those that end a residual branch are multiplied by
-    1 / √(2 num_layers); the embedding has standard deviation 0.02; norms' gains start at 1, gates' biases at 0.
+    Initial values: kernels are drawn from a truncated normal of variance 1 / fan-in. Kernels that end a residual branch
+    are multiplied by 1 / √(2 num_layers). The embedding has standard deviation 0.02. Norms' gains start at 1 and gates'
+    biases at 0.
 
-    Raises ValueError naming the field `model.FIELD` for a configuration that doesn't hold together.
+    Raises ValueError naming the field `model.FIELD` if a field's value is not allowed or two fields don't fit.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -111,8 +116,10 @@ class LanguageModel(nnx.Module):
         return self.embedding.logits(x)
 
     def init_cache(self, batch: int, capacity: int):
-        """Empty caches for `capacity` tokens in each of `batch` rows: a tuple with one cache per entry of the pattern,
-        every array with a leading axis over the periods."""
+        """Empty caches for `capacity` tokens in each of `batch` rows: a tuple with one cache per entry of the pattern.
+
+        Every array in them has a leading axis over the periods.
+        """
 
         def stack(x):
             return jnp.broadcast_to(x, (self.periods, *x.shape))
@@ -125,25 +132,28 @@ class LanguageModel(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs per token, the mean over a document of `length` tokens; a multiply-add counts 2.
 
-        The sum of the modules' closed forms: products with kernels, causal attention as half the square, and the
-        logits. Training counts three times this (the backward pass is two forwards'; recomputation is not counted).
+        This is the sum of the modules' closed forms: the products with kernels, causal attention as half of the T × T
+        square, and the logits. A training step costs three times this: the backward pass counts as two forward passes,
+        and recomputation is not counted.
         """
         blocks = sum(block.flops_per_token(length) for block in self.blocks)
         return self.periods * blocks + self.embedding.flops_per_token(length)
 
 
-# Compiled once for each model and shapes: also where a model is called outside jit, again and again.
+# Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
 @jax.jit
 def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
     if positions is None:
-        start = None if cache is None else cache[0].length[0]  # all layers have seen the same tokens
+        # All layers have seen the same tokens, so the first layer's length is every layer's.
+        start = None if cache is None else cache[0].length[0]
         positions = ops.token_positions(segment_ids, *tokens.shape, start)
 
     def apply(block, x, cache):
         return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
 
     if model.remat == "block":
-        apply = jax.checkpoint(apply, prevent_cse=False)  # a scan's body needs no protection from CSE
+        # Inside scan the recomputation is not merged with the forward pass, so the barrier against CSE is not needed.
+        apply = jax.checkpoint(apply, prevent_cse=False)
 
     def period(x, layers):
         blocks, caches = layers
@@ -161,7 +171,10 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
 
 
 def num_parameters(model) -> int:
-    """How many numbers `model` (or any pytree of arrays or their shapes) holds, the vocabulary's padding included."""
+    """The number of parameters in `model`, or in any pytree of arrays or ShapeDtypeStructs.
+
+    The rows that pad the vocabulary are counted too.
+    """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
 
 

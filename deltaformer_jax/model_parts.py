@@ -1,4 +1,4 @@
-"""A model cut in two at the edge: a static graph, and parameters as a plain pytree that jax.jit and optax take."""
+"""A model split into a static graph and its parameters, a plain pytree of arrays for jax.jit and optax."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ from deltaformer_jax.model import LanguageModel
 
 
 class ModelParts(NamedTuple):
-    """The static graph of a model, and what is known of its parameters before they exist.
+    """The static graph of a model, and descriptions of its parameters, which need not be allocated.
 
-    `params`, `axes` and `decay` are nested dicts of the same structure: ShapeDtypeStruct, tuple of axis names, bool.
+    `params`, `axes` and `decay` are nested dicts of one structure. Their leaves are, for each parameter: its
+    ShapeDtypeStruct; the tuple of its axis names; whether weight decay applies to it (bool).
     """
 
     graphdef: nnx.GraphDef
@@ -23,20 +24,21 @@ class ModelParts(NamedTuple):
 
 
 def model_parts(config: ModelConfig, make_model: Callable[..., nnx.Module] = LanguageModel) -> ModelParts:
-    """Trace the model's construction; nothing is allocated. Raises the model's own ValueError for a bad config."""
+    """Trace the model's construction; no parameter is allocated. Raises ValueError if the model refuses the config."""
     graphdef, variables = jax.eval_shape(lambda: _split(config, make_model, jax.random.key(0)))
     axes, decay = {}, {}
     for path, variable in nnx.to_flat_state(variables):
         metadata = variable.get_metadata()
         axes[path] = tuple(metadata.get("axes", ()))
-        # The stacked layer axis is not among the names: a stacked norm scale has one name and two dimensions.
+        # Count names, not dimensions: the stacked layer axis has no name. A stacked norm gain has two dimensions, one
+        # name, and no decay.
         decay[path] = bool(metadata.get("decay", len(axes[path]) >= 2))
     params = nnx.to_pure_dict(variables)
     return ModelParts(graphdef, params, _like(params, axes), _like(params, decay))
 
 
 def new_params(config: ModelConfig, make_model: Callable[..., nnx.Module], key: jax.Array) -> Any:
-    """The parameters of a new model, drawn from `key`: the nested dict that `ModelParts.params` gives the shapes of."""
+    """Initial parameters drawn from `key`: a nested dict with the structure and shapes of `ModelParts.params`."""
     return nnx.to_pure_dict(_split(config, make_model, key)[1])
 
 
@@ -51,5 +53,5 @@ def _like(tree: Any, values: dict[tuple, Any], path: tuple = ()) -> Any:
 
 
 def merge(parts: ModelParts, params: Any) -> nnx.Module:
-    """The model with these parameters (arrays, tracers or ShapeDtypeStructs)."""
+    """The model with the given parameters, which may be arrays, tracers or ShapeDtypeStructs."""
     return nnx.merge(parts.graphdef, nnx.State(params))

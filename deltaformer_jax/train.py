@@ -5,14 +5,14 @@
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
---workdir  the run's folder, also gs://...; a run that is there goes on, bit for bit, with its own config where --config
-           isn't given. Without --workdir: a new folder under runs/
---resume   refuse a --workdir that holds no run, instead of beginning one there
---dry_run  print parameters, FLOPs per token, shapes, shardings and the step's memory; allocate and write nothing
+--workdir  the folder of the run, also gs://... . If it holds a run, that run is resumed, bit for bit. Without --config
+           it keeps its own config. Default: a new folder under runs/
+--resume   refuse a --workdir that holds no run, instead of starting a new run there
+--dry_run  print parameters, FLOPs per token, shapes, shardings and the memory of a step; allocate and write nothing
 --help_config  explain every setting (--config.section.field), or those whose name or meaning contains WORD
 
-The first line says whether the run is new or goes on, and at which step. Ctrl-C or SIGTERM finishes the step, saves and
-exits with 0; a second one stops at once.
+The first line says whether the run is new or resumed, and at which step. Ctrl-C or SIGTERM finishes the current step,
+saves and exits with code 0. A second one stops at once.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HELP_CONFIG = "--help_config"
 
 
 def main() -> None:
-    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):  # nothing is imported for it
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):  # before anything slow is imported
         print(usage())
         return
     program = called.name(MODULE)
@@ -46,7 +46,7 @@ def main() -> None:
             from deltaformer_jax.host.waiting import say, say_aside, waiting
             from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
-            with waiting("reading the config", say):  # one with mixers of the user's own imports jax
+            with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
                 command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
             noticed = remarks(command.config)
             if command.dry_run:
@@ -55,7 +55,7 @@ def main() -> None:
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
                 return dry_run(command.config)
-            with waiting("importing jax, to know whether this is the first process of several", say):
+            with waiting("importing jax, to find out whether this is the first of several processes", say):
                 workdir = command.workdir or new_workdir(command.name)
                 held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
             with waiting(f"looking at {workdir}", say):

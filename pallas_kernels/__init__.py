@@ -1,2 +1,2 @@
-"""Kernels for accelerators; imports nothing of deltaformer_jax. triton/: for NVIDIA. tpu/: for TPUs. cudnn.py: cuDNN's
-attention. What was run where: README.md."""
+"""Kernels for accelerators: triton/ and cudnn.py for NVIDIA GPUs, tpu/ for TPUs. This package does not import
+deltaformer_jax. README.md says which kernels were interpreted, compiled and executed, and where."""

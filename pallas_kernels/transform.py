@@ -1,4 +1,4 @@
-"""What vmap and derivatives make of a function that calls kernels, which have neither."""
+"""Gives functions that call kernels a vmap rule, and a clear error if they are differentiated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import jax.numpy as jnp
 
 
 def _in_usual_arithmetic(function, *arguments):
-    """`function` under JAX's defaults. Kernels hold 32-bit numbers at most: under `jax_enable_x64` Python's integers
-    would be 64-bit in them, and the stricter rules of promotion are for users' own code."""
+    """`function` under JAX's default settings, whatever the user has set.
+
+    Kernels use at most 32-bit numbers, but under `jax_enable_x64` Python integers in them would become 64-bit. The
+    stricter promotion rules are meant for the user's own code.
+    """
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return function(*arguments)
 
 
 def transformable(function, name: str, instead: str):
-    """`function` with its batch folded under vmap, and a clear error under jvp. All arrays lead with the batch.
+    """`function`, which under vmap folds the mapped axis into the batch and under jvp raises NotImplementedError.
 
-    `name` says what it is; `instead` which implementations of the op have the derivatives.
+    The first axis of all its arrays is the batch. `name` names the function in the error; `instead` names the
+    implementations of the op that have the derivatives.
     """
     batched = jax.custom_batching.custom_vmap(functools.partial(_in_usual_arithmetic, function))
 
@@ -34,8 +38,8 @@ def transformable(function, name: str, instead: str):
     @wrapped.defjvp
     def no_derivative(primals, tangents):
         raise NotImplementedError(
-            f"{name} has a hand-written backward and no second derivative, nor one in forward mode: use "
-            f"implementation={instead}"
+            f"{name} has a hand-written backward pass and neither a second derivative nor a forward-mode derivative: "
+            f"use implementation={instead}"
         )
 
     return wrapped

@@ -1,13 +1,13 @@
-"""A DeltaFormer of one layer and width 32 recalls 32 pairs of 256 words: MQAR at the sizes of the paper's Table 1.
+"""A DeltaFormer of one layer and width 32 learns MQAR at the sizes of the paper's Table 1: 32 pairs, 256 words.
 
 Command:    python train.py --config tasks/mqar
 Hardware:   two CPU cores, no accelerator.
 Time:       about a minute on busy cores.
 Result:     accuracy 1.0000 on the evaluation split after 400 steps of 64 rows.
 
-KV shifting is what makes one layer enough: it lets a value be stored under the key before it. Without it
-(--config.model.kv_shift=False) two layers have 0.05 after 1,500 steps of the same size, and 1.00 after 1,000 of 8 pairs
-in rows of 64 at width 64 and learning rate 3e-3.
+One layer suffices because of KV shifting, which lets a value be stored under the key before it. Without KV shifting
+(--config.model.kv_shift=False) two layers reach an accuracy of 0.05 after 1,500 steps at this size; with 8 pairs, rows
+of 64 tokens, width 64 and learning rate 3e-3 they reach 1.00 after 1,000 steps.
 """
 
 from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -1,10 +1,10 @@
-"""A DeltaFormer of one layer learns parity on strings of up to 40 bits, and keeps it on strings of up to 500.
+"""A DeltaFormer of one layer learns parity on strings of up to 40 bits, and generalises to strings of up to 500 bits.
 
 Command:    python train.py --config tasks/parity
 Hardware:   two CPU cores, no accelerator.
 Time:       about a minute on busy cores.
-Result:     accuracy 1.0000 on the evaluation split after 600 steps of 64 strings, and 1.0000 on 1,024 of 41 to 500
-            bits (python -m deltaformer_jax.evaluate --workdir DIR --data task:parity,shortest=41,longest=500
+Result:     accuracy 1.0000 on the evaluation split after 600 steps of 64 strings, and 1.0000 on 1,024 strings of 41 to
+            500 bits (python -m deltaformer_jax.evaluate --workdir DIR --data task:parity,shortest=41,longest=500
             --sequence_length 501 --batch_size 32).
 """
 

@@ -1,4 +1,4 @@
-"""The settings of a run: dataclasses, their checker, files and flags."""
+"""The settings of a run: their dataclasses, checks, files and command-line flags."""
 
 from deltaformer_jax.config.mixer import Mixer
 from deltaformer_jax.config.sections import (

@@ -1,4 +1,4 @@
-"""argparse with this project's errors: one line with the nearest flag, exit code 2. Imports nothing of the project."""
+"""argparse with one-line errors that name the nearest flag, and exit code 2. It imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """No abbreviations: --f is not --force. `prog` is "python -m PROGRAM"; errors begin with PROGRAM."""
+    """An ArgumentParser without abbreviated flags. `prog` is "python -m PROGRAM"; errors begin with PROGRAM."""
 
     def __init__(self, **options: Any):
         self._flags: list[str] = []
@@ -24,12 +24,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
-        # Before argparse, which would first miss the required flag that was misspelt.
+        # Check for unknown flags before argparse does: it would first report a misspelt required flag as missing.
         for argument in args:
             if argument == "--":
                 break
             name = argument.partition("=")[0]
-            is_value = not re.match(r"-[^\d.]", argument) or " " in argument  # as argparse sees it: -, -3, "- a text"
+            # As in argparse, these are values and not flags: "-", "-3", "- a text".
+            is_value = not re.match(r"-[^\d.]", argument) or " " in argument
             if not is_value and name not in self._flags:
                 self.error(f"{name}: no such flag{self._nearest(name)}")
         return super().parse_args(args, namespace)
@@ -44,5 +45,5 @@ class ArgumentParser(argparse.ArgumentParser):
         if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
             message = f"{missing[1]}: missing; give it (--help shows how)"
         if extra := re.fullmatch(r"unrecognized arguments: (.*)", message):
-            message = f"{extra[1]}: one argument too many; --help shows what there is"
+            message = f"{extra[1]}: unexpected argument; --help lists the arguments"
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {' '.join(message.split())}\n")

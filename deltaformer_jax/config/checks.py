@@ -1,4 +1,4 @@
-"""Every field of a config against what its definition says of it, and the fields against each other."""
+"""Checks of a config: each field against its own rule, and fields against each other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from deltaformer_jax.config.sections import Config, ModelConfig
 
 
 def check(config: Config) -> None:
-    """Raise ValueError, naming the field and the fix, for a value that can't be right in any run.
+    """Raise ValueError, naming the field and the fix, for a value that is wrong in every run.
 
-    What depends on the mixers, the corpus or the devices is checked where those are made.
+    Values that are wrong only for certain mixers, data or devices are checked where those are set up.
     """
     if not isinstance(config, Config):
         raise ValueError(f"get_config() returned a {type(config).__name__}, not a deltaformer_jax.config.Config")
@@ -29,7 +29,7 @@ def check(config: Config) -> None:
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= optimizer.decay_steps:
         raise ValueError(
             f"optimizer.warmup_steps = {optimizer.warmup_steps}: must be below optimizer.decay_steps = "
-            f"{optimizer.decay_steps}, the schedule's whole length"
+            f"{optimizer.decay_steps}, the length of the schedule, warm-up included"
         )
     if batch % optimizer.accumulation_steps:
         raise ValueError(
@@ -38,7 +38,7 @@ def check(config: Config) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """`check` of the model's section alone, for a model that no program makes; its vocabulary must be known."""
+    """Check the model section alone, for a LanguageModel made without a program. `vocab_size` must be above 0."""
     check_section("model", config, strict=False)
     check_pattern(config)
     if config.vocab_size < 1:
@@ -46,7 +46,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_section(name: str, section: Any, strict: bool = True) -> None:
-    """`strict`: the types are those that config.json can hold."""
+    """Check each field of a section by its own rule. `strict`: see `check_field`."""
     for field in dataclasses.fields(section):
         check_field(f"{name}.{field.name}", field, getattr(section, field.name), strict)
 
@@ -60,21 +60,25 @@ def check_pattern(config: ModelConfig) -> None:
 
 
 def _check_found_again(config: ModelConfig) -> None:
-    """Raise ValueError for a mixer that config.json could not name, or with overrides that it could not hold."""
+    """Raise ValueError for a mixer that could not be rebuilt from config.json: its class can't be imported by name, or
+    an override is not plain data."""
     for mixer in map(entry, config.mixers):
         module, _, name = mixer.name.partition(":")
         if module in NOT_IMPORTABLE or "<locals>" in name:
             raise ValueError(
-                f"model.mixers: {mixer.name!r} was defined in a function, a notebook or a config file, where no import "
-                "finds it again; put it in a module on Python's path"
+                f"model.mixers: {mixer.name!r} was defined in a function, a notebook or a config file, from which it "
+                "can't be imported; put it in a module on Python's path"
             )
         if mixer.given is not None and import_object(mixer.name, "model.mixers") is not mixer.given:
-            raise ValueError(f"model.mixers: {mixer.name!r} names another class than the one given")
+            raise ValueError(
+                f"model.mixers: importing {mixer.name!r} gives another class than the one in the config; give each "
+                "class a name of its own in its module"
+            )
         for name, value in mixer.overrides:
             if not _is_plain(value):
                 raise ValueError(
-                    f"model.mixers: {mixer.name}, {name} = {value!r}: config.json holds numbers, texts, booleans, None "
-                    "and lists of them"
+                    f"model.mixers: {mixer.name}, {name} = {value!r}: config.json can hold only numbers, strings, "
+                    "booleans, None and lists of these"
                 )
 
 
@@ -85,8 +89,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_argument(name: str, value: Any) -> None:
-    """Raise ValueError, naming the argument, for a value that ModelConfig's field of that name could not have: for the
-    constructors of mixers, which others than the model may call."""
+    """Raise ValueError, naming the argument, for a value that ModelConfig's field of the same name may not have.
+
+    The constructors of mixers call this, since users may construct a mixer without a ModelConfig.
+    """
     rule = next(rule_of(field) for field in dataclasses.fields(ModelConfig) if field.name == name)
     if isinstance(rule.choices, tuple) and rule.choices and value not in rule.choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, rule.choices))}")

@@ -1,4 +1,4 @@
-"""train.py's flags."""
+"""The command line of train.py: parsing, checks, and one-line errors."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ from deltaformer_jax.config.files import find_config
 from deltaformer_jax.config.saved import Saved, flatten
 from deltaformer_jax.host.paths import expand
 
-# The flags beside those of fields: whether each takes a value.
+# Flag -> whether it takes a value, for the flags that are not config fields.
 OWN = {"config": True, "workdir": True, "resume": False, "dry_run": False}
 LISTING = (
     "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run, --help_config"
@@ -28,16 +28,16 @@ LISTING = (
 class Command(NamedTuple):
     config: Config
     workdir: str  # "": a new folder under runs/
-    name: str  # of the config file
+    name: str  # the config file's name without .py; "resumed" if the config comes from the workdir
     dry_run: bool
-    resume: bool  # a workdir without a run is refused
+    resume: bool  # whether a workdir without a run is refused
 
 
 def parse(argv: list[str], default_config: str, usage: str) -> Command:
-    """The command line, `argv[0]` being the program, as a checked Config and the rest.
+    """Parse the command line `argv` (argv[0] is the program) into a checked Config and the other flags.
 
-    Without --config, a --workdir that holds a run supplies the config, and else `default_config` does. Raises
-    ValueError, OSError or absl's flags.Error with a message for one line; --help prints `usage` and exits.
+    Without --config the config comes from the run in --workdir if there is one, and from `default_config` otherwise.
+    --help prints `usage` and exits. Raises ValueError, OSError or absl's flags.Error with a one-line message.
     """
     if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
         print(usage.strip())
@@ -52,21 +52,21 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
         path = find_config(expand(path), Path(default_config).parent)
         argv = _with_value("config", path, argv)
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
-        Saved.read(epath.Path(workdir))  # for its errors: config_flags would bury them
+        Saved.read(epath.Path(workdir))  # only for its errors, which config_flags would bury in a traceback
         path = f"{saved_config.__file__}:{workdir}"
     else:
         path = default_config
-    # ml_collections loads every config file into one module, where an earlier one's get_config would linger.
+    # ml_collections loads every config file into the same module, where get_config of an earlier file would remain.
     sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
-    flags.DEFINE_bool("resume", False, "refuse a workdir without a run", flag_values=values)
+    flags.DEFINE_bool("resume", False, "refuse a --workdir that holds no run", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
     holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
         config = holder.value
-    except Exception as error:  # absl's own, or whatever the file's code raises
+    except Exception as error:  # absl's own errors, or any error that the config file raises
         text = str(error)
         if isinstance(error, AttributeError) and text.endswith("no attribute 'get_config'"):
             text = (
@@ -75,7 +75,7 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
             )
         elif not isinstance(error, flags.Error):
             text = f"--config {path}: {type(error).__name__}: {text}"
-        elif "Traceback" in text:  # ml_collections packs the whole of get_config()'s into its message
+        elif "Traceback" in text:  # ml_collections puts the whole traceback of get_config() into its message
             text = f"--config {path}: {text.strip().splitlines()[-1]}"
         raise ValueError(text + _nearest_keyword(text)) from error
     if len(rest) > 1:
@@ -88,7 +88,7 @@ def parse(argv: list[str], default_config: str, usage: str) -> Command:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    """The last value of --flag, looked up before absl runs, since the config's default depends on it."""
+    """The last value of --flag, or None. It is found before absl parses, since the default config depends on it."""
     found = None
     for i, argument in enumerate(argv[1:], 1):
         name, equals, value = argument.lstrip("-").partition("=")
@@ -100,7 +100,7 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 
 def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:
-    """The command line with that value of a flag that is in it: a config's name becomes its file's path."""
+    """A copy of `argv` in which every --flag has the value `value`."""
     out, rest = [], iter(argv)
     for argument in rest:
         name, equals, _ = argument.lstrip("-").partition("=")
@@ -113,25 +113,25 @@ def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:
 
 
 def _check_flags(argv: list[str]) -> None:
-    """Raise ValueError for a flag, or a --config.section.field, that is not there, with the nearest one that is."""
+    """Raise ValueError for an unknown flag or --config.section.field; the message names the nearest known one."""
     known = list(flatten(Config()))
     sections = [section.name for section in dataclasses.fields(Config)]
     for flag in _flags(argv):
         field = flag.removeprefix("no").removeprefix("config.")
-        if flag in OWN or flag.removeprefix("no") in OWN or flag in ("flagfile", "undefok"):  # the last two are absl's
+        if flag in OWN or flag.removeprefix("no") in OWN or flag in ("flagfile", "undefok"):  # absl adds the last two
             continue
         if not flag.removeprefix("no").startswith("config."):
             near = difflib.get_close_matches(flag, [*OWN, "help_config"], n=1)
             hint = f"; did you mean --{near[0]}?" if near else _nearest(flag.replace("-", "_"), known, LISTING)
             raise ValueError(f"--{flag}: no such flag{hint}")
         if field in sections:
-            raise ValueError(f"--config.{field}: is a section; set its fields, as in --config.{field}.field=value")
+            raise ValueError(f"--config.{field}: is a section; set one of its fields: --config.{field}.FIELD=VALUE")
         if field not in known:
             raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
 
 
 def _flags(argv: list[str]) -> Iterator[str]:
-    """The names of the flags given, without what may be the value of one."""
+    """The names of the flags in `argv`. An argument that is the value of the flag before it is left out."""
     truths = {name for name, value in flatten(Config()).items() if isinstance(value, bool)}
     rest = iter(argv[1:])
     for argument in rest:
@@ -147,7 +147,7 @@ def _flags(argv: list[str]) -> Iterator[str]:
 
 
 def _nearest_keyword(text: str) -> str:
-    """Of a misspelt argument of ModelConfig(...) and its like in a config file, what Python's message leaves out."""
+    """A hint for a misspelt argument of ModelConfig(...) or another section in a config file; else ""."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if not found or "Did you mean" in text:
         return ""
@@ -160,7 +160,7 @@ def _nearest_keyword(text: str) -> str:
 
 
 def _nearest(field: str, known: list[str], otherwise: str = "") -> str:
-    # The same last name in another section is what a forgetful user meant; a near spelling is what a hasty one did.
+    # A field of this name in another section is the likeliest meaning; next, a field with a similar spelling.
     last = field.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""How every program says what is wrong: one line, and an exit code."""
+"""How every program reports an error of its input: one line on stderr and an exit code."""
 
 import contextlib
 import sys
@@ -11,8 +11,11 @@ from deltaformer_jax.host.called import install
 def one_line_errors(
     program: str, kinds: tuple[type, ...] = (ValueError, OSError, NotImplementedError), code: int = 2
 ) -> Iterator[None]:
-    """Turn an error that the user can mend into one line on stderr and an exit code. Around set-up, where these kinds
-    speak of the user's input; further on they would hide a bug's traceback. Ctrl-C ends a program with code 130."""
+    """Turn errors of `kinds` into one line on stderr and exit code `code`; Ctrl-C gives code 130.
+
+    Use it around a program's set-up, where these kinds of error are about the user's input. Around later code it would
+    hide the traceback of a bug.
+    """
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""What is known of a setting, stated once, where the setting is defined: its type, its default and its `Rule`."""
+"""The rules of config fields: allowed values and special values, stated once, where the field is defined."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _NOTHING = object()  # no value is this one
 class Rule:
     """The values that a field may have, and what some of them mean.
 
-    least, above, below, most   bounds of a number
-    finite                      neither infinite nor NaN
-    choices                     the names that a text may be, or a function that returns them
-    own                         the value that leaves the choice to the mixer (or to the op that it calls): flags cannot
-                                say None, so each such field has a value for it
+    least, above, below, most   bounds of a number: value >= least, > above, < below, <= most
+    finite                      the number must be neither infinite nor NaN
+    choices                     the allowed strings, or a function that returns them
+    own                         the value that leaves the choice to the mixer or to the op that it calls. Flags cannot
+                                give None, so each such field has another value for it
     none                        the value that None stands for; by default `own`
-    zero_is_none                a mixer is given 0 as None
-    is_true                     the text that a mixer is given as True; any other is False
-    importable                  the text may be "package.module:NAME", which stands for that object, or if it is a class
-                                for one made without arguments; without a config.json the object itself will do
-    must_be_used                a value other than the default is refused in a model none of whose mixers has the field
+    zero_is_none                a mixer's constructor gets None in place of 0
+    is_true                     the string that a mixer's constructor gets as True; it gets any other as False
+    importable                  the string may be "package.module:NAME". It stands for that object or, if the object is
+                                a class, for an instance made without arguments. If the config is not written to a
+                                config.json, the object itself is allowed too
+    must_be_used                a value other than the default is refused if no mixer of the model takes the field
     """
 
     least: float | None = None
@@ -68,7 +69,7 @@ class Rule:
         return value
 
     def for_mixer(self, name: str, value: Any) -> dict[str, Any]:
-        """{name: what a mixer's constructor is given}, or {} where the constructor's own default is to stand."""
+        """{name: the argument for a mixer's constructor}, or {} if the constructor's own default is to be used."""
         value = self.said(value)
         if value == self.own:
             return {}
@@ -83,7 +84,7 @@ class Rule:
         return {name: None if self.zero_is_none and not value else value}
 
     def broken_by(self, value: Any) -> str | None:
-        """What `value` must be and is not, or None. Written so that NaN breaks every bound."""
+        """The rule that `value` breaks, as "must be ...", or None if it breaks none. NaN breaks every bound."""
         if self.finite and not math.isfinite(value):
             return "must be a finite number"
         if self.least is not None and not value >= self.least:
@@ -110,7 +111,7 @@ class Rule:
 
 
 def nearest(given: Any, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" for the name most like the one given, "" where none is like it."""
+    """ "; did you mean NAME?" with the name closest to the given one, or "" if none is close."""
     near = difflib.get_close_matches(str(given), list(names), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -129,10 +130,10 @@ def meaning_of(field: dataclasses.Field) -> str:
 
 
 def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = True) -> None:
-    """Raise ValueError, naming the field, unless `value` has the field's type and keeps its rule.
+    """Raise ValueError, naming the field, unless `value` has the field's type and satisfies its rule.
 
-    `strict`: the very types that config.json can hold; else whatever does for a number, and objects where a text may
-    name one.
+    `strict`: only the types that config.json can hold. Otherwise any real or integral number is allowed for a number,
+    and an object where a string may name one.
     """
     rule, expected = rule_of(field), field.type
     if value is None and rule.takes_none:
@@ -142,7 +143,7 @@ def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = 
             raise ValueError(f"{name} = {value!r}: must be a tuple of names or Mixer(name, ...), at least one")
         return
     if rule.importable and not strict and not isinstance(value, str):
-        return  # the op says what is a similarity
+        return  # the op checks that it is a similarity
     if expected is float:
         if not isinstance(value, int | float if strict else numbers.Real) or (strict and isinstance(value, bool)):
             raise ValueError(f"{name} = {value!r}: must be a number")

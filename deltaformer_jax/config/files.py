@@ -1,4 +1,4 @@
-"""Where config files are: those that come with the package, by name, and the user's own, by path."""
+"""Finding config files: those of the package by name, the user's own by path."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ if TYPE_CHECKING:
 
 
 def config_folder() -> Path:
-    """The configs that come with the package: inside it in a wheel, beside it in a clone."""
+    """The folder of the package's configs: inside the package in a wheel, beside it in a clone of the repository."""
     package = Path(deltaformer_jax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def packaged_config(name: str) -> Config:
-    """A new copy of the config `name` of those that come with the package, for another that differs from it in little.
+    """A new copy of the package's config `name`, for a config file that changes some of its fields.
 
-    Raises FileNotFoundError where there is none of that name.
+    Raises FileNotFoundError if the package has no config of that name.
     """
     return runpy.run_path(find_config(name, config_folder()))["get_config"]()
 
 
 def config_names() -> list[str]:
-    """The names of the configs that come with the package, as --config takes them."""
+    """The names of the package's configs, as --config takes them."""
     folder = config_folder()
     return [_short(path, folder) for path in sorted(folder.rglob("*.py"))]
 
 
 def find_config(given: str, folder: Path) -> str:
-    """The path of the config file `given`: a file, or the name of one in `folder`, with or without .py, as tasks/swap.
+    """The path of the config file `given`, which is a path or a name in `folder`, such as tasks/swap or tiny.py.
 
-    What follows a ":" is the argument of its get_config and stays. Raises FileNotFoundError that names the nearest one.
+    Text after a ":" is the argument of its get_config and is kept. Raises FileNotFoundError that names the nearest
+    config.
     """
     name, colon, argument = given.partition(":")
     file = Path(name)

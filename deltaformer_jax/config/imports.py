@@ -1,4 +1,4 @@
-"""Objects that a config names as "package.module:NAME": mixers and similarities of the user's own."""
+"""Importing objects that a config names as "package.module:NAME": a user's own mixers and similarities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Modules whose classes no other process could import.
+# Modules whose classes another process cannot import: the program itself, and the config file.
 NOT_IMPORTABLE = ("__main__", "config_config")
 
 
@@ -16,7 +16,7 @@ def is_import(text: Any) -> bool:
 
 
 def import_object(text: str, field: str) -> Any:
-    """The object NAME of "package.module:NAME", found on Python's path. Raises ValueError naming the config's field."""
+    """Import "package.module:NAME" from Python's path. Raises ValueError, naming `field`, if it does not exist."""
     module, _, name = text.partition(":")
     try:
         found = importlib.import_module(module)
@@ -24,7 +24,7 @@ def import_object(text: str, field: str) -> Any:
             found = getattr(found, part)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there and asks for another that is not
+            raise  # the module exists, but a module that it imports does not
         raise ValueError(
             f"{field}: {text!r}: there is no module {error.name!r} on Python's path; install it, or set PYTHONPATH"
         ) from None
@@ -34,18 +34,20 @@ def import_object(text: str, field: str) -> Any:
 
 
 def refuse_inside(text: str, folder: Path, field: str) -> None:
-    """Raise ValueError if any part of the module of "package.module:NAME" would be imported from `folder`, a run's: a
-    folder of data is to run no code. Nothing is imported."""
+    """Raise ValueError if any part of the module of "package.module:NAME" would be imported from a run's `folder`.
+
+    Reading a folder of data must not run code that lies in it. This check imports nothing.
+    """
     top, *parts = text.partition(":")[0].split(".")
     found = importlib.util.find_spec(top)
     if found is None:
-        return  # import_object says so
+        return  # import_object will raise the error
     places = [Path(found.origin)] if found.origin else []
     for root in found.submodule_search_locations or ():
         places += [Path(root), *(Path(root, *parts[: end + 1]) for end in range(len(parts)))]
     for place in places:
         if place.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"{field}: {text!r} lies in the run's folder, {place}; modules are imported from Python's path only: "
-                "move it, or start the program in another folder"
+                f"{field}: {text!r} lies in the run's folder, {place}; modules are not imported from there: move the "
+                "module elsewhere on Python's path, or start the program in another folder"
             )

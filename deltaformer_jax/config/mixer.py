@@ -1,4 +1,4 @@
-"""One entry of `model.mixers` that says more than a name."""
+"""`Mixer`: an entry of `model.mixers` with overrides or with a class of the user's own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Mixer:
-    """A mixer with settings of its own, or a mixer of yours.
+    """An entry of `model.mixers`: a mixer with its own values of some fields, or a class of your own.
 
-    `Mixer("softmax_attention", window=128, num_heads=8)` is softmax attention with those fields of `ModelConfig`
-    replaced in that layer. `Mixer(MyMixer, width=3)` is a class of yours, called with `width=3`
-    (`deltaformer_jax.layers.mixers.protocol` says what a mixer is). `name` is a mixer's name or "package.module:Class",
-    as which a class stands in config.json; a bare name in `model.mixers` stands for a mixer without overrides.
+    `Mixer("softmax_attention", window=128, num_heads=8)` is softmax attention that uses these values instead of the
+    `ModelConfig` fields of the same names. `Mixer(MyMixer, width=3)` is your class MyMixer, constructed with `width=3`;
+    `deltaformer_jax.layers.mixers.protocol` defines what it must provide. A plain name in `model.mixers` is a mixer
+    without overrides.
+
+    `name`: a mixer's name, or "package.module:Class", which is also how config.json stores a class.
     """
 
     name: str
     overrides: tuple[tuple[str, Any], ...]
-    # The class itself, which may be one that no import finds again, as in a notebook.
+    # The class itself if one was given. It may be a class that cannot be imported by name, as in a notebook.
     given: type | None = dataclasses.field(compare=False, repr=False)
 
     def __init__(self, name: str | type, **overrides: Any):
@@ -29,7 +31,7 @@ class Mixer:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, which are hashable and what config.json's lists are read as."""
+    """`value` with lists turned into tuples, which are hashable. Lists of config.json are read as tuples too."""
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 

@@ -1,25 +1,29 @@
-"""What is allowed in a config and may surprise: settings that nothing reads, a schedule that ends before the run."""
+"""Warnings about allowed but surprising settings: fields that are not used, a schedule that ends before the run."""
 
 from deltaformer_jax.config.saved import flatten
 from deltaformer_jax.config.sections import Config
 
 
 def remarks(config: Config) -> list[str]:
-    """A line for each, naming the field."""
+    """One line per warning, beginning with the field's name."""
     values, defaults = flatten(config), flatten(Config())
     optimizer, run = config.optimizer, config.run
     found = []
     if optimizer.schedule != "constant" and run.steps > optimizer.decay_steps:
         rate = optimizer.learning_rate * optimizer.final_learning_rate
         found.append(
-            f"run.steps = {run.steps} is past optimizer.decay_steps = {optimizer.decay_steps}: steps after that are "
-            f"made at the rate {rate:g}, optimizer.learning_rate times optimizer.final_learning_rate"
+            f"run.steps = {run.steps} is past optimizer.decay_steps = {optimizer.decay_steps}: later steps use the "
+            f"learning rate {rate:g}, optimizer.learning_rate times optimizer.final_learning_rate"
         )
     for field, is_read, why in (
-        ("data.tokenizer", not config.data.path, "data.path has a tokenizer of its own"),
-        ("optimizer.wsd_decay_fraction", optimizer.schedule == "wsd", "it is for optimizer.schedule = 'wsd'"),
+        ("data.tokenizer", not config.data.path, "the data of data.path has its own tokenizer"),
+        ("optimizer.wsd_decay_fraction", optimizer.schedule == "wsd", "only optimizer.schedule = 'wsd' uses it"),
         ("optimizer.decay_steps", optimizer.schedule != "constant", "optimizer.schedule = 'constant' never decays"),
-        ("optimizer.final_learning_rate", optimizer.schedule != "constant", "optimizer.schedule = 'constant' stays"),
+        (
+            "optimizer.final_learning_rate",
+            optimizer.schedule != "constant",
+            "optimizer.schedule = 'constant' never decays",
+        ),
     ):
         if not is_read and values[field] != defaults[field]:
             found.append(f"{field} = {values[field]!r} is not used: {why}")

@@ -1,4 +1,4 @@
-"""A run's settings: kept in DIR/config.json, compared when the run goes on."""
+"""A run's settings: written to DIR/config.json, and compared with the given ones when the run is resumed."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from deltaformer_jax.config.imports import is_import, refuse_inside
 from deltaformer_jax.config.mixer import Mixer, entry
 from deltaformer_jax.config.sections import Config
 
-# What a resumed run may change: what is done when, on which devices and by which kernels, and where the data lies.
+# Fields that may change when a run is resumed: intervals and length, devices, kernels, and where the data lies.
 FREE = ("run.", "mesh.", "data.path", "model.implementation")
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{"section.field": value} in the order of the dataclasses."""
+    """{"section.field": value} in the order in which the dataclasses define the fields."""
     return {
         f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
         for section in dataclasses.fields(config)
@@ -26,7 +26,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """Plain data; a Mixer becomes {"name": ..., "overrides": {...}}."""
+    """The config as data for json.dumps; a Mixer becomes {"name": ..., "overrides": {...}}."""
 
     def plain(value):
         if isinstance(value, Mixer):
@@ -43,7 +43,7 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Config:
-    """The Config that to_json made `data` of. Raises ValueError for fields that Config doesn't have."""
+    """The Config from `data`, the inverse of to_json. Raises ValueError for fields that Config doesn't have."""
 
     def rich(value):
         if isinstance(value, dict):
@@ -55,13 +55,15 @@ def from_json(data: dict[str, Any]) -> Config:
         known = {field.name for field in dataclasses.fields(section.default_factory)}
         given = data.get(section.name, {})
         if unknown := sorted(given.keys() - known):
-            raise ValueError(f"unknown field {section.name}.{unknown[0]}: written by another version of this package?")
+            raise ValueError(
+                f"unknown field {section.name}.{unknown[0]}: perhaps another version of this package wrote it"
+            )
         sections[section.name] = section.default_factory(**{key: rich(value) for key, value in given.items()})
     return Config(**sections)
 
 
 class Saved:
-    """What DIR/config.json holds: `config`, and the hashes of the tokenizer and of the corpus."""
+    """The content of DIR/config.json: `config`, and the hashes of the tokenizer and of the corpus."""
 
     FILE = "config.json"
 
@@ -78,7 +80,7 @@ class Saved:
 
     @classmethod
     def read(cls, workdir: epath.Path) -> "Saved":
-        """Raises FileNotFoundError or ValueError, naming the folder or file."""
+        """Read DIR/config.json. Raises FileNotFoundError or ValueError, naming the folder or the file."""
         path = workdir / cls.FILE
         if not workdir.exists():
             raise FileNotFoundError(f"--workdir {workdir}: no such folder")
@@ -96,7 +98,7 @@ class Saved:
 
 
 def _imports(config: Config) -> list[str]:
-    """What the model's section names as "package.module:NAME"."""
+    """Every string "package.module:NAME" in the model section, overrides of mixers included."""
     mixers = [entry(mixer) for mixer in config.model.mixers]
     values = [value for mixer in mixers for _, value in mixer.overrides]
     values += [getattr(config.model, field.name) for field in dataclasses.fields(config.model)]
@@ -104,13 +106,13 @@ def _imports(config: Config) -> list[str]:
 
 
 def check_resumable(saved: Config, asked: Config, workdir: epath.Path) -> None:
-    """Raise ValueError that lists every field that may not change and does, with both values."""
+    """Raise ValueError if a field differs that may not change; the message lists each such field with both values."""
     old, new = flatten(saved), flatten(asked)
     differing = [name for name in new if old[name] != new[name] and not name.startswith(FREE)]
     if differing:
         listing = "; ".join(f"{name}: {old[name]!r} in the run, {new[name]!r} asked for" for name in differing)
         raise ValueError(
             f"--workdir {workdir} holds a run with other settings: {listing}. "
-            "Only run.*, mesh.*, data.path and model.implementation may change; take another --workdir, or go on "
+            "Only run.*, mesh.*, data.path and model.implementation may change; take another --workdir, or resume "
             "without --config"
         )

@@ -1,4 +1,4 @@
-"""A config file for `--config` whose argument is a run's folder: the settings that run was started with."""
+"""A config file for `--config`: its argument is a run's folder, and get_config returns that run's settings."""
 
 from etils import epath
 

@@ -1,7 +1,7 @@
-"""The settings of a run: dataclasses, one per section, whose fields say what values they may have (fields.py).
+"""The settings of a run: one dataclass per section. Each field states its type, default and allowed values (fields.py).
 
-A config file is Python with a `get_config()` that returns a `Config`; a flag such as
-`--config.model.d_model=256` overrides one field.
+A config file is a Python file with a function `get_config()` that returns a `Config`. A flag such as
+`--config.model.d_model=256` overrides one field. `train.py --help_config` prints what they say.
 """
 
 import dataclasses
@@ -9,8 +9,6 @@ import dataclasses
 from deltaformer_jax.config.fields import rule_of, setting
 from deltaformer_jax.config.imports import is_import
 from deltaformer_jax.config.mixer import Mixer
-
-_SIMILARITIES = '"softmax", "linear", "relu", "exp", "round", or "package.module:NAME" of your own'
 
 
 def _implementations() -> tuple[str, ...]:
@@ -23,151 +21,225 @@ def _implementations() -> tuple[str, ...]:
 class ModelConfig:
     """Sizes and choices of the language model. Widths are numbers of features, windows numbers of tokens.
 
-    A mixer takes the fields that its constructor names. A field with an `own` value leaves the choice to the mixer, or
-    to the op that the mixer calls, when it has that value or None.
+    A mixer uses the fields that its constructor names. If a field says `own=VALUE`, then VALUE leaves the choice to the
+    mixer or to the op that it calls. None means the same, unless the field says `none=VALUE`: None then means VALUE.
     """
 
-    vocab_size: int = setting(0, "Number of tokens in the vocabulary. 0: the size of the data's tokenizer.", least=0)
-    d_model: int = setting(256, "Width of the residual stream.", least=1)
-    num_layers: int = setting(4, "Number of blocks: a multiple of the length of `mixers`.", least=1)
-    num_heads: int = setting(4, "Number of query heads.", least=1)
-    num_kv_heads: int = setting(4, "Number of key and value heads of the attention mixers; divides num_heads.", least=1)
-    head_dim: int = setting(64, "Width of a head's queries and keys.", least=1)
+    vocab_size: int = setting(
+        0,
+        "Number of token ids. 0: the size of the data's tokenizer. A larger number than that is allowed, a "
+        "smaller is not.",
+        least=0,
+    )
+    d_model: int = setting(256, "Width of the residual stream, in features.", least=1)
+    num_layers: int = setting(
+        4,
+        "Number of layers: blocks of one mixer and one feed-forward layer. A multiple of the number of "
+        "entries of `mixers`.",
+        least=1,
+    )
+    num_heads: int = setting(
+        4, "Number of query heads. In mixers with a memory of fixed size, of query and key heads.", least=1
+    )
+    num_kv_heads: int = setting(
+        4,
+        "Number of key and value heads of the attention mixers; must divide num_heads. Other mixers don't use it.",
+        least=1,
+    )
+    head_dim: int = setting(
+        64, "Features per query and key head, and per value head unless value_dim says otherwise.", least=1
+    )
     mlp_dim: int = setting(
-        0, "Hidden width of the SwiGLU feed-forward layer. 0: 8/3 d_model, rounded up to a multiple of 64.", least=0
+        0,
+        "Hidden width of the feed-forward layer, in features. 0: 8/3 d_model, rounded up to a multiple of 64.",
+        least=0,
     )
     mixers: tuple = setting(
         ("delta_former",),
-        "The pattern of mixers, repeated over the layers. An entry is a mixer's name, Mixer(name or class, "
-        '**overrides), or "package.module:Class".',
+        "The mixers of successive layers, as a pattern that repeats until num_layers is reached. An entry is "
+        'the name of a mixer, Mixer(name or class, **overrides), or "package.module:Class" for a class of '
+        "your own.",
     )
-    tie_embeddings: bool = setting(True, "Use the embedding table for the output logits too.")
-    norm_epsilon: float = setting(1e-6, "Added to the mean square in every RMSNorm.", above=0, finite=True)
+    tie_embeddings: bool = setting(
+        True, "Whether the logits use the embedding table as their kernel. False: a kernel of their own."
+    )
+    norm_epsilon: float = setting(
+        1e-6, "Added to the mean square inside every RMSNorm, so that it does not divide by 0.", above=0, finite=True
+    )
     compute_dtype: str = setting(
-        "float32", "Dtype of activations and products. Parameters are always float32.", choices=("float32", "bfloat16")
+        "float32",
+        "Dtype of activations and matrix products. Parameters and their gradients are always float32.",
+        choices=("float32", "bfloat16"),
     )
     remat: str = setting(
         "none",
-        'Which activations are recomputed in the backward pass. "block": all inside a block, so that only the '
-        "residual stream is kept.",
+        '"block": recompute each block\'s activations in the backward pass, which saves memory. "none": keep them.',
         choices=("none", "block"),
     )
     conv_size: int = setting(
         -1,
-        "Tokens that the short causal convolutions of queries, keys and values see. 0: no convolutions.",
+        "Width of short causal convolutions of queries, keys and values, in tokens. 0: none. -1: the mixer's "
+        "default, which is 4 for delta_net, gated_delta_net and kimi_delta_attention and 0 for the others.",
         least=0,
         own=-1,
         none=0,
     )
     output_gate: str = setting(
         "auto",
-        "Multiply the mixer's output by a gate made of its input.",
+        "Whether a gate computed from the layer's input multiplies the mixer's output, before its last "
+        'projection. "auto": on for retention, gated_linear_attention, gated_delta_net and '
+        "kimi_delta_attention, off for the others.",
         choices=("on", "off"),
         own="auto",
         none="off",
         is_true="on",
     )
-    # Attention mixers.
+
+    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too.
+
     rope_base: float = setting(
         10_000.0,
-        "Base of the rotary position embedding (RoPE) of queries and keys. 0: no position embedding.",
+        "Base of the rotary embedding: the slowest pair of features turns by about 1/rope_base radian per "
+        "token. Must be above 1. 0: no rotary embedding.",
         none=0.0,
         zero_is_none=True,
         finite=True,
     )
-    qk_norm: bool = setting(False, "Apply RMSNorm to each head's queries and keys.", must_be_used=True)
+    qk_norm: bool = setting(
+        False, "Whether each query and key head is normalised by RMSNorm with a trained gain.", must_be_used=True
+    )
     kv_shift: bool = setting(
         False,
-        "Mix each token's key and value with the previous token's, by learnt weights (KV shifting).",
+        "Whether each key and value is mixed with the previous token's, with four trained numbers per key and "
+        "value head.",
         must_be_used=True,
     )
     window: int = setting(
         0,
-        "How many tokens, itself included, a token attends to. 0: all tokens before it.",
+        "softmax_attention: number of tokens that a token sees, itself included. 0: all tokens before it and itself.",
         least=1,
         own=0,
         must_be_used=True,
     )
     forget_gate: bool = setting(
         False,
-        "Give every token a learnt decay that lowers the scores of all tokens before it (forgetting attention).",
+        "softmax_attention: whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) "
+        "per query head; its logarithm is added to that token's scores, and later tokens' scores, for all "
+        "tokens before it.",
         must_be_used=True,
     )
     sinks: bool = setting(
-        False, "Give each head one learnt score, with value 0, that every token may attend to.", must_be_used=True
+        False,
+        "softmax_attention: whether each query head has a sink: one trained score more, whose value vector is 0.",
+        must_be_used=True,
     )
-    chunk_size: int = setting(0, "Tokens in a chunk of the op's chunked form. 0: the op's default.", least=1, own=0)
+
+    # Of every mixer's op.
+
+    chunk_size: int = setting(
+        0,
+        "Tokens per chunk of the chunked implementations. 0: the op's default, 512 for delta_former and 64 "
+        "for the mixers with a memory of fixed size. The kernels have chunk sizes of their own; "
+        "softmax_attention does not use the field.",
+        least=1,
+        own=0,
+    )
     implementation: str = setting(
         "",
-        'Which implementation of the op to use. "": the fastest one for the platform.',
+        'Implementation of the mixer\'s op: "recurrent", "parallel", "chunked", "triton", "pallas_tpu", '
+        '"cudnn" or "splash". "": the fastest one available for the platform. An op without the named one '
+        "raises NotImplementedError.",
         choices=_implementations,
         own="",
     )
-    # DeltaFormer.
+
+    # Of delta_former.
+
     write_query: str = setting(
         "key",
-        'What reads the memory in the write: the "key", the "query", or a "projected" query of its own.',
+        'The write query w. "key": the token\'s key; "query": its query; "projected": a projection of its own.',
         choices=("key", "query", "projected"),
         must_be_used=True,
     )
     write_similarity: str = setting(
-        "softmax", f"Similarity κ₁ of the write: {_SIMILARITIES}.", importable=True, must_be_used=True
+        "softmax",
+        'Similarity of write queries and keys, by which a write is corrected: "linear", "relu", "exp", '
+        '"softmax", "round", or "package.module:NAME" for one of your own.',
+        importable=True,
+        must_be_used=True,
     )
     read_similarity: str = setting(
-        "softmax", f"Similarity κ₂ of the read: {_SIMILARITIES}.", importable=True, must_be_used=True
+        "softmax",
+        "Similarity of queries and keys, by which the output is read. The same choices as for write_similarity.",
+        importable=True,
+        must_be_used=True,
     )
     write_scale: float = setting(
         0.0,
-        "Factor on the write's scores. 0: head_dim ** -0.5, or 1 where the write's keys are normalised.",
+        "Factor on the scores of the write. 0: 1 if its keys are normalised (write_key_norm), else head_dim ** -0.5.",
         own=0.0,
         must_be_used=True,
         finite=True,
     )
     read_scale: float = setting(
-        0.0, "Factor on the read's scores. 0: head_dim ** -0.5.", own=0.0, must_be_used=True, finite=True
+        0.0, "Factor on the scores of the read. 0: head_dim ** -0.5.", own=0.0, must_be_used=True, finite=True
     )
     write_key_norm: str = setting(
         "auto",
-        'L2-normalise the keys and queries of the write. "auto": unless write_similarity is softmax.',
+        "Whether the write compares directions: its scores are then cosines of write query and key, times "
+        'write_scale. "auto": on for every write_similarity but softmax.',
         choices=("auto", "on", "off"),
         must_be_used=True,
     )
     alpha: str = setting(
         "off",
-        'Factor α on the value in the write. "off": 1; "sigmoid": sigmoid of a projection with bias.',
+        'The factor α on a token\'s value when it is written. "off": 1. "sigmoid": sigmoid of a projection with bias.',
         choices=("off", "sigmoid"),
         must_be_used=True,
     )
     beta: str = setting(
         "sigmoid",
-        'Factor β on the correction in the write. "one": 1; "raw": a projection with bias; "sigmoid": its sigmoid.',
+        'The factor β on the correction of a write. "sigmoid": sigmoid of a projection with bias. "raw": that '
+        'projection itself, which may make the written values grow without bound. "one": 1.',
         choices=("sigmoid", "raw", "one"),
         must_be_used=True,
     )
-    # Mixers with a state of fixed size: num_heads heads of queries and keys.
+
+    # Of the mixers with a memory of fixed size.
+
     num_value_heads: int = setting(
-        0, "Number of value heads, a multiple of num_heads. 0: num_heads.", least=1, own=0, must_be_used=True
+        0,
+        "delta_net and gated_delta_net: number of value heads, a multiple of num_heads. 0: num_heads.",
+        least=1,
+        own=0,
+        must_be_used=True,
     )
-    value_dim: int = setting(0, "Width of a head's values. 0: head_dim.", least=1, own=0)
+    value_dim: int = setting(0, "Features per value head. 0: head_dim.", least=1, own=0)
     negative_eigenvalues: bool = setting(
-        False, "Let β reach from 0 to 2 instead of 1, so that a step may reflect the state.", must_be_used=True
+        False,
+        "delta_net, gated_delta_net and kimi_delta_attention: whether β lies in (0, 2) instead of (0, 1). The "
+        "state's transition may then have negative eigenvalues.",
+        must_be_used=True,
     )
 
     def __post_init__(self):
         self.mixers = tuple(self.mixers) if isinstance(self.mixers, list) else self.mixers
         for field in dataclasses.fields(self):
-            # As it stands in config.json.
+            # Replace None by the value that it stands for; config.json holds that value.
             setattr(self, field.name, rule_of(field).said(getattr(self, field.name)))
 
 
 def on_any_device(model: ModelConfig) -> ModelConfig:
-    """The same model, the choice of implementations left to the ops: its weights fit, its values differ by rounding.
+    """The same model with the choice of implementation left to the ops.
 
-    For programs that read a run which was trained elsewhere, and for decoding: kernels do not go on from a cache.
+    The parameters are the same; results differ by rounding. It serves programs that read a run trained on another
+    platform, and decoding: a named kernel cannot resume from a cache.
     """
 
     def free(mixer):
-        if not isinstance(mixer, Mixer) or is_import(mixer.name):  # what a class of yours is given is its own affair
+        if not isinstance(mixer, Mixer) or is_import(
+            mixer.name
+        ):  # a class of one's own may give the argument another meaning
             return mixer
         others = {field: value for field, value in mixer.overrides if field != "implementation"}
         return Mixer(mixer.name, **others)
@@ -177,112 +249,179 @@ def on_any_device(model: ModelConfig) -> ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Where the text is and how it is cut into rows."""
+    """The text or task to train on, and the shape of a batch."""
 
     path: str = setting(
         "",
-        "A folder made by deltaformer_jax.data.prepare (also gs://, copied here once); several, mixed by their share "
-        'of the rows: "FOLDER=WEIGHT,FOLDER=WEIGHT"; or a synthetic task: "task:NAME,option=value". "": the source '
-        "code of the running Python's standard library.",
+        'What to train on, one of: "": the running Python\'s standard library; a folder made by '
+        "deltaformer_jax.data.prepare; a gs:// folder is copied to this machine once; "
+        '"FOLDER=WEIGHT,FOLDER=WEIGHT": several such folders, mixed so that each gives its weight\'s share of '
+        'the rows; "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks; each row is one '
+        "example.",
     )
     tokenizer: str = setting(
-        "bytes", 'Used when path is "": "bytes", a tokenizer.json file, or "bpe:SIZE", which is learnt from the text.'
+        "bytes",
+        'Tokenizer of the standard library\'s text, when path is "": "bytes", the path of a tokenizer.json, or '
+        '"bpe:SIZE", which learns a tokenizer of SIZE tokens from the text. Other data has a tokenizer of its '
+        "own.",
     )
     eval_tail: float = setting(
         0.0,
-        "For a corpus without evaluation documents: the fraction at each document's end that is kept for evaluation.",
+        "For one prepared corpus without evaluation documents, such as one long text: the fraction at the end "
+        "of each document that is kept from training and used for evaluation. 0: none.",
         least=0,
         below=1,
     )
-    sequence_length: int = setting(256, "Tokens in a row.", least=1)
-    batch_size: int = setting(16, "Rows in a step, over all devices and all hosts.", least=1)
+    sequence_length: int = setting(
+        256,
+        "Tokens per row. Documents are laid end to end and cut into rows; a token sees its own document only.",
+        least=1,
+    )
+    batch_size: int = setting(
+        16,
+        "Rows per step, over all devices and hosts. A multiple of mesh.data * mesh.fsdp * "
+        "optimizer.accumulation_steps.",
+        least=1,
+    )
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW. Steps count optimiser updates."""
+    """AdamW and its learning-rate schedule. Steps of the schedule count updates, not skipped steps."""
 
-    learning_rate: float = setting(1e-3, "Peak of the learning rate's schedule.", least=0, finite=True)
-    warmup_steps: int = setting(50, "Steps over which the learning rate rises to its peak.", least=0)
+    learning_rate: float = setting(1e-3, "Peak learning rate, reached at the end of the warm-up.", least=0, finite=True)
+    warmup_steps: int = setting(50, "Updates over which the rate rises linearly to its peak. 0: no warm-up.", least=0)
     decay_steps: int = setting(
-        1000, "Steps of the whole schedule, warm-up included; independent of run.steps.", least=1
+        1000, "Length of the whole schedule in updates, warm-up included. Later updates use the final rate.", least=1
     )
     schedule: str = setting(
         "cosine",
-        'After warm-up: "cosine" decay; "wsd", stable and then a linear decay; "constant".',
+        'After the warm-up: "cosine" decays along a half cosine; "wsd" (warm-up, stable, decay) stays at the '
+        'peak, then decays linearly; "constant" stays at the peak for ever.',
         choices=("cosine", "wsd", "constant"),
     )
     wsd_decay_fraction: float = setting(
-        0.2, 'The fraction of decay_steps over which "wsd" decays, at its end.', least=0, most=1
+        0.2, 'Schedule "wsd": the fraction of decay_steps, at its end, over which the rate decays.', least=0, most=1
     )
     final_learning_rate: float = setting(
-        0.1, "Learning rate at the end of the schedule, as a fraction of its peak.", least=0, most=1
+        0.1,
+        'The rate at the end of the schedule, as a fraction of learning_rate. Not used by "constant".',
+        least=0,
+        most=1,
     )
-    b1: float = setting(0.9, "Decay of AdamW's mean of gradients.", least=0, below=1)
-    b2: float = setting(0.95, "Decay of AdamW's mean of squared gradients.", least=0, below=1)
-    epsilon: float = setting(1e-8, "Added to the root of the mean square in AdamW.", least=0, finite=True)
+    b1: float = setting(0.9, "Adam's decay of the running mean of gradients, per update.", least=0, below=1)
+    b2: float = setting(0.95, "Adam's decay of the running mean of squared gradients, per update.", least=0, below=1)
+    epsilon: float = setting(
+        1e-8, "Adam's epsilon, added to the root of the mean squared gradient.", least=0, finite=True
+    )
     weight_decay: float = setting(
-        0.1, "Decoupled weight decay, on matrices only; the dry run says which.", least=0, finite=True
+        0.1,
+        "AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and gate scalars are exempt.",
+        least=0,
+        finite=True,
     )
     clip_norm: float = setting(
-        1.0, "Gradients with a larger global norm are scaled down to it. 0: no clipping.", least=0
+        1.0, "Largest global norm of the gradient; a longer gradient is scaled down to it. 0: no clipping.", least=0
     )
     accumulation_steps: int = setting(
         1,
-        "A batch is computed in this many equal parts, one after the other, to save memory; divides batch_size.",
+        "Number of equal parts that a batch is cut into. Their gradients are computed one after the other and "
+        "added, weighted by their numbers of tokens: the same update with less memory.",
         least=1,
     )
     skip_deviations: float = setting(
         20.0,
-        "A step whose gradient norm is this many standard deviations above the mean of earlier steps is skipped. 0: "
-        "only steps whose loss or gradient is not finite are skipped.",
+        "Steps with unusual gradients are skipped: those whose loss or gradient norm is not finite, and, "
+        "after the first 20 updates, those whose gradient norm is more than this many standard deviations "
+        "above the mean of about the last 50 updates. 0: only steps that are not finite are skipped.",
         least=0,
     )
     rollback_after: int = setting(
         3,
-        "After this many skipped steps in a row the run returns to its last checkpoint and leaves their batches out.",
+        "After this many skipped steps in a row, the run goes back to its last checkpoint and leaves out "
+        "their batches.",
         least=1,
     )
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How many devices lie along each mesh axis; the product is the number of devices."""
+    """Number of devices along each axis of the mesh. The product of the four is the number of devices."""
 
-    data: int = setting(-1, "Devices that the batch is cut over. -1: all that the other axes leave.")
-    fsdp: int = setting(1, "Devices that the batch and every parameter are cut over.")
-    tensor: int = setting(1, "Devices that heads, the feed-forward layer and the vocabulary are cut over.")
-    context: int = setting(1, "Devices that the sequence is cut over. Only 1 is supported.")
+    data: int = setting(
+        -1,
+        "Parts of a batch's rows; each part has a copy of the parameters. -1: as many as the other axes leave "
+        "devices for.",
+    )
+    fsdp: int = setting(
+        1, "Parts of a batch's rows that also share the parameters and the optimiser's state: each device keeps a part."
+    )
+    tensor: int = setting(
+        1, "Parts of the heads, of the feed-forward layer's width and of the vocabulary (tensor parallelism)."
+    )
+    context: int = setting(1, "Parts of a sequence. Only 1 is supported.")
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """What a run does and when. Intervals are in steps; 0 switches the thing off."""
+    """What a run does and when. Intervals are in steps; an interval of 0 switches its action off."""
 
-    steps: int = setting(1000, "Steps after which the run stops. A finished run goes on with a larger number.", least=1)
-    seed: int = setting(0, "Seed of the parameters and of the order of the data.", least=0, below=2**32)
-    log_every: int = setting(10, "Steps between two lines of metrics.", least=0)
-    eval_every: int = setting(250, "Steps between two evaluations.", least=0)
-    eval_batches: int = setting(0, "Batches of an evaluation. 0: the whole evaluation split.", least=0)
-    checkpoint_every: int = setting(250, "Steps between two checkpoints.", least=0)
-    keep_checkpoints: int = setting(3, "How many of the newest checkpoints stay on disk.", least=1)
-    sample_prompt: str = setting("def ", 'The model continues this text at the end of the run. "": no sample.')
-    sample_tokens: int = setting(200, "Tokens of that sample.", least=0)
-    tensorboard: bool = setting(False, 'Write curves to DIR/tensorboard too. Needs the extra "tensorboard".')
-    statistics_every: int = setting(
+    steps: int = setting(
+        1000,
+        "Number of steps in all, those before a resume included. A step takes one batch, and is counted if it "
+        "is skipped.",
+        least=1,
+    )
+    seed: int = setting(
         0,
-        "Steps between two lines of DIR/statistics.jsonl: norms of each layer's parameters, gradients, activations.",
+        "Seed of the initial parameters, of the order of the data or the examples of a task, and of the "
+        "sample at the end.",
+        least=0,
+        below=2**32,
+    )
+    log_every: int = setting(
+        10,
+        "Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl. 0: none.",
         least=0,
     )
-    profile_steps: int = setting(0, "Steps, after the first two, that jax.profiler traces into DIR/profile.", least=0)
+    eval_every: int = setting(
+        250, "Steps between evaluations; the last step is evaluated too. 0: no evaluation at all.", least=0
+    )
+    eval_batches: int = setting(0, "Batches of the evaluation split per evaluation. 0: all of it.", least=0)
+    checkpoint_every: int = setting(
+        250,
+        "Steps between checkpoints; the last state, or the one at an interruption, is saved too. 0: only that.",
+        least=0,
+    )
+    keep_checkpoints: int = setting(3, "Number of the newest checkpoints that are kept.", least=1)
+    sample_prompt: str = setting(
+        "def ", 'Prompt of the text that the model continues at the end of the run. "": no sample.'
+    )
+    sample_tokens: int = setting(200, "Length of that sample in tokens. 0: no sample.", least=0)
+    tensorboard: bool = setting(
+        False, 'Whether the curves are also written for TensorBoard, to DIR/tensorboard. Needs the extra "tensorboard".'
+    )
+    statistics_every: int = setting(
+        0,
+        "Steps between records of the norms of every layer's parameters, gradients and activations, which are "
+        "written to DIR/statistics.jsonl. 0: none.",
+        least=0,
+    )
+    profile_steps: int = setting(
+        0,
+        "Number of steps that jax.profiler traces, into DIR/profile. It begins after the process's first two. 0: none.",
+        least=0,
+    )
     compilation_cache: str = setting(
-        "", 'A folder in which compiled programs are kept for the next start. "": as JAX_COMPILATION_CACHE_DIR says.'
+        "",
+        'Folder, also gs://, that keeps compiled programs for later processes. "": what '
+        "JAX_COMPILATION_CACHE_DIR says.",
     )
 
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run."""
+    """All settings of a run, by section."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

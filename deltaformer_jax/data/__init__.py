@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, packing and batches. Imports nothing of the floors above, and jax only with the first batch."""
+"""Corpora, tokenizers, packing and batches. jax is imported only when the first batch is made."""
 
 from deltaformer_jax.data.batches import batches, count_batches
 from deltaformer_jax.data.build import prepare_corpus, stdlib_corpus

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, each a function of its number alone."""
+"""Batches for training and evaluation. Batch n is a function of n and the settings alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltaformer_jax.data.mixture import MixedPacking, Mixture
 from deltaformer_jax.data.packing import Packing
 from deltaformer_jax.data.task_data import TaskData, TaskRows
 
-_ENDLESS = 2**48  # batches; a length is asked for, and no run gets there
+_ENDLESS = 2**48  # batches: grain asks for a length, and no run is that long
 
 
 def batches(
@@ -29,21 +29,21 @@ def batches(
     """Batch n, for n = start_step, start_step + 1, ...: the packed rows n b .. (n + 1) b - 1, b = batch_size.
 
     A batch is a dict of int32 arrays [batch_size / process_count, sequence_length]: tokens, targets, segment_ids (0 is
-    padding; what is not padding has a target). Process p holds rows p b / P .. (p + 1) b / P - 1 of the global batch,
-    which is a function of (corpus, sequence_length, batch_size, seed, n) alone, so the step number is the whole
-    position of a run.
+    padding; every other position has a target). Of P processes, process p holds rows p b / P .. (p + 1) b / P - 1 of
+    the global batch. The global batch is a function of (corpus, sequence_length, batch_size, seed, n) alone, so n is
+    the whole position of a run in its data.
 
-    split "train": endless, documents and rows shuffled anew each epoch; a batch may straddle two epochs.
-    split "eval": one pass in order, ignoring seed; the last batch is filled up with rows of padding.
-    Of a Mixture, the rows of its corpora by weight, or one pass over all of them. Of a TaskData, the examples n b ..
-    (n + 1) b - 1, and one array more, bool: loss_mask, the positions that have a target.
+    split "train"  endless; documents and rows are shuffled again in each epoch; a batch may span two epochs
+    split "eval"   one pass in order, without the seed; the last batch is filled up with rows of padding
+    a Mixture      "train": rows of its corpora by weight; "eval": one pass over all of them
+    a TaskData     the examples n b .. (n + 1) b - 1, and one more array, bool: loss_mask, the positions with a target
 
-    `num_threads` threads read ahead. ValueError names an argument out of range or an empty split, at the call.
+    `num_threads` threads read ahead. An argument out of range or an empty split raises ValueError at the call.
     """
     _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
     rows = _packing(corpus, split, sequence_length, seed if split == "train" else None)
     count = _ENDLESS if split == "train" else -(-rows.rows_per_epoch // batch_size)
-    # grain imports jax, which the rest of the data part does without.
+    # Imported here, since grain imports jax, which the rest of this package does not need.
     import grain
 
     source = _Batches(rows, batch_size, start_step, max(count - start_step, 0), process_index, process_count)
@@ -54,14 +54,15 @@ def batches(
 def count_batches(corpus: Corpus | Mixture | TaskData, split: str, *, sequence_length: int, batch_size: int) -> int:
     """Batches in one pass over a split: ceil(rows / batch_size), rows = ceil((tokens + documents) / sequence_length).
 
-    Of a TaskData, whose training never ends, in its evaluation. ValueError as for `batches`.
+    For a TaskData the number of evaluation batches, whatever the split, since its training data are endless. Raises
+    ValueError as `batches` does.
     """
     _check(sequence_length, batch_size)
     return -(-_packing(corpus, split, sequence_length, None).rows_per_epoch // batch_size)
 
 
 class _Batches:
-    """What grain reads from: element i is this process's part of batch start + i."""
+    """The data source for grain: element i is this process's part of batch start + i."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ def _packing(
         return Packing(check_split(corpus, split), sequence_length, seed)
     if split == "train":
         return MixedPacking([check_split(one, split) for one in corpus.corpora], corpus.weights, sequence_length, seed)
-    # Evaluation takes whatever documents there are, of whichever corpora.
+    # Evaluation uses the corpora that have evaluation documents, whichever these are.
     splits = [one.split(split) for one in corpus.corpora if one.split(split).documents]
     if not splits:
         check_split(corpus.corpora[0], split)
@@ -103,7 +104,7 @@ def _packing(
 
 
 def check_split(corpus: Corpus, split: str) -> Split:
-    """The split; ValueError if it has no documents."""
+    """The split. Raises ValueError if it has no documents."""
     chosen = corpus.split(split)
     if chosen.documents == 0:
         raise ValueError(

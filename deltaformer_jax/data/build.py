@@ -1,6 +1,6 @@
-"""Making a corpus: read, tokenize, split, write into an unfinished folder beside, and rename it when it is whole.
+"""Preparing a corpus: read, tokenize, split, write into an unfinished folder beside the output, rename it at the end.
 
-After a kill the same call finds the unfinished folder and goes on after the last shards that were closed.
+After a kill the same call finds the unfinished folder and continues after the last shards that were closed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from deltaformer_jax.data.tokenize_units import digest_of, new_digest, token_dty
 from deltaformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer, train_bpe
 from deltaformer_jax.data.unfinished import Unfinished, open_unfinished, sweep, unfinished
 
-_UNITS = 2  # how sources are cut into units: what an unfinished folder counts
-BPE_TRAINING_BYTES = 2**29  # BPE is learnt from about so much text of the training split, evenly sampled
+_UNITS = 2  # version of how sources are divided into units, which an unfinished folder counts
+BPE_TRAINING_BYTES = 2**29  # about how much text of the training split BPE is learnt from, sampled evenly
 
 
 def prepare_corpus(
@@ -46,24 +46,31 @@ def prepare_corpus(
     force: bool = False,
     progress: bool = False,
 ) -> Corpus:
-    """Prepares `source` (see `open_source`) in folder `out`, or loads it if `out` was made by the same settings.
+    """Prepares `source` (see `open_source`) in folder `out`, or loads `out` if it was made with the same settings.
 
-    tokenizer: "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file; what in that would
-    change texts is refused, or switched off with a warning (byte_level.py).
-    A document goes to the eval split if the hash of its text, as a fraction, is below eval_fraction: equal texts are
-    never on both sides. Empty documents are left out. `separator`: cut text files into documents wherever it stands,
-    as "<|endoftext|>" does in some; without it a text file is one document. The folder's content depends on the source,
-    tokenizer, eval_fraction, text_field and separator alone; `workers` processes only share the work (more than 1 start
-    new interpreters, so a script that calls this needs `if __name__ == "__main__":`).
-    `on_error`: what is done about a document or file that cannot be read: "stop" with an error that names it, or "skip"
-    it, count it in the manifest ("left_out_on_error") and name it in the folder's left_out.txt, as files of other kinds
-    than text are. `force` replaces an existing corpus. `progress` shows a bar on stderr.
+    tokenizer      "bytes", "bpe:SIZE" (learnt from the training documents), or a tokenizer.json file. Parts of a file
+                   that would change texts are refused, or switched off with a warning (byte_level.py)
+    workers        number of processes; they do not affect the result. More than 1 start new interpreters, so a script
+                   that calls this function needs `if __name__ == "__main__":`
+    eval_fraction  a document is in the eval split if the hash of its text, as a fraction, is below this. So equal texts
+                   are always in the same split
+    text_field     the field of JSON lines, or the column of Parquet, that holds the text
+    separator      divides text files into documents wherever it occurs, for example "<|endoftext|>". Without it a text
+                   file is one document
+    on_error       what to do about a document or file that cannot be read. "stop": raise an error that names it.
+                   "skip": leave it out, count it in the manifest ("left_out_on_error") and name it in left_out.txt of
+                   the folder, which also names the files that are not text
+    force          replace an existing corpus
+    progress       show a bar on stderr
+
+    The content of the folder depends on the source, tokenizer, eval_fraction, text_field and separator alone. Empty
+    documents are left out.
 
     Memory: some hundred megabytes for each worker, whatever the size of a file or document (but see `parquet_units`).
-    Errors, before anything is written where that is possible: ValueError, FileNotFoundError, FileExistsError.
-    A call that is killed, interrupted or stops at an error leaves nothing in `out`; the same call later goes on after
-    the shards that it had closed, kept in a hidden folder beside `out`, and makes the same corpus, byte for byte. With
-    another `on_error` it goes on, too.
+    Raises ValueError, FileNotFoundError or FileExistsError, before anything is written where that is possible.
+    A call that is killed, interrupted or stopped by an error leaves nothing in `out`. Shards that it had closed are
+    kept in a hidden folder beside `out`. The same call, also with another `on_error`, continues after them and makes
+    the same corpus, byte for byte.
     """
     folder = local_folder(out)
     if not 0 <= eval_fraction < 1:
@@ -94,7 +101,7 @@ def prepare_corpus(
 
     if given and given.switched_off:
         off = ", ".join(given.switched_off)
-        warnings.warn(f"{tokenizer}: switched off, so that a text's bytes are its tokens': {off}", stacklevel=2)
+        warnings.warn(f"{tokenizer}: switched off, so that a text has the bytes of its tokens: {off}", stacklevel=2)
     try:
         partial = open_unfinished(folder, [layout.FORMAT_VERSION, layout.PIECE, shards.SHARD_BYTES, _UNITS, settings])
     except OSError as error:
@@ -106,25 +113,26 @@ def prepare_corpus(
             _write(partial.path, opened, chosen, settings, workers, skip, progress)
             corpus = _move(partial, folder, settings, on_error, force)
         except BaseException as error:
-            # After a kill, on a full disk or at a document that cannot be read work is kept.
+            # The work is kept after an interruption, on a full disk, or at a document that cannot be read.
             if isinstance(error, NotAsLeft) or not (partial.path / JOURNAL).exists():
                 partial.remove()
             raise
-        partial.remove()  # what there is of it when another process was first
+        partial.remove()  # what is left of it if another process was first
     sweep(folder)
     return corpus
 
 
 def can_go_on(out: str | os.PathLike) -> bool:
-    """True if a preparation of `out` was cut short and the same call would go on with it."""
+    """True if a preparation of `out` was cut short and the same call would continue it."""
     return unfinished(local_folder(out), JOURNAL)
 
 
 def stdlib_corpus(tokenizer: str = "bytes") -> Corpus:
-    """The running Python's own standard library, about 10 MB of code; prepared once per Python and tokenizer.
+    """The standard library of the running Python, about 10 MB of code. Prepared once per Python and tokenizer.
 
-    Kept in $XDG_CACHE_HOME/deltaformer_jax (default ~/.cache/deltaformer_jax) under a name with the hash of its text,
-    so an upgraded Python makes a new one. Several processes may ask at once. 5 % of the documents are the eval split.
+    It is stored in $XDG_CACHE_HOME/deltaformer_jax (default ~/.cache/deltaformer_jax). Its name contains the hash of
+    the text, so an upgraded Python gets a new corpus. Several processes may call this at once. The eval split has 5 %
+    of the documents.
     """
     source = open_source(STDLIB)
     size = bpe_size(tokenizer)
@@ -151,15 +159,15 @@ def _same(folder: Path, settings: dict[str, Any], on_error: str) -> Corpus:
     if corpus.manifest["settings"] == settings:
         if (count := corpus.manifest.get("left_out_on_error")) and on_error == "stop":
             raise FileExistsError(
-                f"{folder}: holds a corpus that left out {count} documents or files (--on_error skip); give that, "
-                "choose another folder, or --force replaces it"
+                f"{folder}: holds a corpus that left out {count} documents or files; give --on_error skip again, "
+                "choose another folder, or replace it with --force"
             )
         return corpus
     made = corpus.manifest["settings"]
     different = [name for name in {**settings, **made} if made.get(name) != settings.get(name)]
     raise FileExistsError(
         f"{folder}: holds a corpus made with another {' and '.join(different)}; "
-        "choose another folder, or --force replaces it"
+        "choose another folder, or --force to replace it"
     )
 
 
@@ -188,7 +196,7 @@ def _in_eval(digest: bytes, eval_fraction: float) -> bool:
 
 
 def _learnt(partial: Path, source: Source, size: int, eval_fraction: float, skip: bool, progress: bool) -> Tokenizer:
-    """The BPE that this preparation had learnt before it was cut short, or learns now."""
+    """The BPE tokenizer that this preparation learnt before it was cut short, or else learns now."""
     path = partial / layout.TOKENIZER_FILE
     if not path.exists():
         draft = partial / f"{layout.TOKENIZER_FILE}.tmp"
@@ -204,7 +212,7 @@ def _learn_bpe(partial: Path, source: Source, size: int, eval_fraction: float, s
         return not _in_eval(digest, eval_fraction) and _fraction(digest[8:]) < share
 
     def long_text(unit: LongUnit) -> Iterator[Iterator[str] | Unreadable]:
-        # Whether it is one to learn from is known at its end.
+        # Whether BPE is learnt from this text is known only at its end, when its hash is.
         digest = new_digest()
         with tempfile.TemporaryFile("w+", dir=partial, encoding="utf-8", newline="") as file:
             try:
@@ -262,14 +270,14 @@ def _write(
             left_out.add(unit.left_out)
             advance(unit.size, len(unit.lengths))
             count, size, since = count + 1, size + unit.size, since + sum(unit.lengths) * unit.dtype.itemsize
-            if since >= shards.SHARD_BYTES:  # where, does not depend on where it was cut short
+            if since >= shards.SHARD_BYTES:  # the places of checkpoints do not depend on interruptions
                 states = {name: writer.checkpoint() for name, writer in writers.items()}
                 journal.write(count, size, states, left_out.checkpoint())
                 since = 0
     splits = {name: writer.finish() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
         found = splits["eval"]["documents"]
-        why = f"all {found} documents fell to eval; lower --eval_fraction" if found else "no document with text in it"
+        why = f"all {found} documents are in split eval; lower --eval_fraction" if found else "no document with text"
         raise NotAsLeft(f"{settings['source'].get('path', STDLIB)}: {why}")
     kinds = [tokenizer.hash, *(splits[name]["documents_hash"] for name in layout.SPLITS)]
     manifest = {
@@ -290,7 +298,7 @@ def _write(
 
 @contextlib.contextmanager
 def _progress(show: bool, title: str, total: int) -> Iterator[Any]:
-    """Yields advance(bytes, documents=0)."""
+    """Yields a function advance(bytes, documents=0) that moves the progress bar."""
     if not show:
         yield lambda size, documents=0: None
         return

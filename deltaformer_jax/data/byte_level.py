@@ -1,15 +1,15 @@
-"""Which tokenizer.json files keep the promise: the bytes of a text are its tokens' bytes, the same at every call.
+"""Checks that a tokenizer.json is byte-exact: a text has the bytes of its tokens, the same at every call.
 
-What is done with a component that breaks the promise depends on what the vocabulary was learnt from:
+A component of the file that breaks this rule is treated in one of two ways:
 
-  switched off, and said   BPE dropout, which is for training; a prefix space; the normalizer NFC, since nearly all text
-                           is NFC already; `lstrip` and `rstrip` of added tokens. Without them the vocabulary serves as
-                           well, and the ids of nearly every text stay the same.
-  refused by name          every other normalizer (lower case, NFKC, stripped accents, ...): the vocabulary knows only
-                           changed text. A pre-tokenizer that drops or replaces characters; a model that marks the
-                           ends of words.
+  switched off, with a warning   BPE dropout, which is for training; a prefix space; the normalizer NFC, since nearly
+                                 all text is NFC already; `lstrip` and `rstrip` of added tokens. The vocabulary works as
+                                 well without them, and the ids of nearly every text stay the same.
+  refused by name                every other normalizer (lower case, NFKC, stripped accents, ...), since the vocabulary
+                                 was learnt from changed text; a pre-tokenizer that drops or replaces characters; a
+                                 model that marks the ends of words.
 
-A text of many kinds of characters is encoded last: what these lists don't know is found by what it does.
+At the end a text of many kinds of characters is encoded, which finds components that these lists do not know.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PROBE = (
 
 
 def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """`content` of a tokenizer.json without what can be switched off, and the names of that.
+    """(`content` of a tokenizer.json without the components that can be switched off, their names).
 
-    ValueError, naming `where`, the component and the fix, for what can't be.
+    Raises ValueError, naming `where`, the component and the fix, for a component that cannot be switched off.
     """
     content, off = json.loads(json.dumps(content)), []
     kept = []
@@ -43,8 +43,8 @@ def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], lis
             kept.append(part)
         else:
             raise ValueError(
-                f"{where}: its normalizer {part['type']} changes the text, so that bits per byte would be of another; "
-                'learn a tokenizer with --tokenizer bpe:SIZE, or take a file whose "normalizer" is null'
+                f"{where}: its normalizer {part['type']} changes the text, so bits per byte would be those of another "
+                'text; learn a tokenizer with --tokenizer bpe:SIZE, or take a file whose "normalizer" is null'
             )
     content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     for part in _parts(content, "pre_tokenizer"):
@@ -65,22 +65,22 @@ def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], lis
             raise ValueError(f"{where}: its model's {name} {model[name]!r} adds to the text; use a byte-level BPE file")
     for token in content.get("added_tokens") or []:
         for side in ("lstrip", "rstrip"):
-            # Special tokens are never looked for in a text, so that theirs takes nothing.
+            # Special tokens are never searched for in a text, so their lstrip and rstrip have no effect.
             if token.get(side) and not token.get("special"):
                 token[side] = False
                 off.append(f"{side} of the added token {token['content']!r}")
-    # It would only add special tokens and shorten offsets, and neither is asked for.
+    # The post-processor only adds special tokens and shortens offsets. Neither is used.
     content["post_processor"] = content["truncation"] = content["padding"] = None
     return content, off
 
 
 def check_probe(encode_bytes: Any, where: str, added: list[str]) -> None:
-    """Raise ValueError if `encode_bytes`, str -> bytes of its tokens, changes a text of many kinds of characters."""
+    """Raise ValueError if `encode_bytes`, str -> bytes of its tokens, changes one of several test texts."""
     for text in (PROBE, PROBE.strip(), "x", *(f"a {token} b{token}\n" for token in added[:100])):
         if encode_bytes(text) != text.encode("utf-8"):
             shown = text if len(text) < 40 else text[:40] + "..."
             raise ValueError(
-                f"{where}: the bytes of its tokens are not those of the text (of {shown!r}, for one); use a byte-level "
+                f"{where}: the bytes of its tokens are not those of the text (for example {shown!r}); use a byte-level "
                 "BPE file such as GPT-2's or Llama 3's, or --tokenizer bpe:SIZE"
             )
 
@@ -90,7 +90,7 @@ def is_byte_level(content: dict[str, Any]) -> bool:
 
 
 def _parts(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The components of a kind, those of Sequences in their place."""
+    """The components of a kind, in order, with each Sequence replaced by its components."""
     found, waiting = [], [content.get(name)]
     while waiting:
         part = waiting.pop(0)

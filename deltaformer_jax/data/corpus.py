@@ -1,6 +1,6 @@
-"""A prepared corpus on disk: its manifest, tokenizer, document lengths, and tokens by random access.
+"""A prepared corpus on disk: its manifest, its tokenizer, its document lengths, and random access to its tokens.
 
-DIR/manifest.json         counts, settings, hashes (of itself too: an edited one is refused)
+DIR/manifest.json         counts, settings, hashes (also its own: an edited manifest is refused)
 DIR/tokenizer.json        the tokenizer
 DIR/SPLIT_lengths.npy     int64 [documents]: tokens of each document, in order; SPLIT is train or eval
 DIR/SPLIT-00000.array_record ...   the tokens: a record is a document, or the next PIECE tokens of a longer one,
@@ -24,14 +24,14 @@ from deltaformer_jax.host.paths import expand
 
 FORMAT = "deltaformer_jax corpus"
 FORMAT_VERSION = 1
-PIECE = 8192  # tokens in a record at most: what reading one row of a very long document costs
+PIECE = 8192  # maximum tokens in a record, which bounds the cost of reading one row of a very long document
 SPLITS = ("train", "eval")
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
 class Split:
-    """The documents of one split. `lengths`: int64 [documents], tokens without end-of-text, none of them 0."""
+    """The documents of one split. `lengths`: int64 [documents], their tokens without end-of-text, all above 0."""
 
     def __init__(self, lengths: np.ndarray, shards: list[tuple[Path, int]], dtype: np.dtype, eot: int):
         self.lengths = lengths
@@ -40,17 +40,17 @@ class Split:
         self.eot = eot
         self._dtype = dtype
         self._shards = shards
-        # Records are counted over all shards: document i's are _first_record[i] .. _first_record[i + 1] - 1, and a
-        # document lies in one shard.
+        # Records are numbered over all shards. Document i has the records _first_record[i] .. _first_record[i + 1] - 1,
+        # which are all in one shard.
         self._first_record = np.concatenate([[0], np.cumsum(-(-lengths // PIECE))])
         self._shard_ends = np.cumsum([records for _, records in shards], dtype=np.int64)
-        # Readers may be shared by threads; as many are kept as a process may well have files open.
+        # Threads may share readers. The limit is a number of files that any process can have open.
         self._reader = functools.lru_cache(maxsize=256)(self._open)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start .. stop - 1 of a document (default: all), an array [stop - start] of the stored dtype.
 
-        Reads only the records that hold them. Thread-safe. ValueError where a shard is damaged.
+        Reads only the records that hold them. Thread-safe. Raises ValueError if the shard is damaged.
         """
         length = int(self.lengths[document])
         stop = length if stop is None else stop
@@ -63,7 +63,7 @@ class Split:
         path, records = self._shards[shard]
         begin = int(self._first_record[document] - self._shard_ends[shard]) + records
         try:
-            # A range costs the same in any shard; a list of records would cost time for each record of the shard.
+            # A range takes the same time in any shard; a list of records takes time for each record of the shard.
             pieces = self._reader(shard).read(begin + first, begin + last)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{path}: damaged ({error}); prepare the corpus again") from None
@@ -80,8 +80,10 @@ class Split:
 
 
 class Part:
-    """As a Split: of document i of `split` the tokens starts[i] .. starts[i] + lengths[i] - 1, int64 [documents] both.
-    Documents of which that is none are left out."""
+    """A part of `split`, with the interface of a Split: tokens starts[i] .. starts[i] + lengths[i] - 1 of document i.
+
+    starts and lengths are int64 [documents]. Documents with length 0 are left out.
+    """
 
     def __init__(self, split: Split, starts: np.ndarray, lengths: np.ndarray):
         (self._documents,) = np.nonzero(lengths)
@@ -100,13 +102,13 @@ class Part:
 
 
 class Corpus:
-    """A prepared corpus, checked.
+    """A prepared corpus whose files have been checked.
 
     Attributes:
       path: its folder.
-      manifest: what manifest.json holds.
-      tokenizer: the Tokenizer it was made with.
-      hash: sha256 of what decides every token (tokenizer, documents, their order and split), wherever the corpus lies.
+      manifest: the content of manifest.json.
+      tokenizer: the Tokenizer that it was prepared with.
+      hash: sha256 of what decides every token: tokenizer, documents, their order and split. Independent of path.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer, splits: dict[str, Split]):
@@ -123,12 +125,12 @@ class Corpus:
 
 
 def load_corpus(path: str | os.PathLike) -> Corpus:
-    """The corpus in folder `path`. Cost: reads the document lengths, and the size of each shard, not the tokens.
+    """The corpus in folder `path`. Cost: reads the document lengths and the size of each shard, but no tokens.
 
-    An address such as gs://bucket/corpus is copied to this host first, once (see `remote.fetch`).
+    A corpus at an address such as gs://bucket/corpus is first copied to this host, once (see `remote.fetch`).
 
-    FileNotFoundError for a missing folder or file; ValueError for one that is not a corpus, was edited or cut short,
-    or holds another tokenizer than its manifest says. Both name the file.
+    Raises FileNotFoundError for a missing folder or file. Raises ValueError for a file that is not part of a corpus,
+    was edited or cut short, or is another tokenizer than the manifest says. Both errors name the file.
     """
     folder = fetch(os.fspath(path), MANIFEST_FILE) if "://" in os.fspath(path) else local_folder(path)
     if not folder.is_dir():
@@ -142,9 +144,10 @@ def load_corpus(path: str | os.PathLike) -> Corpus:
 
 
 def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
-    """The same corpus with the last `share` of each training document, rounded up, as its evaluation split.
+    """The same corpus, with the last `share` of each training document, rounded up to tokens, as its evaluation split.
 
-    Its hash stays: what was held out is a setting of who trains. ValueError where there are evaluation documents.
+    Its hash stays the same, since the share is a setting of the training run. Raises ValueError if the corpus already
+    has evaluation documents.
     """
     if corpus.split("eval").documents:
         raise ValueError(f"{corpus.path} has evaluation documents of its own; leave it at 0")
@@ -162,14 +165,14 @@ def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
 
 
 def local_folder(path: str | os.PathLike) -> Path:
-    """`path` as a Path; ValueError for an address such as gs://..., where ArrayRecord cannot write."""
+    """`path` as a Path. Raises ValueError for an address such as gs://..., where ArrayRecord cannot write."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: a corpus is made on a local or mounted disk; copy the finished folder there")
     return Path(expand(path))
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
-    """sha256 of the manifest without its own "manifest_hash"."""
+    """sha256 of the manifest without its entry "manifest_hash"."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

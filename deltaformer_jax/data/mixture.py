@@ -1,7 +1,7 @@
-"""Several corpora as one, mixed by weight: of every BLOCK rows each corpus gives a fixed number, in shuffled places.
+"""Several corpora mixed by weight: of every BLOCK rows each corpus gives a fixed number, in shuffled places.
 
-Row r lies in block r // BLOCK, whose places a permutation of (seed, block) deals out to the corpora. So the row's
-corpus, and which of that corpus's own rows it is, follow from (seed, r) alone, by arithmetic.
+Row r is in block r // BLOCK. A permutation that depends on (seed, block) assigns the places of the block to the
+corpora. So the corpus of a row, and its row number in that corpus, can be computed from (seed, r) alone.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from deltaformer_jax.data.packing import Packing, permuted
 from deltaformer_jax.data.task_data import TaskData, is_task
 from deltaformer_jax.host.paths import expand
 
-BLOCK = 10_000  # rows; weights are rounded to so many parts
+BLOCK = 10_000  # rows in a block; weights are rounded to multiples of 1 / BLOCK
 
 
 class Mixture:
-    """Corpora to be read as one by `batches`; they were made with the same tokenizer.
+    """Corpora with the same tokenizer that `batches` reads as one.
 
-    In training corpus i gives weights[i] / sum(weights) of the *rows*, its epochs one after the other at its own pace:
-    what is small and heavy is read more often. Evaluation passes once over every corpus, weights aside, their rows
-    spread evenly among each other.
+    In training, corpus i gives weights[i] / sum(weights) of the *rows*. Each corpus has its own epochs, so a small
+    corpus with a large weight is read more often. Evaluation makes one pass over all corpora, without the weights, with
+    their rows spread evenly among each other.
 
-    Attributes: corpora; weights; path (what it was loaded from); tokenizer; hash (of the corpora and weights, wherever
-    they lie); manifest (as a Corpus's, with the counts of the splits added up).
+    Attributes: corpora; weights; path (what it was loaded from); tokenizer; hash (of the corpora and weights, not of
+    their paths); manifest (as of a Corpus, with the counts of the splits summed).
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], path: str = "mixture"):
@@ -68,10 +68,10 @@ class Mixture:
 
 
 def load_data(spec: str | os.PathLike) -> Corpus | Mixture | TaskData:
-    """The corpus in a folder, the mixture "FOLDER=WEIGHT,FOLDER=WEIGHT,...", or "task:NAME,option=value,...".
+    """The corpus in a folder, the mixture "FOLDER=WEIGHT,FOLDER=WEIGHT,...", or the task "task:NAME,option=value,...".
 
-    A text without "," and "=WEIGHT" is one folder, and so is one that exists. ValueError or FileNotFoundError as for
-    `load_corpus`; ValueError for a weight that is no number above 0, or below one part in BLOCK of the sum.
+    A text without "," and "=", or one that exists as a path, is one folder. Raises ValueError or FileNotFoundError as
+    `load_corpus` does, and ValueError for a weight that is not a number above 0 or is below 1 / BLOCK of the sum.
     """
     text = os.fspath(spec)
     if is_task(text):
@@ -92,9 +92,9 @@ def load_data(spec: str | os.PathLike) -> Corpus | Mixture | TaskData:
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
-    """Rows of each corpus in a block, int64, summing to BLOCK: shares rounded so that the largest remainders go up.
+    """Rows of each corpus in a block, int64, with sum BLOCK: exact shares, of which the largest remainders round up.
 
-    ValueError where a weight is too small for one row.
+    Raises ValueError if a weight is too small for one row.
     """
     shares = np.asarray(weights, np.float64) / sum(weights) * BLOCK
     counts = np.floor(shares).astype(np.int64)
@@ -107,14 +107,14 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
 
 
 class MixedPacking:
-    """Rows of a mixture, as `Packing`'s of a split: `rows(indices)`, and `rows_per_epoch` where there is no seed."""
+    """Rows of a mixture, with the interface of `Packing`. `rows_per_epoch` has a meaning only without a seed."""
 
     def __init__(self, splits: Sequence[Split], weights: Sequence[float], sequence_length: int, seed: int | None):
         self.sequence_length = sequence_length
         self.seed = seed
         self._quotas = quotas(weights)
         self._starts = np.concatenate([[0], np.cumsum(self._quotas)])
-        # A corpus of its own seed: two copies of one corpus would otherwise give the same rows.
+        # Each corpus has its own seed: two copies of one corpus would otherwise give the same rows.
         self._packings = [
             Packing(split, sequence_length, None if seed is None else f"{seed} of corpus {i}")
             for i, split in enumerate(splits)
@@ -122,13 +122,13 @@ class MixedPacking:
         counts = [packing.rows_per_epoch for packing in self._packings]
         self.rows_per_epoch = sum(counts)
         if seed is None:
-            # Spread evenly, so that the first batches are of every corpus.
+            # Spread evenly, so that the first batches contain every corpus.
             middles = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
             self._order = np.argsort(middles, kind="stable")
             self._ends = np.cumsum(counts)
 
     def place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(which corpus, which of its rows), int64 [N] both, of the rows `indices` int64 [N]."""
+        """(corpus, row in that corpus), each int64 [N], of the rows `indices` int64 [N]."""
         indices = np.asarray(indices, np.int64)
         if self.seed is None:
             flat = self._order[indices]

@@ -1,8 +1,9 @@
-"""Documents laid end to end and cut into rows, by arithmetic alone: row r needs the cumulated lengths and its own text.
+"""Packing: documents are laid end to end and cut into rows of `sequence_length`.
 
-A document of n tokens t is n + 1 pairs, inputs [eot, t1 .. tn] and targets [t1 .. tn, eot]: each token is predicted
-exactly once, and nothing crosses from one document into another. An epoch lays its pairs end to end, documents in an
-order given by (seed, epoch), and cuts them into rows of `sequence_length`; only the epoch's last row has padding.
+A document of n tokens t gives n + 1 pairs of input and target: inputs [eot, t1 .. tn], targets [t1 .. tn, eot]. So each
+token is predicted exactly once, and nothing crosses from one document into another. An epoch lays the pairs of all
+documents end to end, in an order given by (seed, epoch). Only the last row of an epoch has padding. Making row r needs
+only the cumulative lengths and the text of that row.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _ROUNDS = 6
 
 
 class Packing:
-    """Row r of the endless sequence of epochs (seed given), or of one pass in the corpus's own order (seed None).
+    """Rows of an endless sequence of epochs (with a seed), or of one pass in the order of the corpus (seed None).
 
-    `rows_per_epoch` = ceil((tokens + documents) / sequence_length), the same for every epoch. With a seed, row r is
-    one of epoch r // rows_per_epoch, whose documents and rows are both permuted. Memory: 16 bytes per document for
-    each of the two newest epochs. Threads may share it.
+    `rows_per_epoch` = ceil((tokens + documents) / sequence_length), the same for every epoch. With a seed, row r is in
+    epoch r // rows_per_epoch, in which both the documents and the rows are permuted. Memory: 16 bytes per document for
+    each of the two newest epochs. Thread-safe.
     """
 
     def __init__(self, split: Split, sequence_length: int, seed: int | str | None):
@@ -36,11 +37,11 @@ class Packing:
         self._kept = functools.lru_cache(maxsize=2)(self._lay_out)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        with self._lock:  # or several threads would lay out a new epoch at once, each in memory of its own
+        with self._lock:  # else several threads would lay out a new epoch at once, each with its own memory
             return self._kept(epoch)
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the epoch's order, where each one's pairs end), int64 [documents] both."""
+        """(documents in the order of the epoch, cumulative number of pairs up to each), each int64 [documents]."""
         order = np.arange(self.split.documents, dtype=np.int64)
         if self.seed is not None:
             order = permuted(order, self.split.documents, f"{self.seed} {epoch} documents")
@@ -49,8 +50,8 @@ class Packing:
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """tokens, targets, segment_ids: int32 [len(indices), sequence_length] of the rows `indices` (int64).
 
-        Segment ids count a row's documents from 1; 0 is padding, whose tokens and targets are 0. Without a seed, rows
-        past the end are all padding.
+        Segment ids number the documents of a row from 1. 0 is padding, whose tokens and targets are 0. Without a seed,
+        rows past the end are all padding.
         """
         shape = (len(indices), self.sequence_length)
         out = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
@@ -89,10 +90,10 @@ class Packing:
 
 
 def permuted(indices: np.ndarray, size: int, key: str) -> np.ndarray:
-    """P(indices), P a permutation of [0, size) chosen by `key`: int64 [N] -> int64 [N], O(N) for any size.
+    """P(indices), P a permutation of [0, size) chosen by `key`: int64 [N] -> int64 [N]. Cost: O(N) for any size.
 
-    A Feistel network on the smallest enough number of bits, applied again wherever it leaves [0, size). Written
-    here, in 64-bit integers, so that no new release of a library can change the order of a run already begun.
+    A Feistel network on the smallest sufficient number of bits, applied again to values outside [0, size). It is
+    implemented here in 64-bit integers, so that no new release of a library can change the order of data in a run.
     """
     half = max((size - 1).bit_length(), 2) // 2
     other = max((size - 1).bit_length(), 2) - half

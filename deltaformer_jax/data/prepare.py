@@ -1,14 +1,18 @@
-"""Text into a corpus to train on:
+"""Prepare a corpus to train on from text:
 
     python -m deltaformer_jax.data.prepare SOURCE --out DIR [--tokenizer bytes|FILE|bpe:SIZE] [--workers N]
 
-SOURCE is a folder or file of text or code or .jsonl (each also .gz, .zst) or .parquet; without it, the running Python's
-own standard library. --eval_fraction F of the documents are kept for evaluation, --text_field names the text's field,
---separator cuts text files into documents, --force replaces a corpus that is there. A document or file that cannot be
-read stops the program with its place, or --on_error skip leaves it out. Links are followed, each file is read once;
-pipes, sockets, devices and files of other kinds in a folder are left out. DIR/left_out.txt names all that was left out.
-Killed, stopped or at an error, the same command goes on where it was. Files and documents may be of any size. Exit code
-0 when DIR holds the corpus; 2, and one line on stderr, when not.
+SOURCE           a folder, or a file, of text or code, .jsonl (each also .gz, .zst) or .parquet. Files and documents may
+                 be of any size. Default: the standard library of the running Python
+--eval_fraction  the fraction of documents kept for evaluation
+--text_field     the field of JSON lines, or the column of Parquet, that holds the text
+--separator      divides text files into documents
+--on_error       what to do about a document or file that cannot be read: stop, naming it, or skip it
+--force          replace a corpus that DIR already holds
+
+In a folder, links are followed and each file is read once. Pipes, sockets, devices and files of other kinds are left
+out. DIR/left_out.txt names everything that was left out. After a kill, an interruption or an error the same command
+continues where it was. Exit code 0 if DIR holds the corpus; otherwise 2, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -30,32 +34,39 @@ from deltaformer_jax.host.paths import expand
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
-        prog="python -m deltaformer_jax.data.prepare", description="Turns text into a corpus to train on."
+        prog="python -m deltaformer_jax.data.prepare", description="Prepares a corpus to train on from text."
     )
     parser.add_argument(
-        "source", nargs="?", type=expand, default=STDLIB, metavar="SOURCE", help="folder, file; default: stdlib"
+        "source",
+        nargs="?",
+        type=expand,
+        default=STDLIB,
+        metavar="SOURCE",
+        help="folder or file (default: Python's standard library)",
     )
-    parser.add_argument("--out", type=expand, required=True, metavar="DIR", help="the corpus's folder, on a local disk")
+    parser.add_argument("--out", type=expand, required=True, metavar="DIR", help="the folder to make, on a local disk")
     parser.add_argument("--tokenizer", type=expand, default="bytes", help="bytes (default), bpe:SIZE or a file")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more pay from 50 MB of BPE)")
-    parser.add_argument("--eval_fraction", type=float, default=0.02, help="share of eval documents (default: 0.02)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more help with BPE from 50 MB)")
+    parser.add_argument("--eval_fraction", type=float, default=0.02, help="fraction for evaluation (default: 0.02)")
     parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
-    parser.add_argument("--separator", default="", help="cut text files into documents at it (\\n: a new line)")
+    parser.add_argument("--separator", default="", help="divides text files into documents (\\n: new line)")
     parser.add_argument(
         "--on_error",
         choices=("stop", "skip"),
         default="stop",
-        help="at what cannot be read: stop (default), or skip it",
+        help="at a document or file that cannot be read: stop (default), or skip it",
     )
     parser.add_argument("--force", action="store_true", help="replace a corpus that DIR already holds")
     flags = parser.parse_args(arguments)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(max(flags.workers, 1)))  # what learning BPE uses
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(flags.workers, 1)))  # the number of threads for learning BPE
     already = os.path.exists(os.path.join(flags.out, MANIFEST_FILE)) and not flags.force
     try:
         if not flags.out:
             raise ValueError("--out is empty; name a folder")
         if not already and can_go_on(flags.out):
-            print(f"{flags.out}: going on with what was not finished, if it is of the same settings", file=sys.stderr)
+            print(
+                f"{flags.out}: going on with an unfinished preparation, if its settings are the same", file=sys.stderr
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
@@ -74,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         hint = "; --on_error skip leaves out what cannot be read" if isinstance(error, Unreadable) else ""
         if hint and can_go_on(flags.out):
-            hint += ", and what is done is kept"
+            hint += ", and the finished part is kept"
         print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        rest = "; the same command goes on from here" if can_go_on(flags.out) else ""
-        print(f"error: interrupted; {flags.out} is as it was{rest}", file=sys.stderr)
+        rest = "; the same command continues from here" if can_go_on(flags.out) else ""
+        print(f"error: interrupted; {flags.out} is unchanged{rest}", file=sys.stderr)
         return 130
     print(f"{corpus.path}: {'is there already' if already else 'prepared'}, vocabulary {corpus.tokenizer.vocab_size}")
     for name in SPLITS:
@@ -87,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
     _print_left_out(corpus)
     if not corpus.split("eval").documents:
-        print("  no document fell to eval: evaluation needs more documents, a larger --eval_fraction or, in training,")
-        print("  --config.data.eval_tail=0.1, which keeps the end of each document for it")
+        print("  the eval split has no documents: evaluation needs more, a larger --eval_fraction or, in training,")
+        print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
     return 0
 
 
@@ -96,17 +107,15 @@ def _print_left_out(corpus: Corpus) -> None:
     files, on_error = corpus.manifest["source_files_left_out"], corpus.manifest.get("left_out_on_error", 0)
     path = corpus.path / LEFT_OUT_FILE
     if files:
-        print(
-            f"  left out {files:,} files of other kinds than text, code, JSON lines and Parquet, or not to be opened:"
-        )
-        print(f"  {path} names them" if path.exists() else "  (not named by the version that made it)")
+        print(f"  left out {files:,} files that are not text, code, JSON lines or Parquet, or cannot be opened:")
+        print(f"  {path} names them" if path.exists() else "  (the version that prepared it did not name them)")
     if on_error:
-        print(f"  left out {on_error:,} documents or files that cannot be read; {path} names them, and here the first:")
+        print(f"  left out {on_error:,} documents or files that cannot be read; {path} names them. The first:")
         with open(path, encoding="utf-8", newline="\n") as file:
             for line in itertools.islice(file, files, files + 5):
                 print("   ", line.removesuffix("\n"))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the program can clean up
     sys.exit(main())

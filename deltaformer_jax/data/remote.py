@@ -1,4 +1,4 @@
-"""A corpus in an object store (gs://, by etils.epath), copied once to this host: ArrayRecord reads local files."""
+"""Copies a corpus from an object store (gs://, by etils.epath) to this host, since ArrayRecord reads local files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _BLOCK = 2**24
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/deltaformer_jax, by default ~/.cache/deltaformer_jax."""
+    """$XDG_CACHE_HOME/deltaformer_jax, or ~/.cache/deltaformer_jax if XDG_CACHE_HOME is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaformer_jax"
 
 
 def fetch(address: str, manifest_file: str) -> Path:
-    """The local copy, in `cache_folder()`, of the corpus at `address`; copied if it is not there.
+    """The local copy, in `cache_folder()`, of the corpus at `address`. It is copied if it is not there.
 
-    Copies are named after the manifest's hash: a corpus that changes at its address is copied anew. A copy that was cut
-    short goes on with the files that are missing; other processes of this host wait for the one that copies.
-    FileNotFoundError or ValueError names the address; OSError where the disk is full or the store does not answer.
+    A copy's name contains the hash of the manifest, so a corpus that changes at its address is copied again. A copy
+    that was cut short continues with the missing files. Other processes of this host wait for the one that copies.
+    Raises FileNotFoundError or ValueError, naming the address, or OSError if the disk is full or the store does not
+    answer.
     """
     source = epath.Path(address)
     try:
@@ -46,7 +47,7 @@ def fetch(address: str, manifest_file: str) -> Path:
             time.sleep(0.5)
             continue
         with partial.lock:
-            if folder.exists():  # its maker has just finished, and this folder is new and empty
+            if folder.exists():  # another process has just finished the copy; this folder is new and empty
                 partial.remove()
                 break
             others = [path.name for path in source.iterdir() if path.name not in {manifest_file, *files}]

@@ -1,4 +1,4 @@
-"""Writing a split's shards so that a process that dies loses little: what is in a closed shard is never made again."""
+"""Writing the shards of a split. A closed shard survives a kill and is not written again."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import numpy as np
 
 from deltaformer_jax.data import corpus as layout
 
-SHARD_BYTES = 2**28  # of tokens, before compression: what a preparation that was killed makes again at most
+SHARD_BYTES = 2**28  # of tokens, before compression; also the most that a killed preparation has to repeat
 JOURNAL = "progress.json"
 
 
 class NotAsLeft(ValueError):
-    """What is in an unfinished folder is of no use."""
+    """The files of an unfinished folder cannot be continued."""
 
 
 class SplitWriter:
     """Writes one split's shards and lengths into `folder`.
 
-    A shard ends with the document that fills it, and at every `checkpoint`. Lengths (int64) and digests (16 bytes) of
-    the documents go to two files of the folder as they come, which `finish` turns into the manifest's entry.
+    A shard ends with the document that fills it, and at every `checkpoint`. The lengths (int64) and digests (16 bytes)
+    of the documents are appended to two files in the folder, from which `finish` makes the manifest's entry.
     """
 
     def __init__(self, folder: Path, name: str, checkpoint: dict[str, Any] | None = None):
-        """Goes on after `checkpoint`, which the method of that name returned: what was written since is dropped.
+        """Continues after `checkpoint`, the result of the method of that name. What was written since is dropped.
 
-        NotAsLeft if a file it names is not as it was.
+        Raises NotAsLeft if a file that the checkpoint names has changed.
         """
         state = checkpoint or {"documents": 0, "bytes": 0, "shards": []}
         self._folder = folder
@@ -48,20 +48,20 @@ class SplitWriter:
                 file.unlink()
         for file, size in kept.items():
             if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-                raise NotAsLeft(f"{folder / file}: not as it was left; the same call again starts over")
+                raise NotAsLeft(f"{folder / file}: was changed meanwhile; the same call again starts over")
         self._lengths = self._reopen("lengths", 8 * self._documents)
         self._digests = self._reopen("digests", 16 * self._documents)
 
     def _reopen(self, what: str, size: int) -> Any:
         path = self._folder / f"{self._name}.{what}"
         if size and (not path.exists() or path.stat().st_size < size):
-            raise NotAsLeft(f"{path}: not as it was left; the same call again starts over")
+            raise NotAsLeft(f"{path}: was changed meanwhile; the same call again starts over")
         file = open(path, "ab")
         file.truncate(size)
         return file
 
     def add(self, pieces: Iterable[np.ndarray], length: int, text_bytes: int, digest: bytes) -> None:
-        """A document of `length` tokens, in arrays of PIECE and the rest."""
+        """Write a document of `length` tokens. `pieces`: arrays of PIECE tokens each, and a last one with the rest."""
         if self._writer is None or self._shard_bytes >= SHARD_BYTES:
             self._open_shard()
         for tokens in pieces:
@@ -79,7 +79,7 @@ class SplitWriter:
 
         self._close_shard()
         file = f"{self._name}-{len(self._shards):05d}.array_record"
-        # group_size 1: a record is compressed by itself, so that random access reads nothing else.
+        # group_size 1: each record is compressed separately, so that random access reads nothing else.
         self._writer = ArrayRecordWriter(str(self._folder / file), "group_size:1,zstd:3")
         self._shard_bytes = 0
         self._shards.append({"file": file, "records": 0})
@@ -92,7 +92,7 @@ class SplitWriter:
             self._shards[-1]["size"] = (self._folder / self._shards[-1]["file"]).stat().st_size
 
     def checkpoint(self) -> dict[str, Any]:
-        """Closes the shard, and returns plain data from which a new SplitWriter goes on."""
+        """Closes the shard. Returns plain data with which a new SplitWriter continues."""
         self._close_shard()
         for file in (self._lengths, self._digests):
             file.flush()
@@ -104,7 +104,7 @@ class SplitWriter:
         self._digests.close()
 
     def finish(self) -> dict[str, Any]:
-        """The split's entry in the manifest."""
+        """Closes everything. Returns the entry of this split in the manifest."""
         self._close_shard()
         self.close()
         raw = Path(self._lengths.name)
@@ -126,9 +126,9 @@ class SplitWriter:
 
 
 class Journal:
-    """How far a preparation in `folder` has come: `units` of the source, which are `size` bytes of it.
+    """The progress of a preparation in `folder`: it has finished `units` units of the source, `size` bytes.
 
-    `splits`: a SplitWriter's checkpoint for each split, or {} at the start; `left_out`: LeftOut's.
+    `splits`: the checkpoint of each split's SplitWriter, or {} at the start. `left_out`: the checkpoint of LeftOut.
     """
 
     def __init__(self, folder: Path):
@@ -156,7 +156,7 @@ class Journal:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """ArrayRecord's RuntimeError, of a full disk for example, as the OSError that it is."""
+    """Turns a RuntimeError of ArrayRecord, for example on a full disk, into an OSError."""
     try:
         yield
     except RuntimeError as error:

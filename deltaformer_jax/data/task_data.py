@@ -1,4 +1,4 @@
-"""A synthetic task in the place of a corpus: `data.path` "task:NAME,option=value", drawn as it is asked for."""
+"""A synthetic task instead of a corpus: `data.path` = "task:NAME,option=value". Examples are drawn when needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deltaformer_jax.tasks import Examples, make_task
 from deltaformer_jax.tasks.spec import PREFIX
 
 EVALUATION_EXAMPLES = 1024
-EVALUATION_SEED = "evaluation"  # the seed of the evaluation split, which no run's training has
-_LONG = 2**20  # tokens in a row: room for any task, to ask what does not depend on it
+EVALUATION_SEED = "evaluation"  # the seed of the evaluation split, which differs from every seed of training
+_LONG = 2**20  # tokens in a row: long enough for any task, to find properties that do not depend on it
 
 
 def is_task(spec: str) -> bool:
@@ -21,12 +21,14 @@ def is_task(spec: str) -> bool:
 
 
 class TaskData:
-    """What `batches` draws from: training is endless, evaluation is EVALUATION_EXAMPLES drawn apart from it.
+    """The data of a task for `batches`: endless for training, EVALUATION_EXAMPLES examples for evaluation.
 
-    Rows are drawn with replacement: of a task with few examples of a length (parity of 5 bits: 32) both see the same.
+    Evaluation examples come from another seed, and examples are drawn with replacement. So if a task has few different
+    examples (parity of 5 bits has 32), training and evaluation share them.
 
-    Attributes: path (the spec); tokenizer (a TaskVocabulary: ids are numbers, the larger of the task's two vocabularies
-    many); hash (of the task and its options). ValueError, for one line, as for `tasks.make_task`.
+    Attributes: path (the spec); tokenizer (a TaskVocabulary whose size is the larger of the task's input and target
+    vocabularies); hash (of the task and its options). Raises ValueError with a message of one line, as
+    `tasks.make_task` does.
     """
 
     def __init__(self, spec: str):
@@ -36,18 +38,18 @@ class TaskData:
         self.hash = hashlib.sha256(repr(task).encode()).hexdigest()
 
     def check_length(self, sequence_length: int) -> None:
-        """Raise ValueError unless the task fits rows of that many tokens."""
+        """Raise ValueError unless the examples of the task fit into rows of `sequence_length` tokens."""
         make_task(self.path, sequence_length)
 
     def rows(self, sequence_length: int, seed: int | None) -> TaskRows:
-        """The rows of training under `seed`, or, None, of the evaluation split."""
+        """The rows of training with `seed`, or of the evaluation split if `seed` is None."""
         return TaskRows(make_task(self.path, sequence_length), seed)
 
 
 class TaskRows:
-    """Rows of a task, as `Packing`'s of a split: seed None is the evaluation split, which has `examples` rows.
+    """Rows of a task, with the interface of `Packing`. With seed None the evaluation split, which has `examples` rows.
 
-    `first`: the example that is row 0.
+    `first`: the number of the example in row 0.
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class TaskRows:
         self.rows_per_epoch = examples
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """tokens, targets, segment_ids (1, 0 at padding): int32 [N, T]; loss_mask: bool [N, T], what is asked for.
+        """tokens, targets, segment_ids (1, or 0 at padding): int32 [N, T]; loss_mask: bool [N, T], True at targets.
 
-        Of the evaluation split rows past the end are all padding.
+        In the evaluation split, rows past the end are all padding.
         """
         indices = np.asarray(indices, np.int64)
         examples = self._task(self._seed, self._first + indices)

@@ -1,4 +1,4 @@
-"""Units of source text into tokens, in order, by this process or by several."""
+"""Tokenizes units of source text, in order, in this process or in several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class Document(NamedTuple):
-    """`pieces`: its tokens, in arrays of PIECE and the rest. length: tokens; text_bytes: of UTF-8."""
+    """A tokenized document. pieces: arrays of PIECE tokens each and a last one with the rest. length: its tokens.
+
+    text_bytes: the length of its UTF-8. digest: `digest_of` its text.
+    """
 
     pieces: Iterable[np.ndarray]
     length: int
@@ -34,11 +37,11 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class TokenizedUnit:
-    """A unit's documents, without the empty ones and those that cannot be read.
+    """The documents of a unit, without empty ones and those that cannot be read.
 
-    tokens: all of them, end to end, in `dtype`, that of `token_dtype`; or a file of them, there until the next unit is
-    asked for. lengths, text_bytes (UTF-8) and digests have an entry for each document. size: the unit's bytes of
-    source. left_out: what could not be read.
+    tokens: the tokens of all documents, end to end, in `dtype` (see `token_dtype`); or an open file of them, which is
+    closed when the next unit is requested. lengths, text_bytes (UTF-8) and digests have one entry per document.
+    size: the unit's bytes of source. left_out: messages about what could not be read.
     """
 
     size: int
@@ -68,7 +71,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def digest_of(text: bytes) -> bytes:
-    """16 bytes that name a text: they decide its split, and whether BPE is learnt from it."""
+    """The hash of a text, 16 bytes. It decides the split of the text, and whether BPE is learnt from it."""
     return new_digest(text).digest()
 
 
@@ -77,7 +80,7 @@ def new_digest(text: bytes = b"") -> Any:
 
 
 def tokenize_unit(tokenizer: Tokenizer, unit: Unit, skip: bool = False) -> TokenizedUnit:
-    """What cannot be read is raised, or with `skip` named in the result."""
+    """The unit, tokenized. A document that cannot be read raises Unreadable or, with `skip`, is named in left_out."""
     dtype = token_dtype(tokenizer)
     arrays, text_bytes, digests, left_out = [], [], [], []
     for text in unit.documents():
@@ -98,7 +101,7 @@ def tokenize_unit(tokenizer: Tokenizer, unit: Unit, skip: bool = False) -> Token
 
 
 def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, file: BinaryIO, skip: bool) -> TokenizedUnit:
-    """As `tokenize_unit`, one document, whose tokens are in `file` as long as that is open."""
+    """As `tokenize_unit`, for one long document, whose tokens are written to `file`."""
     dtype, digest, text_bytes, length = token_dtype(tokenizer), new_digest(), 0, 0
 
     def parts() -> Iterator[str]:
@@ -126,10 +129,10 @@ def _tokenize_long(tokenizer: Tokenizer, unit: LongUnit, file: BinaryIO, skip: b
 def tokenize_units(
     tokenizer: Tokenizer, units: Iterable[Unit | LongUnit], workers: int, folder: Path, skip: bool = False
 ) -> Iterator[TokenizedUnit]:
-    """`tokenize_unit` of each unit, in order, in this process (workers 1) or `workers` new ones.
+    """`tokenize_unit` of each unit, in order, in this process (`workers` 1) or in `workers` new processes.
 
-    Reads at most 2 workers + 1 units ahead of its consumer. A LongUnit is this process's own work, through files in
-    `folder`, when all before it is out. What a unit raises is raised here; ChildProcessError if a process dies.
+    Reads at most 2 workers + 1 units ahead. A LongUnit is tokenized in this process, with files in `folder`, after all
+    units before it have been yielded. Exceptions of a unit are raised here. Raises ChildProcessError if a process dies.
     """
     if workers == 1:
         for unit in units:
@@ -155,7 +158,7 @@ def tokenize_units(
                     with tempfile.TemporaryFile(dir=folder) as tokens:
                         yield _tokenize_long(tokenizer, unit, tokens, skip)
                     continue
-                with _keyboard_held():  # the first one starts the processes
+                with _keyboard_held():  # the first call starts the processes
                     waiting.append(pool.submit(_work, unit, skip))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
@@ -164,7 +167,7 @@ def tokenize_units(
         except concurrent.futures.process.BrokenProcessPool:
             raise ChildProcessError("a worker process died (out of memory?); try fewer --workers") from None
         except BaseException:
-            # An interruption, or a unit's error: what the others have begun may take minutes, and nobody wants it.
+            # An interruption or the error of a unit. The others may take minutes, and their results are not needed.
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
@@ -174,7 +177,7 @@ def tokenize_units(
 
 @contextlib.contextmanager
 def _keyboard_held() -> Iterator[None]:
-    """Ctrl-C waits. Processes started meanwhile never see it: it is their parent that handles it."""
+    """Blocks SIGINT. Processes started meanwhile keep it blocked, so that only their parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

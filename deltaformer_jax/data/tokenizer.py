@@ -1,7 +1,7 @@
 """Text to token ids and back: raw bytes, or byte-level BPE.
 
-Both are byte-level: token i stands for a fixed string of bytes, the bytes of a text are the concatenation of its
-tokens' bytes, and one more token, end-of-text (`eot`), stands between documents and is never made from text.
+Both are byte-level: token i stands for a fixed string of bytes, and the bytes of a text are the concatenation of the
+bytes of its tokens. One more token, end-of-text (`eot`), separates documents and never results from encoding text.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import numpy as np
 from deltaformer_jax.data.byte_level import byte_exact, check_probe, is_byte_level
 from deltaformer_jax.host.paths import expand
 
-# The names under which published byte-level tokenizers keep their end-of-text token, in order of preference.
+# The names of the end-of-text token in published byte-level tokenizers, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
 SMALLEST_BPE = 257  # 256 bytes and end-of-text; merges start above
 _BYTES_FILE = json.dumps({"deltaformer_jax": {"tokenizer": "bytes", "version": 1}}, sort_keys=True) + "\n"
 
 
 class Tokenizer(abc.ABC):
-    """What both kinds share: `pieces[i]` is the bytes of token i, b"" for end-of-text and other special tokens.
+    """The base class of both kinds. `pieces[i]` is the bytes of token i, b"" for end-of-text and other special tokens.
 
     Attributes:
       kind: "bytes" or "bpe".
-      vocab_size: number of ids; every id is in [0, vocab_size). Rounding it up is the model's business.
-      eot: id of the token before the first and after the last token of a document.
-      token_bytes: int32 [vocab_size], len(pieces[i]): what bits per byte divides by.
-      hash: sha256, hexadecimal, of the file `save` writes.
-      switched_off: names of what in the file would change texts or draw at random, and is not used.
+      vocab_size: number of ids; every id is in [0, vocab_size). The model may round it up.
+      eot: id of end-of-text, the token before the first and after the last token of a document.
+      token_bytes: int32 [vocab_size], len(pieces[i]), used for bits per byte.
+      hash: sha256, hexadecimal, of the file that `save` writes.
+      switched_off: names of components of the file that change texts or are random, and so are not used.
     """
 
     switched_off: tuple[str, ...] = ()
@@ -61,10 +61,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The tokens of the text that `parts` make together, in one or more arrays, in bounded memory."""
+        """The tokens of the concatenation of `parts`, in one or more arrays, in bounded memory."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; end-of-text has none. ValueError for an id outside [0, vocab_size)."""
+        """The bytes of `ids`; end-of-text has none. Raises ValueError for an id outside [0, vocab_size)."""
         pieces = []
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -73,7 +73,7 @@ class Tokenizer(abc.ABC):
         return b"".join(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
@@ -86,10 +86,10 @@ class Tokenizer(abc.ABC):
 
 
 class StreamDecoder:
-    """Token ids in, text out, as early as possible and never half a character.
+    """Decodes token ids that come one at a time. Returns text as early as possible, but never part of a character.
 
-    `push(id)` returns the characters that id completes (often one, "" in the middle of a character), `end()` what is
-    left. Together they are `tokenizer.decode` of all the ids.
+    `push(id)` returns the characters that this id completes, "" in the middle of a character. `end()` returns the rest.
+    Their concatenation is `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -100,7 +100,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
 
     def end(self) -> str:
-        """What an unfinished character becomes: U+FFFD, or "". The decoder is then as new."""
+        """U+FFFD for an unfinished character, else "". Then resets the decoder."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -120,7 +120,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class TaskVocabulary(Tokenizer):
-    """The `vocab_size` ids of a synthetic task: numbers without text. `encode` raises ValueError."""
+    """The `vocab_size` ids of a synthetic task, which stand for no text. `encode` raises ValueError."""
 
     def __init__(self, vocab_size: int):
         content = {"deltaformer_jax": {"tokenizer": "task", "version": 1, "vocab_size": vocab_size}}
@@ -128,22 +128,22 @@ class TaskVocabulary(Tokenizer):
 
     def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
         raise ValueError(
-            "the tokens of a synthetic task are numbers, not text: its runs neither write on from prompts nor read "
-            "text; python -m deltaformer_jax.evaluate scores them"
+            "the tokens of a synthetic task are numbers, not text: a run on a task cannot continue prompts or read "
+            "text; python -m deltaformer_jax.evaluate scores it"
         )
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE from the text of a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and our own).
+    """Byte-level BPE from the text of a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen, or made by `train_bpe`).
 
-    End-of-text is the first of EOT_NAMES among the file's special tokens, or else one new id after its last.
-    Special tokens' names in a text are encoded as ordinary text. What in the file would change texts is switched off
-    (`switched_off` names it) or refused, as byte_level.py says. ValueError, naming `where`, for a file that is not a
-    byte-level BPE.
+    End-of-text is the first of EOT_NAMES among the special tokens of the file, or else a new id after the last one.
+    Names of special tokens in a text are encoded as ordinary text. Components of the file that would change texts are
+    switched off (`switched_off` names them) or refused, see byte_level.py. Raises ValueError, naming `where`, for a
+    file that is not a byte-level BPE.
     """
 
     def __init__(self, file_text: str, where: str = "tokenizer"):
-        # Hugging Face's library is imported where it is used: byte tokenizers need none of it.
+        # Imported here, since byte tokenizers do not need this library.
         import tokenizers
 
         encoder = _read_encoder(file_text, where)
@@ -162,7 +162,9 @@ class BPETokenizer(Tokenizer):
         vocabulary = encoder.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=0) + 1
         if size > len(vocabulary) + 2**20:
-            raise ValueError(f"{where}: has ids up to {size - 1:,} for {len(vocabulary):,} tokens")
+            raise ValueError(
+                f"{where}: has ids up to {size - 1:,} for only {len(vocabulary):,} tokens; use another file"
+            )
         eot = next((specials[name] for name in EOT_NAMES if name in specials), size)
         pieces = [b""] * max(size, eot + 1)
         to_byte = {character: byte for byte, character in _byte_characters().items()}
@@ -175,7 +177,7 @@ class BPETokenizer(Tokenizer):
             except KeyError:
                 raise ValueError(f"{where}: token {i}, {token!r}, is not byte-level") from None
         if missing := set(range(256)) - {piece[0] for piece in pieces if len(piece) == 1}:
-            raise ValueError(f"{where}: lacks tokens for {len(missing)} of the 256 bytes, whose text it would lose")
+            raise ValueError(f"{where}: lacks tokens for {len(missing)} of the 256 bytes, so it would lose text")
         super().__init__("bpe", pieces, eot, file_text)
         self.switched_off = tuple(switched_off)
         self._encoder = encoder
@@ -184,18 +186,22 @@ class BPETokenizer(Tokenizer):
         check_probe(lambda text: self.decode_bytes(self.encode(text)), where, words)
 
     def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """As of every tokenizer. The library needs some hundred bytes for a token, so it is given a text in blocks.
+        """The tokens of the concatenation of `parts`. The text is encoded in blocks, since the library needs some
+        hundred bytes of memory per token.
 
-        They change nothing: a block ends between two words of the pre-tokenizer, found reading from the block's start,
-        which is the end of such a word itself; BPE joins nothing across. The pre-tokenizer goes from left to right and
-        decides a word by what is in it and the character after it, so that words `_margin` before the block's end are
-        what they are in the whole text. That the next block begins alike without what stands before it is tried with
-        what is left of this one, and if it does not (a pre-tokenizer may look back), the block ends a word earlier.
-        The exception is a word of more than _LONGEST_WORD characters, which would take BPE a gigabyte: it is cut.
+        The blocks do not change the tokens, for these reasons:
+
+        * A block ends between two words of the pre-tokenizer, and BPE joins nothing across words.
+        * The pre-tokenizer works from left to right and decides a word by its characters and the one after it. So words
+          that end at least `_margin` bytes before the end of a block are the words of the whole text.
+        * A pre-tokenizer may look back. So the text left of the block is encoded by itself, and if its tokens differ,
+          the block ends one word earlier.
+
+        Exception: a word of more than _LONGEST_WORD characters, for which BPE would take a gigabyte, is cut.
         """
         rest, enough, made = "", _BLOCK_CHARACTERS, False
         for block in _slices(parts):
-            block.encode("utf-8")  # raises at a lone surrogate, where the library would panic
+            block.encode("utf-8")  # raises at a lone surrogate, at which the library would panic
             rest += block
             if len(rest) < enough:
                 continue
@@ -214,7 +220,7 @@ class BPETokenizer(Tokenizer):
         return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int64)
 
     def _cut(self, text: str, ids: np.ndarray, words: np.ndarray) -> tuple[int, str]:
-        """(number of tokens of a block that are certain, the text after them); (0, "") if none is."""
+        """(how many tokens of a block are certain to be those of the whole text, the text after them), or (0, "")."""
         ends = np.cumsum(self.token_bytes[ids])
         certain = np.searchsorted(ends, ends[-1] - self._margin, side="right")
         (starts,) = np.nonzero(np.diff(words))  # token i ends a word
@@ -226,11 +232,10 @@ class BPETokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str | Iterable[str]], vocab_size: int) -> BPETokenizer:
-    """Byte-level BPE of `vocab_size` ids learnt from `texts` (each whole, or in parts): all 256 bytes, end-of-text,
-    then merges.
+    """Learns byte-level BPE of `vocab_size` ids (256 bytes, end-of-text, merges) from `texts`, each whole or in parts.
 
-    The result depends on the texts alone, not on threads. Few texts may allow fewer merges than asked for: the
-    vocabulary is then smaller. ValueError for vocab_size < 257.
+    The result depends on the texts alone, not on the number of threads. If the texts do not allow enough merges, the
+    vocabulary is smaller. Raises ValueError for vocab_size < 257.
     """
     check_bpe_size(vocab_size)
     import tokenizers
@@ -249,9 +254,9 @@ def train_bpe(texts: Iterable[str | Iterable[str]], vocab_size: int) -> BPEToken
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a file that `Tokenizer.save` wrote, or of a Hugging Face byte-level BPE's tokenizer.json.
+    """The tokenizer in a file that `Tokenizer.save` wrote, or in the tokenizer.json of a Hugging Face byte-level BPE.
 
-    FileNotFoundError or ValueError names the file.
+    Raises FileNotFoundError or ValueError that names the file.
     """
     try:
         text = Path(expand(path)).read_bytes().decode("utf-8-sig")
@@ -278,7 +283,7 @@ def _task_vocabulary(content: object) -> TaskVocabulary | None:
 
 
 def bpe_size(spec: str) -> int | None:
-    """SIZE of a "bpe:SIZE", checked; None for other specs."""
+    """SIZE of "bpe:SIZE"; None for any other spec. Raises ValueError for an invalid SIZE."""
     if not spec.startswith("bpe:"):
         return None
     try:
@@ -303,17 +308,18 @@ _WORD_BEGINS = re.compile(r"(?<=\w)(?=[ \t\r\n])")
 
 
 def _slices(parts: Iterable[str]) -> Iterator[str]:
-    """`parts`, the long ones in slices."""
+    """`parts`, with long ones in slices."""
     for part in parts:
         for start in range(0, len(part), _BLOCK_CHARACTERS):
             yield part[start : start + _BLOCK_CHARACTERS]
 
 
 def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
-    """`texts` in slices of some 64 thousand characters: the library gathers 256 of what it is given before it counts.
+    """`texts` in slices of about 64 thousand characters, which bound the memory: the library collects 256 of its inputs
+    before it counts words.
 
-    It counts words, and the pre-tokenizer of `train_bpe` begins one at every white space after a letter or digit, so
-    that slices which begin there change nothing. Words of more than _LONGEST_WORD characters are cut.
+    The pre-tokenizer of `train_bpe` begins a word at every white space after a letter or digit. So slices that begin
+    there do not change the counts. Words of more than _LONGEST_WORD characters are cut.
     """
     for text in texts:
         rest = ""
@@ -340,12 +346,12 @@ def _read_encoder(file_text: str, where: str) -> Any:
         return tokenizers.Tokenizer.from_str(file_text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+    except BaseException as error:  # the library raises bare Exception, and its panics are not subclasses of it
         raise ValueError(f"{where}: not a tokenizer.json of Hugging Face tokenizers: {error}") from None
 
 
 def _byte_characters() -> dict[int, str]:
-    """Byte-level BPE's printable stand-in for each byte: itself where Latin-1 prints it, else U+0100 and up."""
+    """The printable character by which byte-level BPE writes each byte: Latin-1 if printable, else U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

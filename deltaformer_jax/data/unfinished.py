@@ -1,7 +1,7 @@
-"""Folders that are made beside their place and renamed when they are whole, and found again after a kill.
+"""Folders that are written under a temporary name, renamed when they are complete, and found again after a kill.
 
-An unfinished folder's name is a hash of what it is to hold, so that the same call finds it. A lock, which ends with the
-process, tells one that was left behind from one that is being written.
+The temporary name has a hash of the intended content, so that the same call finds the folder again. A lock, which ends
+with its process, shows whether a folder is being written or was left behind.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _LOCK = "lock"
 
 
 class Unfinished(NamedTuple):
-    """`path`: the folder; `lock`: its lock, held until it is closed. `locked`: False where the disk has no locks."""
+    """path: the folder. lock: its lock, held until it is closed. locked: False if the file system has no locks."""
 
     path: Path
     lock: Any
     locked: bool = True
 
     def move(self, folder: Path) -> None:
-        """Renames it to `folder`, which does not exist or is empty: OSError otherwise."""
+        """Renames it to `folder`. Raises OSError unless `folder` is missing or empty."""
         (self.path / _LOCK).unlink()
         os.replace(self.path, folder)
 
@@ -35,7 +35,7 @@ class Unfinished(NamedTuple):
 
 
 def open_unfinished(folder: Path, content: Any) -> Unfinished:
-    """The unfinished `folder` of this content (plain data), as it was left; a new one if another process has that."""
+    """The unfinished `folder` with this content (plain data), as it was left; a new one if another process holds it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     path = folder.parent / f".{folder.name}.partial-{name}"
@@ -43,14 +43,14 @@ def open_unfinished(folder: Path, content: Any) -> Unfinished:
 
 
 def try_open(path: Path) -> Unfinished | None:
-    """The folder `path`, made if it is not there and locked; None if another process holds it.
+    """The folder `path`, locked, and created if it does not exist; None if another process holds it.
 
-    On a disk without locks (some cluster file systems) it is taken to be free.
+    On a file system without locks (some cluster file systems) the folder counts as free.
     """
     path.mkdir(exist_ok=True)
     try:
         lock = open(path / _LOCK, "a")
-    except FileNotFoundError:  # its owner has just renamed it
+    except FileNotFoundError:  # the process that held it has just renamed it
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""Text from a model: tokens drawn through its cache, and the texts they make."""
+"""Generating text with a model: sampling tokens with its cache, and turning them into text as they come."""

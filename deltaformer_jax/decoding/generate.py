@@ -1,4 +1,4 @@
-"""Text from a model: the prompts in one call, then one token of each at a time through the cache."""
+"""Sampling from a model: one prefill call for all prompts, then one decoding step per token, with the cache."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,10 +15,12 @@ from deltaformer_jax.model import LanguageModel
 def choose(
     logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: jax.Array | None = None
 ) -> jax.Array:
-    """int32 [B] from float32 [B, V] and keys [B]: argmax at temperature 0, else a draw from p = softmax(logits /
-    temperature) over the top_k largest (0: all) and of these the fewest likeliest whose p sum to top_p (None: all).
+    """The next token of each row, int32 [B], from logits float32 [B, V] and one random key per row, keys [B].
 
-    Ties with the last token that is in stay in. Nucleus sampling: Holtzman et al., arXiv 1904.09751.
+    At temperature 0 it is the argmax. Otherwise it is drawn from softmax(logits / temperature), restricted first to the
+    top_k largest logits (0: all), then to the smallest set of likeliest tokens whose probabilities sum to at least
+    top_p (None: all). Tokens whose logit equals that of the last token kept are kept too. Nucleus sampling (top_p):
+    Holtzman et al., arXiv 1904.09751.
     """
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     if top_k:
@@ -27,7 +29,7 @@ def choose(
     if top_p is not None:
         falling = -jnp.sort(-scaled, axis=-1)
         shares = jax.nn.softmax(falling, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier
+        before = jnp.cumsum(shares, axis=-1) - shares  # total probability of the likelier tokens
         least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
         scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled)
@@ -35,7 +37,7 @@ def choose(
 
 
 def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
-    """A key for each row's draw at a position, whatever the number of rows."""
+    """One key per row for the draw at `position`. A row's key does not depend on the number of rows."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, position), jnp.arange(rows))
 
 
@@ -59,7 +61,7 @@ def decode_step(graphdef, params, token, cache, key, position, temperature, top_
 
 
 def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Raise ValueError naming the argument of `generate` that is out of range."""
+    """Raise ValueError, naming the argument, if an argument of `generate` is out of range."""
     if tokens < 1:
         raise ValueError(f"tokens = {tokens}: give 1 or more")
     if not 0 <= temperature < float("inf"):
@@ -84,9 +86,9 @@ def with_weights_in(model: LanguageModel, dtype) -> LanguageModel:
 
 
 def generate(model: LanguageModel, prompt: Sequence[int], tokens: int, **options) -> Iterator[int]:
-    """As `generate_batch` for one prompt: yields `tokens` token ids.
+    """Yield `tokens` token ids that continue one prompt. `options` are those of `generate_batch`.
 
-    text = list(generate(model, [0, 5, 3], 20, temperature=0.0))
+    ids = list(generate(model, [0, 5, 3], 20, temperature=0.0))
     """
     return (int(row[0]) for row in generate_batch(model, [prompt], tokens, **options))
 
@@ -101,18 +103,23 @@ def generate_batch(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Yield `tokens` times the next token id of every prompt, int32 [len(prompts)].
+    """Yield, `tokens` times, the next token id of every prompt: int32 [len(prompts)].
 
-    Prompts, of any lengths but 0, start with the document separator. They are padded on the right to one power of two,
-    as is the cache, so that a few compiled programs serve every length; padding has segment id 0 and enters neither
-    attention nor cache. Row b's draws depend on (seed, b, position): the same seed gives the same texts, and a row's
-    text does not depend on the other prompts. Raises ValueError, at the call, for an empty prompt and as
-    `check_sampling` does.
+    Args:
+      prompts: lists of token ids, each at least one id long and beginning with the document separator.
+      tokens: the number of ids to generate per prompt.
+      temperature, top_k, top_p: see `choose`; top_p = 1 means all tokens.
+      seed: row b's draw depends on (seed, b, position) only. The same seed gives the same texts, and a row's text does
+        not depend on the other prompts.
+
+    Prompts are padded on the right to a common power of two, and the cache's capacity is a power of two, so that few
+    compiled programs serve all lengths. Padding has segment id 0: nothing attends to it and it is not stored in the
+    cache. Raises ValueError, at the call, for an empty prompt or an argument out of range.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompt: no token; start it with the document separator")
+        raise ValueError("prompt: has no token; begin it with the document separator")
     check_sampling(tokens, temperature, top_k, top_p, seed)
-    # Both are arrays, so that another temperature or top_p is another draw and not another program.
+    # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)
     return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)
 

@@ -1,4 +1,4 @@
-"""Token ids in, text out as it comes: whole characters, and nothing of a stop string."""
+"""Incremental decoding of token ids into text: only whole characters, and no part of a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ from deltaformer_jax.data import Tokenizer
 
 
 class TextStream:
-    """The text of ids pushed one at a time, up to end-of-text or the first of `stops` to appear in it.
+    """Decodes token ids pushed one at a time. The text ends at the end-of-text token or before the first stop string.
 
-    `push` returns what is certain by now: not the bytes of an unfinished character, and not an end of the text that a
-    stop string may begin with. `finish` is None, then "end_of_text" or "stop"; what is pushed after that is ignored.
-    ValueError for an empty stop string.
+    `push(token)` returns the new text that is final. It holds back the bytes of an incomplete character, and a tail of
+    the text that may be the beginning of a stop string. `finish` is None while the text goes on, then "end_of_text" or
+    "stop"; later tokens are ignored. Raises ValueError for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -32,7 +32,7 @@ class TextStream:
         return self._release(self._decoder.push(token))
 
     def end(self) -> str:
-        """What was held back, when no more tokens come; U+FFFD for an unfinished character."""
+        """The text that was held back, to be called after the last token. An incomplete character gives U+FFFD."""
         text = self._release(self._decoder.end()) + self._held
         self._held = ""
         return text
@@ -52,5 +52,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, all of `stop` excepted."""
+    """The length of the longest tail of `text` that is a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""The program that scores a run's model: __main__.py says how."""
+"""The program that evaluates a run's model; its usage is in __main__.py."""

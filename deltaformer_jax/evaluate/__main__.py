@@ -1,14 +1,16 @@
-"""Loss, perplexity and bits per byte of a run's model, by position too:
+"""Loss, perplexity and bits per byte of a run's model, overall and by position:
 
     python -m deltaformer_jax.evaluate --workdir DIR [--data PATH] [--step N] [--sequence_length N] [--batch_size N]
                                        [--batches N]
 
-On the evaluation split of the run's own data; with --data on that of another prepared corpus (or several,
-FOLDER=WEIGHT,FOLDER=WEIGHT), or on all of a text file or of a folder of text. Of a run on a synthetic task the accuracy
-too, on request with other options (--data task:parity,shortest=41,longest=500 --sequence_length 501). A table goes to
-stderr, and one line of JSON to stdout. A position is the number of tokens the model has seen of a document when it
-predicts the next; with --sequence_length it may be a longer document than those it was trained on. Bad input: one line,
-exit code 2.
+The data is the evaluation split of the run's own data. With --data it is the evaluation split of another prepared
+corpus (or of several, FOLDER=WEIGHT,FOLDER=WEIGHT), or all of a text file or of a folder of text. A run on a synthetic
+task is also evaluated by accuracy; --data may give the same task with other options, as in
+--data task:parity,shortest=41,longest=500 --sequence_length 501.
+
+A position is the number of tokens of its document that the model has seen when it predicts the next token. With
+--sequence_length documents may be longer than in training. A table goes to stderr, and one line of JSON to stdout.
+Wrong input gives one line on stderr and exit code 2.
 """
 
 import json
@@ -27,16 +29,21 @@ from deltaformer_jax.host.waiting import say_aside, waiting
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m deltaformer_jax.evaluate",
-        description="Loss, perplexity and bits per byte of a run's model, by position too.",
+        description="Loss, perplexity and bits per byte of a run's model, overall and by position.",
     )
     parser.add_argument("--workdir", type=expand, required=True, metavar="DIR", help="the run's folder; may be gs://")
     parser.add_argument(
-        "--data", type=expand, metavar="PATH", help="a prepared corpus, or text (default: the run's own)"
+        "--data",
+        type=expand,
+        metavar="PATH",
+        help="a prepared corpus, a text file, a folder of text, or task:NAME,option=value (default: the run's data)",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="of which checkpoint (default: the newest)")
-    parser.add_argument("--sequence_length", type=int, metavar="N", help="tokens in a row (default: the run's)")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="sequences at a time (default: the run's)")
-    parser.add_argument("--batches", type=int, default=0, metavar="N", help="only the first N (default: 0, all)")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
+    parser.add_argument("--sequence_length", type=int, metavar="N", help="tokens per row (default: the run's)")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="rows per batch (default: the run's)")
+    parser.add_argument(
+        "--batches", type=int, default=0, metavar="N", help="evaluate only the first N batches; 0: all (default: 0)"
+    )
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.evaluate"), tempfile.TemporaryDirectory() as folder:
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             from deltaformer_jax.training.checkpoints.restore import restore
 
         if flags.batches < 0:
-            raise ValueError(f"--batches {flags.batches}: give 0 (all of them) or more")
+            raise ValueError(f"--batches {flags.batches}: give 0 (all batches) or more")
         for name in ("batch_size", "sequence_length"):
             if getattr(flags, name) is not None and getattr(flags, name) < 1:
                 raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
@@ -56,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         with waiting("reading the data", say_aside):
             corpus = evaluation_corpus(run, flags.data, Path(folder))
         length = flags.sequence_length or run.config.data.sequence_length
-        # Any batch gives the same sums: take one that these devices can share.
+        # The batch size does not change the sums. Round it up to a multiple of what the devices need.
         size, parts = flags.batch_size or run.config.data.batch_size, rows(run.program.mesh)
         shape = {"sequence_length": length, "batch_size": -(-size // parts) * parts}
         count = count_batches(corpus, "eval", **shape)

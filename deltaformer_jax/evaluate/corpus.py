@@ -1,10 +1,10 @@
-"""What a run is evaluated on."""
+"""The data that a run is evaluated on."""
 
 from pathlib import Path
 
 
 def check_same_kind(data: str | None, trained: str) -> None:
-    """Raise ValueError naming --data where it is not what the run learnt: text, or the same task with any options."""
+    """Raise ValueError, naming --data, unless both are text or both are the same task, with any options."""
     from deltaformer_jax.data import is_task
     from deltaformer_jax.tasks.spec import read_spec
 
@@ -18,9 +18,10 @@ def check_same_kind(data: str | None, trained: str) -> None:
 
 
 def evaluation_corpus(run, data: str | None, folder: Path):
-    """The corpus to evaluate on; plain text is prepared with the run's tokenizer in `folder`, all of it for evaluation.
+    """The corpus to evaluate on, from --data, or from the run's config if `data` is None.
 
-    Raises ValueError or FileNotFoundError naming --data.
+    Plain text is prepared in `folder` with the run's tokenizer; all of it is used for evaluation. Raises ValueError or
+    FileNotFoundError, naming --data.
     """
     from deltaformer_jax import data as library
     from deltaformer_jax.data import Corpus, prepare_corpus
@@ -44,11 +45,11 @@ def evaluation_corpus(run, data: str | None, folder: Path):
     if corpus.tokenizer.hash != run.tokenizer.hash and library.is_task(str(data or corpus.path)):
         raise ValueError(
             f"--data {data}: {corpus.tokenizer.vocab_size} different tokens, the run has {run.tokenizer.vocab_size}; "
-            f"give options that leave them as in {run.config.data.path}"
+            f"give options with the same tokens as {run.config.data.path}"
         )
     if corpus.tokenizer.hash != run.tokenizer.hash:
         raise ValueError(
             f"{data or corpus.path}: prepared with another tokenizer than the run's; prepare it with --tokenizer "
-            "and the run's tokenizer.json"
+            "and the path of the run's tokenizer.json"
         )
     return corpus

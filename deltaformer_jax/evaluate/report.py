@@ -1,4 +1,4 @@
-"""What an evaluation shows: a bar while it goes on, a table at its end."""
+"""The output of an evaluation: a progress bar, and a table at the end."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[], None]]:
-    """advance() of a bar on stderr, if that is a terminal."""
+    """A progress bar on stderr, shown only on a terminal. Yields a function that advances it by one batch."""
     from rich import progress
     from rich.console import Console
 
@@ -18,7 +18,7 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
-    """Lines for people, the whole last."""
+    """A text table with one line per range of positions and a last line for all positions together."""
     score = ("accuracy", "accuracy") if "accuracy" in whole else ("bits_per_byte", "bits per byte")
     lines = [("position", "tokens", "loss", "perplexity", score[1])]
     for report in [*by_position, whole]:

@@ -1,4 +1,4 @@
-"""The machine that a program runs on: paths, locks, what is said while one waits, how it was called and installed.
+"""The machine that a program runs on: paths, locks, signals, messages during long waits, how the program was called.
 
-Imports nothing of this project and nothing heavy, so that a program's first word comes at once.
+Imports nothing else of this project and no large package, so that a program can print its first line at once.
 """

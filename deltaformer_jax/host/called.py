@@ -1,4 +1,4 @@
-"""How the running program was called and its package installed: what to type again, and how to install more."""
+"""How the running program was called and installed: commands that call it again or install an extra."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ DISTRIBUTION = "deltaformer-jax"
 
 
 def command(module: str) -> str:
-    """The beginning of the command that calls the program `module` as it was called: "python train.py" from a clone,
-    "python -m MODULE" where the package is installed, both after "uv run" where uv runs them."""
+    """The beginning of the command that calls the program `module` as it was called.
+
+    "python train.py" from a clone, "python -m MODULE" if the package is installed; with "uv run" if uv started it.
+    """
     script = _script()
     program = f"-m {module}" if script is None else shlex.quote(script)
     if not _by_uv():
@@ -26,13 +28,13 @@ def command(module: str) -> str:
 
 
 def name(module: str) -> str:
-    """As which the program speaks of itself in errors: "train.py" or the module."""
+    """The program's name in its error messages: "train.py" or the module."""
     script = _script()
     return module if script is None else Path(script).name
 
 
 def install(extra: str) -> str:
-    """The command that installs what the extra `extra` names into the environment of this process."""
+    """The command that installs the packages of the extra `extra` into the environment of this process."""
     script = _script()
     if _by_uv() and script is not None:
         return f"uv run --extra {extra} {shlex.quote(script)} ..."
@@ -41,7 +43,7 @@ def install(extra: str) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """The packages of an extra: to name them works wherever this one came from, an index, a wheel or a clone."""
+    """The packages of an extra. Naming them works whether this package came from an index, a wheel or a clone."""
     try:
         stated = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
@@ -51,7 +53,7 @@ def _requirements(extra: str) -> list[str]:
 
 
 def _script() -> str | None:
-    """train.py's path as it was typed, if that is what runs; None for python -m, a notebook or a test."""
+    """The path of train.py as it was typed, if train.py is running; None for python -m, a notebook or a test."""
     main = sys.modules.get("__main__")
     typed = sys.argv[0] if sys.argv else ""
     is_script = getattr(main, "__spec__", None) is None and Path(typed).name == "train.py"

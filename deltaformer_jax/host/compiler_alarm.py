@@ -1,8 +1,8 @@
-"""XLA's banner "Very slow compile? If you want to file a bug ...", kept off stderr; all else written there stays.
+"""Removes XLA's banner "Very slow compile? If you want to file a bug ..." from stderr, and nothing else.
 
-XLA logs it, as an error, two minutes into any compilation. Neither the time nor the message has a setting, and the log
-level that hides it (TF_CPP_MIN_LOG_LEVEL=3) hides XLA's real errors too. So stderr goes through a filter, a process of
-its own, which passes on what is in the pipe even when this process crashes.
+XLA logs the banner, as an error, two minutes into any compilation. Neither the time nor the message has a setting, and
+the log level that hides it (TF_CPP_MIN_LOG_LEVEL=3) also hides XLA's real errors. So stderr goes through a filter. The
+filter is a separate process: it passes on what is in the pipe even if this process crashes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 
-AFTER = 100.0  # seconds of compiling before stderr is filtered: shorter compilations keep it as it is
+AFTER = 100.0  # seconds of compiling before stderr is filtered; shorter compilations write to stderr directly
 
 _HEAD = re.compile(rb"slow_operation_alarm\.cc:\d+\] *(The operation took .*)?$")
 
 
 @contextlib.contextmanager
 def without_alarm() -> Iterator[None]:
-    """Around a compilation."""
+    """A context for a compilation: without XLA's banner on stderr."""
     guard, filters = threading.Lock(), contextlib.ExitStack()
 
     def begin() -> None:
@@ -48,9 +48,9 @@ def _filtered() -> Iterator[None]:
         filter = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the program, which may still have something to say
+            start_new_session=True,  # Ctrl-C must not end the filter: the program may still write
         )
-    except OSError:  # no process to be had: the banner is the smaller trouble
+    except OSError:  # no process can be started: accept the banner
         yield
         return
     stderr = os.dup(2)
@@ -61,13 +61,14 @@ def _filtered() -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         filter.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process begun meanwhile may hold the pipe, too
+        with contextlib.suppress(subprocess.TimeoutExpired):  # another process started meanwhile may hold the pipe open
             filter.wait(timeout=5)
 
 
 def without_banner(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines but those of the banner: a head, a line of stars, the message, a line of stars."""
-    held: list[bytes] = []  # a head, and what is empty below it, until the next line tells what it is the head of
+    """The lines without those of the banner, which is a head, a line of stars, the message, a line of stars."""
+    # A possible head and the empty lines below it, held until the next line decides whether a banner follows.
+    held: list[bytes] = []
     inside = False
     for line in lines:
         text = line.strip()

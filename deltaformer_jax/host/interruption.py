@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the run to finish its step and save, the second stops at once."""
+"""SIGINT and SIGTERM: the first signal asks the run to finish its step and save, the second stops it at once."""
 
 import os
 import signal
@@ -8,10 +8,10 @@ import threading
 
 
 class Interruption:
-    """`with Interruption() as stop:` ... `if stop.requested: ...`; outside the main thread it never is.
+    """`with Interruption() as stop:` ... `if stop.requested: ...`. Outside the main thread `requested` stays False.
 
-    Python runs signal handlers between bytecodes, so one would wait for a compilation of minutes. The wake-up socket
-    is written at once, and a thread of its own reads it. `doing`: what the program then says that it does.
+    Python runs signal handlers between bytecodes, so a handler would wait for a compilation of minutes. Python's
+    wake-up socket is written at once, and a separate thread reads it. `doing`: the text printed on the first signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -38,8 +38,8 @@ class Interruption:
         signal.set_wakeup_fd(self._old_fd)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._writer.close()  # the thread reads the end and returns, what it says being said
-        self._watcher.join(timeout=1.0)  # no longer: stderr may be a pipe that nobody reads
+        self._writer.close()  # the thread then reads the end of the stream and returns
+        self._watcher.join(timeout=1.0)  # with a timeout, since stderr may be a pipe that nobody reads
 
     def _watch(self) -> None:
         with self._reader:
@@ -53,4 +53,4 @@ class Interruption:
                 os.write(1, b"\x1b[?25h\n")  # the progress bar hides the cursor
             os._exit(128 + number)
         self.requested = True
-        os.write(2, f"\n{self._doing}; once more to stop at once\n".encode())
+        os.write(2, f"\n{self._doing}; interrupt once more to stop at once\n".encode())

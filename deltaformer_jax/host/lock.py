@@ -1,8 +1,8 @@
-"""One process at a time in a folder: a lock that ends with the process that holds it, and a file that says who that is.
+"""A lock that lets one process at a time use a folder. It ends with its process; its file names that process.
 
-`flock` reaches the processes of one host on every local disk, and those of all hosts on NFS, Lustre (mounted with
-`flock`), GPFS and CephFS, whose clients pass it to the server. Object stores and some cluster file systems have no
-locks: there the program says so and goes on.
+On a local disk `flock` works between the processes of one host. On NFS, Lustre (mounted with `flock`), GPFS and CephFS
+it works between hosts, since the clients pass it to the server. Object stores and some cluster file systems have no
+locks: the program then says so and continues.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextlib.contextmanager
 def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Iterator[None]:
-    """Hold `folder`, made if it is not there, against others that ask for the same `name`, until the block is left.
+    """Hold the lock `name` of `folder` until the block is left. The folder is created if it does not exist.
 
-    The file is `name`.lock in the folder. It goes when the block is left, and with it a folder that was made here and
-    holds nothing else. Of several processes that work as one (jax.distributed) the first holds it for all.
+    The lock is the file `name`.lock in the folder. It is removed when the block is left, and so is the folder if it was
+    created here and is empty. If several processes form one run (jax.distributed), the first holds the lock for all.
 
-    `given` names the folder in messages, as "--workdir DIR"; `note(text)` hears of a file system without locks, and of
-    a lock that a process of another host left behind. Raises ValueError that says who holds it, before anything is
-    done, and OSError where the folder or the file cannot be made.
+    `given` names the folder in messages, for example "--workdir DIR". `note(text)` is called if the file system has no
+    locks, or if a process on another host left its lock file behind. Raises ValueError, naming the process that holds
+    the lock, if another process does, and OSError if the folder or the file cannot be created.
     """
     if processes.index() > 0:
         yield
@@ -51,12 +51,12 @@ def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Ite
             yield
     finally:
         for parent in made:
-            with contextlib.suppress(OSError):  # there is something in it now
+            with contextlib.suppress(OSError):  # something was written into it
                 parent.rmdir()
 
 
 def lock_file(name: str) -> str:
-    """The name of the file that `alone` leaves in its folder when its process is killed."""
+    """The name of the lock's file. It stays in the folder if its process is killed."""
     return f"{name}.lock"
 
 
@@ -67,8 +67,8 @@ def _locked(path: Path, given: str, note: Callable[[str], Any]) -> Iterator[None
         left = file.read().strip()
         if left and f" on {socket.gethostname()} " not in left:
             note(
-                f"{given}: taken over from {left}, which no longer holds it; if that process is still at work, this "
-                "disk's locks do not reach from one host to another: stop one of the two"
+                f"{given}: taken over from {left}, which no longer holds it; if that process is still running, locks "
+                "on this disk do not work between hosts: stop one of the two processes"
             )
         file.seek(0)
         file.truncate()
@@ -83,21 +83,21 @@ def _locked(path: Path, given: str, note: Callable[[str], Any]) -> Iterator[None
 
 
 def _open(path: Path, given: str, note: Callable[[str], Any]) -> IO[str]:
-    """The file, locked; on a file system without locks, not locked."""
+    """The open file, locked if the file system has locks."""
     while True:
-        file = open(path, "a+")  # NFS locks only what is open for writing
+        file = open(path, "a+")  # NFS locks only files that are open for writing
         try:
             file.seek(0)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except FileNotFoundError:
-            pass  # its holder has just ended and removed it
+            pass  # the process that held it has just ended and removed it
         except BlockingIOError:
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"{given}: {holder} is at work there; wait until it ends, stop it, or give another folder"
+                f"{given}: in use by {holder}; wait until it ends, stop it, or give another folder"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:

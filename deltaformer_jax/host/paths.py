@@ -1,4 +1,4 @@
-"""Paths that a user gives: every flag and every field of a config that is one goes through `expand`."""
+"""Paths that a user gives. Every flag and every config field that is a path goes through `expand`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shlex
 
 
 def expand(path: str | os.PathLike) -> str:
-    """`path` with a leading ~ or ~NAME as that user's home folder, as a shell has it for an argument of its own.
+    """`path` with a leading ~ or ~NAME replaced by that user's home folder, as a shell does for a separate argument.
 
-    Shells leave --flag=~/x alone. What has no such beginning, and the ~NAME of a user that is not known, stays as it
-    is; so do gs:// addresses, "stdlib", "bytes", "task:...", which begin otherwise.
+    Needed because shells do not expand --flag=~/x. Any other text stays as it is: the ~NAME of an unknown user, gs://
+    addresses, "stdlib", "bytes", "task:...".
     """
     return os.path.expanduser(os.fspath(path))
 
 
 def to_paste(*words: object) -> str:
-    """Words of a command that a program prints, quoted as a shell needs it."""
+    """The words of a command, quoted for a shell, so that a printed command can be pasted."""
     return shlex.join(map(str, words))

@@ -1,7 +1,7 @@
-"""Which of a run's processes this is, asked without importing jax wherever there can be no other.
+"""The index and number of a run's processes. jax, which is slow to import, is asked only if there may be several.
 
-There are others only where jax.distributed has begun, for which jax was imported, and on TPUs, whose hosts are one
-without it. Elsewhere jax, which is slow to import, is not asked.
+There can be several processes in two cases: jax.distributed was initialised, so jax is imported already; or the machine
+has TPUs, whose hosts form one system without jax.distributed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def index() -> int:
-    """jax.process_index()"""
+    """jax.process_index(), or 0 without importing jax."""
     if _is_surely_alone():
         return 0
     import jax
@@ -22,7 +22,7 @@ def index() -> int:
 
 
 def count() -> int:
-    """jax.process_count()"""
+    """jax.process_count(), or 1 without importing jax."""
     if _is_surely_alone():
         return 1
     import jax

@@ -1,4 +1,4 @@
-"""What a program says while something takes long."""
+"""Messages of a program while something takes long."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-AFTER = 1.5  # seconds before the first word, so that it comes within two
-AGAIN = (10.0, 30.0, 60.0)  # the next words; after the last of them one every minute
+AFTER = 1.5  # seconds before the first message, so that it comes within two
+AGAIN = (10.0, 30.0, 60.0)  # seconds of the next messages; after the last of them one every minute
 
 
 def say(text: str) -> None:
-    """A line on stdout at once, also where that is a file or a pipe."""
+    """Print a line on stdout at once, even if that is a file or a pipe."""
     print(text, flush=True)
 
 
 def say_aside(text: str) -> None:
-    """A line on stderr, of a program whose stdout is its result."""
+    """Print a line on stderr, for programs whose stdout is their result."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def waiting(reason: str, note: Callable[[str], Any]) -> Iterator[None]:
-    """`note(reason)` if the block takes longer than AFTER, and again with the seconds so far.
+    """Call `note` with `reason` if the block takes longer than AFTER, and again with the seconds so far.
 
-    A thread of its own says it, while the block holds the main one, in Python or in a compiler.
+    A separate thread makes these calls, while the block keeps the main thread busy, in Python or in a compiler.
     """
     start, over = time.monotonic(), threading.Event()
 

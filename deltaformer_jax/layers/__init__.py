@@ -1,4 +1,5 @@
-"""Flax (nnx) modules: the mixers, each `module(x, *, segment_ids, positions, cache) -> (y, cache)`, and their parts."""
+"""Flax (nnx) modules: the mixers, called as `mixer(x, *, segment_ids, positions, cache) -> (y, cache)`, and their
+parts."""
 
 from deltaformer_jax.layers.caches import AttentionCache, StateCache
 from deltaformer_jax.layers.feed_forward import SwiGLU

@@ -1,4 +1,4 @@
-"""What mixers keep between calls: an attention mixer its keys and values, a recurrent one its state."""
+"""The caches of mixers: an attention mixer keeps keys and values between calls, a recurrent mixer its state."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from deltaformer_jax.sharding import over_devices
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCache:
-    """One document per row: the op's memory, and what its shift and its short convolutions look back at.
+    """The cache of an attention mixer, with one document per row.
 
-    `write_tail`: of the convolution of DeltaFormer's projected write queries, where it has both. `length` int32 [B]
-    counts the real tokens seen so far.
+    `memory`: the op's cache. `tail`: earlier tokens for the KV shift and the short convolutions of q, k and v.
+    `write_tail`: the same for the short convolution of DeltaFormer's projected write queries, if there is one; else
+    None. `length` int32 [B]: the number of real tokens seen so far.
     """
 
     memory: ops.KUCache | ops.KVCache
@@ -35,10 +36,10 @@ class AttentionCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateCache:
-    """One document per row, of any length: the memory itself is all there is to keep.
+    """The cache of a recurrent mixer, with one document of any length per row.
 
-    state [B,Hv,K,V], float32 or float64; tails: of the mixer's short convolutions, in its own order, or (); length
-    int32 [B]: the real tokens seen so far.
+    `state` [B,Hv,K,V]: the memory, float32 or float64. `tails`: the earlier tokens that the mixer's short convolutions
+    need, in the order of q, k, v, or (). `length` int32 [B]: the number of real tokens seen so far.
     """
 
     state: jax.Array
@@ -52,13 +53,19 @@ class StateCache:
         return cls(state, tails, jnp.zeros((batch,), jnp.int32))
 
     def after(self, state, tails, segment_ids, tokens) -> StateCache:
-        """With the new state and tails, `tokens` more in each row, or those whose segment id is not 0."""
+        """The cache after a call: the new state and tails, and `length` advanced by the number of real tokens.
+
+        Without `segment_ids` all `tokens` tokens of a row are real.
+        """
         count = tokens if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         return StateCache(state, tails, self.length + count)
 
 
 def remember(op: Callable, arrays: dict[str, jax.Array | None], cache: StateCache | None, tails):
-    """op(**arrays) -> (o, final state), from the cache's state on: (o [B,T,Hv,V], the cache after it or None)."""
+    """Run a recurrent op, starting from the cache's state if there is a cache: (o [B,T,Hv,V], updated cache or None).
+
+    `op(**arrays)` returns (o, final state). Without a cache the op runs on every device's own rows and heads.
+    """
     if cache is None:
         return over_devices(lambda **given: op(**given)[0], arrays), None
     o, state = op(**arrays, initial_state=cache.state)

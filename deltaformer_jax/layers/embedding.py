@@ -1,11 +1,11 @@
-"""Token embeddings and the way back to logits.
+"""Token embeddings, and the logits computed from the model's output.
 
     x_t = √d_model · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
 
-E and W start as truncated normals of standard deviation 0.02: small, because with a tied table a token's logit for
-itself starts at 0.02 d_model, and a larger one is a confident wrong guess that training first has to undo; √d_model
-brings x near unit size. The table is padded to a multiple of 128 rows, so that it can be cut evenly over devices; no
-token looks the added rows up, and their logits are cut off.
+E and W start as truncated normals of standard deviation 0.02. The value is small because with a tied table a token's
+logit for itself starts near 0.02 d_model. A larger value would be a confident wrong prediction, which training would
+first have to undo. The factor √d_model brings x near unit size. The table is padded to a multiple of 128 rows so that
+it can be sharded evenly; no token id points to the added rows, and their logits are dropped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ INITIAL_STD = 0.02
 class Embedding(nnx.Module):
     """tokens int [B,T] -> [B,T,d_model] in `dtype`; `logits` [B,T,d_model] -> float32 [B,T,vocab_size].
 
-    `tied`: the logits' kernel is the table. A token outside [0, vocab_size) gives NaN, a padding token (segment id 0)
-    is not looked at and gives token 0's row. Cost: 2 d_model vocab_size FLOPs per token for the logits.
+    `tied`: the logits use the embedding table E as their kernel. A token id outside [0, vocab_size) gives NaN. The id
+    of a padding token (segment id 0) is ignored, and token 0's row is returned. Cost: 2 d_model vocab_size FLOPs per
+    token for the logits.
     """
 
     def __init__(self, vocab_size: int, d_model: int, *, tied: bool, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -50,7 +51,7 @@ class Embedding(nnx.Module):
         return (vectors.astype(accumulation_dtype(vectors.dtype)) * math.sqrt(self.d_model)).astype(self.dtype)
 
     def logits(self, x):
-        # Operands in the compute dtype, sums in float32 (float64 for float64).
+        # Operands are in the compute dtype, sums in float32 (float64 for float64).
         wide = accumulation_dtype(self.dtype)
         rows = x.astype(self.dtype).reshape(-1, self.d_model)
         if self.head is None:
@@ -60,6 +61,6 @@ class Embedding(nnx.Module):
         return scores[:, : self.vocab_size].reshape(*x.shape[:-1], self.vocab_size)
 
     def flops_per_token(self, length: int) -> float:
-        """2 d_model vocab_size, of the logits; looking a row up counts nothing. The padding's columns don't count."""
+        """2 d_model vocab_size, for the logits. The lookup and the columns that pad the vocabulary are not counted."""
         del length
         return 2.0 * self.d_model * self.vocab_size

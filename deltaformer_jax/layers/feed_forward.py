@@ -1,4 +1,4 @@
-"""The gated feed-forward layer: an associative memory with trained keys and values.
+"""The gated feed-forward layer.
 
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, eq. 6 (SwiGLU, no biases).
 """
@@ -15,7 +15,7 @@ from deltaformer_jax.layers.linear import kernel
 class SwiGLU(nnx.Module):
     """y = (silu(x W_gate) ⊙ x W_up) W_down: x [B,T,d_model] -> [B,T,d_model] in `dtype`, the compute dtype.
 
-    `output_scale` multiplies W_down's initial values (1/√(2 layers) in a residual network).
+    `output_scale` multiplies W_down's initial values; the model gives 1/√(2 num_layers).
     Cost: 6 d_model mlp_dim FLOPs per token.
     """
 
@@ -35,6 +35,6 @@ class SwiGLU(nnx.Module):
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...].astype(self.dtype))
 
     def flops_per_token(self, length: int) -> float:
-        """6 d_model mlp_dim: three products, whatever the length. Forward; a multiply-add counts 2."""
+        """6 d_model mlp_dim forward FLOPs, for three products; a multiply-add counts 2. `length` has no influence."""
         del length
         return 6.0 * self.d_model * self.mlp_dim

@@ -1,11 +1,12 @@
-"""Gates of a token's own making: on what is read (`OutputGate`), and on how fast a memory forgets (`HeadDecay` with one
-number a head, `ChannelDecay` with one a key channel).
+"""Data-dependent gates: on an attention mixer's output (`OutputGate`), and on the decay of a recurrent mixer's memory
+(`HeadDecay` with one decay per head, `ChannelDecay` with one per key channel).
 
-    g = −e^A ⊙ softplus(x W + b) ≤ 0          the natural logarithm of a decay
+    g = −e^A ⊙ softplus(x W + b) ≤ 0          g is log_decay, the natural logarithm of the decay
 
-e^A starts uniform in [1, 16) and softplus(b) log-uniform in [0.001, 0.1], so that at the start heads forget over some
-tokens to some thousand. Source: Gu and Dao, Mamba-2, arXiv 2405.21060, and Yang et al., Gated Delta Networks, arXiv
-2412.06464, for one decay a head; Kimi Linear, arXiv 2510.26692, for one a channel, W of low rank.
+e^A starts uniform in [1, 16) and softplus(b) log-uniform in [0.001, 0.1]. At x W = 0 the initial decays then have time
+constants 1 / (e^A softplus(b)) from about 1 token to 1000 tokens. Source: Gu and Dao, Mamba-2, arXiv 2405.21060, and
+Yang et al., Gated Delta Networks, arXiv 2412.06464, for one decay per head; Kimi Linear, arXiv 2510.26692, for one per
+channel, with a low-rank W.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class OutputGate(nnx.Module):
-    """o ⊙ sigmoid(x W_g): a gate on what an attention mixer has read, each feature of each head its own.
+    """o ⊙ sigmoid(x W_g): a gate on the output of attention, one number per head and feature.
 
-    (o [B,T,H,K], x [B,T,d_model]) -> [B,T,H,K] in `dtype`; the sigmoid and its product are float32. It lets a token
-    take nothing, where the weights of softmax must add up to 1. Source: Qiu et al., "Gated Attention for Large Language
-    Models", arXiv 2505.06708, section 2 (behind the read, element by element, a sigmoid).
+    (o [B,T,H,K], x [B,T,d_model]) -> [B,T,H,K] in `dtype`; the sigmoid and the product with it are float32. Softmax
+    weights add up to 1; with the gate a token can still read almost nothing. Source: Qiu et al., "Gated Attention for
+    Large Language Models", arXiv 2505.06708, section 2 (the elementwise sigmoid gate after attention).
     """
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, *, dtype, rngs: nnx.Rngs):
@@ -47,7 +48,7 @@ def _log_rate(rngs: nnx.Rngs, heads: int) -> nnx.Param:
 
 
 def _step_bias(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """b with softplus(b) log-uniform in [0.001, 0.1]."""
+    """b, drawn so that softplus(b) is log-uniform in [0.001, 0.1]."""
     low, high = jnp.log(1e-3), jnp.log(0.1)
     step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
     return nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=axes, decay=False)
@@ -58,7 +59,7 @@ def _wide(x):
 
 
 class HeadDecay(nnx.Module):
-    """x [B,T,d_model] -> g [B,T,heads] float32 (float64 for float64), at most 0. A and b are not decayed."""
+    """x [B,T,d_model] -> log_decay g [B,T,heads], float32 (float64 for float64). Weight decay skips A and b."""
 
     def __init__(self, d_model: int, heads: int, *, rngs: nnx.Rngs):
         self.kernel = wide_kernel(rngs, (d_model, heads), ("embed", "heads"))
@@ -74,7 +75,7 @@ class HeadDecay(nnx.Module):
 
 
 class ChannelDecay(nnx.Module):
-    """x [B,T,d_model] -> g [B,T,heads,width], at most 0, W = W₁ W₂ of rank `rank`, A one number a head."""
+    """x [B,T,d_model] -> log_decay g [B,T,heads,width] with W = W₁ W₂ of rank `rank`; A is one number per head."""
 
     def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
         self.down = wide_kernel(rngs, (d_model, rank), ("embed", "rank"))

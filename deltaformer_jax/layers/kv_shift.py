@@ -2,8 +2,8 @@
 
     k'_t = a₁ k_t + a₂ k_{t−1},      v'_t = b₁ v_t + b₂ v_{t−1}
 
-with k_{t−1} = v_{t−1} = 0 at the first token of a segment, before the rotary embedding. Four scalars per KV head; a₁
-and b₁ start uniform in (0, 1), a₂ = 1 − a₁, b₂ = 1 − b₁, unconstrained afterwards.
+At the first token of a segment k_{t−1} = v_{t−1} = 0. The shift comes before the rotary embedding. It has four scalars
+per KV head. a₁ and b₁ start uniform in (0, 1), with a₂ = 1 − a₁ and b₂ = 1 − b₁; training does not keep these sums.
 Source: Xu et al., "KV Shifting Attention Enhances Language Modeling", arXiv 2411.19574.
 """
 
@@ -21,16 +21,16 @@ from deltaformer_jax import ops
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShiftTail:
-    """What the next call's first token mixes with: the last real token's key [B,G,K] and value [B,G,V], unmixed."""
+    """The last real token's key [B,G,K] and value [B,G,V] before mixing, for the first token of the next call."""
 
     key: jax.Array
     value: jax.Array
 
 
 class KVShift(nnx.Module):
-    """(k [B,T,G,K], v [B,T,G,V]) -> (k', v', tail), in their dtype; `tail` goes to the call with the next tokens.
+    """(k [B,T,G,K], v [B,T,G,V]) -> (k', v', tail) in their own dtypes; pass `tail` to the call with the next tokens.
 
-    The scalars are float32 and not decayed. Cost: two multiply-adds per feature.
+    The scalars are float32 and get no weight decay. Cost: two multiply-adds per feature.
     """
 
     def __init__(self, num_kv_heads: int, *, rngs: nnx.Rngs):
@@ -67,8 +67,10 @@ class KVShift(nnx.Module):
 
 
 def last_real_token(x, segment_ids, otherwise):
-    """x [B,T,...] at each row's last token whose segment id is not 0, in `otherwise`'s dtype; `otherwise` [B,...] in
-    rows that have none."""
+    """x [B,T,...] at each row's last real token (segment id not 0): [B,...] in the dtype of `otherwise`.
+
+    A row without a real token gets its row of `otherwise` [B,...].
+    """
     if segment_ids is None:
         return x[:, -1].astype(otherwise.dtype)
     steps = jnp.arange(x.shape[1], dtype=jnp.int32)

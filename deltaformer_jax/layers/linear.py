@@ -1,8 +1,8 @@
-"""Linear maps: how their kernels are drawn, and how they are applied.
+"""Linear maps: the initial values of their kernels, helpers for kernels, and the projection of gates.
 
-    y = x W,    W_ij ~ N(0, scale² / fan_in), cut off at two standard deviations (and widened to keep that variance)
+    y = x W,    W_ij ~ N(0, scale² / fan_in), truncated at two standard deviations and rescaled to that variance
 
-so that y has x's variance at the start when scale = 1. There are no biases but the gates'.
+With scale = 1, y starts with x's variance. Only gates have biases.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from flax import nnx
 
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
-# The standard deviation of a standard normal cut off at ±2.
+# The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
 
 
 def kernel(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int = 0, scale: float = 1.0
 ) -> nnx.Param:
-    """A float32 `nnx.Param` of `shape`, drawn as above, that is only used in the compute dtype (`cast_kernels`);
-    `fan_in` is `shape[0]` unless given.
+    """A float32 `nnx.Param` of `shape`, drawn as in this module's docstring. `fan_in=0`: shape[0]. It is only used in
+    the compute dtype (`cast_kernels`).
 
-    `axes` names its dimensions for sharding and stays with the parameter as metadata.
+    `axes` names the dimensions for sharding; the parameter keeps it as metadata.
     """
     std = scale / math.sqrt(fan_in or shape[0])
     return nnx.Param(truncated_normal(rngs, shape, std), axes=axes, compute=True)
@@ -48,28 +48,33 @@ def cast_kernels(module, dtype):
 
 
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
-    """float32 numbers of mean 0 and standard deviation `std`, none beyond 2.3 of them."""
+    """float32 numbers of mean 0 and standard deviation `std`, all within ±2.3 std."""
     return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
 def along(parameter, x):
-    """The parameter's numbers with axes of length 1 in front, as many as x has dimensions: it may then meet x where JAX
-    is told to refuse arrays of unlike rank."""
+    """The parameter's array with leading axes of length 1 added, up to x's rank.
+
+    It then broadcasts against x even if jax_numpy_rank_promotion is set to "raise".
+    """
     numbers = parameter[...]
     return numbers.reshape((1,) * (x.ndim - numbers.ndim) + numbers.shape)
 
 
 def product_flops(*kernels: nnx.Param | None) -> float:
-    """2 FLOPs for each number of the kernels of one layer, stacked or not; None counts nothing."""
+    """FLOPs per token of products with these kernels: 2 for each number of one layer's kernel. None counts 0.
+
+    A kernel may be stacked over layers; only its named axes are counted.
+    """
     return 2.0 * sum(math.prod(x.shape[-len(x.get_metadata("axes")) :]) for x in kernels if x is not None)
 
 
 class Gate(nnx.Module):
-    """g = x W + b, one number per head: x [B,T,d_model] -> [B,T,heads], in float32 whatever x is.
+    """g = x W + b, one number per head: x [B,T,d_model] -> [B,T,heads], in float32 (float64 for float64).
 
-    W is drawn as `kernel` says and b starts at 0, so a sigmoid of g starts around 1/2. `axis` names the heads'
-    dimension for sharding ("heads" or "kv_heads"). The product is taken at the highest precision: it is a small
-    one, and an error in a gate is multiplied along the whole sequence.
+    W is drawn by `kernel` and b starts at 0, so sigmoid(g) starts around 1/2. `axis` names the heads' dimension for
+    sharding ("heads" or "kv_heads"). The product uses the highest precision: it is small, and the error of a gate is
+    multiplied along the whole sequence.
     """
 
     def __init__(self, d_model: int, heads: int, *, axis: str, rngs: nnx.Rngs):

@@ -1,7 +1,7 @@
-"""What a recurrent mixer's memory is given, and how its answer comes back: the two ends that all of them share.
+"""The input and output projections that the recurrent mixers share.
 
-q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)          conv with its SiLU, where the mixer has one
-y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate where the mixer has one
+q, k, v = conv(x W_q), conv(x W_k), conv(x W_v)          conv: short convolution with SiLU, optional
+y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate activation(x W_g) is optional
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from deltaformer_jax.layers.short_convolution import ShortConvolution
 
 
 class MemoryInputs(nnx.Module):
-    """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, and the convolutions' tails.
+    """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, and the convolutions' tails for the next call.
 
-    `conv_size` 0: no convolutions, and tails are (). Raises ValueError, naming the argument, for sizes that don't fit.
+    `conv_size=0`: no convolutions, and tails are (). Raises ValueError, naming the argument, for sizes that don't fit.
     """
 
     def __init__(
@@ -67,15 +67,16 @@ class MemoryInputs(nnx.Module):
         return tuple(convolution.empty_tail(batch, self.dtype) for convolution in self.convolutions)
 
     def flops_per_token(self) -> float:
-        """The three products, and a multiply-add for each feature and place of a convolution."""
+        """The three products with kernels, and 2 for each weight of a convolution."""
         convolutions = () if self.convolutions is None else [part.weight for part in self.convolutions]
         return product_flops(self.query, self.key, self.value, *convolutions)
 
 
 class MemoryOutput(nnx.Module):
-    """(o [B,T,Hv,V], x [B,T,d_model]) -> [B,T,d_model] in `dtype`. `gate`: "", "swish" or "sigmoid".
+    """y = (HeadNorm(o) ⊙ activation(x W_g)) W_o: (o [B,T,Hv,V], x [B,T,d_model]) -> [B,T,d_model] in `dtype`.
 
-    `gate_rank` above 0 makes the gate's kernel a product of two, d_model × rank × (Hv V).
+    `gate`: the activation, "swish" or "sigmoid"; "": no gate. `gate_rank` above 0: W_g is a product of two kernels,
+    d_model × gate_rank and gate_rank × (Hv V).
     """
 
     def __init__(
@@ -116,5 +117,5 @@ class MemoryOutput(nnx.Module):
         return jnp.einsum("bthv,hvd->btd", read, self.output[...].astype(self.dtype))
 
     def flops_per_token(self) -> float:
-        """The products with the gate's and the output's kernels."""
+        """The products with the kernels of the gate and of the output."""
         return product_flops(self.gate, self.gate_down, self.output)

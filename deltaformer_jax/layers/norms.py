@@ -1,4 +1,4 @@
-"""Normalisation: by the root mean square, to unit length, and of a recurrent mixer's heads.
+"""Normalisation: RMSNorm, L2 normalisation, and the per-head norm and gate of recurrent mixers.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, eq. 4.
 """
@@ -16,15 +16,17 @@ ACTIVATIONS = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def rms_normalize(x, epsilon: float = 1e-6):
-    """y = x / sqrt(mean(x²) + epsilon) over the last axis: a vector of width K comes out with length √K, or a little
-    less. Computed in float32 (float64 for float64), returned in x's dtype; zero stays zero."""
+    """y = x / sqrt(mean(x²) + epsilon) over the last axis: a vector of width K gets length √K, or slightly less.
+
+    Computed in float32 (float64 for float64), returned in x's dtype. A zero vector stays zero.
+    """
     wide = x.astype(accumulation_dtype(x.dtype))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
 
 
 def l2_normalize(x, epsilon: float = 1e-6):
-    """x / √(Σ x² + epsilon) over the last axis, in float32, returned in x's dtype; zero stays zero."""
+    """x / √(Σ x² + epsilon) over the last axis, in float32, returned in x's dtype. A zero vector stays zero."""
     wide = x.astype(accumulation_dtype(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
 
@@ -32,8 +34,8 @@ def l2_normalize(x, epsilon: float = 1e-6):
 class RMSNorm(nnx.Module):
     """y = g ⊙ x / sqrt(mean(x²) + epsilon) over the last axis, g a trained vector that starts at 1.
 
-    x `[..., width]`; computed in float32, returned in x's dtype. `axis` names the width for sharding. g is not
-    decayed.
+    x `[..., width]`; computed in float32, returned in x's dtype. `axis` names the width for sharding. g gets no weight
+    decay.
     """
 
     def __init__(self, width: int, *, epsilon: float = 1e-6, axis: str = "embed"):
@@ -46,11 +48,11 @@ class RMSNorm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """y = RMSNorm(o) ⊙ activation(gate): the output of a recurrent mixer, each head normalised, then gated.
+    """y = RMSNorm(o) ⊙ activation(gate): each head of a recurrent mixer's output is normalised, then gated.
 
     o [B,T,H,V], gate [B,T,H,V] or None -> [B,T,H,V] in o's dtype; computed in float32. All heads share the gain.
-    Source: Sun et al., RetNet, arXiv 2307.08621, eq. 8 (swish); RMSNorm for its group norm as in Yang et al., arXiv
-    2312.06635.
+    Source: Sun et al., RetNet, arXiv 2307.08621, eq. 8 (swish gate, with a group norm); RMSNorm instead of the group
+    norm as in Yang et al., arXiv 2312.06635.
     """
 
     def __init__(self, width: int, *, activation: str = "swish", epsilon: float = 1e-6):

@@ -1,4 +1,4 @@
-"""What all mixers do to their input first."""
+"""Preparation of every mixer's input: zero the padding, and derive positions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from deltaformer_jax import ops
 def clear_padding(x, segment_ids):
     """x [B,T,D] with zeros where `segment_ids` [B,T] is 0.
 
-    Whatever stands there, NaN included, then reaches neither a value nor a gradient: a kernel's gradient sums over all
-    rows, and 0 · NaN is NaN.
+    The content of padding, NaN included, then reaches neither a value nor a gradient. Masking the output alone would
+    not do: a kernel's gradient sums over all tokens, and 0 · NaN is NaN.
     """
     if x.ndim != 3:
         raise ValueError(f"x must be [batch, length, d_model]; its shape is {x.shape}")
@@ -23,6 +23,6 @@ def clear_padding(x, segment_ids):
 
 
 def default_positions(x, segment_ids, cache):
-    """int32 [B,T]: each token's index among the real tokens of its own segment, after those that `cache` has seen."""
+    """int32 [B,T]: each token's index among the real tokens of its segment, counted on from the tokens in `cache`."""
     start = None if cache is None else cache.length
     return ops.token_positions(segment_ids, x.shape[0], x.shape[1], start)

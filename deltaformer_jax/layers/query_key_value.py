@@ -2,10 +2,10 @@
 
     q = rotate(norm(conv(x W_q))),     k = rotate(norm(shift(conv(x W_k)))),     v = shift(conv(x W_v))
 
-where the rotation (RoPE), the norm (a per-head RMSNorm, "qk-norm"), the shift (KV shifting) and the short convolution
-(with its SiLU) are each there or not.
-Source: RoPE arXiv 2104.09864; qk-norm as in Dehghani et al., arXiv 2302.05442, with RMSNorm for LayerNorm; KV shifting
-arXiv 2411.19574; the convolutions as in DeltaNet, arXiv 2406.06484.
+The rotation (RoPE), the norm (a per-head RMSNorm, "qk-norm"), the shift (KV shifting) and the short convolution (with
+its SiLU) are each optional.
+Source: RoPE arXiv 2104.09864; qk-norm as in Dehghani et al., arXiv 2302.05442, with RMSNorm instead of LayerNorm; KV
+shifting arXiv 2411.19574; the convolutions as in DeltaNet, arXiv 2406.06484.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deltaformer_jax.layers.short_convolution import ShortConvolution
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputTail:
-    """What the next call's first tokens look back at: the shift's tail, and those of the convolutions of q, k and v."""
+    """What the next call needs of earlier tokens: the tails of the KV shift and of the convolutions of q, k and v."""
 
     shift: ShiftTail | None
     convolutions: tuple[jax.Array, ...]
@@ -35,9 +35,9 @@ class InputTail:
 class QueryKeyValue(nnx.Module):
     """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, and the tail for the next call.
 
-    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. The gains of qk-norm are [K], shared by
-    the heads. Cost: `flops_per_token`.
-    Raises ValueError for sizes that don't fit each other.
+    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. The gains of qk-norm are [K] and shared by
+    all heads. Cost: `flops_per_token`.
+    Raises ValueError, naming the argument, for sizes that don't fit each other.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class QueryKeyValue(nnx.Module):
         return query, key, value, None if tail is None else InputTail(shift, convolutions)
 
     def empty_tail(self, batch: int) -> InputTail:
-        """The tail before the first token: zeros, for what there is."""
+        """The tail before the first token: zeros for each of the options that are in use."""
         zeros = jnp.zeros((batch, *self.key.shape[-2:]), self.dtype)
         shift = None if self.shift is None else ShiftTail(zeros, zeros)
         convolutions = () if self.convolutions is None else self.convolutions
         return InputTail(shift, tuple(part.empty_tail(batch, self.dtype) for part in convolutions))
 
     def flops_per_token(self) -> float:
-        """2 d_model K (H + 2 G), and a multiply-add for each feature and place of a convolution."""
+        """2 d_model K (H + 2 G), and 2 for each weight of a convolution."""
         convolutions = () if self.convolutions is None else [part.weight for part in self.convolutions]
         return product_flops(self.query, self.key, self.value, *convolutions)
 
 
 def project(x, weight: nnx.Param, dtype):
-    """x [B,T,D] by a kernel [D,H,K] -> [B,T,H,K], operands and result in `dtype`."""
+    """x [B,T,D] times a kernel [D,H,K] -> [B,T,H,K]; operands and result are in `dtype`."""
     return jnp.einsum("btd,dhk->bthk", x.astype(dtype), weight[...].astype(dtype))
 
 
@@ -117,6 +117,9 @@ def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, 
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
     if rope_base is not None and head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even for the rotary embedding, or switch that off (rope_base)")
+        raise ValueError(
+            f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
+            "that off"
+        )
     if rope_base is not None and rope_base <= 1:
         raise ValueError(f"rope_base={rope_base} must be greater than 1")

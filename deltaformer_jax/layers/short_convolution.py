@@ -1,4 +1,4 @@
-"""A short causal convolution of each feature with itself, as the recurrent mixers put before their memory.
+"""A short causal convolution over time, separate for each feature (depthwise), followed by SiLU.
 
     y_t = silu(Σ_{j=0}^{W−1} w_j ⊙ x_{t−j}),      x_{t−j} = 0 before the first token of a segment
 
@@ -16,11 +16,11 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class ShortConvolution(nnx.Module):
-    """x [B,T,H,K] -> (y [B,T,H,K] in x's dtype, the tail for the call with the next tokens, or None).
+    """x [B,T,H,K] -> (y [B,T,H,K] in x's dtype, the tail for the next call or None).
 
-    `tail` [B,W−1,H,K] holds the last W − 1 real tokens before this call's, the newest last, zeros where there were
-    none; with it, rows hold one document each, contiguous, with padding on either side. w [W, H, K], drawn with fan-in
-    W. Cost: 2 W multiply-adds per feature.
+    `tail` [B,W−1,H,K] holds the last W − 1 real tokens before this call, the newest last, and zeros if there were
+    fewer. With a tail each row must hold one contiguous document, with padding on either side. The weights w are
+    [W, H, K] and drawn with fan-in W. Cost: W multiply-adds per feature.
     Raises ValueError for a width below 1.
     """
 
@@ -36,7 +36,7 @@ class ShortConvolution(nnx.Module):
         time = x.shape[1]
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
         x = jnp.where(real[:, :, None, None], x, 0)
-        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # among the row's real tokens; -1 before the first
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # index among the row's real tokens; -1 before the first
         total = weight[0] * x.astype(wide)
         for j in range(1, self.width):
             before = jnp.pad(x, ((0, 0), (j, 0), (0, 0), (0, 0)))[:, :time]
@@ -44,7 +44,7 @@ class ShortConvolution(nnx.Module):
                 ids = jnp.pad(segment_ids, ((0, 0), (j, 0)))[:, :time]
                 before = jnp.where((ids == segment_ids)[:, :, None, None], before, 0)
             if tail is not None:
-                # A token of rank r < j sees the tail's slot W − 1 + r − j.
+                # For a token of rank r < j, the token j places before it is in the tail's slot W − 1 + r − j.
                 slot = jnp.clip(self.width - 1 + rank - j, 0, self.width - 2)
                 older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
                 before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
@@ -53,16 +53,17 @@ class ShortConvolution(nnx.Module):
         return y, None if tail is None else self._next_tail(x, real, rank, tail)
 
     def empty_tail(self, batch: int, dtype):
-        """No token yet: zeros."""
+        """The tail before the first token: zeros [B,W−1,H,K]."""
         return jnp.zeros((batch, self.width - 1, *self.weight.shape[-2:]), dtype)
 
     def _next_tail(self, x, real, rank, tail):
-        """The last W − 1 of the tail's tokens followed by the row's real ones."""
+        """The last W − 1 tokens of each row, counting the old tail's tokens first and then the row's real tokens."""
         slots = self.width - 1
         if slots == 0:
             return tail
         count = rank[:, -1:] + 1
-        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)[None]  # ranks; negative ones are in the old tail
+        # Ranks of the tokens to keep; those with negative ranks are in the old tail.
+        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)[None]
         first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
         new = jnp.take_along_axis(x, jnp.clip(first + wanted, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
         old = jnp.take_along_axis(tail, jnp.clip(slots + wanted, 0, slots - 1)[:, :, None, None], axis=1)

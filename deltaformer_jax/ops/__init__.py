@@ -1,4 +1,4 @@
-"""Functions of arrays: the attention family and the delta rule. No Flax, no mesh, no config."""
+"""The ops: attention and delta-rule layers as functions of arrays. They use no Flax, no mesh and no config."""
 
 from deltaformer_jax.ops.cache.caches import KUCache, KVCache, read_only, token_positions, written
 from deltaformer_jax.ops.cache.compression import compress_cache

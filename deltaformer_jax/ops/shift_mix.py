@@ -1,4 +1,4 @@
-"""KV shifting: each token's key (or value) mixed with its predecessor's.
+"""KV shifting: mixes each token's key (or value) with the previous token's.
 
     x'_t = current · x_t + previous · x_{t−1}
 
@@ -22,19 +22,25 @@ def shift_mix(
     segment_ids: jax.Array | None = None,
     last: jax.Array | None = None,
 ) -> jax.Array:
-    """x'_t = current x_t + previous x_{t−1}, with x_{−1} = 0 before a segment's first token.
+    """Mixes each token with its predecessor: x'_t = current · x_t + previous · x_{t−1}.
+
+    x_{t−1} is 0 for the first token of a segment.
 
     Args:
-      x: [B, T, G, K], keys before their rotary embedding, or values.
+      x: [B, T, G, K], keys before their rotary embedding, or values; float64, float32, bfloat16 or float16.
       current, previous: [G], one scalar per head.
-      segment_ids: [B, T] int, 0 for padding; the mix starts anew with each segment. None: one segment a row.
-      last: [B, G, K], the raw x of the token before this call's first, for decoding; enters the row's first segment.
+      segment_ids: [B, T] ints, 0 for padding. No token is mixed with a token of another segment. None means one segment
+        per row.
+      last: [B, G, K], for decoding: the unmixed x of the token before this call's first token. It precedes the first
+        segment of each row. None means 0.
 
     Returns:
-      [B, T, G, K] in x's dtype, 0 at padding. Cost: two multiply-adds a number.
+      [B, T, G, K] in x's dtype, 0 at padding.
 
     Raises:
-      ValueError, TypeError: a shape or dtype that does not fit, named with what would.
+      ValueError, TypeError: a shape or dtype that does not fit. The message names the argument and what it must be.
+
+    Cost: two multiply-adds per number.
 
     Source: KV Shifting Attention, eq. 5 to 7.
     """
@@ -57,7 +63,7 @@ def shift_mix(
         first = real & (jnp.cumsum(real, axis=1, dtype=jnp.int32) == 1)
         before = jnp.where(follows[..., None, None], before, 0)
         before = jnp.where(first[..., None, None], carried, before)
-    # The scalars are learnt in float32: rounding them to a narrow x's dtype would lose what was learnt.
+    # The scalars are learnt in float32: rounding them to a narrower dtype of x would lose digits that were learnt.
     dtype = accumulation_dtype(x.dtype)
     current, previous = (jnp.asarray(s, dtype)[None, None, :, None] for s in (current, previous))
     return (current * x.astype(dtype) + previous * before.astype(dtype)).astype(x.dtype)

@@ -1,1 +1,1 @@
-"""The program that draws the curves of runs: __main__.py says how."""
+"""The program that plots the curves of runs; its usage is in __main__.py."""

@@ -1,11 +1,12 @@
-"""The curves of one run or of several, side by side in one picture:
+"""Plot the curves of one or several runs in one picture:
 
     python -m deltaformer_jax.plot DIR... [--out FILE.png] [--x step|tokens] [--smooth N] [--names NAME,NAME]
 
-Loss (its mean over N logged steps around each, and every logged step faintly), evaluation in bits per byte or, of a
-synthetic task, accuracy, norm of the gradient, learning rate and tokens per second, from DIR/metrics.jsonl; a run may
-still be going on. Without --out: curves.png in the first DIR. DIRs may be gs:// paths. Bad input: one line, exit code
-2.
+The numbers come from DIR/metrics.jsonl; a run need not be finished. There is one panel each for the training loss
+(averaged over N logged steps around each step, with every logged step drawn faintly), the evaluation in bits per byte
+or, for a synthetic task, the accuracy, the norm of the gradient, the learning rate, and tokens per second. Without
+--out the picture is curves.png in the first DIR. DIRs may be gs:// paths. Wrong input gives one line on stderr and exit
+code 2.
 """
 
 import io
@@ -19,13 +20,25 @@ from deltaformer_jax.host.paths import expand
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
-        prog="python -m deltaformer_jax.plot", description="The curves of runs, side by side in one picture."
+        prog="python -m deltaformer_jax.plot", description="Plot the curves of one or several runs in one picture."
     )
-    parser.add_argument("workdirs", type=expand, nargs="+", metavar="DIR", help="runs' folders; may be gs://")
-    parser.add_argument("--out", type=expand, metavar="FILE", help=".png, .pdf or .svg (default: DIR/curves.png)")
-    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="along the bottom (default: step)")
-    parser.add_argument("--smooth", type=int, default=10, metavar="N", help="mean of so many losses (default: 10)")
-    parser.add_argument("--names", metavar="NAME,NAME", help="of the runs, in the legend (default: the folders')")
+    parser.add_argument("workdirs", type=expand, nargs="+", metavar="DIR", help="the runs' folders; may be gs://")
+    parser.add_argument(
+        "--out", type=expand, metavar="FILE", help="a .png, .pdf or .svg file (default: DIR/curves.png)"
+    )
+    parser.add_argument(
+        "--x", choices=("step", "tokens"), default="step", help="quantity on the horizontal axis (default: step)"
+    )
+    parser.add_argument(
+        "--smooth",
+        type=int,
+        default=10,
+        metavar="N",
+        help="average the training loss over N logged steps; 1: no smoothing (default: 10)",
+    )
+    parser.add_argument(
+        "--names", metavar="NAME,NAME", help="names of the runs in the legend (default: the folders' names)"
+    )
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.plot"):

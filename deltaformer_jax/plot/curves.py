@@ -1,4 +1,4 @@
-"""The numbers of runs, as a plot wants them."""
+"""Reading and smoothing the numbers of runs for a plot."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ from deltaformer_jax.config.lines import lines
 
 
 class Curves(NamedTuple):
-    """A run's numbers: `values[name]` is (steps, values), float64 [N] both, in the order of the steps."""
+    """A run's numbers: `values[name]` is (steps, values), both float64 [N], sorted by step.
+
+    `tokens_per_step` is 0 if the run's config.json can't be read.
+    """
 
     name: str
     values: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -19,11 +22,11 @@ class Curves(NamedTuple):
 
 
 def names(workdirs: Sequence[str], given: str | None) -> list[str]:
-    """--names's, or the folders' names, with as many of their parents as tell them apart."""
+    """The runs' names: those of --names (`given`), or the folders' names, with enough parent folders to differ."""
     if given is not None:
         found = given.split(",")
         if len(found) != len(workdirs):
-            raise ValueError(f"--names: {len(found)} of them for {len(workdirs)} runs")
+            raise ValueError(f"--names: {len(found)} names for {len(workdirs)} runs; give one per run")
         return found
     parts = [[part for part in str(workdir).split("/") if part not in ("", ".")] or ["."] for workdir in workdirs]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -34,7 +37,7 @@ def names(workdirs: Sequence[str], given: str | None) -> list[str]:
 
 
 def read_curves(workdir: epath.PathLike) -> Curves:
-    """A run's metrics. Raises FileNotFoundError or ValueError naming the folder or file."""
+    """Read a run's metrics.jsonl. Raises FileNotFoundError or ValueError, naming the folder or file."""
     folder = epath.Path(workdir)
     path = folder / "metrics.jsonl"
     if not folder.exists():
@@ -49,7 +52,7 @@ def read_curves(workdir: epath.PathLike) -> Curves:
             step = float(record["step"])
         except (ValueError, KeyError, TypeError):
             if number == len(records):
-                break  # a run is writing it
+                break  # the run is writing this line
             raise ValueError(f"{path}, line {number}: not a record of a run") from None
         for name, value in record.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -69,9 +72,9 @@ def _tokens_per_step(folder: epath.Path) -> int:
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over as many neighbours on the left as on the right, up to `width` in all: the curve lags nowhere.
+    """A centred moving mean: equally many neighbours on both sides, `width // 2` or fewer near the ends.
 
-    NaN and infinity stay where they are and enter no mean.
+    A centred mean does not shift the curve to the right. NaN and infinity are kept in place and enter no mean.
     """
     finite = np.isfinite(values)
     sums = np.cumsum(np.concatenate([[0.0], np.where(finite, values, 0.0)]))

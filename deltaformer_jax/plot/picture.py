@@ -1,4 +1,4 @@
-"""Curves of runs side by side, a panel for each number that they have."""
+"""The picture: one panel per number, with one curve per run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,15 @@ _LOGARITHMIC = ("grad_norm",)
 
 
 def figure(runs: Sequence[Curves], x: str, width: int) -> Any:
-    """A matplotlib Figure with a panel for each of PANELS that some run has values of."""
-    from matplotlib.figure import Figure  # with no window system behind it
+    """A matplotlib Figure with one panel for each entry of PANELS for which a run has values.
+
+    `x`: "step" or "tokens". `width`: how many logged steps the training loss is averaged over.
+    """
+    from matplotlib.figure import Figure  # unlike pyplot, it needs no display
     from matplotlib.ticker import EngFormatter, LogLocator, ScalarFormatter
 
     if x == "tokens" and (missing := [run.name for run in runs if not run.tokens_per_step]):
-        raise ValueError(f"--x tokens: {missing[0]} has no config.json that says how many tokens a step has")
+        raise ValueError(f"--x tokens: {missing[0]} has no config.json with its batch size; use --x step")
     panels = [(name, title) for name, title in PANELS if any(name in run.values for run in runs)]
     if not panels:
         raise ValueError("no run has logged a loss or an evaluation yet")
@@ -79,7 +82,7 @@ def _draw(panel: Any, run: Curves, name: str, x: str, width: int, colour: Any) -
 
 
 def _last(run: Curves) -> str:
-    """What the legend says of a run: how far it is, and its last evaluation or loss."""
+    """The end of a run's label in the legend: its last evaluation or loss, and its last step."""
     steps = max(int(steps[-1]) for steps, _ in run.values.values())
     if "eval_accuracy" in run.values:
         return f": accuracy {run.values['eval_accuracy'][1][-1]:.4g}, step {steps:,}"
@@ -89,7 +92,7 @@ def _last(run: Curves) -> str:
 
 
 def _colours(count: int) -> list[Any]:
-    """Okabe and Ito's colours, which colour-blind eyes tell apart; of a continuous scale beyond eight runs."""
+    """Okabe and Ito's eight colours, distinguishable by colour-blind readers; more runs get a continuous scale."""
     table = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
     if count <= len(table):
         return table[:count]

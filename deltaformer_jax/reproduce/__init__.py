@@ -1,1 +1,1 @@
-"""The papers' tables and figures, and comparisons: `python -m deltaformer_jax.reproduce NAME --out DIR`."""
+"""Experiments that reproduce the papers' tables and figures: `python -m deltaformer_jax.reproduce NAME --out DIR`."""

@@ -1,11 +1,11 @@
-"""A table or a figure, made again:
+"""Reproduce a table or a figure:
 
     python -m deltaformer_jax.reproduce NAME --out DIR [--quick] [--force]
 
-writes DIR/NAME.json (every setting, score and time, and the machine) and DIR/NAME.png. It goes on where an interrupted
-one stopped, and never overwrites what is there: --force throws these two files away first, and of DIR/NAME/, where
-unfinished work lies, what this program made. --quick is a small form of two minutes. Without NAME: the list of names.
-Bad input: one line, exit code 2.
+The program writes DIR/NAME.json (all settings, scores and times, and the machine) and DIR/NAME.png. An interrupted
+experiment resumes where it stopped; unfinished work lies in DIR/NAME/. Existing results are never overwritten: --force
+first deletes the two files, and those parts of DIR/NAME/ that this program wrote. --quick runs a small form of about
+two minutes. Without NAME the program lists the names. Wrong input gives one line on stderr and exit code 2.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     listing = "\n".join(f"  {name:14}{about}" for name, (about, _) in NAMES.items())
     parser = ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="A table or a figure, made again.",
+        description="Reproduce a table or a figure of a paper.",
         epilog=f"names:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="what to make; without it, the list of names")
-    parser.add_argument("--out", type=expand, metavar="DIR", help="where NAME.json and NAME.png go; may be gs://")
-    parser.add_argument("--quick", action="store_true", help="a small form, two minutes on two cores")
-    parser.add_argument("--force", action="store_true", help="throw away what DIR holds of NAME, and start anew")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the experiment; without it, the names are listed")
+    parser.add_argument("--out", type=expand, metavar="DIR", help="folder for NAME.json and NAME.png; may be gs://")
+    parser.add_argument("--quick", action="store_true", help="run a small form, about two minutes on two cores")
+    parser.add_argument("--force", action="store_true", help="delete the results of NAME in DIR, and start anew")
     flags = parser.parse_args(arguments)
     if flags.name is None:
         print(f"names:\n{listing}")
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         if flags.name not in NAMES:
             near = difflib.get_close_matches(flags.name, NAMES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{flags.name!r} is no name: give one of {', '.join(NAMES)}{hint}")
+            raise ValueError(f"{flags.name!r} is not an experiment: give one of {', '.join(NAMES)}{hint}")
         if not flags.out:
             raise ValueError("--out: give a folder for the results")
         with alone(flags.out, flags.name, f"--out {flags.out}", say_aside):
@@ -59,7 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = False) -> bool:
-    """Do what is left of an experiment; False if it was interrupted. Raises ValueError or OSError for one line."""
+    """Run the unfinished cells of an experiment, then write its table and figure. False if it was interrupted.
+
+    Raises ValueError or OSError with a one-line message.
+    """
     with waiting("importing jax", say_aside):
         from deltaformer_jax.reproduce import unfinished
         from deltaformer_jax.reproduce.notebook import Notebook, machine
@@ -91,19 +94,20 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
             clock = unfinished.Clock(folder, stop, machine())
             try:
                 result = experiment.run(settings, folder, note, clock)
-            except (RunError, SaveError) as error:  # a full disk, say
+            except (RunError, SaveError) as error:  # such as a full disk
                 raise OSError(str(error)) from error
             if result is None:
                 clock.save()
                 if not (folder / unfinished.MARKER).exists():
-                    note("this part keeps nothing of what it has begun and begins anew")
+                    note("this part keeps nothing of its unfinished work; it begins anew next time")
                 return False
             notebook.add(settings, result, clock.parts)
             unfinished.release(folder)
     show(experiment.rows(notebook.done))
     drawn = out / f"{name}.png"
     if begun or not drawn.exists():
-        picture, part = io.BytesIO(), out / f"{name}.png.part"  # an interruption leaves the old picture or the new one
+        # Written to another file and renamed: an interruption leaves the old picture or the new one, both whole.
+        picture, part = io.BytesIO(), out / f"{name}.png.part"
         experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
         part.write_bytes(picture.getvalue())
         part.replace(drawn)

@@ -1,4 +1,4 @@
-"""What an experiment is: cells of work that know nothing of each other, a table and a figure of what they found."""
+"""The definition of an experiment: independent cells of work, and a table and a figure of their results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """`cells(quick)` gives the settings of each cell, plain JSON, "label" among them and different in each.
+    """An experiment, as functions.
 
-    `run(settings, folder, note, stop)` does one and returns plain JSON, or None if `stop.requested` ended it early; it
-    may keep what it needs to go on in `folder`, which it has to `unfinished.claim` first. `rows(done)` are the lines of
-    the table and `figure(done)` a matplotlib Figure, of the finished cells' records {"settings", "result", "seconds",
-    "machine"}. `cost` says how long both forms take.
+    * `cells(quick)` returns the settings of each cell as plain JSON. Each has a different "label".
+    * `run(settings, folder, note, stop)` runs one cell. It returns its result as plain JSON, or None if
+      `stop.requested` ended it early. To resume later, it may keep files in `folder`, after `unfinished.claim(folder)`.
+      `note(text)` prints a message.
+    * `rows(done)` returns the lines of the table, `figure(done)` a matplotlib Figure. `done` holds the records of the
+      finished cells: {"settings", "result", "seconds", "machine"}.
+    * `cost` says how long the full and the quick form take.
     """
 
     cells: Callable[[bool], list[dict[str, Any]]]
@@ -27,27 +30,42 @@ class Experiment:
     cost: str
 
 
-# Name -> (what it shows, the module that holds EXPERIMENT).
+# Name -> (description, the module that holds EXPERIMENT).
 NAMES = {
-    "mixers": ("every mixer on the standard library's text, parameters and tokens equal", "language.mixers"),
+    "mixers": (
+        "every mixer as a language model of Python's standard library, with equal parameters and tokens",
+        "language.mixers",
+    ),
     "theorem1": (
         "an exact memory of n slots under swaps, with and without compression of its cache",
         "deltaformer.theorem1",
     ),
-    "snr": ("retrieval: noise to signal against pairs and width, measured and by formula", "associative_memory.snr"),
-    "rope_base": ("the bases of a rotary embedding that bound the context", "rope.rope_base"),
-    "table6": ("times of the recurrent, parallel and chunked forms on this machine", "deltaformer.table6"),
+    "snr": (
+        "retrieval from an associative memory: noise to signal by number of pairs and width, measured and by formula",
+        "associative_memory.snr",
+    ),
+    "rope_base": ("the least base of a rotary embedding for each context length", "rope.rope_base"),
+    "table6": ("times of the recurrent, parallel and chunked implementations on this machine", "deltaformer.table6"),
     "figure3": (
         "tracking swaps of 5 elements: similarities of DeltaFormer against Transformers",
         "deltaformer.figure3",
     ),
-    "figure4": ("swaps in rows of 256 by a curriculum and directly, and at 512 and 1024", "deltaformer.figure4"),
+    "figure4": (
+        "tracking 256 swaps, trained by a curriculum and directly, and tested at 512 and 1024 swaps",
+        "deltaformer.figure4",
+    ),
     "figure5": ("reachability in a graph: similarities of DeltaFormer against Transformers", "deltaformer.figure5"),
-    "figure6": ("more elements than width, with fixed keys: linear against round", "deltaformer.figure6"),
-    "table1": ("associative recall by read similarity", "deltaformer.table1"),
-    "table5": ("formal languages at lengths never trained on", "deltaformer.table5"),
-    "mqar": ("associative recall by every mixer at the four usual sizes, of 256 and of 8,192 words", "recall.mqar"),
-    "word_problem": ("products of permutations of five things", "state_tracking.word_problem"),
+    "figure6": (
+        "tracking more elements than keys are wide, with fixed keys: linear and round similarity",
+        "deltaformer.figure6",
+    ),
+    "table1": ("associative recall (MQAR) by read similarity", "deltaformer.table1"),
+    "table5": ("formal languages, tested at lengths longer than in training", "deltaformer.table5"),
+    "mqar": (
+        "associative recall (MQAR) by every mixer at the four usual sizes, with 256 and 8,192 words",
+        "recall.mqar",
+    ),
+    "word_problem": ("products of permutations of five elements", "state_tracking.word_problem"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of experiments whose cells are runs of a few families of models, each in several variants of settings."""
+"""The table of experiments that run several families of models, each with several variants of settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line for the runs of each (family, variant): how many, their last accuracies, when they were solved."""
+    """One line per (family, variant): the number of runs, their worst and best last accuracy, when each was solved."""
     lines: dict[tuple[str, str], list] = {}
     for record in done:
         settings, result = record["settings"], record["result"]

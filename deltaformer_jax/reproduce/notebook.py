@@ -1,4 +1,4 @@
-"""DIR/NAME.json: what has been done of an experiment, with every setting, written anew after each cell."""
+"""DIR/NAME.json: the finished cells of an experiment with all settings, rewritten after each cell."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deltaformer_jax.reproduce.unfinished import ADVICE
 
 
 class Notebook:
-    """The records of one experiment in one folder, `records[label] = {"settings", "result", "seconds", "machine"}`.
+    """The records of one experiment in one folder: `records[label] = {"settings", "result", "seconds", "machine"}`.
 
-    A cell's machine is the one that finished it; of a cell that went on on another one, "parts" says which took which
-    seconds. Raises ValueError, naming --out or --force, for a file that is not this experiment's, or holds other
-    settings, and for a picture without such a file.
+    "machine" is the machine that finished the cell. If a cell was resumed on another machine, "parts" lists the seconds
+    of each. Raises ValueError, naming --out or --force, if the file belongs to another experiment or has other
+    settings, or if there is a picture without such a file.
     """
 
     def __init__(self, folder: epath.Path, name: str, quick: bool, cells: list[dict[str, Any]]):
@@ -40,7 +40,7 @@ class Notebook:
             if not all(record["result"] and record["seconds"] >= 0 for record in saved["cells"]):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--out: {self.path} is no record of an experiment; {ADVICE}") from None
+            raise ValueError(f"--out: {self.path} is not the record of an experiment; {ADVICE}") from None
         if name != self.name:
             raise ValueError(f"--out: {self.path} is the record of {name}, not of {self.name}; {ADVICE}")
         if quick != self.quick:
@@ -54,11 +54,11 @@ class Notebook:
 
     @property
     def done(self) -> list[dict[str, Any]]:
-        """The finished cells' records, in the cells' order."""
+        """The records of the finished cells, in the order of the cells."""
         return [self.records[cell["label"]] for cell in self.cells if cell["label"] in self.records]
 
     def add(self, settings: dict[str, Any], result: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-        """A finished cell. parts: [{"machine", "seconds"}], the last one's the machine that finished it."""
+        """Record a finished cell. parts: [{"machine", "seconds"}]; the last machine is the one that finished it."""
         seconds = round(sum(part["seconds"] for part in parts), 3)
         record = {"settings": settings, "result": result, "seconds": seconds, "machine": parts[-1]["machine"]}
         self.records[settings["label"]] = record if len(parts) == 1 else {**record, "parts": parts}
@@ -73,13 +73,14 @@ class Notebook:
             "machine": self.machine,
             "cells": self.done,
         }
-        part = self.path.parent / (self.path.name + ".part")  # an interruption leaves the old file or the new one
+        # Written to another file and renamed: an interruption leaves the old file or the new one, both whole.
+        part = self.path.parent / (self.path.name + ".part")
         part.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n")
         part.replace(self.path)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside the settings."""
+    """What the results depend on besides the settings: versions, devices and the processor."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
@@ -92,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux as the kernel has it, since platform.processor() is empty there."""
+    """The processor's name; on Linux from /proc/cpuinfo, since platform.processor() is empty there."""
     try:
         with open("/proc/cpuinfo") as lines:
             named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Figures that several experiments share: accuracies against steps, and last accuracies side by side."""
+"""Plots that several experiments share: accuracy against steps, and bars of the last accuracies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ COLOURS = [f"C{i}" for i in range(10)]
 
 
 def colours_of(done: list[dict[str, Any]], key: str) -> dict[str, str]:
-    """A colour for each value of settings[key], in the order in which they come."""
+    """A colour for each value of settings[key], in order of first appearance."""
     names = dict.fromkeys(record["settings"][key] for record in done)
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def accuracy_curves(axes: Any, done: list[dict[str, Any]], key: str, chance: float | None = None) -> None:
-    """Accuracy against step, one line a cell, one colour and one entry of the legend for each settings[key]."""
+    """Plot accuracy against step: one line per cell, one colour and one legend entry per value of settings[key].
+
+    `chance`: the accuracy of guessing, drawn as a dashed line.
+    """
     colours, named = colours_of(done, key), set()
     for record in done:
         name = record["settings"][key]
@@ -26,14 +29,17 @@ def accuracy_curves(axes: Any, done: list[dict[str, Any]], key: str, chance: flo
     axes.axhline(0.99, color="grey", linewidth=0.8, linestyle=":")
     if chance is not None:
         axes.axhline(chance, color="grey", linewidth=0.8, linestyle="--", label="guessing")
-    axes.set(xlabel="step", ylabel="accuracy on examples drawn apart from training", ylim=(0, 1.03))
+    axes.set(xlabel="step", ylabel="accuracy on separately drawn examples", ylim=(0, 1.03))
     axes.legend(fontsize=7, loc="lower right")
 
 
 def accuracy_bars(
     axes: Any, done: list[dict[str, Any]], key: str, paper: dict[str, float] | None = None, score=None
 ) -> None:
-    """A bar up to the best of each settings[key], a dot for each cell, and the paper's number as a stroke."""
+    """Plot, per value of settings[key]: a bar up to the best score, a dot per cell, and the paper's number in red.
+
+    `score(record)`: by default the last accuracy.
+    """
     score = score or (lambda record: record["result"]["accuracy"])
     colours = colours_of(done, key)
     for place, (name, colour) in enumerate(colours.items()):

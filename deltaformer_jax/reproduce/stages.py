@@ -1,7 +1,8 @@
-"""A cell that trains as runs of everybody's loop, one after the other: each stage is a task at one length.
+"""The stages of a cell that trains a model: successive ordinary training runs, each on a task at one length.
 
-A stage begins from the state that the one before it ended with, and ends where its evaluations say that it is solved or
-learns no more. Its folder is an ordinary run's, so an interrupted cell goes on as every run does.
+A stage starts from the final state of the stage before it. It ends when its evaluations show that the task is solved,
+or that the accuracy no longer improves. Its folder is the folder of an ordinary run, so an interrupted cell resumes
+like any run.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import Prepared, prepare
 from deltaformer_jax.training.state import TrainState
 
-EVALUATION_TOKENS = 8192  # in one batch of an evaluation
-SAY_EVERY = 10.0  # seconds
+EVALUATION_TOKENS = 8192  # most tokens in one batch of an evaluation
+SAY_EVERY = 10.0  # seconds between progress messages
 
 
 class Stage(TaskData):
-    """One of a cell's tasks at one length: trained on from its example `first` on, evaluated on `rows` examples."""
+    """The data of a stage: a task at one length. Training begins at example `first`; evaluation has `rows` examples."""
 
     def __init__(self, spec: str, task: Any, rows: int, first: int = 0):
         self.path, self.length, self.examples = spec, task.length, rows
@@ -55,8 +56,11 @@ class Stage(TaskData):
 
 
 class Progress(NamedTuple):
-    """Where a cell is at the beginning of its stage number `stage`, plain JSON: steps made, examples and tokens seen,
-    the step at which each stage was solved, the curve up to there; and the tests answered, once training has ended."""
+    """The progress of a cell at the beginning of stage number `stage`, as plain JSON.
+
+    solved: the step at which each stage was solved, or None. step, examples, tokens: totals so far. curve: one entry
+    per evaluation so far. tests: the accuracies of the tests that are done; tests run after training.
+    """
 
     solved: list[int | None]
     stage: int = 0
@@ -69,8 +73,8 @@ class Progress(NamedTuple):
 
 @contextlib.contextmanager
 def _damage_is_said(folder: epath.Path) -> Iterator[None]:
-    """What is wrong with stages that are there, as a ValueError that names --out."""
-    there = folder.parent.exists()  # this stage or those before it
+    """Turn an error in reading existing stages into a ValueError that names --out."""
+    there = folder.parent.exists()  # whether this stage or an earlier one has been started
     try:
         yield
     except (ValueError, OSError) as error:
@@ -80,7 +84,7 @@ def _damage_is_said(folder: epath.Path) -> Iterator[None]:
 
 
 class Cell:
-    """The stages of `settings`, and what their runs are made of."""
+    """The stages of a cell with these `settings`: their tasks, configs, runs and progress."""
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Cell:
             each(settings[key]) for key in ("task", "target", "batch_size", "eval_rows")
         )
         self.tasks = [make_task(spec, length) for spec, length in zip(self.specs, lengths, strict=True)]
-        # A token beyond the embedding's words would be NaN: there are as many as the task that has most needs.
+        # The vocabulary must fit the stage with the most tokens: a token id beyond it would give NaN.
         words = max(max(task.input_vocabulary, task.target_vocabulary) for task in self.tasks)
         self._model = json.dumps({**settings["model"], "vocab_size": words}, sort_keys=True)
         self._settings, self._folder, self._note, self._make_model = settings, folder, note, make_model
@@ -108,7 +112,7 @@ class Cell:
         return self._folder / unfinished.STAGES / str(stage)
 
     def config(self, at: Progress) -> Config:
-        """Of a stage's run. No one goes back to a checkpoint here, however many steps the guard leaves out."""
+        """The config of the stage's run. rollback_after is set so high that the run never goes back to a checkpoint."""
         steps, task = self._settings["steps"] - at.step, self.tasks[at.stage]
         optimizer = OptimizerConfig(**self._settings["optimizer"])
         return Config(
@@ -123,7 +127,7 @@ class Cell:
                 steps=steps,
                 seed=self._settings["seed"],
                 log_every=1,
-                # Stages end at evaluations, so that the steps of all stages together are what is counted.
+                # A stage can end only at an evaluation.
                 eval_every=self._settings["eval_every"],
                 checkpoint_every=0,
                 keep_checkpoints=1,
@@ -132,14 +136,14 @@ class Cell:
         )
 
     def prepare(self, at: Progress) -> Prepared:
-        """The run of the stage, new or gone on with. Raises ValueError for one that is there and damaged."""
+        """The stage's run, new or resumed. Raises ValueError if an existing one is damaged."""
         config, folder = self.config(at), self.stage_folder(at.stage)
         data = Stage(config.data.path, self.tasks[at.stage], self.asked[at.stage], at.examples)
         with _damage_is_said(folder):
             return prepare(
                 config,
                 folder,
-                devices=jax.devices()[:1],  # one, however many there are: the models are small
+                devices=jax.devices()[:1],  # only one device is used, since the models are small
                 corpus=data,
                 evaluation_batch_size=data.evaluation_batch_size,
                 make_program=lambda config, mesh: _program(
@@ -149,7 +153,7 @@ class Cell:
             )
 
     def _last_state(self, stage: int) -> Callable[[Program], TrainState]:
-        """Reads the state that a stage ended with."""
+        """A function that reads the final state of stage number `stage`."""
 
         def read(program: Program) -> TrainState:
             with contextlib.closing(Checkpoints(self.stage_folder(stage) / "checkpoints")) as checkpoints:
@@ -158,7 +162,7 @@ class Cell:
         return read
 
     def until(self, at: Progress, records: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
-        """What ends a stage before its steps are made: it is solved, or learns no more."""
+        """A function of an evaluation's record: whether to end the stage, because it is solved or has a plateau."""
         said = time.perf_counter()
 
         def ends(evaluation: dict[str, Any]) -> bool:
@@ -179,7 +183,10 @@ class Cell:
         return len(scores) >= patience and all(score >= self.targets[stage] for score in scores[-patience:])
 
     def after(self, at: Progress, steps: int, records: list[dict[str, Any]]) -> Progress:
-        """Where the cell is after so many `steps` of a stage with these metrics: in the next one if it is solved."""
+        """The cell's progress after `steps` steps of the current stage, whose metrics are `records`.
+
+        If the stage is solved, the progress is at the next stage.
+        """
         task, size = self.tasks[at.stage], self.sizes[at.stage]
         losses = {record["step"]: _loss(record) for record in records if "eval_loss" not in record}
         scores = {record["step"]: record["eval_accuracy"] for record in records if "eval_loss" in record}
@@ -203,12 +210,12 @@ class Cell:
 
 
 def _loss(record: dict[str, Any]) -> float:
-    """Of a record of metrics.jsonl; of a step that was left out it stands there as text, "loss nan, gradient nan"."""
+    """The loss in a record of metrics.jsonl; a skipped step's record has it in a text, "loss nan, gradient nan"."""
     return record["loss"] if "loss" in record else float(record["because"].split()[1].rstrip(","))
 
 
 def _stands_still(accuracies: list[float], plateau: list | None) -> bool:
-    """Whether none of the last n accuracies is better by `least` than the best before them, for plateau [n, least]."""
+    """Whether, for plateau [n, least], none of the last n accuracies exceeds the best earlier one by `least`."""
     if plateau is None or len(accuracies) <= plateau[0]:
         return False
     count, least = plateau
@@ -216,7 +223,7 @@ def _stands_still(accuracies: list[float], plateau: list | None) -> bool:
 
 
 def accuracy(program: Program, params: Any, asked: Stage) -> float:
-    """The share of what the task counts that is right, on the examples of its evaluation."""
+    """The accuracy on the evaluation examples: the fraction of counted positions that are predicted correctly."""
     rows = batches(asked, "eval", sequence_length=asked.length, batch_size=asked.evaluation_batch_size, seed=0)
     return evaluate(
         program.evaluation_step,
@@ -229,12 +236,12 @@ def accuracy(program: Program, params: Any, asked: Stage) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _program(model: str, optimizer: str, make_model: Callable[..., nnx.Module], mesh: Mesh) -> Program:
-    """One for each model and optimiser in a process, given as JSON, whatever the seeds, so that cells share what is
-    compiled."""
+    """A Program for a model and an optimiser, both given as JSON. It is cached, so cells that differ only in seed share
+    compiled programs."""
     config = Config(model=model_config(json.loads(model)), optimizer=OptimizerConfig(**json.loads(optimizer)))
     return Program(config, mesh, make_model)
 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of a cell's plain fields, whose mixers are a list."""
+    """The ModelConfig of a cell's fields, in which mixers is a list."""
     return ModelConfig(**{**fields, "mixers": tuple(fields.get("mixers", ("delta_former",)))})

@@ -1,20 +1,21 @@
-"""Training on a synthetic task until it is solved: runs as everybody's, one for each length, and a curve of accuracies.
+"""Training on a synthetic task until it is solved, by ordinary training runs, one for each length.
 
-Each length is a stage: an ordinary run in the cell's folder, begun from the state of the stage before it and ended by
-what its evaluations say. What a cell trains is in its settings, plain JSON:
+Each length is a stage: a run in the cell's folder that starts from the final state of the stage before it and ends when
+its evaluations say so. A cell's settings are plain JSON. Where the text says "or a list", the list has one entry per
+length:
 
-    task, lengths          "task:swap,elements=5", [16]; with several lengths, each is trained on until it is solved;
-                           a list of tasks, one for each length, where they differ in more than that
-    model, optimizer       every field of ModelConfig (but vocab_size, which is the task's) and of OptimizerConfig
-    batch_size, steps      steps over all lengths together; rows a step, or a list of them, one for each length
-    eval_every, eval_rows  every so many steps, the accuracy on so many rows drawn apart from those trained on; rows, or
-                           a list of them, one for each length
-    target, patience       a length is solved once `patience` evaluations in a row are at least `target`, or its own
-                           target in a list of them
-    plateau                [n, least], if there: training ends when none of the last n evaluations was better by `least`
-                           than the best before them at that length
-    seed                   of the parameters and of the examples
-    tests                  {name: [task, length, rows]}, asked once training has ended
+    task, lengths          for example "task:swap,elements=5", [16]; or a list of tasks. With several lengths, each is
+                           trained on until it is solved
+    model, optimizer       all fields of ModelConfig (except vocab_size, which the task gives) and of OptimizerConfig
+    batch_size             rows per step, or a list
+    steps                  most steps of all lengths together
+    eval_every, eval_rows  steps between evaluations; rows per evaluation, drawn separately from training, or a list
+    target, patience       a length is solved once `patience` evaluations in a row have at least the accuracy `target`;
+                           target may be a list
+    plateau                optional, [n, least]: training ends when none of the last n evaluations exceeds the best
+                           earlier one at that length by `least`
+    seed                   of the initial parameters and of the examples
+    tests                  {name: [task, length, rows]}: the accuracies to measure after training
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ def settings_of(
     plateau: tuple[int, float] | None = None,
     **optimizer: Any,
 ) -> dict[str, Any]:
-    """A cell's settings. `model` and `optimizer` say what differs from the defaults, the settings say all of it: a
-    record whose defaults were others is not gone on with.
+    """A cell's settings. `model` and `optimizer` give the fields that differ from the defaults.
 
-    Adam without weight decay, a warm-up of a tenth of the steps, at most 100, then a cosine.
+    The settings contain every field, so a record made with other defaults is recognised and not resumed. The optimiser
+    is Adam without weight decay, with a warm-up of a tenth of the steps, at most 100, and a cosine schedule.
 
-    Of the guard against bad steps only that against infinities is on: after a long gradient no one goes back to a
-    checkpoint here, and the guard would leave out all that follow.
+    skip_deviations is 0: only steps that are not finite are skipped. The runs here never go back to a checkpoint, so
+    after a jump of the gradient's norm the guard would skip every later step.
     """
     chosen = dict(
         learning_rate=learning_rate,
@@ -103,14 +104,15 @@ def run(
     make_task: Callable[[str, int], Any] = tasks.make_task,
     make_model: Callable[..., nnx.Module] = LanguageModel,
 ) -> dict[str, Any] | None:
-    """Train a cell; None if `stop.requested`. `make_task(spec, length)` gives a task, `make_model` is a Program's.
+    """Train a cell. None if `stop.requested` ended it early.
 
-    What it has learnt is kept in `folder` then, at the end of each stage and every minute, and the next call goes on
-    from it to the same bits.
+    `make_task(spec, length)` returns a task; `make_model(config, rngs=...)` returns a model. The state is saved in
+    `folder` when the cell is stopped, at the end of each stage, and every minute. The next call resumes from it, with
+    bit-identical results.
 
-    Returns accuracy (the last, at the last length reached), solved_at (the step at which each length was, null where
-    it was not), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (updates
-    that the guard against infinities left out), and tests.
+    Returns a dict: accuracy (the last one, at the last length reached), solved_at (the step at which each length was
+    solved, or None), curve ([step, length, accuracy, loss] of each evaluation), steps, tokens, parameters, skipped (the
+    number of steps skipped because they were not finite), and tests.
     """
     cell = Cell(settings, folder, note, make_task, make_model)
     unfinished.claim(folder)
@@ -121,7 +123,7 @@ def run(
         cell.keep(at)
         prepared = cell.prepare(at)
         if at is begun:
-            note(f"    going on after step {at.step + prepared.position.step}")
+            note(f"    resuming after step {at.step + prepared.position.step}")
         ending = train(
             *prepared,
             stop,

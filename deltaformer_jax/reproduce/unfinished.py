@@ -1,6 +1,6 @@
-"""DIR/NAME/LABEL/: what a cell that was stopped has done so far, so that the next invocation goes on from there.
+"""DIR/NAME/LABEL/: the partial work of a cell that was stopped, from which the next invocation resumes.
 
-A folder is the program's own by the file MARKER in it; one that is there without it is refused and never removed.
+The file MARKER in a folder shows that this program made it. A folder without it is refused and never removed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from etils import epath
 
 MARKER = "made_by_deltaformer_jax_reproduce.txt"
-STAGES = "stages"  # the runs that a cell is made of, a folder each
+STAGES = "stages"  # the folder of a cell's runs, which have a folder each
 PROGRESS, SECONDS = "progress.json", "seconds.json"
-FORMER = "unfinished.msgpack"  # where earlier versions kept a cell's state
+FORMER = "unfinished.msgpack"  # the file in which earlier versions kept a cell's state
 SAVE_EVERY = 60.0  # seconds between two saves of a state
 ADVICE = "give another --out, or --force to start anew"
 
 
 def claim(folder: epath.Path) -> None:
-    """Make a cell's folder, marked. Raises ValueError for one that holds files and no mark."""
+    """Make a cell's folder and mark it with MARKER. Raises ValueError if it holds files but no MARKER."""
     if (folder / MARKER).exists():
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -30,8 +30,7 @@ def claim(folder: epath.Path) -> None:
 
 
 def release(folder: epath.Path) -> None:
-    """Remove a cell's stages and what `save` and `Clock` wrote, and the folder if that was all. What else a cell keeps
-    there stays."""
+    """Remove a finished cell's stages and the files of `save` and `Clock`; and the folder, if nothing else is in it."""
     if not (folder / MARKER).exists():
         return
     if (folder / STAGES).exists():
@@ -44,7 +43,7 @@ def release(folder: epath.Path) -> None:
 
 
 def remove_all(parent: epath.Path) -> list[str]:
-    """Remove the marked folders in `parent`, and `parent` if nothing is left; the names of what is left."""
+    """Remove the marked folders in `parent`, and `parent` itself if it is then empty. Returns the names still there."""
     if not parent.is_dir():
         return []
     for folder in parent.iterdir():
@@ -61,23 +60,24 @@ def _remove_if_empty(folder: epath.Path) -> list[str]:
 
 
 def _write(path: epath.Path, content: bytes) -> None:
-    part = path.parent / (path.name + ".part")  # an interruption leaves the old file or the new one
+    # Written to another file and renamed: an interruption leaves the old file or the new one, both whole.
+    part = path.parent / (path.name + ".part")
     part.write_bytes(content)
     part.replace(path)
 
 
 def save(folder: epath.Path, settings: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Keep the progress, plain JSON, of the cell that `settings` describes."""
+    """Write a cell's progress, plain JSON, with the cell's settings."""
     _write(folder / PROGRESS, json.dumps({"settings": settings, "progress": progress}).encode())
 
 
 def load(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The progress that `save` kept; None if there is none.
+    """The progress that `save` wrote; None if there is none.
 
-    Raises ValueError for a file of other settings, one that is damaged, and what an earlier version kept.
+    Raises ValueError for a file with other settings, a damaged file, and a file of an earlier version.
     """
     if (folder / FORMER).exists():
-        raise ValueError(f"--out: {folder / FORMER} is of an earlier version, which kept it in another form; {ADVICE}")
+        raise ValueError(f"--out: {folder / FORMER} is of an earlier version, in a format no longer read; {ADVICE}")
     path = folder / PROGRESS
     if not path.exists():
         return None
@@ -87,15 +87,19 @@ def load(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--out: {path} is damaged; {ADVICE}") from None
     if kept != json.loads(json.dumps(settings)):
-        raise ValueError(f"--out: {path} is of other settings than this version's or form's; {ADVICE}")
+        raise ValueError(
+            f"--out: {path} holds other settings than this version's, or those of the other form (--quick or full); "
+            f"{ADVICE}"
+        )
     return progress
 
 
 class Clock:
-    """`requested`, an Interruption's, and the seconds of a cell over all invocations, by machine.
+    """A cell's running time over all invocations, by machine; and `requested`, which passes on an Interruption's.
 
-    parts: [{"machine", "seconds"}], the present machine's last. Asking `requested` keeps them every ten seconds, if the
-    cell keeps anything else: one that begins anew takes its time anew.
+    parts: [{"machine", "seconds"}], with the present machine last. Reading `requested` also writes the parts to a file,
+    at most every ten seconds, if the cell has claimed its folder. A cell that keeps no partial work starts its time
+    anew too.
     """
 
     EVERY = 10.0

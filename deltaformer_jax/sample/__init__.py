@@ -1,4 +1,4 @@
-"""The program that lets a run's model write on from prompts: __main__.py says how."""
+"""The program that continues prompts with a run's model; its usage is in __main__.py."""
 
 from deltaformer_jax.sample.prompts import read_prompts
 

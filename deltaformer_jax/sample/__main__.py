@@ -1,13 +1,13 @@
-"""Let a run's model write on from one prompt or several, as it goes:
+"""Continue one or several prompts with a run's model, and print the text while it is generated:
 
     python -m deltaformer_jax.sample --workdir DIR [--prompt TEXT ...] [--prompts FILE] [--samples 1]
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
                                      [--seed 0] [--step N] [--json]
 
-Without a prompt it is the run's, `run.sample_prompt`. A text ends at --tokens, at a --stop text (which is not shown)
-or where the model ends the document. The texts go to stdout, whole characters only, the first one as it comes and the
-others when it is their turn; everything else goes to stderr. Several prompts, of any lengths, run as one batch. Bad
-input: one line, exit code 2.
+Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
+or where the model ends the document. Texts go to stdout in the order of the prompts, in whole characters: the first
+unfinished one while it is generated, the others after it. Messages go to stderr. All prompts, of any lengths, are one
+batch. Wrong input gives one line on stderr and exit code 2.
 """
 
 import os
@@ -22,23 +22,41 @@ from deltaformer_jax.sample.prompts import read_prompts
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m deltaformer_jax.sample", description="Lets a run's model write on from prompts."
-    )
+    parser = ArgumentParser(prog="python -m deltaformer_jax.sample", description="Continue prompts with a run's model.")
     parser.add_argument("--workdir", type=expand, required=True, metavar="DIR", help="the run's folder; may be gs://")
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help='may be "" and repeated; default: the run\'s'
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to continue; may be empty, and may be repeated (default: the run's run.sample_prompt)",
     )
-    parser.add_argument("--prompts", type=expand, metavar="FILE", help="more prompts, one a line (-: stdin)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=40, help="draw from so many; 0: from all (default: 40)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that sum to it (default: 1)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default: 0)")
-    parser.add_argument("--step", type=int, metavar="N", help="of which checkpoint (default: the newest)")
-    parser.add_argument("--json", action="store_true", help="a line of JSON a text: prompt, text, tokens, finish")
+    parser.add_argument("--prompts", type=expand, metavar="FILE", help="file with one more prompt per line; -: stdin")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens per text (default: 200)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="divides the logits before sampling; 0: always take the likeliest token (default: 0.8)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=40, help="sample from this many likeliest tokens; 0: all tokens (default: 40)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens whose probabilities sum to this; 1: all tokens (default: 1)",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a text before this string; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON per text, with prompt, text, tokens and finish"
+    )
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.sample"):
@@ -58,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
             run = restore(flags.workdir, flags.step, say_aside)
         if not prompts:
             prompts = [run.config.run.sample_prompt]
-            say_aside(f"after the run's own prompt, {prompts[0]!r}; --prompt TEXT is another")
+            say_aside(f"after the run's own prompt, {prompts[0]!r}; --prompt TEXT gives another")
         prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
@@ -86,5 +104,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         main()
-    except BrokenPipeError:  # the reader has had enough
+    except BrokenPipeError:  # the program that reads stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Texts that grow side by side, printed one after the other."""
+"""Printing texts one after the other although they are generated in parallel."""
 
 import json
 import sys
@@ -6,7 +6,10 @@ from typing import Any
 
 
 class Output:
-    """Texts that grow side by side, printed one after the other: the first unfinished one as it grows."""
+    """Prints texts in order while all are being generated. The first unfinished text is printed as it grows.
+
+    As JSON, each text is printed as one line when it is finished.
+    """
 
     def __init__(self, prompts: list[str], as_json: bool):
         self._prompts = prompts
@@ -14,8 +17,8 @@ class Output:
         self._texts = [""] * len(prompts)
         self._tokens = [0] * len(prompts)
         self._finish: list[str | None] = [None] * len(prompts)
-        self._turn = 0  # whose text is on stdout
-        self._shown = -1  # characters of it; -1: not even the prompt
+        self._turn = 0  # index of the text that is being printed
+        self._shown = -1  # how many of its characters are printed; -1: not even its prompt
 
     def add(self, i: int, text: str, finish: str | None, tokens: int = 1) -> None:
         self._texts[i] += text
@@ -25,7 +28,7 @@ class Output:
             self._turn, self._shown = self._turn + 1, -1
 
     def _show(self, i: int) -> bool:
-        """Prints what there is of text i; True if that is all."""
+        """Print what is new of text i. Returns whether the text is finished."""
         done = self._finish[i] is not None
         if self._json:
             if done:

@@ -1,4 +1,4 @@
-"""The texts that a sample writes on from: of flags and of a file."""
+"""The prompts of a sample, from the flags --prompt and --prompts."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,9 @@ from deltaformer_jax.config.lines import lines
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    r"""--prompt's texts, then the lines of --prompts, ended by \n or \r\n alone; a byte order mark is dropped. None
-    where neither is given.
+    r"""The texts of --prompt, then the lines of the file of --prompts ("-": stdin); [] if neither is given.
 
-    Raises ValueError or OSError naming the flag.
+    Only \n and \r\n end a line. A byte order mark is dropped. Raises ValueError or OSError, naming the flag.
     """
     prompts = list(prompts)
     if file is not None:

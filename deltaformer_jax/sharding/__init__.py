@@ -1,4 +1,4 @@
-"""The ops over a mesh of devices."""
+"""Running ops and models on a mesh of devices."""
 
 from deltaformer_jax.sharding.over_devices import HEAD_AXES, ROW_AXES, over_devices
 

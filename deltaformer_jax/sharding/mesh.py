@@ -1,4 +1,4 @@
-"""Where every array lies: a table of the parameters' axis names, read from top to bottom, and a mesh of devices."""
+"""The mesh of devices, and the table that maps parameters' axis names to mesh axes."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from deltaformer_jax.sharding import ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-# Axis name of a parameter -> mesh axis; a name that is not here is never cut.
+# Axis name of a parameter -> mesh axis. A dimension with any other name is not sharded.
 RULES = {
     "vocab": "tensor",
     "heads": "tensor",
@@ -21,15 +21,16 @@ RULES = {
     "embed": "fsdp",
 }
 
-# A batch [B, T]: rows over every device that holds a different part of the data.
+# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp".
 BATCH = PartitionSpec(ROW_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor, context) over `devices` (all of this run's by default).
+    """A mesh with axes (data, fsdp, tensor, context) over `devices`, by default all devices of the run.
 
-    `data = -1` takes what the others leave. Axes are Auto: the compiler places what the shardings leave open.
-    Raises ValueError if the sizes don't multiply to the number of devices, or context > 1.
+    `data = -1` takes the number of devices divided by the sizes of the other axes. Axes are of type Auto: the compiler
+    chooses shardings that are not given. Raises ValueError if the product of the sizes is not the number of devices, or
+    if context > 1.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in MESH_AXES}
@@ -38,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             raise ValueError(f"mesh.{name} = {size}: give a number of devices, 1 or more")
     if sizes["context"] > 1:
         raise ValueError(
-            f"mesh.context = {sizes['context']}: a sequence can't be cut over devices yet; "
+            f"mesh.context = {sizes['context']}: sharding a sequence over devices is not supported; "
             "set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor"
         )
     others = math.prod(sizes[name] for name in MESH_AXES[1:])
@@ -49,7 +50,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         asked = " * ".join(f"{name} {sizes[name]}" for name in MESH_AXES)
         raise ValueError(
             f"mesh: {asked} = {wanted} devices, but there are {len(devices)} ({devices[0].platform}); set "
-            "mesh.data, mesh.fsdp and mesh.tensor so that they multiply to it "
+            "mesh.data, mesh.fsdp and mesh.tensor so that their product is that number "
             "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
         )
     return jax.make_mesh(
@@ -58,12 +59,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def rows(mesh: Mesh) -> int:
-    """The number of parts a batch is cut into."""
+    """The number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, traced with `mesh` in force, which tells the mixers how to spread their ops."""
+    """`function`, traced with `mesh` as the abstract mesh. `over_devices`, which the mixers call, reads that mesh."""
 
     @functools.wraps(function)
     def traced(*arguments):
@@ -74,10 +75,10 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
 
 
 def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The PartitionSpec of one parameter from its axis names.
+    """The PartitionSpec of one parameter of shape `shape`, from the names of its last len(axes) dimensions.
 
-    Names are aligned to the right of the shape: dimensions in front of them (stacked layers) are not cut. A dimension
-    is left whole if its mesh axis doesn't divide it, or if a dimension to its left has taken that mesh axis.
+    Leading dimensions without a name (stacked layers) are not sharded. A named dimension is not sharded if the size of
+    its mesh axis doesn't divide it, or if a dimension to its left already uses that mesh axis.
     """
     if len(axes) > len(shape):
         raise ValueError(f"a parameter of shape {shape} names {len(axes)} axes: {axes}")

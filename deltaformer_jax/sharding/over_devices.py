@@ -1,6 +1,6 @@
-"""An op on every device's own rows and heads, which need nothing of each other's: no communication.
+"""Run an op on a mesh, each device on its own rows and heads. Rows and heads are independent: no communication.
 
-The compiler cuts XLA's own operations over a mesh by itself; a kernel it cannot see into has to be told, by shard_map.
+The compiler partitions XLA operations by itself. It cannot partition a hand-written kernel; shard_map does that.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-# Mesh axes that rows of the batch lie on, and those that heads lie on.
+# Mesh axes over which the rows of a batch are sharded, and those over which heads are.
 ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
 def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | None]) -> jax.Array:
-    """op(**arrays) [B, T, H, V], on the mesh in force (`jax.set_mesh`), each device computing its rows and its heads.
+    """op(**arrays) [B, T, H, V], computed on the current mesh (`jax.set_mesh`), each device for its rows and heads.
 
     Args:
-      op: takes the arrays by name; whatever else it needs is bound already.
-      arrays: [B, T, h, …] each with its own number of heads h, but "segment_ids" [B, T] and "sinks" [h]; None allowed.
+      op: takes the arrays by name; its other arguments are already bound.
+      arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" [B, T] and "sinks"
+        [h]. An array may be None.
 
-    A mesh axis of ROW_AXES or HEAD_AXES is used if the mesh has it and its size divides the rows, or every number of
-    heads; otherwise all its devices compute the same. Without a mesh, or with one device, this is op(**arrays).
+    The rows are split over the mesh axes of ROW_AXES that the mesh has, if the product of their sizes divides the
+    number of rows; the heads over those of HEAD_AXES, if it divides every array's number of heads. Otherwise every
+    device along these axes computes the same. Without a mesh, or with one device, this is op(**arrays).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -44,14 +46,15 @@ def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | Non
         lambda given: op(**given, **none),
         in_specs=({name: spec(name) for name in given},),
         out_specs=PartitionSpec(row_axes, None, head_axes),
-        # A kernel says nothing about which axes its output varies over.
+        # shard_map cannot tell over which mesh axes a kernel's output varies, so its check is switched off.
         check_vma=False,
     )
     return mapped(given)
 
 
 def _used(mesh, names, sizes):
-    """The mesh axes among `names` whose devices together divide all `sizes`; None if there are none or they don't."""
+    """The mesh axes among `names` of size above 1; None if there are none, or if their product does not divide every
+    one of `sizes`."""
     present = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
     devices = math.prod(mesh.shape[name] for name in present)
     return present if present and all(size % devices == 0 for size in sizes) else None

@@ -1,17 +1,19 @@
-"""The papers' synthetic tasks. Every example is a function of (seed, its index): `task(seed, indices)` draws any batch.
+"""The papers' synthetic tasks. An example is a function of (seed, index): `task(seed, indices)` generates any batch.
 
-| task | what is asked |
+| task | what the model must answer |
 | --- | --- |
-| `SwapTracking` | which element is first after these swaps? |
-| `Reachability` | which nodes of a graph are in the first one's tree? |
-| `MQAR` | which value came with this key? |
-| `ModularArithmetic`, `Parity`, `ReverseString`, `DuplicateString`, `OddsFirst`, `StackManipulation` | of a string |
-| `WordProblem` | the product of these elements of S5 or A5 |
-| `SwapConstruction` over `near_orthogonal_keys` | Theorem 1 of DeltaFormer, as keys and values |
+| `SwapTracking` | which element is at the first position after the swaps so far |
+| `Reachability` | which nodes of a graph are in the same tree as the first node |
+| `MQAR` | which value was stored with this key |
+| `ModularArithmetic`, `Parity` | the value of an expression mod 5; of the sum of bits mod 2 |
+| `ReverseString`, `DuplicateString`, `OddsFirst` | the symbols of a string in another order, or twice |
+| `StackManipulation` | the contents of a stack after some actions |
+| `WordProblem` | the product of the group elements so far, in S5, A5 or a smaller group |
+| `SwapConstruction` over `near_orthogonal_keys` | nothing to learn: DeltaFormer's Theorem 1 as keys and values |
 
-NumPy alone; `TaskSource` makes grain sources of them, and a `data.path` of "task:NAME,option=value" trains on one whose
-inputs are tokens. `Reachability`'s are rows of an adjacency matrix, for a model that takes vectors: figure5 of
-`deltaformer_jax.reproduce` trains it; `SwapConstruction` has nothing to learn.
+The tasks use NumPy only. `TaskSource` turns a task into a grain source. `data.path="task:NAME,option=value"` trains on
+a task whose inputs are tokens. The inputs of `Reachability` are rows of an adjacency matrix, for a model that takes
+vectors; the experiment figure5 of `deltaformer_jax.reproduce` trains on it.
 """
 
 from deltaformer_jax.tasks.examples import Examples

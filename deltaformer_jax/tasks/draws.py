@@ -1,7 +1,7 @@
-"""Random numbers that are a function of (seed, what they are for, example, place): any example can be drawn alone.
+"""Counter-based random numbers: a function of (seed, purpose, example, place), so any example can be generated alone.
 
-A counter is hashed where other generators go from state to state (splitmix64: Steele, Lea, Flood, 2014). Written here,
-in 64-bit integers, so that no new release of a library changes what a run trains on.
+The generator hashes a counter with splitmix64 (Steele, Lea, Flood, 2014) instead of updating a state. It is implemented
+here, in 64-bit integers, so that a new release of a library can't change the data that a run trains on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws:
-    """The numbers of examples `indices` (ints [N], any) under `seed` (an int or a text) and `purpose`.
+    """The random numbers of the examples `indices` (int [N]) for `seed` (an int or a string) and `purpose`.
 
-    Every call draws anew, so the order of the calls is part of what is drawn; row i depends on indices[i] alone.
+    Each method call gives new numbers, so the order of the calls matters. Row i depends on indices[i] only.
     """
 
     def __init__(self, seed: int | str, purpose: str, indices: np.ndarray):
@@ -32,7 +32,10 @@ class Draws:
         return _mix(stream[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
     def integers(self, count: int, high: int | np.ndarray) -> np.ndarray:
-        """int64 [N, count], uniform in [0, high), which is a number or [N, count], at most 2^31. Off by high/2^32."""
+        """int64 [N, count], uniform in [0, high). `high` is a number or [N, count], at most 2^31.
+
+        Probabilities deviate from 1/high by a relative error of at most high/2^32.
+        """
         return ((self.bits(count) >> np.uint64(32)) * np.asarray(high, np.uint64) >> np.uint64(32)).astype(np.int64)
 
     def uniforms(self, count: int) -> np.ndarray:
@@ -40,19 +43,23 @@ class Draws:
         return ((self.bits(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
     def choices(self, count: int, high: int) -> np.ndarray:
-        """int64 [N, count], distinct in each row, uniform among the ordered selections of `count` of [0, high)."""
+        """int64 [N, count]: in each row distinct numbers of [0, high), uniform among all ordered selections."""
         return smallest(self.bits(high), count)
 
     def weighted_choices(self, count: int, weights: np.ndarray) -> np.ndarray:
-        """int64 [N, count] of [0, len(weights)), one after another, never twice, each with p ∝ what is left of weights.
+        """int64 [N, count]: draws from [0, len(weights)) without replacement, each with probability ∝ its weight among
+        the numbers that are left.
 
-        As the order of exponential waiting times with these rates (Efraimidis and Spirakis, 2006).
+        The order of exponential waiting times with these rates has that distribution (Efraimidis and Spirakis, 2006).
         """
         return smallest(-np.log(self.uniforms(len(weights))) / weights, count)
 
 
 def smallest(numbers: np.ndarray, count: int) -> np.ndarray:
-    """int64 [N, count]: the places of each row's `count` smallest numbers, in rising order. O(row) and a short sort."""
+    """int64 [N, count]: the indices of each row's `count` smallest numbers, in ascending order of the numbers.
+
+    Cost per row: linear in its length, and a sort of `count` numbers.
+    """
     if count < numbers.shape[1]:
         places = np.argpartition(numbers, count - 1, axis=1)[:, :count]
     else:
@@ -62,7 +69,7 @@ def smallest(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """The finalising steps of splitmix64: each output bit depends on every input bit."""
+    """The finaliser of splitmix64: each output bit depends on every input bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

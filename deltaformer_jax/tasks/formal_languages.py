@@ -1,8 +1,9 @@
-"""Six tasks on strings: the input, then empty tokens from which the answer is read, all at once.
+"""Six tasks on strings: the input, then empty tokens at which the model gives the answer.
 
     x_1 … x_L  ∅ ∅ … ∅ (padding)        target at the i-th ∅: the answer's i-th symbol
 
-Trained on lengths L uniform in 1 … 40 and tested on 41 … 500, the score is the mean accuracy of the answer's symbols.
+The model does not see its earlier answers. The benchmark trains on lengths L uniform in 1 … 40 and tests on 41 … 500;
+the score is the mean accuracy of the answer's symbols.
 
 Source: Delétang et al., "Neural networks and the Chomsky hierarchy", 2022; Xu et al., DeltaFormer (NeurIPS 2025),
 appendix D, Table 5.
@@ -21,14 +22,19 @@ from deltaformer_jax.tasks.examples import Examples, check_least
 
 @dataclasses.dataclass(frozen=True)
 class StringTask:
-    """What the six share. A task has `symbols` (of the input; the empty token is the one after them), `answers` (how
-    many symbols an answer is made of), `answer_length(L)`, and `solve`.
+    """The base class of the six tasks.
 
-    Args: length: tokens in a row, at least longest + answer_length(longest), and one more with a start. shortest,
-      longest: bounds of the input's length L, uniform between them. start: the row's first token is no symbol, the
-      word after the empty token's, and nothing is asked there: where a memory's first state can be written. Raises
-      ValueError for what does not fit.
-    `task(seed, indices)` -> Examples; input_vocabulary is symbols + 1 (+ 1 with a start), target_vocabulary answers.
+    A task defines `symbols`, the number of input symbols (the empty token has the id after them); `answers`, the number
+    of answer symbols; `answer_length(L)`; and `solve`.
+
+    Args:
+      length: tokens per row, at least longest + answer_length(longest), and one more with `start`.
+      shortest, longest: bounds of the input's length L, which is uniform between them.
+      start: whether a row begins with a start token, at which nothing is asked. A model can write the first state of
+        its memory there. Its id is the one after the empty token's.
+    Raises ValueError for arguments that don't fit.
+    `task(seed, indices)` -> Examples. input_vocabulary is symbols + 1, or symbols + 2 with `start`; target_vocabulary
+    is answers.
     """
 
     length: int = 128
@@ -46,7 +52,7 @@ class StringTask:
         if self.length < least:
             raise ValueError(
                 f"length={self.length}: must be at least {least}, the longest input ({self.longest}) and its answer"
-                + " and the start" * self.start
+                + " and the start token" * self.start
                 + "; or choose a smaller longest"
             )
 
@@ -60,18 +66,18 @@ class StringTask:
 
     @staticmethod
     def answer_length(length):
-        """Empty tokens after an input of `length` symbols, an int or an array of them."""
+        """The number of empty tokens after an input of `length` symbols; `length` is an int or an array."""
         return length
 
     def input_lengths(self, draws: Draws) -> np.ndarray:
         return self.shortest + draws.integers(1, self.longest - self.shortest + 1)[:, 0]
 
     def inputs(self, draws: Draws, lengths: np.ndarray) -> np.ndarray:
-        """int64 [N, longest]: symbols; what stands after a row's length is not looked at."""
+        """int64 [N, longest]: input symbols. Those after a row's length are ignored."""
         return draws.integers(self.longest, self.symbols)
 
     def solve(self, inputs: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(answers int64 [N, A], their lengths int64 [N]) of inputs [N, longest], A = answer_length(longest)."""
+        """The answers to inputs [N, longest]: (symbols int64 [N, A], lengths int64 [N]), A = answer_length(longest)."""
         raise NotImplementedError
 
     def __call__(self, seed: int | str, indices: np.ndarray) -> Examples:
@@ -99,10 +105,13 @@ class StringTask:
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic(StringTask):
-    """Digits and operators in turn, as 3 + 4 · 2 − 1, of odd length; the answer is the value mod 5; · binds tighter.
+    """The value mod 5 of an expression of alternating digits and operators, such as 3 + 4 · 2 − 1.
 
-    Symbols: 0 … 4, then 5 for +, 6 for −, 7 for ·. Lengths are uniform among the odd ones from shortest to longest.
-    prefixes: ask at every digit too, for the value of the expression up to it (the benchmark asks for the last alone).
+    · binds tighter than + and −. Symbols: the digits 0 … 4, then 5 for +, 6 for −, 7 for ·. Lengths are uniform among
+    the odd numbers from shortest to longest.
+
+    `prefixes`: also ask at every digit for the value of the expression up to it. The benchmark asks only for the value
+    of the whole expression.
     """
 
     prefixes: bool = False
@@ -131,8 +140,8 @@ class ModularArithmetic(StringTask):
 
     @staticmethod
     def _values(inputs: np.ndarray) -> np.ndarray:
-        """int64 [N, digits]: of the expression up to each digit."""
-        # total + sign · product of the factors since the last + or −.
+        """int64 [N, digits]: the value mod 5 of the expression up to each digit."""
+        # The value is total + sign · product; product is that of the factors since the last + or −.
         product = inputs[:, 0]
         total, sign, values = np.zeros_like(product), np.ones_like(product), [product]
         for place in range(1, inputs.shape[1] - 1, 2):
@@ -148,7 +157,7 @@ class ModularArithmetic(StringTask):
         examples = super().without_start(seed, indices)
         if not self.prefixes:
             return examples
-        last = np.argmax(examples.counted, axis=1)[:, None]  # the ∅
+        last = np.argmax(examples.counted, axis=1)[:, None]  # the place of ∅
         place = np.arange(self.length - self.start)
         digit = (place % 2 == 0) & (place < last)
         values = self._values(np.where(place < last, examples.tokens, 0)[:, : self.longest])
@@ -158,7 +167,7 @@ class ModularArithmetic(StringTask):
 
 
 class Parity(StringTask):
-    """Of a string of 0 and 1 the number of ones, mod 2."""
+    """The number of ones in a string of 0 and 1, mod 2."""
 
     @staticmethod
     def answer_length(length):
@@ -170,7 +179,7 @@ class Parity(StringTask):
 
 
 class ReverseString(StringTask):
-    """x_L … x_1 of a string of 0 and 1."""
+    """The reversed string x_L … x_1 of a string of 0 and 1."""
 
     def solve(self, inputs, lengths):
         places = np.maximum(lengths[:, None] - 1 - np.arange(self.longest), 0)
@@ -178,7 +187,7 @@ class ReverseString(StringTask):
 
 
 class DuplicateString(StringTask):
-    """x x: a string of 0 and 1 twice."""
+    """The string x x, for a string x of 0 and 1."""
 
     @staticmethod
     def answer_length(length):
@@ -190,7 +199,7 @@ class DuplicateString(StringTask):
 
 
 class OddsFirst(StringTask):
-    """x_2 x_4 … then x_1 x_3 …: of a string of 0 and 1, in Python's words, x[1::2] + x[::2]."""
+    """x_2 x_4 … then x_1 x_3 …, for a string x of 0 and 1; in Python, x[1::2] + x[::2]."""
 
     def solve(self, inputs, lengths):
         place, odds = np.arange(self.longest), (lengths // 2)[:, None]
@@ -199,11 +208,12 @@ class OddsFirst(StringTask):
 
 
 class StackManipulation(StringTask):
-    """A stack, bottom to top, then actions; the answer is the stack after them, top to bottom, and a terminator.
+    """The input is a stack, bottom to top, then actions. The answer is the stack after them, top to bottom, and an end.
 
-    Symbols: 0 and 1 of the stack, then 2 for POP, 3 for PUSH 0, 4 for PUSH 1. POP does nothing on an empty stack. The
-    stack's first size is uniform in 1 … L − 1 (1 where L = 1), the actions are uniform. Answers: 0, 1, and 2 for the
-    terminator, up to which is counted. There are L + 1 empty tokens whatever the answer's length, so as not to tell it.
+    Symbols: 0 and 1 for the stack's content, then 2 for POP, 3 for PUSH 0, 4 for PUSH 1. POP does nothing on an empty
+    stack. The stack's first size is uniform in 1 … L − 1 (1 if L = 1); the actions are uniform. Answer symbols: 0, 1,
+    and 2 for the terminator. Symbols up to and including the terminator are counted. There are always L + 1 empty
+    tokens, so that their number does not reveal the length of the answer.
     """
 
     symbols, answers = 5, 3

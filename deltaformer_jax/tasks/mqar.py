@@ -1,4 +1,4 @@
-"""Multi-query associative recall: key and value pairs, then the keys again, some sooner and a few much later.
+"""Multi-query associative recall (MQAR): pairs of keys and values, then each key again, which asks for its value.
 
 Source: Arora et al., "Zoology: measuring and improving recall in efficient language models", 2023, and its public code.
 """
@@ -15,16 +15,21 @@ from deltaformer_jax.tasks.examples import Examples, check_least
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """k_1 v_1 k_2 v_2 … k_D v_D, then at place 2D + 2 g_i the key k_i, whose target there is v_i.
+    """A row is k_1 v_1 k_2 v_2 … k_D v_D, followed by each key k_i once more, at place 2D + 2 g_i, with target v_i.
 
-    With V words, keys are drawn from [1, V/2), values from [V/2, V), without repeats in a row. The gaps g_i are drawn
-    without replacement from [0, (T − 2D)/2) with probabilities ∝ (g + 1)^(a−1): each key is asked for once. What stands
-    between the queries is uniform in [0, V), or 0. Only queries are counted.
+    Keys are drawn from [1, V/2) and values from [V/2, V), without repeats within a row. The gaps g_i are drawn without
+    replacement from [0, (T − 2D)/2) with probabilities ∝ (g + 1)^(a−1). The other places after the pairs hold uniform
+    tokens of [0, V), or 0. Only the repeated keys are counted.
 
-    Args: length: T, even and at least 4 D. pairs: D. vocabulary: V, both its halves larger than D. power: a, above 0.
-      random_filler: whether the places between are random or 0. Raises ValueError for what does not fit.
+    Args:
+      length: T, even and at least 4 D.
+      pairs: D.
+      vocabulary: V, both of whose halves are larger than D.
+      power: a, above 0. Small values make most gaps short and a few very long.
+      random_filler: whether the other places hold random tokens; False: 0.
+    Raises ValueError for arguments that don't fit.
     The usual sizes (T, D) are (64, 4), (128, 8), (256, 16) and (512, 64), with V = 8192.
-    `task(seed, indices)` -> Examples; both vocabularies are V. Cost: O(N (V + T)).
+    `task(seed, indices)` -> Examples; both vocabularies have size V. Cost: O(N (V + T)).
     """
 
     length: int = 64

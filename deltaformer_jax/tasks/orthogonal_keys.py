@@ -1,13 +1,14 @@
-"""Many nearly orthogonal unit vectors in few dimensions, by construction.
+"""A construction of up to d + d² nearly orthogonal unit vectors in d dimensions.
 
 With m = log₂ d and vectors indexed by x in [0, d):
 
     basis 0         e_y
     basis 1 + c     d^(−1/2) (−1)^{c · x³ + y · x},      y = 0 … d − 1
 
-where · is the inner product of binary digits and x³ the cube in the field of 2^m elements. Two vectors of one basis are
-orthogonal. Between the first two bases |k_i · k_j| = d^(−1/2). Between two of the others x ↦ c · x³ is almost bent, and
-|k_i · k_j| is 0 or (2/d)^(1/2) where m is odd, at most 2 d^(−1/2) where m is even.
+In the exponent, · is the inner product of binary digits and x³ is the cube in the field of 2^m elements. Two vectors of
+one basis are orthogonal. Between basis 0 and any other basis |k_i · k_j| = d^(−1/2). Between two bases 1 + c and
+1 + c', the function x ↦ (c ⊕ c') · x³ decides: for odd m it is almost bent, and |k_i · k_j| is 0 or (2/d)^(1/2); for
+even m, |k_i · k_j| is at most 2 d^(−1/2).
 
 Source: the sequences of Gold, "Optimal binary sequences for spread spectrum multiplexing", 1967; Xu et al., DeltaFormer
 (NeurIPS 2025), appendix B.1 asks for such keys.
@@ -22,9 +23,9 @@ _IRREDUCIBLE = (0b11, 0b111, 0b1011, 0b10011, 0b100101, 0b1000011, 0b10000011, 0
 
 
 def near_orthogonal_keys(count: int, width: int) -> np.ndarray:
-    """float64 [count, width]: the first `count` of the vectors above, of length 1.
+    """float64 [count, width]: the first `count` vectors of the construction above, each of length 1.
 
-    Args: width: d, a power of two, 2 to 1024. count: at most d + d². Raises ValueError for others.
+    Args: width: d, a power of two from 2 to 1024. count: 1 to d + d². Raises ValueError for other values.
     Cost: O(count · width).
     """
     m = max(width, 1).bit_length() - 1
@@ -39,7 +40,7 @@ def near_orthogonal_keys(count: int, width: int) -> np.ndarray:
     x = np.arange(width)
     cube = field_product(field_product(x, x, m), x, m)
     odd = np.bitwise_count((c[:, None] & cube) ^ (y[:, None] & x)) % 2
-    # The number of ones of a xor has the parity of the sum of both numbers of ones.
+    # The number of ones in a xor b has the parity of the sum of the numbers of ones in a and in b.
     keys[alone:] = (1.0 - 2.0 * odd) / np.sqrt(width)
     return keys
 
@@ -52,7 +53,7 @@ def coherence(keys: np.ndarray) -> float:
 
 
 def field_product(a: np.ndarray, b: np.ndarray, m: int) -> np.ndarray:
-    """int64 [N]: the products of elements a and b, ints [N] below 2^m, in the field of 2^m elements."""
+    """int64 [N]: the elementwise products of a and b in the field of 2^m elements; a and b are int [N], below 2^m."""
     total = np.zeros_like(a)
     for bit in range(m):
         total = total ^ (a * ((b >> bit) & 1))

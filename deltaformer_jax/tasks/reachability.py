@@ -1,4 +1,4 @@
-"""Reachability in a directed acyclic graph: two random trees; is this node in the first node's?
+"""Reachability in a directed acyclic graph of two random trees: is a node in the same tree as the first node?
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.2, Figure 5.
 """
@@ -15,8 +15,13 @@ from deltaformer_jax.tasks.examples import check_least
 
 
 class Graphs(NamedTuple):
-    """rows float32 [N, n, width]: what a model reads in place of embedded tokens; targets int32 [N, n], 1: in the same
-    tree as node 0; counted bool [N, n], all True; parents int64 [N, n], a root's being itself."""
+    """N graphs of n nodes.
+
+    * rows float32 [N, n, width]: the model's input, in place of embedded tokens.
+    * targets int32 [N, n]: 1 if the node is in the same tree as node 0, else 0.
+    * counted bool [N, n]: all True.
+    * parents int64 [N, n]: each node's parent; a root is its own parent.
+    """
 
     rows: np.ndarray
     targets: np.ndarray
@@ -26,13 +31,13 @@ class Graphs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reachability:
-    """row_t = e_t + e_parent(t) (a root: e_t alone), and row_0 has a mark of 1 in column n besides.
+    """row_t = e_t + e_parent(t), or e_t for a root; row_0 also has a 1 in column n, as a mark.
 
-    Nodes are in topological order. A random half of them makes one tree, the rest the other: in each, every node but
-    the first has one parent, uniform among those of its tree before it.
+    Nodes are in topological order. A random half of them forms one tree, the rest the other. In each tree every node
+    but the first has one parent, uniform among the earlier nodes of its tree.
 
-    Args: nodes: n, even. width: of the rows, 0: n + 1; the columns after n stay 0. Raises ValueError for what does not
-      fit. `task(seed, indices)` -> Graphs.
+    Args: nodes: n, even. width: the width of the rows, or 0 for n + 1; the columns after column n are 0. Raises
+      ValueError for arguments that don't fit. `task(seed, indices)` -> Graphs.
     """
 
     nodes: int = 32

@@ -1,4 +1,4 @@
-"""A task as a grain source: random access to its examples, one by one."""
+"""A task as a grain source, with random access to single examples."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import numpy as np
 
 
 class TaskSource:
-    """Example i of a task under `seed`: a dict of its arrays without the axis of rows, `{"tokens": [T], ...}`.
+    """source[i] is example i of a task: a dict of its arrays without the batch axis, `{"tokens": [T], ...}`.
 
         grain.MapDataset.source(TaskSource(MQAR(), seed=0, examples=100_000)).shuffle(seed=1).batch(64)
 
-    Args: task: any of this package, called as task(seed, indices) and returning a NamedTuple of arrays. seed: an int or
-      a text; examples of unlike seeds have nothing to do with each other. examples: how many there are.
-    Raises ValueError for examples below 1, IndexError for an index outside. Cost: one example at a time is slower than
-    a batch at a time, which is task(seed, indices) itself.
+    Args:
+      task: any task of this package; task(seed, indices) returns a NamedTuple of arrays.
+      seed: an int or a string. Examples of different seeds are independent.
+      examples: the number of examples.
+    Raises ValueError if `examples` is below 1, IndexError for an index out of range. Cost: reading single examples is
+    slower than generating a batch with task(seed, indices).
     """
 
     def __init__(self, task: Callable[[int | str, np.ndarray], Any], seed: int | str, examples: int):
@@ -32,5 +34,5 @@ class TaskSource:
         example = self._task(self._seed, np.array([index], np.int64))
         return {name: array[0] for name, array in example._asdict().items()}
 
-    def __repr__(self) -> str:  # grain keeps it with an iterator's state
+    def __repr__(self) -> str:  # grain stores this text with an iterator's state
         return f"TaskSource({self._task!r}, seed={self._seed!r}, examples={self._examples})"

@@ -1,4 +1,4 @@
-"""Tasks by name, as a config gives them: "task:NAME" or "task:NAME,option=value,option=value"."""
+"""Tasks named by a string, as in data.path: "task:NAME" or "task:NAME,option=value,option=value"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deltaformer_jax.tasks.swap import SwapTracking
 from deltaformer_jax.tasks.word_problem import WordProblem
 
 PREFIX = "task:"
-# Those whose examples are rows of tokens, which a language model reads.
+# The tasks whose examples are rows of tokens, on which a language model can be trained.
 TOKEN_TASKS = {
     "swap": SwapTracking,
     "mqar": MQAR,
@@ -35,9 +35,9 @@ TOKEN_TASKS = {
 
 
 def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """(NAME, {option: value}) of a "task:NAME,option=value,...": an option is a field of the task other than length.
+    """(NAME, {option: value}) of "task:NAME,option=value,...". An option is a field of the task other than length.
 
-    ValueError in one line for an unknown name or option, with the nearest one, and for a value of another type.
+    Raises ValueError for an unknown name or option, naming the nearest one, and for a value of the wrong type.
     """
     name, *parts = [part.strip() for part in spec.removeprefix(PREFIX).split(",")]
     if name not in TOKEN_TASKS:
@@ -48,7 +48,7 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
     for part in parts:
         option, equals, value = part.partition("=")
         if option == "length":
-            raise ValueError(f"{spec!r}: length is data.sequence_length; set that")
+            raise ValueError(f"{spec!r}: length is data.sequence_length; set that field instead")
         if option not in fields:
             raise ValueError(f"{spec!r}: {name} has no option {option!r}{_nearest(option, fields)}")
         if not equals or not value:
@@ -72,7 +72,10 @@ def _value(spec: str, option: str, kind: type, text: str) -> Any:
 
 
 def make_task(spec: str, length: int) -> Any:
-    """The task of a spec, in rows of `length` tokens. ValueError as for `read_spec`, and for what does not fit."""
+    """The task named by `spec`, in rows of `length` tokens.
+
+    Raises ValueError as `read_spec` does, and for options that don't fit.
+    """
     name, options = read_spec(spec)
     try:
         return TOKEN_TASKS[name](length=length, **options)

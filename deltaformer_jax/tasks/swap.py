@@ -1,4 +1,4 @@
-"""Tracking the exchange of elements: tokens swap two positions; which element is at the first one now?
+"""Tracking swaps: each token swaps the elements at two positions; the target is the element at the first position.
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.1, Figures 2 to 4.
 """
@@ -18,10 +18,10 @@ from deltaformer_jax.tasks.examples import Examples, check_least
 class SwapTracking:
     """σ_0 = identity, σ_t = σ_{t−1} ∘ (a_t b_t), target_t = σ_t(1): the element at the first of n positions.
 
-    Token (a, b), a < b, is the place of the pair in the order (0, 1), (0, 2), …, (n−2, n−1); drawn uniformly. Every
-    position is counted.
+    The token of the swap (a, b), a < b, is the index of the pair in the order (0, 1), (0, 2), …, (n−2, n−1). Tokens are
+    uniform, and every position is counted.
 
-    Args: length: swaps in a row. elements: n, at least 2. Raises ValueError for less.
+    Args: length: swaps per row, at least 1. elements: n, at least 2. Raises ValueError for less.
     `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
     """
 

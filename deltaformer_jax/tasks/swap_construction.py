@@ -1,4 +1,4 @@
-"""Theorem 1's construction: a memory of n slots whose contents are exchanged by writing a difference of two keys.
+"""The construction of Theorem 1: a memory of n slots; writing the difference of two keys swaps two slots' contents.
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), Theorem 1 and appendix C.
 """
@@ -13,13 +13,17 @@ from deltaformer_jax.tasks.draws import Draws
 
 
 class SwapMemory(NamedTuple):
-    """T = n + S + n tokens a row: n writes, S swaps, n reads.
+    """N rows of T = n + S + n tokens: n writes, S swaps, n reads.
 
-    keys float64 [N, T, K]: k_i; then k_a − k_b; then k_j, as key and as query. values float64 [N, T, V]: v_i, then 0.
-    gate float64 [N, T]: 1, and 0 at reads: as alpha and beta it makes reads write nothing. expected float64 [N, n, V]:
-    what reading slot j gives. pairs int64 [N, S, 2]: the slots (a, b) of each swap. With an axis of one head in each,
-    `delta_attention(keys, keys, values, alpha=gate, beta=gate, write_scale=1.0, read_scale=1.0, ...)` is to be
-    `expected` in its last n rows.
+    * keys float64 [N, T, K]: k_i at writes, k_a − k_b at swaps, k_j at reads. They serve as keys and as queries.
+    * values float64 [N, T, V]: v_i at writes, else 0.
+    * gate float64 [N, T]: 0 at reads, else 1. As alpha and beta it keeps reads from writing.
+    * expected float64 [N, n, V]: the contents of slot j at its read.
+    * pairs int64 [N, S, 2]: the slots (a, b) of each swap.
+
+    With a head axis of length 1 in each array, the last n rows of
+    `delta_attention(keys, keys, values, alpha=gate, beta=gate, write_scale=1.0, read_scale=1.0, ...)` must equal
+    `expected`.
     """
 
     keys: np.ndarray
@@ -30,14 +34,14 @@ class SwapMemory(NamedTuple):
 
 
 class SwapConstruction:
-    """u_t = v_t − Σ_{i<t} f(k_t·k_i) u_i: once all (k_i, v_i) are written, key k_a − k_b with value 0 swaps slots a, b.
+    """u_t = v_t − Σ_{i<t} f(k_t·k_i) u_i: n slots are written; then key k_a − k_b with value 0 swaps slots a and b.
 
-    Then u = ṽ_b − ṽ_a for the contents ṽ before it, and Σ_i f(k_j·k_i) u_i is slot j's content. Exact where f rounds to
-    the nearest integer (`Round(decimals=0)`) and |k_i·k_j| < 1/8; with orthogonal keys for any f that leaves −2 … 2 as
-    they are.
+    The swap's u is ṽ_b − ṽ_a, where ṽ are the contents before it. Reading slot j, Σ_i f(k_j·k_i) u_i, gives its
+    content. This is exact if f rounds to the nearest integer (`Round(decimals=0)`) and |k_i·k_j| < 1/8 for i ≠ j. With
+    orthogonal keys it is exact for any f with f(x) = x at the integers −2 … 2.
 
-    Args: keys: [n, K], of length 1, n ≥ 2. values: [n, V], the first contents. swaps: S ≥ 0, of two uniform slots each.
-    Raises ValueError for shapes that do not fit. `task(seed, indices)` -> SwapMemory.
+    Args: keys: [n, K], of length 1, n ≥ 2. values: [n, V], the first contents. swaps: S ≥ 0; each swaps two slots drawn
+      uniformly. Raises ValueError for shapes that don't fit. `task(seed, indices)` -> SwapMemory.
     """
 
     def __init__(self, keys: np.ndarray, values: np.ndarray, swaps: int):

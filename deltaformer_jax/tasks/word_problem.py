@@ -1,8 +1,8 @@
-"""The word problem of a group: tokens are elements; what is their product so far?
+"""The word problem of a permutation group: tokens are group elements; the target is their product so far.
 
-Over S5 and A5, which are not solvable, it is complete for NC¹ (Barrington, 1989): beyond what a Transformer of fixed
-depth or a linear recurrence with diagonal transitions computes at every length, if TC⁰ ≠ NC¹ (Merrill et al., "The
-illusion of state in state-space models", 2024).
+For S5 and A5, which are not solvable, the problem is complete for NC¹ (Barrington, 1989). If TC⁰ ≠ NC¹, neither a
+Transformer of fixed depth nor a linear recurrence with diagonal transitions can then solve it at every length (Merrill
+et al., "The illusion of state in state-space models", 2024).
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ GROUPS = ("S3", "S4", "S5", "A3", "A4", "A5")
 class WordProblem:
     """target_t = x_1 x_2 ⋯ x_t, where (x y)(i) = x(y(i)).
 
-    Token and target i are the i-th permutation, in lexicographic order of (x(0), x(1), …); in A_n of the even ones.
-    Token 0 is the identity. Tokens are uniform among the elements that move at most `moves` things, every position is
-    counted. With moves = 2 they are the identity and the swaps, with 3 these and the 3-cycles; in A_n, the 3-cycles.
+    Token or target id i means the i-th permutation in the lexicographic order of (x(0), x(1), …), in A_n among the even
+    permutations. Id 0 is the identity. Tokens are drawn uniformly from the elements that move at most `moves` points.
+    Every position is counted, except as said under `pauses` and `start`.
 
-    Args: length: tokens in a row. group: "S3", "S4", "S5", "A3", "A4" or "A5". moves: 0, for every element, or from 2
-      to n (from 3 in A_n, which has no swaps). pauses: empty tokens after each element, the last of which is asked in
-      its place: a layer that writes once a token has so many writes more for it. start: the row's first token is no
-      element, and nothing is asked there: attention whose weights add up to 1 reads the same from x x as from x
-      without it. The words beyond the group's are the empty token's, if there are pauses, then the start's. length,
-      less the start, must be a multiple of 1 + pauses. Raises ValueError for what does not fit.
+    Args:
+      length: tokens per row. Without the start token it must be a multiple of 1 + pauses.
+      group: "S3", "S4", "S5", "A3", "A4" or "A5".
+      moves: 0 for all elements, or from 2 to n (in A_n from 3, since it has no swaps). With 2 the tokens are the
+        identity and the swaps; with 3 also the 3-cycles. In A_n, 3 means the identity and the 3-cycles.
+      pauses: the number of empty tokens after each element. The target is then asked at the last of them, not at the
+        element. A layer that writes once per token can thus write 1 + pauses times per element.
+      start: whether a row begins with a start token, at which nothing is asked. Attention whose weights add up to 1
+        cannot tell x from x x without it.
+    The ids after the group's are the empty token's, if there are pauses, then the start token's. Raises ValueError for
+    arguments that don't fit.
     `task(seed, indices)` -> Examples. Cost: O(length) steps over all rows at once.
     """
 
@@ -48,12 +53,14 @@ class WordProblem:
             raise ValueError(f"group={self.group!r}: must be one of {', '.join(GROUPS)}")
         least, most = 2 if self.group[0] == "S" else 3, int(self.group[1])
         if self.moves and not least <= self.moves <= most:
-            raise ValueError(f"moves={self.moves}: must be from {least} to {most} in {self.group}, or 0 for all of it")
+            raise ValueError(
+                f"moves={self.moves}: must be from {least} to {most} in {self.group}, or 0 for all elements"
+            )
         check_least("pauses", self.pauses, 0)
         if self.length == self.start or (self.length - self.start) % (1 + self.pauses):
             raise ValueError(
                 f"length={self.length}: must be a multiple of {1 + self.pauses}, an element and its pauses"
-                + ", and one more for the start" * self.start
+                + ", and one more for the start token" * self.start
             )
 
     @property
@@ -83,7 +90,7 @@ class WordProblem:
 
 @functools.cache
 def elements(group: str) -> np.ndarray:
-    """int64 [order, n]: the group's permutations in lexicographic order, row x holding x(0), …, x(n − 1)."""
+    """int64 [order, n]: the group's permutations in lexicographic order; row x holds x(0), …, x(n − 1)."""
     n = int(group[1])
     every = np.array(list(itertools.permutations(range(n))))
     inversions = sum(every[:, i] > every[:, j] for i in range(n) for j in range(i + 1, n))
@@ -92,7 +99,7 @@ def elements(group: str) -> np.ndarray:
 
 @functools.cache
 def allowed(group: str, moves: int) -> np.ndarray:
-    """int64: the numbers of the elements that move at most `moves` things, 0: of all."""
+    """int64: the ids of the elements that move at most `moves` points; moves = 0: of all elements."""
     every = elements(group)
     moved = np.sum(every != np.arange(every.shape[1]), axis=1)
     return np.flatnonzero(moved <= (moves or every.shape[1]))
@@ -100,7 +107,7 @@ def allowed(group: str, moves: int) -> np.ndarray:
 
 @functools.cache
 def products(group: str) -> np.ndarray:
-    """int64 [order, order]: the element x y in row x, column y."""
+    """int64 [order, order]: the multiplication table; row x, column y holds the id of x y."""
     permutations = elements(group)
     digits = permutations.shape[1] ** np.arange(permutations.shape[1])[::-1]
     composed = permutations[:, permutations]  # [x, y, i] = x(y(i))

@@ -1,1 +1,1 @@
-"""Training: state, step, loop, optimiser, checkpoints, metrics, sharding, evaluation, sampling."""
+"""Training: set-up, state, step, loop, optimiser, guard against bad batches, evaluation, checkpoints, metrics."""

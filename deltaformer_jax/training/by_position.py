@@ -1,4 +1,4 @@
-"""Loss by position: nats of targets summed by how many tokens of their document the model saw before them."""
+"""Loss by position: the nats of the targets, summed by how many tokens of the document the model saw before each."""
 
 import itertools
 import math
@@ -16,22 +16,25 @@ from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 
 class PositionSums:
-    """Sums over targets at each position; index p - 1 is position p, at which the model has seen p tokens.
+    """Sums over the targets at each position. Index p - 1 is position p, at which the model has seen p tokens.
 
-    The separator before a document is the first of them; where a row begins in the middle of a document, positions
-    begin there too, since the model sees nothing earlier. nats float64, tokens and bytes int64, each [sequence_length].
+    The separator before a document counts as its first token. If a row begins in the middle of a document, positions
+    start from 1 there, since the model sees nothing earlier.
+
+    Attributes, each [sequence_length]: nats float64; tokens and bytes int64; hits int64, or None if the data are not a
+    task.
     """
 
     def __init__(self, sequence_length: int):
         self.nats = np.zeros(sequence_length, np.float64)
         self.tokens = np.zeros(sequence_length, np.int64)
         self.bytes = np.zeros(sequence_length, np.int64)
-        self.hits: np.ndarray | None = None  # of a task: int64 [sequence_length]
+        self.hits: np.ndarray | None = None  # set for a task: int64 [sequence_length]
 
     def add(
         self, nats: np.ndarray, batch: dict[str, np.ndarray], target_bytes: np.ndarray, hits: np.ndarray | None = None
     ) -> None:
-        """nats, bytes and, of a task, hits of the targets of a batch, each [B, T], counted where it has a target."""
+        """Add a batch: nats, bytes and, for a task, hits of its targets, each [B, T], at the places with a target."""
         asked = has_target(batch)
         places = positions(batch["segment_ids"])[asked]
         np.add.at(self.nats, places, nats[asked].astype(np.float64))
@@ -43,10 +46,10 @@ class PositionSums:
             np.add.at(self.hits, places, hits[asked])
 
     def report(self, first: int = 1, last: int | None = None) -> dict[str, Any]:
-        """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens, bytes of positions first .. last, and of a
-        task accuracy, the share of the targets that were the likeliest.
+        """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens and bytes of positions first .. last.
 
-        None where there are no tokens, or no bytes, to divide by.
+        For a task also accuracy: the fraction of targets that have the largest logit. A value is None if there are no
+        tokens, or no bytes, to divide by.
         """
         nats, tokens, size = (float(values[first - 1 : last].sum()) for values in (self.nats, self.tokens, self.bytes))
         loss = nats / tokens if tokens else None
@@ -63,7 +66,7 @@ class PositionSums:
         }
 
     def by_position(self) -> list[dict[str, Any]]:
-        """Reports of positions 1, 2, 3 .. 4, 5 .. 8, ..., as far as there are tokens, each with its "from" and "to"."""
+        """Reports of positions 1, 2, 3 .. 4, 5 .. 8, ..., each with its "from" and "to", where there are tokens."""
         reports = []
         first = 1
         while first <= len(self.nats):
@@ -76,7 +79,7 @@ class PositionSums:
 
 
 def positions(segment_ids: np.ndarray) -> np.ndarray:
-    """int64 [B, T]: each place's index in its run of equal ids."""
+    """int64 [B, T]: the index of each token in its run of equal segment ids."""
     index = np.arange(segment_ids.shape[1])
     begins = np.ones(segment_ids.shape, bool)
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -95,10 +98,10 @@ def evaluate_by_position(
     limit: int = 0,
     advance: Callable[[], Any] = lambda: None,
 ) -> PositionSums:
-    """Run over the batches (the first `limit`, 0: all) of this one process; `advance()` is called after each.
+    """The sums over the batches of this one process: the first `limit`, or all for 0. Calls `advance()` after each.
 
-    token_bytes: int32 [vocab], the bytes each token stands for (0 for the document separator, whose nats still count).
-    Raises ValueError if there is no target with text.
+    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
+    count. Raises ValueError if no target stands for text.
     """
 
     def scores(params, batch):
@@ -111,7 +114,7 @@ def evaluate_by_position(
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):
         running = None if batch is None else (step(params, to_devices(batch, sharding)), batch)
-        if waiting is not None:  # read one batch late: the devices are never idle
+        if waiting is not None:  # read one batch late, so that the devices are never idle
             (nats, hits), done = waiting
             hits = None if hits is None else np.asarray(hits)
             sums.add(np.asarray(nats), done, token_bytes[done["targets"]], hits)

@@ -1,4 +1,4 @@
-"""What a config costs, found out without allocating a parameter: the step is compiled from shapes alone."""
+"""What a config costs. Nothing is allocated: the training step is compiled from shapes alone."""
 
 import dataclasses
 import math
@@ -18,10 +18,10 @@ from deltaformer_jax.training.setup import check_batch, load_data, with_vocabula
 
 
 def dry_run(config: Config) -> None:
-    """Print parameters, FLOPs, shapes and shardings, and the compiled step's memory per device; write nothing.
+    """Print parameters, FLOPs, shapes, shardings and the memory of the compiled step per device. Write nothing.
 
-    Needs the mesh's devices and, where data.path is set and model.vocab_size is not, the corpus there. A data.tokenizer
-    "bpe:SIZE" counts as SIZE tokens, which is the most it learns. Raises as `setup.prepare` does.
+    Needs the devices of the mesh. If data.path is set and model.vocab_size is not, it also needs the corpus. A
+    data.tokenizer "bpe:SIZE" counts as SIZE tokens, the most it can learn. Raises the same errors as `setup.prepare`.
     """
     check(config)
     mesh = make_mesh(config.mesh)
@@ -40,7 +40,7 @@ def dry_run(config: Config) -> None:
     print(f"batch       {full.data.batch_size} x {length} = {tokens:,} tokens per step, in {parts_of_batch} part(s)")
     print(f"run         {steps:,} steps, {steps * tokens:,} tokens, {3 * forward * steps * tokens:.3g} FLOPs")
 
-    lines = [("parameter", "shape", "cut over", "on one device", "decayed")]
+    lines = [("parameter", "shape", "sharded over", "on one device", "weight decay")]
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
     for (path, leaf), decay in zip(leaves, jax.tree.leaves(parts.decay)):
         name = ".".join(str(getattr(key, "key", key)) for key in path)
@@ -54,7 +54,7 @@ def dry_run(config: Config) -> None:
     with waiting("compiling", say_aside):
         memory = program.compile_train_step(full.data).memory_analysis()
     if memory is None:
-        print(f"memory      not told by the {jax.devices()[0].platform} compiler")
+        print(f"memory      not reported by the {jax.devices()[0].platform} compiler")
         return
     state = memory.argument_size_in_bytes
     total = state + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -63,11 +63,11 @@ def dry_run(config: Config) -> None:
     print(f"  optimiser         {_size(_bytes(abstract.opt_state))}")
     print(f"  state and batch   {_size(state)}")
     print(f"  temporaries       {_size(memory.temp_size_in_bytes)} (gradients, activations)")
-    print(f"  together          {_size(total)} (the new state takes the old one's place)")
+    print(f"  in all            {_size(total)} (the new state takes the place of the old one)")
 
 
 def _with_vocabulary(config: Config) -> Config:
-    """The config with model.vocab_size filled in, without preparing the standard library's corpus for it."""
+    """The config with model.vocab_size filled in. The standard library's corpus is not prepared for that."""
     if config.model.vocab_size:
         return config
     if config.data.path:
@@ -79,7 +79,7 @@ def _with_vocabulary(config: Config) -> Config:
 
 
 def _bytes(tree) -> int:
-    """Of the arrays' parts on one device."""
+    """The bytes of the arrays' shards on one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

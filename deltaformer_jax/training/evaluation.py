@@ -1,4 +1,4 @@
-"""bits per byte = total nats of the targets / ln 2 / their total bytes, over a whole split: no mean of means."""
+"""bits per byte = total nats of the targets / ln 2 / their total bytes, over a whole split, not a mean of batches."""
 
 import itertools
 import math
@@ -16,9 +16,9 @@ from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per token; bits_per_byte; tokens and bytes: how many targets, and how long they are as text.
+    """loss: nats per token. bits_per_byte. tokens: number of targets. bytes: their length as text.
 
-    Of a task accuracy, the share of targets that were the likeliest, stands in the place of bits_per_byte.
+    For a task, accuracy takes the place of bits_per_byte: the fraction of targets that have the largest logit.
     """
 
     loss: float
@@ -29,7 +29,10 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
-    """jit of (params, batch) -> {"nats": float32 [B]}, of each row, and of a task "hits": int32 [B]; on every host."""
+    """jit of (params, batch) -> {"nats": float32 [B]}, the sum over each row.
+
+    For a task also {"hits": int32 [B]}: how many targets have the largest logit. Results are replicated to every host.
+    """
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "loss_mask" not in batch:
@@ -41,8 +44,8 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays."""
-    if sharding.is_fully_addressable:  # the same for one process, all arrays in one go
+    """Global arrays of a batch, of which this process has its own rows."""
+    if sharding.is_fully_addressable:  # one process: the same result, with all arrays in one transfer
         return jax.device_put(batch, sharding)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
@@ -57,11 +60,11 @@ def evaluate(
     limit: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Run over the batches (the first `limit`, 0: all), each host reading its own rows; None if `stop()` became true.
+    """The loss over the batches: the first `limit`, or all for 0. Each host reads its own rows.
 
-    token_bytes: int32 [vocab], the bytes each token stands for (0 for the document separator, whose nats still count).
-    Sums of rows are added in float64 in the batches' order, so the result is the same number every time. Raises
-    ValueError if there is no target, or none with text.
+    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
+    count. Row sums are added in float64 in the order of the batches, so the result is the same number every time.
+    Returns None if `stop()` became true. Raises ValueError if no target stands for text.
     """
     sums: dict[str, float] = {}
     counts, waiting = np.zeros(2, np.int64), None
@@ -71,7 +74,7 @@ def evaluate(
         asked = has_target(batch)
         counts += (asked.sum(), token_bytes[batch["targets"][asked]].sum())
         of_rows = evaluation_step(params, to_devices(batch, sharding))
-        if waiting is not None:  # read one batch late: the devices are never idle
+        if waiting is not None:  # read one batch late, so that the devices are never idle
             _add(sums, waiting)
         waiting = of_rows
     if waiting is not None:
@@ -90,7 +93,7 @@ def evaluate(
 
 
 def has_target(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """bool [B, T], on the host: what `loss.counted` counts on the devices."""
+    """bool [B, T] on the host: the tokens whose loss counts, as `loss.counted` on the devices."""
     real = batch["segment_ids"] > 0
     return real & batch["loss_mask"] if "loss_mask" in batch else real
 

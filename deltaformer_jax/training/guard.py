@@ -1,11 +1,10 @@
-"""Which updates are made and which are skipped: a step whose loss or gradient is not finite, or whose gradient is far
-longer than those before it, changes neither parameters nor optimiser.
+"""The guard against bad batches: which updates are made and which are skipped.
 
-    skip  if  not finite(loss),  or not finite(n),  or  n > m + d · max(s, m/20)  once 20 steps have been made
+    skip  if  not finite(loss),  or  not finite(n),  or  n > m + d · max(s, m/20)  after the first 20 updates
 
-n the norm of the gradient, m and s the mean and standard deviation of the norms of the steps that were made (over
-about the last 50, exponentially), d = optimizer.skip_deviations. A step that is skipped leaves no trace in m and s:
-statistics that had seen it would let others like it pass, or, after a NaN, skip everything.
+n is the norm of the gradient. m and s are the mean and standard deviation of n over the updates that were made,
+exponentially weighted over about the last 50. d = optimizer.skip_deviations. A skipped step changes neither parameters
+nor optimiser, nor m and s: with its norm in them, similar steps would pass or, after a NaN, all steps be skipped.
 """
 
 from __future__ import annotations
@@ -15,17 +14,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Steps before norms are compared: the first ones fall by themselves from step to step.
+# Updates before norms are compared: the norms of the first ones fall from step to step in any run.
 WARM = 20
 # The weight of the newest step in the mean and the variance.
 NEWEST = 0.02
-# The least standard deviation, of the mean: norms that hardly vary are no reason to skip one that is a little longer.
+# The least standard deviation, as a fraction of the mean. Without it, if norms hardly vary, a step with a slightly
+# larger norm would be skipped.
 LEAST = 0.05
 
 
 class Guard(NamedTuple):
-    """Scalars that are part of the state. int32: steps made, steps skipped in all, and in a row up to now; float32: the
-    mean and the variance of the gradients' norms."""
+    """Scalars in the training state.
+
+    int32: made, the updates made; skipped, the steps skipped in all; in_a_row, the newest steps skipped in a row.
+    float32: mean and variance of the gradient norms.
+    """
 
     made: jax.Array
     skipped: jax.Array
@@ -40,7 +43,7 @@ def new_guard() -> Guard:
 
 
 def good(guard: Guard, loss: jax.Array, norm: jax.Array, deviations: float) -> jax.Array:
-    """bool []: whether the step is to be made. `deviations` 0 lets every finite one pass."""
+    """bool []: whether to make the update. With `deviations` 0 every finite one is made."""
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if deviations == 0:
         return finite
@@ -49,7 +52,7 @@ def good(guard: Guard, loss: jax.Array, norm: jax.Array, deviations: float) -> j
 
 
 def after(guard: Guard, ok: jax.Array, norm: jax.Array) -> Guard:
-    """The guard after a step that was made (`ok`) or skipped."""
+    """The guard after a step whose update was made (`ok`) or skipped."""
     weight = jnp.maximum(1.0 / (guard.made + 1).astype(jnp.float32), NEWEST)
     distance = norm - guard.mean
     made = Guard(

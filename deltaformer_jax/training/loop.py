@@ -1,11 +1,11 @@
 """The training loop.
 
-The order, and why. At the top of the loop the state has seen `position.step` batches, and all that happens there
-belongs to that state: first evaluate it, then save it, then take the next batch. So a checkpoint of step n comes after
-everything that metrics.jsonl says up to n, and a run restored from it goes on with batch n as if it had never stopped.
-Metrics are read one step late: while the devices make update n + 1, the host reads and writes those of update n.
+At the top of the loop the state has seen `position.step` batches. The loop first evaluates this state, then saves it,
+then takes the next batch. So a checkpoint of step n is written after all lines of metrics.jsonl up to n, and a run
+restored from it continues with batch n as if it had never stopped. Metrics are read one step late: while the devices
+compute update n + 1, the host reads and writes the metrics of update n.
 
-The run stays as it is; position and state go into `train` and come back out of it.
+A `Run` never changes. `train` takes a position and a state, and returns new ones.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from deltaformer_jax.training.watch.late_reader import LateReader
 
 
 class RunError(RuntimeError):
-    """What stops a run on its way and is not a bug: a message for one line."""
+    """A cause that stops a run and is not a bug, such as a damaged shard. The message is one line."""
 
 
 class Ending(NamedTuple):
-    """Where a run stands when the loop is left, saved: `finished`, or stopped early."""
+    """The saved position and state at the end of the loop. `finished`: all steps are made; else the run was stopped."""
 
     finished: bool
     position: Position
@@ -63,12 +63,14 @@ def train(
     until: Callable[[dict[str, Any]], bool] = never,
     save_seconds: float = math.inf,
 ) -> Ending:
-    """Train from `position` and `state`, whose memory is used up, until run.steps or until `stop` is requested.
+    """Train from `position` and `state`, whose buffers are donated, until run.steps or until `stop` is requested.
 
-    Ends with an evaluation, a checkpoint and a sample; when it stops early, with a checkpoint. An experiment may end
-    the run earlier: `until(record)` is asked after each evaluation, record {"step", "eval_loss", ...} as in
-    metrics.jsonl, and asked again of the same one if the run stopped there and goes on. The state is also saved when
-    `save_seconds` have gone by since it last was.
+    A finished run ends with an evaluation, a checkpoint and a sample; a stopped one with a checkpoint.
+
+    until(record)  ends the run when it returns True. It is called after each evaluation, with its record of
+                   metrics.jsonl, {"step", "eval_loss", ...}. A run that was stopped at an evaluation calls it again
+                   with the same record when it is resumed.
+    save_seconds   the state is also saved when this time has passed since the last save.
     """
     settings = run.config.run
     display = Display(settings.steps, position.step, quiet=quiet or jax.process_index() > 0)
@@ -116,14 +118,14 @@ def run_steps(
     until: Callable[[dict[str, Any]], bool],
     save_seconds: float,
 ) -> Ending:
-    """The loop itself; the last state is saved."""
+    """The loop itself. The state that it returns is saved."""
     settings, sharding = run.config.run, batch_sharding(run.program.mesh)
     reader = LateReader(run.config, run.metrics, display)
     stream, rollbacks = number_batches(run.corpus, run.config, position), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
     while True:
         try:
-            # What is to be done with this state? Whatever it is, the metrics of the step that made it come first.
+            # Decide what to do with this state. Before that, read the metrics of the step that made it.
             done = position.step == settings.steps
             evaluating = (done or _due(position.step, settings.eval_every)) and not stop.requested
             evaluating = evaluating and settings.eval_every > 0
@@ -135,7 +137,7 @@ def run_steps(
                 rollbacks += 1
                 if rollbacks > LIMIT:
                     raise RunError(_stuck(position, reader))
-                state = None  # its memory is wanted
+                state = None  # frees its memory for the restored state
                 position, state = roll_back(run, position, reader.too_many, display.note)
                 saved = position.step if run.checkpoints.steps() else None
                 instruments.cut(position.step)
@@ -144,7 +146,7 @@ def run_steps(
                 continue
 
             if evaluating:
-                # A resumed run may have made it before it stopped.
+                # A resumed run may have made this evaluation before it was stopped.
                 with waiting("evaluating", display.note):
                     evaluation = run.metrics.evaluation(position.step) or _evaluate(run, position, state, display, stop)
                 done = done or (evaluation is not None and until(evaluation))
@@ -155,7 +157,7 @@ def run_steps(
                 position = reader.read(position)
                 if reader.too_many:
                     continue
-            # In the middle of skipped steps there is nothing worth going back to.
+            # Between skipped steps no scheduled checkpoint is made: going back to it would not help.
             if (done or stopping or (due and not position.streak)) and position.step != saved:
                 run.checkpoints.save(state, _record(run, position))
                 saved, saved_at, rollbacks = position.step, time.monotonic(), 0
@@ -175,7 +177,7 @@ def run_steps(
             run.checkpoints.poll()
             tokens = int((batch["segment_ids"] > 0).sum()) * jax.process_count()
             position = reader.after_step(position, number, metrics, tokens)
-        except OSError as error:  # metrics.jsonl on a full disk, or a disk that is gone
+        except OSError as error:  # metrics.jsonl on a full disk, or a disk that is no longer there
             where, what = error.filename or run.workdir, error.strerror or error
             raise RunError(f"step {position.step}: {where}: {what}") from error
 
@@ -186,16 +188,16 @@ def _due(step: int, every: int) -> bool:
 
 def _stuck(position: Position, reader: LateReader) -> str:
     return (
-        f"step {position.step}: {reader.last_skip}, and so again after going back {LIMIT} times; the newest "
-        "checkpoint is from before this step. Lower optimizer.learning_rate, raise optimizer.warmup_steps "
-        "or, if such gradients are to be taken, optimizer.skip_deviations, in a new run"
+        f"step {position.step}: {reader.last_skip}, and again after going back {LIMIT} times; the newest "
+        "checkpoint is from before this step. Start a new run with a lower optimizer.learning_rate, more "
+        "optimizer.warmup_steps or, if such gradients are to be used, a larger optimizer.skip_deviations"
     )
 
 
 def _next(stream: Iterator, position: Position) -> tuple[int, dict[str, Any]]:
     try:
         return next(stream)
-    except (ValueError, OSError) as error:  # a shard that is gone or damaged
+    except (ValueError, OSError) as error:  # a shard is missing or damaged
         raise RunError(f"data, batch {position.next_batch}: {error}") from error
 
 
@@ -207,7 +209,7 @@ def _record(run: Run, position: Position) -> dict[str, Any]:
 def _evaluate(
     run: Run, position: Position, state: TrainState, display: Display, stop: Interruption
 ) -> dict[str, Any] | None:
-    """The record that is written; None if `stop` was requested meanwhile."""
+    """The record that is written to metrics.jsonl; None if `stop` was requested during the evaluation."""
     start = time.perf_counter()
     result = evaluate(
         run.program.evaluation_step,
@@ -240,7 +242,7 @@ def _evaluate(
 
 
 def write_sample(run: Run, state: TrainState, display: Display, stop: Interruption) -> None:
-    """Go on from run.sample_prompt, as it comes; a task has no text to go on with."""
+    """Continue run.sample_prompt and print the text as it is generated. Does nothing for a task, which has no text."""
     settings, tokenizer = run.config.run, run.corpus.tokenizer
     if not settings.sample_prompt or not settings.sample_tokens or isinstance(run.corpus, TaskData):
         return

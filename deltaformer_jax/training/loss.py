@@ -1,6 +1,6 @@
 """loss = sum over counted tokens of -log softmax(logits)[target] / number of counted tokens, in nats, in float32.
 
-A token counts where its segment id is not 0 and, if the batch has a `loss_mask`, where that is true.
+A token is counted if its segment id is not 0 and, if the batch has a `loss_mask`, the mask is true there.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from flax import nnx
 
 from deltaformer_jax.ops.common.checks import as_int32
 
-# How many logits may exist at once on a device: 256 MB of float32. With 128k words that is 512 tokens, enough for the
-# product with the table to be bound by arithmetic and not by reading the table.
+# How many logits may exist at once on a device: 256 MB of float32. With a vocabulary of 128k that is 512 tokens, enough
+# for the product with the embedding table to be bound by arithmetic and not by reading the table.
 MAX_LOGITS = 2**26
 
 
@@ -21,10 +21,10 @@ def token_nats(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Ar
     """-log softmax(logits)[target] = log Σ_v e^{logits_v} - logits_target where mask, else 0.
 
     Args: logits [B, T, V], any float dtype; targets [B, T] int, read only where mask; mask [B, T] bool.
-    Returns float32 [B, T], in nats. What stands in a masked position, NaN included, reaches neither value nor gradient.
+    Returns float32 [B, T], in nats. Masked positions, even with NaN, affect neither value nor gradient.
 
-    The gradient is softmax(logits) - onehot(target), written in one go: beside the logits one array of their size
-    exists, where automatic differentiation of the same formula keeps five.
+    The gradient is softmax(logits) - onehot(target), computed in one expression. It needs one array of the size of the
+    logits beside them; automatic differentiation of the same formula keeps five.
     """
     return _token_nats_forward(logits, targets, mask)[0]
 
@@ -49,7 +49,7 @@ token_nats.defvjp(_token_nats_forward, _token_nats_backward)
 
 
 def counted(batch: dict[str, jax.Array]) -> jax.Array:
-    """bool [B, T]: the tokens whose loss counts."""
+    """bool [B, T]: the tokens whose loss is counted."""
     real = batch["segment_ids"] > 0
     return real & batch["loss_mask"].astype(bool) if "loss_mask" in batch else real
 
@@ -62,9 +62,9 @@ def batch_nats(
     row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> jax.Array:
-    """Nats of every counted target of a batch {tokens, targets, segment_ids[, loss_mask]}, each [B, T]; 0 elsewhere.
+    """-log p(target) in nats of every counted token. batch: tokens, targets, segment_ids[, loss_mask], each [B, T].
 
-    Returns float32 [B, T]. `over_logits` says what it costs.
+    Returns float32 [B, T], 0 where a token is not counted. Cost: see `over_logits`.
     """
     return over_logits(token_nats, graphdef, params, batch, row_shards, max_logits)
 
@@ -77,7 +77,7 @@ def batch_nats_and_hits(
     row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `batch_nats`, and where the likeliest word is the target: bool [B, T], False where nothing counts."""
+    """(nats as `batch_nats`, hits bool [B, T]): a hit is a counted token whose target has the largest logit."""
 
     def scores(logits, targets, mask):
         return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
@@ -93,12 +93,14 @@ def over_logits(
     row_shards: int,
     max_logits: int,
 ):
-    """function(logits, targets, mask) of the model's logits of a batch: arrays [B, T].
+    """function(logits, targets, mask) for the model's logits of a batch: arrays [B, T].
 
-    Positions restart at every document, so nothing but the segment ids is needed. The batch's
-    rows lie on `row_shards` groups of devices. Where a group's logits would be more than `max_logits` numbers, they are
-    made for some positions at a time and made again in the backward pass: memory max_logits, not tokens · vocabulary,
-    for a third more work on the logits (2 d_model V FLOPs a token).
+    The model gets no positions, since they restart at every document and so follow from the segment ids. The rows of
+    the batch are sharded over `row_shards` groups of devices.
+
+    Memory: at most about `max_logits` logits at once on a group of devices, instead of tokens · vocabulary. If there
+    would be more, they are computed for some positions at a time and recomputed in the backward pass. That adds a third
+    to the work on the logits, 2 d_model V FLOPs per token.
     """
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
@@ -112,7 +114,7 @@ def over_logits(
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, pieces * positions - length)] + [(0, 0)] * (x.ndim - 2))
-        # Time is cut and rows are not, so that every device has its own rows of every piece.
+        # Only the time axis is cut, so that every device has its own rows of every piece.
         return jnp.moveaxis(x.reshape(rows, pieces, positions, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint

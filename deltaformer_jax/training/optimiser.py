@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, a learning-rate schedule and a weight-decay mask, all of it optax's."""
+"""AdamW with global-norm clipping, a learning-rate schedule and a weight-decay mask, all from optax."""
 
 import optax
 
@@ -8,10 +8,11 @@ from deltaformer_jax.config import OptimizerConfig
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate of update n = 0, 1, ...; peak = learning_rate, floor = final_learning_rate * peak.
 
-    Warm-up: peak (n + 1) / warmup_steps for n < warmup_steps, so that the first update is not wasted on a rate of 0.
-    Then, until n = decay_steps, and the floor after it (constant: peak for ever):
+    Warm-up: peak (n + 1) / warmup_steps for n < warmup_steps, so that the first update does not have a rate of 0.
+    After the warm-up, until n = decay_steps:
       cosine    floor + (peak - floor) (1 + cos(pi (n - warmup_steps) / (decay_steps - warmup_steps))) / 2
-      wsd       peak, then a straight line to the floor over the last wsd_decay_fraction of decay_steps
+      wsd       peak, then linear to the floor over the last wsd_decay_fraction of decay_steps
+    From n = decay_steps on the rate is the floor. With schedule "constant" it is the peak throughout.
     """
     peak, warmup, length = config.learning_rate, config.warmup_steps, config.decay_steps
     floor = peak * config.final_learning_rate
@@ -30,7 +31,10 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimiser(config: OptimizerConfig, decay_mask) -> optax.GradientTransformation:
-    """clip to `clip_norm` (0: not) -> AdamW whose weight decay touches the parameters marked True in `decay_mask`."""
+    """Clip the global norm to `clip_norm` (0: no clipping), then AdamW.
+
+    Weight decay applies to the parameters that are True in `decay_mask`.
+    """
     adamw = optax.adamw(
         learning_rate_schedule(config),
         b1=config.b1,

@@ -1,4 +1,4 @@
-"""Where in its data a run stands, and the batches from there on."""
+"""A run's position in its data, and the batches from there on."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,10 +11,11 @@ from deltaformer_jax.data import Corpus, Mixture, TaskData, batches
 
 
 class Position(NamedTuple):
-    """A run that has seen `step` batches. Batches are numbered and taken in order, but never those that it passes over.
+    """The position of a run that has seen `step` batches. Batches are numbered and taken in order.
 
-    `next_batch` is the number of the next one: step, and one more for each of `passed`, the batches that this run never
-    takes. `streak` are the newest ones if they were skipped.
+    passed      the numbers of batches that this run never takes, since it went back because of them
+    next_batch  the number of the next batch: step, plus one for each number in `passed` that lies before it
+    streak      the numbers of the newest batches if their updates were skipped, else ()
     """
 
     step: int = 0
@@ -24,12 +25,12 @@ class Position(NamedTuple):
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Position":
-        """Of a checkpoint's record."""
+        """The position in the record of a checkpoint."""
         numbers = {name: tuple(int(number) for number in record[name]) for name in ("passed", "streak")}
         return cls(step=int(record["step"]), next_batch=int(record["next_batch"]), **numbers)
 
     def as_record(self) -> dict[str, Any]:
-        """Plain JSON: the whole position in the data."""
+        """The whole position as plain JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
 
     def after(self, number: int) -> "Position":
@@ -40,7 +41,7 @@ class Position(NamedTuple):
 def number_batches(
     corpus: Corpus | Mixture | TaskData, config: Config, position: Position
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(number, this process's rows of the batch) from `position.next_batch` on, without those passed over."""
+    """(number, this process's rows of that batch) from `position.next_batch` on, without the numbers in `passed`."""
     stream = batches(
         corpus,
         "train",

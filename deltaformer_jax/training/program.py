@@ -1,7 +1,7 @@
-"""All that is compiled of a run: one walk of the config to the parts, the optimiser, the state's shapes and the steps.
+"""Everything that is compiled for a run, derived from its config: model parts, optimiser, shapes of the state, steps.
 
-Training, the dry run, restoring and `reproduce` build the same Program and use what they need of it: shapes and
-shardings are known at once, and each step is traced and compiled when it is first asked for.
+Training, the dry run, restoring and `reproduce` build the same Program. Shapes and shardings are known at once. Each
+step is traced and compiled when it is first used.
 """
 
 import functools
@@ -28,13 +28,14 @@ from deltaformer_jax.training.watch.statistics import make_statistics_step
 
 
 class Program:
-    """The programs of a model, an optimiser and a mesh: `config.model`, with its vocabulary size, and
-    `config.optimizer`. What else a config says is not looked at, so runs that differ in it may share a Program.
+    """The compiled programs of a model, an optimiser and a mesh.
 
-    `make_model(config.model, rngs=rngs)` makes the model, whose embedding, blocks and norm are a LanguageModel's.
+    Reads only `config.model`, which must have its vocabulary size, and `config.optimizer`. Runs that differ in other
+    settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which must have the
+    embedding, blocks and norm of a LanguageModel.
 
-    Attributes: mesh; parts (ModelParts); abstract and shardings (TrainState, of ShapeDtypeStructs and of shardings).
-    Raises the model's own ValueError for a bad config. Cost: the model's construction is traced, nothing allocated.
+    Attributes: mesh; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of shardings).
+    Raises the model's own ValueError for a bad config. Cost: the model's construction is traced, nothing is allocated.
     """
 
     def __init__(self, config: Config, mesh: Mesh, make_model: Callable[..., nnx.Module] = LanguageModel):
@@ -48,7 +49,7 @@ class Program:
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def create_state(self, seed: int) -> TrainState:
-        """A new state, made by one compiled program straight into its shardings: no device ever holds it all.
+        """A new state. One compiled program creates it sharded, so that no device ever holds all of it.
 
         The values depend on the seed alone, not on the mesh.
         """
@@ -63,18 +64,18 @@ class Program:
 
     @functools.cached_property
     def train_step(self) -> Callable:
-        """`step.make_train_step`'s, compiled by itself for each shape of a batch."""
+        """The training step of `step.make_train_step`, a jitted function that compiles once per batch shape."""
         return make_train_step(self._optimiser, self._schedule, self._settings, self.parts, self.mesh, self.shardings)
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:
-        """The train step traced for such batches: the model's forward pass checks the rest of its config."""
+        """The training step traced for batches of this shape. Tracing runs the model's own checks of its config."""
         key = (data.batch_size, data.sequence_length, is_task(data.path))
         if key not in self._lowered:
             self._lowered[key] = self.train_step.lower(self.abstract, abstract_batch(data, self.mesh))
         return self._lowered[key]
 
     def compile_train_step(self, data: DataConfig) -> jax.stages.Compiled:
-        """(state, batch) -> (state, metrics) for such batches, ready to run."""
+        """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape."""
         key = (data.batch_size, data.sequence_length, is_task(data.path))
         if key not in self._compiled:
             lowered = self.lower_train_step(data)
@@ -92,17 +93,17 @@ class Program:
 
 
 def abstract_batch(data: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch over all devices: tokens, targets, segment_ids, and of a task loss_mask."""
+    """The shapes of a global batch: tokens, targets, segment_ids and, for a task, loss_mask."""
     leaf = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), np.int32, sharding=batch_sharding(mesh))
     batch = {name: leaf for name in ("tokens", "targets", "segment_ids")}
     return {**batch, "loss_mask": leaf.update(dtype=np.bool_)} if is_task(data.path) else batch
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep every program compiled from now on in `folder` (also gs://), so that a run that goes on compiles nothing it
-    has compiled before. "" leaves jax's own setting, which is JAX_COMPILATION_CACHE_DIR, as it is.
+    """Store every program compiled from now on in `folder` (also gs://), so that a resumed run need not compile again.
 
-    Raises OSError, naming run.compilation_cache, if the folder can't be made.
+    "" leaves jax's own setting, JAX_COMPILATION_CACHE_DIR, as it is. Raises OSError, naming run.compilation_cache, if
+    the folder cannot be created.
     """
     if not folder:
         return
@@ -112,6 +113,6 @@ def use_compilation_cache(folder: str) -> None:
     except OSError as error:
         raise OSError(f"run.compilation_cache = {folder!r}: cannot be made: {error}") from None
     jax.config.update("jax_compilation_cache_dir", folder)
-    # jax keeps nothing small or quick by default: a restart would compile those programs again.
+    # By default jax does not store small or quickly compiled programs: a restart would compile them again.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,4 +1,4 @@
-"""Everything a run needs, made and checked in the order in which it is cheap to fail."""
+"""Setting up a run: everything it needs is made and checked, the cheapest checks first."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,8 +29,11 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays as it is while a run goes on. `config` has its vocabulary size; `metrics` and `checkpoints` agree with
-    the position that the run goes on from."""
+    """The parts of a run that do not change while it trains.
+
+    `config` has its vocabulary size filled in. `metrics` and `checkpoints` hold nothing after the step that training
+    starts from.
+    """
 
     config: Config
     workdir: epath.Path
@@ -38,14 +41,14 @@ class Run:
     evaluation_batch_size: int
     program: Program
     train_step: Callable  # compiled
-    begin: Callable[[Program], TrainState]  # makes the state before the first batch
+    begin: Callable[[Program], TrainState]  # returns the state before the first batch
     checkpoints: Checkpoints
     metrics: MetricsFile
     resumed: bool
 
 
 class Prepared(NamedTuple):
-    """A run, and where it goes on from: `state` has seen `position.step` batches."""
+    """A run, and where its training starts: `state` has seen `position.step` batches."""
 
     run: Run
     position: Position
@@ -53,7 +56,10 @@ class Prepared(NamedTuple):
 
 
 def load_data(config: Config) -> Corpus | Mixture | TaskData:
-    """What the config's `data` section names; ValueError or FileNotFoundError names the field or the folder."""
+    """The data that the config's `data` section names.
+
+    Raises ValueError or FileNotFoundError that names the field or the folder.
+    """
     found, tail = _load_data(config), config.data.eval_tail
     if not tail:
         return found
@@ -79,16 +85,21 @@ def _load_data(config: Config) -> Corpus | Mixture | TaskData:
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size filled in. A larger one (rounded up, say) is allowed, a smaller one is not."""
+    """The config with model.vocab_size filled in.
+
+    A value larger than the tokenizer's is kept (it may be rounded up). A smaller one raises ValueError.
+    """
     size = config.model.vocab_size
     if 0 < size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size}; set 0 to take that")
+        raise ValueError(
+            f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} tokens; set 0 to use that"
+        )
     model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError unless every device gets the same number of rows of every part of a batch."""
+    """Raise ValueError unless every device gets the same number of rows of every accumulation part of a batch."""
     batch, parts, devices = config.data.batch_size, config.optimizer.accumulation_steps, rows(mesh)
     if batch % (parts * devices):
         raise ValueError(
@@ -108,13 +119,19 @@ def prepare(
     make_program: Callable[[Config, Mesh], Program] = Program,
     begin: Callable[[Program], TrainState] | None = None,
 ) -> Prepared:
-    """A new run in `workdir`, or the one that is there, restored. Nothing is written before everything is checked.
+    """A new run in `workdir`, or the run in it, restored. Nothing is written before everything is checked.
 
-    `note(text)` hears what is being done; `devices` are all there are by default. What an experiment may give in the
-    place of what the config says: `corpus`, a task that stands in for data.path; `evaluation_batch_size`, rows, as many
-    as in training by default; `make_program`, which may give a Program again that an equal run had; `begin`, the state
-    before the first batch, a new one of run.seed by default. Raises ValueError, OSError or NotImplementedError with a
-    message that names the field, file or argument and the fix.
+    note                   called with a text about what is being done, if it takes long
+    devices                default: all
+
+    An experiment may replace what the config says:
+
+    corpus                 a task instead of data.path
+    evaluation_batch_size  rows; default: as in training
+    make_program           may return the Program of an earlier run with the same model, optimizer and mesh
+    begin                  returns the state before the first batch; default: new parameters from run.seed
+
+    Raises ValueError, OSError or NotImplementedError with a message that names the field, file or argument and the fix.
     """
     check(config)
     if config.run.tensorboard:
@@ -134,7 +151,7 @@ def prepare(
     begin = begin or (lambda program: program.create_state(full.run.seed))
     with waiting("tracing the model", note):
         program = make_program(full, mesh)
-        # Traced before anything is written, since the model's forward pass checks the rest of the config.
+        # Traced before anything is written, since tracing the model checks the rest of the config.
         program.lower_train_step(full.data)
 
     if jax.process_index() == 0:
@@ -147,11 +164,11 @@ def prepare(
             state, record = checkpoints.restore_newest(program.abstract, note)
         position = Position.from_record(record)
         if position.step > config.run.steps:
-            made = f"the run in {workdir} has made {position.step}; ask for more"
+            made = f"the run in {workdir} has made {position.step} steps; give a larger run.steps"
             raise ValueError(f"run.steps = {config.run.steps}: {made}")
         checkpoints.drop_after(position.step)
     else:
-        with waiting("making the first parameters", note):
+        with waiting("creating the parameters", note):
             state, position = begin(program), Position()
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)

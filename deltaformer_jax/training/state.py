@@ -1,4 +1,4 @@
-"""The state of a run as one plain pytree, and where each of its arrays lies on the mesh."""
+"""The training state as one plain pytree, and the sharding of each of its arrays."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from deltaformer_jax.training.guard import Guard, new_guard
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays; opt_state: optax's; step: int32 [], the number of batches seen, made into
-    an update or skipped; guard: which is which."""
+    """params: nested dict of float32 arrays. opt_state: optax's. step: int32 [], the number of batches seen, with their
+    updates made or skipped. guard: the statistics that decide which.
+    """
 
     params: Any
     opt_state: Any
@@ -23,16 +24,16 @@ class TrainState(NamedTuple):
 
 
 def new_state(params: Any, optimiser: optax.GradientTransformation) -> TrainState:
-    """The state of a model that has seen nothing."""
+    """The state before the first batch."""
     return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32), new_guard())
 
 
 def abstract_state(
     parts: ModelParts, optimiser: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """(the state as ShapeDtypeStructs that carry their shardings, the shardings alone); nothing is allocated.
+    """(the state as ShapeDtypeStructs with shardings, the shardings alone). Nothing is allocated.
 
-    Adam's moments get exactly their parameter's sharding, everything else of the optimiser's state is replicated.
+    Adam's moments have the sharding of their parameter. The rest of the optimiser's state is replicated.
     """
     whole = replicated(mesh)
     shapes = jax.eval_shape(lambda params: new_state(params, optimiser), parts.params)

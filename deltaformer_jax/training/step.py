@@ -1,4 +1,4 @@
-"""One update as one compiled, donated, pure step: (state, batch) -> (state, metrics)."""
+"""The training step: one pure compiled function (state, batch) -> (state, metrics), which donates the old state."""
 
 from collections.abc import Callable
 
@@ -18,11 +18,11 @@ from deltaformer_jax.training.state import TrainState
 def loss_and_gradient(
     parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, row_shards: int = 1
 ):
-    """Mean nats per counted token of the whole batch, its gradient, and the number of counted tokens.
+    """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
 
-    The batch is cut into `accumulation_steps` parts whose *sums* are added, and divided once by the tokens of all of
-    them: parts with fewer real tokens count for less, and the result is that of the uncut batch. `row_shards`: over how
-    many groups of devices the batch's rows are spread.
+    The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
+    tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
+    tokens. `row_shards`: over how many groups of devices the rows of the batch are sharded.
     """
 
     def part_sum(params, part):
@@ -37,7 +37,10 @@ def loss_and_gradient(
 def loss_gradient_and_accuracy(
     parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, row_shards: int = 1
 ):
-    """As `loss_and_gradient`, but with the share of counted tokens whose target is the likeliest in the last place."""
+    """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
+
+    accuracy: the fraction of counted tokens whose target has the largest logit.
+    """
 
     def part_sum(params, part):
         nats, hits = batch_nats_and_hits(parts.graphdef, params, part, row_shards=row_shards)
@@ -49,12 +52,12 @@ def loss_gradient_and_accuracy(
 
 
 def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_steps: int):
-    """(nats, beside, gradient), each added up over the batch's parts; part_sum(params, part) -> (nats, beside)."""
+    """(nats, beside, gradient), each summed over the parts of the batch; part_sum(params, part) -> (nats, beside)."""
     part_gradient = jax.value_and_grad(part_sum, has_aux=True)
     if accumulation_steps == 1:
         (nats, beside), gradient = part_gradient(params, batch)
     else:
-        # Part a takes rows a, a + A, a + 2A, ...: each device cuts its own rows, none has to be sent elsewhere.
+        # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
         cut = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
             batch,
@@ -77,11 +80,11 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
 ) -> Callable:
-    """jit of (state, batch) -> (state, metrics); the old state's memory is given to the new one.
+    """jit of (state, batch) -> (state, metrics). The old state is donated.
 
-    batch: {tokens, targets, segment_ids}, int32 [batch_size, T], and of a task loss_mask, bool. metrics, float32 []:
-    loss and, of a task, accuracy (before the update), grad_norm (before clipping), learning_rate (of this update),
-    skipped (1 where guard.py says no update is made). They stay on the device until someone reads them.
+    batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task also loss_mask, bool.
+    metrics, float32 []: loss and, for a task, accuracy, both before the update; grad_norm, before clipping;
+    learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""A run's folder, looked at before jax is imported: is there a run, where does it stand, has it anything left to do?"""
+"""A run's folder, examined before jax is imported: does it hold a run, at which step, and is that run finished?"""
 
 import difflib
 import json
@@ -14,30 +14,33 @@ from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
-LOCK = "train"  # the name of the lock by which one training at a time is in a folder
+LOCK = "train"  # the name of the lock that lets only one training at a time use a folder
 
 
 class Standing(NamedTuple):
-    """`line` says whether the run is new or goes on, and where; `finished`: it has made all that is asked of it."""
+    """`line` says whether the run is new or resumed, and at which step. `finished`: it has nothing left to do."""
 
     line: str
     finished: bool = False
 
 
 def new_workdir(name: str) -> str:
-    """runs/DATE-TIME-NAME, with a number behind it if another run has just taken that. Raises ValueError if this is
-    one process of several, which would not agree on a time."""
+    """runs/DATE-TIME-NAME, with a number appended if that folder exists.
+
+    Raises ValueError if this is one of several processes, which would not agree on a time.
+    """
     if processes.count() > 1:
-        raise ValueError("--workdir: give one; the processes of a run must share it")
+        raise ValueError("--workdir: missing; give one, since the processes of a run must share it")
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(1000))
     return str(next(path for path in candidates if not path.exists()))
 
 
 def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
-    """What the run in `workdir` was started with; None if there is no run and one may begin there.
+    """What the run in `workdir` was started with; None if the folder is missing or empty.
 
-    Raises ValueError where `config` differs from it in what may not change, and for a file or a folder of other things.
+    Raises ValueError if `config` differs from it in a setting that may not change, if `workdir` is a file, or if it
+    holds files but no run.
     """
     if not workdir.exists():
         return None
@@ -46,7 +49,7 @@ def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
     if not (workdir / Saved.FILE).exists():
         if any(path.name != lock_file(LOCK) for path in workdir.iterdir()):
             raise ValueError(
-                f"--workdir {workdir}: has files but no {Saved.FILE}, so it is no run's folder; give one, or a new one"
+                f"--workdir {workdir}: has files but no {Saved.FILE}, so it holds no run; give another folder"
             )
         return None
     saved = Saved.read(workdir)
@@ -55,9 +58,9 @@ def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
 
 
 def standing(workdir: str, config: Config, resume: bool) -> Standing:
-    """Where the run in `workdir` stands, of which `config` asks. Nothing is written.
+    """The standing of the run in `workdir`, which `config` is about to start or resume. Writes nothing.
 
-    Raises ValueError or FileNotFoundError for a run of other settings, a config.json that is not one and, if `resume`,
+    Raises ValueError or FileNotFoundError for a run with other settings, for an invalid config.json and, with `resume`,
     for a folder without a run.
     """
     folder = epath.Path(workdir)
@@ -67,11 +70,12 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
     if saved is None:
         return Standing(f"new run in {workdir}")
     step, steps = _newest_whole(folder / "checkpoints"), config.run.steps
-    # Of other data it is refused when that is opened.
+    # A run with other data is refused later, when the data are opened.
     same_data = saved.config.data == config.data
     if step == steps and same_data and _is_evaluated(folder, config) and _is_whole(folder / "checkpoints" / str(step)):
         return Standing(
-            f"nothing to do: the run in {workdir} has made its {steps} steps; --config.run.steps={2 * steps} goes on",
+            f"nothing to do: the run in {workdir} has made its {steps} steps; for more, give "
+            f"--config.run.steps={2 * steps}",
             finished=True,
         )
     if step is None:
@@ -80,7 +84,7 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
 
 
 def _newest_whole(checkpoints: epath.Path) -> int | None:
-    """The newest step whose save was finished; whether its bytes are those that were written is not asked."""
+    """The newest step whose save was finished. Its checksums are not verified."""
     if not checkpoints.exists():
         return None
     steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit() and (path / CHECKSUMS).exists()]
@@ -88,7 +92,7 @@ def _newest_whole(checkpoints: epath.Path) -> int | None:
 
 
 def _is_evaluated(folder: epath.Path, config: Config) -> bool:
-    """Whether the evaluation at the end was made: a run that was stopped just before it makes it when it goes on."""
+    """Whether the final evaluation was made. A run that was stopped just before it makes it when it is resumed."""
     if not config.run.eval_every:
         return True
     path = folder / "metrics.jsonl"
@@ -98,7 +102,7 @@ def _is_evaluated(folder: epath.Path, config: Config) -> bool:
             if record["step"] == config.run.steps and "eval_loss" in record:
                 return True
         except (ValueError, KeyError, TypeError):
-            continue  # a line that was being written when the run was killed
+            continue  # the incomplete line of a run that was killed
     return False
 
 
@@ -106,12 +110,12 @@ def _is_whole(checkpoint: epath.Path) -> bool:
     try:
         check_checksums(checkpoint)
     except CheckpointError:
-        return False  # the run goes back to the checkpoint before, and says so
+        return False  # the run is resumed from the checkpoint before, and says so
     return True
 
 
 def _nearest_run(folder: epath.Path) -> str:
-    """ "; did you mean DIR?", or which runs there are beside it."""
+    """The end of an error: "; did you mean DIR?", or the runs in the same folder."""
     beside = folder.parent
     if not beside.exists():
         return "; there is no such folder"

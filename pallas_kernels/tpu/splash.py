@@ -1,6 +1,7 @@
-"""JAX's splash attention, a flash attention for TPUs, so that a Transformer baseline is as fast as it can be there.
+"""JAX's splash attention, a flash attention for TPUs, as a fast Transformer baseline.
 
-It takes bfloat16, keeps sums in float32, and returns nothing that decays and sinks could be made from.
+It takes bfloat16 and sums in float32. It returns only the output and no log-sum-exps, so that log_decay and sinks
+cannot be added from outside.
 """
 
 from __future__ import annotations
@@ -8,23 +9,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# It works on tiles of rows and columns whose sides are multiples of this.
+# The numbers of rows and of columns of splash attention's tiles are multiples of LANES.
 LANES = 128
 
 
 def lacks(query, key, value, log_decay, sinks) -> str | None:
-    """Why splash attention cannot do this call, or None."""
+    """Why splash attention does not support this call, or None if it does."""
     if query.dtype != jnp.bfloat16:
         return f"splash attention multiplies in bfloat16: cast the inputs, which are {query.dtype}"
     if key.shape[3] != value.shape[3]:
-        return f"splash attention needs keys and values of one width; they have {key.shape[3]} and {value.shape[3]}"
-    return None if log_decay is None and sinks is None else "it has neither log_decay nor sinks"
+        return (
+            "splash attention needs keys and values of the same head dimension; they have "
+            f"{key.shape[3]} and {value.shape[3]}"
+        )
+    return None if log_decay is None and sinks is None else "it supports neither log_decay nor sinks"
 
 
 def attend(query, key, value, segment_ids, *, scale, window, interpret=False):
-    """query [B,T,H,K], key and value [B,T,G,K], segment_ids [B,T] or None -> [B,T,H,K], causal.
+    """Causal attention: query [B,T,H,K], key and value [B,T,G,K], segment_ids [B,T] or None -> [B,T,H,K].
 
-    T is filled up to a multiple of 128 inside.
+    Inside, T is padded to a multiple of 128.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

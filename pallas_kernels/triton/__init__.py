@@ -1,4 +1,4 @@
-"""NVIDIA kernels of the ops, in Triton; needs the packages `triton` and `jax-triton`.
+"""The ops' kernels for NVIDIA GPUs, in Triton. They need the packages `triton` and `jax-triton`.
 
-The doors are delta/api.py and gated/api.py.
+The entry points are delta/api.py and gated/api.py.
 """

@@ -1,5 +1,5 @@
-"""A kernel launch as data, so that one description serves three readers: JAX runs it, a test interprets it on the CPU,
-and a compiler without a GPU turns it into machine code.
+"""A kernel launch as data: JAX runs it, a test interprets it on the CPU, and a compiler turns it into machine code
+without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """An array a kernel fills. `zeroed`: it is 0 before the kernel starts."""
+    """An array that a kernel writes. `zeroed`: the array is set to 0 before the kernel starts."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -27,10 +27,11 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """kernel[grid](*arrays, *scalars, *outputs, **constants); scalars are ints or np.float32.
+    """The launch kernel[(grid,)](*arrays, *scalars, *outputs, **constants) of `grid` programs.
 
-    A constant may be a frozen dataclass, which a kernel reads fields and properties of; to hand one of those that is no
-    number on to a function, name it first (`KEYS: tl.constexpr = FORM.keys`).
+    Scalars are ints or np.float32. A constant may be a frozen dataclass; a kernel reads its fields and properties. If a
+    field is not a number, a kernel must name it before it passes it to a function (`KEYS: tl.constexpr = FORM.keys`).
+    `warps` and `stages` are Triton's num_warps and num_stages.
     """
 
     kernel: triton.JITFunction
@@ -43,10 +44,10 @@ class Launch:
     stages: int
 
 
-# Columns of tensor memory of a multiprocessor (compute capability 10.0).
+# Columns of tensor memory per multiprocessor (compute capability 10.0).
 TENSOR_MEMORY = 512
 
-# The names of Triton's types.
+# NumPy's name of a type -> Triton's name.
 _TYPES = {
     "bfloat16": "bf16",
     "float16": "fp16",
@@ -56,15 +57,15 @@ _TYPES = {
 
 
 def type_name(dtype) -> str:
-    """Triton's name of an array's or a scalar's type."""
+    """Triton's name of the dtype of an array or a scalar."""
     return _TYPES[np.dtype(dtype).name]
 
 
 def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array]:
-    """The launch's outputs, as part of a JAX program for an NVIDIA GPU.
+    """The outputs of the launch, as part of a JAX program for an NVIDIA GPU.
 
-    `compute_capability` (90 for an H100): None is that of `target_capability`.
-    Raises NotImplementedError under jvp and vmap: derivatives and folded batches are the callers' business (api.py).
+    `compute_capability` is 90 for an H100; None means `target_capability()`.
+    Raises NotImplementedError under jvp and vmap. The callers handle both (api.py).
     """
     return _jax_triton().triton_call(
         *launch.arrays,
@@ -82,7 +83,8 @@ def run(launch: Launch, compute_capability: int | None = None) -> list[jax.Array
 
 
 def _jax_triton():
-    """The package, whose import would leave Triton without its folder of compiled kernels."""
+    """The package jax_triton. Its import changes TRITON_CACHE_DIR, Triton's folder of compiled kernels; this function
+    restores it."""
     before = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
 
@@ -94,9 +96,9 @@ def _jax_triton():
 
 
 def compile_for(launch: Launch, compute_capability: int):
-    """Triton's compiled kernel for that architecture (80, 90, 100, 120); needs no GPU. `.asm` has "ptx" and "cubin".
+    """The kernel compiled by Triton for a compute capability (80, 90, 100, 120). Needs no GPU.
 
-    `launch.arrays` may be `jax.ShapeDtypeStruct`s.
+    The result's `.asm` has "ptx" and "cubin". `launch.arrays` may be `jax.ShapeDtypeStruct`s.
     """
     arguments = [*launch.arrays, *launch.scalars, *launch.outputs]
     names = launch.kernel.arg_names[: len(arguments)]
@@ -108,22 +110,25 @@ def compile_for(launch: Launch, compute_capability: int):
             signature[name] = "fp32"
         else:
             signature[name] = "*" + type_name(x.dtype)
-            # JAX's arrays begin at multiples of 16 bytes.
+            # JAX's arrays are aligned to 16 bytes.
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(launch.constants, "constexpr")
     source = ASTSource(launch.kernel, signature, constexprs=dict(launch.constants), attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     if compiled.metadata.tmem_size > TENSOR_MEMORY:
-        # Triton compiles such a kernel to a trap, without a word.
-        raise ValueError(f"{launch.kernel.__name__} takes {compiled.metadata.tmem_size} columns of tensor memory")
+        # Triton would compile such a kernel to a trap instruction, without an error.
+        raise ValueError(
+            f"{launch.kernel.__name__} takes {compiled.metadata.tmem_size} columns of tensor memory, more than a "
+            "multiprocessor has: choose a smaller tile"
+        )
     return compiled
 
 
 def target_capability() -> int:
-    """The compute capability to compile for: the first NVIDIA device's, 90 for an H100; 90 where there is none.
+    """The compute capability to compile for: that of the first NVIDIA device; 90 (an H100) if there is no device.
 
-    A program that is compiled on a machine without a GPU is one for an H100, unless Settings say otherwise.
+    So a program that is compiled on a machine without a GPU is for an H100, unless Settings say otherwise.
     """
     try:
         return round(float(jax.devices("cuda")[0].compute_capability) * 10)

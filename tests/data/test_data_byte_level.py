@@ -214,7 +214,7 @@ def test_dropout_makes_the_same_corpus_twice_and_says_that_it_is_off(tmp_path, c
     (tmp_path / "t.json").write_text(json.dumps(SWITCHED_OFF["dropout"][0]))
     flags = ["--tokenizer", str(tmp_path / "t.json"), "--eval_fraction", "0"]
     assert main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "one"), *flags]) == 0
-    assert "t.json: switched off, so that a text's bytes are its tokens': dropout" in capsys.readouterr().err
+    assert "t.json: switched off, so that a text has the bytes of its tokens: dropout" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="dropout"):
         again = prepare_corpus(tmp_path / "a.txt", tmp_path / "two", tokenizer=flags[1], eval_fraction=0)
     one = (tmp_path / "one" / "train-00000.array_record").read_bytes()

@@ -303,7 +303,7 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch, capsys):
     runs = [subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(4)]
     codes = [run.returncode for run in runs]
     assert codes[0] == codes[1] == -signal.SIGKILL and codes[-1] == 0, codes
-    assert "going on with what was not finished" in runs[1].stderr and ours(runs[0].stderr) == ""
+    assert "going on with an unfinished preparation" in runs[1].stderr and ours(runs[0].stderr) == ""
     assert files_of(tmp_path / "out") == files_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
@@ -322,8 +322,8 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(build, "tokenize_units", units)
     arguments = [str(source), "--out", str(tmp_path / "out")]
     assert main(arguments) == 130
-    assert capsys.readouterr().err == f"error: interrupted; {tmp_path / 'out'} is as it was; " + (
-        "the same command goes on from here\n"
+    assert capsys.readouterr().err == f"error: interrupted; {tmp_path / 'out'} is unchanged; " + (
+        "the same command continues from here\n"
     )
     monkeypatch.setattr(build, "tokenize_units", really)
     assert main([*arguments, "--eval_fraction", "0.5"]) == 0  # another corpus: what was left is no use to it
@@ -369,7 +369,9 @@ def test_a_damaged_unfinished_folder_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "tokenize_units", really)
     (shard,) = tmp_path.glob(".out.partial-*/train-00000.array_record")
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"train-00000.array_record: not as it was left; the same call again starts"):
+    with pytest.raises(
+        ValueError, match=r"train-00000.array_record: was changed meanwhile; the same call again starts"
+    ):
         prepare_corpus(source, tmp_path / "out")
     assert sorted(texts_of(prepare_corpus(source, tmp_path / "out"))) == sorted(text * 3 for text in TEXTS)
 
@@ -401,7 +403,7 @@ def test_interrupted_from_the_keyboard_with_workers(tmp_path):
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=120)
-    assert process.returncode == 130 and ours(printed) == f"error: interrupted; {out} is as it was\n"
+    assert process.returncode == 130 and ours(printed) == f"error: interrupted; {out} is unchanged\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -414,11 +416,11 @@ CASES = {
     "no such source": (lambda p: p / "none", [], "none: no such file or folder"),
     "unknown suffix": (lambda p: write(p / "a.docx", "x"), [], r"a.docx: unknown suffix '.docx'; known: text or code"),
     "nothing known in it": (lambda p: write(p / "in/a.png", "x").parent, [], "holds no file of a known kind"),
-    "only empty files": (lambda p: write(p / "a.txt", ""), [], "a.txt: no document with text in it"),
+    "only empty files": (lambda p: write(p / "a.txt", ""), [], "a.txt: no document with text"),
     "all in eval": (
         lambda p: write(p / "a.txt", "x"),
         ["--eval_fraction", "0.9999999"],
-        "all 1 documents fell to eval; lower --eval_fraction",
+        "all 1 documents are in split eval; lower --eval_fraction",
     ),
     "not UTF-8": (lambda p: write(p / "a.txt", b"abc\xff"), [], "a.txt: not UTF-8 (byte 3); convert it"),
     "line not UTF-8": (lambda p: write(p / "a.jsonl", b'{"text": "\xff"}'), [], "a.jsonl, line 1: not UTF-8"),

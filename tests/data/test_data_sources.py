@@ -323,9 +323,9 @@ def test_a_stop_at_an_error_keeps_what_was_done(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         assert main([*arguments, *out]) == 2
         printed = capsys.readouterr().err
-        assert "a.jsonl, line 31: not JSON" in printed and printed.endswith(", and what is done is kept\n")
+        assert "a.jsonl, line 31: not JSON" in printed and printed.endswith(", and the finished part is kept\n")
     first, read[:] = len(read), []
-    assert "going on with what was not finished" in printed and first < count
+    assert "going on with an unfinished preparation" in printed and first < count
     assert main([*arguments, *out, "--on_error", "skip"]) == 0
     assert len(read) <= count - first + 2
     monkeypatch.setattr(build, "tokenize_units", really)

@@ -1,5 +1,6 @@
-"""Every Python example in README.md and docs/ runs as it stands there."""
+"""Every Python example in README.md and docs/, and every notebook, runs as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [
     pytest.param(code, id=f"{path.name}-{number}")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
 ]
 
@@ -23,6 +24,24 @@ def test_example_runs_and_has_the_shape_it_says(code):
     exec(code, names)
     for name, shape in re.findall(r"^(\w+)(?:, _)? = .*  # (\[[\d, ]+\])$", code, re.M):
         assert list(names[name].shape) == eval(shape), name
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, monkeypatch):
+    """The cells in their order, in one namespace; what they print is not compared, since it differs by machine."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) == 3
 
 
 def test_the_tests_that_docs_name_exist():

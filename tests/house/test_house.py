@@ -124,7 +124,7 @@ def test_no_file_holds_two_ideas():
 
 
 def test_prose_keeps_to_the_lines_length():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("pallas_kernels/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.rglob("docs/**/*.md"), *ROOT.glob("pallas_kernels/*.md")]
     long = [
         f"{page.name}:{number}"
         for page in pages

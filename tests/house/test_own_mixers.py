@@ -151,7 +151,9 @@ def test_overrides_are_what_config_json_can_hold():
     check(config)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for value in ({"w": 4}, object(), np.ones(3), (1, {})):
-        with pytest.raises(ValueError, match=r"NoLength, needed = .*: config.json holds numbers, texts, booleans"):
+        with pytest.raises(
+            ValueError, match=r"NoLength, needed = .*: config.json can hold only numbers, strings, booleans"
+        ):
             check(Config(model=tiny(mixers=(Mixer(NoLength, needed=value),))))
 
 
@@ -200,7 +202,7 @@ class Fails(NoLength):
     "mixer, message",
     [
         (Mixer(NoCache), "NoCache has no method init_cache"),
-        (Mixer(dict), "dict is no class of flax.nnx.Module"),
+        (Mixer(dict), "dict is not a subclass of flax.nnx.Module"),
         (Mixer(NoLength, needed=1, other=2), "an override of .*NoLength: 'other' is not one of 'needed'"),
         (Mixer(NoLength), r"NoLength needs needed: give Mixer\(.*, needed=...\)"),
         (Mixer(Named), "the constructor of .*Named has no argument d_model"),
@@ -238,7 +240,7 @@ def test_what_does_not_keep_to_the_protocol(monkeypatch):
     model = LanguageModel(tiny(mixers=(Mixer(NoLength, needed=1),)), rngs=nnx.Rngs(0))
     for cache, message in (
         (jnp.zeros(1), "has no attribute length"),
-        (AttentionCache(jnp.zeros((2, 1)), None), "is no pytree of arrays that lead with the batch"),
+        (AttentionCache(jnp.zeros((2, 1)), None), "must be a pytree of arrays whose first axis is the batch"),
         (StateCache(jnp.zeros((1, 2)), (), jnp.zeros(1)), "has no attribute length, int32"),
     ):
         monkeypatch.setattr(NoLength, "init_cache", lambda *_, cache=cache: cache)

@@ -165,11 +165,16 @@ CACHE, SLOT = KUCache.empty(2, 5, 2, 4, 3, 6), jnp.zeros((2, 1, 2, 3))
     [
         ((KVCache.empty(2, 5, 2, 3, 6), SLOT), {}, TypeError, "cache must be a KUCache, not KVCache"),
         ((CACHE, [1.0]), {}, TypeError, "keys must be an array, not list"),
-        ((CACHE, jnp.zeros((2, 1, 4, 3))), {}, ValueError, r"keys have shape \(2, 1, 4, 3\): must be .*\[2, n, 2, 3\]"),
+        (
+            (CACHE, jnp.zeros((2, 1, 4, 3))),
+            {},
+            ValueError,
+            r"keys have shape \(2, 1, 4, 3\): .*must have shape .* \[2, n, 2, 3\]",
+        ),
         ((CACHE, jnp.zeros((1, 2, 4))), {}, ValueError, r"keys have shape \(1, 2, 4\)"),
         ((CACHE, jnp.zeros((2, 0, 2, 3))), {}, ValueError, r"keys have shape \(2, 0, 2, 3\)"),
-        ((CACHE, SLOT.astype(jnp.bfloat16)), {}, TypeError, "keys are bfloat16 but the cache's are float32"),
-        ((CACHE, jnp.zeros((2, 6, 2, 3))), {}, ValueError, "capacity=5: must be at least the number of keys, 6"),
+        ((CACHE, SLOT.astype(jnp.bfloat16)), {}, TypeError, "keys are bfloat16 but cache.key is float32"),
+        ((CACHE, jnp.zeros((2, 6, 2, 3))), {}, ValueError, "capacity=5: it must be at least the number of keys, 6"),
         ((CACHE, SLOT), {"capacity": 0}, ValueError, "capacity=0"),
         ((CACHE, SLOT), {"read_similarity": "liner"}, ValueError, "read_similarity='liner'.*'linear'"),
         ((CACHE, SLOT), {"read_scale": np.inf}, ValueError, "read_scale=inf"),
@@ -178,7 +183,7 @@ CACHE, SLOT = KUCache.empty(2, 5, 2, 4, 3, 6), jnp.zeros((2, 1, 2, 3))
             (CACHE, jnp.zeros((2, 2, 2, 3))),
             {"segment_ids": jnp.array([[1, 2], [1, 1]], jnp.int32)},
             ValueError,
-            "one document a row",
+            "one document per row",
         ),
     ],
 )

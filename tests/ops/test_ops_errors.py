@@ -16,7 +16,7 @@ GOOD = dict(query=zeros(2, 6, 4, 8), key=zeros(2, 6, 2, 8), value=zeros(2, 6, 2,
 
 BAD_DELTA = [
     (dict(query=zeros(6, 4, 8)), ValueError, r"query must have shape \[batch, time, heads, width\]"),
-    (dict(query=zeros(2, 6, 3, 8)), ValueError, "query has 3 heads, which is not a multiple of key's 2"),
+    (dict(query=zeros(2, 6, 3, 8)), ValueError, "query has 3 heads: it must be a multiple of key's 2 heads"),
     (dict(query=zeros(2, 6, 4, 7)), ValueError, "query has width 7 but key has 8"),
     (dict(query=zeros(2, 5, 4, 8)), ValueError, r"query has \[batch, time\]"),
     (dict(query=np.zeros((2, 6, 4, 8), np.int32)), TypeError, "query has dtype int32: cast it"),
@@ -33,7 +33,7 @@ BAD_DELTA = [
     (dict(write_query=zeros(2, 6, 3, 8)), ValueError, "write_query has 3 heads: it must have as many as key"),
     (dict(write_query=zeros(2, 6, 2, 9)), ValueError, "write_query has shape"),
     (dict(write_similarity="sotfmax"), ValueError, "write_similarity='sotfmax' .* Did you mean 'softmax'"),
-    (dict(read_similarity=3), ValueError, "read_similarity=3 is no similarity"),
+    (dict(read_similarity=3), ValueError, "read_similarity=3 is not a similarity"),
     (dict(write_scale=float("nan")), ValueError, "write_scale=nan"),
     (dict(read_scale=zeros(1)), ValueError, "read_scale=.* finite Python number"),
     (dict(chunk_size=0), ValueError, "chunk_size=0: it must be a positive integer"),
@@ -43,20 +43,20 @@ BAD_DELTA = [
     (dict(implementation="triton"), NotImplementedError, "implementation='triton'"),
     (dict(segment_ids=np.ones((2, 5), np.int32)), ValueError, r"segment_ids must have shape .* = \(2, 6\)"),
     (dict(segment_ids=np.ones((2, 6), np.float32)), TypeError, "segment_ids has dtype float32"),
-    (dict(segment_ids=np.asarray([[1, 1, 2, 2, 1, 1]] * 2)), ValueError, "an id comes back"),
+    (dict(segment_ids=np.asarray([[1, 1, 2, 2, 1, 1]] * 2)), ValueError, "an id occurs in two separate runs"),
     (dict(cache=KVCache.empty(2, 8, 2, 8, 5)), TypeError, "cache must be a KUCache, not KVCache"),
     (dict(cache=KUCache.empty(2, 8, 2, 4, 8, 5)), ValueError, "cache has .* build it with KUCache.empty"),
     (
         dict(cache=KUCache.empty(2, 5, 2, 2, 8, 5)),
         ValueError,
-        "cache is full: row 0 holds 0 of 5 tokens and 6 more came",
+        "cache is full: row 0 holds 0 of 5 tokens and this call adds 6",
     ),
     (
         dict(cache=KUCache.empty(2, 8, 2, 2, 8, 5), segment_ids=np.asarray([[1, 1, 1, 2, 2, 2]] * 2)),
         ValueError,
-        "a cache holds one document a row",
+        "a cache holds one document per row",
     ),
-    (dict(return_cache=True, segment_ids=np.asarray([[1, 1, 1, 2, 2, 2]] * 2)), ValueError, "one document a row"),
+    (dict(return_cache=True, segment_ids=np.asarray([[1, 1, 1, 2, 2, 2]] * 2)), ValueError, "one document per row"),
 ]
 
 
@@ -101,9 +101,12 @@ def test_delta_values(change, message):
             dict(log_decay=zeros(2, 6, 2)),
             r"log_decay must have shape .* = \(2, 6, 4\) .*; it has \(2, 6, 2\)",
         ),
-        (dict(log_decay=0.5), "log_decay holds 0.5: natural logs of decays are at most 0; pass"),
-        (dict(log_decay=zeros(2, 6, 4) + 0.5), "log_decay holds 0.5: natural logs of decays are at most 0; pass"),
-        (dict(log_decay=zeros(2, 6, 4) - np.inf), "log_decay holds -inf or NaN: it must be finite"),
+        (dict(log_decay=0.5), "log_decay holds 0.5: the natural log of a decay must be at most 0; pass"),
+        (
+            dict(log_decay=zeros(2, 6, 4) + 0.5),
+            "log_decay holds 0.5: the natural log of a decay must be at most 0; pass",
+        ),
+        (dict(log_decay=zeros(2, 6, 4) - np.inf), "log_decay holds -inf, inf or NaN: it must be finite"),
         (dict(implementation="chunk"), r"one of \('recurrent', 'parallel', 'chunked', 'cudnn', 'splash'\) or None"),
         (dict(sinks=zeros(2)), r"sinks must have shape \[query heads\] = \(4,\); it has \(2,\)"),
         (dict(cache=KVCache.empty(2, 8, 2, 8, 5), log_decay=zeros(2, 6, 4)), "cache and log_decay must go together"),
@@ -167,5 +170,5 @@ def test_a_cache_of_integers_from_elsewhere():
 
 @pytest.mark.parametrize("decimals", [2.5, "a", True, -1])
 def test_decimals(decimals):
-    with pytest.raises(ValueError, match=r"Round\(decimals=.*\): give an integer, 0 or more"):
+    with pytest.raises(ValueError, match=r"Round\(decimals=.*\): decimals must be an integer of at least 0"):
         Round(decimals=decimals)

@@ -68,7 +68,7 @@ def test_splash_attention_is_causal_attention(window, segment_ids):
 def test_named_kernels_are_refused_elsewhere():
     with pytest.raises(NotImplementedError, match="'splash' runs on tpu only: use None or 'chunked'"):
         causal_attention(**draw(), implementation="splash")
-    with pytest.raises(NotImplementedError, match=r"'cudnn': .* no NVIDIA device is here; use None or 'chunked'"):
+    with pytest.raises(NotImplementedError, match=r"'cudnn': .* needs an NVIDIA device .*; use None or 'chunked'"):
         causal_attention(**draw(), implementation="cudnn")
     assert kernels(lowered(lambda x: causal_attention(**x, implementation="splash"), "tpu", draw())) == 1
 

@@ -46,7 +46,7 @@ def test_a_missing_flag(name, missing, capsys):
 def test_a_bad_value_or_one_argument_too_many(capsys):
     assert "--tokens: invalid int value: 'many'" in error_of(capsys, "sample", "--workdir", "x", "--tokens", "many")
     assert "--x: invalid choice: 'time'" in error_of(capsys, "plot", "x", "--x", "time")
-    assert "more: one argument too many" in error_of(capsys, "evaluate", "--workdir", "x", "more")
+    assert "more: unexpected argument" in error_of(capsys, "evaluate", "--workdir", "x", "more")
 
 
 def test_no_abbreviation(capsys):

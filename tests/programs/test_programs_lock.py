@@ -38,7 +38,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
     folder = tmp_path / "made" / "run"
     with held(folder):
         assert (folder / "train.lock").read_text().startswith(ME)
-        with pytest.raises(ValueError, match=f"^--workdir {folder}: {ME}.* is at work there; wait until it ends"):
+        with pytest.raises(ValueError, match=f"^--workdir {folder}: in use by {ME}.*; wait until it ends"):
             with held(folder):
                 raise AssertionError
         assert (folder / "train.lock").exists()
@@ -122,7 +122,7 @@ def test_a_holder_that_ends_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with held(tmp_path):
-        with pytest.raises(ValueError, match="is at work there"), held(tmp_path):
+        with pytest.raises(ValueError, match="in use by"), held(tmp_path):
             pass
 
 
@@ -139,8 +139,8 @@ def test_programs_are_refused(tmp_path, monkeypatch, capsys):
         train_program.main()
     message = capsys.readouterr()
     assert stopped.value.code == 2 and message.out == "" and message.err.count("\n") == 1
-    assert f"--workdir {tmp_path}: {ME}" in message.err
+    assert f"--workdir {tmp_path}: in use by {ME}" in message.err
     with alone(str(tmp_path), "snr", "--out", print), pytest.raises(SystemExit) as stopped:
         reproduce.main(["snr", "--quick", "--out", str(tmp_path)])
-    assert stopped.value.code == 2 and f"--out {tmp_path}: {ME}" in capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--out {tmp_path}: in use by {ME}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -145,7 +145,7 @@ def test_errors(tmp_path, capsys):
     assert "none: no such folder" in error(capsys, run, tmp_path / "none")
     assert "not the folder of a run (it has no metrics.jsonl)" in error(capsys, empty)
     assert "--out x.jpg: end it in .png, .pdf or .svg" in error(capsys, run, "--out", "x.jpg")
-    assert "--names: 2 of them for 1 runs" in error(capsys, run, "--names", "a,b")
+    assert "--names: 2 names for 1 runs; give one per run" in error(capsys, run, "--names", "a,b")
     assert "--smooth 0" in error(capsys, run, "--smooth", 0)
     (odd / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 2, "loss": 1.0}\n')
     assert "metrics.jsonl, line 2: not a record of a run" in error(capsys, odd)

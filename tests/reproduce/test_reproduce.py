@@ -101,11 +101,11 @@ def test_what_is_there_is_never_overwritten(squares, tmp_path, capsys):
     assert "holds other settings for 'x=0' than this version's" in error_of(capsys, *out)
     assert (tmp_path / "squares.json").read_text() == before
     (tmp_path / "squares.json").write_text("{}")
-    assert "is no record of an experiment; give another --out, or --force" in error_of(capsys, *out)
+    assert "is not the record of an experiment; give another --out, or --force" in error_of(capsys, *out)
 
 
 def test_bad_arguments(squares, tmp_path, capsys):
-    assert "'sqares' is no name: give one of mixers" in error_of(capsys, "sqares", "--out", str(tmp_path))
+    assert "'sqares' is not an experiment: give one of mixers" in error_of(capsys, "sqares", "--out", str(tmp_path))
     assert "--out: give a folder" in error_of(capsys, "squares")
     (tmp_path / "file").write_text("")
     assert "is a file; give a folder" in error_of(capsys, "squares", "--out", str(tmp_path / "file"))
@@ -147,7 +147,7 @@ def test_a_damaged_record_is_refused_before_any_work(squares, tmp_path, capsys, 
     saved = page(tmp_path)
     saved["cells"][0].update(damage)
     (tmp_path / "squares.json").write_text(json.dumps(saved))
-    assert "squares.json is no record of an experiment; give another --out" in error_of(capsys, *out)
+    assert "squares.json is not the record of an experiment; give another --out" in error_of(capsys, *out)
 
 
 def test_force_removes_only_what_the_program_made(squares, tmp_path, capsys):
@@ -285,9 +285,9 @@ def test_a_cell_saves_as_it_goes_and_refuses_what_is_not_its_own(tmp_path, monke
         train_task.run(tiny_cell(eval_every=2), folder, print, Die(16))
     said = []
     result = train_task.run(tiny_cell(eval_every=2), folder, said.append, StopAfter(1000))
-    assert said[0].strip() == "going on after step 5"  # the second stage begins after step 4
+    assert said[0].strip() == "resuming after step 5"  # the second stage begins after step 4
     assert result == train_task.run(tiny_cell(eval_every=2), epath.Path(tmp_path / "whole"), print, StopAfter(1000))
-    with pytest.raises(ValueError, match="is of other settings than this version's or form's; give another --out"):
+    with pytest.raises(ValueError, match=r"holds other settings than this version's, .*; give another --out"):
         train_task.run(tiny_cell(seed=1), folder, print, StopAfter(1000))
     checkpoints = tmp_path / "cell" / unfinished.STAGES / "1" / "checkpoints"
     largest = max(checkpoints.rglob("*"), key=lambda path: path.stat().st_size)
@@ -320,7 +320,7 @@ def test_the_program_goes_on_within_a_cell(monkeypatch, tmp_path, capsys):
     stop.asks = 1000
     assert program.reproduce("tiny", epath.Path(tmp_path))
     said = capsys.readouterr().err
-    assert "going on after step 2" in said and "begins anew" not in said and not folder.parent.exists()
+    assert "resuming after step 2" in said and "begins anew" not in said and not folder.parent.exists()
 
 
 @pytest.mark.parametrize("name", experiment.NAMES)

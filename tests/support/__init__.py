@@ -1,1 +1,1 @@
-"""What several test files share: cases, workers, compilers."""
+"""Shared by several test files: cases, worker processes, compilers."""

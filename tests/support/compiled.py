@@ -1,16 +1,16 @@
-"""What JAX traces, lowers and compiles while something runs."""
+"""Records what JAX traces, lowers and compiles while a block runs."""
 
 import contextlib
 
 from jax import monitoring
 
-# Every event by which JAX reports a trace, a lowering or a compilation begins so.
+# The prefix of all events by which JAX reports a trace, a lowering or a compilation.
 WORK = "/jax/core/compile/"
 
 
 @contextlib.contextmanager
 def counted():
-    """The names of what was traced, lowered or compiled inside."""
+    """Yields a list that collects the event of each trace, lowering and compilation in the block."""
     names = []
     listen = lambda name, seconds, **_: names.append(name) if name.startswith(WORK) else None
     monitoring.register_event_duration_secs_listener(listen)

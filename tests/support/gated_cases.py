@@ -1,4 +1,4 @@
-"""One list of cases for every implementation of the gated ops, and what draws inputs for them."""
+"""One list of cases for every implementation of the gated ops, and functions that draw their inputs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Case:
     scale: float | None = None
 
 
-# Both ops with each decay, grouped values with each, V != K; chunks that are no power of two, longer than T, of one
-# token, not dividing T, and small enough for several groups of them.
+# Both ops with every kind of decay, grouped values with every kind, V != K. Chunk sizes: not a power of two, longer
+# than T, one token, not a divisor of T, and small enough for several groups of chunks.
 CASES = [
     Case(decay="none"),
     Case(value_heads=4, key_dim=5, value_dim=3),
@@ -52,7 +52,7 @@ def case_id(case):
 
 
 def draw_inputs(case, seed, dtype, batch=2, strength=1.0):
-    """Arguments of a case: unit keys, gates from almost none to strong ones, all multiplied by `strength`."""
+    """The arguments of a case. Keys have unit length; decays range from almost none to strong, times `strength`."""
     rng = np.random.default_rng(seed)
     shape = lambda heads, *more: (batch, case.time, heads, *more)
     normal = lambda *sizes: rng.standard_normal(shape(*sizes))
@@ -76,7 +76,7 @@ def draw_inputs(case, seed, dtype, batch=2, strength=1.0):
 
 
 def draw_cotangents(case, dtype, batch=2, seed=1):
-    """For the output and the final state."""
+    """Random cotangents for the output and the final state."""
     rng = np.random.default_rng(seed)
     out = rng.standard_normal((batch, case.time, case.value_heads, case.value_dim))
     state = rng.standard_normal((batch, case.value_heads, case.key_dim, case.value_dim))
@@ -84,13 +84,13 @@ def draw_cotangents(case, dtype, batch=2, seed=1):
 
 
 def call(case, inputs, implementation, segment_ids=None):
-    """The case's op."""
+    """Calls the op of the case."""
     op = gated_delta_rule if case.delta else gated_linear_attention
     return op(**inputs, scale=case.scale, segment_ids=segment_ids, chunk_size=case.chunk, implementation=implementation)
 
 
 def poison(inputs, segment_ids):
-    """The inputs with NaN wherever there is padding; states as they are."""
+    """The inputs with NaN at padding; the initial state stays as it is."""
     hidden = np.asarray(segment_ids == 0)
     mark = lambda x: jnp.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), np.nan, x)
     return {name: x if name == "initial_state" else mark(x) for name, x in inputs.items()}

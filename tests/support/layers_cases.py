@@ -1,4 +1,4 @@
-"""The mixers' cases and what several tests do with them."""
+"""The cases of the mixers, and functions that several tests use on them."""
 
 import inspect
 
@@ -36,7 +36,7 @@ DELTA_CASES = {
     "linear": dict(write_similarity="linear", read_similarity="linear", beta="one"),
     "relu": dict(write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query"),
     "exp": dict(write_similarity="exp", read_similarity="softmax", write_scale=0.1, beta="raw"),
-    # Three digits: where a score is near the middle between two of them, an error of 1e-16 would decide.
+    # Three decimals. If a score is halfway between two rounded values, an error of 1e-16 decides the result.
     "round": dict(write_similarity=Round(3), rope_base=None, write_query="projected"),
     "all": dict(
         write_query="projected", write_key_norm="on", read_scale=0.3, alpha="sigmoid", qk_norm=True, kv_shift=True
@@ -49,7 +49,7 @@ CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES
 CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]
 CASE_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in CASES]
 
-# Mixers with a memory of fixed size; HEADS counts their heads of queries and keys.
+# Mixers with a state of fixed size. HEADS is their number of query and key heads.
 MEMORY_CASES = [
     (LinearAttention, "plain", {}),
     (Retention, "wide values", dict(value_dim=5)),
@@ -74,8 +74,11 @@ def make_mixer(mixer, options, *, dtype=jnp.float32, **sizes):
 
 
 def randomise(build, dtype=jnp.float32):
-    """What `build` builds, no parameter at an initial 0 or 1: gains around 1, all else around 0. (Its own initial
-    values would take longer to compile than most tests.)"""
+    """The module that `build` builds, with random parameters: gains around 1, all others around 0.
+
+    So no parameter has a special initial value such as 0 or 1. Compiling the module's own initialisation would also
+    take longer than most tests.
+    """
     random = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -85,7 +88,7 @@ def randomise(build, dtype=jnp.float32):
     return jax.tree.map_with_path(draw, jax.eval_shape(build))
 
 
-# Jitted once for all tests, which agree on [2, 12, D_MODEL].
+# Jitted once for all tests, which all use the shape [2, 12, D_MODEL].
 ROWS, LENGTH = 2, 12
 outputs = jax.jit(lambda module, x: module(x)[0])
 
@@ -95,10 +98,10 @@ def normal(shape, seed=0):
 
 
 def feed(call, cache, rows, plan, padding):
-    """Feeds rows [B,T,...] through `call(block, segment_ids, cache) -> (outputs, cache)` as `plan` says.
+    """Feeds rows [B,T,...] block by block through `call(block, segment_ids, cache) -> (outputs, cache)`.
 
-    Each entry of `plan` is (tokens per row, block width, side of the padding); `padding` fills the rest of a block.
-    Returns the outputs of each row's real tokens, in order, and the last cache.
+    Each entry of `plan` is (tokens of each row, block width, side of the padding). `padding` fills the rest of a block.
+    Returns the outputs of the real tokens of each row, in order, and the last cache.
     """
     done, outputs = [0] * len(rows), [[] for _ in rows]
     for counts, width, side in plan:
@@ -114,6 +117,6 @@ def feed(call, cache, rows, plan, padding):
     return [np.concatenate(parts) for parts in outputs], cache
 
 
-# Chunked prefill, padded left and then right, an empty row, one token at a time: 12 tokens and 9.
+# Chunked prefill, padded left, then right; single tokens; a row without new tokens. In all 12 and 9 tokens.
 PLAN = [((4, 2), 4, "left"), ((4, 3), 4, "right"), ((1, 1), 1, "left"), ((1, 0), 1, "left"), ((2, 3), 4, "left")]
 PLAN_LENGTHS = (12, 9)

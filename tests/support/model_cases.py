@@ -23,7 +23,7 @@ SMALL = dict(
     implementation="parallel",
 )
 
-# Every mixer by itself, with options that have parameters or caches of their own.
+# Every mixer, with those options that add parameters or caches.
 MIXERS = {
     "softmax_attention": Mixer("softmax_attention", window=4, forget_gate=True, sinks=True, output_gate="on"),
     "delta_former": Mixer("delta_former", write_query="projected", alpha="sigmoid", conv_size=3, kv_shift=True),
@@ -71,7 +71,7 @@ def random_tokens(shape, seed=0):
 
 
 def mean_loss(model, tokens, segment_ids=None):
-    """Cross-entropy of each token's successor, over the positions whose token and successor share a segment."""
+    """Mean cross-entropy of the next token, over positions whose next token is in the same segment."""
     logits, _ = model(tokens, segment_ids=segment_ids)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
     if segment_ids is None:
@@ -80,7 +80,7 @@ def mean_loss(model, tokens, segment_ids=None):
     return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.sum(counted)
 
 
-# Jitted once for all tests: they agree on shapes, [2, 12] tokens.
+# Jitted once for all tests, which all use tokens of shape [2, 12].
 ROWS, LENGTH = 2, 12
 forward = jax.jit(lambda model, tokens: model(tokens)[0])
 forward_segments = jax.jit(lambda model, tokens, ids: model(tokens, segment_ids=ids)[0])

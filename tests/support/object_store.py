@@ -1,4 +1,4 @@
-"""gs://bucket without a network: etils.epath's own mock, sent to a folder."""
+"""gs://bucket without a network: the mock of etils.epath, redirected to a local folder."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _TWO_PATHS = ("rename", "replace")
 
 @contextlib.contextmanager
 def bucket(folder):
-    """gs://bucket is `folder`; yields the list of the addresses opened."""
+    """Inside the block gs://bucket is `folder`. Yields a list that collects the addresses opened."""
     opened: list[str] = []
 
     def inside(path: epath.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""One list of cases for every implementation of delta_attention, and what draws inputs for them."""
+"""One list of cases for every implementation of delta_attention, and functions that draw their inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltaformer_jax import Round, delta_attention
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Static settings of one call. `write_query`: "key", "query", or "kv_heads" / "heads" for an array with so many."""
+    """Static settings of one call. `write_query`: "key", "query", or an array with "kv_heads" or "heads" heads."""
 
     write: object = "softmax"
     read: object = "softmax"
@@ -39,8 +39,8 @@ class Case:
         return self.write_query == "query" and self.write == self.read == "softmax"
 
 
-# Each similarity writes and reads at least once; every write query with grouped heads; V != K; a chunk longer than T, a
-# chunk that does not divide T, a chunk of one row, a width that is no power of two.
+# Each similarity writes and reads at least once. Every kind of write query with grouped heads. V != K. Chunk sizes:
+# longer than T, not a divisor of T, one row. A width that is not a power of two.
 CASES = [
     Case(),
     Case(heads=4, kv_heads=2, key_dim=5, value_dim=3, alpha=True),
@@ -67,7 +67,7 @@ def case_id(case):
 
 
 def draw_inputs(case, seed, dtype, batch=2):
-    """Query, key, value, alpha, beta and write query of a case; the gates are given whatever `case.beta` says."""
+    """The array arguments of a case. alpha, beta and write_query are present only if the case has them as arrays."""
     rng = np.random.default_rng(seed)
     normal = lambda heads, width: jnp.asarray(rng.standard_normal((batch, case.time, heads, width)), dtype)
     inputs = dict(
@@ -90,7 +90,7 @@ def draw_inputs(case, seed, dtype, batch=2):
 
 
 def call(case, inputs, implementation, segment_ids=None, **more):
-    """delta_attention of a case."""
+    """Calls delta_attention with the settings of the case."""
     named = {} if "write_query" in inputs else {"write_query": case.write_query}
     return delta_attention(
         **inputs,
@@ -108,7 +108,7 @@ def call(case, inputs, implementation, segment_ids=None, **more):
 
 @st.composite
 def segment_rows(draw, time, batch=2):
-    """[batch, time]: runs of real tokens with distinct ids and padding before, between and after them."""
+    """Segment ids [batch, time]: runs of real tokens with distinct ids; padding before, between and after them."""
     rows = []
     for _ in range(batch):
         row, number = [], 0
@@ -125,7 +125,7 @@ def segment_rows(draw, time, batch=2):
 
 @st.composite
 def padded_rows(draw, time, batch=2):
-    """[batch, time]: one document a row with padding on its left and on its right."""
+    """Segment ids [batch, time]: one document per row, with padding on its left and on its right."""
     rows = []
     for _ in range(batch):
         left = draw(st.integers(0, time - 1))
@@ -135,14 +135,14 @@ def padded_rows(draw, time, batch=2):
 
 
 def poison(inputs, segment_ids):
-    """The inputs with NaN wherever there is padding."""
+    """The inputs with NaN at padding."""
     hidden = jnp.asarray(segment_ids == 0)
     mark = lambda x: jnp.where(hidden.reshape(*hidden.shape, *[1] * (x.ndim - 2)), jnp.nan, x)
     return jax.tree.map(mark, inputs)
 
 
 def inverse_norm(case, inputs, segment_ids=None):
-    """max over heads of ‖(I + diag(β) A)⁻¹‖∞, by NumPy: how much the write magnifies a rounding error."""
+    """max over heads of ‖(I + diag(β) A)⁻¹‖∞, in NumPy: the factor by which the write amplifies a rounding error."""
     similarity = {
         "linear": lambda s: s,
         "relu": lambda s: np.maximum(s, 0),

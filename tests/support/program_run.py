@@ -1,4 +1,4 @@
-"""train.py in a process of its own, and what it says on stderr without what libraries say in every process."""
+"""Runs train.py in a separate process, and removes from its stderr the lines that libraries print in every process."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def finish(process, timeout=120):
 def ours(stderr: str) -> str:
     """`stderr` without the lines in which JAX's CUDA plugin says that there is no GPU.
 
-    The plugin is there because jax-triton needs it; as it is loaded it writes them past Python and past every setting.
+    The plugin is installed because jax-triton needs it. It prints these lines when it is loaded; no setting stops it.
     """
     lines = stderr.splitlines(keepends=True)
     return "".join(line for line in lines if line.rstrip() != PREAMBLE and "cudart_stub.cc" not in line)

@@ -1,12 +1,12 @@
-"""Programs compiled for TPUs that are not here, by libtpu alone.
+"""Compiles programs for TPUs with libtpu, without a TPU.
 
-For the long tests, which run by themselves: in a process that has loaded libtpu 0.0.52, jax.profiler of jax 0.10.2 dies
-when a trace is started, and an ordinary test starts one.
+Only for the long tests, which run separately: in a process that has loaded libtpu 0.0.52, jax.profiler of jax 0.10.2
+crashes when a trace is started, and an ordinary test starts one.
 """
 
 import os
 
-# libtpu asks a cloud's metadata server and locks itself to one process unless it is told not to.
+# Without these, libtpu asks a cloud's metadata server and refuses to be loaded by a second process.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import functools
@@ -29,15 +29,17 @@ def device(name):
 
 
 class Compiled(NamedTuple):
-    """How many calls of kernels a program holds, counted where it was handed to the compiler (some releases of libtpu
-    make programs for 7x that this jaxlib cannot print), and what memory its compiled form takes."""
+    """kernels: the number of kernel calls in the program. memory: the memory analysis of the compiled program.
+
+    Kernel calls are counted before compilation, since this jaxlib cannot print some programs compiled for 7x.
+    """
 
     kernels: int
     memory: Any
 
 
 def compiled(function, name, arguments):
-    """function(*arguments), a tree of ShapeDtypeStructs, compiled for one core of that TPU."""
+    """function(*arguments) compiled for one core of the TPU `name`; arguments are trees of ShapeDtypeStructs."""
     one = device(name)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(one))
     kind = AbstractDevice(device_kind=one.device_kind, num_cores=1, platform="tpu")

@@ -1,4 +1,4 @@
-"""A corpus of two kilobytes and a model of two layers: a run of seconds."""
+"""A training run that takes seconds: a corpus of two kilobytes and a model of two layers."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def make_corpus(folder, words=("def", "return", "self", "import", "é", "for x i
 
 
 def small_config(corpus, **fields) -> Config:
-    """fields: section__field=value. The implementation is the one that compiles fastest."""
+    """A config; fields: section__field=value. Uses the implementation that compiles fastest."""
     config = Config(
         model=ModelConfig(
             d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, implementation="parallel"
@@ -46,10 +46,10 @@ def small_config(corpus, **fields) -> Config:
 
 
 def run_training(config, workdir, stop=None, devices=1, passed=()):
-    """Prepare and train on the first `devices` devices; what the run has, and the position and state it ends with.
+    """Prepare and train on the first `devices` devices. Returns the fields of the Run and its last position and state.
 
-    stop(steps) makes what is asked in the place of an Interruption: `steps.made` says where the run is. `passed`:
-    batches that it is to pass over.
+    stop(steps): returns an object to use as the Interruption; `steps.made` is how many steps the run has made.
+    passed: numbers of batches that the run leaves out.
     """
     run, position, state = prepare(config, workdir, devices=jax.devices()[:devices])
     position = position._replace(passed=tuple(sorted({*position.passed, *passed})))
@@ -60,7 +60,7 @@ def run_training(config, workdir, stop=None, devices=1, passed=()):
 
 
 class Steps:
-    """A train step, and the number of those that the newest state has seen."""
+    """A training step that also counts: `made` is the number of batches that the newest state has seen."""
 
     def __init__(self, step, made):
         self._step, self.made = step, made
@@ -72,7 +72,7 @@ class Steps:
 
 
 def compile_once(folder):
-    """Keep compiled programs: the same run is prepared many times. Yields once, then undoes it."""
+    """Turns on the compilation cache, since tests prepare the same run many times. Yields once, then turns it off."""
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -90,7 +90,7 @@ def compile_once(folder):
 
 
 class StopAt:
-    """An Interruption that is requested once the run has made so many steps."""
+    """An Interruption that is requested once the run has made `step` steps."""
 
     def __init__(self, steps, step):
         self._steps, self._step = steps, step
@@ -101,7 +101,7 @@ class StopAt:
 
 
 class DieAt(StopAt):
-    """A process that dies at that step: nothing more is saved."""
+    """Raises ProcessDied at `step`, so that nothing more is saved."""
 
     @property
     def requested(self):
@@ -115,7 +115,7 @@ class ProcessDied(Exception):
 
 
 def last_checkpoint(workdir):
-    """Parameters, moments, guard and step of the last checkpoint, and where in the data it stands."""
+    """(position in the data, the bytes of all arrays of the state) of the last checkpoint."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep=3)
     step = checkpoints.steps()[-1]
     check_checksums(checkpoints.path(step))
@@ -136,7 +136,7 @@ def read_metrics(workdir, timeless=True):
 
 
 def read_metrics_of_a_torn_file(workdir):
-    """The whole lines of a file whose last one a full disk may have cut short."""
+    """The records of metrics.jsonl, without a last line that a full disk has cut short."""
     records = []
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         try:

@@ -1,12 +1,12 @@
-"""Descriptions of the Triton kernels' launches at training shapes, compiled to machine code with no GPU at hand.
+"""Compiles the launches of DeltaFormer's Triton kernels at training shapes to machine code, without a GPU.
 
-The tests compile every tile for an H100, and for other architectures those of one width in either precision. As a
-program,
+The tests compile every tile for an H100. For other architectures they compile the tiles of one width in each precision.
+After changing a tile, run
 
     python tests/support/triton_compile.py [CAPABILITY ...]
 
-this compiles every tile of the table, each for its architecture, and prints what it takes of shared memory and what it
-spills: some minutes, for whoever changes a tile.
+It compiles every tile of the table for its architecture and prints its shared memory and register spills. This takes
+some minutes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ CONFIGURATIONS = [
     for width, tile in zip(WIDTHS, tiles)
     if tile is not None
 ] + [(kernel, "pair", width) for kernel in ("forward_inverses", "backward_inverses") for width in WIDTHS]
-# Of other architectures than the H100's: what differs between them is the instructions, not the width.
+# For architectures other than the H100's: they differ in instructions, which do not depend on the width.
 ONE_WIDTH = [(*x, width) for *x, width in CONFIGURATIONS if width == (64 if x[1] == "exact" else 128)]
 
 
 def launch_of(kernel, capability, width, operands, similarity=None, segments=False):
-    """The launch of a kernel of the table at batch 2, 8192 tokens, 32 query heads and 8 key/value heads, of softmax or,
-    of products of pairs, of linear, unless `similarity` is another."""
+    """The launch of a kernel of the table at batch 2, 8192 tokens, 32 query heads and 8 key/value heads.
+
+    The similarity is softmax, or linear if operands is "pair", unless `similarity` names another.
+    """
     similarity = similarity or ("linear" if operands == "pair" else "softmax")
     dtype = jnp.float32 if operands == "exact" else jnp.bfloat16
     array = lambda heads, dtype: jax.ShapeDtypeStruct((2, 8192, heads, width), dtype)
@@ -80,7 +82,7 @@ def launch_of(kernel, capability, width, operands, similarity=None, segments=Fal
 
 
 def compiled(launch, capability):
-    """(PTX, bytes of shared memory, bytes of registers spilled to memory by a thread)."""
+    """(PTX, bytes of shared memory, bytes of registers that a thread spills to memory)."""
     kernel = compile_for(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -1,4 +1,4 @@
-"""Descriptions of the gated ops' Triton launches at training shapes, to be compiled with no GPU at hand."""
+"""Descriptions of the gated ops' Triton launches at training shapes, to be compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pallas_kernels.triton.gated import api as gated
 from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS
 from support.triton_compile import compiled
 
-# (kernel, decay), with all that the kernel can do.
+# (kernel, decay) of all kernels. Every launch uses all options of its kernel.
 ALL_KERNELS = [(kernel, "head") for kernel in KERNELS] + [(kernel, "channel") for kernel in CHANNEL_KERNELS]
 CONFIGURATIONS = [(*kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
 @functools.cache
 def launches(capability, width, narrow, delta=True, decay="head", segments=True):
-    """{kernel's name: Launch} of a forward and a backward at batch 4, 8192 tokens, 16 heads, 32 of values; `decay`:
-    "none", one a "head" or one a "channel"."""
+    """{kernel's name: Launch} of a forward and a backward pass at batch 4, 8192 tokens, 16 heads, 32 value heads.
+
+    decay: "none", "head" (one per head) or "channel" (one per channel).
+    """
     dtype = jnp.bfloat16 if narrow else jnp.float32
     array = lambda heads, *more: jax.ShapeDtypeStruct((4, 8192, heads, *more), dtype)
     x, v, beta = array(16, width), array(32, width), array(32)
@@ -48,7 +50,7 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True)
 
 
 def launch_of(kernel, decay, capability, width, narrow):
-    """The launch of a kernel, with all that it can do."""
+    """The launch of a kernel with all its options."""
     return launches(capability, width, narrow, decay=decay)[kernel]
 
 

@@ -1,8 +1,8 @@
 """Runs descriptions of kernel launches (pallas_kernels/triton/launch.py) on the CPU, through Triton's interpreter.
 
-The interpreter has to be chosen before Triton is first imported (TRITON_INTERPRET=1), so the tests start this file as a
-program of its own; it reads one pickle from its standard input and writes one to its standard output. Arrays are
-NumPy's.
+Triton's interpreter must be chosen before Triton is first imported (TRITON_INTERPRET=1). So the tests start this file
+as a separate program. For each request it reads a pickle from its standard input and writes one to its standard output.
+Arrays are NumPy arrays.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pallas_kernels.triton.launch import Launch, Output, type_name
 
 
 class _Executor(interpreter.GridExecutor):
-    """The interpreter's own, for arguments that are in the CPU's memory already and no torch tensors."""
+    """The interpreter's executor, for arguments that are NumPy arrays in CPU memory instead of torch tensors."""
 
     def _init_args_hst(self, arguments, named):
         return arguments, named
@@ -35,7 +35,7 @@ class _Executor(interpreter.GridExecutor):
 
 
 def _index_by_item(patch):
-    """NumPy 2.4 refuses int() of an array of one number, which Triton 3.6's interpreter asks for."""
+    """Works around NumPy 2.4, which refuses int() of an array of one number. Triton 3.6's interpreter needs that."""
 
     def patched(tensor, scope):
         patch(tensor, scope)
@@ -48,26 +48,26 @@ interpreter._patch_lang_tensor = _index_by_item(interpreter._patch_lang_tensor)
 
 
 def _numbers(handle):
-    """The numbers of an interpreter's tensor in float32; it keeps bfloat16 as its bits."""
+    """The numbers of an interpreter's tensor in float32. The interpreter stores bfloat16 as its bits."""
     if handle.dtype.scalar == tl.bfloat16:
         return handle.data.view(jnp.bfloat16).astype(np.float32)
     return handle.data.astype(np.float32)
 
 
 def _to_tf32(x):
-    """float32 rounded to TF32's ten bits of fraction."""
+    """float32 rounded to the ten fraction bits of TF32."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _halves(x):
-    """float32 as the sum of two bfloat16 numbers, and what is left."""
+    """float32 as two bfloat16 numbers whose sum approximates it: (large, small)."""
     large = x.astype(jnp.bfloat16).astype(np.float32)
     return large, (x - large).astype(jnp.bfloat16).astype(np.float32)
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """A product as the tensor cores make it: the interpreter's own multiplies bits of bfloat16, and ignores TF32."""
+    """A product as tensor cores compute it. The interpreter's own multiplies the bits of bfloat16 and ignores TF32."""
     left, right = _numbers(a), _numbers(b)
     if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.BF16x3:
         (left, little), (right, small) = _halves(left), _halves(right)
@@ -79,7 +79,7 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 interpreter.InterpreterBuilder.create_dot = _dot
-# The interpreter's list lacks what the compiler for NVIDIA takes.
+# Adds a precision that the compiler for NVIDIA accepts and the interpreter's list lacks.
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3")
 )
@@ -88,7 +88,7 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _cast_as_devices_do(self, src, dst_type):
-    """float32 to bfloat16 rounds to the nearest, and back is exact: the interpreter's own cuts digits off."""
+    """Rounds float32 to the nearest bfloat16; the way back is exact. The interpreter's own cast truncates."""
     types = (src.dtype.scalar, dst_type.scalar)
     if types == (tl.float32, tl.bfloat16):
         return interpreter.TensorHandle(src.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
@@ -105,7 +105,7 @@ def _pointer(array):
 
 
 def interpret(launch: Launch) -> list[np.ndarray]:
-    """The launch's outputs. What it should fill itself starts as NaN, or as a number that is no answer."""
+    """The outputs of a launch. Unless it is zeroed, an output starts as NaN or, for integers, as a wrong number."""
     arrays = [np.ascontiguousarray(x) for x in launch.arrays]
     outputs = []
     for output in launch.outputs:
@@ -121,14 +121,14 @@ def interpret(launch: Launch) -> list[np.ndarray]:
 
 
 def run_kernel(module, name, arrays, outputs, scalars, grid, constants):
-    """`interpret` of a kernel given by its name; outputs are (shape, dtype, zeroed)."""
+    """`interpret` for a kernel given by module and name. outputs: tuples (shape, dtype, zeroed)."""
     kernel = getattr(importlib.import_module(module), name)
     outputs = tuple(Output(*x) for x in outputs)
     return interpret(Launch(kernel, tuple(arrays), outputs, tuple(scalars), grid, constants, 4, 1))
 
 
 def forward_and_backward(settings, tiles, arrays, dout, du):
-    """(out, u, gradients) of pallas_kernels.triton.delta.api; `arrays` in its order."""
+    """(out, u, gradients) of pallas_kernels.triton.delta.api. `arrays` are in the order of its arguments."""
     from pallas_kernels.triton.delta import api as delta
     from pallas_kernels.triton.delta.table import Tile
 
@@ -145,8 +145,10 @@ def forward_and_backward(settings, tiles, arrays, dout, du):
 
 
 def gated_forward_and_backward(settings, arrays, dout, dstate):
-    """(out, final state, gradients) of pallas_kernels.triton.gated.api; `arrays` in its order, `settings` its first
-    five with the tile as three numbers."""
+    """(out, final state, gradients) of pallas_kernels.triton.gated.api. `arrays` are in the order of its arguments.
+
+    settings: the first five fields of its Settings, with the tile as three numbers.
+    """
     from pallas_kernels.triton.gated import api as gated
     from pallas_kernels.triton.gated.table import GatedTile
 
@@ -159,7 +161,7 @@ def gated_forward_and_backward(settings, arrays, dout, dstate):
 def main():
     from support.triton_worker import receive, send
 
-    # Whatever prints must not print into the answers.
+    # Redirect prints to stderr, so that they do not corrupt the answers on stdout.
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:

@@ -1,5 +1,7 @@
-"""What the tests ask of the interpreter: a process of its own that answers requests, since Triton's interpreter has to
-be chosen before Triton is first imported."""
+"""A worker process with Triton's interpreter that answers the tests' requests.
+
+It is a separate process because the interpreter must be chosen before Triton is first imported.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def receive(stream):
 
 
 class Worker:
-    """`Worker()(name, *arguments)`: that function of triton_interpreter.py, called over there."""
+    """`Worker()(name, *arguments)` calls the function `name` of triton_interpreter.py in the worker process."""
 
     def __init__(self):
         self.process = subprocess.Popen(

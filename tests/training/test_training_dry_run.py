@@ -93,6 +93,6 @@ def test_the_table_is_what_the_command_prints(name, tmp_path):
     environment = {**others, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     code, out, err = finish(start(["--config", name, "--dry_run"], environment, tmp_path), timeout=600)
     assert code == 0, err
-    printed = [float(numbers(out, label).split()[0]) for label in ("together", "state and batch")]
+    printed = [float(numbers(out, label).split()[0]) for label in ("in all", "state and batch")]
     # Rounded in the table; another version of XLA keeps a little more or less.
     assert table()[name] == pytest.approx(printed, rel=0.03, abs=0.051)

@@ -125,7 +125,7 @@ def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
 
 def test_a_run_that_cannot_get_past_says_so(corpus, poison, tmp_path):
     poison(dict.fromkeys(range(5, 30), np.nan))
-    with pytest.raises(RunError, match=r"loss nan, gradient nan, and so again after going back 3 times.*learning_rate"):
+    with pytest.raises(RunError, match=r"loss nan, gradient nan, and again after going back 3 times.*learning_rate"):
         cases.run_training(cases.small_config(corpus), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 

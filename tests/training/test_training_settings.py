@@ -132,7 +132,7 @@ def test_what_is_not_used_is_remarked():
         "data.tokenizer = 'bpe:300' is not used": {"data__tokenizer": "bpe:300"},
         "optimizer.wsd_decay_fraction = 0.5 is not used": {"optimizer__wsd_decay_fraction": 0.5},
         "optimizer.decay_steps = 20 is not used": {"optimizer__schedule": "constant"},
-        "run.steps = 30 is past optimizer.decay_steps = 20: steps after that are made at the rate 0.0003, ": {
+        "run.steps = 30 is past optimizer.decay_steps = 20: later steps use the learning rate 0.0003, ": {
             "run__steps": 30
         },
     }

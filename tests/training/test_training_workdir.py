@@ -72,7 +72,7 @@ def test_a_finished_run_says_so_and_exits(finished, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", f"--workdir={finished}", "--resume"])
     before = sorted(path.name for path in finished.iterdir())
     train_program.main()  # does not look for the data, which is nowhere
-    expected = f"nothing to do: the run in {finished} has made its 12 steps; --config.run.steps=24 goes on\n"
+    expected = f"nothing to do: the run in {finished} has made its 12 steps; for more, give --config.run.steps=24\n"
     assert capsys.readouterr().out == expected
     assert sorted(path.name for path in finished.iterdir()) == before
 

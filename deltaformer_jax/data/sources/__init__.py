@@ -1,8 +1,8 @@
-"""Where documents come from: text and code files, JSON lines, Parquet, the running Python's standard library.
+"""Sources of documents: text and code files, JSON lines, Parquet, the standard library of the running Python.
 
-A `Source` lists its files at once, in sorted order, and cuts them into units: a few megabytes that another process can
-work on by itself, or a document that is too long for that. Units, and documents within them, keep the files' order,
-whoever reads them. A file or document of any size is read in bounded memory, a row of Parquet excepted.
+A `Source` lists its files at once, in sorted order, and divides them into units. A unit is a few megabytes that another
+process can read, or one document that is too long for that. Units, and documents within them, keep the order of the
+files, whichever process reads them. A file or document of any size is read in bounded memory, except a row of Parquet.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ TEXT_SUFFIXES = frozenset(
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
-Unit = FilesUnit | TextsUnit | JSONLinesUnit | ParquetUnit  # a LongUnit is for the process that reads
+Unit = FilesUnit | TextsUnit | JSONLinesUnit | ParquetUnit  # a LongUnit is read by the main process
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Files to read. `description` goes into the manifest; two sources with the same one hold the same documents."""
+    """Files to read. `description` goes into the manifest; sources with the same one have the same documents."""
 
     files: list[Path]
     sizes: list[int]
     text_field: str
     description: dict[str, Any]
-    separator: str = ""  # of the documents in a text file
+    separator: str = ""  # between the documents in a text file
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (file, why it is not read)
 
     @property
@@ -56,13 +56,13 @@ class Source:
 
     @property
     def is_pipe(self) -> bool:
-        """True for what can be read only once."""
+        """True for a pipe, which can be read only once."""
         return len(self.files) == 1 and stat.S_ISFIFO(self.files[0].stat().st_mode)
 
     def units(self) -> Iterator[Unit | LongUnit]:
-        """All documents, in order. What cannot be read is an Unreadable among a unit's documents.
+        """All documents, in order. One that cannot be read is an Unreadable among the documents of its unit.
 
-        What a LongUnit holds is there until the next unit is asked for.
+        The content of a LongUnit is available until the next unit is requested.
         """
         gathered: list[Path] = []
         gathered_size = 0
@@ -85,11 +85,11 @@ class Source:
 
 
 def open_source(source: str | os.PathLike, text_field: str = "text", separator: str = "") -> Source:
-    """The files of `source`: a folder (searched through, hidden names not; see `files_below`), a file, or "stdlib".
+    """The files of `source`: a folder (with subfolders, without hidden names, see `files_below`), a file, or "stdlib".
 
-    In a folder, files of other kinds than text or code, JSON lines and Parquet are left out, and so are pipes, sockets,
-    devices and what cannot be opened; `Source.left_out` names them. A pipe may be named by itself.
-    FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
+    In a folder, files other than text or code, JSON lines and Parquet are left out, and so are pipes, sockets, devices
+    and files that cannot be opened. `Source.left_out` names them. A pipe is read if `source` is the pipe itself.
+    Raises FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
     """
     if os.fspath(source) == STDLIB:
         files, sizes, description = stdlib_files()

@@ -1,4 +1,4 @@
-"""The content of a file, decompressed, in blocks; and blocks into texts or lines."""
+"""Reads the content of a file, decompressed, in blocks; decodes blocks; splits them into texts or lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BLOCK = 2**20
 
 
 class Content:
-    """Iterates over a file's bytes, decompressed, in blocks of at most BLOCK. Unreadable names the file.
+    """Iterates over a file's bytes, decompressed, in blocks of at most BLOCK. Raises Unreadable, naming the file.
 
-    `place()`: how many of the file's own bytes that has taken up to now.
+    `place()`: how many bytes of the (compressed) file have been read so far.
     """
 
     def __init__(self, path: Path):
@@ -32,13 +32,13 @@ class Content:
             with open(self._path, "rb") as file:
                 seekable = file.seekable()
                 stream = _decompressed(self._path, file)
-                # Of a pipe what is there, and not a whole block: a signal that comes while C code waits for the rest,
-                # after it has read a part, would be heard when the pipe ends.
+                # From a pipe read what is available, not a whole block. If a signal came while C code waits for the
+                # rest of a block, it would be handled only at the end of the pipe.
                 read = file.read1 if stream is file else stream.read
                 while block := read(BLOCK):
                     self._place = file.tell() if seekable else self._place + len(block)
                     yield block
-        except Exception as error:  # gzip, zlib and pyarrow raise many kinds at files that are not what they seem
+        except Exception as error:  # gzip, zlib and pyarrow raise many types of errors for invalid files
             raise Unreadable(f"{self._path}: cannot be decompressed or read: {error}") from None
 
 
@@ -47,7 +47,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def decoded(blocks: Iterable[bytes], where: str) -> Iterator[str]:
-    """UTF-8 `blocks` as texts, without the byte order mark that they may begin with."""
+    """Decodes UTF-8 `blocks` into texts, without a byte order mark at the start. Raises Unreadable, naming `where`."""
     decoder, taken, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     for block, final in _with_last(blocks):
         taken += len(block)
@@ -62,8 +62,11 @@ def decoded(blocks: Iterable[bytes], where: str) -> Iterator[str]:
 
 
 def split(pieces: Iterable[AnyStr], separator: AnyStr) -> Iterator[tuple[AnyStr, bool]]:
-    """What `"".join(pieces).split(separator)` gives, in bounded memory: (text, True), or for one of more than LONG
-    characters (part of it, False) until its last part. An empty separator cuts nowhere."""
+    """`"".join(pieces).split(separator)` in bounded memory. An empty separator does not split.
+
+    Yields (text, True) for each text. A text of more than LONG characters comes in parts, (part, False) and at its end
+    (last part, True).
+    """
     held = separator[:0]
     for piece in pieces:
         held += piece
@@ -71,7 +74,7 @@ def split(pieces: Iterable[AnyStr], separator: AnyStr) -> Iterator[tuple[AnyStr,
             *whole, held = held.split(separator)
             for text in whole:
                 yield text, True
-        certain = len(held) - max(len(separator) - 1, 0)  # the rest may be the beginning of a separator
+        certain = len(held) - max(len(separator) - 1, 0)  # the last characters may be the beginning of a separator
         if certain > units.LONG:
             yield held[:certain], False
             held = held[certain:]

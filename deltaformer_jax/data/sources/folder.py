@@ -1,4 +1,4 @@
-"""The files below a folder, each once by whatever names it is found, and what is left out."""
+"""Finds the files below a folder, each once even if links give it several names, and lists what is left out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _OTHER_NAME = "another name of what is read"
 
 
 def files_below(root: Path, kind: Callable[[Path], str | None]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(names of the files of a `kind`, [(name, why it is left out)]), relative to `root` with "/", both sorted.
+    """(names of the files of a known `kind`, [(name, why it is left out)]), relative to `root` with "/", both sorted.
 
-    Hidden names and __pycache__ are passed by. Links are followed, after all that is found without one and in sorted
-    order; a file or folder that has been found by its real path is not taken again. Only regular files are opened
-    later: a pipe could wait forever, a device never end.
+    Hidden names and __pycache__ are ignored. Links are followed in sorted order, after everything that is found without
+    links. A file or folder whose real path has been found already is left out. Only regular files are taken: reading a
+    pipe could wait for ever, and a device may have no end.
     """
     found, left = {}, []
     folders, links = [("", os.path.realpath(root))], []
@@ -65,7 +65,7 @@ def files_below(root: Path, kind: Callable[[Path], str | None]) -> tuple[list[st
 def _take(
     name: str, real: str, kind: Callable[[Path], str | None], found: dict[str, str], left: list[tuple[str, str]]
 ) -> None:
-    """Enters the file `name` in `found`, by its real path, or in `left`."""
+    """Adds the file `name` to `found`, by its real path, or to `left`."""
     try:
         why = no_file(os.stat(real).st_mode) or (None if os.access(real, os.R_OK) else "Permission denied")
     except OSError as error:
@@ -81,7 +81,7 @@ def _take(
 
 
 def no_file(mode: int) -> str | None:
-    """What `mode` (of stat) is, if not a regular file or a folder."""
+    """The kind of file that `mode` (from stat) says, if it is neither a regular file nor a folder; else None."""
     kinds = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
     kinds |= {"a disk": stat.S_ISBLK}
     return next((name for name, is_kind in kinds.items() if is_kind(mode)), None)

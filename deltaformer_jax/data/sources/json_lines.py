@@ -1,4 +1,4 @@
-"""JSON lines: a record a line, ended by a line feed; its text is the string at a field."""
+"""JSON lines: one record per line, ended by a line feed. The text of a document is the string at a field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltaformer_jax.data.sources.units import LongUnit, TextsUnit, Unreadable
 
 
 class JSONLinesUnit:
-    """Lines of a JSON-lines file, undecoded, with the first one's number."""
+    """Lines of a JSON-lines file, not yet decoded, and the number of the first line."""
 
     def __init__(self, path: Path, first_line: int, lines: list[bytes], field: str, size: int):
         self.path = path
@@ -36,7 +36,7 @@ class JSONLinesUnit:
 
 
 def jsonl_units(path: Path, field: str) -> Iterator[JSONLinesUnit | LongUnit | TextsUnit]:
-    """A file of any size, with lines of any length. What cannot be decompressed ends it."""
+    """The units of a file of any size, with lines of any length. The first decompression error ends them."""
     content = Content(path)
     parts = split(content, b"\n")
     lines: list[bytes] = []
@@ -62,7 +62,7 @@ def jsonl_units(path: Path, field: str) -> Iterator[JSONLinesUnit | LongUnit | T
             yield long
             long.drop()
             try:
-                for _ in line:  # what follows a mistake in it
+                for _ in line:  # the rest of the line after an error in it
                     pass
             except Unreadable as error:
                 yield TextsUnit([error], 0)

@@ -1,4 +1,4 @@
-"""What a preparation did not read, and why: a line each in left_out.txt of the corpus."""
+"""left_out.txt of a corpus: one line for each file or document that was not read, with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LEFT_OUT_FILE = "left_out.txt"
 
 
 class LeftOut:
-    """Appends to `folder`'s left_out.txt; goes on after `checkpoint`, (lines, bytes) that the method returned."""
+    """Appends to left_out.txt in `folder`. `checkpoint`: (lines, bytes) from the method, to continue after."""
 
     def __init__(self, folder: Path, checkpoint: tuple[int, int] = (0, 0)):
         self.lines, size = checkpoint

@@ -1,7 +1,7 @@
-"""A record of JSON that is too long to be held: the text at a field, in parts.
+"""Reads a JSON record that is too long for memory: the text at a field, in parts.
 
-Its long strings go to a file and leave a name in their place. What remains is short, and Python's own parser reads it;
-if the text is one of the long strings, it comes back from the file in blocks.
+Long strings are written to a file, and a name takes their place in the record. What remains is short, and Python's own
+parser reads it. If the text is one of the long strings, it is read back from the file in blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deltaformer_jax.data.sources.units import Unreadable
 _LONG_STRING = 2**16
 _BLOCK = 2**20
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
-# Characters and whole escapes; of a pair of surrogates both, and one that has no other only where that can be seen.
+# Characters and whole escapes: surrogate pairs as a whole, and a lone surrogate only if the text shows that it is one.
 _WHOLE = re.compile(
     r"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB])[^\\]{4}|\\u[dD][89abAB][^\\]{2}"
     r"(?:\\u[dD][c-fC-F][^\\]{2}|(?=.{6})(?!\\u[dD][c-fC-F])))*+",
@@ -30,7 +30,7 @@ _WHOLE = re.compile(
 
 
 def long_text(parts: Iterator[bytes], field: str, where: str) -> Iterator[str]:
-    """The text at `field` of the JSON that `parts` make. Memory: 4 MiB beside its long strings, or Unreadable."""
+    """The text at `field` of the JSON record in `parts`. Memory: at most 4 MiB beside long strings, else Unreadable."""
     with tempfile.TemporaryFile() as file:
         mark, rest, places = _without_long_strings(parts, file, where)
         value = field_of(rest, field, where)
@@ -38,7 +38,7 @@ def long_text(parts: Iterator[bytes], field: str, where: str) -> Iterator[str]:
         for i, place in enumerate(places):
             if i != wanted:
                 for _ in _unescaped(file, *place, where):
-                    pass  # is it JSON?
+                    pass  # raises Unreadable if it is not JSON
         if wanted is None:
             yield text_of(value, field, where)
         else:
@@ -47,7 +47,7 @@ def long_text(parts: Iterator[bytes], field: str, where: str) -> Iterator[str]:
 
 
 def _without_long_strings(parts: Iterator[bytes], file: Any, where: str) -> tuple[str, bytes, list[tuple[int, int]]]:
-    """(mark, the JSON with mark + i for long string i, where that lies in `file`: (start, bytes))."""
+    """(mark, the JSON with mark + i instead of long string i, the place (start, bytes) of each in `file`)."""
     mark = secrets.token_hex(16)
     rest, string, places = bytearray(), bytearray(), []
     inside, start, carried = False, None, b""

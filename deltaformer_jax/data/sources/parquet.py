@@ -1,4 +1,4 @@
-"""Parquet files: a row is a document, its text the string in a column."""
+"""Parquet files: each row is a document, whose text is the string in a column."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROWS = 64
 
 
 class ParquetUnit:
-    """One row group of a Parquet file; the text is the string column `field`."""
+    """One row group of a Parquet file. The texts are in the string column `field`."""
 
     def __init__(self, path: Path, row_group: int, field: str, size: int):
         self.path = path
@@ -28,7 +28,7 @@ class ParquetUnit:
 
 
 def parquet_units(path: Path, file_size: int, field: str) -> Iterator[ParquetUnit | TextsUnit]:
-    """A file of any size, a small row group a unit. Memory: besides that, the longest row; Parquet has no parts."""
+    """The units of a file of any size; a small row group is one unit. Memory: a unit and the longest row."""
     try:
         sizes = _row_groups(path, field)
     except Unreadable as error:
@@ -51,14 +51,14 @@ def parquet_units(path: Path, file_size: int, field: str) -> Iterator[ParquetUni
 
 
 def _row_groups(path: Path, field: str) -> list[int]:
-    """The size of each row group. Unreadable, with the file's name, where it holds no texts at `field`."""
+    """The size of each row group. Raises Unreadable, naming the file, if it has no column `field` of texts."""
     import pyarrow.types as types
 
     try:
         with _opened(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except Exception as error:  # pyarrow raises many kinds at a file that is not what it seems
+    except Exception as error:  # pyarrow raises many types of errors for invalid files
         raise Unreadable(f"{path}: not a readable Parquet file: {error}") from None
     columns = [schema.field(i) for i in range(len(schema.names)) if schema.names[i] == field]
     if not columns:
@@ -98,5 +98,5 @@ def _text(value: Any, field: str, where: str) -> str | Unreadable:
 def _opened(path: Path) -> Any:
     import pyarrow.parquet
 
-    # Read a little at a time: the default holds a whole column of a row group.
+    # Read in small buffers: by default a whole column of a row group is held in memory.
     return pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)

@@ -1,4 +1,4 @@
-"""A record of JSON, and the text in it."""
+"""Reads one JSON record and the text in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deltaformer_jax.data.sources.units import Unreadable
 
 
 def field_of(line: bytes, field: str, where: str) -> Any:
-    """What `line`, an object in JSON, holds at `field`. Unreadable names `where`."""
+    """The value at `field` of the JSON object in `line`. Raises Unreadable, naming `where`."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -28,7 +28,7 @@ def field_of(line: bytes, field: str, where: str) -> Any:
 
 
 def text_of(value: Any, field: str, where: str) -> str:
-    """`value` if it is text; Unreadable names `where`."""
+    """`value` if it is text. Otherwise raises Unreadable, naming `where`."""
     if not isinstance(value, str):
         raise Unreadable(f"{where}: field {field!r} is {type(value).__name__}, not text; choose --text_field")
     try:

@@ -1,4 +1,4 @@
-"""The running Python's own standard library as a source: text that is there without a download."""
+"""The standard library of the running Python as a source: text that needs no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STDLIB = "stdlib"
 
 
 def stdlib_files() -> tuple[list[Path], list[int], dict[str, Any]]:
-    """(files, sizes, what a manifest says of them): *.py of sys.stdlib_module_names, tests and tables left out."""
+    """(files, sizes, description for the manifest): *.py of sys.stdlib_module_names, without tests and tables."""
     root = Path(os.__file__).parent
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: this Python's standard library is not in a folder; name a SOURCE")

@@ -1,4 +1,4 @@
-"""Text files: whole ones a document each, or cut where a separator stands."""
+"""Text files: each file is one document, or several if it is divided at a separator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltaformer_jax.data.sources.units import LongUnit, TextsUnit, Unreadable
 
 
 class FilesUnit:
-    """Small files, undecoded and unread: a document each, or several where `separator` stands."""
+    """Small files, not yet read: each is one document, or several if it contains `separator`."""
 
     def __init__(self, files: list[Path], size: int, separator: str):
         self.files = files
@@ -30,7 +30,7 @@ class FilesUnit:
 
 
 def text_units(path: Path, separator: str) -> Iterator[TextsUnit | LongUnit]:
-    """A file of any size. What cannot be decoded or decompressed ends it; the documents before that are kept."""
+    """The units of a file of any size. An error of decoding or decompression ends them."""
     content = Content(path)
     parts = split(decoded(content, str(path)), separator)
     texts, characters, start = [], 0, 0
@@ -57,7 +57,7 @@ def text_units(path: Path, separator: str) -> Iterator[TextsUnit | LongUnit]:
 
 
 def document_rest(parts: Iterator[tuple[str, bool]]) -> Iterator[str]:
-    """The parts of a document up to its last one."""
+    """The remaining parts of a document, up to its last one."""
     for text, ends in parts:
         yield text
         if ends:

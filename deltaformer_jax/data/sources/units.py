@@ -1,6 +1,7 @@
-"""Parts of a source that are worked on one after the other, or by several processes: a few megabytes each.
+"""Units: parts of a source of a few megabytes, which are processed one after the other or by several processes.
 
-`documents()` yields texts, and in the place of what cannot be read an `Unreadable`, which the reader raises or counts.
+`documents()` yields texts, and an `Unreadable` in the place of each document that cannot be read. The caller raises it
+or counts it.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-UNIT_BYTES = 2**20  # of source in a unit, about
-LONG = 2**22  # characters, or bytes of a line, that make a document too long to be held
+UNIT_BYTES = 2**20  # approximate bytes of source in a unit
+LONG = 2**22  # characters, or bytes of a line, above which a document is not held in memory
 
 
 class Unreadable(ValueError):
-    """A document or a file that cannot be read: which one, where in it, and why, in one line."""
+    """A document or file that cannot be read. The message names it, the place in it and the reason, in one line."""
 
 
 class TextsUnit:
-    """Documents that have been read. `size`: bytes of source, for progress."""
+    """Documents that have already been read. `size`: bytes of source, for the progress bar."""
 
     def __init__(self, texts: list[str | Unreadable], size: int):
         self.texts = texts
@@ -28,9 +29,10 @@ class TextsUnit:
 
 
 class LongUnit:
-    """One document that is not held in memory: `parts` are its text, one after the other, once.
+    """One document that is not held in memory. `parts` yields its text once, in parts.
 
-    Whoever made it reads on behind it, and `drop`s what nobody asked for before. `size` is known when `parts` are out.
+    The reader that made the unit calls `drop`, which consumes the remaining parts, before it reads further. `size` is
+    known when all parts have been consumed.
     """
 
     def __init__(self, parts: Iterator[str], place: Any):
@@ -47,4 +49,4 @@ class LongUnit:
             for _ in self.parts:
                 pass
         except Unreadable:
-            pass  # said when it was read
+            pass  # it was reported when the part was read

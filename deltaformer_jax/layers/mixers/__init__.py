@@ -1,4 +1,4 @@
-"""The mixers: one memory a file. `protocol` says what a mixer is, `build` makes one from an entry of `model.mixers`."""
+"""The mixers, one per file. `protocol` defines what a mixer is; `build` makes one from an entry of `model.mixers`."""
 
 from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
 from deltaformer_jax.layers.mixers.delta_net import DeltaNet
@@ -9,7 +9,7 @@ from deltaformer_jax.layers.mixers.linear_attention import LinearAttention
 from deltaformer_jax.layers.mixers.retention import Retention
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 
-# What a name in `model.mixers` stands for.
+# Name in `model.mixers` -> class.
 MIXERS = {
     "delta_former": DeltaFormer,
     "softmax_attention": SoftmaxAttention,

@@ -1,4 +1,4 @@
-"""A mixer from an entry of `model.mixers`: which class it is, what its constructor is given, what it can't be given."""
+"""Build a mixer from an entry of `model.mixers`: find its class, collect its constructor's arguments, check them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from deltaformer_jax.layers.mixers.protocol import ADVICE, check_class
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 
-# What the model itself gives a mixer's constructor.
+# Constructor arguments that the model sets itself; an entry of `model.mixers` cannot override them.
 _THE_MODELS = ("d_model", "rngs", "dtype", "output_scale")
 
 
 def mixer_class(mixer: str | Mixer) -> type:
-    """The class of an entry of `model.mixers`. Raises ValueError for what is none."""
+    """The class of an entry of `model.mixers`. Raises ValueError if the entry names no mixer class."""
     mixer = entry(mixer)
     if mixer.name in MIXERS:
         return MIXERS[mixer.name]
@@ -30,7 +30,7 @@ def mixer_class(mixer: str | Mixer) -> type:
         if not is_import(mixer.name):
             raise ValueError(
                 f"model.mixers: {mixer.name!r} is not one of {', '.join(map(repr, MIXERS))}, nor "
-                f'"package.module:Class" of yours{nearest(mixer.name, MIXERS)}'
+                f'a class of your own as "package.module:Class"{nearest(mixer.name, MIXERS)}'
             )
         found = import_object(mixer.name, "model.mixers")
     check_class(found, mixer.name)
@@ -38,12 +38,12 @@ def mixer_class(mixer: str | Mixer) -> type:
 
 
 def constructor_names(mixer: str | Mixer) -> list[str]:
-    """What the mixer's constructor takes by name, beside what the model itself gives it."""
+    """The names of the mixer's constructor arguments, without those that the model sets itself."""
     return [name for name in _parameters(mixer_class(mixer)) if name not in _THE_MODELS]
 
 
 def _parameters(mixer: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of a class's constructor, and where it hands the rest on by **, of the one it inherits."""
+    """The named parameters of a class's constructor. If it takes **kwargs, those of the inherited constructor too."""
     named: dict[str, inspect.Parameter] = {}
     for owner in mixer.__mro__:
         if "__init__" not in vars(owner) or owner in (nnx.Module, object):
@@ -57,12 +57,16 @@ def _parameters(mixer: type) -> dict[str, inspect.Parameter]:
 
 
 def mixer_fields(mixer: str | Mixer) -> list[str]:
-    """The fields of ModelConfig that the mixer takes."""
+    """The fields of ModelConfig that the mixer's constructor takes."""
     return [name for name in constructor_names(mixer) if name in FIELDS]
 
 
 def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float, rngs: nnx.Rngs) -> nnx.Module:
-    """The mixer that an entry of `model.mixers` names, with the model's settings and the entry's overrides."""
+    """Construct the mixer of an entry of `model.mixers` from the config's fields and the entry's overrides.
+
+    An override replaces the field of the same name. Raises ValueError, beginning with "model.", for a missing or wrong
+    argument.
+    """
     made, name, overrides = mixer_class(mixer), entry(mixer).name, dict(entry(mixer).overrides)
     ours = name in MIXERS
     values = {field: getattr(config, field) for field in mixer_fields(mixer)} | (overrides if ours else {})
@@ -83,12 +87,12 @@ def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float,
         return made(**arguments)
     try:
         return made(**arguments)
-    except ValueError as error:  # it begins with the argument's name, which is the field's
+    except ValueError as error:  # its message begins with the argument's name, which is also the field's name
         raise ValueError(f"model.{error} (of {mixer!r} in model.mixers)") from None
 
 
 def check_mixers(config: ModelConfig) -> None:
-    """Raise ValueError, naming the field, for an override or a field that no mixer could use."""
+    """Raise ValueError, naming the field, for an override its mixer does not take and a changed field no mixer uses."""
     for mixer in map(entry, config.mixers):
         known = constructor_names(mixer)
         for name, value in mixer.overrides:
@@ -103,4 +107,4 @@ def check_mixers(config: ModelConfig) -> None:
     for name, field in FIELDS.items():
         value = getattr(config, name)
         if rule_of(field).must_be_used and name not in there and value != field.default:
-            raise ValueError(f"model.{name} = {value!r}: no mixer in model.mixers = {config.mixers} has it")
+            raise ValueError(f"model.{name} = {value!r}: no mixer in model.mixers = {config.mixers} takes this field")

@@ -1,8 +1,10 @@
-"""DeltaFormer: attention that reads a memory written by the delta rule in its own feature space.
+"""DeltaFormer: attention over values u that the delta rule has corrected, in the feature space of a similarity κ₁.
 
-    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          (write: strictly causal)
-    o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          (read: causal, the diagonal included),     y_t = o_t W_o
+    u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          write: strictly causal
+    o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, the diagonal included
+    y_t = o_t W_o
 
+k, v, q and w are a token's key, value, read query and write query. α and β are gates, by default in [0, 1].
 Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9; Zhong et al.,
 arXiv 2505.19488.
 """
@@ -30,38 +32,51 @@ from deltaformer_jax.sharding import over_devices
 
 
 def _fixed(name: str, similarity) -> Similarity:
-    """The similarity, a part of the mixer's structure: arrays in it would be neither parameters nor constants."""
+    """`similarity` as an object. Raises ValueError if it holds arrays.
+
+    A mixer's attributes are parameters or static values; an array inside a similarity would be neither.
+    """
     similarity = as_similarity(similarity, name)
     if without_arrays(similarity)[1]:
-        raise ValueError(f"{name}={similarity.given!r} holds arrays: a mixer takes similarities of plain numbers")
+        raise ValueError(
+            f"{name}={similarity.given!r} holds arrays: a mixer takes similarities that hold plain numbers only"
+        )
     return similarity
 
 
 class DeltaFormer(nnx.Module):
-    """A DeltaFormer mixer of H = num_heads query heads over G = num_kv_heads key and value heads of width K.
+    """A DeltaFormer mixer with H = num_heads query heads and G = num_kv_heads key and value heads of head dimension K.
 
         DeltaFormer(d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, rngs=nnx.Rngs(0))
 
-    * `write_query`, w: `"key"` (the delta rule proper; u is shared by the queries of a KV head), `"query"`, or
-      `"projected"` (x W_w, with the queries' norm and rotation). u, α and β have G heads for "key", else H.
-    * `write_similarity`, `read_similarity`, κ₁ and κ₂: "linear", "relu", "exp", "softmax", "round" or
-      `ops.Round(decimals)`.
-    * `alpha`: `"off"` (1) or `"sigmoid"`; `beta`: `"sigmoid"`, `"raw"` or `"one"`. Both gates are of a projection with
-      bias, in float32. A raw β above 1 lets u grow geometrically; it serves to read others' weights.
-    * `write_key_norm`: `"on"`: the write compares directions, κ₁ of the cosine of w and k times `write_scale` (by
-      default 1); `"off"`: κ₁ of w·k times `write_scale` (by default K^-1/2); `"auto"`: off for softmax, on for the
-      others, whose rows nothing normalises: with long keys each write would take out more than is there, and u explode.
-      The read's keys are the write's, so "on" scales every key to length √K, which keeps the read's scores q·k K^-1/2
-      at their usual size (a unit key would make them √K times too small to tell tokens apart).
-    * `read_scale`: by default K^-1/2.
-    * `rope_base=None`: no rotary embedding; `qk_norm`: RMSNorm of each query, key (and projected w) head; `kv_shift`:
-      see `kv_shift.py`; `conv_size`: width of short convolutions (with SiLU) of queries, keys, values and projected w,
-      before their norms and rotations, see `short_convolution.py`, 0: none; `output_gate`: o_t ⊙ sigmoid(x_t W_g)
-      goes to W_o. `output_scale` multiplies the output kernel's initial values.
-    * `chunk_size` and `implementation` go to `ops.delta_attention`.
+    Args:
+      write_query: w. "key": w = k, the delta rule proper; the query heads of one KV head share u. "query": w = q.
+        "projected": w = x W_w, with the same norm and rotation as the queries. u, α and β have G heads for "key" and H
+        heads otherwise.
+      write_similarity, read_similarity: κ₁ and κ₂. "linear", "relu", "exp", "softmax", "round", or a similarity object
+        such as `ops.Round(decimals)`.
+      write_scale: factor on the scores of κ₁. None: 1 if the write's keys are normalised (`write_key_norm`), else
+        K^-1/2.
+      read_scale: factor on the scores q·k of κ₂. None: K^-1/2.
+      write_key_norm: "off": κ₁ is applied to write_scale · w·k. "on": κ₁ is applied to write_scale · cos(w, k). "auto":
+        "off" for a softmax write, "on" for the others. Their rows are not normalised: with long keys each write would
+        remove more than the memory holds, and u would explode. Write and read share the keys, so "on" scales every key
+        to length √K, not 1. The read's scores q·k K^-1/2 then keep their usual size; with unit keys they would be √K
+        times smaller, too small to tell tokens apart.
+      alpha: "off": α = 1. "sigmoid": the sigmoid of a projection of x with bias, in float32.
+      beta: "sigmoid" or "raw": a projection of x with bias, in float32, with or without the sigmoid. "one": β = 1. A
+        raw β above 1 lets u grow geometrically; "raw" exists to load weights from other implementations.
+      rope_base: base of the rotary embedding of q, k and a projected w; None: none.
+      qk_norm: RMSNorm of each head of q, k and a projected w.
+      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
+      conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
+        rotations, see `short_convolution.py`; 0: none.
+      output_gate: multiply o_t by sigmoid(x_t W_g) before W_o.
+      output_scale: factor on the output kernel's initial values.
+      chunk_size, implementation: passed to `ops.delta_attention`.
+      dtype: of the activations and matrix products. Parameters, gates, norms and similarities are float32.
 
-    Parameters are float32, the arithmetic is `dtype`'s; gates, norms and similarities float32.
-    Raises ValueError naming the argument for sizes that don't fit and unknown names.
+    Raises ValueError naming the argument, for sizes that don't fit each other and for unknown names.
     """
 
     def __init__(
@@ -132,7 +147,7 @@ class DeltaFormer(nnx.Module):
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
         if self.unit_keys:
-            # Keys of length √K: w·k / K is the cosine.
+            # w and k have length √K, so w·k / K is their cosine.
             self.write_scale = (1.0 if write_scale is None else write_scale) / head_dim
         else:
             self.write_scale = head_dim**-0.5 if write_scale is None else write_scale
@@ -142,11 +157,11 @@ class DeltaFormer(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a token sees its own segment only. `positions`
-        int [B,T] for the rotary embedding, by default the index among the segment's real tokens, after the cache's.
-        Cost: `flops_per_token`; memory as `ops.delta_attention` says.
+        `segment_ids` int [B,T]: 0 is padding, whose output is 0; a token sees its own segment only. `positions` int
+        [B,T] for the rotary embedding: by default the index among the segment's real tokens, counted on from the tokens
+        in the cache. Cost: `flops_per_token`; memory: see `ops.delta_attention`.
         """
         x = clear_padding(x, segment_ids)
         if positions is None:
@@ -182,9 +197,9 @@ class DeltaFormer(nnx.Module):
         return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
 
     def _write_query(self, x, query, positions, segment_ids, tail):
-        """w, or its name, and the tail of its convolution."""
+        """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None)."""
         if self.write_query == "key":
-            return "key", None  # normalised with the keys, where they are
+            return "key", None  # if the write's keys are normalised, `__call__` has done it
         if self.write_query == "query":
             return rms_normalize(query) if self.unit_keys else "query", None
         write_query = project(x, self.write_kernel, self.dtype)
@@ -206,13 +221,16 @@ class DeltaFormer(nnx.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether the write's rows are the read's (w = q, softmax both, equal scales): the op then makes one pass."""
+        """Whether write and read have the same scores (w = q, both softmax, equal scales).
+
+        The op then computes both in one pass over the keys.
+        """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
         return both_softmax and same_scores
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """An empty cache for `capacity` tokens per row. It holds k and u; v is not kept."""
+        """An empty cache for `capacity` tokens per row. It holds k and u; v is not needed again."""
         memory = ops.KUCache.empty(
             batch, capacity, self.num_kv_heads, self.u_heads, self.head_dim, self.head_dim, self.dtype
         )
@@ -221,13 +239,16 @@ class DeltaFormer(nnx.Module):
         return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)
 
     def flops_per_token(self, length: int) -> float:
-        """2 d_model K (2 H + 2 G) + gates + convolutions + write + read. Forward, the mean over a sequence of `length`
-        tokens; a multiply-add counts 2, norms and gates' sigmoids nothing.
+        """2 d_model K (2 H + 2 G) + gates + convolutions + write + read: forward FLOPs per token.
 
-        gates: 2 d_model Hu each for α and β, 2 d_model H K for a projected w and again for an output gate. read:
-        2 H K length (half the square of scores and half the square of weights times u). write: 2 Hu K length, or
-        nothing where it is tied to the read. Hu is G for w = k, else H. The chunked solve's own cost, O(chunk) per
-        token, is left out.
+        This is the mean over a sequence of `length` tokens. A multiply-add counts 2; norms and sigmoids are not
+        counted.
+
+        * gates: 2 d_model Hu for each of α and β; 2 d_model H K for a projected w, and again for an output gate.
+        * read: 2 H K length (half of the T × T scores, and half of the T × T weights times u).
+        * write: 2 Hu K length, or 0 if it shares the read's pass (`tied`).
+
+        Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
         """
         projections = self.inputs.flops_per_token() + product_flops(self.write_kernel, self.output)
         if self.write_convolution is not None:

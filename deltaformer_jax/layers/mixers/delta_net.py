@@ -1,9 +1,9 @@
-"""DeltaNet: a linear memory that is corrected, not only added to.
+"""DeltaNet: a linear memory updated by the delta rule, which replaces the value stored at a key.
 
     S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K,      q, k of unit length,  β = sigmoid(x W_β + b)
 
-Source: Schlag et al., arXiv 2102.11174; in this shape Yang et al., arXiv 2406.06484: short convolutions with SiLU on
-queries, keys and values, a norm per head behind the memory.
+Source: Schlag et al., arXiv 2102.11174, for the rule; Yang et al., arXiv 2406.06484, for this layer, with short
+convolutions and SiLU on queries, keys and values and a norm per head after the memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
 
 
 class DeltaNet(DeltaRuleMixer):
-    """A DeltaNet mixer of H = num_heads heads of queries and keys and Hv = num_value_heads of values, a multiple of H.
+    """A DeltaNet mixer with H = num_heads query and key heads and Hv = num_value_heads value heads, a multiple of H.
 
         DeltaNet(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
 
-    `num_value_heads=None`: H; `value_dim=None`: head_dim. `conv_size=0`: no convolutions. `output_gate`: swish(x W_g)
-    multiplies the normalised output. `negative_eigenvalues`: β in (0, 2) instead of (0, 1). The memory is float32,
-    everything else `dtype`'s. `chunk_size` and `implementation` go to `ops.gated_delta_rule`.
+    `num_value_heads=None`: H. `value_dim=None`: head_dim. `conv_size`: width in tokens of the short convolutions; 0:
+    none. `output_gate`: multiply the normalised output by swish(x W_g). `negative_eigenvalues`: β in (0, 2) instead of
+    (0, 1). The memory and β are float32; everything else is computed in `dtype`. `chunk_size` and `implementation` are
+    passed to `ops.gated_delta_rule`.
     """
 
     def __init__(

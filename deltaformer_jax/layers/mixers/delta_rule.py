@@ -1,4 +1,4 @@
-"""What the mixers of the delta rule do alike: DeltaNet, Gated DeltaNet, Kimi Delta Attention."""
+"""The base class of the delta-rule mixers with a fixed-size memory: DeltaNet, Gated DeltaNet, Kimi Delta Attention."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class DeltaRuleMixer(nnx.Module):
     """y = output(gated_delta_rule(q/|q|, k/|k|, v, β, g), x),    q, k, v = inputs(x),  β = c sigmoid(beta(x)),
     g = decay(x).
 
-    `decay` None: nothing fades. `state_shape`: value heads, K, V. `negative_eigenvalues`: c = 2, else 1. A subclass
-    makes the parts in this order, which decides what a seed gives each.
+    `decay=None`: g = 0, no decay. `state_shape`: (value heads, K, V). `negative_eigenvalues`: c = 2 instead of 1. A
+    subclass constructs the four parts in the order of the arguments; the order decides which random numbers each part's
+    initial values get from a seed.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class DeltaRuleMixer(nnx.Module):
         self.chunk_size, self.implementation = chunk_size, implementation
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
-        are not used: order is what the memory sees.
+        `segment_ids` int [B,T]: 0 is padding, whose output is 0; a document starts from an empty memory. `positions`
+        are not used: the recurrence itself depends on the order of the tokens.
         """
         x = clear_padding(x, segment_ids)
         query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
@@ -63,13 +64,13 @@ class DeltaRuleMixer(nnx.Module):
         return self.output(read, x), cache
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
-        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""
         del capacity
         return StateCache.empty(batch, *self.state_shape, self.inputs.empty_tails(batch), self.dtype)
 
     def flops_per_token(self, length: int) -> float:
-        """The kernels' products, and 6 K V for each value head: what is read for the correction, written, and read.
-        Whatever the length; what working in chunks adds is not counted."""
+        """The products with kernels, and 6 K V for each value head: 2 K V each for the read Sᵀ k, the write, and the
+        read Sᵀ q. It does not depend on `length`. The extra work of the chunked form is not counted."""
         del length
         heads, key_dim, value_dim = self.state_shape
         gates = product_flops(self.beta.kernel) + (0.0 if self.decay is None else self.decay.flops_per_token())

@@ -1,9 +1,9 @@
-"""Gated DeltaNet: the delta rule with a memory that each token may let fade.
+"""Gated DeltaNet: the delta rule with a memory that decays by a data-dependent factor per head.
 
     S ← e^{g_t} S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K
     y = (RMSNorm(o) ⊙ swish(x W_g)) W_o
 
-with q, k of unit length, β = sigmoid(x W_β + b) and g = −e^A softplus(x W + b') one number a head.
+with q, k of unit length, β = sigmoid(x W_β + b) and g = −e^A softplus(x W + b'), one number per head.
 Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, eq. 10 and section 3.4; grouped value heads
 as in Qwen3-Next.
 """
@@ -20,13 +20,14 @@ from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
 
 
 class GatedDeltaNet(DeltaRuleMixer):
-    """A Gated DeltaNet mixer of H = num_heads heads of queries and keys, Hv = num_value_heads of values.
+    """A Gated DeltaNet mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
 
         GatedDeltaNet(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
 
-    `num_value_heads=None`: H; `value_dim=None`: head_dim. `conv_size=0`: no convolutions. `output_gate=False` leaves
-    out the swish. `negative_eigenvalues`: β in (0, 2). The memory and its gates are float32, everything else `dtype`'s.
-    `chunk_size` and `implementation` go to `ops.gated_delta_rule`.
+    `num_value_heads=None`: H; otherwise a multiple of H. `value_dim=None`: head_dim. `conv_size`: width in tokens of
+    the short convolutions; 0: none. `output_gate=False` leaves out the factor swish(x W_g). `negative_eigenvalues`: β
+    in (0, 2) instead of (0, 1). The memory, β and g are float32; everything else is computed in `dtype`. `chunk_size`
+    and `implementation` are passed to `ops.gated_delta_rule`.
     """
 
     def __init__(

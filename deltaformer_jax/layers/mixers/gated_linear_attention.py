@@ -1,8 +1,8 @@
-"""Gated linear attention: a linear memory each of whose key channels fades as the token says.
+"""Gated linear attention: a linear memory whose key channels decay by data-dependent factors, one per channel.
 
     S ← Diag(e^{g_t}) S + k_t v_tᵀ,      o_t = Sᵀ q_t / √K,      y = (RMSNorm(o) ⊙ swish(x W_g)) W_o
 
-with g = log sigmoid(x W₁ W₂ + b) / 16 a vector over K, W₁ W₂ of rank 16.
+with g = log sigmoid(x W₁ W₂ + b) / 16, a vector over K; W₁ W₂ has rank 16.
 Source: Yang et al., arXiv 2312.06635, section 4.4.
 """
 
@@ -22,18 +22,19 @@ from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 RANK = 16
-# The gate's logarithm is divided by this, so that memories start long.
+# Divides the log decay. At the start a channel then decays by sigmoid(0)^(1/16) = 0.96 per token, not by 0.5.
 TEMPERATURE = 16.0
 
 
 class GatedLinearAttention(nnx.Module):
-    """A gated linear attention mixer of H = num_heads heads of queries and keys and as many of values.
+    """A gated linear attention mixer with num_heads heads of queries, keys and values.
 
         GatedLinearAttention(d_model=256, num_heads=4, head_dim=32, value_dim=64, rngs=nnx.Rngs(0))
 
-    `value_dim=None`: head_dim (the paper's keys are half as wide as its values). `conv_size`: the paper has no
-    convolutions, 4 adds them. `output_gate=False` leaves out the swish. The memory and its gate are float32, everything
-    else `dtype`'s. `chunk_size` and `implementation` go to `ops.gated_linear_attention`.
+    `value_dim=None`: head_dim (the paper's keys are half as wide as its values). `conv_size`: width in tokens of short
+    convolutions of q, k and v; 0, as in the paper: none. `output_gate=False` leaves out the factor swish(x W_g). The
+    memory and g are float32; everything else is computed in `dtype`. `chunk_size` and `implementation` are passed to
+    `ops.gated_linear_attention`.
     """
 
     def __init__(
@@ -75,9 +76,9 @@ class GatedLinearAttention(nnx.Module):
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
+        `segment_ids` int [B,T]: 0 is padding, whose output is 0; a document starts from an empty memory. `positions`
         are not used.
         """
         x = clear_padding(x, segment_ids)
@@ -96,13 +97,13 @@ class GatedLinearAttention(nnx.Module):
         return jax.nn.log_sigmoid(gate + along(self.decay_bias, gate)) / TEMPERATURE
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
-        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""
         del capacity
         return StateCache.empty(batch, *self.state_shape, self.inputs.empty_tails(batch), self.dtype)
 
     def flops_per_token(self, length: int) -> float:
-        """The kernels' products, and 4 K V for each head: written and read. Whatever the length; what working in
-        chunks adds is not counted."""
+        """The products with kernels, and 4 K V for each head: 2 K V each for the write and the read. It does not depend
+        on `length`. The extra work of the chunked form is not counted."""
         del length
         heads, key_dim, value_dim = self.state_shape
         gates = product_flops(self.decay_down, self.decay_up)

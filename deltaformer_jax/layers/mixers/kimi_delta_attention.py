@@ -1,9 +1,9 @@
-"""Kimi Delta Attention: the delta rule with a memory each of whose key channels fades by itself.
+"""Kimi Delta Attention: the delta rule with a memory whose key channels decay by data-dependent factors, one each.
 
     S ← Diag(e^{g_t}) S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ,      o_t = Sᵀ q_t / √K
     y = (RMSNorm(o) ⊙ sigmoid(x W₁ W₂)) W_o
 
-with q, k of unit length, β = sigmoid(x W_β + b) and g = −e^A softplus(x W₃ W₄ + b') a vector over K.
+with q, k of unit length, β = sigmoid(x W_β + b) and g = −e^A softplus(x W₃ W₄ + b'), a vector over K.
 Source: Kimi Linear, arXiv 2510.26692, section 3.
 """
 
@@ -19,13 +19,14 @@ from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
 
 
 class KimiDeltaAttention(DeltaRuleMixer):
-    """A Kimi Delta Attention mixer of H = num_heads heads.
+    """A Kimi Delta Attention mixer with num_heads heads of queries, keys and values.
 
         KimiDeltaAttention(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
 
-    `value_dim=None`: head_dim, which is also the rank of the decay's and the output gate's kernels. `conv_size=0`: no
-    convolutions. `output_gate=False` leaves out the sigmoid. The memory and its gates are float32, everything else
-    `dtype`'s. `chunk_size` and `implementation` go to `ops.gated_delta_rule`.
+    `value_dim=None`: head_dim. The decay's kernel W₃ W₄ has rank head_dim, the output gate's kernel W₁ W₂ rank
+    value_dim. `conv_size`: width in tokens of the short convolutions; 0: none. `output_gate=False` leaves out the
+    factor sigmoid(x W₁ W₂). `negative_eigenvalues`: β in (0, 2) instead of (0, 1). The memory, β and g are float32;
+    everything else is computed in `dtype`. `chunk_size` and `implementation` are passed to `ops.gated_delta_rule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a mixer is: what the language model calls, whether the class comes with this package or is yours."""
+"""The mixer protocol: what the language model expects of a mixer's class, and the checks of classes and results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltaformer_jax import ops
 
 
 class MixerProtocol(Protocol):
-    """A memory over the tokens of a row: y_t from x_1 … x_t.
+    """A causal layer over the tokens of a row: y_t is a function of x_1 … x_t.
 
         class MyMixer(nnx.Module):
             def __init__(self, d_model: int, *, width: int = 8, rngs: nnx.Rngs): ...
@@ -21,35 +21,40 @@ class MixerProtocol(Protocol):
             def init_cache(self, batch: int, capacity: int): ...
             def flops_per_token(self, length: int) -> float: ...
 
-    A mixer is an nnx.Module: its parameters are `nnx.Param`s, each with `axes=(...)`, the names of its dimensions
-    ("embed", "heads", "kv_heads", "head_dim", "mlp", "rank", "conv"; any other name is never cut over devices), and, if
-    weight decay is not to follow from the number of dimensions, `decay=False` or `True`. Everything else that it keeps
-    is static and hashable.
+    **Parameters.** A mixer is an nnx.Module. Its parameters are `nnx.Param`s. Each has `axes=(...)`, the names of its
+    dimensions: "embed", "heads", "kv_heads", "head_dim", "mlp", "rank", "conv". A dimension with any other name is
+    never sharded. Weight decay applies to parameters with two or more dimensions; `decay=False` or `decay=True` on the
+    parameter overrides that. Every other attribute of the mixer is static and hashable.
 
-    **Made** as `MyMixer(d_model, rngs=rngs, ...)` with whatever else its constructor names as keywords: fields of
-    `ModelConfig` ("num_heads", "norm_epsilon", ...; a field that leaves the choice to the mixer is not passed, so give
-    it a default), `dtype` (the model's compute dtype), `output_scale` (what to multiply the initial kernel at the end
-    of the residual branch by), and the overrides of its `Mixer(MyMixer, width=3)`, as they stand there. A constructor
-    that hands `**others` on is asked for what the one it inherits names. It is made under `jax.vmap`, once for all
-    layers of its place in the pattern, so that its values may depend on `rngs` and on nothing else, and its parameters
-    get a leading axis over the layers. `init_cache` and `flops_per_token`, which the model asks of all those layers at
-    once, therefore take sizes from attributes, not from parameters' shapes.
+    **Construction.** The model calls `MyMixer(d_model=..., rngs=...)`. It also passes, by keyword, what the constructor
+    names:
 
-    **Called** with x `[B,T,d_model]` in the compute dtype; returns (y, cache), y like x.
+    * fields of `ModelConfig`, such as num_heads or norm_epsilon. A field whose value leaves the choice to the mixer is
+      not passed, so give such an argument a default;
+    * `dtype`, the model's compute dtype;
+    * `output_scale`, a factor for the initial values of the kernel that ends the residual branch;
+    * the overrides in `Mixer(MyMixer, width=3)`, unchanged.
 
-    * `segment_ids` int `[B,T]` or None: 0 is padding, whose rows may hold anything, must come out finite and be seen by
-      nobody; equal non-zero ids are one document, which is all that a token may see.
+    If the constructor takes `**others`, the arguments of the inherited constructor count as named too. Construction
+    runs under `jax.vmap`, once for all layers at the same place in the pattern. Initial values may therefore depend on
+    `rngs` only, and each parameter gets a leading axis over those layers. `init_cache` and `flops_per_token` are called
+    on this stacked mixer, so they must take sizes from attributes, not from the shapes of parameters.
+
+    **Call.** x is `[B,T,d_model]` in the compute dtype. The mixer returns (y, cache); y has x's shape and dtype.
+
+    * `segment_ids` int `[B,T]` or None. 0 marks padding: its rows of x may hold anything, its rows of y must be finite,
+      and no real token may depend on it. Equal non-zero ids mark one document; a token may see only its own document.
     * `positions` int `[B,T]`: the index of each token in its document.
-    * `cache`: None, and then the cache returned is None; or what `init_cache` or the call before returned, with one
-      document a row. The call then goes on after the tokens in it, and returns the cache with the new ones in it.
-      Prompts padded left or right, pieces of prompts and single tokens come through this one door.
+    * `cache`: None, or a cache from `init_cache` or from an earlier call, with one document per row. If it is None, the
+      returned cache is None. Otherwise the new tokens follow the tokens in the cache, and the returned cache holds
+      both. The same call serves prompts padded on the left or right, pieces of prompts, and single tokens.
 
-    **Caches** are pytrees of arrays that lead with the batch, with an attribute `length`, int32 `[B]`: how many real
-    tokens each row has seen. The model stacks the caches of the layers of one place in the pattern.
-    `deltaformer_jax.layers.caches` has two to use.
+    **Caches** are pytrees of arrays whose first axis is the batch. They have an attribute `length`, int32 `[B]`: the
+    number of real tokens that each row has seen. The model stacks the caches of the layers at one place in the pattern.
+    `deltaformer_jax.layers.caches` has two classes to use.
 
-    **Cost**: `flops_per_token(length)` is the forward FLOPs a token, the mean over a document of `length` tokens; a
-    multiply-add counts 2.
+    **Cost.** `flops_per_token(length)` returns the forward FLOPs per token, the mean over a document of `length`
+    tokens; a multiply-add counts 2.
     """
 
     def __call__(
@@ -66,13 +71,13 @@ class MixerProtocol(Protocol):
     def flops_per_token(self, length: int) -> float: ...
 
 
-ADVICE = "deltaformer_jax.layers.mixers.protocol says what a mixer is"
+ADVICE = "see MixerProtocol in deltaformer_jax.layers.mixers.protocol"
 
 
 def check_class(mixer: Any, name: str) -> None:
-    """Raise ValueError unless `mixer` is a class whose instances may be mixers."""
+    """Raise ValueError unless `mixer` is an nnx.Module class with a mixer's methods and call arguments."""
     if not isinstance(mixer, type) or not issubclass(mixer, nnx.Module):
-        raise ValueError(f"model.mixers: {name} is no class of flax.nnx.Module; {ADVICE}")
+        raise ValueError(f"model.mixers: {name} is not a subclass of flax.nnx.Module; {ADVICE}")
     for method in ("__call__", "init_cache", "flops_per_token"):
         if not callable(getattr(mixer, method, None)):
             raise ValueError(f"model.mixers: {name} has no method {method}; {ADVICE}")
@@ -84,24 +89,28 @@ def check_class(mixer: Any, name: str) -> None:
 
 
 def check_cache(cache: Any, batch: int, mixer: Any) -> None:
-    """Raise ValueError unless `cache`, from `mixer.init_cache`, is a pytree of arrays that knows its length."""
+    """Raise ValueError unless `cache`, from `mixer.init_cache`, has batched arrays and an int32 `length` per row."""
     name = type(mixer).__name__
     if not all(hasattr(leaf, "shape") and leaf.shape[:1] == (batch,) for leaf in jax.tree.leaves(cache)):
-        raise ValueError(f"model.mixers: the cache of {name} is no pytree of arrays that lead with the batch; {ADVICE}")
+        raise ValueError(
+            f"model.mixers: the cache of {name} must be a pytree of arrays whose first axis is the batch; {ADVICE}"
+        )
     length = getattr(cache, "length", None)
     if getattr(length, "shape", None) != (batch,) or length.dtype != "int32":
         raise ValueError(f"model.mixers: the cache of {name} has no attribute length, int32 [batch]; {ADVICE}")
 
 
 def check_result(result: Any, x: jax.Array, cache: Any, mixer: Any) -> None:
-    """Raise ValueError unless a call of `mixer` with x and `cache` returned what it should."""
+    """Raise ValueError unless `result` of `mixer(x, cache=cache)` is (y, cache) with unchanged shapes and dtypes."""
     name = type(mixer).__name__
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"model.mixers: {name} returned a {type(result).__name__}, not (y, cache); {ADVICE}")
     y, after = result
     if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
         found = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else type(y).__name__
-        raise ValueError(f"model.mixers: {name} returned y {found} for x {x.dtype}{list(x.shape)}: make them alike")
+        raise ValueError(
+            f"model.mixers: {name} returned y {found} for x {x.dtype}{list(x.shape)}: y must have x's shape and dtype"
+        )
     with contextlib.suppress(ValueError, TypeError, AttributeError):  # of another structure, which is said below
         after = jax.eval_shape(ops.written, cache, after)
     before, now = (
@@ -109,5 +118,6 @@ def check_result(result: Any, x: jax.Array, cache: Any, mixer: Any) -> None:
     )
     if jax.tree.flatten(before) != jax.tree.flatten(now):
         raise ValueError(
-            f"model.mixers: {name} was given the cache {before} and returned {now}: keep its structure and shapes"
+            f"model.mixers: {name} was given the cache {before} and returned {now}: "
+            "structure, shapes and dtypes must not change"
         )

@@ -1,4 +1,4 @@
-"""Retention: a linear memory each of whose heads fades at a speed of its own, fixed for ever.
+"""Retention: a linear memory with one fixed decay per head.
 
     S ← γ_h S + k_t v_tᵀ,      o_t = Sᵀ q_t / √K,      γ_h = 1 − 2^{−5−h},      y = (RMSNorm(o) ⊙ swish(x W_g)) W_o
 
@@ -21,13 +21,13 @@ from deltaformer_jax.layers.rotary import rotate
 
 
 class Retention(nnx.Module):
-    """A retention mixer of H = num_heads heads, head h = 0, 1, ... with the decay 1 − 2^(−5−h).
+    """A retention mixer with num_heads heads; head h = 0, 1, ... has the decay γ_h = 1 − 2^(−5−h) per token.
 
         Retention(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
 
     `value_dim=None`: head_dim (the paper's values are twice as wide as its keys). `rope_base=None`: no rotary
-    embedding. `output_gate=False` leaves out the swish. The memory is float32, everything else `dtype`'s. `chunk_size`
-    and `implementation` go to `ops.gated_linear_attention`.
+    embedding. `output_gate=False` leaves out the factor swish(x W_g). The memory is float32; everything else is
+    computed in `dtype`. `chunk_size` and `implementation` are passed to `ops.gated_linear_attention`.
     """
 
     def __init__(
@@ -48,7 +48,10 @@ class Retention(nnx.Module):
     ):
         width = value_dim or head_dim
         if rope_base is not None and head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even for the rotary embedding, or switch it off (rope_base)")
+            raise ValueError(
+                f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
+                "that off"
+            )
         self.inputs = MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=0, dtype=dtype, rngs=rngs)
         self.output = MemoryOutput(
             d_model,
@@ -65,10 +68,11 @@ class Retention(nnx.Module):
         self.chunk_size, self.implementation, self.dtype = chunk_size, implementation, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a document starts from an empty memory. `positions`
-        int [B,T] for the rotary embedding, by default the index among the segment's real tokens, after the cache's.
+        `segment_ids` int [B,T]: 0 is padding, whose output is 0; a document starts from an empty memory. `positions`
+        int [B,T] for the rotary embedding: by default the index among the segment's real tokens, counted on from the
+        tokens in the cache.
         """
         x = clear_padding(x, segment_ids)
         query, key, value, tails = self.inputs(x)
@@ -84,18 +88,18 @@ class Retention(nnx.Module):
         return self.output(read, x), cache
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
-        """An empty cache; it holds any number of tokens, whatever `capacity` says."""
+        """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""
         del capacity
         return StateCache.empty(batch, *self.state_shape, (), self.dtype)
 
     def flops_per_token(self, length: int) -> float:
-        """The kernels' products, and 4 K V for each head. Whatever the length; what working in chunks adds is not
-        counted."""
+        """The products with kernels, and 4 K V for each head: 2 K V each for the write and the read. It does not depend
+        on `length`. The extra work of the chunked form is not counted."""
         del length
         heads, key_dim, value_dim = self.state_shape
         return self.inputs.flops_per_token() + self.output.flops_per_token() + 4.0 * heads * key_dim * value_dim
 
 
 def log_decays(heads: int):
-    """log(1 − 2^(−5−h)) [heads], by log1p, which keeps the digits of the slow ones."""
+    """log(1 − 2^(−5−h)) [heads]. log1p keeps the precision where the decay is close to 1."""
     return jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))))

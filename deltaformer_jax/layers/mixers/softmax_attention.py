@@ -2,8 +2,11 @@
 
     o_t = Σ_{t−window < i ≤ t} softmax_i(q_t · k_i / √K) v_i,        y_t = o_t W_o
 
-With a forgetting gate Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of i, each query head its own; with
-sinks each head has one more score, trained, of value 0. With an output gate o_t is multiplied by sigmoid(x_t W_g).
+Options:
+* forgetting gate: Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of token i, with separate gates per query
+  head;
+* sinks: each query head has one more score, a trained number, whose value vector is 0;
+* output gate: o_t is multiplied by sigmoid(x_t W_g).
 
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
 et al., arXiv 2503.02130; sinks: Xiao et al., arXiv 2309.17453.
@@ -28,18 +31,22 @@ from deltaformer_jax.sharding import over_devices
 
 
 class SoftmaxAttention(nnx.Module):
-    """Causal softmax attention of H = num_heads query heads over G = num_kv_heads key and value heads of width K.
+    """Causal softmax attention with H = num_heads query heads and G = num_kv_heads key and value heads of dimension K.
 
         SoftmaxAttention(d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, rngs=nnx.Rngs(0))
 
-    `window=W` lets a token see itself and the W − 1 before it; None: all. `rope_base=None`: no rotary embedding.
-    `qk_norm`: RMSNorm of each query and key head. `kv_shift`: see `kv_shift.py`. `output_scale` multiplies the output
-    kernel's initial values. `forget_gate`, `sinks`, `output_gate`: as above; the forgetting gate starts around 1/2.
-    `conv_size`: width of short convolutions of queries, keys and values, see `short_convolution.py`; 0: none.
-    Parameters are float32, the arithmetic is `dtype`'s, the softmax and the gates float32. `implementation` goes to
-    `ops.causal_attention`.
+    Args:
+      window: W: a token sees itself and the W − 1 tokens before it. None: itself and all tokens before it.
+      rope_base: base of the rotary embedding of q and k; None: none.
+      qk_norm: RMSNorm of each query and key head.
+      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
+      forget_gate, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around 1/2.
+      conv_size: width in tokens of short convolutions (with SiLU) of q, k and v, see `short_convolution.py`; 0: none.
+      output_scale: factor on the output kernel's initial values.
+      implementation: passed to `ops.causal_attention`.
+      dtype: of the activations and matrix products. Parameters, softmax and the sigmoids of gates are float32.
 
-    Raises ValueError naming the argument for sizes that don't fit.
+    Raises ValueError naming the argument, for sizes that don't fit each other.
     """
 
     def __init__(
@@ -92,11 +99,11 @@ class SoftmaxAttention(nnx.Module):
         self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
-        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the cache with these tokens in it or None).
+        """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
-        `segment_ids` int [B,T]: 0 is padding, which comes out as 0; a token sees its own segment only. `positions`
-        int [B,T] for the rotary embedding, by default the index among the segment's real tokens, after the cache's.
-        Cost: `flops_per_token`; memory as `ops.causal_attention` says.
+        `segment_ids` int [B,T]: 0 is padding, whose output is 0; a token sees its own segment only. `positions` int
+        [B,T] for the rotary embedding: by default the index among the segment's real tokens, counted on from the tokens
+        in the cache. Cost: `flops_per_token`; memory: see `ops.causal_attention`.
         """
         x = clear_padding(x, segment_ids)
         if positions is None:
@@ -119,7 +126,7 @@ class SoftmaxAttention(nnx.Module):
         return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """An empty cache for `capacity` tokens per row; with a window, a ring of at most `window` slots."""
+        """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""
         slots = capacity if self.window is None else min(capacity, self.window)
         decay_heads = None if self.forget is None else self.num_heads
         memory = ops.KVCache.empty(
@@ -128,9 +135,11 @@ class SoftmaxAttention(nnx.Module):
         return AttentionCache(memory, self.inputs.empty_tail(batch))
 
     def flops_per_token(self, length: int) -> float:
-        """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n, n the mean number of tokens seen: length/2, or
-        W − W²/(2 length) when a window W < length cuts it. Forward, the mean over a sequence of `length` tokens; a
-        multiply-add counts 2."""
+        """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n: forward FLOPs per token.
+
+        n is the mean number of tokens that a token sees (`mean_tokens_seen`). The result is the mean over a sequence of
+        `length` tokens; a multiply-add counts 2.
+        """
         projections = self.inputs.flops_per_token() + product_flops(self.output)
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
@@ -138,7 +147,10 @@ class SoftmaxAttention(nnx.Module):
 
 
 def mean_tokens_seen(length: int, window: int | None) -> float:
-    """The causal triangle's (or band's) area by `length`: length/2, or W − W²/(2 length) for a window W < length."""
+    """The mean number of tokens that a token sees: length/2, or W − W²/(2 length) with a window W < length.
+
+    It is the area of the causal triangle, or of the band that the window leaves of it, divided by `length`.
+    """
     if window is None or window >= length:
         return length / 2
     return window - window**2 / (2 * length)

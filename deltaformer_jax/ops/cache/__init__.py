@@ -1,1 +1,1 @@
-"""Caches: what they hold, how an op goes on from one, and one compressed to fewer keys."""
+"""Caches: what a cache holds, how an op continues from one, and how one is compressed to fewer entries."""

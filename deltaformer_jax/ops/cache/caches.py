@@ -1,10 +1,12 @@
-"""What a layer remembers of the tokens before: fixed capacity, one document a row, its own length in each row.
+"""Caches of past tokens, for prefill and decoding. A cache has a fixed capacity. Each row holds one document and has a
+length of its own.
 
-`KUCache` is DeltaFormer's: keys and the written values u (v itself is not needed again), as large as an ordinary KV
-cache when w = k. `KVCache` is attention's; with a window it is a ring, slot = position mod capacity.
+`KUCache` is the cache of DeltaFormer. It holds keys and written values u; v itself is not needed again. With w = k it
+is as large as an ordinary KV cache. `KVCache` is the cache of softmax attention. With a window it is a ring buffer:
+slot = position mod capacity.
 
-Arrays are kept by head, [B, heads, N, …]: a decoding step multiplies one head's queries with all of its slots, and
-reads them in the order in which they lie. `key`, `value` and `decay` give them token first, as everything else is.
+Arrays are stored by head, [B, heads, N, …]. A decoding step multiplies one head's queries with all of its slots, and
+so reads memory in order. The properties `key`, `value` and `decay` are token first, like all arrays of the ops.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 class _Cache:
     """A pytree of `key_by_head` [B, G, N, K], `value_by_head` [B, ·, N, V], `length` [B] and what a subclass adds.
 
-    `read_only`, which is a part of the structure: an op leaves this cache as it is and returns the `Entries` of the new
-    tokens in place of a cache. A model scans its layers over such caches, so that none of them is copied, and writes
-    the entries of all layers afterwards (`written`).
+    `read_only` is a part of the pytree's structure. Given a cache that is read only, an op returns the `Entries` of the
+    new tokens instead of an extended cache. A model scans its layers over such caches, so that none of them is copied,
+    and afterwards writes the entries of all layers at once (`written`).
     """
 
     ARRAYS = ("key_by_head", "value_by_head", "length")
@@ -73,22 +75,27 @@ class _Cache:
 
 
 class KUCache(_Cache):
-    """KUCache(key, value, length): key [B, N, G, K], value (which is u) [B, N, Hu, V], length [B] int32: slots 0 …
-    length − 1 are filled."""
+    """DeltaFormer's cache, KUCache(key, value, length): key [B, N, G, K], value [B, N, Hu, V] (it holds u), length [B]
+    int32.
+
+    N is the capacity. Slots 0 … length − 1 of a row are filled.
+    """
 
     @classmethod
     def empty(cls, batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype=jnp.float32) -> KUCache:
-        """All zeros, length 0. `value_heads` is the number of heads of the write query."""
+        """An empty cache: all zeros, length 0. `value_heads` is Hu, the number of heads of the write query."""
         return cls._of(False, *_zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype))
 
 
 class KVCache(_Cache):
-    """KVCache(key, value, length, decay=None): key [B, N, G, K], value [B, N, G, V], length [B] int32: tokens seen so
-    far; slot = position mod N.
+    """Softmax attention's cache, KVCache(key, value, length, decay=None): key [B, N, G, K], value [B, N, G, V], length
+    [B] int32, decay [B, N, H] or None.
 
-    decay [B, N, H], where attention forgets (`log_decay`), else None: the sum of the log decays of all tokens after the
-    slot's own, float32 or float64.
-    Without a window no more than N tokens may come. With one, N ≥ window slots are enough for any number.
+    `length` counts the tokens stored so far. A token's slot is its position mod N.
+    `decay` is needed if the attention has a `log_decay`. For each slot it is the sum of the log decays of all tokens
+    after the slot's token, in float32 or float64.
+    Without a window, a row can hold at most N tokens. With a window, N ≥ window slots are enough for any number of
+    tokens.
     """
 
     ARRAYS = (*_Cache.ARRAYS, "decay_by_head")
@@ -103,7 +110,8 @@ class KVCache(_Cache):
 
     @classmethod
     def empty(cls, batch, capacity, heads, key_dim, value_dim, dtype=jnp.float32, decay_heads=None) -> KVCache:
-        """All zeros, length 0. `decay_heads` is the number of query heads where attention forgets."""
+        """An empty cache: all zeros, length 0. `decay_heads` is the number of query heads if there is a `log_decay`,
+        else None."""
         arrays = _zeros(batch, capacity, heads, heads, key_dim, value_dim, dtype)
         check_size("decay_heads", decay_heads)
         decay = None
@@ -153,7 +161,7 @@ def _token_first(shape):
 
 
 def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
-    """That `cache` is a `kind` of the shapes the arguments ask for."""
+    """Raise if `cache` is not a `kind` with the shapes that the other arguments need."""
     if not isinstance(cache, kind):
         raise TypeError(f"cache must be a {kind.__name__}, not {type(cache).__name__}")
     check_float("cache.key", cache.key_by_head.dtype)
@@ -177,8 +185,8 @@ def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
 
 
 def check_room(cache, segment_ids, time, window=None):
-    """Raises when values are concrete and the new tokens, `time` in a row less padding, do not fit. Under jit what does
-    not fit is lost, unsaid."""
+    """Raise if the new tokens do not fit: `time` tokens per row, without padding. The check needs concrete values.
+    Under jit it does nothing, and tokens that do not fit are lost without an error."""
     if window is not None and cache.capacity >= window:
         return
     length, ids = concrete_value(cache.length), None if segment_ids is None else concrete_value(segment_ids)
@@ -188,15 +196,16 @@ def check_room(cache, segment_ids, time, window=None):
     if np.any(length + new > cache.capacity):
         row = int(np.argmax(length + new))
         raise ValueError(
-            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and {int(new[row])} "
-            "more came; build the cache with a larger capacity"
+            f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and this call adds "
+            f"{int(new[row])}; build the cache with a larger capacity"
         )
 
 
 def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
-    """int32 [B, T]: each token's index among the real tokens of its own segment, plus start [B] (a cache's length).
+    """Positions, int32 [B, T]: each token's index in its own segment, plus `start`.
 
-    segment_ids [B, T] or None (one segment a row, no padding). Padding gets 0 + start.
+    segment_ids: [B, T], or None for one segment per row without padding. start: [B], the length of a cache, or None for
+    0. Padding gets the position 0 + start.
     """
     if segment_ids is None:
         position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -211,11 +220,12 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
 
 
 def store(cache, entries: Entries):
-    """The cache after the tokens where `entries.real` is true; slots wrap around."""
+    """`cache` with the tokens added for which `entries.real` is true. Slots wrap around: position mod capacity."""
     capacity, real = cache.capacity, entries.real
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
-    # Of several tokens for one slot only the last may write; the others, and padding, aim past the end and are dropped.
+    # If several tokens have the same slot, only the last may write. The others, and padding, get the slot `capacity`,
+    # which is out of bounds, so that the scatter drops them.
     wanted = real & (position >= length[:, None] - capacity)
     slot = jnp.where(wanted, position % capacity, capacity)
     row = jnp.arange(real.shape[0], dtype=jnp.int32)[:, None]
@@ -258,7 +268,7 @@ def _over_caches(function, tree):
 
 
 def slot_positions(cache) -> jax.Array:
-    """int32 [B, N]: the position of the token in each slot, negative where there is none."""
+    """int32 [B, N]: the position of the token in each slot, negative for an empty slot."""
     slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
     newest = cache.length[:, None] - 1
     return newest - (newest - slot) % cache.capacity

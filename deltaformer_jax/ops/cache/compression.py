@@ -1,4 +1,4 @@
-"""Cache compression: what a few keys read out of a cache, as a cache of those few entries."""
+"""Cache compression: replaces a KUCache by a smaller one that holds what a few given keys read out of it."""
 
 from __future__ import annotations
 
@@ -22,31 +22,34 @@ def compress_cache(
     capacity: int | None = None,
     segment_ids: jax.Array | None = None,
 ) -> KUCache:
-    """A KUCache {(k_j, ṽ_j)} of n entries in the place of t: what each slot key reads now, ṽ_j = Σ_i κ₂(k_j, k_i) u_i.
+    """Replaces the t entries of a KUCache by n entries (k_j, ṽ_j), the values that n slot keys read out of it.
 
-    Where the slots hold all that is ever read, and reading one brings nothing of the others, as in Theorem 1's
-    construction (keys nearly orthogonal, κ₂ rounding), nothing is lost; otherwise it is an approximation: "softmax"
-    mixes the slots' values. Compressed every O(n) tokens, a memory of n slots needs O(n) entries at every length.
+        ṽ_j = Σ_i κ₂(k_j, k_i) u_i
 
-    Letters as in `delta_attention`: G key heads of width K, Hu heads of u, a multiple of G, of width V.
+    Compression is exact under two conditions: later queries read only the slot keys, and reading one slot key returns
+    nothing of the other slots. Theorem 1's construction meets them (nearly orthogonal keys, κ₂ rounds). Otherwise
+    compression is an approximation; "softmax", for example, mixes the values of the slots. If a memory of n slots is
+    compressed every O(n) tokens, its cache needs O(n) entries at any sequence length.
+
+    Letters as in `delta_attention`: G key heads of dimension K; Hu heads of u, a multiple of G, of dimension V.
 
     Args:
       cache: a KUCache with key [B, N, G, K], value (u) [B, N, Hu, V] and length [B].
-      keys: the slots' keys: [B, n, G, K], or [n, G, K] for the same in every row; cache.key's dtype.
-      read_similarity: κ₂, a name or an object such as Round(decimals=0).
-      read_scale: multiplies k_j·k_i; None means K ** -0.5. Keys of unit length want 1.
-      capacity: entries of the new cache, at least n; None means the old one's.
-      segment_ids: [B, n] ints, 0 where a row has no such slot; None: all rows have all n.
+      keys: the slot keys: [B, n, G, K], or [n, G, K] for the same keys in every row; cache.key's dtype.
+      read_similarity: κ₂, as in `delta_attention`: a name or an object such as Round(decimals=0).
+      read_scale: multiplies k_j·k_i; None means K ** -0.5. For keys of unit length use 1.
+      capacity: number of slots of the new cache, at least n; None means that of the given cache.
+      segment_ids: [B, n] ints, 0 for slot keys that a row does not have; None means that every row has all n.
 
     Returns:
-      a KUCache of that capacity, length n (or the number of slots a row has), dtypes as in the old one. Sums are in
-      float32 (float64 for float64). A rotary embedding counts from the cache's length: give it `positions` to go on
-      from where the text was.
+      A new KUCache of that capacity with the given cache's dtypes. Its length is the number of slot keys of the row.
+      Sums are float32 (float64 for float64). A rotary embedding counts positions from the cache's length. To continue
+      from the position in the text, pass `positions` to it.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, names and sizes that do not fit, naming the argument.
+      ValueError, TypeError: a shape, dtype, name or size that does not fit. The message names the argument.
 
-    Cost: 2 n N (K + V) Hu B floating-point operations; memory n N Hu B scores.
+    Cost: 2 n N (K + V) Hu B floating-point operations; memory: n N Hu B scores.
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, section 3.3.1 and appendix C.
     """
@@ -59,7 +62,7 @@ def compress_cache(
     checks.check_size("capacity", capacity)
     capacity = cache.capacity if capacity is None else capacity
     if capacity < slots:
-        raise ValueError(f"capacity={capacity}: must be at least the number of keys, {slots}")
+        raise ValueError(f"capacity={capacity}: it must be at least the number of keys, {slots}")
     segment_ids = checks.as_segment_ids(segment_ids, keys)
     checks.check_one_document(segment_ids)
     return _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids)
@@ -88,7 +91,7 @@ def _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids):
 
 
 def _checked_keys(cache: KUCache, keys: jax.Array) -> jax.Array:
-    """keys as [B, n, G, K]."""
+    """`keys` checked against the cache and broadcast to [B, n, G, K]."""
     batch, _, heads, width = cache.key.shape
     if not hasattr(keys, "shape") or not hasattr(keys, "dtype"):
         raise TypeError(f"keys must be an array, not {type(keys).__name__}")
@@ -97,9 +100,9 @@ def _checked_keys(cache: KUCache, keys: jax.Array) -> jax.Array:
         keys = jnp.broadcast_to(keys[None], (batch, *shape))
     if keys.ndim != 4 or keys.shape[1] == 0 or (keys.shape[0], *keys.shape[2:]) != (batch, heads, width):
         raise ValueError(
-            f"keys have shape {shape}: must be [batch, slots, heads, width] = [{batch}, n, {heads}, {width}] of the "
-            f"cache's keys, or [n, {heads}, {width}] for the same in every row"
+            f"keys have shape {shape}: to fit the cache they must have shape [batch, slots, heads, width] = "
+            f"[{batch}, n, {heads}, {width}], or [n, {heads}, {width}] for the same keys in every row"
         )
     if keys.dtype != cache.key.dtype:
-        raise TypeError(f"keys are {keys.dtype} but the cache's are {cache.key.dtype}: cast them to one dtype")
+        raise TypeError(f"keys are {keys.dtype} but cache.key is {cache.key.dtype}: cast them to one dtype")
     return jnp.asarray(keys)

@@ -1,13 +1,15 @@
-"""Going on from a cache: a block of new tokens against what is remembered and against each other.
+"""Continues an op from a cache: a block of new tokens attends to the cached tokens and to each other.
 
-For a block of T tokens after N remembered ones,
+For a block of T tokens after N cached ones,
 
     U = (I + diag(β) A_new)⁻¹ (diag(α) V − diag(β) A_old U_old),      O = P_old U_old + P_new U
 
-where a row's similarity is normalised over both parts together. One token at a time this is decoding; a prompt comes
-block by block, so that no more than block × capacity scores exist at once. Work O(T · capacity · (K+V)) a head.
+A row's similarity is normalised over both parts together. A block of one token is a decoding step. A prompt is
+processed block by block, so that at most block × capacity scores per head exist at once. Work: O(T · capacity · (K+V))
+per head.
 
-Differentiable by JAX itself; heads are laid out [B, T, G, n, r, ·] with Hu = G·n write heads and H = G·n·r query heads.
+JAX differentiates these functions itself. Heads are laid out [B, T, G, n, r, ·], with Hu = G·n write heads and
+H = G·n·r query heads.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from deltaformer_jax.ops.common.triangular import solve_by_halves
 
 
 def _einsum(equation, *arrays):
-    """Sums in the accumulation dtype; arrays of unlike dtypes are widened to it first."""
+    """jnp.einsum that sums in the accumulation dtype. Arrays of different dtypes are cast to it first."""
     dtype = accumulation_dtype(arrays[0].dtype)
     if len({x.dtype for x in arrays}) > 1:
         arrays = [x.astype(dtype) for x in arrays]
@@ -32,20 +34,22 @@ def _einsum(equation, *arrays):
 
 
 def _scores(rows, old_keys, new_keys, scale):
-    """rows [B,T,G,n,r,K] against [B,G,N,K] and [B,T,G,K] -> [B,G,n,r,T,N+T]."""
+    """Scores of rows [B,T,G,n,r,K] with the cached keys [B,G,N,K] and the new keys [B,T,G,K] -> [B,G,n,r,T,N+T]."""
     old, new = _einsum("btgnrk,bgsk->bgnrts", rows, old_keys), _einsum("btgnrk,bsgk->bgnrts", rows, new_keys)
     return jnp.concatenate([old, new], axis=-1) * scale
 
 
 def _values(weights, old, new):
-    """[B,G,n,r,T,N+T] times [B,G,n,N,V] and [B,T,G,n,V] -> [B,T,G,n,r,V]."""
+    """Weights [B,G,n,r,T,N+T] times the cached values [B,G,n,N,V] and the new values [B,T,G,n,V] -> [B,T,G,n,r,V].
+    `new` None: only the cached values are summed."""
     split = old.shape[3]
     total = _einsum("bgnrts,bgnsv->btgnrv", weights[..., :split], old)
     return total if new is None else total + _einsum("bgnrts,bsgnv->btgnrv", weights[..., split:], new)
 
 
 def _visible(cache, real, strict, window):
-    """[B, 1, 1, 1, T, N+T]: what each new token sees of the slots and of the new tokens."""
+    """[B, 1, 1, 1, T, N+T] bools: which cache slots and which new tokens each new token sees. `strict` excludes the
+    token itself."""
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     slots = slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
@@ -60,12 +64,15 @@ def _visible(cache, real, strict, window):
 
 
 def _weights(similarity, scores, visible, dtype):
+    """The similarity of whole rows. Softmax weights are cast to `dtype`, the inputs' dtype; the weights of the other
+    similarities stay in the accumulation dtype."""
     weights = row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape))
     return weights.astype(dtype) if similarity.normalised else weights
 
 
 def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
-    """One block: (output [B,T,H,V], its Entries). `write_query` [B,T,Hu,K]; `real` [B,T] is False at padding."""
+    """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `real` [B,T] is False at
+    padding."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)
@@ -80,11 +87,11 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
     new = weights[:, :, :, 0, :, cache.capacity :].astype(acc)
     if t > 1:
-        # Only the strict lower triangle is read: the diagonal is 1.
+        # The solver reads only the strict lower triangle and takes the diagonal as 1.
         matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
         u = jnp.moveaxis(solve_by_halves(matrix, jnp.moveaxis(target, 1, 3)), 3, 1)
     else:
-        u = target  # a lone token's system is the identity
+        u = target  # for a single token, I + diag(β) A_new is the identity
 
     scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
     weights = _weights(plan.read_similarity, scores, _visible(cache, real, False, None), key.dtype)
@@ -94,14 +101,15 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
 
 
 def extend_attention(cache, query, key, value, log_decay, sinks, real, similarity, scale, window):
-    """One block of plain attention, log_decay [B,T,H] and sinks [H] or None: (output [B,T,H,V], its Entries)."""
+    """Softmax attention of one block: (output [B,T,H,V], its Entries). log_decay is [B,T,H] or None, sinks is [H] or
+    None."""
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
     if log_decay is not None:
         scores = scores + _decay(cache.decay_by_head, log_decay).reshape(scores.shape)
     visible = jnp.broadcast_to(_visible(cache, real, False, window), scores.shape)
     if sinks is not None:
-        # One more column, of value 0: it only takes its part of the normaliser.
+        # The sink is one more column of scores. Its value is 0, so it only adds e^b to the normaliser.
         column = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, g, 1, -1, 1, 1), (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, column], axis=-1)
         visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
@@ -113,7 +121,10 @@ def extend_attention(cache, query, key, value, log_decay, sinks, real, similarit
 
 
 def _decay(old, log_decay):
-    """[B,H,T,N+T]: the sum of the log decays after each slot's token, old [B,H,N], and after each new token."""
+    """D [B,H,T,N+T]: for each new token, the sum of the log decays after each cached and each new token up to it.
+
+    old [B,H,N] is the cache's `decay_by_head`, the sums up to the block's start; log_decay is [B,T,H].
+    """
     prefix = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, 2)
     among_new = jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 1, 0)), (2, 3), (0, 1))
     return jnp.concatenate([old[:, :, None] + prefix[..., None], among_new], axis=-1)
@@ -123,7 +134,7 @@ def extend_in_blocks(step, cache, arrays, size):
     """`step(cache, *arrays) -> (output, Entries)` over blocks of `size` tokens, each of which sees the blocks before:
     (output, the cache with all of them or, if it is read only, their Entries). The arrays are [B, T, …] or None.
 
-    The last block is filled up with padding: the last array is `real`, and its filling is False.
+    The last block is filled up with zeros. The last array is `real`, so that the filled rows are False there: padding.
     """
     length = arrays[0].shape[1]
     if size >= length:

@@ -1,1 +1,1 @@
-"""What all ops are made of: checks, heads, tiles, triangular systems, similarities, the choice of an implementation."""
+"""Parts that several ops share: argument checks, head layout, tiles, triangular systems, similarities, dispatch."""

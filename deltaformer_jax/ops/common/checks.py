@@ -1,4 +1,4 @@
-"""What every op checks of its arguments while tracing, and of values when they are concrete."""
+"""Argument checks that the ops share. Shapes and dtypes are checked while tracing, values only if they are concrete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOATS = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def check_tokens(name, x):
-    """x [B,T,heads,width], of a float dtype, with a token, a head and a channel at least."""
+    """Raise if x is not an array [B, T, heads, width] of a float dtype with at least one token, head and channel."""
     if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
         raise TypeError(f"{name} must be an array, not {type(x).__name__}")
     if x.ndim != 4:
@@ -28,7 +28,8 @@ def check_float(name, dtype):
 
 
 def check_heads(query, key, value):
-    """query [B,T,H,K] or None, key [B,T,G,K], value [B,T,G,V] of one float dtype, H a multiple of G."""
+    """Raise if the arrays are not query [B,T,H,K], key [B,T,G,K], value [B,T,G,V] of one float dtype, with H a multiple
+    of G. `query` and `value` may be None."""
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
         if x is None:
@@ -48,13 +49,14 @@ def check_heads(query, key, value):
 
 def check_multiple(name, heads, key_heads):
     if heads % key_heads:
-        raise ValueError(f"{name} has {heads} heads, which is not a multiple of key's {key_heads}")
+        raise ValueError(f"{name} has {heads} heads: it must be a multiple of key's {key_heads} heads")
 
 
 def as_gate(name, gate, heads, shapes, like):
-    """`gate` where it is a float array of one of `shapes` or None; a number becomes an array of the first shape.
+    """`gate` as a float array of one of `shapes`, or None if it is None. A number is broadcast to the first shape.
 
-    `heads` says in an error whose heads they are. A number that is no array takes the accumulation dtype of `like`.
+    A Python number gets the accumulation dtype of `like`. `heads` names the heads in error messages, for example
+    "query heads".
     """
     if gate is None:
         return None
@@ -71,7 +73,7 @@ def as_gate(name, gate, heads, shapes, like):
 
 
 def as_log_decay(log_decay, heads, shapes, segment_ids, like):
-    """As `as_gate`, for log decays: finite and at most 0 at every real token where their values are known."""
+    """`as_gate` for log_decay. If its values are known, they must be finite and at most 0 at every real token."""
     log_decay = as_gate("log_decay", log_decay, heads, shapes, like)
     if log_decay is not None:
         _check_decay_values(log_decay, segment_ids)
@@ -86,17 +88,18 @@ def _check_decay_values(log_decay, segment_ids):
         values = values[ids != 0]
     if not np.all(np.isfinite(values)):
         raise ValueError(
-            "log_decay holds -inf or NaN: it must be finite; e^-1000 is 0 already, so pass -1000 to forget"
+            "log_decay holds -inf, inf or NaN: it must be finite and at most 0; to forget everything, pass -1000, "
+            "whose exponential is 0"
         )
     if np.any(values > 0):
         raise ValueError(
-            f"log_decay holds {float(values.max()):.3g}: natural logs of decays are at most 0; pass "
-            "jax.nn.log_sigmoid(x) or -jax.nn.softplus(x)"
+            f"log_decay holds {float(values.max()):.3g}: the natural log of a decay must be at most 0; pass, for "
+            "example, jax.nn.log_sigmoid(x) or -jax.nn.softplus(x)"
         )
 
 
 def check_sinks(sinks, heads):
-    """[heads], floats: a logit for each query head."""
+    """Raise if `sinks` is neither None nor a float array [heads], one logit per query head."""
     if sinks is None:
         return
     if not hasattr(sinks, "shape") or tuple(sinks.shape) != (heads,):
@@ -107,8 +110,8 @@ def check_sinks(sinks, heads):
 
 
 def as_segment_ids(segment_ids, key):
-    """segment_ids [B, T] as int32, which kernels take; raises for what is none, and where their values are known for
-    ids that come back."""
+    """segment_ids [B, T] as int32, the dtype that the kernels need. Raises if they are not an integer array [B, T], or
+    if their values are known and an id occurs in two separate runs of a row."""
     if segment_ids is None:
         return None
     if not hasattr(segment_ids, "shape") or tuple(segment_ids.shape) != tuple(key.shape[:2]):
@@ -123,34 +126,40 @@ def as_segment_ids(segment_ids, key):
 
 
 def as_int32(integers):
-    """An integer array as int32: sums and comparisons in a narrow type would wrap around."""
+    """An integer array as int32. In a narrower type, sums could overflow."""
     return integers if integers.dtype == jnp.int32 else integers.astype(jnp.int32)
 
 
 def _renumbered(ids):
-    """64-bit ids as int32: runs of one id numbered 1, 2, … in each row, 0 where they are 0."""
+    """64-bit ids as int32: each run of equal ids gets the number of changes before it, plus 1; 0 (padding) stays 0.
+
+    A cast alone could make two different ids equal.
+    """
     changes = ids[:, 1:] != ids[:, :-1]
     number = jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32) + 1
     return jnp.where(ids != 0, number, 0)
 
 
 def _check_runs(ids):
-    """Ids that come back in a row would see each other in some forms and not in others."""
+    """Raise if an id occurs in two separate runs of a row. The two runs would see each other in some implementations
+    and not in others."""
     for row in ids:
         starts = row[np.concatenate([[True], row[1:] != row[:-1]])]
         starts = starts[starts != 0]
         if len(np.unique(starts)) != len(starts):
-            raise ValueError("segment_ids: an id comes back after another one in the same row; number each run anew")
+            raise ValueError(
+                "segment_ids: an id occurs in two separate runs of the same row; give every run an id of its own"
+            )
 
 
 def check_size(name, size):
-    """A positive Python integer, or None."""
+    """Raise if `size` is neither a positive Python or NumPy integer nor None."""
     if size is not None and not _is_count(size):
         raise ValueError(f"{name}={size!r}: it must be a positive integer or None")
 
 
 def check_count(name, size):
-    """A positive Python integer."""
+    """Raise if `size` is not a positive Python or NumPy integer."""
     if not _is_count(size):
         raise ValueError(f"{name}={size!r}: it must be a positive integer")
 
@@ -160,7 +169,7 @@ def _is_count(size):
 
 
 def check_scale(name, scale, width):
-    """The scale as a Python float; None is width ** -0.5."""
+    """The scale as a Python float. None means width ** -0.5."""
     if scale is None:
         return float(width) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
@@ -169,21 +178,23 @@ def check_scale(name, scale, width):
 
 
 def concrete_value(x):
-    """x as a NumPy array when its value is known, None while tracing."""
+    """x as a NumPy array if its value is known; None if x is traced."""
     if isinstance(x, jax.core.Tracer):
         return None
     return np.asarray(x)
 
 
 def check_write_query(write_query, query, key):
-    """An array [B, T, Hu, K] of key's dtype, Hu the number of key heads or of query heads."""
+    """Raise if `write_query` is not an array [B, T, Hu, K] of key's dtype. Hu must be the number of key heads or of
+    query heads; if `query` is None, any multiple of the number of key heads."""
     if not hasattr(write_query, "ndim") or write_query.ndim != 4:
         raise ValueError('write_query must be "key", "query" or an array [batch, time, heads, width]')
     if write_query.dtype != key.dtype:
         raise TypeError(f"write_query is {write_query.dtype} but key is {key.dtype}: cast them to one dtype")
     if write_query.shape[:2] != key.shape[:2] or write_query.shape[3] != key.shape[3]:
         raise ValueError(
-            f"write_query has shape {tuple(write_query.shape)}: batch, time and width must be key's, {tuple(key.shape)}"
+            f"write_query has shape {tuple(write_query.shape)} but key has {tuple(key.shape)}: make batch, time and "
+            "width equal"
         )
     heads = write_query.shape[2]
     if query is None:
@@ -195,7 +206,8 @@ def check_write_query(write_query, query, key):
 
 
 def check_one_document(segment_ids):
-    """With a cache, ids say what is padding and nothing else."""
+    """Raise if a row has more than one segment, where values are known. A cache holds one document per row, so the ids
+    may only mark padding."""
     if segment_ids is None:
         return
     concrete = concrete_value(segment_ids)
@@ -203,4 +215,7 @@ def check_one_document(segment_ids):
         return
     for row in concrete:
         if len(np.unique(row[row != 0])) > 1:
-            raise ValueError("segment_ids: a cache holds one document a row, but a row has several ids")
+            raise ValueError(
+                "segment_ids: a row has several ids, but a cache holds one document per row; use one id and 0 for "
+                "padding, or put each document in a row of its own"
+            )

@@ -1,15 +1,16 @@
-"""The read of an associative memory, one head of keys, tile by tile:
+"""The read of an associative memory, tile by tile, forward and backward:
 
     o_t = Σ_{i≤t} κ(q_t, k_i) u_i
 
-With κ = softmax this is flash attention (Dao et al., arXiv 2205.14135); the other similarities have no normaliser.
-Several query heads may share the keys: their queries are the r rows of a token, folded into q [B, h, T·r, K].
+With κ = softmax this is flash attention (Dao et al., arXiv 2205.14135). The other similarities have no normaliser.
+The r query heads that share a key head are folded into rows, r per token: q is [B, h, T·r, K].
 
-Backward, with P the weights and D_i = dO_i·o_i − dlse_i for softmax, 0 otherwise:
+The backward pass, with P the weights, and D_i = dO_i·o_i − dlse_i for softmax, 0 otherwise:
 
     dU = Pᵀ dO,   dS_ij = κ'(s_ij) (dO_i·u_j − D_i),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-in five products per pair of tiles. Memory O(T (K+V)). What score_decay.py adds to the scores costs no product.
+It takes five matrix products per pair of tiles. Memory: O(T (K+V)) per head. The decay that score_decay.py adds to the
+scores needs no matrix product.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from deltaformer_jax.ops.common.score_decay import add_decay, log_decay_gradient
 
 
 def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
-    """Which columns of tile j the rows of tile i see: [B or 1, 1, C·r, C], or None for all of them."""
-    # Inside a tile the same for all of them, and so made once for all loops.
+    """Which columns of tile j the rows of tile i see: [B or 1, 1, C·r, C] bools, or None for all of them."""
+    # The distance inside a tile does not depend on i or j, so XLA computes it once, outside the loops.
     column = jnp.arange(chunk, dtype=jnp.int32)
     ago = (jnp.repeat(column, rows_per_token)[:, None] - column[None, :])[None, None]
     visible = ago >= 0 if diagonal else None
@@ -36,8 +37,10 @@ def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
 
 
 def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None):
-    """q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None,
-    first [T/C] -> o [B, h, T·r, V], lse [B, h, T·r], both in the accumulation dtype.
+    """(o [B, h, T·r, V], lse [B, h, T·r]), both in the accumulation dtype; lse is the log-sum-exp of each row.
+
+    q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None, first
+    [T/C] (`tiles.first_chunks`).
     """
     batch, heads, length, width = u.shape
     group = q.shape[2] // length
@@ -71,7 +74,8 @@ def read_backward(
 ):
     """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [B, h, T·r, V] and dlse [B, h, T·r] (None: 0).
 
-    All are in the accumulation dtype, dlog_decay [B, h, T, r] or None; `out` is read for softmax only.
+    All gradients are in the accumulation dtype. dlog_decay is [B, h, T, r] or None. `last` is `tiles.last_chunks`.
+    `out` is used for softmax only.
     """
     batch, heads, length, _ = k.shape
     group = q.shape[2] // length
@@ -117,6 +121,7 @@ def read_backward(
     dq, dk, du, column_sums = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
     if decay is None:
         return dq, dk, du, None
-    # A softmax row's dS adds up to what comes in through its log-sum-exp.
+    # The row sums of dD = dS need no accumulation: a softmax row of dS sums to dlse_i, the cotangent of the row's
+    # log-sum-exp.
     row_sums = jnp.zeros_like(column_sums) if dlse is None else dlse.reshape(column_sums.shape)
     return dq, dk, du, log_decay_gradient(row_sums, column_sums)

@@ -1,4 +1,4 @@
-"""The body of an op, behind its checks: compiled once for each shape, also where the op is called outside jit."""
+"""Compiles the body of an op, which runs after its argument checks, once per shape, also outside the user's jit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import jax
 
 
 def compiled(static_arguments: int, forward_mode: str = "'recurrent' or 'parallel'") -> Callable:
-    """Decorates body(*static, *arrays): jax.jit, of which the first `static_arguments` arguments are constants.
+    """Decorates body(*static, *arrays) with jax.jit; the first `static_arguments` arguments are static.
 
-    Forms with a backward of their own have no derivative in forward mode: JAX's error about that becomes one that names
-    the implementations that have, `forward_mode`. Under an outer jit the error is JAX's own: it comes after the op.
+    Implementations with a hand-written backward pass have no forward-mode derivative. JAX's error about that is
+    replaced by one that names the implementations that have it, `forward_mode`. Under an outer jit the error remains
+    JAX's own, because JAX raises it after this function has returned.
     """
 
     def decorate(body):
@@ -26,7 +27,7 @@ def compiled(static_arguments: int, forward_mode: str = "'recurrent' or 'paralle
                 if "custom_vjp" not in str(error) or "forward-mode" not in str(error):
                     raise
                 raise NotImplementedError(
-                    "this implementation has a backward of its own and no derivative in forward mode (jax.jvp, "
+                    "this implementation has a hand-written backward pass and no forward-mode derivative (jax.jvp, "
                     f"jax.jacfwd, jax.hessian): use implementation={forward_mode}, or jax.grad, jax.vjp, jax.jacrev"
                 ) from error
 

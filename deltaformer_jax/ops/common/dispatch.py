@@ -1,13 +1,14 @@
-"""Who computes a call of an op: its portable form, or kernels that are made for one platform.
+"""Chooses the implementation of an op's call: its portable form "chunked", or kernels for one platform.
 
-BACKENDS says what kernels each op has, for which platform, how they are loaded and which package they miss. What they
-lack for one call (a dtype, a width, an argument) their own module says, in its `lacks`. A module of kernels is imported
-when a call may need it and not before: what it is written in need not be installed.
+BACKENDS lists the kernels of each op: their platform, how their module is loaded, and whether a package they need is
+missing. A kernel module's `lacks` function says whether it supports a given call (its dtype, head dimension,
+arguments). A kernel module is imported only when a call may need it, because the packages it uses are optional.
 
-    implementation=None         the kernels of the platform that the program is compiled for, where there are some that
-                                can do the call; else the form "chunked", which runs everywhere
-    implementation="triton"     those kernels or NotImplementedError: at once for a package that is missing or a call
-                                that they lack, and when the program is compiled for another platform
+    implementation=None         the default choice: the kernels of the platform that the program is compiled for if they
+                                support the call; else the form "chunked", which runs on every platform
+    implementation="triton"     (or any other kernels' name) those kernels, or NotImplementedError. The error is raised
+                                while tracing if a package is missing or the kernels do not support the call, and while
+                                lowering if the program is compiled for another platform
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def _splash():
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Kernels for one platform: how their module is loaded, and which package is not installed (None: all are)."""
+    """Kernels for one platform. `load` imports their module. `missing` says which package is not installed, or None."""
 
     platform: str
     load: Callable[[], ModuleType]
     missing: Callable[[], str | None] = lambda: None
 
 
-# Op -> the implementation's name -> its kernels.
+# Op -> name of the implementation -> its kernels.
 BACKENDS = {
     "delta": {
         "triton": Backend("cuda", _triton_delta, packages.missing),
@@ -89,28 +90,32 @@ BACKENDS = {
     },
 }
 
-# The portable forms: the definition token by token, T×T matrices, a scan over chunks.
+# The portable implementations: the definition token by token, T×T matrices, a scan over chunks.
 FORMS = ("recurrent", "parallel", "chunked")
 
-# All that some op has.
+# The names that at least one op has.
 IMPLEMENTATIONS = (*FORMS, *dict.fromkeys(name for backends in BACKENDS.values() for name in backends))
 
 
 class Kernels(NamedTuple):
-    """A backend's kernels bound to one call: why they cannot do it (None: they can), and inputs -> outputs."""
+    """A backend's kernels bound to one call: why they do not support it (None if they do), and the function
+    inputs -> outputs."""
 
     lacks: str | None
     function: Callable[[Any], Any] | None = None
 
 
 def check_implementation(op: str, implementation: str | None, forms: tuple[str, ...] = FORMS) -> None:
-    """Raise for a name that is no implementation of `op`: NotImplementedError if another op has it, else ValueError."""
+    """Raise if `implementation` is not the name of an implementation of `op`.
+
+    NotImplementedError: the name is that of kernels that only other ops have. ValueError: any other name.
+    """
     available = (*forms, *BACKENDS[op])
     if implementation is None or implementation in available:
         return
     if implementation in IMPLEMENTATIONS and implementation not in FORMS:
         raise NotImplementedError(
-            f"implementation={implementation!r}: this op has no such kernels; give one of {available} or None"
+            f"implementation={implementation!r}: this op has no kernels of that name; give one of {available} or None"
         )
     near = difflib.get_close_matches(str(implementation), available, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -125,9 +130,9 @@ def dispatch(
     chunked: Callable[[Any], Any],
     bind: Callable[[str, ModuleType], Kernels],
 ) -> Any:
-    """The outputs of `op` for `inputs`, a pytree of arrays, by the implementation that the caller names or None.
+    """The outputs of `op` for `inputs`, a pytree of arrays, by the named implementation or the default choice (None).
 
-    `chunked(inputs)` is the portable form; `bind(name, module)` binds a backend's module to this call.
+    `chunked(inputs)` is the portable form. `bind(name, module)` binds a kernel module to this call.
     """
     if implementation == "chunked" or (implementation is None and varies(inputs)):
         return chunked(inputs)
@@ -140,7 +145,7 @@ def dispatch(
     if kernels.lacks is not None:
         raise NotImplementedError(f"implementation={implementation!r}: {kernels.lacks}; use None or 'chunked'")
     message = f"implementation={implementation!r} runs on {backend.platform} only: use None or 'chunked'"
-    return only_on(backend.platform, f"{message} to run on what there is", kernels.function, inputs)
+    return only_on(backend.platform, f"{message} to run on another platform", kernels.function, inputs)
 
 
 def _bound(name: str, backend: Backend, bind: Callable[[str, ModuleType], Kernels]) -> Kernels:
@@ -152,15 +157,16 @@ def _bound(name: str, backend: Backend, bind: Callable[[str, ModuleType], Kernel
 
 
 def _narrow(x):
-    """Float64 gates and states beside narrower values as float32, which kernels keep them in."""
+    """A float64 array as float32. The kernels keep gates and states in float32, and a caller may give them in float64
+    beside narrower values."""
     return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
 
 
 class KernelCall(NamedTuple):
-    """What is known while tracing a call of kernels with a backward of their own.
+    """The static part of a call of kernels that have a hand-written backward pass.
 
-    The implementation's name, the module and its Settings; the type of the inputs; and which implementations of the op
-    have the derivatives that these kernels lack.
+    name: the implementation's name. module: the kernel module. settings: its `Settings`. inputs: the NamedTuple type of
+    the inputs. differentiable: the implementations that have the derivatives which these kernels lack, for an error.
     """
 
     name: str
@@ -172,9 +178,10 @@ class KernelCall(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_kernels(call: KernelCall, inputs):
-    """The pair of outputs of `call.module.forward(settings, *inputs)`, with `call.module.backward` for its gradient.
+    """The outputs of `call.module.forward(settings, *inputs)`, differentiated by `call.module.backward`.
 
-    `inputs` is a NamedTuple in the order of forward's arguments, of which the last holds integers and has no gradient.
+    `inputs` is a NamedTuple in the order of forward's arguments. Its last array holds integers or booleans and has no
+    gradient.
     """
     return _forward(call, inputs)[0]
 

@@ -1,7 +1,8 @@
-"""Backwards written by hand, which have no derivative of their own and say so.
+"""Hand-written backward passes, which have no derivative of their own and raise a clear error if one is asked for.
 
-jax.custom_vjp differentiates whatever a backward happens to compute: without a word where that goes through, which
-nobody has checked, and far from the cause where it does not, as in a loop of unknown length or a kernel.
+Without this, JAX would differentiate the code of the backward pass. Either that works, with a second derivative that no
+test checks; or it fails inside the code, for example in a loop of unknown length or in a kernel, with an error that
+does not name the cause.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import jax
 
 
 def hand_written(name: str | Callable[..., str], instead: str | Callable[..., str]):
-    """Decorates backward(plan, residuals, cotangents): its own derivative raises NotImplementedError.
+    """Decorates backward(plan, residuals, cotangents) so that differentiating it raises NotImplementedError.
 
-    `name` is the implementation's; `instead` says which have the derivative. Either may be a function of the plan.
+    `name` is the implementation's name. `instead` says which implementations have the second derivative. Either may be
+    a function of the plan.
     """
 
     def decorate(backward):
@@ -25,7 +27,8 @@ def hand_written(name: str | Callable[..., str], instead: str | Callable[..., st
         def no_second_derivative(plan, primals, tangents):
             implementation, others = (said(plan) if callable(said) else said for said in (name, instead))
             raise NotImplementedError(
-                f"implementation={implementation!r} has a hand-written backward and no second derivative: use {others}"
+                f"implementation={implementation!r} has a hand-written backward pass and no second derivative: use "
+                f"{others}"
             )
 
         return once

@@ -1,8 +1,8 @@
-"""How heads are laid out: [B, T, H, …] outside, one head at a time with time first inside.
+"""Layout of heads: an op's arguments are [B, T, H, …]; its inner functions take one head, with time first.
 
-Query heads h·r … h·r + r − 1 share key/value head h (r = H/G), as in grouped-query attention. u belongs to the heads of
-the write query: Hu = G or H. Where Hu = H > G the keys and values are repeated; where Hu = G < H the r query heads of a
-group are folded into rows, [T·r, K].
+Query heads h·r … h·r + r − 1 share key/value head h (r = H/G), as in grouped-query attention. u has the heads of the
+write query: Hu = G or H. If Hu = H > G, the keys and values are repeated for each write head. If Hu = G < H, the r
+query heads of a group are folded into rows, [T·r, K].
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 
 def over_heads(function, *, shared):
-    """`function` of one head mapped over batch and heads: leading axes [B, h], or [B] for the arguments in `shared`.
+    """`function` of one head, mapped over batch and heads.
 
-    `shared` names positions of the arguments that all heads of a row have in common, "rows"; arguments that the whole
-    batch has in common are closed over by the caller.
+    Arguments have leading axes [B, h]. `shared` lists the positions of arguments that all heads of a batch row share,
+    for example segment ids; these have the leading axis [B] only.
     """
 
     def mapped(*arguments):
@@ -36,7 +36,7 @@ def heads_last(x):
 
 
 def repeat_heads(x, heads):
-    """[B, T, G, …] -> [B, T, heads, …], each head `heads`/G times in a row; None stays None."""
+    """[B, T, G, …] -> [B, T, heads, …], each head repeated `heads`/G times; None stays None."""
     if x is None or x.shape[2] == heads:
         return x
     return jnp.repeat(x, heads // x.shape[2], axis=2)

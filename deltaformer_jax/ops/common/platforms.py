@@ -1,7 +1,8 @@
-"""A function that exists on one platform only: what a named implementation runs, or the error it is refused with.
+"""Functions that exist on one platform only: `only_on` runs one there and raises NotImplementedError elsewhere.
 
-The platform is the one the program is compiled for, which while tracing nobody knows: a TPU's program may be compiled
-on a CPU. So the refusal waits in the program as a primitive that cannot be lowered.
+The platform is the one that the program is compiled for. It is not known while tracing: a TPU program may be compiled
+on a CPU machine. `only_on` therefore puts a primitive into the program that cannot be lowered. Lowering raises the
+error if the program is compiled for another platform.
 """
 
 from __future__ import annotations
@@ -37,22 +38,23 @@ batching.primitive_batchers[_refusal] = lambda arguments, dims, **settings: (_re
 
 
 def varies(*arrays) -> bool:
-    """Whether JAX keeps account of mesh axes that any of the arrays varies over, as inside shard_map by default.
+    """Whether JAX tracks mesh axes that any of the arrays varies over. It does so by default inside shard_map.
 
-    A kernel says nothing of its outputs' axes: there it needs check_vma=False, under which nothing is accounted for.
+    The kernels do not declare the mesh axes that their outputs vary over. Inside shard_map they need check_vma=False,
+    with which JAX tracks no axes.
     """
     kinds = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(arrays)]
     return any(kind.varying for kind in kinds)
 
 
 def only_on(platform: str, message: str, function: Callable, *arguments):
-    """function(*arguments) where the program is compiled for `platform` ("tpu", "cuda", "cpu").
+    """function(*arguments) if the program is compiled for `platform` ("tpu", "cuda", "cpu").
 
-    Lowering for another raises NotImplementedError(message).
+    Lowering for another platform raises NotImplementedError(message).
     """
     outputs, inputs = jax.eval_shape(function, *arguments), jax.eval_shape(lambda *x: x, *arguments)
 
-    # The gradients are a refusal too: zeros would do for a value nobody uses, and the program would be compiled.
+    # The gradients must not be zeros: a program that uses the gradients only would then compile, and return zeros.
     @jax.custom_vjp
     def refuse(*_):
         return _refused(message, outputs)
@@ -65,7 +67,7 @@ def only_on(platform: str, message: str, function: Callable, *arguments):
 
 
 def _refused(message, like):
-    """Arrays as `like`'s that make the program one that cannot be lowered."""
+    """Arrays with the shapes and dtypes of `like`, from a primitive that raises `message` when it is lowered or run."""
     shapes, structure = jax.tree.flatten(like)
     out = _refusal.bind(message=message, shapes=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes))
     return jax.tree.unflatten(structure, out)

@@ -1,13 +1,13 @@
-"""Forgetting in softmax attention: what is added to the scores, tile by tile, and the gradient of it.
+"""The forgetting gate of softmax attention: the decay D that is added to the scores, tile by tile, and its gradient.
 
     s_ij = scale · q_i·k_j + D_ij,      D_ij = Σ_{j<l≤i} g_l,      g ≤ 0 the log decay of a token
 
-D is never a difference of long cumulative sums, which loses every digit under strong decay: between chunks it is the
-sum of three non-positive parts,
+D is never computed as a difference of long cumulative sums: with strong decay the difference would lose all digits.
+Between two chunks, D is the sum of three non-positive parts,
 
     D_ij = (Σ of g from i's chunk's start to i) + (Σ over the whole chunks between) + (Σ of g after j in j's chunk)
 
-and inside a chunk it is summed for each j anew. The gradient of g_l gathers every pair that l lies between:
+Inside a chunk, D is a separate cumulative sum for each j. The gradient of g_l sums over all pairs j < l ≤ i:
 
     dg_l = Σ_{j<l≤i} dD_ij = Σ_{i≥l} R_i − Σ_{j≥l} C_j,      R, C the row and column sums of dD
 
@@ -26,7 +26,11 @@ from deltaformer_jax.ops.common import tiles
 
 
 class ScoreDecay(NamedTuple):
-    """Of key heads with r query heads each: log_decay, prefix, suffix [B, G, T, r], between [B, G, T/C, T/C, r]."""
+    """The parts of D, for G key heads with r query heads each.
+
+    log_decay [B, G, T, r]; prefix [B, G, T, r], the sum from the chunk's start to each token; suffix [B, G, T, r], the
+    sum after each token to the chunk's end; between [B, G, T/C, T/C, r], the sum over the whole chunks between two.
+    """
 
     log_decay: jax.Array
     prefix: jax.Array
@@ -35,7 +39,7 @@ class ScoreDecay(NamedTuple):
 
 
 def decay_between(log_decay):
-    """D [N, N, …] of log_decay [N, …]: the sum of what lies after j up to i for j < i, 0 elsewhere."""
+    """D [N, N, …] of log_decay [N, …]: D_ij = Σ_{j<l≤i} g_l for j < i, 0 elsewhere."""
     time = log_decay.shape[0]
     index = jnp.arange(time, dtype=jnp.int32)
     after = index[:, None] > index[None, :]
@@ -44,19 +48,21 @@ def decay_between(log_decay):
 
 
 def _between(log_decay):
-    """The same of log_decay [B, G, N, r]: D [B, G, N, N, r]."""
+    """`decay_between` for log_decay [B, G, N, r]: D [B, G, N, N, r]."""
     return jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 2, 0)), (0, 1), (2, 3))
 
 
 def score_decay(log_decay, chunk) -> ScoreDecay | None:
-    """What the tiles need of log_decay [B, G, T, r], in the accumulation dtype. (T/C)² r numbers beside O(T r)."""
+    """The parts of D for log_decay [B, G, T, r] in the accumulation dtype. Memory per key head: (T/C)² r + O(T r)
+    numbers."""
     if log_decay is None:
         return None
     batch, heads, _, group = log_decay.shape
     blocks = log_decay.reshape(batch, heads, -1, chunk, group)
     prefix = jnp.cumsum(blocks, axis=3)
     suffix = lax.cumsum(blocks, axis=3, reverse=True) - blocks
-    # Chunk i's row sums the whole chunks after j and before i: D between the chunks' totals, moved on by one.
+    # between[i, j] sums the totals of the chunks after j and before i. It is D of the chunks' totals, shifted by one
+    # chunk, because chunk i's own total is not included.
     totals = prefix[:, :, :, -1]
     index = jnp.arange(totals.shape[2], dtype=jnp.int32)
     before = (index[:, None] - 1 > index[None, :])[None, None, :, :, None]
@@ -66,7 +72,7 @@ def score_decay(log_decay, chunk) -> ScoreDecay | None:
 
 
 def add_decay(scores, decay: ScoreDecay | None, i, j, chunk, diagonal):
-    """scores [B, G, C·r, C] of row chunk i and column chunk j, plus D."""
+    """scores [B, G, C·r, C] of row chunk i and column chunk j, plus D. `diagonal` says that i = j."""
     if decay is None:
         return scores
     if diagonal:

@@ -1,9 +1,9 @@
-"""κ(x, y): how strongly a query x matches a key y, as a function of the scaled score s = scale · x·y.
+"""Similarities κ(x, y) between a query x and a key y, as functions of the scaled score s = scale · x·y.
 
     linear   κ = s
     relu     κ = max(s, 0)
     exp      κ = e^s
-    softmax  κ = e^s / Σ e^s, the sum over the row's own range
+    softmax  κ = e^s / Σ e^s, the sum over the keys that the row sees
     round    κ = s rounded to `decimals` decimals, with the derivative of s (straight-through)
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), section 3 and experiments 4.1; the associative-memory view in
@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Where a row has seen nothing yet its running maximum starts here. Finite, so that a difference of two such
-# starts is 0 and not NaN.
+# The start of a row's running maximum, before the row has seen a key. The value is finite, so that the difference of
+# two starts is 0 and not NaN.
 LOWEST = -1e30
 
 
@@ -53,7 +53,7 @@ class Relu:
 
 @dataclasses.dataclass(frozen=True)
 class Exp:
-    """κ = e^s, unnormalised. Overflows where s does: bound the keys' norms."""
+    """κ = e^s, unnormalised. e^s overflows for large s (about 88 in float32): bound the norms of queries and keys."""
 
     normalised = False
 
@@ -66,7 +66,7 @@ class Exp:
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """κ = e^s / Σ e^s. `weight` is the numerator; whoever owns the row divides by its sum."""
+    """κ = e^s / Σ e^s. `weight` is the numerator only; the caller of `weight` divides by the row's sum."""
 
     normalised = True
 
@@ -86,7 +86,7 @@ class Round:
 
     def __post_init__(self):
         if not isinstance(self.decimals, int) or isinstance(self.decimals, bool) or self.decimals < 0:
-            raise ValueError(f"Round(decimals={self.decimals!r}): give an integer, 0 or more")
+            raise ValueError(f"Round(decimals={self.decimals!r}): decimals must be an integer of at least 0")
 
     def weight(self, scores):
         return _round_straight_through(self.decimals, scores)
@@ -97,7 +97,7 @@ class Round:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _round_straight_through(decimals, scores):
-    # s + stop_gradient(round(s) - s) would have the same derivative, but is off by a rounding error.
+    # A custom derivative, because the usual s + stop_gradient(round(s) - s) has a rounding error in its value.
     return jnp.round(scores, decimals)
 
 
@@ -108,10 +108,10 @@ def _round_jvp(decimals, primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """κ = f(s) of each score by itself, f a function of yours or the `weight` of an object of yours.
+    """A user's similarity: κ = f(s), elementwise. f is the given function, or the `weight` method of the given object.
 
-    Its derivative is the object's `slope(scores, weights)`, or JAX's where it has none. Inside compiled programs
-    `given` is the structure of an object that holds arrays (`without_arrays`).
+    The derivative is the object's `slope(scores, weights)`. If it has none, JAX differentiates f. If the object holds
+    arrays, `given` is only its tree structure inside compiled programs (`without_arrays`).
     """
 
     given: Any
@@ -126,19 +126,23 @@ class Own:
         return jax.jvp(self.weight, (scores,), (jnp.ones_like(scores),))[1]
 
 
-# What this package has, its kernels too.
+# The built-in similarities. The kernels have all of them.
 NAMED = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
 Similarity = Linear | Relu | Exp | Softmax | Round | Own
 
 
 def as_similarity(similarity: Any, argument: str) -> Similarity:
-    """The similarity of that name, the object itself, or `Own` of a function or an object of yours.
+    """The argument as a `Similarity`: looks up a name, returns a `Similarity` as it is, wraps anything else in `Own`.
 
-    Programs are compiled for a similarity and kept as long as it is equal to the one before: a lambda written where the
-    op is called is another one at each call and is compiled each time. What is yours is a function or a hashable
-    object, as a frozen dataclass, which must not change. An object that holds arrays is registered as a pytree
-    (`jax.tree_util.Partial`, `jax.tree_util.register_dataclass`): its arrays are arguments, and they may change.
-    Raises ValueError naming `argument`.
+    A similarity of your own is a function of scores, or an object with a method weight(scores). It must be hashable,
+    as functions and frozen dataclasses are, and it must not change. An object that holds arrays must be registered as a
+    pytree (`jax.tree_util.Partial`, `jax.tree_util.register_dataclass`). Its arrays are then arguments of the compiled
+    program and may change.
+
+    The similarity is a static argument of the compiled program. The program is reused only if the similarity is equal
+    to an earlier one. A lambda written inside the call is a new object at each call, so each call compiles anew.
+
+    Raises ValueError for anything else. The message names `argument`.
     """
     if isinstance(similarity, Similarity):
         return similarity
@@ -146,26 +150,32 @@ def as_similarity(similarity: Any, argument: str) -> Similarity:
         return NAMED[similarity]
     if not isinstance(similarity, str | type) and (callable(similarity) or hasattr(similarity, "weight")):
         if getattr(similarity, "normalised", False):
-            raise ValueError(f"{argument}={similarity!r} is normalised: of such there is 'softmax' alone")
+            raise ValueError(
+                f"{argument}={similarity!r} is normalised: 'softmax' is the only normalised similarity; set "
+                "normalised to False"
+            )
         own = Own(similarity)
         try:
             hash(without_arrays(own)[0])
         except TypeError:
             raise ValueError(
-                f"{argument}={similarity!r} is not hashable: give a function or a frozen dataclass, or register an "
+                f"{argument}={similarity!r} is not hashable: give a function or a frozen dataclass; register an "
                 "object that holds arrays as a pytree"
             ) from None
         return own
     near = difflib.get_close_matches(str(similarity), NAMED, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"{argument}={similarity!r} is no similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
+        f"{argument}={similarity!r} is not a similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
         f"scores or an object with weight(scores).{hint}"
     )
 
 
 def without_arrays(similarity: Similarity) -> tuple[Similarity, tuple]:
-    """What is known while tracing, hashable, and the arrays of an object of yours that JAX knows as a pytree."""
+    """(similarity, arrays): a hashable similarity for use as a static argument, and the arrays taken out of it.
+
+    Only a user's object that is registered as a pytree has arrays.
+    """
     if not isinstance(similarity, Own):
         return similarity, ()
     arrays, structure = jax.tree.flatten(similarity.given)
@@ -183,7 +193,10 @@ def with_arrays(similarity: Similarity, arrays: tuple) -> Similarity:
 
 @jax.custom_jvp
 def without_gradient(arrays):
-    """`arrays`, the similarities' of a form that has no gradient for them: asking for one is an error, not 0."""
+    """`arrays`, the similarities' arrays, unchanged. Differentiating them raises an error instead of returning 0.
+
+    For an implementation whose backward pass does not compute their gradient.
+    """
     return arrays
 
 
@@ -196,10 +209,10 @@ def _no_gradient(primals, tangents):
 
 
 def row_weights(similarity: Similarity, scores, visible):
-    """κ of whole rows: `scores` [..., N] where `visible` (same shape), 0 elsewhere and in rows that see nothing.
+    """κ of whole rows: `scores` [..., N], `visible` [..., N] bools -> weights [..., N], 0 where not visible.
 
-    Differentiable as often as one likes, and free of NaN whatever stands in the hidden scores' places as long as
-    that is finite. Rows are normalised over what they see where the similarity asks for it.
+    Softmax rows are normalised over the visible scores; a row that sees nothing is all 0. The function can be
+    differentiated any number of times. Neither values nor gradients are NaN if the hidden scores are finite.
     """
     scores = jnp.where(visible, scores, 0.0)
     if not similarity.normalised:

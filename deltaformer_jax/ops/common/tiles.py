@@ -1,8 +1,8 @@
-"""What the chunked forms share: tiles of rows and columns, products, and softmax sums that grow tile by tile.
+"""Parts of the chunked forms: tiles of rows and columns, matrix products, and running softmax sums (online softmax).
 
-Arrays lead with batch and heads: [B, h, T, width] and [B, h, T], T a whole number of chunks of `chunk` rows; what all
-heads of a row have in common, as segments, is [B, 1, T]. Written so and not for one head under vmap: JAX traces a loop
-several times to map it, and slices become gathers.
+Arrays are [B, h, T, width] or [B, h, T], with T a multiple of the chunk size. Arrays that all heads share, such as
+segment ids, are [B, 1, T]. The functions handle batch and heads themselves instead of one head under vmap, because JAX
+traces a loop several times under vmap and turns slices into gathers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from deltaformer_jax.ops.common.similarity import LOWEST
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
-    """float64 for float64, float32 for everything narrower: what sums, states and log-sum-exps are kept in."""
+    """The dtype of sums, states and log-sum-exps: float64 for float64, float32 for everything narrower."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def default_chunk(length: int) -> int:
-    """512 rows, or all there are: long enough for products to dominate, short enough to stay in a cache."""
+    """512 rows, or `length` if that is less. Matrix products dominate at this size, and a tile fits a CPU's cache."""
     return min(512, length)
 
 
 def dot(a, b, operand_dtype):
-    """a·b with operands rounded to `operand_dtype` and sums in its accumulation dtype. float32 means float32."""
+    """a·b with operands rounded to `operand_dtype` and sums in its accumulation dtype.
+
+    float32 operands are multiplied in full float32, not in TF32 or bfloat16 passes.
+    """
     return jnp.matmul(
         a.astype(operand_dtype),
         b.astype(operand_dtype),
@@ -35,9 +38,10 @@ def dot(a, b, operand_dtype):
 
 
 def scale_rows(rows, scale):
-    """(rows · scale, 1) where that costs no digits, else (rows, scale): what is left to multiply the scores by.
+    """(rows, factor): the rows, scaled if that loses no digits, and the factor that the scores must still be scaled by.
 
-    On a CPU a scaled tile of scores is an array of its own; a scaled row is not worth mentioning.
+    The rows are scaled if they have the accumulation dtype; the factor is then 1. Scaling the rows is cheaper: on a CPU
+    scaling a tile of scores makes another array of the tile's size.
     """
     return (rows * scale, 1) if rows.dtype == accumulation_dtype(rows.dtype) else (rows, scale)
 
@@ -48,7 +52,7 @@ def take(x, i, size):
 
 
 def put(x, tile, i):
-    """x [B, h, T, …] with tile number i, of tile.shape[2] rows, replaced."""
+    """x [B, h, T, …] with tile number i, of tile.shape[2] rows, replaced by `tile`."""
     return lax.dynamic_update_slice_in_dim(x, tile.astype(x.dtype), i * tile.shape[2], axis=2)
 
 
@@ -58,47 +62,48 @@ def add_to(x, tile, i):
 
 
 def same_segment(row_segments, column_segments):
-    """[B, 1, R, C] booleans, or None when there are no segments: a row sees the columns of its own segment only.
+    """[B, 1, R, C] bools, True where row and column belong to one segment; None if there are no segments.
 
-    Padding counts as a segment here: its rows are zero when they come in and are zeroed when they go out.
+    Padding counts as a segment here. This is harmless, because the op zeroes its inputs and its outputs.
     """
     return None if row_segments is None else row_segments[..., :, None] == column_segments[..., None, :]
 
 
 def both(a, b):
-    """a and b, where None means everything."""
+    """The mask a & b. None means that everything is visible."""
     if a is None:
         return b
     return a if b is None else a & b
 
 
 def keep(visible, x):
-    """x where visible, 0 elsewhere; None means visible everywhere."""
+    """x where visible, 0 elsewhere. None means that everything is visible."""
     return x if visible is None else jnp.where(visible, x, 0)
 
 
 def strictly_below(rows):
-    """[1, 1, rows, rows] booleans: the columns before each row."""
+    """[1, 1, rows, rows] bools, True where column < row."""
     index = jnp.arange(rows, dtype=jnp.int32)
     return (index[:, None] > index[None, :])[None, None]
 
 
 def zeros(shape, dtype, like):
-    """Zeros that vary over the mesh axes that `like` varies over, where shard_map keeps account of them: a loop's carry
-    must come in as it goes out."""
+    """Zeros that vary over the same mesh axes as `like`. Inside shard_map, a loop's initial carry must vary over the
+    same axes as its final carry."""
     return jnp.zeros_like(like, dtype, shape=shape)
 
 
 def start_sum(shape, dtype, like):
-    """(maximum, normaliser, weighted sum) of rows that have seen nothing yet; `shape` [B, h, rows, width]."""
+    """The running sums (maximum m, normaliser l, weighted sum) before the first tile; `shape` [B, h, rows, width]."""
     lowest = jnp.full_like(like, LOWEST, dtype, shape=shape[:-1])
     return lowest, zeros(shape[:-1], dtype, like), zeros(shape, dtype, like)
 
 
 def absorb(similarity, running, scores, visible, values, operand_dtype):
-    """The running sums Σ_j κ(s_ij) values_j after one more tile of columns.
+    """The running sums after one more tile of columns: the weighted sum Σ_j κ(s_ij) values_j grows by the tile's part.
 
-    For softmax the weights are e^{s − m}, m the running maximum; otherwise κ(s) itself, and (m, l) stay as they are.
+    For softmax the weights are e^{s − m}, with m the running maximum. For the other similarities they are κ(s), and
+    (m, l) do not change.
     """
     highest, total, weighted = running
     if not similarity.normalised:
@@ -113,9 +118,9 @@ def absorb(similarity, running, scores, visible, values, operand_dtype):
 
 
 def absorb_weights(similarity, running, scores, visible):
-    """The same for a tile whose values are not known yet: its weights, and the running sums rescaled to go with them.
+    """`absorb` for a tile whose values are not known yet: (weights, running sums).
 
-    The tile's part is in the normaliser already, but not in the weighted sum.
+    The running sums are rescaled to the new maximum. Their normaliser includes this tile; their weighted sum does not.
     """
     _, total, weighted = running
     if not similarity.normalised:
@@ -125,17 +130,18 @@ def absorb_weights(similarity, running, scores, visible):
 
 
 def _new_weights(running, scores, visible):
+    """(weights e^{s − m}, new running maximum m, factor e^{old m − m} for the old sums)."""
     highest = running[0]
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
     highest_now = jnp.maximum(highest, jnp.max(scores, axis=-1))
-    # In a row that has seen nothing both are LOWEST and exp gives 1: mask again.
+    # In a row that has seen nothing, hidden scores and maximum are both LOWEST, and exp gives 1. So mask again.
     weights = keep(visible, jnp.exp(scores - highest_now[..., None]))
     return weights, highest_now, jnp.exp(highest - highest_now)
 
 
 def inverse_normaliser(similarity, running):
-    """1/l of each row, 0 for a row that saw nothing, 1 where the similarity has no normaliser."""
+    """1/l of each row; 0 for a row that saw nothing; 1 if the similarity is not normalised."""
     total = running[1]
     if not similarity.normalised:
         return jnp.ones_like(total)
@@ -143,7 +149,8 @@ def inverse_normaliser(similarity, running):
 
 
 def log_normaliser(similarity, running):
-    """log Σ_j e^{s_ij}; 0 in rows that saw nothing, where nothing multiplies it, and without a normaliser."""
+    """The log-sum-exp log Σ_j e^{s_ij} of each row; 0 for a row that saw nothing, whose weights are masked anyway; 0 if
+    the similarity is not normalised."""
     highest, total, _ = running
     if not similarity.normalised:
         return jnp.zeros_like(total)
@@ -151,19 +158,19 @@ def log_normaliser(similarity, running):
 
 
 def weights_again(similarity, scores, lse, visible):
-    """κ recomputed in a backward pass from the scores and the rows' log-sum-exps."""
+    """κ, recomputed in the backward pass from the scores and the rows' log-sum-exps."""
     scores = keep(visible, scores)
     if similarity.normalised:
-        # A hidden score may lie above its row's log-sum-exp: mask before exp too, or it overflows.
+        # A hidden score may exceed its row's log-sum-exp, and exp could overflow. So mask before exp too.
         scores = keep(visible, scores - lse[..., None])
     return keep(visible, similarity.weight(scores))
 
 
 def first_chunks(segment_ids: jax.Array | None, window: int | None, length: int, chunk: int) -> jax.Array:
-    """[T/C] int32: for each chunk of rows, the first chunk that holds a column one of its rows can see.
+    """[T/C] int32: for each chunk of rows, the first chunk of columns that any of its rows can see.
 
-    `segment_ids` [B, T] or None. One bound serves all rows of the batch, so that loops over chunks stay loops with one
-    trip count. Non-decreasing, and therefore invertible by `last_chunks`.
+    `segment_ids` is [B, T] or None. All batch rows share one bound, so that a loop over chunks has one trip count. The
+    bounds do not decrease, so that `last_chunks` can invert them.
     """
     start = jnp.zeros((length,), jnp.int32)
     if segment_ids is not None:
@@ -178,6 +185,6 @@ def first_chunks(segment_ids: jax.Array | None, window: int | None, length: int,
 
 
 def last_chunks(first: jax.Array) -> jax.Array:
-    """[T/C] int32: for each chunk of columns, the last chunk of rows that can see one of them."""
+    """[T/C] int32: for each chunk of columns, the last chunk of rows that can see any of them."""
     chunks = jnp.arange(first.shape[0], dtype=jnp.int32)
     return jnp.sum(first[None, :] <= chunks[:, None], axis=1, dtype=jnp.int32) - 1

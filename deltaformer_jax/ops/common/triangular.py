@@ -1,18 +1,20 @@
-"""(I + A)⁻¹ for strictly lower triangular A, by steps that never form a power of A.
+"""Solves and inverts I + A for strictly lower triangular A, by steps that never form a power of A.
 
-The ladder doubles the size of the blocks that are already inverted: with X the inverse of I + (A inside its b-blocks)
-and L_b the part of A inside the 2b-blocks but outside the b-blocks,
+The ladder doubles the size of the blocks that are already inverted. Let X be the inverse of I + (A inside its b×b
+diagonal blocks), and L_b the part of A inside the 2b×2b diagonal blocks but outside the b×b ones. Then
 
     X ← X − X L_b X,      b = 1, 2, 4, …
 
-which is exact at each step, because [[M₁, 0], [L, M₂]]⁻¹ = [[X₁, 0], [−X₂ L X₁, X₂]]. The Neumann product
-(I − A)(I + A²)(I + A⁴)… is as short, but cancels huge powers when keys are alike: for unit keys of mean cosine 0.9 and
-128 rows it loses all digits in float32, where the ladder keeps seven (tests/ops/test_ops_triangular.py).
+Each step is exact, because [[M₁, 0], [L, M₂]]⁻¹ = [[X₁, 0], [−X₂ L X₁, X₂]]. The Neumann product
+(I − A)(I + A²)(I + A⁴)… takes as few steps, but if the keys are similar its terms are huge and cancel. For unit keys of
+mean cosine 0.9 and 128 rows, the Neumann product loses all digits in float32 and the ladder keeps seven
+(tests/ops/test_ops_triangular.py).
 
-Up to 32 rows the ladder's products are masked and its steps a loop. The masks waste three quarters of the work or more,
-which is little here, and what is not unrolled need not be compiled: on a CPU each product of small matrices in a
-program takes XLA up to 0.4 s. From 32 rows to 64 the same step is taken on the halves alone. A larger system is solved
-by substitution, 64 rows at a time, which costs less than its inverse and is as exact.
+Up to 32 rows, the ladder runs as a loop over masked full-size products. The masks waste three quarters of the work or
+more, which is little at this size. In return the compiler sees one step instead of all of them: on a CPU, XLA takes up
+to 0.4 s to compile each product of small matrices in a program. From 32 to 64 rows, the step uses the two halves only,
+without masks. A larger system is solved by block substitution, 64 rows at a time. That costs less than an inverse and
+is as exact.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows of a diagonal block that is inverted outright, and of those in it that the ladder inverts.
+# Rows of the diagonal blocks that are inverted; rows of the blocks inside them that the masked ladder inverts.
 BLOCK = 64
 _LADDER = 32
 
@@ -33,7 +35,7 @@ def _matmul(a, b):
 
 
 def invert_unit_lower(a: jax.Array) -> jax.Array:
-    """(I + A)⁻¹ by the ladder; `a` [..., n, n], its diagonal and upper triangle are not read.
+    """(I + A)⁻¹ by the ladder. `a` is [..., n, n]; its diagonal and upper triangle are not read.
 
     Cost: 2 ⌈log₂ n⌉ products of n×n matrices. Error: a few roundings times ‖(I+A)⁻¹‖, for any A.
     """
@@ -42,13 +44,14 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
     column = lax.broadcasted_iota(jnp.int32, (n, n), 1)
 
     def double(step, inverse):
-        # Blocks have 2**step rows, and two of them are one where row and column have the same number without that bit.
+        # Blocks have 2**step rows. A row and a column lie in the two different blocks of a pair if their block numbers
+        # differ in the lowest bit only.
         pair = (row >> step) ^ (column >> step)
         below = (pair == 1) & (row > column)
         part = jnp.where(jnp.broadcast_to(below, a.shape), a, jnp.zeros((), a.dtype))
         return inverse - _matmul(_matmul(inverse, part), inverse)
 
-    # The first X is the identity, and its step A between neighbours.
+    # From X = I, the first step (b = 1) gives I minus the entries of A inside the 2×2 blocks.
     neighbours = (row == column + 1) & (row % 2 == 1)
     step = jnp.where(jnp.broadcast_to(neighbours, a.shape), a, jnp.zeros((), a.dtype))
     inverse = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape) - step
@@ -56,7 +59,7 @@ def invert_unit_lower(a: jax.Array) -> jax.Array:
 
 
 def invert_blocks(a):
-    """(I + A)⁻¹ of m strictly lower triangular A [..., m, C, C], C a power of two; the rest of `a` is not read."""
+    """(I + A)⁻¹ of m blocks, `a` [..., m, C, C], C a power of two. Only the strict lower triangles are read."""
     *lead, blocks, size, _ = a.shape
     if size <= _LADDER:
         return invert_unit_lower(a)
@@ -68,7 +71,7 @@ def invert_blocks(a):
 
 
 def halves(x):
-    """[..., 2m, ., .] -> two of [..., m, ., .]: the first and the second block of each pair."""
+    """[..., 2m, ., .] -> two arrays [..., m, ., .]: the first and the second block of each pair."""
     return x[..., 0::2, :, :], x[..., 1::2, :, :]
 
 
@@ -81,7 +84,7 @@ def join_blocks(diagonal, below):
 
 
 class _Blocks:
-    """A system [..., n, n] in blocks of `size` rows, filled up with rows of the identity."""
+    """A system I + A, A [..., n, n], cut into blocks of `size` rows. A is padded with zeros to whole blocks."""
 
     def __init__(self, a):
         self.rows = a.shape[-1]
@@ -100,7 +103,7 @@ class _Blocks:
         return self.take(lax.dynamic_slice_in_dim(self.a, j * self.size, self.size, -1), i)
 
     def inverses(self):
-        """Of the blocks on the diagonal, [..., number, size, size]."""
+        """The inverses of the diagonal blocks, [..., number, size, size]."""
         if self.number == 1:
             return invert_blocks(self.a[..., None, :, :])
         grid = self.a.reshape(*self.a.shape[:-2], self.number, self.size, self.number, self.size)
@@ -114,9 +117,11 @@ class _Blocks:
 
 
 def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x with (I + A) x = b; `a` [..., n, n], only its strict lower triangle is read, `b` [..., n, m].
+    """x with (I + A) x = b, by forward block substitution. `a` [..., n, n], of which only the strict lower triangle is
+    read; `b` [..., n, m].
 
-    From the first block on. Not differentiable in reverse, as loops of unknown length are not; `solve_by_halves` is.
+    JAX cannot differentiate this function in reverse mode, because its inner loop has no static length.
+    `solve_by_halves` can be differentiated.
     """
     system = _Blocks(a)
     b, inverses = system.right_hand_side(b), system.inverses()
@@ -130,7 +135,8 @@ def solve_unit_lower(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def solve_unit_lower_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x with (I + A)ᵀ x = b; shapes as in `solve_unit_lower`, nor differentiable either. From the last block back."""
+    """x with (I + A)ᵀ x = b, by backward block substitution. Shapes as in `solve_unit_lower`; like it, this function
+    has no reverse-mode derivative."""
     system = _Blocks(a)
     b, inverses = system.right_hand_side(b), system.inverses()
 
@@ -144,15 +150,16 @@ def solve_unit_lower_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def solve_by_halves(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`solve_unit_lower` under automatic differentiation: x₁ from the first half, x₂ from b₂ − A₂₁ x₁.
+    """`solve_unit_lower` by recursive halves, which JAX can differentiate: x₁ from the first half, x₂ from b₂ − A₂₁ x₁.
 
-    Each level's slices of A have a gradient of n² numbers: log₂(n/BLOCK) such arrays, where n/BLOCK steps have as many.
+    JAX's gradient of a slice of A is an array of n² numbers. Halving needs log₂(n/BLOCK) such arrays, one per level; a
+    loop over blocks would need n/BLOCK.
     """
     system = _Blocks(a)
     inverses, size = system.inverses(), system.size
 
     def solve(first, last, b):
-        """The blocks first to last - 1, of right-hand side b."""
+        """The solution's rows of blocks first … last − 1, for their part b of the right-hand side."""
         if last - first == 1:
             return _matmul(inverses[..., first, :, :], b)
         middle = (first + last) // 2

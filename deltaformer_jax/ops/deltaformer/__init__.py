@@ -1,1 +1,1 @@
-"""DeltaFormer. `api` is the door, `definition` what it computes, `chunked` and `kernels` how it is fast."""
+"""DeltaFormer: `api` has the public functions, `definition` the equations, `chunked` and `kernels` the fast forms."""

@@ -1,4 +1,8 @@
-"""DeltaFormer: attention whose values are first corrected by what the memory already holds."""
+"""The public DeltaFormer ops: `delta_attention`, and `delta_values` for its written values alone.
+
+DeltaFormer is attention over written values u. Before a token's value is stored, the delta rule subtracts from it what
+the memory already returns for that token's write query.
+"""
 
 from __future__ import annotations
 
@@ -44,50 +48,57 @@ def delta_attention(
     """DeltaFormer attention.
 
         u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          write: strictly causal
-        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, itself included
+        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, the token itself included
 
     β = 0, α = 1, κ₂ = softmax is ordinary attention; κ₁ = κ₂ = linear, w = k, α = β is DeltaNet.
 
-    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the widths of keys and
-    values, Hu the heads of the write query: G or H. u, α and β belong to those heads, so that with w = k grouped
-    queries share u.
+    Letters: B batch rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the head dimensions
+    of keys and values. Hu is the number of heads of the write query: G or H. u, α and β have Hu heads. With w = k the
+    query heads of a group therefore share u.
 
     Args:
-      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one dtype of float64, float32, bfloat16, float16.
+      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]. All have one dtype: float64, float32, bfloat16 or
+        float16.
       write_query: w. "key" (the delta rule proper, Hu = G), "query" (Hu = H), or an array [B, T, Hu, K].
-      alpha, beta: [B, T, Hu], floats, or one number; None means 1. With softmax, 0 ≤ β ≤ 1 keeps u bounded; |β| > 1
-        lets it grow.
-      write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round" or an object of
-        `deltaformer_jax.ops.common.similarity`, as Round(decimals=0).
-      write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. Keys of unit length want a write scale of 1.
-      segment_ids: [B, T] ints. 0 is padding: such rows return 0 and are seen by nobody, whatever they hold. Equal ids
-        form one contiguous run, and a token sees its own run only.
-      chunk_size: rows of a chunk, any positive int; None chooses. Used by "chunked", and with a cache.
-      implementation: "recurrent" (the definition), "parallel" (T×T matrices), "chunked" (a scan over chunks with a
-        backward of its own), "triton" (kernels for NVIDIA GPUs: float32 and two-byte floats, widths up to 256),
-        "pallas_tpu" (kernels for TPUs: float32 and bfloat16, widths up to 256); kernels have chunks of their own, fill
-        a cache and do not go on from one. None chooses the fastest for the platform being compiled for: the kernels
-        where they can do the call, else "chunked".
-      cache: a KUCache to go on from, which holds one document a row; the new tokens follow its tokens, and those with
-        segment id 0 are not stored. The same call prefills (T > 1) and decodes (T = 1).
-      return_cache: also return the cache after these tokens. Without `cache` a new one of capacity T is made.
+      alpha, beta: [B, T, Hu], floats, or one number; None means 1. With softmax, 0 ≤ β ≤ 1 keeps u bounded. With
+        |β| > 1, u can grow geometrically.
+      write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round"; or an object of
+        `deltaformer_jax.ops.common.similarity`, for example Round(decimals=0); or a function or object of your own
+        (`as_similarity` there).
+      write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
+        of 1.
+      segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
+        included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
+      chunk_size: rows of a chunk, any positive int; None chooses. "chunked" uses it, and so does a call with a cache.
+      implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
+        chunks with a hand-written backward pass), "triton" (kernels for NVIDIA GPUs: float32, bfloat16 and float16,
+        head dimensions up to 256) or "pallas_tpu" (kernels for TPUs: float32 and bfloat16, head dimensions up to 256).
+        The kernels choose their own chunk size. They can return a new cache, but they cannot continue from a given
+        one. None is the default choice: the kernels of the platform that the program is compiled for if they support
+        the call, else "chunked".
+      cache: a KUCache to continue from. Each of its rows holds one document, and the new tokens follow that document.
+        New tokens with segment id 0 are not stored. The same call does prefill (T > 1) and a decoding step (T = 1).
+      return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of capacity T.
 
     Returns:
-      o [B, T, H, V] in value's dtype, or (o, cache) when there is a cache or `return_cache`.
-      Sums and u are kept in float32 (float64 for float64) inside; a cache holds u in its own dtype.
+      o [B, T, H, V] in value's dtype; (o, cache) if `cache` is given or `return_cache` is true.
+      Sums and u are float32 (float64 for float64) inside the op. A cache holds u in the cache's own dtype.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, names and sizes, while tracing; ids that come back within a row and a cache
-        without room when their values are known (under jit those two are undefined).
-      NotImplementedError: an implementation this op does not have, for this platform or this call or without a
-        package that is not installed; a second derivative of any but "recurrent" and "parallel".
+      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a segment id
+        that occurs in two separate runs of a row, and a cache without room, if their values are known. Under jit they
+        are not known, and the result is then undefined.
+      NotImplementedError: the named implementation does not exist for this op, does not support this call, needs
+        another platform, or needs a package that is not installed. Also a second derivative of any implementation but
+        "recurrent" and "parallel".
 
-    Cost: with F = 2 T² K B H floating-point operations (one causal pass of two products), (1 + G/H) F for w = k, 1 F
-      where one pass serves both (w = q, both softmax, equal scales: recognised), else 2 F; backward 2.5 times that.
-      Memory O(T (K+V)) a head for "chunked", O(T²) for "parallel".
+    Cost: with F = 2 T² K B H floating-point operations (one causal pass of two matrix products): (1 + G/H) F for w = k;
+      1 F if one pass serves write and read (w = q, both similarities softmax, equal scales: the op detects this
+      itself); else 2 F. The backward pass costs 2.5 times as much.
+      Memory: O(T (K+V)) per head for "chunked", O(T²) for "parallel".
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
-      caches, segments, the one-pass form and the backward are this project's.
+      caches, segments, the one-pass form and the backward pass are this project's.
     """
     given = (write_query, alpha, beta, segment_ids)
     write_query, alpha, beta, segment_ids = _checked(query, key, value, *given, chunk_size, implementation)
@@ -111,7 +122,9 @@ def delta_attention(
         check_cache(cache, KUCache, key, write_heads, value.shape[3])
         check_room(cache, segment_ids, key.shape[1])
         if implementation in BACKENDS["delta"]:
-            raise NotImplementedError(f"implementation={implementation!r} goes on from no cache: use None or 'chunked'")
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
+            )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
         return _extend(plan, own_query, block, held, cache, inputs)
     return _attend(plan, own_query, implementation, return_cache, held, inputs)
@@ -130,12 +143,17 @@ def delta_values(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """The written values alone: u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i, U = (I + diag(β) A)⁻¹ diag(α) V.
+    """The written values of DeltaFormer, without the read.
 
-    Arguments, errors and source as in `delta_attention`; `write_query` is "key" or an array [B, T, Hu, K].
+        u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,      in matrices U = (I + diag(β) A)⁻¹ diag(α) V
+
+    Arguments, errors and source are those of `delta_attention`. `write_query` is "key" or an array [B, T, Hu, K], with
+    Hu any multiple of G.
 
     Returns:
-      u [B, T, Hu, V] in value's dtype, 0 at padding. Cost: one causal pass of two products for each of the Hu heads.
+      u [B, T, Hu, V] in value's dtype, 0 at padding.
+
+    Cost: one causal pass of two matrix products for each of the Hu heads.
     """
     given = (write_query, alpha, beta, segment_ids)
     write_query, alpha, beta, segment_ids = _checked(None, key, value, *given, chunk_size, implementation)
@@ -154,7 +172,7 @@ def delta_values(
 
 @compiled(4)
 def _attend(plan, own_query, implementation, return_cache, held, inputs):
-    """`delta_attention` without a cache to go on from. `own_query`: the write query is the query."""
+    """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
     real, inputs = _without_padding(inputs)
     query, write_query, key, value, *_ = inputs
     if own_query:
@@ -163,7 +181,8 @@ def _attend(plan, own_query, implementation, return_cache, held, inputs):
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
     out, u = _compute(implementation, plan, held, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
-        # Their rows are zero already; this also keeps whatever comes back to them, NaN included, out of the gradients.
+        # The outputs at padding are 0 already. The mask is for the gradients: a cotangent at padding, even NaN, stops
+        # here.
         out = jnp.where(real[..., None, None], out, 0)
     if not return_cache:
         return out
@@ -173,7 +192,7 @@ def _attend(plan, own_query, implementation, return_cache, held, inputs):
 
 @compiled(3)
 def _extend(plan, own_query, block, held, cache, inputs):
-    """(output, cache): `delta_attention` going on from a cache, `block` tokens at a time."""
+    """(output, cache): `delta_attention` continued from a given cache, `block` tokens at a time."""
     plan = whole_plan(plan, held)
     real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
     w = query if own_query else key if write_query is None else write_query
@@ -183,14 +202,14 @@ def _extend(plan, own_query, block, held, cache, inputs):
 
 @compiled(2)
 def _write(plan, implementation, held, inputs):
-    """`delta_values`."""
+    """The body of `delta_values`: u [B, T, Hu, V]."""
     real, inputs = _without_padding(inputs)
     _, u = _compute(implementation, plan, held, inputs)
     return u if inputs.segment_ids is None else jnp.where(real[..., None, None], u, 0)
 
 
 def _compute(implementation, plan, held, inputs):
-    """(output or None, u) by the implementation of that name, or by the one that None stands for."""
+    """(output or None, u) by the named implementation, or by the default choice if `implementation` is None."""
     if implementation in _DEFINITIONS:
         return _by_definition(implementation, whole_plan(plan, held), inputs)
     chunked = functools.partial(delta_chunked, plan, held)
@@ -198,7 +217,7 @@ def _compute(implementation, plan, held, inputs):
 
 
 def _resolve_write_query(write_query, query, key):
-    """None for the key, the query itself, or a checked array."""
+    """The write query as None (it is the key), as `query` itself, or as a checked array."""
     if isinstance(write_query, str):
         if write_query == "key":
             return None
@@ -213,8 +232,8 @@ def _resolve_write_query(write_query, query, key):
 
 
 def _checked(query, key, value, write_query, alpha, beta, segment_ids, chunk_size, implementation):
-    """The write query (None: the key), alpha, beta and segment ids as arrays; raises for what does not fit. `query`
-    None where there is none."""
+    """(write query, alpha, beta, segment ids) as checked arrays; the write query is None if it is the key. Raises for
+    an argument that does not fit. `query` is None for `delta_values`."""
     checks.check_heads(query, key, value)
     check_implementation("delta", implementation)
     checks.check_size("chunk_size", chunk_size)
@@ -236,7 +255,8 @@ def _chunk(chunk_size, key):
 
 
 def _without_padding(inputs):
-    """`real` [B, T], and the inputs with padding set to 0: NaN there reaches neither values nor gradients."""
+    """(real, inputs): `real` [B, T] is False at padding, and the inputs are set to 0 there. A NaN in the padding then
+    reaches neither values nor gradients."""
     *arrays, segment_ids = inputs
     if segment_ids is None:
         return jnp.ones(inputs.key.shape[:2], bool), inputs
@@ -246,7 +266,7 @@ def _without_padding(inputs):
 
 
 def _by_definition(name, plan, inputs):
-    """(output or None, u) by the recurrent or the parallel form, in the accumulation dtype inside."""
+    """(output or None, u) by the recurrent or the parallel form, computed in the accumulation dtype."""
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
     dtype, out_dtype = accumulation_dtype(key.dtype), value.dtype

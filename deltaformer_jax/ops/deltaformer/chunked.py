@@ -1,17 +1,18 @@
-"""DeltaFormer in chunks, over batch and heads, with its own backward: the form that trains on every platform.
+"""The chunked form of DeltaFormer, with a hand-written backward pass. It runs and trains on every platform.
 
-What is kept for the backward is query, write query, key, value, u, the output (in the one-pass case s instead, see
-chunked_tied.py), alpha, beta, the segment ids and up to three numbers a row; nothing of T×T or T×C. u is kept and used
-in float32 for narrower inputs too: softmax's backward takes α v − u, which a rounded u would spoil for small β.
+The residuals are query, write query, key, value, u, the output (s instead of the output in the one-pass case, see
+chunked_tied.py), alpha, beta, the segment ids and up to three numbers per row. None has T×T or T×C numbers. u is kept
+and used in float32 even for narrower inputs, because the backward pass of softmax needs α v − u. For small β this
+difference would be lost in the rounding of u.
 
-With F = 2 T² K · B H floating-point operations, one causal pass of two products, the work is
+With F = 2 T² K · B H floating-point operations (one causal pass of two matrix products), the forward pass takes
 
-    w = k, H/G = r      (1 + 1/r) F forward
+    w = k, H/G = r      (1 + 1/r) F
     w = q, one pass     1 F
     otherwise           2 F
 
-and 2.5 times that backward. Memory O(T (K+V)) a head. Documents of a packed row skip each other's chunks where all rows
-of the batch can.
+The backward pass takes 2.5 times as much. Memory: O(T (K+V)) per head. In packed rows, a pair of chunks is skipped if
+no row of the batch has a document in both.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known while tracing. `read_similarity` None: only u is wanted; `tied`: one pass does both."""
+    """The static arguments of a call. `read_similarity` is None if only u is needed. `tied` says that one pass does
+    both the write and the read (chunked_tied.py). `chunk` is the number of rows of a chunk."""
 
     write_similarity: Similarity
     write_scale: float
@@ -44,9 +46,9 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, padding zeroed in all of them: query [B,T,H,K] (None where only u is wanted), write_query
-    [B,T,Hu,K] (None: the key, or where the plan is tied the query), key [B,T,G,K], value [B,T,G,V], alpha and beta
-    [B,T,Hu] or None, segment_ids [B,T] or None."""
+    """The arrays of a call, 0 at padding: query [B,T,H,K] (None if only u is needed), write_query [B,T,Hu,K] (None: it
+    is the key, or the query if the plan is tied), key [B,T,G,K], value [B,T,G,V], alpha and beta [B,T,Hu] or None,
+    segment_ids [B,T] or None."""
 
     query: jax.Array | None
     write_query: jax.Array | None
@@ -58,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 def delta_chunked(plan: Plan, held: tuple[tuple, tuple], inputs: Inputs):
-    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held`: as in `whole_plan`."""
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held` is described in `whole_plan`."""
     return _differentiable(plan, without_gradient(held) if any(held) else held, inputs)
 
 
@@ -68,7 +70,8 @@ def _differentiable(plan, held, inputs):
 
 
 def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
-    """`plan` with the arrays back that its write and its read similarity held (`without_arrays`)."""
+    """`plan` with the arrays put back into its similarities. `held` is (arrays of the write similarity, arrays of the
+    read similarity), as `without_arrays` took them out."""
     return dataclasses.replace(
         plan,
         write_similarity=with_arrays(plan.write_similarity, held[0]),
@@ -77,7 +80,7 @@ def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
 
 
 def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
-    """The write's arguments, heads first and padded to whole chunks."""
+    """(write heads, padded length, the arguments of `write_forward`): heads first, padded to whole chunks."""
     length = -(-key.shape[1] // plan.chunk) * plan.chunk
     heads = key.shape[2] if write_query is None else write_query.shape[2]
     first = lambda x: H.heads_first(H.pad_time(x, length))
@@ -89,8 +92,8 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
 
 
-# Jitted, as _backward is, so that what was traced once is not traced again: not for the other platforms of a program
-# and not for the next layer.
+# _forward and _backward are jitted, so that JAX traces each once per shape, and not again for another platform of the
+# program or for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, held, inputs):
     query, write_query, key, value, alpha, beta, segment_ids = inputs
@@ -114,7 +117,7 @@ def _forward(plan, held, inputs):
     out, lse_read = read_forward(q, k, u, segments, None, bounds, **how)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
     u = back(u)
-    # Only softmax reads its own output again.
+    # Only the backward pass of softmax needs the output.
     kept = out if plan.read_similarity.normalised else None
     return (out, u.astype(dtype)), (held, inputs, u, kept, (lse_write, lse_read))
 
@@ -168,7 +171,7 @@ def _backward(plan, residuals, cotangents):
         beta=None if beta is None else back(dbeta).astype(beta.dtype),
         segment_ids=None,
     )
-    # Nobody asks for those of the arrays held: without_gradient would have raised.
+    # No gradient for `held`: if it were differentiated, without_gradient would have raised.
     return None, gradients
 
 

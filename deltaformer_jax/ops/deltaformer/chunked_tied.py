@@ -1,23 +1,25 @@
-"""DeltaFormer with one softmax for writing and reading (w = q, equal scales), in one pass over the keys.
+"""DeltaFormer in one pass over the keys, for the tied case: w = q, both similarities softmax, equal scales.
 
 With E_ij = e^{s_ij}, L1_i = Σ_{j<i} E_ij, L2_i = L1_i + E_ii, π_i = E_ii / L2_i, P_ij = E_ij / L1_i (0 in a first row):
 
     s_i = Σ_{j<i} P_ij u_j,    u_i = α_i v_i − β_i s_i,    o_i = (1 − π_i) s_i + π_i u_i
 
-so the forward costs one flash attention instead of two. Backward, one sweep over chunks of columns from the last to
-the first, with ρ_i = 1 − π_i and
+The forward pass therefore costs one flash attention instead of two. The backward pass is one sweep over the chunks of
+columns, from the last to the first. With ρ_i = 1 − π_i and
 
-    H_i = ρ_i dO_i − β_i G_i,   D1_i = −G_i·(α_i v_i − u_i),   D2_i = dO_i·o_i,   c_i = ρ_i D2_i + D1_i :
+    H_i = ρ_i dO_i − β_i G_i,   D1_i = −G_i·(α_i v_i − u_i),   D2_i = dO_i·o_i,   c_i = ρ_i D2_i + D1_i
 
+it computes
 
-    G_j = Σ_{i>j} P_ij H_i + π_j dO_j              (inside a chunk a transposed solve, since H_i holds G_i)
+    G_j = Σ_{i>j} P_ij H_i + π_j dO_j              (inside a chunk, a transposed solve, because H_i contains G_i)
     dS_ij = P_ij (H_i·u_j − c_i) for j < i,        dS_ii = π_i (dO_i·u_i − D2_i)
     dV = α G,   dα_i = v_i·G_i,   dβ_i = −G_i·s_i,   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-which is five products per pair of tiles, as flash attention's own backward. Only L1 has a running maximum; π and ρ are
-sigmoids of ±(s_ii − log L1), each computed by itself: under a maximum shared with the diagonal s would be lost where
-s_ii dominates, and 1 − π would cancel. s is kept for the backward in the place of o, because neither (αv − u)/β nor
-(o − πu)/ρ gives it back when β or ρ is 0.
+This takes five matrix products per pair of tiles, as many as the backward pass of flash attention.
+
+Only L1 has a running maximum. π and ρ are the sigmoids of ±(s_ii − log L1), each computed separately. If L1 and L2
+shared a maximum, s would be lost in rows where s_ii dominates; and computing ρ as 1 − π would cancel. s is a residual
+in the place of o, because neither (αv − u)/β nor (o − πu)/ρ recovers it if β or ρ is 0.
 
 Derived for this project from Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9.
 """
@@ -36,9 +38,10 @@ _SOFTMAX = Softmax()
 
 
 def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
-    """q, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C].
+    """(o, u, s [B, h, T, V], log L1, π, ρ [B, h, T]), all in the accumulation dtype.
 
-    Returns (o, u, s [B, h, T, V], log L1, π, ρ [B, h, T]), all in the accumulation dtype.
+    q, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
+    (`tiles.first_chunks`).
     """
     batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
@@ -67,7 +70,7 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
         solved = solve_unit_lower(_times(gate, weights), target - _times(gate, past))
         summary = past + tiles.dot(weights, solved, dtype)
 
-        # π = 1 / (1 + e^{lse1 − s_ii}); 1 in a row with no past.
+        # π = 1 / (1 + e^{lse1 − s_ii}); π = 1 in a row without earlier tokens.
         lse1 = tiles.log_normaliser(_SOFTMAX, running)
         seen = running[1] > 0
         own = jnp.diagonal(own, axis1=2, axis2=3)
@@ -82,9 +85,9 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
 
 
 def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share, rest, dout, du, *, scale, chunk):
-    """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents of o and u, [B, h, T, V].
+    """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents dout and du [B, h, T, V] of o and u.
 
-    All are in the accumulation dtype.
+    All are in the accumulation dtype. `summary` is s, `share` is π and `rest` is ρ.
     """
     length = k.shape[2]
     dtype = tiles.accumulation_dtype(k.dtype)

@@ -1,18 +1,20 @@
-"""The write of DeltaFormer, chunk by chunk, for batch and heads side by side:
+"""The write of DeltaFormer, chunk by chunk, forward and backward:
 
     u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i,        that is   (I + diag(β) A) U = diag(α) V
 
-Forward, for each chunk in order: sum over the earlier chunks as flash attention does, then solve the chunk's own
-triangular system. Backward, for each chunk of columns from the last to the first, with M = I + diag(β) A, G = M⁻ᵀ dU:
+The forward pass takes the chunks in order. For each, it sums over the earlier chunks as flash attention does, and then
+solves the chunk's own triangular system. The backward pass takes the chunks of columns from the last to the first. With
+M = I + diag(β) A and G = M⁻ᵀ dU, it computes
 
     G_j  = dU_j − Σ_{i>j} A_ij β_i G_i             a transposed solve inside the chunk
     dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),         D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise
     dV = α G,   dα_i = v_i·G_i,   dβ_i = −Σ_j A_ij G_i·u_j,   dW = scale · dS K,   dK = scale · dSᵀ W
 
-in five products per pair of tiles; no array of T×C or T×T numbers outlives its tile. D needs no pass of its own, since
-β_i Σ_j A_ij u_j = α_i v_i − u_i. Work 2 T² (K + V)/2 multiply-adds forward, 2.5 times that backward; memory O(T (K+V)).
+It takes five matrix products per pair of tiles, and keeps no array of T×C or T×T numbers. D needs no pass over the keys
+of its own, because β_i Σ_j A_ij u_j = α_i v_i − u_i. Work per head: T² (K + V)/2 multiply-adds forward, 2.5 times as
+many backward. Memory per head: O(T (K+V)).
 
-Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and section 3.4; the backward is derived here.
+Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and section 3.4. The backward pass is derived here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from deltaformer_jax.ops.common.triangular import solve_unit_lower, solve_unit_l
 
 
 def _times(gate, x):
-    """gate ⊙ x in x's dtype, one gate a row: gate [B, h, T], x [B, h, T] or [B, h, T, V]; None means 1."""
+    """gate ⊙ x in x's dtype, with one gate per row: gate [B, h, T], x [B, h, T] or [B, h, T, V]. None means 1."""
     if gate is None:
         return x
     gate = gate.astype(x.dtype)
@@ -33,15 +35,17 @@ def _times(gate, x):
 
 
 def _product_dtype(similarity, dtype):
-    """Softmax rows are convex combinations and tolerate narrow operands; other rows may grow, and do not."""
+    """The dtype of the operands of products with the weights. Softmax rows are convex combinations, so the inputs' own
+    dtype is precise enough. Rows of the other similarities may grow, so these need the accumulation dtype."""
     return dtype if similarity.normalised else tiles.accumulation_dtype(dtype)
 
 
 def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
-    """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C] ->
-    u [B, h, T, V], lse [B, h, T].
+    """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
+    (`tiles.first_chunks`) -> u [B, h, T, V], lse [B, h, T] (the log-sum-exp of each row).
 
-    u and lse are in the accumulation dtype whatever the inputs are: rounding u to bfloat16 at each step adds up.
+    u and lse are in the accumulation dtype for all inputs, because errors from rounding u to bfloat16 accumulate along
+    the sequence.
     """
     batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
@@ -63,7 +67,7 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
         running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
-        # One factor for the row: β over the softmax's normaliser.
+        # One factor per row: β divided by the softmax normaliser.
         factor = _times(tiles.take(beta, c, chunk), tiles.inverse_normaliser(similarity, running))
         target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
         solved = solve_unit_lower(factor[..., None] * weights, target - factor[..., None] * running[2])
@@ -74,9 +78,9 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
 
 
 def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk):
-    """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [B, h, T, V]; all in the accumulation dtype.
+    """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [B, h, T, V], all in the accumulation dtype.
 
-    dalpha and dbeta are computed whether or not alpha and beta were given.
+    dalpha and dbeta are computed even if alpha and beta are None.
     """
     length = k.shape[2]
     dtype = tiles.accumulation_dtype(k.dtype)
@@ -84,7 +88,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
     strict = tiles.strictly_below(chunk)
 
     def tile(i, j, keys, values, visible, grad):
-        """A, G Uᵀ and dS of rows i and columns j, given the rows' G."""
+        """The tiles of A, G Uᵀ and dS for the rows of chunk i and the columns of chunk j; `grad` is the rows' G."""
         scores = tiles.dot(tiles.take(w, i, chunk), keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk), visible)
         products = tiles.dot(grad, values.mT, operand)

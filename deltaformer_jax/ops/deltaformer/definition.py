@@ -1,13 +1,13 @@
-"""DeltaFormer by its definition, one token after another: every other form is tested against this one. And the same as
-two T×T matrices, for reading and for small T.
+"""The definition of DeltaFormer, one token after another ("recurrent"), and the same with two T×T matrices
+("parallel"), for reading and for small T. All other forms are tested against the recurrent one.
 
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i                U = (I + diag(β) A)⁻¹ diag(α) V
     o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                                O = P₂ U
 
-A the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular one of κ₂(q_i, k_j).
+A is the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular matrix of κ₂(q_i, k_j).
 
-Work O(T²) in both. The recurrent form takes T steps that nothing overlaps and keeps a copy of u for each step, O(T² V),
-when it is differentiated; the parallel one keeps O(T²) a head. Both are differentiable as often as one likes.
+Both forms take O(T²) work. The recurrent form takes T sequential steps; its backward pass keeps a copy of u for each
+step, O(T² V) per head. The parallel form keeps O(T²) per head. JAX differentiates both, any number of times.
 Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9, and section 3.
 """
 
@@ -21,7 +21,7 @@ from deltaformer_jax.ops.common.triangular import solve_by_halves
 
 
 def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
-    """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
+    """The write of one head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(u, t):
@@ -34,7 +34,7 @@ def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
 
 
 def read_recurrent(q, k, u, segments, *, similarity, scale):
-    """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+    """The read of one key head by r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(_, t):
@@ -52,18 +52,17 @@ def _visible(segments, strict):
 
 
 def write_parallel(w, k, v, alpha, beta, segments, *, similarity, scale):
-    """One head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V].
+    """The write of one head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V].
 
-    The system is solved by products, not by LAPACK: on a CPU with two threads jaxlib's batched triangular solves wait
-    for each other for ever where two of them can run at once, as forward and backward of one program can (jaxlib
-    0.10.2).
+    The system is solved by matrix products instead of LAPACK. jaxlib's batched triangular solve can deadlock on a CPU
+    with two threads, if two of them run at the same time, as forward and backward of one program can (jaxlib 0.10.2).
     """
     weights = row_weights(similarity, w @ k.T * scale, _visible(segments, strict=True))
     return solve_by_halves(beta[:, None] * weights, alpha[:, None] * v)
 
 
 def read_parallel(q, k, u, segments, *, similarity, scale):
-    """One head of keys, r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+    """The read of one key head by r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
     visible = _visible(segments, strict=False)[:, None, :]
     scores = jnp.einsum("irk,jk->irj", q, k) * scale
     return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u

@@ -1,6 +1,7 @@
-"""DeltaFormer by an accelerator's kernels: a call of the op as their modules take it.
+"""Binds a call of DeltaFormer to a module of kernels.
 
-pallas_kernels/triton/delta/api.py and pallas_kernels/tpu/delta/api.py say what a module of kernels has.
+The modules are pallas_kernels/triton/delta/api.py and pallas_kernels/tpu/delta/api.py. They document the functions that
+a kernel module has.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan
 
 
 def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, as `delta_chunked(plan, inputs)`."""
+    """`module`'s kernels for this call, in the place of `delta_chunked(plan, inputs)`."""
 
     if any(isinstance(similarity, Own) for similarity in (plan.write_similarity, plan.read_similarity)):
-        return Kernels(f"its kernels have the similarities {', '.join(NAMED)} and none of yours")
+        return Kernels(f"its kernels support only the built-in similarities {', '.join(NAMED)}")
 
     def kappa(similarity, scale):
         decimals = {"decimals": similarity.decimals} if isinstance(similarity, Round) else {}
         return module.Kappa(type(similarity).__name__.lower(), scale, **decimals)
 
-    # One pass writes and reads where the plan is tied.
+    # If the plan is tied, one pass writes and reads, and there is no separate read.
     separate = plan.read_similarity is not None and not plan.tied
     read = kappa(plan.read_similarity, plan.read_scale) if separate else None
     settings = module.Settings(kappa(plan.write_similarity, plan.write_scale), read, plan.tied)

@@ -1,2 +1,2 @@
-"""The gated delta rule and gated linear attention. `api` is the door, `definition` what they compute, `chunked` and
-`kernels` how they are fast."""
+"""The gated delta rule and gated linear attention: `api` has the public functions, `definition` the equations,
+`chunked` and `kernels` the fast forms."""

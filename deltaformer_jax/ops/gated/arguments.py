@@ -1,4 +1,5 @@
-"""What the doors of the gated ops share: checks of their arguments, segments as flags, and the choice of a form."""
+"""The shared body of the two gated ops: checks the arguments, turns segment ids into flags and calls the chosen
+implementation."""
 
 from __future__ import annotations
 
@@ -43,19 +44,20 @@ def _run(plan, implementation, arrays, segment_ids):
     *arrays, state = arrays
     key, value = arrays[1:3]
     if state is None:
-        # full_like and not zeros: inside shard_map it varies over the mesh axes that value varies over.
+        # full_like instead of zeros: inside shard_map the state must vary over the same mesh axes as value.
         shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
         state = lax.full_like(value, 0, accumulation_dtype(value.dtype), shape)
     inputs = Inputs(*arrays, state, *_flags(segment_ids))
     if implementation == "recurrent" or (value.shape[1] == 1 and implementation not in BACKENDS["gated"]):
-        # A chunk of one token is a step of the recurrence.
+        # For a single token, the recurrence does the same work as the chunked form, without its set-up.
         return recurrent(*inputs, scale=plan.scale, delta=plan.delta)
     chunked = functools.partial(gated_chunked, plan)
     return dispatch("gated", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
 def _flags(segment_ids):
-    """(real, resets) [B, T]: which tokens are no padding, and which begin a segment that is not their row's first."""
+    """(real, resets), both [B, T] bools: `real` is False at padding; `resets` is True at the first token of every
+    segment but the first of its row."""
     if segment_ids is None:
         return None, None
     real = segment_ids != 0

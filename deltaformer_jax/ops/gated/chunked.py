@@ -1,16 +1,16 @@
-"""The gated ops in chunks, with a backward of their own: the form that trains on every platform.
+"""The chunked form of the gated ops, with a hand-written backward pass. It runs and trains on every platform.
 
-T is cut into chunks of C tokens, and the n = T/C chunks into groups of G ≈ √(n/3). A scan over the groups does, for
-all chunks of a group at once, what needs no state (chunked_pairs), and lets the state through them one by one
-(chunked_state).
+T is cut into chunks of C tokens, and the n = T/C chunks into groups of G ≈ √(n/3) chunks. A scan runs over the groups.
+For all chunks of a group at once, it computes everything that does not depend on the state (chunked_pairs). Then it
+passes the state through the chunks one by one (chunked_state).
 
-What is kept for the backward is the arguments and the state at the start of each group. The backward goes through the
-groups from the last to the first, makes a group's states again and then its gradients. So beside the arguments and
-their gradients there are, for each of the B·Hv heads,
+The residuals are the arguments and the state at the start of each group. The backward pass takes the groups from the
+last to the first. It recomputes the states of a group and then computes the group's gradients. Besides the arguments
+and their gradients, the memory for each of the B·Hv heads is
 
-    (n/G + 3 G) K V numbers, about 3.5 √(T/C) K V,     and 8 G C (C + K + V), or less, of what is inside a group
+    (n/G + 3 G) K V numbers for states, about 3.5 √(T/C) K V, and at most 8 G C (C + K + V) numbers inside a group
 
-(12 with a decay of each channel): nothing of T×C, and no state for each chunk.
+(12 instead of 8 with a decay per channel). There is no array of T×C numbers, and no state per chunk of the sequence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from deltaformer_jax.ops.gated.chunked_pairs import channel_pairs, head_pairs
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known while tracing: the read's scale, rows of a chunk (a power of two), the delta rule or not."""
+    """The static arguments of a call: the scale of the read, the rows of a chunk (a power of two), and whether the op
+    is the gated delta rule (`delta`) or gated linear attention."""
 
     scale: float
     chunk: int
@@ -42,8 +43,11 @@ class Plan:
 
 class Inputs(NamedTuple):
     """The arrays of a call: query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv],
-    [B,T,Hv,K] or None, state [B,Hv,K,V]; real and resets [B,T] booleans, or None for all and none: what is not real is
-    skipped, and before a reset the state is emptied."""
+    [B,T,Hv,K] or None, state [B,Hv,K,V], real and resets [B,T] bools or None.
+
+    Tokens that are not real are skipped (None: all are real). The state is set to 0 before each token with a reset
+    (None: no resets).
+    """
 
     query: jax.Array
     key: jax.Array
@@ -56,12 +60,13 @@ class Inputs(NamedTuple):
 
 
 def chunk_rows(chunk_size: int, length: int) -> int:
-    """The power of two that is at least min(chunk_size, length)."""
+    """The smallest power of two that is at least min(chunk_size, length)."""
     return 1 << (min(chunk_size, length) - 1).bit_length()
 
 
 def chunks_of_a_group(chunks: int) -> int:
-    """About √(n/3), which makes n/G + 3 G least, with as little as possible to pad at the end."""
+    """G, the chunks of a group: of the numbers within a factor of 1.5 of √(n/3), the one that needs the least padding
+    of the last group. √(n/3) minimises n/G + 3 G."""
     root = math.sqrt(chunks / 3)
     sizes = range(max(1, math.ceil(root / 1.5)), max(1, math.floor(root * 1.5)) + 1)
     return min(sizes, key=lambda size: (-(-chunks // size) * size, abs(size - root)))
@@ -74,7 +79,7 @@ def gated_chunked(plan: Plan, inputs: Inputs):
 
 
 class _Groups:
-    """The arguments cut into groups of chunks. Group i's part of an array is sliced, cast and, at padding, zeroed."""
+    """The arguments in groups of chunks. A group is sliced out of an array, cast, and set to 0 at padding."""
 
     def __init__(self, plan, value, log_decay, real, resets):
         self.plan = plan
@@ -89,21 +94,21 @@ class _Groups:
         self.indices = jnp.arange(self.number, dtype=jnp.int32)
 
     def whole(self, x):
-        """Padded to whole groups; None stays None."""
+        """x padded with zeros to whole groups; None stays None."""
         return H.pad_time(x, self.length)
 
     def _cut(self, x, i):
         return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, axis=1)
 
     def _clean(self, x, i):
-        """Group i of x, 0 at padding: there a token decays by e^0 and writes 0 at the key 0."""
+        """x, a slice of group i, set to 0 at padding. A padding token then decays by e^0 = 1 and writes 0."""
         if self.real is None:
             return x
         real = self._cut(self.real, i)
         return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
     def load(self, x, i):
-        """[B, length, h, ...] -> [B, Hv, n, C, ...] in the accumulation dtype; None stays None."""
+        """Group i of x [B, length, h, ...] -> [B, Hv, n, C, ...] in the accumulation dtype; None stays None."""
         if x is None:
             return None
         x = H.repeat_heads(self._clean(self._cut(x, i), i).astype(self.dtype), self.heads)
@@ -119,7 +124,7 @@ class _Groups:
         return lax.dynamic_update_slice_in_dim(out, x.astype(out.dtype), i * self.rows, axis=1)
 
     def pairs(self, i):
-        """The function (k, q, log decay) -> Pairs of group i."""
+        """The function (k, q, log_decay) -> Pairs for group i."""
         local = None
         if self.resets is not None:
             resets = self._cut(self.resets, i).reshape(-1, 1, self.size, self.plan.chunk)
@@ -128,7 +133,7 @@ class _Groups:
         return lambda k, q, log_decay: form(k, q * self.plan.scale, log_decay, local, self.plan.delta)
 
 
-# Jitted, as _backward is, so that what was traced once is not traced again.
+# _forward and _backward are jitted, so that JAX traces each once per shape and not at every call.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, inputs):
     *arrays, state, real, resets = inputs

@@ -1,24 +1,27 @@
-"""What the decays of a chunk do to its pairs of tokens, and to what enters and leaves it. Many chunks at a time.
+"""Everything in a chunk that does not depend on the state: decayed scores between its tokens, decayed reads and writes.
+The functions process many chunks at once.
 
-With D_ij = Σ_{j<l≤i} g_l the log decay between two tokens of a chunk,
+With D_ij = Σ_{j<l≤i} g_l the log decay between two tokens of a chunk, and x_i a key (for the deletion) or a query (for
+the read),
 
-    scores_ij = x_i · (e^{D_ij} ⊙ k_j)  for j ≤ i          x a row: a key (what is deleted) or a query (what is read)
-    reads     e^{D_i,start} ⊙ x_i                          what x_i sees of the state that enters the chunk
-    writes    e^{D_end,j} ⊙ k_j                            what is left of k_j in the state that leaves it
-    total     e^{D_end,start}                              what is left of the state itself
+    scores_ij = x_i · (e^{D_ij} ⊙ k_j)  for j ≤ i          kk and qk: scores of keys and of queries with keys
+    reads     e^{D_i,start} ⊙ x_i                          multiply the state that enters the chunk
+    writes    e^{D_end,j} ⊙ k_j                            the keys, decayed to the chunk's end
+    total     e^{D_end,start}                              the decay of the state over the whole chunk
 
-Each D is a sum of gates, never a difference of cumulative sums, which after a strong decay would have lost the digits
-of the weak ones; and no exponent is positive, so that e^D underflows to 0 where it should and nothing overflows.
-Tokens of different segments have a score of 0.
+Each D is a sum of gates, never a difference of cumulative sums: after a strong decay, a difference would have lost the
+digits of the weak decays. No exponent is positive, so e^D may underflow to 0 but cannot overflow. Tokens of different
+segments have the score 0.
 
-One decay a head multiplies the products: [C, C] numbers e^D. A decay of each channel sits inside the product, and goes
-there by halves: rows of a chunk's later half and columns of its earlier half meet at the border between the two,
+One decay per head multiplies the products: e^D is a [C, C] matrix. A decay per channel is inside the product. It is
+applied by halves. For rows in the later half of a chunk and columns in the earlier half, the border between the halves
+is the reference:
 
-    x_i · (e^{D_ij} ⊙ k_j) = (e^{D_i,border} ⊙ x_i) · (e^{D_border,j} ⊙ k_j),      both exponents ≤ 0,
+    x_i · (e^{D_ij} ⊙ k_j) = (e^{D_i,border} ⊙ x_i) · (e^{D_border,j} ⊙ k_j),      both exponents ≤ 0
 
-and the same again in each half, down to single tokens: log₂ C products of ever smaller blocks, 2 log₂ C exponentials a
-token and channel at most, and sums D that grow from level to level. Source of the reference rows: Yang et al., Gated
-Linear Attention, arXiv 2312.06635; taken to single tokens here.
+The same step is applied inside each half, down to single tokens. This takes log₂ C products of ever smaller blocks, and
+at most 2 log₂ C exponentials per token and channel. The sums D are extended from level to level. Source of the
+reference rows: Yang et al., Gated Linear Attention, arXiv 2312.06635; applied down to single tokens here.
 """
 
 from __future__ import annotations
@@ -33,11 +36,14 @@ from deltaformer_jax.ops.common.triangular import halves, join_blocks
 
 
 class Pairs(NamedTuple):
-    """Of chunks "...": with a decay of each channel `enter` and `leave` are in the arrays and these two are None, as
-    they are where nothing decays. Without the delta rule nothing reads keys, and `kk` and `k_reads` are None.
+    """The state-independent arrays of chunks with leading axes "...", as defined above.
 
-    kk, qk [..., C, C], k_reads, q_reads, writes [..., C, K], enter, leave [..., C], total None or [..., 1, 1] or
-    [..., K, 1].
+    kk, qk [..., C, C]; k_reads, q_reads, writes [..., C, K]; enter, leave [..., C] or None; total [..., 1, 1],
+    [..., K, 1] or None.
+
+    With one decay per head, `enter` and `leave` are the factors e^D of the reads and of the writes, not yet applied to
+    the arrays. With a decay per channel they are applied already, and both are None. Without decay and segments,
+    `enter`, `leave` and `total` are None. Without the delta rule, keys read nothing, and `kk` and `k_reads` are None.
     """
 
     kk: jax.Array | None
@@ -51,9 +57,10 @@ class Pairs(NamedTuple):
 
 
 def head_pairs(k, q, log_decay, local, delta) -> Pairs:
-    """One decay a head, or none: k, q [..., C, K], log_decay [..., C] or None, local [..., C] or None.
+    """Pairs with one decay per head, or none: k, q [..., C, K], log_decay [..., C] or None, local [..., C] or None.
 
-    `local` counts the segments that have begun in the chunk, up to each token.
+    `local` is, for each token, the number of resets in the chunk up to it. Tokens with equal `local` are in one
+    segment.
     """
     chunk = k.shape[-2]
     causal = _at_or_below(chunk)
@@ -79,13 +86,13 @@ def head_pairs(k, q, log_decay, local, delta) -> Pairs:
 
 
 def channel_pairs(k, q, log_decay, local, delta) -> Pairs:
-    """A decay of each channel: k, q, log_decay [B, h, n, C, K], local [B, 1, n, C] or None. C is a power of two."""
+    """Pairs with a decay per channel: k, q, log_decay [B, h, n, C, K], local [B, 1, n, C] or None; C a power of two."""
     batch, heads, _, chunk, width = k.shape
-    # The axis of chunks counts blocks of b tokens here: [B, h, n C/b, b, ...].
+    # Here the axis of chunks is an axis of blocks of b tokens: [B, h, n C/b, b, ...].
     blocks = lambda x, b: x.reshape(batch, heads, -1, b, width)
     own = lambda x: row_dots(x, k).reshape(batch, heads, -1, 1, 1)
     kk, qk = (own(k) if delta else None), own(q)
-    # The sums of a block's gates up to each token, and of those after it.
+    # until: the sum of a block's log decays up to each token, itself included. after: the sum of those after it.
     until = blocks(log_decay, 1)
     after = jnp.zeros_like(until)
     b = 1
@@ -112,12 +119,15 @@ def channel_pairs(k, q, log_decay, local, delta) -> Pairs:
 
 
 def dot(equation, a, b):
-    """An einsum whose float32 is float32 on every platform."""
+    """An einsum that multiplies float32 in full float32 on every platform, not in TF32 or bfloat16 passes."""
     return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
 
 
 def row_dots(a, b):
-    """[..., C] of two [..., C, K]: a product batched over rows, on a CPU many times faster than summed products."""
+    """[..., C], the dot products of the rows of two arrays [..., C, K].
+
+    A product batched over rows; on a CPU it is many times faster than jnp.sum(a * b).
+    """
     return dot("...k,...k->...", a, b)
 
 
@@ -131,14 +141,15 @@ def _same_segment(local):
 
 
 def _between(log_decay):
-    """D [..., C, C] of log_decay [..., C], 0 for j ≥ i: a product with ones, each D a sum over its own gates."""
+    """D [..., C, C] of log_decay [..., C], 0 for j ≥ i. A product with a matrix of ones, so that each D is a sum of its
+    own gates."""
     causal = _at_or_below(log_decay.shape[-1])
     until = _keep(causal, log_decay[..., None, :])
     return dot("...il,lj->...ij", until, (~causal.T).astype(log_decay.dtype))
 
 
 def _keep(visible, x):
-    """x where visible, 0 elsewhere, broadcast; None stays None."""
+    """x where visible, 0 elsewhere, with broadcasting; None stays None."""
     if x is None:
         return None
     shape = jnp.broadcast_shapes(visible.shape, x.shape)

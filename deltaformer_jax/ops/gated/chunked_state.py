@@ -1,21 +1,23 @@
-"""The state's way through a group of chunks, forward and backward: what the chunked forms of the gated ops do with the
-pairs of `chunked_pairs`. With S the state that enters a chunk and V' what the chunk writes,
+"""Passes the state through a group of chunks, forward and backward, given the group's `Pairs` (chunked_pairs).
+
+With S the state that enters a chunk and V' the values that the chunk writes,
 
     gated linear attention    V' = V
     gated delta rule          V' = (I + diag(β) A)⁻¹ diag(β) (V − k_reads S),      A = kk, strictly lower
     both                      O = q_reads S + qk V',      S ← total ⊙ S + writesᵀ V'
 
-The inverse meets the V columns of the right-hand side inside the scan; the W = T diag(β e^γ) K of the WY form is never
-made: its K further columns, forward and backward, would be the larger part of the work inside a chunk. Backward, with
-dS the cotangent of the state that leaves a chunk, from the last chunk to the first,
+The inverse is multiplied by the right-hand side, which has V columns, inside the scan. The matrix W = T diag(β e^γ) K
+of the usual WY form is not computed. Its K columns, forward and backward, would be most of the work inside a chunk.
+
+The backward pass takes the chunks from the last to the first. With dS the cotangent of the state that leaves a chunk,
 
     dV' = qkᵀ dO + writes dS,      Y = (I + diag(β) A)⁻ᵀ dV',      dV = β Y,      dA = −diag(β) Y V'ᵀ, strictly lower
     dS ← total ⊙ dS + q_readsᵀ dO − k_readsᵀ dV
 
-and everything else is a product over all chunks of the group at once. Sources: Yang et al., Gated Delta Networks, arXiv
-2412.06464; Yang et al., DeltaNet, arXiv 2406.06484. The backward is derived here.
+All other gradients are products over all chunks of the group at once. Sources: Yang et al., Gated Delta Networks, arXiv
+2412.06464; Yang et al., DeltaNet, arXiv 2406.06484. The backward pass is derived here.
 
-Shapes: n chunks; v, out [B, h, n, C, V], beta [B, h, n, C], state [B, h, K, V].
+Shapes, for n chunks: v, out [B, h, n, C, V], beta [B, h, n, C], state [B, h, K, V].
 """
 
 from __future__ import annotations
@@ -28,16 +30,17 @@ from deltaformer_jax.ops.gated.chunked_pairs import Pairs, dot, row_dots
 
 
 def _times(factor, x):
-    """x with one factor a row; None is 1."""
+    """x times one factor per row; None means 1."""
     return x if factor is None else factor[..., None] * x
 
 
 def _left(total, state):
+    """The state after a chunk's decay; `total` None means no decay."""
     return state if total is None else total * state
 
 
 def _chunk(x, i):
-    """Chunk i of [B, h, n, ...]."""
+    """Chunk i of x [B, h, n, ...]."""
     return lax.dynamic_index_in_dim(x, i, axis=2, keepdims=False)
 
 
@@ -46,18 +49,19 @@ def _put(x, part, i):
 
 
 def linear_advance(pairs: Pairs, v, beta, state):
-    """(out, the state that leaves the group)."""
+    """(out, the state that leaves the group) of gated linear attention."""
     states, state = _linear_states(pairs, v, state)
     return _out(pairs, v, states), state
 
 
 def _out(pairs, written, states):
+    """O = q_reads S + qk V' of all chunks, given the states before each."""
     read = _times(pairs.enter, dot("...ck,...kv->...cv", pairs.q_reads, states))
     return read + dot("...ij,...jv->...iv", pairs.qk, written)
 
 
 def _sum_states(total, added, state, *, reverse=False):
-    """S ← total ⊙ S + added, chunk by chunk: (S before each chunk, [B, h, n, K, V], the last S)."""
+    """Scan S ← total ⊙ S + added over the chunks: (S before each chunk [B, h, n, K, V], the last S [B, h, K, V])."""
     chunks = added.shape[2]
 
     def chunk(carry, i):
@@ -74,7 +78,7 @@ def _linear_states(pairs, v, state):
 
 
 def linear_retreat(pairs: Pairs, v, beta, state, dout, dstate):
-    """(dpairs, dv, None, the cotangent of the state that enters the group)."""
+    """The gradients of `linear_advance`: (dpairs, dv, None, cotangent of the state that enters the group)."""
     states, _ = _linear_states(pairs, v, state)
     read = dot("...ck,...cv->...kv", pairs.q_reads, _times(pairs.enter, dout))
     dstates, dstate = _sum_states(pairs.total, read, dstate, reverse=True)
@@ -88,7 +92,7 @@ def _delta_inverse(pairs, beta):
 
 
 def _delta_states(pairs, inverse, v, beta, state):
-    """(S before each chunk, V − k_reads S, V'), and the state that leaves the last."""
+    """((S before each chunk, V − k_reads S, V'), the state that leaves the last chunk)."""
 
     def chunk(carry, i):
         states, rests, written, state = carry
@@ -99,7 +103,7 @@ def _delta_states(pairs, inverse, v, beta, state):
         return (_put(states, state, i), _put(rests, rest, i), _put(written, new, i), now), None
 
     chunks = v.shape[2]
-    # full_like and not zeros: inside shard_map it varies over the mesh axes that v varies over.
+    # full_like instead of zeros: inside shard_map the states must vary over the same mesh axes as v.
     states = lax.full_like(v, 0, shape=(*v.shape[:3], *state.shape[2:]))
     start = (states, jnp.zeros_like(v), jnp.zeros_like(v), state)
     (*parts, state), _ = lax.scan(chunk, start, jnp.arange(chunks, dtype=jnp.int32))
@@ -107,13 +111,13 @@ def _delta_states(pairs, inverse, v, beta, state):
 
 
 def delta_advance(pairs: Pairs, v, beta, state):
-    """(out, the state that leaves the group)."""
+    """(out, the state that leaves the group) of the gated delta rule."""
     (states, _, written), state = _delta_states(pairs, _delta_inverse(pairs, beta), v, beta, state)
     return _out(pairs, written, states), state
 
 
 def delta_retreat(pairs: Pairs, v, beta, state, dout, dstate):
-    """(dpairs, dv, dbeta, the cotangent of the state that enters the group)."""
+    """The gradients of `delta_advance`: (dpairs, dv, dbeta, cotangent of the state that enters the group)."""
     inverse = _delta_inverse(pairs, beta)
     (states, rest, written), _ = _delta_states(pairs, inverse, v, beta, state)
     from_out = dot("...ij,...iv->...jv", pairs.qk, dout)
@@ -141,7 +145,8 @@ def delta_retreat(pairs: Pairs, v, beta, state, dout, dstate):
 
 
 def _pairs_gradient(pairs: Pairs, dkk, deleted, dout, written, states, dstates) -> Pairs:
-    """The cotangents of `pairs`; `deleted` is minus that of what keys read, dV."""
+    """The cotangents of `pairs`. `deleted` is dV, which is minus the cotangent of k_reads S; None without the delta
+    rule."""
     dq_reads = dot("...cv,...kv->...ck", dout, states)
     dk_reads = None if deleted is None else -dot("...cv,...kv->...ck", deleted, states)
     dwrites = dot("...cv,...kv->...ck", written, dstates)

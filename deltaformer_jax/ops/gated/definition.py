@@ -1,12 +1,12 @@
-"""The gated delta rule and gated linear attention by their definition, one token after another.
+"""The definition of the gated delta rule and of gated linear attention, one token after another.
 
-    S ← e^{g_t} S                          g ≤ 0: of the head, or of each key channel (a row of S)
-    u_t = β_t (v_t − Sᵀ k_t)               the delta rule; without it u_t = v_t
+    S ← e^{g_t} S                          g ≤ 0: one number per head, or one per key channel (a row of S)
+    u_t = β_t (v_t − Sᵀ k_t)               the delta rule; gated linear attention has u_t = v_t
     S ← S + k_t u_tᵀ
     o_t = scale · Sᵀ q_t
 
-Every other form is tested against this one. Work O(T K V) in T steps that nothing overlaps; differentiable as often as
-one likes, keeping a copy of S for each step, O(T K V).
+All other forms are tested against this one. Work: O(T K V) per head, in T sequential steps. JAX differentiates this
+form, any number of times; the backward pass keeps a copy of S for each step, O(T K V) per head.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 def recurrent(query, key, value, beta, log_decay, state, real, resets, *, scale, delta):
     """query, key [B, T, H, K], value [B, T, Hv, V], state [B, Hv, K, V] -> (output [B, T, Hv, V], state).
 
-    beta [B, T, Hv], log_decay [B, T, Hv] or [B, T, Hv, K]; real and resets [B, T] booleans, or None for all and none:
-    what is not real is skipped, and before a reset the state is emptied. `delta` False writes the values as they are.
+    beta [B, T, Hv] or None; log_decay [B, T, Hv], [B, T, Hv, K] or None. real and resets are [B, T] bools. Tokens that
+    are not real are skipped (None: all are real). The state is set to 0 before each token with a reset (None: no
+    resets). `delta` True: the gated delta rule; False: gated linear attention.
     """
     dtype = accumulation_dtype(value.dtype)
     value_heads = value.shape[2]
     per_channel = log_decay is not None and log_decay.ndim == 4
 
     def clean(x):
-        """Padding zeroed: such a token decays by e^0, writes 0 at the key 0 and reads with the query 0."""
+        """x, 0 at padding. A padding token then decays by e^0 = 1, writes 0 and reads 0."""
         return x if real is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
     def prepare(x):
@@ -58,7 +59,7 @@ def recurrent(query, key, value, beta, log_decay, state, real, resets, *, scale,
         state, out = token(state.astype(dtype), jax.tree.map(lambda x: x[0], inputs))
         return clean(out[:, None]).astype(value.dtype), state
     state, out = lax.scan(token, state.astype(dtype), inputs)
-    # They are 0 already; this keeps whatever comes back to them, NaN included, out of the gradients.
+    # The outputs at padding are 0 already. The mask is for the gradients: a cotangent at padding, even NaN, stops here.
     return clean(jnp.moveaxis(out, 0, 1)).astype(value.dtype), state
 
 

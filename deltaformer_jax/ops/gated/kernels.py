@@ -1,6 +1,7 @@
-"""The gated ops by an accelerator's kernels: a call as their modules take it.
+"""Binds a call of a gated op to a module of kernels.
 
-pallas_kernels/triton/gated/api.py and pallas_kernels/tpu/gated/api.py say what a module of kernels has.
+The modules are pallas_kernels/triton/gated/api.py and pallas_kernels/tpu/gated/api.py. They document the functions that
+a kernel module has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from deltaformer_jax.ops.gated.chunked import Inputs, Plan
 
 
 class _KernelInputs(NamedTuple):
-    """As `Inputs`, padding zeroed in all of them: such a token decays by e^0, writes 0 at the key 0, reads with 0."""
+    """The arrays of `Inputs` set to 0 at padding, without `real`. A padding token then decays by e^0 = 1, writes 0 and
+    reads 0."""
 
     query: jax.Array
     key: jax.Array
@@ -28,7 +30,7 @@ class _KernelInputs(NamedTuple):
 
 
 def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, as `gated_chunked(plan, inputs)`."""
+    """`module`'s kernels for this call, in the place of `gated_chunked(plan, inputs)`."""
     settings = module.Settings(plan.scale, plan.delta)
     call = KernelCall(name, module, settings, _KernelInputs, "'recurrent'")
 
@@ -42,7 +44,8 @@ def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
         query, key, value, beta, log_decay, state, _, resets = inputs
         cleaned = map(clean, (query, key, value, beta, log_decay))
         out, final = run_kernels(call, _KernelInputs(*cleaned, state, resets))
-        # They are 0 already; this keeps whatever comes back to them, NaN included, out of the gradients.
+        # The outputs at padding are 0 already. The mask is for the gradients: a cotangent at padding, even NaN, stops
+        # here.
         return clean(out), final
 
     return Kernels(module.lacks(settings, inputs.key, inputs.value, inputs.log_decay), run)

@@ -1,1 +1,2 @@
-"""Softmax attention. `api` is the door, `definition` what it computes, `chunked` and `kernels` how it is fast."""
+"""Softmax attention: `api` has the public function, `definition` the equations, `chunked` and `kernels` the fast
+forms."""

@@ -1,4 +1,4 @@
-"""Softmax attention, causal, with an optional window: the family's baseline, and the read of DeltaFormer."""
+"""The public softmax attention op: causal, with optional window, forgetting gate, sinks and KV cache."""
 
 from __future__ import annotations
 
@@ -38,41 +38,49 @@ def causal_attention(
     cache: KVCache | None = None,
     return_cache: bool = False,
 ) -> jax.Array | tuple[jax.Array, KVCache]:
-    """Softmax attention, each token over itself and the window − 1 before it.
+    """Causal softmax attention over the last `window` tokens, the token itself included.
 
         s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,          p_ti = e^{s_ti} / (e^{b} + Σ_{t−window<j≤t} e^{s_tj})
         o_t = Σ_i p_ti v_i
 
-    g ≤ 0 the log decay (the forgetting gate) and b the sink's logit of the head; without sinks e^b is 0.
+    g ≤ 0 is the log decay (the forgetting gate). b is the head's sink logit. Without sinks, e^b is replaced by 0.
 
-    Letters: B rows, T tokens, H query heads, G key/value heads (H a multiple of G), widths K and V.
+    Letters: B batch rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the head dimensions
+    of keys and values.
 
     Args:
-      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]; one float dtype.
+      query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]. All have one dtype: float64, float32, bfloat16 or
+        float16.
       scale: multiplies q·k; None means K ** -0.5.
-      window: how many tokens a token sees, itself included; None means all before it.
-      log_decay: g [B, T, H] or one number, at most 0, the natural log of how much of the past a token leaves; None
-        means 0.
-      sinks: b [H], a logit each head may always attend to, of value 0; None means none.
-      segment_ids: [B, T] ints, 0 for padding (returns 0, is seen by nobody, may hold anything); equal ids form one
-        contiguous run, and a token sees its own run only.
-      implementation: "recurrent", "parallel", "chunked"; "cudnn" (NVIDIA) or "splash" (TPU), which take bfloat16, one
-        width and neither decays nor sinks. None chooses by the platform compiled for: these where they can do the call
-        (cuDNN only where this process sees an NVIDIA device), else "chunked".
-      cache: a KVCache to go on from; with a window a ring of `window` slots. New tokens with segment id 0 are not
-        stored.
-      return_cache: also return the cache after these tokens. Without `cache` a new one is made, of `window` slots or T.
+      window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
+      log_decay: g [B, T, H] or one number, finite and at most 0: the natural log of the factor by which a token reduces
+        the weight of all tokens before it. None means 0.
+      sinks: b [H], one logit per head that adds e^b to the normaliser and has value 0; None means no sinks.
+      segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
+        included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
+      implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
+        chunks with a hand-written backward pass), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up
+        to 128) or "splash" (TPUs: bfloat16, K = V). "cudnn" and "splash" support neither log_decay nor sinks. None is
+        the default choice: "cudnn" or "splash", by the platform that the program is compiled for, if it supports the
+        call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
+      cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. New tokens with segment
+        id 0 are not stored.
+      return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of `window` slots, or
+        of T slots if there is no window.
 
     Returns:
-      o [B, T, H, V] in value's dtype, or (o, cache) when there is a cache or `return_cache`. Sums are float32 inside.
+      o [B, T, H, V] in value's dtype; (o, cache) if `cache` is given or `return_cache` is true.
+      Sums are float32 (float64 for float64) inside the op.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, names, sizes; a positive log decay, or a cache without room, where values
-        are concrete (under jit the first is computed as it stands and the second loses tokens).
-      NotImplementedError: an implementation this op does not have, or a second derivative of "chunked".
+      ValueError, TypeError: a shape, dtype, name or size that does not fit (raised while tracing). Also a positive
+        log_decay, and a cache without room, if their values are known. Under jit they are not known: a positive
+        log_decay is then used as given, and tokens without room are lost.
+      NotImplementedError: the named implementation does not exist for this op, does not support this call or needs
+        another platform. Also a second derivative of "chunked".
 
-    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window), 2.5 times that backward; memory
-      O(T (K+V)) a head for "chunked".
+    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window), and 2.5 times as many in the
+      backward pass. Memory: O(T (K+V)) per head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
@@ -94,7 +102,9 @@ def causal_attention(
         check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
         check_room(cache, segment_ids, key.shape[1], window)
         if implementation in BACKENDS["softmax"]:
-            raise NotImplementedError(f"implementation={implementation!r} has no cache: use None or 'chunked'")
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
+            )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
         return _extend(plan, block, cache, inputs)
     return _attend(plan, implementation, return_cache, inputs)
@@ -102,7 +112,7 @@ def causal_attention(
 
 @compiled(3)
 def _attend(plan, implementation, return_cache, inputs):
-    """`causal_attention` without a cache to go on from."""
+    """`causal_attention` without a given cache."""
     real, inputs = _without_padding(inputs)
     query, key, value, log_decay, *_ = inputs
     if implementation in _DEFINITIONS:
@@ -122,7 +132,7 @@ def _attend(plan, implementation, return_cache, inputs):
 
 @compiled(2)
 def _extend(plan, block, cache, inputs):
-    """(output, cache): `causal_attention` going on from a cache, `block` tokens at a time."""
+    """(output, cache): `causal_attention` continued from a given cache, `block` tokens at a time."""
     real, (query, key, value, log_decay, sinks, _) = _without_padding(inputs)
 
     def extend(cache, query, key, value, log_decay, real):
@@ -132,7 +142,8 @@ def _extend(plan, block, cache, inputs):
 
 
 def _without_padding(inputs):
-    """`real` [B, T], and the inputs with padding set to 0 and log decays in the accumulation dtype."""
+    """(real, inputs): `real` [B, T] is False at padding; the inputs are set to 0 there, and log_decay is cast to the
+    accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
     real = jnp.ones(key.shape[:2], bool)
     if segment_ids is not None:
@@ -144,6 +155,7 @@ def _without_padding(inputs):
 
 
 def _by_definition(read, inputs, scale, window):
+    """The output [B, T, H, V] by `read`, a definition for one head, in the accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
     dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
     group = query.shape[2] // heads

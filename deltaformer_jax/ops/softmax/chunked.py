@@ -1,6 +1,8 @@
-"""Softmax attention in chunks, with its own backward: the read of DeltaFormer, with a window, decays and sinks.
+"""The chunked form of softmax attention, with a hand-written backward pass: DeltaFormer's read (`chunked_read`) with a
+window, decays and sinks.
 
-Kept for the backward are the arguments, the output and one number a row; nothing of T×T. Source: as `causal_attention`.
+The residuals are the arguments, the output and one log-sum-exp per row; none has T×T numbers.
+Source: see `causal_attention`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _SOFTMAX = Softmax()
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known while tracing: the scale of the scores, the window, rows of a chunk."""
+    """The static arguments: scale of the scores, window, rows of a chunk."""
 
     scale: float
     window: int | None
@@ -30,6 +32,7 @@ class Plan:
 
 
 def _layout(plan, query, key, value, log_decay, segment_ids):
+    """(arguments of `read_forward`, its `first`, its settings): heads first, padded to whole chunks."""
     heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
     group = query.shape[2] // heads
     q = H.fold_queries(H.pad_time(query, length), heads)
@@ -44,8 +47,8 @@ def _layout(plan, query, key, value, log_decay, segment_ids):
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call, padding zeroed in all of them: query [B,T,H,K], key [B,T,G,K], value [B,T,G,V], log_decay
-    [B,T,H] or None, sinks [H] or None, segment_ids [B,T] or None."""
+    """The arrays of a call, 0 at padding: query [B,T,H,K], key [B,T,G,K], value [B,T,G,V], log_decay [B,T,H] or None,
+    sinks [H] or None, segment_ids [B,T] or None."""
 
     query: jax.Array
     key: jax.Array
@@ -61,7 +64,7 @@ def attention_chunked(plan: Plan, inputs: Inputs):
     out, lse = _without_sinks(plan, query, key, value, log_decay, segment_ids)
     if sinks is None:
         return out
-    # The sink only adds e^b to the normaliser: o times e^lse / (e^lse + e^b).
+    # The sink only adds e^b to the normaliser, so the output is o · e^lse / (e^lse + e^b).
     share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
     return (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
 
@@ -72,7 +75,7 @@ def _without_sinks(plan, query, key, value, log_decay, segment_ids):
     return _forward(plan, query, key, value, log_decay, segment_ids)[0]
 
 
-# Jitted, as _backward is, so that what was traced once is not traced again.
+# _forward and _backward are jitted, so that JAX traces each once per shape and not at every call.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, query, key, value, log_decay, segment_ids):
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)

@@ -1,4 +1,4 @@
-"""Softmax attention by its definition, token by token and as one T×T matrix: what the chunked form is tested against.
+"""The definition of softmax attention, token by token and as one T×T matrix. The chunked form is tested against it.
 
     s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,      o_t = Σ_i e^{s_ti} v_i / (e^b + Σ_j e^{s_tj})
 
@@ -15,9 +15,10 @@ from deltaformer_jax.ops.common.similarity import Softmax, row_weights
 
 
 def attend_recurrent(q, k, v, segments, log_decay, sinks, *, scale, window):
-    """One head of keys, r query heads: q [T,r,K], k [T,K], v [T,V], segments [T], log_decay [T,r], sinks [r] or None.
+    """One key head and its r query heads -> o [T, r, V].
 
-    Returns o [T, r, V]. The scan carries each past token's decay so far, one product of gates a step.
+    q [T, r, K], k [T, K], v [T, V], segments [T], log_decay [T, r], sinks [r] or None. The scan carries D, the sum of
+    the log decays after each past token.
     """
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
@@ -32,7 +33,7 @@ def attend_recurrent(q, k, v, segments, log_decay, sinks, *, scale, window):
 
 
 def attend_parallel(q, k, v, segments, log_decay, sinks, *, scale, window):
-    """The same with every token at once; memory O(T²) a query head."""
+    """`attend_recurrent` for all tokens at once. Memory: O(T²) per query head."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
     ago = index[:, None] - index[None, :]
     visible = (ago >= 0) & (segments[:, None] == segments[None, :]) & (segments != 0)[:, None]
@@ -44,7 +45,7 @@ def attend_parallel(q, k, v, segments, log_decay, sinks, *, scale, window):
 
 
 def _weights(scores, visible, sinks):
-    """Softmax of scores [..., r, N], with sinks [r] as one more column that is left out of what is returned."""
+    """Softmax of scores [..., r, N]. The sinks [r] are one more column, which is left out of the result."""
     visible = jnp.broadcast_to(visible.reshape(*[1] * (scores.ndim - visible.ndim), *visible.shape), scores.shape)
     if sinks is None:
         return row_weights(Softmax(), scores, visible)

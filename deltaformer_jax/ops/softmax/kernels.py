@@ -1,4 +1,4 @@
-"""Softmax attention by the vendors' kernels: a call of the op as pallas_kernels/cudnn.py and tpu/splash.py take it."""
+"""Binds a call of softmax attention to a vendor's kernels: pallas_kernels/cudnn.py, pallas_kernels/tpu/splash.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
 
 def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, as `attention_chunked(plan, inputs)`; JAX has their derivatives."""
+    """`module`'s kernels for this call, in the place of `attention_chunked(plan, inputs)`. The kernels bring their own
+    derivatives."""
     query, key, value, log_decay, sinks, _ = inputs
 
     def run(inputs):

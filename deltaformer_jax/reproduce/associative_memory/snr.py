@@ -1,14 +1,15 @@
-"""Retrieval from an associative memory: signal to noise against the number of pairs, the width and the similarity.
+"""Retrieval from an associative memory: noise to signal by the number of pairs, the width and the similarity.
 
-N pairs (k_j, v_j) of standard Gaussian vectors, asked with a stored key k_i, give Σ_j κ(k_j, k_i) v_j = c v_i + r and
+The memory holds N pairs (k_j, v_j) of standard Gaussian vectors of width d. Reading with a stored key k_i gives
+Σ_j κ(k_j, k_i) v_j = c v_i + r, where c v_i is the signal and r the noise:
 
     1/SNR = E[‖r‖² / (c² ‖v_i‖²)] = N E[κ(k_j, k_i)²] / κ(k_i, k_i)²        for ‖k_i‖² = ‖v_i‖² = d, their mean:
 
     linear  N/d      relu  N/(2d)      relu²  3N/(2d²)      exp(x·y/τ), softmax  N exp(2 (1 − τ) d/τ²)
 
-The pair that is asked for has these lengths exactly; the N − 1 others are drawn freely. e^{2x·y/τ} has a heavy tail:
-its sample mean comes near the formula only where the width is small beside τ². τ = √d is softmax attention's scale.
-Source: Zhong et al., arXiv 2505.19488.
+The pair (k_i, v_i) that is read has exactly these lengths; the other N − 1 pairs are drawn without that constraint.
+e^{2x·y/τ} has a heavy tail: its sample mean is close to the formula only if the width is small compared with τ².
+τ = √d is the scale of softmax attention. Source: Zhong et al., arXiv 2505.19488.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 
 
 def by_formula(name: str, width: int, pairs: int, tau: float) -> float:
-    """1/SNR."""
+    """1/SNR by the formulas of this module's docstring."""
     return {
         "linear": pairs / width,
         "relu": pairs / (2 * width),
@@ -60,7 +61,7 @@ def by_formula(name: str, width: int, pairs: int, tau: float) -> float:
 
 
 def weights_of(name: str, scores: jax.Array) -> jax.Array:
-    """κ of a row's scaled scores [..., N], by the library's similarities."""
+    """κ of the scaled scores [..., N] of a read, computed by the library's similarities."""
     if name == "relu²":
         return Relu().weight(scores) ** 2
     if name == "softmax":

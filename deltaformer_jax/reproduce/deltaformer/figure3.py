@@ -1,7 +1,7 @@
-"""Figure 3: tracking the exchange of 5 elements in 16 swaps, DeltaFormer of one layer against Transformers of 1, 2, 4.
+"""Figure 3: tracking 5 elements through 16 swaps, a DeltaFormer of one layer against Transformers of 1, 2 and 4 layers.
 
-Around one choice of settings (no rotary embedding, keys not normalised, learnt β, learning rate 1e-3, 4 heads) each
-other choice is tried alone: these cells are the search. Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.1.
+The base settings are: no rotary embedding, keys not normalised, learnt β, learning rate 1e-3, 4 heads. The variants
+change one of these at a time. Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.families import rows
 from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
 
-# layers: of the Transformers, and how many seeds of each.
+# layers: number of layers of a Transformer -> number of seeds. search: whether the variants are run.
 FULL = dict(
     elements=5,
     length=16,
@@ -40,7 +40,7 @@ QUICK = dict(
 )
 
 BASE = "no RoPE, raw keys, learnt β, 1e-3"
-# What each variant changes in (model, learning rate).
+# Variant -> (changes to the model's fields, learning rate).
 DELTA_VARIANTS = {
     "RoPE": ({"rope_base": 10_000.0}, 1e-3),
     "unit keys": ({"write_key_norm": "on"}, 1e-3),

@@ -1,13 +1,14 @@
-"""Figure 5: reachability in a directed acyclic graph of 32 nodes, DeltaFormer of one layer against Transformers.
+"""Figure 5: reachability in a directed acyclic graph of 32 nodes, a DeltaFormer of one layer against Transformers.
 
-A node's token is its row of the adjacency matrix: a one at itself and at its parent, and a mark on the first. The rows
-are read as they are, padded with zeros to the model's width; only the model is trained. Around one choice of settings
-(w = k, a raw β, heads wider than the number of nodes, no rotary embedding, keys not normalised, learning rate 3e-3)
-each other choice is tried alone, for one of the similarities.
+A node's input is its row of the adjacency matrix: ones at the node itself and at its parent; the first node's row also
+has a mark. The rows, padded with zeros to the model's width, are the embeddings; these are not trained. The base
+settings are: w = k, raw β, heads wider than the number of nodes, no rotary embedding, keys not normalised, learning
+rate 3e-3. For one of the similarities, variants change these one at a time, and two of them together once.
 
-What a raw β is for: rows of one parent, or of a parent and its child, have an entry in common, and others none. So with
-w = k a row finds its parent and its siblings, all of its tree, and with β = −1 it becomes their mean: a label spreads
-from the root. With β > 0 every hop turns its sign, and where parent and sibling meet they cancel.
+Why β is raw: the rows of two siblings, and of a parent and its child, have an entry in common; other rows have none. So
+with w = k a row attends to its parent and its siblings, which are all in its tree. With β = −1 it adds their mean to
+itself, and the mark of the first node spreads through its tree. With β > 0 the sign changes at every hop, and the
+contributions of a parent and of siblings cancel.
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), section 4.2.
 """
@@ -31,7 +32,7 @@ from deltaformer_jax.reproduce.families import rows
 from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
 from deltaformer_jax.tasks import Examples, Reachability
 
-# layers: of the Transformers, and how many seeds of each.
+# layers: number of layers of a Transformer -> number of seeds. search: the similarities for which variants are run.
 FULL = dict(
     nodes=32,
     width=64,
@@ -73,7 +74,7 @@ TRANSFORMER_VARIANTS = {"RoPE": ({"rope_base": 10_000.0}, 3e-3)}
 
 @dataclasses.dataclass(frozen=True)
 class GraphTokens:
-    """`Reachability` in whole numbers: node t with parent p is token t n + p (a root: p = t). length: n, the nodes."""
+    """`Reachability` as token ids: node t with parent p is token t n + p (for a root p = t). length: n, the nodes."""
 
     length: int
 
@@ -90,7 +91,8 @@ class GraphTokens:
 
 
 class AdjacencyRows(Embedding):
-    """`Reachability`'s rows of `GraphTokens`, [B,T] -> [B,T,d_model], nothing learnt; and two logits, learnt."""
+    """The rows of `Reachability` for `GraphTokens` [B,T] -> [B,T,d_model], not trained; and a trained kernel for two
+    logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.nodes = round(config.vocab_size**0.5)
@@ -103,7 +105,7 @@ class AdjacencyRows(Embedding):
         del segment_ids  # every row is a whole graph
         node, parent = jnp.divmod(tokens, self.nodes)
         one = lambda place: jax.nn.one_hot(place, self.d_model, dtype=self.dtype)
-        mark = jnp.where(node == 0, self.nodes, -1)  # one_hot of -1 is zero
+        mark = jnp.where(node == 0, self.nodes, -1)  # one_hot(-1) is all zeros
         return jnp.maximum(jnp.maximum(one(node), one(parent)), one(mark))
 
 

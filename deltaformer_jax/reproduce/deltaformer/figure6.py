@@ -1,8 +1,9 @@
-"""Figure 6: tracking more elements than keys are wide, with keys and values fixed and only the read-out learnt.
+"""Figure 6: tracking more elements than keys are wide, with fixed keys and values; only the read-out is trained.
 
-n slots are written with nearly orthogonal keys and values of width 128, random swaps follow as differences of keys, and
-every slot is read at the end: which element does it hold? A linear read-out W, logits = o W, is learnt by Adam on the
-reads of some rows and scored on others. κ₁ = κ₂ = κ. Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix B.1.
+n slots are written with nearly orthogonal keys and values of width 128. Random swaps follow, each written as a
+difference of two keys. At the end every slot is read, and the target is the element that it holds. A linear read-out W,
+logits = o W, is trained by Adam on the reads of some rows and tested on others. κ₁ = κ₂ = κ. Source: Xu et al.,
+DeltaFormer (NeurIPS 2025), appendix B.1.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def figure(done: list[dict[str, Any]]):
                 for record in done
                 if (record["settings"]["similarity"], record["settings"]["swaps"]) == (name, length)
             ]
-            style = "os^"[place] + ("-", "--", ":")[place]  # two of them lie upon each other
+            style = "os^"[place] + ("-", "--", ":")[place]  # two of the curves coincide
             panel.plot(*zip(*points), style, color=f"C{place}", fillstyle="none", markersize=6 + 2 * place, label=name)
         panel.axvline(done[0]["settings"]["width"], color="grey", linewidth=0.8, linestyle=":", label="n = width")
         panel.set(title=f"{length} swaps", xlabel="elements n", ylim=(0, 1.03), xscale="log")

@@ -1,8 +1,8 @@
-"""Table 1: associative recall by read similarity κ₂, 32 pairs of 256 words in rows of 128, width 32.
+"""Table 1: associative recall (MQAR) by read similarity κ₂: 32 pairs, 256 words, rows of 128 tokens, width 32.
 
-The paper does not say how its layers come to know which value follows which key, nor how many heads they have: here one
-layer with KV shifting, and one head, which leaves a linear read its widest keys. Source: Xu et al., DeltaFormer
-(NeurIPS 2025), Table 1.
+The paper does not say how its layers combine a key with the value after it, nor how many heads they have. Here the
+model is one layer with KV shifting and one head; with one head a linear read has the widest possible keys. Source: Xu
+et al., DeltaFormer (NeurIPS 2025), Table 1.
 """
 
 from __future__ import annotations

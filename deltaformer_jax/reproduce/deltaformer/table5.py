@@ -1,4 +1,4 @@
-"""Table 5: six formal languages, trained on inputs of 1 to 40 symbols, asked for inputs of 41 to 500.
+"""Table 5: six formal languages, trained on inputs of 1 to 40 symbols and tested on inputs of 41 to 500.
 
 Source: Xu et al., DeltaFormer (NeurIPS 2025), appendix D; Delétang et al., "Neural networks and the Chomsky
 hierarchy", 2022, whose recurrent models' numbers the paper repeats.
@@ -34,17 +34,19 @@ MODELS = {
     "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
     "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
 }
-# Of each task: `levels`, the longest inputs of the parts of its training, inputs of 1 to so many symbols, the next once
-# `patience` evaluations in a row are `solved`[0] right, the last ended once they are `solved`[1] right (above 1:
-# never); evaluations are every `eval_every` steps. A model that is right on all it was asked at 40 is not yet right at
-# 500: parity is trained on for a while, modular arithmetic to the end of its steps.
-# `changes` to a model: convolutions are what lets a DeltaFormer without RoPE see an operator with its digit; on parity,
-# where it has no need of them, they kept it from learning (75 % after 1,500 steps).
-# `training`: options of the task in training alone.
+# How each task is trained:
+# * `levels`: training goes through stages; inputs of a stage have 1 to `level` symbols. The next stage begins once
+#   `patience` evaluations in a row, one every `eval_every` steps, reach the accuracy `solved`[0]; the last stage ends
+#   once they reach `solved`[1] (above 1: never). A model without errors at 40 symbols can still make errors at 500, so
+#   parity is trained for some time after that, and modular arithmetic for all of its steps.
+# * `changes`: fields of a model that differ. Convolutions let a DeltaFormer without RoPE combine an operator with its
+#   digit. Parity does not need them; with them the model did not learn it (accuracy 75 % after 1,500 steps).
+# * `training`: options of the task that are used in training only.
 ONCE = dict(layers=1, levels=(40,), batch_size=64, steps=1000, rate=1e-3, patience=10)
-# The value of every prefix is asked for in training, so a layer must tell its memory's state at every digit. A softmax
-# over all before it mixes what equal keys wrote at different times; a linear read is of the state as it is now. With
-# unit keys and a write of 0 to 2 (scale 2, beta a sigmoid) a write erases, or at 2 reflects; two reflections turn.
+# Training asks for the value of every prefix, so the layer must read its memory's state at every digit. A softmax read
+# mixes what equal keys wrote at different times; a linear read returns the present state. With unit keys and a write
+# strength in (0, 2) (scale 2, beta a sigmoid) a write multiplies the stored state along the key by 1 − strength: at 1
+# it erases, at 2 it reflects, and two reflections make a rotation.
 STEPWISE = dict(
     layers=2,
     levels=(3, 7, 11, 23, 40),

@@ -1,9 +1,10 @@
-"""Table 6: recurrent, parallel and chunked DeltaFormer on this machine, as ratios of times in one process.
+"""Table 6: times of recurrent, parallel and chunked DeltaFormer on this machine, and their ratios in one process.
 
-Every form runs once a round, and a ratio is the median over rounds of its time over that of the chunked form in the
-same round. Where a GPU or a TPU is found, its kernels are among them and the shape is the paper's. The parallel form
-holds T × T matrices and the recurrent one's backward T memories of T × K, so both have a longest T. Source: Xu et al.,
-DeltaFormer (NeurIPS 2025), appendix E.
+In every round each implementation is run twice and its second run is timed. A ratio is the median over rounds of an
+implementation's time divided by the chunked implementation's time in the same round. On a GPU or a TPU its kernels are
+timed too, and the shape is the paper's. The parallel implementation holds T × T matrices, and the backward pass of the
+recurrent one holds T arrays of T × K; T is therefore limited for both. Source: Xu et al., DeltaFormer (NeurIPS 2025),
+appendix E.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from deltaformer_jax.ops import delta_attention
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import new_figure
 
-# The paper's, on an H100, [B, T, H, K] = [2, 8192, 32, 128].
+# The paper's times in ms, on an H100, for [B, T, H, K] = [2, 8192, 32, 128].
 PAPER_MS = {"recurrent": 279.9, "parallel": 102.2, "chunked": 12.7}
-# Numbers in B H T²: the parallel form holds a few such arrays, and where 16 GB are all there is room for those of 1 GB.
+# Largest B H T² for the parallel form, which holds a few arrays of that size: 2**28 float32 numbers are 1 GiB, which
+# fits into a memory of 16 GB.
 LONGEST_PARALLEL = {"cpu": 2**28, "gpu": 2**32, "tpu": 2**28}
-LONGEST_RECURRENT_BACKWARD = 2**28  # numbers in B H T² K
+LONGEST_RECURRENT_BACKWARD = 2**28  # largest B H T² K for the backward pass of the recurrent form
 
-# What jax.default_backend() says -> the implementations that are that platform's own kernels.
+# jax.default_backend() -> the implementations that are kernels for that platform.
 KERNELS = {"cpu": (), "gpu": ("triton",), "tpu": ("pallas_tpu",)}
 
 FULL = dict(
@@ -84,7 +86,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
         for form, program in programs.items():
             if stop.requested:
                 return None
-            for _ in range(2):  # the second counts: the first pays for what ran before it
+            for _ in range(2):  # the second run is reported: the first is slowed down by what ran before it
                 start = time.perf_counter()
                 jax.block_until_ready(program(*inputs, beta))
                 seconds = time.perf_counter() - start

@@ -1,8 +1,9 @@
-"""Theorem 1: a memory of n slots whose contents are exchanged by writing differences of keys, exact where κ rounds.
+"""Theorem 1: a memory of n slots whose contents are swapped by writing differences of keys; exact if κ rounds.
 
-n nearly orthogonal keys in K dimensions; random swaps go through `delta_attention` and its cache in float64, and every
-slot is read now and then. With compression the cache is restarted from what the slots read, every n swaps. The error
-is the largest entry of |read − expected|. Source: Xu et al., DeltaFormer (NeurIPS 2025), Theorem 1 and appendix C.
+The n keys are nearly orthogonal vectors in K dimensions. Random swaps are written by `delta_attention` with its cache
+in float64, and all slots are read about 8 times on the way. With compression the cache is rebuilt every n swaps from
+the contents of the slots. The error is the largest entry of |read − expected|. Source: Xu et al., DeltaFormer (NeurIPS
+2025), Theorem 1 and appendix C.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from deltaformer_jax.tasks import SwapConstruction, coherence, near_orthogonal_k
 FULL = dict(width=128, slots=(64, 128, 256, 512), swaps=4000)
 QUICK = dict(width=64, slots=(32, 64, 128), swaps=500)
 
-# "round" is the paper's: two decimals; Theorem 1's proof needs whole numbers.
+# The paper's "round" keeps two decimals; the proof of Theorem 1 needs rounding to integers.
 SIMILARITIES = {"round to integers": Round(decimals=0), "round to 2 decimals": Round(decimals=2), "linear": "linear"}
 VALUE_WIDTH = 16
-READS = 8  # how often all slots are read
+READS = 8  # how often all slots are read during the swaps
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -61,8 +62,8 @@ def _run(settings: dict[str, Any], stop) -> dict[str, Any] | None:
     similarity = SIMILARITIES[settings["similarity"]]
     options = dict(write_similarity=similarity, read_similarity=similarity, write_scale=1.0, read_scale=1.0)
 
-    # The same number of tokens in every call, so that one program serves them all. With compression the cache has room
-    # for the slots and what is written between two restarts.
+    # Every call has the same number of tokens, so that few programs are compiled. With compression the cache has room
+    # for the slots and for the tokens written before it is rebuilt.
     block = min(slots, max(1, swaps // READS))
     capacity = slots + (slots + block if every else swaps + block)
 
@@ -74,7 +75,7 @@ def _run(settings: dict[str, Any], stop) -> dict[str, Any] | None:
 
     @jax.jit
     def contents(cache):
-        """Every slot's content. A restart of the cache from them is also how they are read."""
+        """(a cache rebuilt from the contents of all slots, these contents)."""
         read = compress_cache(cache, slot_keys, read_similarity=similarity, read_scale=1.0)
         return read, read.value[0, :slots, 0]
 

@@ -1,1 +1,1 @@
-"""Language models of the mixers side by side: a comparison of our own, which no paper has."""
+"""A comparison of the mixers as language models, which is this project's own and not from a paper."""

@@ -1,8 +1,8 @@
-"""Every mixer as a language model of the standard library's text: parameters, tokens, seeds and schedule are equal.
+"""Every mixer as a language model of the standard library's text, with equal parameters, tokens, seed and schedule.
 
-The feed-forward width is what is left over: each model's is chosen so that it has as many parameters as DeltaFormer's,
-to within 2 features. Scores are bits per byte of the evaluation split. No paper has this table; it shows that every
-mixer trains, and what a small model of Python gains from each memory.
+Each model's feed-forward width is chosen, to within 2 features, so that it has as many parameters as DeltaFormer's
+model. The score is bits per byte on the evaluation split. This table is not from a paper. It shows that every mixer
+trains, and compares small models of Python code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATTERNS: dict[str, tuple[str | Mixer, ...]] = {
 
 FULL = dict(d_model=128, num_layers=4, num_heads=4, head_dim=32, sequence_length=256, batch_size=8, steps=500)
 QUICK = dict(d_model=64, num_layers=4, num_heads=2, head_dim=32, sequence_length=128, batch_size=8, steps=40)
-# Compiling takes most of the quick form's time, so it leaves out some.
+# Left out of the quick form, most of whose time is compilation.
 NOT_QUICK = (
     "DeltaFormer, gated",
     "forgetting attention",
@@ -100,7 +100,7 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def _matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
-    """The feed-forward width, a multiple of 4, that brings the parameters nearest to `target`."""
+    """The feed-forward width, a multiple of 4, with the number of parameters nearest to `target`."""
     two = [_parameters(_model(sizes, pattern, width)) for width in (16, 32)]
     each = (two[1] - two[0]) / 16  # the count is linear in the width
     return max(4, 4 * round((16 + (target - two[0]) / each) / 4))
@@ -131,7 +131,7 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
         ),
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0))
-    # One device, however many there are: the models are small and the batches smaller.
+    # Only one device is used, since the models and the batches are small.
     if not train(*prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True).finished:
         return None
     records = [json.loads(line) for line in lines((folder / "metrics.jsonl").read_text())]

@@ -1,7 +1,8 @@
-"""Multi-query associative recall at the four usual sizes, of fewer words than usual, every mixer in two layers.
+"""Multi-query associative recall (MQAR) at the four usual sizes, with 256 and 8,192 words, every mixer in two layers.
 
-Each mixer has one run: rows of 16 first, and a longer size once the one before it is learnt; at the end all four are
-asked for. The usual sizes have 8,192 words, and a run each: see FULL.
+For each number of words a mixer has one run. It begins with rows of 16 tokens and proceeds to a longer size when the
+one before is learnt; at the end all four sizes are tested. The source has 8,192 words and one run per size; FULL says
+why this differs.
 
 Source: Arora et al., "Zoology: measuring and improving recall in efficient language models", 2023.
 """
@@ -15,9 +16,9 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import new_figure
 from deltaformer_jax.tasks import read_spec
 
-# Mixer -> what it is besides its own defaults. Attention without convolutions or KV shifting needs two layers to see
-# which value follows a key; the delta rules bring short convolutions of their own, and gated linear attention is given
-# them, as the source gives them to every mixer.
+# Label -> the fields that differ from the defaults. Attention without convolutions or KV shifting needs two layers to
+# combine a key with the value after it. The delta-rule mixers have short convolutions by default; gated linear
+# attention gets them here, since the source gives them to every mixer.
 MIXERS = {
     "DeltaFormer": {"mixers": ["delta_former"]},
     "DeltaFormer, KV shifting": {"mixers": ["delta_former"], "kv_shift": True},
@@ -30,8 +31,8 @@ MIXERS = {
     "Gated DeltaNet": {"mixers": ["gated_delta_net"]},
     "Kimi Delta Attention": {"mixers": ["kimi_delta_attention"]},
 }
-# The better of 3e-3 and 1e-2 in 240 steps of the first rows, 16 long; for Gated DeltaNet 5e-3, which was better than
-# both. docs/results/mqar.md has the accuracies.
+# Learning rates: the better of 3e-3 and 1e-2 after 240 steps of the first stage (rows of 16 tokens); for Gated DeltaNet
+# 5e-3, which was better than both. docs/results/mqar.md has the accuracies.
 RATES = {
     "DeltaFormer": 3e-3,
     "DeltaFormer, KV shifting": 1e-2,
@@ -44,11 +45,13 @@ RATES = {
     "Gated DeltaNet": 5e-3,
     "Kimi Delta Attention": 3e-3,
 }
-# Words -> the stages of a run that ends with so many: each (words, T, pairs, rows a step, rows of an evaluation, the
-# accuracy at which the next begins). Rows of 64 alone teach little: of their 64 tokens 4 are asked for, and where the
-# memory's output has a gate nothing was learnt from them in 800 steps. Of 8,192 words a step shows each too rarely to
-# begin with: attention had not found the key's neighbour after 500 steps, of 256 words it has after 225, and keeps it.
-# The source has 64 epochs of 100,000 rows, hours a run on a CPU: here as few as it takes.
+# Final number of words -> the stages of the run, each (words, T, pairs, rows per step, rows per evaluation, the
+# accuracy at which the next stage begins). Why there are stages:
+# * Rows of 64 tokens alone teach little, since only 4 of the 64 tokens are asked for. Mixers with an output gate learnt
+#   nothing from them in 800 steps.
+# * With 8,192 words each word is too rare at the beginning. Attention had not learnt to find a key's neighbour after
+#   500 steps; with 256 words it has after 225 steps, and does not forget it afterwards.
+# * The source trains 64 epochs of 100,000 rows, hours per run on a CPU. Here training stops when a stage is learnt.
 FULL = dict(
     stages={
         256: (

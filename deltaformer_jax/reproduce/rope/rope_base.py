@@ -1,9 +1,10 @@
-"""The base of a rotary embedding bounds the context: which bases tell a like token from another at every distance.
+"""The least base of a rotary embedding for a context of L tokens: similar tokens must get higher scores than others.
 
-    B_m(θ) = Σ_{i < d/2} cos(m θ_i),    θ_i = base^(−2i/d)        is to be ≥ 0 for every distance 1 ≤ m ≤ L
+    B_m(θ) = Σ_{i < d/2} cos(m θ_i),    θ_i = base^(−2i/d)        must be ≥ 0 for every distance 1 ≤ m ≤ L
 
-The set of bases for which it is has holes, so a base is found by going up the numbers of two digits, and not by
-halving an interval. Source: Men et al., "Base of RoPE bounds context length", NeurIPS 2024, arXiv 2405.14591.
+The bases that satisfy this do not form an interval. The least one is therefore searched among the numbers of two
+significant digits in ascending order, not by bisection. Source: Men et al., "Base of RoPE bounds context length",
+NeurIPS 2024, arXiv 2405.14591.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ PAPER = {
     "512k": 6.4e7,
     "1M": 5.1e8,
 }
-# Base -> the first distance at which B is negative: arithmetic, the same on every machine.
+# Base -> the first distance at which B is negative. This is arithmetic and the same on every machine.
 FIRST_NEGATIVE = {1e4: 1707, 5e5: 18438, 1e6: 27115, 5e6: 82999}
-# Frequencies that were interpolated for 8 times the context -> (distances up to, how many of them are negative).
+# For frequencies interpolated for 8 times the context: (longest distance, number of distances at which B is negative).
 INTERPOLATED = ((15360, 97), (30720, 2554))
 BLOCK = 65536
 
 
 def tokens(length: str) -> int:
-    """4096 of "4k"."""
+    """The number of tokens of a length such as "4k", which is 4096."""
     return int(length[:-1]) * {"k": 1024, "M": 1024**2}[length[-1]]
 
 
@@ -57,13 +58,13 @@ def sums(theta: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 def blocks(theta: np.ndarray, longest: int, size: int = BLOCK):
-    """(m of the first, B of a block) up to `longest`."""
+    """Yield B_m for m = 1 … longest in blocks: (the first m of the block, its values)."""
     for first in range(1, longest + 1, size):
         yield first, sums(theta, first, min(first + size - 1, longest))
 
 
 def first_negative(theta: np.ndarray, longest: int) -> int | None:
-    """The least m ≤ longest with B_m < 0."""
+    """The least m ≤ longest with B_m < 0; None if there is none."""
     for first, values in blocks(theta, longest, 4096):
         negative = np.flatnonzero(values < 0)
         if len(negative):
@@ -72,7 +73,7 @@ def first_negative(theta: np.ndarray, longest: int) -> int | None:
 
 
 def least_base(longest: int, start: float, stop=lambda: False) -> float | None:
-    """The least base of two digits, from `start` on, whose B is nowhere negative up to `longest`; None if stopped."""
+    """The least base of two significant digits, at least `start`, with B_m ≥ 0 for all m ≤ longest; None if stopped."""
     digits, power = (int(part) for part in f"{start:.1e}".replace(".", "").split("e"))
     while not stop():
         if digits == 100:
@@ -107,7 +108,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     length = settings["length"]
     longest, paper = tokens(length), PAPER[length]
     negative, least, at = 0, np.inf, 0
-    # The curve's least value in each of 400 stretches: single points would step over the few negative ones.
+    # The plotted curve is the least value in each of 400 intervals; single points would miss the few negative values.
     starts = np.unique(np.geomspace(1, longest, 400).astype(int))
     lowest = np.full(len(starts), np.inf)
     for first, values in blocks(frequencies(paper), longest):

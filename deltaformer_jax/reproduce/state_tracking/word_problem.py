@@ -1,11 +1,11 @@
 """The word problem of S5 and A5: the product of permutations so far, which is complete for NC¹.
 
-By a curriculum from short words to long ones, of every element and of those that move few things: the swaps of S5, the
-3-cycles of A5, which make the whole group too. No paper of DeltaFormer has this table; the theory it is about is
-Merrill et al., "The illusion of state in state-space models", 2024, and the words of few moves are as in Grazzi et al.,
-"Unlocking state-tracking in linear RNNs through negative eigenvalues", 2024.
+Training is a curriculum from short words to long ones. The words consist of all elements, or only of those that move
+few points, which generate the same group: the swaps of S5, the 3-cycles of A5. This table is not in the DeltaFormer
+papers. The theory is from Merrill et al., "The illusion of state in state-space models", 2024; the restricted words are
+as in Grazzi et al., "Unlocking state-tracking in linear RNNs through negative eigenvalues", 2024.
 
-Every row starts with a token that is no element: without it a Transformer reads the same from x x as from x.
+Every row begins with a start token. Without it a Transformer would read the same from x x as from x.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checkpoints: written and checked, restored, gone back to."""
+"""Checkpoints: saving, checking, restoring, and going back to one after bad batches."""

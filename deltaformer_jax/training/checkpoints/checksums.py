@@ -1,4 +1,4 @@
-"""sha256.json, by which a checkpoint is known to be whole. Imports no jax: a program may ask before it does."""
+"""sha256.json: the checksums that tell whether a checkpoint is whole. Importing this module does not import jax."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ CHECKSUMS = "sha256.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be trusted or doesn't fit the run."""
+    """A checkpoint that is damaged or incomplete, or does not fit the run."""
 
 
 def write_checksums(folder: epath.Path) -> None:
@@ -21,17 +21,17 @@ def write_checksums(folder: epath.Path) -> None:
 
 
 def check_checksums(folder: epath.Path) -> None:
-    """Raise CheckpointError, naming the file, unless every file is there and as it was written."""
+    """Raise CheckpointError, naming the file, unless every file is present and has the SHA-256 that was recorded."""
     path = folder / CHECKSUMS
     if not path.exists():
         raise CheckpointError(f"{folder}: not a whole checkpoint ({CHECKSUMS} is missing: the save was cut short)")
     try:
         expected = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: corrupt") from None
+        raise CheckpointError(f"{path}: corrupt (not a list of checksums)") from None
     found = set(_files(folder))
     if unlisted := sorted(found - expected.keys()):
-        raise CheckpointError(f"{path}: doesn't list {unlisted[0]}, which is there")
+        raise CheckpointError(f"{path}: does not list {unlisted[0]}, which is in the checkpoint")
     for name, digest in expected.items():
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing from the checkpoint")

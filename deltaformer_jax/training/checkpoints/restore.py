@@ -1,4 +1,4 @@
-"""A finished or running run's model, for the programs that only read it."""
+"""Restoring the model of a finished or running run, for programs that only read it."""
 
 import dataclasses
 import tempfile
@@ -19,7 +19,7 @@ from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
 
 
 class Restored(NamedTuple):
-    """`config` has its vocabulary size; `params` are arrays on `program.mesh`, and have seen `step` updates."""
+    """`config` has its vocabulary size filled in. `params`, of the checkpoint `step`, are arrays on `program.mesh`."""
 
     config: Config
     tokenizer: Tokenizer
@@ -29,10 +29,10 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[str], Any] = lambda _: None) -> Restored:
-    """The model of the newest whole checkpoint, or of `step`, for any device. Nothing in `workdir` is changed.
+    """The model of the newest whole checkpoint, or of `step`, for any device. Changes nothing in `workdir`.
 
-    `note(text)` hears of checkpoints that were passed over. Raises FileNotFoundError or ValueError (CheckpointError),
-    naming the folder or file, for a folder that is not a run's and for checkpoints that are missing or corrupt.
+    `note(text)` is called for each damaged checkpoint that is skipped. Raises FileNotFoundError or ValueError
+    (CheckpointError), naming the folder or file, if the folder holds no run or a checkpoint is missing or corrupt.
     """
     workdir = epath.Path(workdir)
     saved = Saved.read(workdir)
@@ -59,7 +59,10 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
 
 
 def read_tokenizer(workdir: epath.Path, saved: Saved) -> Tokenizer:
-    """The run's own copy of its tokenizer. Raises ValueError if it is missing or not the one of config.json."""
+    """The run's own copy of its tokenizer.
+
+    Raises FileNotFoundError if it is missing, ValueError if its hash is not the one in config.json.
+    """
     path = workdir / TOKENIZER_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path}: missing; copy the {TOKENIZER_FILE} of the run's data there")

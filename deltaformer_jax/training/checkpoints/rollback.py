@@ -1,7 +1,7 @@
-"""Several skipped steps in a row: back to the last checkpoint, and past the batches that were skipped.
+"""After several skipped steps in a row: go back to the last checkpoint and leave out the batches that were skipped.
 
-Batches are numbered; a run takes them in order, but never those that its position passes over. A run that went back
-therefore ends where one ends that never saw them.
+Batches are numbered, and a run takes them in order, except those that its position lists as `passed`. So a run that
+went back ends bit for bit like a run that never had those batches.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.state import TrainState
 
-# After so many with no checkpoint in between, more of the same won't help.
+# After going back so often without a new checkpoint in between, going back again would not help.
 LIMIT = 3
 
 
 def roll_back(
     run: Run, position: Position, bad: tuple[int, ...], note: Callable[[str], Any]
 ) -> tuple[Position, TrainState]:
-    """(position, state) of the newest whole checkpoint, or of the run's beginning, with the `bad` batches passed over
-    from there on. The caller lets go of its own state before: the memory is wanted.
+    """(position, state) of the newest whole checkpoint, or of the start of the run, with the `bad` batches left out.
 
-    Raises CheckpointError when there are checkpoints and none is whole.
+    The caller must drop its own state before, since its memory is needed for the restored one. Raises CheckpointError
+    if there are checkpoints and none is whole.
     """
     run.checkpoints.wait()
     _drop_inside_streaks(run.checkpoints)
@@ -37,18 +37,20 @@ def roll_back(
     passed = tuple(sorted({*before.passed, *position.passed, *bad}))
     run.metrics.cut(before.step)
     written: dict[str, Any] = {"step": before.step, "passed_batches": list(passed)}
-    if jax.process_index() == 0 and written not in run.metrics.records:  # killed since, and going back again
+    if jax.process_index() == 0 and written not in run.metrics.records:  # killed after going back, it goes back again
         run.metrics.write(written)
     note(
-        f"step {position.step}: {len(bad)} skipped in a row; back to step {before.step}, "
-        f"passing over batches {list(bad)}"
+        f"step {position.step}: {len(bad)} batches skipped in a row; going back to step {before.step}, "
+        f"leaving out batches {list(bad)}"
     )
     return before._replace(passed=passed, streak=()), state
 
 
 def _drop_inside_streaks(checkpoints: Checkpoints) -> None:
-    """Delete what was saved in the middle of skipped steps, when the run was stopped there: a run that was not stopped
-    would go back further. The oldest stays."""
+    """Delete checkpoints that were saved between skipped steps because the run was stopped there.
+
+    A run that was not stopped would go back further. The oldest checkpoint stays.
+    """
     steps = checkpoints.steps()
     for step in reversed(steps[1:]):
         if checkpoints.run_record(step)["streak"]:

@@ -1,8 +1,8 @@
-"""Checkpoints: orbax writes them in the background; checksums of our own tell whether they are read as written.
+"""Saving and restoring checkpoints: orbax writes them in the background, this package adds checksums.
 
 DIR/checkpoints/STEP/ holds `state` (the TrainState), `run` (position in the data, config, tokenizer hash, dtypes and
-shapes) and, written last, `sha256.json`. A folder without it, or one that doesn't match it, is not a checkpoint: orbax
-restores flipped bytes without a word.
+shapes) and, written last, `sha256.json`. A folder without sha256.json, or one whose files do not match it, does not
+count as a checkpoint. The checksums are needed because orbax restores flipped bytes without an error.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ from deltaformer_jax.training.state import TrainState
 
 
 class SaveError(RuntimeError):
-    """A save that failed, a full disk for one: a message for one line."""
+    """A save that failed, for example on a full disk. The message is one line."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep`: how many of the newest stay on disk."""
+    """The checkpoints of one run. `keep`: how many of the newest are kept on disk."""
 
     def __init__(self, folder: epath.PathLike, keep: int = 1):
         import orbax.checkpoint as ocp
@@ -31,7 +31,7 @@ class Checkpoints:
         self._ocp = ocp
         self._folder = epath.Path(folder)
         if "://" not in str(folder):
-            self._folder = self._folder.absolute()  # orbax refuses relative paths, at the first save
+            self._folder = self._folder.absolute()  # orbax refuses relative paths, but only at the first save
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
@@ -47,13 +47,13 @@ class Checkpoints:
         return self._folder / str(step)
 
     def steps(self) -> list[int]:
-        """The steps that have a folder, oldest first, whole or not."""
+        """The steps that have a checkpoint folder, oldest first, whole or not."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, run: dict[str, Any]) -> None:
-        """Start saving; returns when the state has been copied from the devices, which may then reuse its memory.
+        """Start saving. Returns when the state has been copied from the devices, which may then reuse its memory.
 
-        Waits for the save before it, and raises here what went wrong with that one.
+        Waits for the previous save first, and raises SaveError if that one failed.
         """
         self.wait()
         step = int(run["step"])
@@ -72,7 +72,7 @@ class Checkpoints:
         self._sealing = self._sealer.submit(self._seal, step)
 
     def _seal(self, step: int) -> None:
-        # In a thread of its own: hashing some gigabytes must not hold up training either.
+        # Runs in its own thread: hashing some gigabytes must not block training either.
         with self._named(step):
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
@@ -81,7 +81,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named(self, step: int) -> Iterator[None]:
-        """What orbax and the disk say, as a SaveError that names the step and what there is to go back to."""
+        """Turns errors of orbax and the disk into a SaveError that names the step and the newest whole checkpoint."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -91,20 +91,20 @@ class Checkpoints:
             raise SaveError(f"{self.path(step)}: not saved: {reason}; {left}") from error
 
     def wait(self) -> None:
-        """Until the save under way is whole on disk, checksums included. Raises SaveError if it failed."""
+        """Wait until the save under way is whole on disk, checksums included. Raises SaveError if it failed."""
         if self._sealing is not None:
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
     def poll(self) -> None:
-        """Raise SaveError if the save under way has failed already; never waits."""
+        """Raise SaveError if the save under way has already failed. Never waits."""
         if self._sealing is not None and self._sealing.done():
             self.wait()
 
     def restore_newest(self, abstract: TrainState, note) -> tuple[TrainState, dict[str, Any]]:
-        """The newest whole checkpoint; `note(text)` is told of each newer one that was passed over.
+        """(state, `run` record) of the newest whole checkpoint. Calls `note(text)` for each damaged newer one.
 
-        Raises CheckpointError when there are checkpoints and none is whole; nothing on disk is changed.
+        Raises CheckpointError if no checkpoint is whole. Changes nothing on disk.
         """
         problems = []
         for step in reversed(self.steps()):
@@ -114,7 +114,7 @@ class Checkpoints:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                note(f"passed over {problem}; going back to step {step}")
+                note(f"damaged, not used: {problem}; going back to step {step}")
             return self.restore(step, abstract)
         raise CheckpointError(
             f"{self._folder}: no whole checkpoint. " + "; ".join(problems or ["there is none"]) + ". "
@@ -122,11 +122,14 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step`, laid out as `abstract` says, and its `run` record. Call check_checksums before."""
+        """(state, `run` record) of `step`; the state has the shapes and shardings of `abstract`.
+
+        Call check_checksums before. Raises CheckpointError if dtypes or shapes differ.
+        """
         run = self.run_record(step)
         expected = _signatures(abstract)
         if run["arrays"] != expected:
-            # orbax would cast float32 to bfloat16, and back, silently.
+            # orbax would silently cast, for example float32 to bfloat16 or back.
             names = sorted(
                 name for name in {*run["arrays"], *expected} if run["arrays"].get(name) != expected.get(name)
             )
@@ -145,10 +148,11 @@ class Checkpoints:
         return restored["run"]
 
     def settle(self) -> None:
-        """Clear up after a process that was killed between orbax's last write and our checksums.
+        """Clean up after a process that was killed between orbax's last write and this package's checksums.
 
-        What it was saving is deleted if an older checkpoint is whole, and else given its checksums now: orbax renames a
-        folder when it has written all of it. What is damaged without that excuse stays, to be reported.
+        If an older checkpoint is whole, the unfinished one is deleted. Otherwise it gets its checksums now, since orbax
+        renames a folder only when it has written all of it. A checkpoint that is damaged for another reason stays, so
+        that it is reported.
         """
         for mark in self._folder.glob("saving-*"):
             step = int(mark.name.removeprefix("saving-"))
@@ -161,7 +165,7 @@ class Checkpoints:
             mark.unlink()
 
     def drop_after(self, step: int) -> None:
-        """Delete the folders of later steps: a run that went back makes them again, and orbax never overwrites."""
+        """Delete the folders of later steps. A run that went back saves them again, and orbax never overwrites."""
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
@@ -173,7 +177,7 @@ class Checkpoints:
 
 
 def _first_line(error: BaseException) -> str:
-    """The cause at the bottom, where an OSError says it best."""
+    """One line about the innermost cause, which for a full disk is the OSError."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())

@@ -1,1 +1,1 @@
-"""What a run shows and keeps of itself: metrics, trackers, statistics, traces."""
+"""Watching a run: metrics file, progress display, TensorBoard, statistics of the layers, profiles."""

@@ -1,4 +1,4 @@
-"""What a run shows: a live bar on a terminal, lines elsewhere."""
+"""The progress that a run prints: a live bar on a terminal, lines in a file or a cluster's log."""
 
 import sys
 from typing import Any
@@ -8,7 +8,7 @@ import rich.progress
 
 
 class Display:
-    """A live bar on a terminal, one line per log elsewhere (a file, a cluster's log)."""
+    """A live bar on a terminal; elsewhere one line per logged step. `quiet`: print nothing."""
 
     def __init__(self, total: int, start: int, *, quiet: bool = False):
         self._total, self._quiet = total, quiet
@@ -52,12 +52,12 @@ class Display:
         )
 
     def note(self, text: str) -> None:
-        """Print a line; above the bar when there is one."""
-        if not self._quiet:  # asked first: rich takes its time to print nothing
+        """Print a line, above the bar if there is one."""
+        if not self._quiet:  # asked first, since rich is slow even when it prints nothing
             self._console.print(text, markup=False)
 
     def write(self, text: str) -> None:
-        """Print a piece of a line, as it comes."""
+        """Print text without ending the line."""
         self._console.print(text, end="", markup=False)
 
     def close(self) -> None:

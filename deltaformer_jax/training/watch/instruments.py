@@ -1,6 +1,6 @@
-"""What looks into a run on request: a profile of some steps, statistics of the layers, TensorBoard. Nothing by default.
+"""Optional instruments of a run: a profile of some steps, statistics of the layers, TensorBoard.
 
-None of it touches the state: a run with instruments makes the same updates as one without.
+All are off by default. They do not change the state: a run with instruments makes the same updates as one without.
 """
 
 import jax
@@ -11,16 +11,16 @@ from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.statistics import as_record
 from deltaformer_jax.training.watch.tensorboard import TensorBoard
 
-_UNPROFILED = 2  # steps before a profile: the first ones wait for data and warm up
+_UNPROFILED = 2  # steps before the profile, which wait for data and warm up
 
 
 class Instruments:
-    """`before_step` and `after_step` around each train step, `close` at the end. `step`: where the run begins."""
+    """Call `before_step` and `after_step` around each step, `close` at the end. `step`: where training starts."""
 
     def __init__(self, run: Run, step: int):
         settings, writes = run.config.run, jax.process_index() == 0
         self._every, self._folder = settings.statistics_every, run.workdir
-        self._made = 0  # steps, by this process
+        self._made = 0  # steps made by this process
         self._profile = range(_UNPROFILED, _UNPROFILED + settings.profile_steps)
         self._traced = None  # metrics of the newest step, while a profile is being taken
         self._statistics = self._file = self._board = None
@@ -32,10 +32,10 @@ class Instruments:
             run.metrics.follow(self._board.write)
 
     def before_step(self, made: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """`batch` is the one that `state`, which has seen `made`, takes next, on the devices."""
+        """`state` has seen `made` batches; `batch`, on the devices, is the next one."""
         step = made + 1
         if self._statistics is not None and (step == 1 or step % self._every == 0):
-            # Numbered as the loss of that step is, and made from the same parameters and batch.
+            # Has the number of the step whose loss comes from the same parameters and batch.
             record = {"step": step, **as_record(jax.device_get(self._statistics(state.params, batch)))}
             if self._file is not None:
                 self._file.write(record)
@@ -47,7 +47,7 @@ class Instruments:
             self._traced = {}
 
     def cut(self, step: int) -> None:
-        """The run has gone back to `step`: drop what was written after it."""
+        """Drop what was written after `step`, to which the run has gone back."""
         for written in (self._file, self._board):
             if written is not None:
                 written.cut(step)

@@ -1,4 +1,4 @@
-"""The metrics of each step, read while the devices make the next one, and the time they took."""
+"""Reads the metrics of each step while the devices compute the next one, and measures the time."""
 
 import time
 from typing import Any
@@ -12,12 +12,13 @@ from deltaformer_jax.training.watch.metrics import MetricsFile
 
 
 class LateReader:
-    """Reads the metrics of a step after the next one has been dispatched, writes them down and keeps the time.
+    """Reads the metrics of a step after the next step has been dispatched, writes them and measures the throughput.
 
-    The clock runs from dispatch to dispatch and from reading to reading; evaluations and saves are outside it.
+    Time is measured from one reading to the next. Evaluations and saves are not included.
 
-    Attributes: too_many, the batches skipped in a row once they are as many as optimizer.rollback_after; last_skip,
-    what was seen at the newest of them.
+    Attributes:
+      too_many: the numbers of the batches skipped in a row, once there are optimizer.rollback_after of them; else ().
+      last_skip: loss and gradient norm of the newest skipped batch, as text.
     """
 
     def __init__(self, config: Config, metrics: MetricsFile, display: Display):
@@ -29,7 +30,7 @@ class LateReader:
         self.too_many: tuple[int, ...] = ()
 
     def forget(self) -> None:
-        """What is waiting belongs to a state that is gone."""
+        """Drop the metrics not read yet: they belong to a state that was given up."""
         self._waiting, self.too_many = None, ()
         self._tokens = self._steps = self._seconds = 0
         self.restart_clock()
@@ -42,13 +43,13 @@ class LateReader:
             self._last = time.perf_counter()
 
     def after_step(self, position: Position, number: int, metrics: dict[str, jax.Array], tokens: int) -> Position:
-        """Read the step before this one, of batch `number`, which then waits."""
+        """Read the metrics of the previous step, and keep those of this one, of batch `number`, for the next call."""
         position = self.read(position)
         self._waiting = (position.step, number, metrics, tokens)
         return position
 
     def read(self, position: Position) -> Position:
-        """Read what is waiting: the position with what is now known of its streak."""
+        """Read the metrics that are kept. Returns the position with an updated streak of skipped batches."""
         if self._waiting is None:
             return position
         (step, number, metrics, tokens), self._waiting = self._waiting, None
@@ -89,7 +90,7 @@ class LateReader:
 
     def _write_skip(self, step: int, number: int, values: dict[str, float]) -> None:
         self.last_skip = f"loss {values['loss']:.4g}, gradient {values['grad_norm']:.4g}"
-        # JSON has no NaN: what was seen is told as text.
+        # As text, since JSON has no NaN.
         self._write({"step": step, "skipped_batch": number, "because": self.last_skip})
         self._display.note(f"step {step}/{self._config.run.steps}  skipped batch {number}: {self.last_skip}")
 

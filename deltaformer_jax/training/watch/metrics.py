@@ -1,4 +1,4 @@
-"""What a run keeps of its course: DIR/metrics.jsonl."""
+"""DIR/metrics.jsonl: the metrics of a run."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from deltaformer_jax.config.lines import lines
 
 
 class MetricsFile:
-    """Lines of JSON, one record a line, each with its `step`, in the order in which things happened.
+    """A file of JSON lines, one record per line, each with its `step`, in the order of writing.
 
-    Opening it for a run restored at `step` drops what a stopped run had written after that step, and what it had not
-    finished writing. The file is only ever appended to, except in object stores (gs://), which can't append: there
-    it is written anew.
+    Opening it for a run restored at `step` drops records of later steps and an incomplete last line. Records are
+    appended. Object stores (gs://) cannot append: there the whole file is written again.
     """
 
     def __init__(self, path: epath.PathLike, step: int):
@@ -28,7 +27,7 @@ class MetricsFile:
                     record = json.loads(line)
                     keep = record["step"] <= step
                 except (ValueError, KeyError, TypeError):
-                    break  # the line that was being written when the run was killed
+                    break  # the incomplete line of a run that was killed
                 if keep:
                     self.records.append(record)
         self._rewrite()
@@ -36,7 +35,7 @@ class MetricsFile:
     def _rewrite(self) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         if self._appends:
-            # Through a second file, so that a kill at this moment loses nothing.
+            # Through a second file, so that a kill during the write loses nothing.
             draft = self._path.with_name(self._path.name + ".tmp")
             draft.write_text(text)
             draft.replace(self._path)
@@ -44,7 +43,7 @@ class MetricsFile:
             self._path.write_text(text)
 
     def follow(self, follower: Callable[[dict[str, Any]], None]) -> None:
-        """Have `follower` called with every record written from now on."""
+        """Call `follower` with every record written from now on."""
         self._followers.append(follower)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -58,11 +57,11 @@ class MetricsFile:
             self._rewrite()
 
     def cut(self, step: int) -> None:
-        """Drop what was written after `step`: the run has gone back to it."""
+        """Drop what was written after `step`, to which the run has gone back."""
         self.records = [record for record in self.records if record["step"] <= step]
         self._rewrite()
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
-        """The record of an evaluation at `step`."""
+        """The record of the evaluation at `step`, or None."""
         found = (record for record in reversed(self.records) if record["step"] == step and "eval_loss" in record)
         return next(found, None)

@@ -1,6 +1,6 @@
-"""What every layer does at some steps: norms of parameters and gradients, sizes of activations.
+"""Statistics of every layer at some steps: norms of parameters and gradients, sizes of activations.
 
-A program of its own, run only when asked for: the train step is the same with and without it, and so is the run.
+They are computed by a separate program, only on request. The training step is the same with and without it.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,13 @@ from deltaformer_jax.training.step import loss_and_gradient
 
 
 def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int) -> Callable:
-    """jit of (params, batch) -> statistics, float32, on every host; `as_record` makes names and numbers of them.
+    """jit of (params, batch) -> statistics, float32, replicated to every host. `as_record` converts them to a record.
 
-    parameter_norm and gradient_norm: for each array the 2-norm over all but the stacked layers' axis; the gradient is
-    that of the batch's mean loss, before clipping. activation_rms, activation_max: of the stream between the layers,
-    over real tokens and features (of every accumulation_steps-th row, as many as a training step holds at once).
-    Cost: one more forward and backward pass, and one more forward.
+    parameter_norm, gradient_norm: for each array the 2-norm over all axes but the one of stacked layers. The gradient
+    is that of the batch's mean loss, before clipping.
+    activation: rms and maximum of the residual stream after each block, over real tokens and features. Only every
+    accumulation_steps-th row is used, as many as a training step has in memory at once.
+    Cost: a forward and a backward pass, and one more forward pass.
     """
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int)
 
 
 def activations(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    """(the last block's output [B, T, d_model], sizes): the model's forward pass with a look at each block's output.
+    """(output of the last block [B, T, d_model], sizes): the forward pass, with the size of each block's output.
 
     sizes: {"embedding": (rms, max), "layers": (rms, max) with axes [periods, blocks of a period]}.
     """
@@ -77,7 +78,7 @@ def _name(path: tuple) -> str:
 def as_record(statistics: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{"gradient_norm": {"layers.07.mixer.output": 0.1, ..., "embedding.table": 0.2}, "activation_rms": {...}, ...}.
 
-    Layers are counted from 0 at the embedding; sorted names are in their order.
+    Layers are numbered from 0, the one next to the embedding, with leading zeros, so that sorted names are in order.
     """
     activation = statistics["activation"]
     layer_rms, layer_max = (np.asarray(values, np.float64).ravel() for values in activation["layers"])

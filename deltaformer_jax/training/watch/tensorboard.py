@@ -1,4 +1,4 @@
-"""metrics.jsonl and statistics.jsonl as curves in TensorBoard, from DIR/tensorboard."""
+"""Writes the records of metrics.jsonl and statistics.jsonl as TensorBoard curves into DIR/tensorboard."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ _TAGS = {
 
 
 class TensorBoard:
-    """Writes records {step, name: number, ...}; a name may hold numbers of its own. Other values are passed by.
+    """Writes records {step, name: number or {name: number}, ...}. Other values are ignored.
 
-    What an earlier process had written after `step` disappears from the curves.
-    Raises ValueError if tensorboardX is not installed.
+    What an earlier process wrote after `step` is removed from the curves. Raises ValueError if tensorboardX is not
+    installed.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
@@ -31,7 +31,7 @@ class TensorBoard:
         self._writer = tensorboardX.SummaryWriter(self._folder, purge_step=step + 1, flush_secs=10)
 
     def cut(self, step: int) -> None:
-        """Drop what was written after `step`: the run has gone back to it."""
+        """Drop what was written after `step`, to which the run has gone back."""
         self._writer.close()
         self._open(step)
 

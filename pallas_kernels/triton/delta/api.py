@@ -1,16 +1,20 @@
-"""DeltaFormer's forward and backward as a few kernel launches: what a `custom_vjp` of the op is made of.
+"""The forward and backward pass of DeltaFormer as a few kernel launches, for the op's `custom_vjp`.
 
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i,        o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i
 
-Letters: B rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the widths.
-Arrays are [B, T, heads, width] and are read where they lie. Forward: one launch to write, one to read; one for both
-where one softmax serves both (tied); one more before a write of other weights than softmax's between bfloat16 arrays
-(write/invert_blocks.py). Backward the same. Memory O(T (K+V)) a head.
+Letters: B batch rows, T tokens, H query heads, G key/value heads, Hu heads of the write query (G or H), K and V the
+head dimensions of keys and values. Arrays are [B, T, heads, width] and are not copied to another layout.
 
-Precision: sums and everything between are float32. Products take two-byte operands where the inputs have two bytes and
-the weights are softmax's, whose systems are solved with TF32 operands; else three products for one: of bfloat16
-(5 digits) between bfloat16 arrays, u being kept in two parts (split_products.py); of TF32 (7 digits) between float32
-ones.
+The forward pass takes one launch for the write and one for the read. In the tied case (one softmax for both), one
+launch does both. If the write's similarity is not softmax and the arrays are bfloat16, a launch before the write
+inverts its triangular systems (write/invert_blocks.py). The backward pass takes the same launches. Memory: O(T (K+V))
+per head.
+
+Precision: sums and intermediate results are float32. The operands of the products depend on the call (form.py):
+* softmax, two-byte arrays: two-byte operands; the triangular systems are solved with TF32 operands;
+* other similarities, bfloat16 arrays: three bfloat16 products in the place of one (5 digits), with u kept as two
+  bfloat16 parts (split_products.py);
+* float32 arrays: three TF32 products in the place of one (7 digits).
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
 DTYPES = ("bfloat16", "float16", "float32")
 WIDEST = 256
 
-# The implementations of the op that can be differentiated in any way.
+# The implementations of the op that have all derivatives.
 _DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 
@@ -61,16 +65,18 @@ class Kappa:
 
     @property
     def score_scale(self):
-        """What kernels multiply products by: softmax's exponentials are powers of two."""
+        """The factor that the kernels multiply q·k by. For softmax it includes log2(e), because the kernels compute e^s
+        as a power of two."""
         return np.float32(self.scale * (LOG2_E if self.name == "softmax" else 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is known while tracing. `read` None: only u is wanted. `tied`: w = q, and `write`, one softmax, serves both.
+    """The static arguments of a call.
 
-    `compute_capability`: 90 for an H100; None asks the device, and is 90 where there is none. `tiles`: (kernel's name,
-    Tile) pairs in the table's place, for tests and for choosing the table.
+    write, read: the similarities; `read` is None if only u is needed. tied: w = q, and the softmax `write` serves both.
+    compute_capability: 90 for an H100; None means that of the device, or 90 if there is none. tiles: (kernel name,
+    Tile) pairs that replace the table's entries, for tests and for choosing the table.
     """
 
     write: Kappa
@@ -81,14 +87,14 @@ class Settings:
 
 
 def lacks(settings: Settings, key, value) -> str | None:
-    """Why these kernels cannot do this call, or None."""
+    """Why these kernels do not support this call, or None if they do."""
     if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
-        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
+        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value is {value.dtype}"
     others = {x.name for x in (settings.write, settings.read) if x is not None} - {"softmax"}
     if str(key.dtype) == "float16" and others:
-        return f"its kernels take float16 with softmax alone, not with {others.pop()!r}; bfloat16 and float32 with any"
+        return f"its kernels support {others.pop()!r} in bfloat16 and float32 only; float16 needs softmax"
     if max(key.shape[3], value.shape[3]) > WIDEST:
-        return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
+        return f"its kernels take head dimensions up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
     try:
         for name, kappa in (("write", settings.write), ("read", settings.read)):
             if kappa is not None:
@@ -100,13 +106,14 @@ def lacks(settings: Settings, key, value) -> str | None:
 
 
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids, run=launching.run):
-    """(out [B,T,H,V] or None, u [B,T,Hu,V], both in value's dtype; residuals for `backward`).
+    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype.
 
-    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: the key; with `tied`: the query), key
-    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. Padding (id 0) must be 0
-    in all of them, and its rows come out as 0 in u. Under vmap the batch is folded.
+    query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: it is the key, or the query if tied), key
+    [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. All arrays must be 0 at
+    padding (id 0); u is 0 there. Under vmap the mapped axis is folded into the batch. `run` runs a Launch; tests pass
+    an interpreter.
 
-    Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
+    Raises NotImplementedError for a call that `lacks` rejects, and under jvp (the op's custom_vjp avoids jvp).
     """
     reason = lacks(settings, key, value)
     if reason:
@@ -121,7 +128,7 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
 def backward(settings: Settings, residuals, dout, du, run=launching.run):
     """The gradients (dquery, dwrite_query, dkey, dvalue, dalpha, dbeta) for the cotangents of `forward`'s out and u.
 
-    Each in its argument's shape and dtype; None where the argument was None (and dwrite_query with `tied`).
+    Each has the shape and dtype of its argument, and is None if the argument was None. If tied, dwrite_query is None.
     """
     if run is not launching.run:
         return _backward(settings, run, residuals, dout, du)
@@ -130,21 +137,25 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
 
 
 class _Written(NamedTuple):
-    """u in the forms it was stored in: in float32, where it is not two parts; as products take it, where they do not
-    take float32, and what that leaves out, where it is a part."""
+    """u in the forms in which the write kernel stored it (form.py, `operands`).
+
+    exact: u in float32, or None for operands "pair". operand: u as the products take it, in the arrays' dtype; for
+    "pair" its high part; None for "exact". residue: for "pair" the low part, else None.
+    """
 
     exact: jax.Array | None
     operand: jax.Array | None
     residue: jax.Array | None
 
     def as_taken(self, taken: str, dtype) -> tuple[jax.Array, jax.Array | None]:
-        """(operand, residue or None) for products of the kind `taken` between arrays of `dtype`."""
+        """(operand, residue or None): u for products whose operands are of the kind `taken`, between arrays of
+        `dtype`."""
         if taken == "exact":
             return self.exact, None
         if self.residue is not None:
             return self.operand, self.residue if taken == "pair" else None
         if taken == "pair":
-            # Not a cast there and back, which XLA may take for nothing.
+            # reduce_precision instead of a cast to bfloat16 and back, which XLA may remove.
             high = lax.reduce_precision(self.exact, exponent_bits=8, mantissa_bits=7)
             return high.astype(jnp.bfloat16), (self.exact - high).astype(jnp.bfloat16)
         return (self.exact.astype(dtype) if self.operand is None else self.operand), None
@@ -155,7 +166,7 @@ def _run(launch, run, settings):
 
 
 def _inverse(settings, run, name, w, key, value, beta, segment_ids):
-    """The inverses that a write takes, in two parts; two times None where it makes them itself."""
+    """The inverses that a write kernel needs, in two parts; (None, None) if the kernel computes them itself."""
     if operands(settings.write, value.dtype) != "pair":
         return None, None
     return tuple(_run(invert_blocks_launch(settings, name, w, key, value, beta, segment_ids), run, settings))
@@ -184,18 +195,18 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
         return None, short_u, kept
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
     out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
-    # Only softmax reads its own output again.
+    # Only the backward pass of softmax needs the output.
     normalised = settings.read.name == "softmax"
     return out, short_u, kept | {"out": out if normalised else None, "lse_read": lse_read if normalised else None}
 
 
 def _row_dots(a, b):
-    """Σ over the width: [B,T,h,V] twice -> [B,h,T] float32."""
+    """The dot products of rows: two arrays [B,T,h,V] -> [B,h,T] float32."""
     return jnp.moveaxis(jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=3), 2, 1)
 
 
 def _sum_heads(x, heads):
-    """[B,T,h,W] -> [B,T,heads,W]: the sums over the heads that share one."""
+    """[B,T,h,W] -> [B,T,heads,W]: sums over the heads that share a key/value head."""
     if x.shape[2] == heads:
         return x
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads, x.shape[3]).sum(axis=3)
@@ -234,7 +245,7 @@ def _backward(settings, run, residuals, dout, du):
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
-        # A row's own score: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
+        # The gradient of the diagonal scores, which the kernel leaves out: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
         own = _column(own_share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
         repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
         dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)

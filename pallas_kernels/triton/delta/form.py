@@ -1,4 +1,5 @@
-"""What a kernel knows while it is compiled, but for its tile, as one constant: FORM in every kernel and step."""
+"""Form: everything that a DeltaFormer kernel is compiled for, except its tile. It is the constant FORM in all kernels
+and their functions."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from pallas_kernels.triton.memory import Layout
 
 
 def operands(kappa, dtype) -> str:
-    """How products with the weights of the similarity `kappa` take float32 operands.
+    """How matrix products with the weights of the similarity `kappa` take their float32 operands.
 
-    "narrow": rounded to the arrays' two bytes, by softmax, whose rows are averages; "pair": as two bfloat16 parts
-    (split_products.py), by other weights between bfloat16 arrays; "exact": as they are, between float32 arrays.
+    "narrow": rounded to the arrays' two-byte dtype; for softmax, whose rows are averages. "pair": as two bfloat16 parts
+    (split_products.py); for other similarities between bfloat16 arrays. "exact": as they are; between float32 arrays.
     """
     if np.dtype(dtype).itemsize == 4:
         return "exact"
@@ -22,11 +23,12 @@ def operands(kappa, dtype) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Everything about a call that its kernels are compiled for, but for tiles.
+    """Everything about a call that its kernels are compiled for, except tiles.
 
-    heads, u_heads, kv_heads: of the query (q or w), of u (the write's: its query's) and of keys and values; key_width,
-    value_width: K and V; similarity: "linear", "relu", "exp", "softmax" or "round"; power: 10 to the number of decimals
-    of "round"; operands: as `operands` says; tied: one softmax writes and reads; has_…: that optional array is there.
+    heads: heads of the kernel's query: q for a read, w for a write. u_heads: heads of u; for a write the same as heads.
+    kv_heads: heads of keys and values. key_width, value_width: K and V. similarity: "linear", "relu", "exp", "softmax"
+    or "round". power: 10 to the number of decimals of "round". operands: see the function `operands`. tied: one softmax
+    writes and reads. has_…: the optional array is present.
     """
 
     heads: int
@@ -44,32 +46,32 @@ class Form:
 
     @property
     def queries(self) -> Layout:
-        """q, w, and their gradients: [B, T, heads, K]."""
+        """Layout of q, w and their gradients: [B, T, heads, K]."""
         return Layout(self.heads, self.key_width)
 
     @property
     def keys(self) -> Layout:
-        """k [B, T, kv_heads, K]."""
+        """Layout of k: [B, T, kv_heads, K]."""
         return Layout(self.kv_heads, self.key_width)
 
     @property
     def values(self) -> Layout:
-        """v [B, T, kv_heads, V]."""
+        """Layout of v: [B, T, kv_heads, V]."""
         return Layout(self.kv_heads, self.value_width)
 
     @property
     def u(self) -> Layout:
-        """u, and what has its shape: [B, T, u_heads, V]."""
+        """Layout of u and of arrays of its shape: [B, T, u_heads, V]."""
         return Layout(self.u_heads, self.value_width)
 
     @property
     def out(self) -> Layout:
-        """out, and its gradient: [B, T, heads, V]."""
+        """Layout of out and its gradient: [B, T, heads, V]."""
         return Layout(self.heads, self.value_width)
 
     @property
     def key_gradients(self) -> Layout:
-        """dk, before heads that share a key are summed: [B, T, u_heads, K]."""
+        """Layout of dk before the sum over heads that share a key head: [B, T, u_heads, K]."""
         return Layout(self.u_heads, self.key_width)
 
     @property
@@ -90,15 +92,16 @@ class Form:
 
     @property
     def has_summary(self) -> bool:
-        """Whether the write gives s. dβ needs it: from u = α v − β s it could not be had where β is 0."""
+        """Whether the write stores s. dβ = −G·s needs it, and it cannot be recovered from u = α v − β s if β is 0."""
         return self.tied or self.has_beta
 
     @property
     def score_precision(self) -> str:
-        """Of products of float32 queries with keys; of two-byte ones it says nothing."""
+        """Triton's input_precision for products of float32 queries and keys. It has no effect on two-byte operands."""
         return "tf32x3"
 
     @property
     def precision(self) -> str:
-        """Of products between float32 registers: as exact as what else is computed from the arrays."""
+        """Triton's input_precision for products of float32 values in registers. It matches the precision of the other
+        products (`operands`)."""
         return {"narrow": "tf32", "pair": "bf16x3", "exact": "tf32x3"}[self.operands]

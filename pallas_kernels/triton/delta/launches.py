@@ -1,6 +1,6 @@
-"""The launches of DeltaFormer on an NVIDIA GPU, as data: the arrays a kernel takes and gives, its grid, its tile.
+"""The launches of DeltaFormer's Triton kernels, as data: the inputs and outputs of each kernel, its grid and its tile.
 
-`settings` is api.py's, and so are the letters of shapes.
+`settings` is the Settings of api.py; the letters of shapes are those of api.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pallas_kernels.triton.memory import block_width
 
 
 def tile_of(settings, name, key, value) -> Tile:
+    """The tile of the kernel `name`: from `settings.tiles`, or else from the table."""
     wanted = dict(settings.tiles).get(name)
     if wanted is not None:
         return wanted
@@ -53,12 +54,13 @@ def _form(kappa, key, value, heads: int, u_heads: int, alpha=None, beta=None, se
 
 
 def _present(array, otherwise):
-    """An argument that is absent still has a place in a kernel's list; nothing reads it there."""
+    """`array`, or `otherwise` if it is None. A kernel takes an array in every place of its list; it does not read that
+    of an absent argument."""
     return otherwise if array is None else array
 
 
 def _gate(gate):
-    """[B, T, heads] -> [B, heads, T] float32."""
+    """[B, T, heads] -> [B, heads, T] float32; None stays None."""
     return None if gate is None else jnp.moveaxis(gate, 2, 1).astype(jnp.float32)
 
 
@@ -84,14 +86,16 @@ def last_rows(segment_ids, columns: int):
 
 
 def padded(row):
-    """The shape of an array of numbers [B, heads, T] whose rows begin aligned, with zeros after T (memory.py)."""
+    """The shape [B, heads, T padded to a multiple of 64]: rows begin aligned, with zeros after T (`memory.padded`)."""
     *leading, time = row
     return (*leading, -(-time // 64) * 64)
 
 
 def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> Launch:
-    """The inverses that the kernel `name` ("write_forward", "write_backward") takes where its products are of pairs:
-    outputs their two parts."""
+    """The inverses for the kernel `name` ("write_forward" or "write_backward"), needed if its operands are "pair".
+
+    Outputs: the high and the low part of the inverses.
+    """
     batch, time, heads, _ = w.shape
     tile = tile_of(settings, name, key, value)
     rows = (tile.rows if name == "write_forward" else tile.columns) // tile.halves
@@ -110,9 +114,11 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
 
 
 def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
-    """`inverse`: `invert_blocks_launch`'s outputs, where products are of pairs. Outputs u (what else lay in its
-    place, if it is in two parts); u as products take it, one array or two parts; log-sum-exps; s where there is a β;
-    if tied also out, π, ρ."""
+    """`inverse`: the outputs of `invert_blocks_launch` if operands are "pair".
+
+    Outputs: u in float32 (for "pair", scratch); operand and residue, u as products take it; log-sum-exps; counters
+    (order.py); s, if there is a β or tied; out, π and ρ, if tied. An output that is not needed has one element.
+    """
     batch, time, heads, _ = w.shape
     taken = operands(settings.write, value.dtype)
     tile = tile_of(settings, "write_forward", key, value)
@@ -148,7 +154,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
 
 
 def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch:
-    """`u`, `residue`: as products take it, the latter None unless there are two parts. Outputs out, log-sum-exps."""
+    """u, residue: u as products take it; residue is None unless operands are "pair". Outputs: out, log-sum-exps."""
     batch, time, heads, _ = query.shape
     tile = tile_of(settings, "read_forward", key, u)
     return Launch(
@@ -167,7 +173,7 @@ def read_forward_launch(settings, query, key, u, residue, segment_ids) -> Launch
 
 
 def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, segment_ids) -> Launch:
-    """Outputs dq, and dk, du for the heads of u."""
+    """Outputs: dq, for the heads of q; dk and du, for the heads of u."""
     batch, time, heads, width = query.shape
     tile = tile_of(settings, "read_backward", key, u)
     u_heads = u.shape[2]
@@ -199,13 +205,15 @@ def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, s
 def write_backward_launch(
     settings, w, key, value, alpha, beta, segment_ids, inverse, u, operand, residue, summary, lse, du, tied=None
 ) -> Launch:
-    """`inverse`: as of `write_forward_launch`; u: None but for softmax, whose gradient needs it besides `operand` and
-    `residue`, what products take of it; `summary`: s, unless there is no β; `tied`: (dout, ρ, dO·o) or None. Outputs
-    dw, dk (without their factor of scale), dv, dalpha, dbeta; then what the kernel needs itself."""
+    """`inverse`: as in `write_forward_launch`. u: in float32, or None if the similarity is not softmax. operand,
+    residue: u as products take it. summary: s, or None if there is no β. tied: (dout, ρ, dO·o) or None.
+
+    Outputs: dw and dk, not yet multiplied by the scale; dv; dalpha; dbeta; then scratch arrays of the kernel.
+    """
     batch, time, heads, width = w.shape
     tile = tile_of(settings, "write_backward", key, value)
     if tile.rows > 64:
-        raise ValueError(f"{tile}: the kernel reads rows of numbers padded to a multiple of 64; give at most 64 rows")
+        raise ValueError(f"{tile}: rows must be at most 64, because the kernel reads arrays padded to a multiple of 64")
     alpha, beta = _gate(alpha), _gate(beta)
     wide = lambda width: Output((batch, time, heads, width), jnp.float32)
     row = (batch, heads, time)

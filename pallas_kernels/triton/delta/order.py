@@ -1,11 +1,11 @@
-"""Who does what when: blocks of rows are handed out in an order in which nobody waits for work not yet begun.
+"""The order in which programs take blocks of rows, so that no program waits for a block that has not been started.
 
-A program draws a ticket when it starts. Tickets go through groups of heads, and within a group through the blocks, all
-heads of the group at each: what a block needs of its head was drawn before, by a program that is running or has
-finished, so that waiting for it ends. A group is as many heads as keep the machine busy while their keys and u stay in
-the cache.
+In the write, a block of a head needs the earlier blocks of the same head. A program therefore does not use its program
+id, but draws a ticket when it starts. Tickets are ordered by group of heads, then by block, then by head of the group.
+Every block that a block needs has a smaller ticket. Its program is running or has finished, so waiting for it ends. A
+group has enough heads to occupy the GPU, and few enough that their keys and u stay in the L2 cache.
 
-counters[0] is the next ticket, counters[1 + head] how many of a head's blocks are done; both start at 0.
+counters[0] is the next ticket. counters[1 + head] is the number of blocks of a head that are done. Both start at 0.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def draw(counters, HEADS: tl.constexpr, GROUP: tl.constexpr, blocks):
-    """(head, how many of its blocks come before this one)."""
+    """(head, number of the head's blocks that come before this program's block)."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     group = ticket // (GROUP * blocks)
     rest = ticket - group * GROUP * blocks
@@ -24,31 +24,30 @@ def draw(counters, HEADS: tl.constexpr, GROUP: tl.constexpr, blocks):
 
 @triton.jit
 def done_blocks(counter):
-    """How many blocks of the head are done; what they stored may be read afterwards."""
+    """The number of blocks of the head that are done. After this call, the program may read what they stored."""
     return tl.atomic_add(counter, 0, sem="acquire")
 
 
 @triton.jit
 def wait_for(counter, number):
-    """Returns when `number` blocks of the head are done."""
+    """Waits until `number` blocks of the head are done."""
     while tl.atomic_add(counter, 0, sem="acquire") < number:
         pass
 
 
 @triton.jit
 def publish(counter, number):
-    """This program's stores are done, and with them `number` blocks of the head."""
+    """Announces that `number` blocks of the head are done, after all stores of this program."""
     tl.debug_barrier()
     tl.atomic_xchg(counter, number, sem="release")
 
 
 @triton.jit
 def afresh(n, start, counter):
-    """The numbers n and start with a 0 added that the compiler cannot know: what is computed from them is computed once
-    more.
+    """n and start, each plus a zero that the compiler cannot know to be zero.
 
-    Addresses are cheap to compute and dear to keep: a part of a kernel that begins with this does not take over those
-    of the parts before it, which would cost the registers of everything in between.
+    It makes the compiler compute addresses again in the next part of a kernel. Otherwise it would keep the addresses of
+    the part before in registers, where they are missing for everything in between. Recomputing them is cheap.
     """
     zero = tl.minimum(tl.load(counter), 0)
     return n + zero, start + zero

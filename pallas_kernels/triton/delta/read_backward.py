@@ -1,9 +1,12 @@
-"""The read's gradients, one block of columns a program:
+"""The gradients of the read:
 
     dU = Pᵀ dO,    dS_ij = κ'(s_ij) (dO_i·u_j − D_i),    dQ = scale · dS K,    dK = scale · dSᵀ Q
 
-D_i = dO_i·o_i for softmax, 0 otherwise. Five products per pair of tiles; dQ is added to memory tile by tile, by several
-programs at once, so that its last bits differ from run to run. Everything here is transposed, columns first.
+D_i = dO_i·o_i for softmax, 0 otherwise. One program computes dK and dU of one block of TILE.columns columns of one head
+of u. It keeps the block's keys, u, dK and dU on chip. It loops over tiles of TILE.rows rows, from the block's own rows
+on, of all query heads that share the head of u. This takes five matrix products per pair of tiles. dQ is added to
+memory tile by tile with atomics, by several programs at once, so that its last bits differ from run to run. Tiles of
+scores are transposed: [columns, rows].
 """
 
 from typing import NamedTuple
@@ -21,7 +24,7 @@ from pallas_kernels.triton.memory import head_base, head_of, load_row, load_rows
 
 
 class OwnTiles(NamedTuple):
-    """A block's columns: their tiles of k and of u, the latter of one part or two."""
+    """The tiles of a block of columns: k, u, and the low part of u (unused unless operands are "pair")."""
 
     k: tl.tensor
     u: tl.tensor
@@ -29,15 +32,15 @@ class OwnTiles(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The numbers of a block's columns, and of their segments."""
+    """The indices of a block's columns, and their segment ids."""
 
     column: tl.tensor
     segments: tl.tensor
 
 
 class QueryArrays(NamedTuple):
-    """Pointers to what one query head reads and adds to; T; what the products of rows and keys are multiplied by, and
-    their gradients."""
+    """Pointers to the arrays of one query head; T; `scale`, the factor of the gradients of the scores; `score_scale`,
+    the factor of the scores, which includes log2(e) for softmax."""
 
     q: tl.tensor
     dout: tl.tensor
@@ -63,8 +66,8 @@ def weights_seen(
     CAUSAL: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):
-    """κ, and what is visible, [columns, rows]. CAUSAL: the rows may lie before some columns; DIAGONAL: a row sees its
-    own column."""
+    """(weights κ, mask of the visible ones), both [columns, rows]. CAUSAL: rows may lie before some columns, so that a
+    causal mask is needed. DIAGONAL: a row sees its own column."""
     visible = places.column
     if CAUSAL:
         row = start + tl.arange(0, ROWS)
@@ -83,7 +86,7 @@ def weights_seen(
 
 @triton.jit
 def score_gradient(dots, scores, weights, visible, FORM: tl.constexpr, MASKED: tl.constexpr):
-    """κ' · dots where visible."""
+    """The gradient of the scores: κ'(s) · dots where visible, 0 elsewhere."""
     gradient = times_slope(dots, scores, weights, FORM)
     if MASKED:
         gradient = tl.where(visible, gradient, 0.0)
@@ -92,7 +95,8 @@ def score_gradient(dots, scores, weights, visible, FORM: tl.constexpr, MASKED: t
 
 @triton.jit
 def add_transposed(base, start, T, tile, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
-    """Adds a tile [width, ROWS] of the transposed rows to an array that other programs add to as well."""
+    """Adds a transposed tile [width, ROWS] to rows start … start + ROWS − 1 of an array, with atomics: other programs
+    add to the same rows."""
     base += tl.cast(start, tl.int64) * LAYOUT.stride
     row = tl.arange(0, ROWS)[None, :]
     column = tl.arange(0, LAYOUT.block)[:, None]
@@ -114,7 +118,8 @@ def add_rows(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dkeys and du after the rows begin … end of one query head, whose dq is added to."""
+    """(dkeys, du) with the contributions of rows begin … end − 1 of one query head. The head's dq is added to in
+    memory."""
     QUERIES: tl.constexpr = FORM.queries
     OUT: tl.constexpr = FORM.out
     T = arrays.T
@@ -139,7 +144,7 @@ def add_rows(
 
 @triton.jit
 def load_own_tiles(k, u, residue, n, begin, T, FORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns at `begin` of head n of u."""
+    """The OwnTiles of the COLUMNS columns at `begin` of head n of u."""
     KEYS: tl.constexpr = FORM.keys
     U: tl.constexpr = FORM.u
     keys = load_rows(head_of(k, n, T, FORM.u_heads, KEYS), begin, T, KEYS, COLUMNS)
@@ -170,9 +175,14 @@ def read_backward(
     FORM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `read_forward`, with dout [B,T,heads,V], lse, row_dot [B,heads,T], last [B,blocks]: the row after the last one
-    that sees a block's last column -> dq [B,T,heads,K], dk [B,T,u_heads,K], du [B,T,u_heads,V], all float32, dq zeroed.
-    `score_scale` has log2(e) in it for softmax, `scale` has not."""
+    """The backward kernel of the read. Grid: B × u_heads × ⌈T / TILE.columns⌉ programs, one per block of columns of a
+    head of u.
+
+    Reads q, k, u, residue and segments as `read_forward`; dout [B,T,heads,V]; lse and row_dot (D) [B,heads,T]; last
+    [B,blocks], one more than the last row that sees a block's last column (launches.last_rows). `score_scale` includes
+    log2(e) for softmax; `scale` does not.
+    Writes dk [B,T,u_heads,K] and du [B,T,u_heads,V], and adds to dq [B,T,heads,K], which starts at 0. All are float32.
+    """
     QUERIES: tl.constexpr = FORM.queries
     OUT: tl.constexpr = FORM.out
     U: tl.constexpr = FORM.u

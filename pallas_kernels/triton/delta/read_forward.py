@@ -1,5 +1,8 @@
-"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity. Its
-running sums over tiles of columns are the write's too.
+"""The read, o_t = Σ_{i≤t} κ(q_t, k_i) u_i: flash attention (Dao et al., arXiv 2205.14135) with any similarity. The
+write kernel uses the same running sums over tiles of columns.
+
+Rows are queries, columns are keys. One program computes one block of TILE.rows rows of one query head. It keeps their
+queries and running sums in registers, and loads keys and u from memory in tiles of TILE.columns columns.
 """
 
 from typing import NamedTuple
@@ -13,15 +16,15 @@ from pallas_kernels.triton.memory import head_of, load_row, load_rows, load_segm
 
 
 class Rows(NamedTuple):
-    """A block of rows: their tile of q or w, and the numbers of their segments."""
+    """A block of rows: their tile of q or w [ROWS, K], and their segment ids [ROWS]."""
 
     tile: tl.tensor
     segments: tl.tensor
 
 
 class Columns(NamedTuple):
-    """What a head's rows look at: pointers to its keys, to its u, of one part or two, and to its segments; T; what
-    products of rows and keys are multiplied by."""
+    """The columns of a head: pointers to its keys, to its u (`residue`: the low part, for operands "pair") and to its
+    segment ids; T; the factor that products of rows and keys are multiplied by."""
 
     k: tl.tensor
     u: tl.tensor
@@ -32,7 +35,8 @@ class Columns(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each row so far: the highest score, Σ κ (softmax's, of what is left of the highest) and Σ κ u."""
+    """The running sums of each row: the highest score m; for softmax the normaliser Σ 2^(s − m); and Σ κ u, for softmax
+    with the weights 2^(s − m)."""
 
     highest: tl.tensor
     total: tl.tensor
@@ -41,7 +45,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def no_sums(ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums over no columns, BLOCK wide."""
+    """The running sums before the first tile of columns; BLOCK is the width of u."""
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     return Sums(highest, total, tl.zeros([ROWS, BLOCK], tl.float32))
@@ -60,8 +64,11 @@ def absorb_columns(
     ORDERED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """`absorb` of the tile of columns at `start`. ORDERED: not all lie before all rows, and `ordered` says which do;
-    WHOLE: all lie before T."""
+    """`absorb` of the tile of columns at `start`.
+
+    ORDERED: some columns do not lie before all rows, and the mask `ordered` says which are visible. WHOLE: all columns
+    lie before T.
+    """
     KEYS: tl.constexpr = FORM.keys
     keys = load_rows(columns.k, start, columns.T, KEYS, COLUMNS, WHOLE)
     scores = tl.dot(rows.tile, tl.trans(keys), input_precision=FORM.score_precision) * columns.scale
@@ -77,7 +84,7 @@ def absorb_columns(
 
 @triton.jit
 def load_u(columns, start, FORM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr = False):
-    """u of the tile of columns at `start`, in two parts; where it is one, the second is of no account."""
+    """(high, low): u of the tile of columns at `start`. `low` is unused unless operands are "pair"."""
     U: tl.constexpr = FORM.u
     high = load_rows(columns.u, start, columns.T, U, COLUMNS, WHOLE)
     low = high
@@ -88,7 +95,7 @@ def load_u(columns, start, FORM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.
 
 @triton.jit
 def add_earlier_columns(sums, rows, columns, begin, end, FORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """The running sums with those over columns begin … end, all of them before T and before the rows."""
+    """The running sums after the columns begin … end − 1. All these columns lie before T and before the rows."""
     highest, total, weighted = sums
     for start in tl.range(begin, end, COLUMNS):
         weights, highest, total, shrink = absorb_columns(
@@ -103,7 +110,7 @@ def add_earlier_columns(sums, rows, columns, begin, end, FORM: tl.constexpr, COL
 
 @triton.jit
 def add_own_columns(sums, rows, columns, begin, FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The running sums with those over the columns of the rows' own block, which begins at `begin`."""
+    """The running sums after the columns of the rows' own block, which begins at `begin`."""
     highest, total, weighted = sums
     for start in tl.range(begin, begin + ROWS, COLUMNS, num_stages=1):
         causal = (begin + tl.arange(0, ROWS))[:, None] >= (start + tl.arange(0, COLUMNS))[None, :]
@@ -117,9 +124,12 @@ def add_own_columns(sums, rows, columns, begin, FORM: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def read_forward(q, k, u, residue, segments, first, T, scale, out, lse, FORM: tl.constexpr, TILE: tl.constexpr):
-    """q [B,T,heads,K], k [B,T,kv_heads,K], u [B,T,u_heads,V] (in two parts its high one, and residue the low one),
-    segments [B,T], first [B,blocks] -> out [B,T,heads,V], lse [B,heads,T] in base 2. `scale` has log2(e) in it for
-    softmax."""
+    """The read kernel. Grid: B × heads × ⌈T / TILE.rows⌉ programs, one per block of rows of a query head.
+
+    Reads q [B,T,heads,K], k [B,T,kv_heads,K], u [B,T,u_heads,V] (for operands "pair" its high part, and in residue the
+    low part), segments [B,T], first [B,blocks] (launches.first_columns). `scale` includes log2(e) for softmax.
+    Writes out [B,T,heads,V] and, for softmax, lse [B,heads,T], the log-sum-exps in base 2.
+    """
     QUERIES: tl.constexpr = FORM.queries
     KEYS: tl.constexpr = FORM.keys
     U: tl.constexpr = FORM.u
@@ -128,7 +138,8 @@ def read_forward(q, k, u, residue, segments, first, T, scale, out, lse, FORM: tl
     COLUMNS: tl.constexpr = TILE.columns
     blocks = tl.cdiv(T, ROWS)
     n = tl.program_id(0) // blocks
-    # The longest first; neighbours share keys and u in the cache.
+    # The last blocks of a head have the most columns and start first. Neighbouring programs share keys and u in the
+    # cache.
     block = blocks - 1 - tl.program_id(0) % blocks
     batch = n // FORM.heads
     k = head_of(k, n, T, FORM.heads, KEYS)

@@ -1,14 +1,16 @@
-"""Products of float32 numbers that are taken as two bfloat16 parts, x = h + l up to 2^-17 |x|:
+"""Products of float32 matrices as products of two bfloat16 parts, x = h + l up to 2^-17 |x|:
 
     (h + l)(h' + l') ≈ h h' + h l' + l h'
 
-three bfloat16 products for one, 2^-16 of the largest term: what u needs between bfloat16 arrays where no normaliser
-keeps it small. What many tiles multiply is parted once and lies in memory as two arrays: it reaches the tensor cores
-without passing through registers. What the caller's arrays hold has one part, and two products do.
+Three bfloat16 products take the place of one float32 product, with an error of 2^-16 of the largest term. u needs this
+precision between bfloat16 arrays if the similarity has no normaliser that keeps u small.
 
-So it is where FORM.operands is "pair" (form.py). Otherwise both operands of a product have the dtype of the one
-that comes from memory, low parts are not looked at, and FORM says how float32 is multiplied. Smallest terms are added
-first.
+A matrix that many tiles multiply (u) is split once and kept in memory as two arrays, so that the tensor cores can read
+it without passing through registers. The caller's bfloat16 arrays have one part, so two products are enough for them.
+
+This applies if FORM.operands is "pair" (form.py). Otherwise both operands are cast to the dtype of the operand that
+comes from memory, low parts are ignored, and FORM.precision says how float32 is multiplied. The smallest terms are
+added first.
 """
 
 import triton
@@ -17,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def parts(x):
-    """h, l."""
+    """(h, l), the two bfloat16 parts of x."""
     x = x.to(tl.float32)
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -25,7 +27,7 @@ def parts(x):
 
 @triton.jit
 def add_product(left, high, low, total, FORM: tl.constexpr):
-    """total + left · (high + low), left computed here."""
+    """total + left · (high + low). `left` is float32 in registers."""
     if FORM.pair:
         left_high, left_low = parts(left)
         total = tl.dot(left_low, high, total)
@@ -37,7 +39,7 @@ def add_product(left, high, low, total, FORM: tl.constexpr):
 
 @triton.jit
 def add_product_with_given(left, right, total, FORM: tl.constexpr):
-    """total + left · right, left computed here, right as the caller's arrays have it."""
+    """total + left · right. `left` is float32 in registers, `right` comes from the caller's arrays."""
     if FORM.pair:
         left_high, left_low = parts(left)
         total = tl.dot(left_low, right, total)
@@ -48,7 +50,7 @@ def add_product_with_given(left, right, total, FORM: tl.constexpr):
 
 @triton.jit
 def product_of_given(left, right, FORM: tl.constexpr):
-    """left · right, left as the caller's arrays have it, right computed here."""
+    """left · right. `left` comes from the caller's arrays, `right` is float32 in registers."""
     if FORM.pair:
         high, low = parts(right)
         return tl.dot(left, high, tl.dot(left, low))
@@ -69,7 +71,7 @@ def product_of_parts(left_high, left_low, high, low, FORM: tl.constexpr):
 
 @triton.jit
 def product_of_parts_with_given(high, low, right, FORM: tl.constexpr):
-    """(high + low) · right, right as the caller's arrays have it."""
+    """(high + low) · right. `right` comes from the caller's arrays."""
     if FORM.pair:
         return tl.dot(high, right, tl.dot(low, right))
     else:

@@ -1,7 +1,7 @@
-"""Sizes of tiles by kernel, width and architecture: chosen offline, looked up while tracing, never tried at run time.
+"""Tile sizes by kernel, head dimension and architecture, looked up while tracing. Nothing is tuned at run time.
 
-Chosen among tiles that fit the shared memory of a block, by the registers that the compiler spills; not yet by time,
-which takes a GPU (benchmarks/gpu.py --tile).
+The tiles were chosen among those that fit the shared memory of a thread block, by the number of registers that the
+compiler spills. They have not yet been chosen by time, which needs a GPU (benchmarks/gpu.py --tile).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import dataclasses
 class Tile:
     """One configuration of a kernel.
 
-    rows × columns: the tile of scores. In `write_forward` the rows are the block that is solved, in `write_backward`
-    and `read_backward` the columns are the block. halves: a block is solved as one triangular system or as two halves.
-    group: heads at work at the same time (order.py).
+    rows, columns: the size of a tile of scores. A program of a forward kernel has a block of `rows` rows; a program of
+    a backward kernel has a block of `columns` columns. warps, stages: Triton's num_warps and num_stages. halves: 1, the
+    block's triangular system is inverted as a whole; 2, its two halves are inverted. group: heads that are processed at
+    the same time (order.py).
     """
 
     rows: int
@@ -26,13 +27,13 @@ class Tile:
     group: int = 16
 
 
-# Bytes of shared memory that one block may have, by compute capability.
+# Bytes of shared memory that one thread block may have, by compute capability.
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 
 WIDTHS = (64, 128, 256)
 
-# Compute capability -> (kernel, how its products take float32 operands: form.operands) -> the tiles for
-# WIDTHS; None: none fits. "tied_" kernels are the write's with the read in them, which softmax alone has.
+# Compute capability -> (kernel, kind of operands: form.operands) -> the tiles for WIDTHS; None: no tile fits. "tied_"
+# kernels are the write kernels with the read in them; only softmax has them.
 _LARGE = {
     ("write_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2, 2)),
     ("tied_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 2, 2)),
@@ -78,8 +79,8 @@ _SMALL = _MEDIUM | {
     ("write_backward", "pair"): (Tile(16, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
     ("read_backward", "exact"): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), None),
 }
-# Tiles of 64 rows or more multiply in tensor memory, of which three products of wide tiles take more than there
-# is: Triton then emits a trap instead of a kernel.
+# On compute capability 10.0, products of tiles with 64 rows or more use tensor memory. Three products of wide tiles
+# need more of it than there is, and Triton then emits a trap instead of a kernel. So these tiles are smaller.
 _TENSOR_MEMORY = _LARGE | {
     ("read_forward", "pair"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 32, 8, 2)),
     ("read_backward", "pair"): (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
@@ -94,21 +95,22 @@ TABLE = {80: _MEDIUM, 90: _LARGE, 100: _TENSOR_MEMORY, 120: _SMALL}
 
 
 def choose(kernel: str, compute_capability: int, width: int, operands: str) -> Tile:
-    """The tile for `width`, the larger of the keys' and the values'. Raises NotImplementedError where none fits.
+    """The tile of a kernel. `width` is the larger head dimension of keys and values.
 
-    An architecture that is not in the table takes the entry of the nearest older one: 86 that of 80, 103 that of 100.
+    An architecture that is not in the table uses the entry of the next older one, for example 103 that of 100. 86 and
+    89 use that of 120, because they have the same shared memory. Raises NotImplementedError if no tile fits.
     """
     known = [x for x in TABLE if x <= compute_capability]
     if not known:
         raise NotImplementedError(f"Triton kernels need compute capability 8.0 or more, not {compute_capability / 10}")
-    # 8.6 and 8.9 have the shared memory of 12.0.
+    # 8.6 and 8.9 have as much shared memory as 12.0.
     entry = 120 if 80 < compute_capability < 90 else max(known)
     tiles = TABLE[entry][kernel, operands]
     tile = next((tile for limit, tile in zip(WIDTHS, tiles) if width <= limit), None)
     if tile is None:
         given = "float32" if operands == "exact" else "two-byte"
         raise NotImplementedError(
-            f"no tile of the Triton kernel {kernel} fits width {width} with {given} operands on compute capability "
-            f"{compute_capability / 10}"
+            f"no tile of the Triton kernel {kernel} fits head dimension {width} with {given} operands on compute "
+            f"capability {compute_capability / 10}"
         )
     return tile

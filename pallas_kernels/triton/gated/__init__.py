@@ -1,1 +1,1 @@
-"""The gated ops' kernels for NVIDIA."""
+"""The gated ops' Triton kernels."""

@@ -1,15 +1,18 @@
-"""The gated delta rule and gated linear attention as a few kernel launches: what a `custom_vjp` of the ops is made of.
+"""The forward and backward pass of the gated ops as a few kernel launches, for the ops' `custom_vjp`.
 
     S ← e^{g_t} S,      S ← S + β_t k_t (v_t − Sᵀ k_t)ᵀ  (delta rule)  or  S + k_t v_tᵀ,      o_t = scale · Sᵀ q_t
 
-Letters: B rows, T tokens, H heads of queries and keys, Hv of values, K and V the widths, n chunks of C tokens. Forward:
-the chunks' triangular systems (delta rule), the state's way through them, what is read. Backward: the first two again,
-then what reads give back to what was written, the state's cotangent on its way back, and all gradients. Kept for the
-backward are the arguments alone; while it runs there are the states of all chunks, 2 n K V numbers a head of values.
+Letters: B batch rows, T tokens, H query and key heads, Hv value heads, K and V the head dimensions of keys and values,
+n chunks of C tokens.
 
-Precision: the state and all sums are float32. Products take the inputs' type where it has two bytes (what is written,
-and the states, are rounded to it for products), and three TF32 products for one (7 digits) where it is float32.
-Systems are solved with TF32 operands, or three for one.
+Forward launches: invert the chunks' triangular systems (delta rule only); pass the state through the chunks; read.
+Backward launches: the first two again; the gradient of the written values by the reads of their own chunk; pass the
+state's cotangent back through the chunks; all other gradients. The residuals are the arguments only. While the backward
+pass runs, it holds the states of all chunks and their cotangents: 2 n K V numbers per value head.
+
+Precision: the state and all sums are float32. For two-byte inputs, products take operands of the inputs' dtype; written
+values and states are rounded to it for products. For float32 inputs, three TF32 products take the place of one (7
+digits). Triangular systems are solved with one TF32 product for two-byte inputs, and with three for float32.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from pallas_kernels.triton.gated.table import chunk_rows
 
 
 def lacks(settings: Settings, key, value, log_decay) -> str | None:
-    """Why these kernels cannot do this call, or None."""
+    """Why these kernels do not support this call, or None if they do."""
     if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
-        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value {value.dtype}"
+        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value is {value.dtype}"
     if max(key.shape[3], value.shape[3]) > WIDEST:
-        return f"its kernels take widths up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
+        return f"its kernels take head dimensions up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
     try:
         chunk_rows(settings.capability, largest_width(key, value), is_narrow(value))
     except NotImplementedError as error:
@@ -39,12 +42,13 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
 
 
 def forward(settings: Settings, query, key, value, beta, log_decay, state, resets, run=launching.run):
-    """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32; residuals for `backward`).
+    """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32, residuals for `backward`).
 
-    query, key [B,T,H,K], value [B,T,Hv,V], beta, log_decay [B,T,Hv] or None, state [B,Hv,K,V], resets [B,T] booleans or
-    None: before a reset the state is emptied. Padding must be 0 in all of them. Under vmap the batch is folded.
+    query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv], [B,T,Hv,K] or None, state
+    [B,Hv,K,V], resets [B,T] bools or None; the state is set to 0 before each token with a reset. All arrays must be 0
+    at padding. Under vmap the mapped axis is folded into the batch. `run` runs a Launch; tests pass an interpreter.
 
-    Raises NotImplementedError under jvp (the op's custom_vjp goes round it), and for what `lacks` says.
+    Raises NotImplementedError for a call that `lacks` rejects, and under jvp (the op's custom_vjp avoids jvp).
     """
     reason = lacks(settings, key, value, log_decay)
     if reason:
@@ -57,9 +61,8 @@ def forward(settings: Settings, query, key, value, beta, log_decay, state, reset
 
 
 def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
-    """The gradients (dquery, dkey, dvalue, dbeta, dlog_decay, dstate), each in its argument's shape and dtype.
-
-    For the cotangents of `forward`'s out and final state; None where the argument was None.
+    """The gradients (dquery, dkey, dvalue, dbeta, dlog_decay, dstate) for the cotangents of `forward`'s out and final
+    state. Each has the shape and dtype of its argument, and is None if the argument was None.
     """
     function = functools.partial(_backward, settings, run)
     if run is launching.run:
@@ -68,7 +71,7 @@ def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
 
 
 def _launches(log_decay):
-    """What describes the launches for such a decay."""
+    """The module of launches for a decay of this shape: per channel, or per head (or none)."""
     return channels if log_decay is not None and log_decay.ndim == 4 else heads
 
 

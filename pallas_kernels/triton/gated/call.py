@@ -1,6 +1,6 @@
-"""What one call of the gated ops knows, and how it becomes descriptions of launches.
+"""One call of the gated ops: its settings, arrays and sizes, and how it builds its Launches.
 
-heads/launches.py (no decay, or one a head) and channels/launches.py (one a channel) share it."""
+heads/launches.py (no decay, or one per head) and channels/launches.py (one per channel) share this file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from pallas_kernels.triton.memory import block_width
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is known while tracing: the read's scale, the delta rule or not.
+    """The static arguments of a call.
 
-    `compute_capability`: 90 for an H100; None asks the device, and is 90 where there is none. `chunk` and `tile`: in
-    the table's place, for tests and for choosing the table.
+    scale: of the read. delta: the gated delta rule (True) or gated linear attention. compute_capability: 90 for an
+    H100; None means that of the device, or 90 if there is none. chunk, tile: replace the table's entries, for tests and
+    for choosing the table.
     """
 
     scale: float
@@ -46,15 +47,19 @@ def is_narrow(value):
 
 
 def count_segments(chunk: int, time: int, resets):
-    """The number of resets so far, [B, n C] in whole chunks, of resets [B,T] booleans."""
+    """Segment numbers [B, n C]: for each token, the number of resets (resets [B,T] bools) up to it. Padded to whole
+    chunks."""
     segments = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
     return jnp.pad(segments, [(0, 0), (0, -time % chunk)], mode="edge")
 
 
 class Left(NamedTuple):
-    """What decays and resets leave, chunk by chunk: of the entering state at each token, and at the chunk's end of what
-    a token writes [B,Hv,n C], and of the state [B,Hv,n] or, of each channel, [B,Hv,n,K]. None: all, or, of each
-    channel, what queries and keys hold already."""
+    """The factors by which decays and resets reduce the state inside a chunk.
+
+    enter [B,Hv,n C]: from the chunk's start to each token. leave [B,Hv,n C]: from each token to the chunk's end. total
+    [B,Hv,n], or [B,Hv,n,K] with a decay per channel: over the whole chunk. None means 1. With a decay per channel,
+    enter and leave are None too: the queries and keys are multiplied by them already.
+    """
 
     enter: jax.Array | None = None
     leave: jax.Array | None = None
@@ -62,7 +67,7 @@ class Left(NamedTuple):
 
 
 class Call:
-    """The arrays and sizes of one call, for each kernel that is part of it."""
+    """The arrays and sizes of one call. Its methods build and run the launches."""
 
     def __init__(self, settings, run, query, key, value, beta):
         self.settings, self.narrow = settings, is_narrow(value)
@@ -80,7 +85,7 @@ class Call:
         self.scale = np.float32(settings.scale)
         self._run = run
 
-    # How many programs there are for a head, when each has so many columns at a time.
+    # The number of programs per head, if a program takes `columns` columns at a time.
 
     def each_chunk(self, columns):
         return self.chunks
@@ -98,7 +103,8 @@ class Call:
         return self._run(launch)
 
     def launch(self, kernel, arrays, outputs, scalars, programs, constants) -> Launch:
-        """Of the constants that every call has, those in the kernel's list; `constants` are its own, and go before."""
+        """The Launch of `kernel`. The kernel gets those of the call's constants that are among its parameters, and
+        `constants`, which take precedence."""
         width = largest_width(self.key, self.value)
         tile = self.settings.tile or choose(kernel.__name__, self.settings.capability, width, self.narrow)
         known = dict(
@@ -119,7 +125,7 @@ class Call:
         known = {name: known[name] for name in kernel.arg_names if name in known}
         return Launch(
             kernel,
-            # An argument that is absent still has a place in a kernel's list; nothing reads it there.
+            # A kernel takes an array in every place of its list. It does not read that of an absent argument.
             tuple(self.key if x is None else x for x in arrays),
             outputs,
             (self.time, *scalars),
@@ -130,12 +136,15 @@ class Call:
         )
 
     def tall(self, width, dtype=None):
+        """The Output [B,T,Hv,width]."""
         return Output((self.batch, self.time, self.heads, width), dtype or self.dtype)
 
     def numbers(self, present=True):
+        """The Output [B,Hv,n C] float32; one element if it is not needed."""
         return Output((self.batch, self.heads, self.length) if present else (1,), jnp.float32)
 
     def squares(self, present=True, dtype=None):
+        """The Output [B,Hv,n,C,C]; one element if it is not needed."""
         square = (self.batch, self.heads, self.chunks, self.chunk, self.chunk)
         return Output(square if present else (1,), dtype or self.dtype)
 
@@ -143,7 +152,8 @@ class Call:
         return Output((self.batch, self.heads, self.chunks, self.key_width, self.width), self.dtype)
 
     def advance(self, decay, keys, u, w, left: Left, state):
-        """States that enter the chunks, what is written, the final state. keys [B,T,.,K]; decay as in states.py."""
+        """(states that enter the chunks, written values V', final state). keys is [B,T,·,K]; `decay` is DECAY of
+        states.py."""
         delta = self.settings.delta
         states, written, final = self.run(
             gated_advance,
@@ -161,8 +171,8 @@ class Call:
         return states, written if delta else self.value, final
 
     def retreat(self, decay, queries, keys, w, dout, dwritten, left: Left, dstate):
-        """Cotangents of the states that leave the chunks, of what is written, of the initial state. dwritten: what the
-        chunk's own reads give."""
+        """The cotangents of (the states that leave the chunks, the written values, the initial state). `dwritten` is
+        the part of the written values' cotangent that comes from the reads of their own chunk."""
         return self.run(
             gated_retreat,
             (queries, keys, w, dout, dwritten, *left, dstate.astype(jnp.float32)),
@@ -174,7 +184,7 @@ class Call:
         )
 
     def sum_heads(self, x):
-        """[B,T,Hv,K] -> [B,T,H,K] in the keys' type: the sums over the heads of values that share a head of keys."""
+        """[B,T,Hv,K] -> [B,T,H,K] in the keys' dtype: sums over the value heads that share a key head."""
         return x.reshape(*x.shape[:2], self.key.shape[2], -1, x.shape[3]).sum(axis=3).astype(self.key.dtype)
 
     def tokens(self, x):

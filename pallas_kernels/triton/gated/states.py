@@ -1,14 +1,17 @@
-"""The state's way through the chunks, one after another; heads and columns of V go side by side.
+"""Passes the state through the chunks, forward, and its cotangent, backward. The chunks are sequential.
 
     forward      V' = U − W S  (delta rule)  or  V,      S ← total S + (leave ⊙ K)ᵀ V'
     backward     dV' = dV'(own chunk's outputs) + leave ⊙ (K dS),
                  dS ← total dS + scale (enter ⊙ Q)ᵀ dO − Wᵀ dV'
 
-enter, leave, total: what is left of the entering state at each token, of each token's write at the chunk's end, and of
-the state there. The state is float32 here, and rounded to the inputs' type for products and for whoever reads it.
+One program computes VALUES columns of the state of one head, for all chunks. Grid of both kernels:
+B × HEADS × ⌈V / VALUES⌉ programs. The part of the state stays on chip in float32; it is rounded to the inputs' dtype
+for products and where it is stored for other kernels.
 
-DECAY says which there are: "none"; "head", numbers for each head; or "channel", where `enter ⊙ Q` and `leave ⊙ K` are
-what K and Q hold already (channels/pairs.py), one for each head of values, and total is a row, one for each of K."""
+enter, leave and total are the decays from the chunk's start to each token, from each token to the chunk's end, and over
+the whole chunk. DECAY says which form they have:
+"none": there are none. "head": numbers per head. "channel": the arrays for Q and K already contain enter ⊙ Q and
+leave ⊙ K, with one head per value head (channels/pairs.py), and total has K numbers per chunk."""
 
 import triton
 import triton.language as tl
@@ -40,9 +43,12 @@ def gated_advance(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """k [B,T,K_HEADS,K], v [B,T,HEADS,V] (DELTA: U), w [B,T,HEADS,K], leave [B,HEADS,n C], total [B,HEADS,n] or
-    [B,HEADS,n,K], initial [B,HEADS,K,V] -> states [B,HEADS,n,K,V], which enter the chunks; DELTA: written
-    [B,T,HEADS,V]; final."""
+    """The forward kernel.
+
+    Reads k [B,T,K_HEADS,K], v [B,T,HEADS,V] (U if DELTA), w [B,T,HEADS,K], leave [B,HEADS,n C], total [B,HEADS,n] or
+    [B,HEADS,n,K], initial [B,HEADS,K,V]. Writes states [B,HEADS,n,K,V], which enter the chunks; if DELTA, written (V')
+    [B,T,HEADS,V]; final [B,HEADS,K,V].
+    """
     chunks = tl.cdiv(T, C)
     n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
@@ -83,7 +89,7 @@ def added(
     C: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """values + x, which is stored to `total`; x, total of a head of [B,T,HEADS,V]."""
+    """values + x, also stored to `total`. x and total point to a head of arrays [B,T,HEADS,V]."""
     values += load_columns(x, start, T, column, HEADS * V, V, C, VALUES).to(tl.float32)
     store_columns(total, start, T, column, values, HEADS * V, V, C, VALUES)
     return values
@@ -116,8 +122,12 @@ def gated_retreat(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """As `gated_advance`, with q [B,T,K_HEADS,K], dout, dwritten_here [B,T,HEADS,V], enter [B,HEADS,n C] ->
-    dstates [B,HEADS,n,K,V], of the states that leave the chunks; dwritten [B,T,HEADS,V]; dinitial [B,HEADS,K,V]."""
+    """The backward kernel, from the last chunk to the first.
+
+    Reads arrays as `gated_advance`, and q [B,T,K_HEADS,K], dout and dwritten_here [B,T,HEADS,V] (the part of dV' from
+    the own chunk's outputs), enter [B,HEADS,n C], dfinal [B,HEADS,K,V]. Writes dstates [B,HEADS,n,K,V], the cotangents
+    of the states that leave the chunks; dwritten [B,T,HEADS,V]; dinitial [B,HEADS,K,V].
+    """
     chunks = tl.cdiv(T, C)
     n, column = columns_of(tl.program_id(0), V, VALUES)
     batch, head = n // HEADS, n % HEADS
@@ -135,7 +145,7 @@ def gated_retreat(
         store_state(dstates, first + chunk, column, dstate, K, V, BLOCK_K, VALUES)
         keys = load_tile(k, start, T, K_HEADS * K, K, C, BLOCK_K, False)
         back = tl.dot(keys, dstate.to(keys.dtype), input_precision=PRECISION)
-        # With a decay of each channel what is added comes first, else the grads: the other way round takes registers.
+        # The order of loads depends on DECAY, because the other order needs more registers.
         if DECAY == "channel":
             back = added(back, dwritten_here, dwritten, start, T, column, HEADS, V, C, VALUES)
         grads = load_columns(dout, start, T, column, HEADS * V, V, C, VALUES).to(tl.float32) * scale

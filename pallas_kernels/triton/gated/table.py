@@ -1,6 +1,7 @@
-"""Sizes of the gated kernels' tiles by width and architecture: chosen offline, looked up while tracing.
+"""Tile sizes of the gated kernels by head dimension and architecture, looked up while tracing.
 
-Chosen among tiles that fit the shared memory of a block, by the registers that the compiler spills; not yet by time.
+The tiles were chosen among those that fit the shared memory of a thread block, by the number of registers that the
+compiler spills; not yet by time.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from pallas_kernels.triton.delta.table import WIDTHS
 
 @dataclasses.dataclass(frozen=True)
 class GatedTile:
-    """columns: how many of V a kernel has in hand at a time, or of K where it works on pairs with a decay of each
-    channel; then warps and stages of its pipeline."""
+    """columns: how many channels of V a kernel processes at a time; for the channel pair kernels, channels of K. warps,
+    stages: Triton's num_warps and num_stages."""
 
     columns: int
     warps: int
     stages: int
 
 
-# With no decay, or one of each head.
+# The kernels without decay, or with one decay per head.
 KERNELS = (
     "gated_solve",
     "gated_advance",
@@ -30,7 +31,7 @@ KERNELS = (
     "gated_read_gradients",
     "gated_solve_gradients",
 )
-# With a decay of each channel.
+# The kernels with a decay per channel.
 CHANNEL_KERNELS = (
     "gated_channel_pairs",
     "gated_channel_solve",
@@ -43,7 +44,7 @@ CHANNEL_KERNELS = (
     "gated_channel_pair_gradients",
 )
 
-# Compute capability, whether operands have two bytes -> tokens of a chunk, for WIDTHS.
+# (compute capability, whether operands have two bytes) -> tokens of a chunk, for WIDTHS.
 CHUNKS = {
     (80, True): (64, 64, 64),
     (80, False): (32, 16, 16),
@@ -55,7 +56,7 @@ CHUNKS = {
     (120, False): (32, 16, 16),
 }
 
-# Kernel, whether operands have two bytes -> the tiles for WIDTHS, on every architecture.
+# (kernel, whether operands have two bytes) -> the tiles for WIDTHS, the same on every architecture.
 _TILES = {
     ("gated_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
     ("gated_advance", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
@@ -91,7 +92,7 @@ _TILES = {
 def _entry(compute_capability):
     if compute_capability < 80:
         raise NotImplementedError(f"Triton kernels need compute capability 8.0 or more, not {compute_capability / 10}")
-    # 8.6 and 8.9 have the shared memory of 12.0.
+    # 8.6 and 8.9 have as much shared memory as 12.0.
     entry = 120 if 80 < compute_capability < 90 else max(x for x, _ in CHUNKS if x <= compute_capability)
     return entry
 
@@ -101,14 +102,15 @@ def _at(row, width):
 
 
 def chunk_rows(compute_capability: int, width: int, narrow: bool) -> int:
-    """Tokens of a chunk, for the larger of the widths of keys and values. Raises NotImplementedError below 8.0.
+    """Tokens of a chunk. `width` is the larger head dimension of keys and values.
 
-    An architecture that is not in the table takes the entry of the nearest older one.
+    An architecture that is not in the table uses the entry of the next older one; 86 and 89 use that of 120. Raises
+    NotImplementedError below compute capability 8.0.
     """
     return _at(CHUNKS[_entry(compute_capability), narrow], width)
 
 
 def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> GatedTile:
-    """The tile for `width`. Raises NotImplementedError below 8.0."""
+    """The tile for `width`. Raises NotImplementedError below compute capability 8.0."""
     _entry(compute_capability)
     return _at(_TILES[kernel, narrow], width)

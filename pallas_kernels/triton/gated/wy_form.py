@@ -1,10 +1,10 @@
-"""The WY form of the delta rule in a chunk, and its gradients: what the kernels in heads/systems.py and
-channels/systems.py share. With A strictly lower triangular and R what keys see of the entering state S,
+"""The WY form of the delta rule in a chunk, and its gradients. heads/systems.py and channels/systems.py share it.
 
     X = (I + diag(β) A)⁻¹,      W = X diag(β) R,      U = X diag(β) V,      V' = U − W S = X diag(β) (V − R S)
 
-(Yang et al., arXiv 2406.06484, 2412.06464). A and R are e^D ⊙ K Kᵀ and enter ⊙ K, where a head has a decay, and else kk
-and k_reads of channels/pairs.py. Gradients derived for this project."""
+S is the state that enters the chunk, and A is strictly lower triangular. Without decay or with one decay per head,
+A = e^D ⊙ K Kᵀ and R = enter ⊙ K. With a decay per channel, A and R are kk and k_reads of channels/pairs.py. Sources:
+Yang et al., arXiv 2406.06484, 2412.06464. The gradients were derived for this project."""
 
 import triton
 import triton.language as tl
@@ -25,8 +25,8 @@ def inverse_of(
     C: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """X [C, C] in TYPE, stored to `inverse` [B,HEADS,n,C,C] if asked for; of `pairs`, A, what is on and above the
-    diagonal is not read."""
+    """X [C, C] in the dtype TYPE, also stored to `inverse` [B,HEADS,n,C,C] if STORE_INVERSE. `pairs` is A; its entries
+    on and above the diagonal are not used."""
     solution = invert(pairs * b[:, None], C, SOLVE_PRECISION).to(TYPE)
     if STORE_INVERSE:
         tl.store(inverse + square(block, C), solution)
@@ -53,7 +53,10 @@ def store_wy_form(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """W = X `reads` and U = X diag(β) V, of arrays [B,T,HEADS,…]; reads [C, BLOCK_K] is diag(β) R."""
+    """Computes W = X reads and U = X diag(β) V of a chunk and stores them to w [B,T,HEADS,K] and u [B,T,HEADS,V].
+
+    `solution` is X; `reads` [C, BLOCK_K] is diag(β) R; v is [B,T,HEADS,V].
+    """
     w = head_base(w, batch, head, T, HEADS, K)
     store_tile(w, start, T, tl.dot(solution, reads, input_precision=PRECISION), HEADS * K, K, C, BLOCK_K)
     v = head_base(v, batch, head, T, HEADS, V)
@@ -89,12 +92,14 @@ def wy_gradients(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """R = entering ⊙ keys, dV' in `dwritten`: with Y = Xᵀ dV', dV = diag(β) Y goes to `dv`, and there are
+    """The gradients of the WY form of a chunk, with R = entering ⊙ keys.
+
+    Reads dV' from `dwritten`. With Y = Xᵀ dV', stores dV = diag(β) Y to `dv` and returns
 
         −dV Sᵀ ⊙ entering  [C, BLOCK_K],      −Σ_k (dV Sᵀ ⊙ keys)  [C], 0 without gates,      −Y V'ᵀ  [C, C],
         Y·(V − R S)  [C]
 
-    HAS_GATES: else entering is 1."""
+    Without HAS_GATES, entering is 1."""
     v = head_base(v, batch, head, T, HEADS, V)
     dv = head_base(dv, batch, head, T, HEADS, V)
     written = head_base(written, batch, head, T, HEADS, V)
@@ -110,7 +115,7 @@ def wy_gradients(
         dvalues = load_columns(dwritten, start, T, column, HEADS * V, V, C, VALUES)
         solved = tl.dot(solution, dvalues, input_precision=PRECISION)
         if HAS_GATES:
-            # The product first: the other way round takes more registers.
+            # The product comes before the load of v, because the other order needs more registers.
             read = tl.dot(keys, state, input_precision=PRECISION) * entering[:, None]
             rest = load_columns(v, start, T, column, HEADS * V, V, C, VALUES).to(tl.float32) - read
         else:
@@ -120,7 +125,7 @@ def wy_gradients(
         dsystem -= tl.dot(solved.to(keys.dtype), tl.trans(values), input_precision=PRECISION)
         solved *= b[:, None]
         store_columns(dv, start, T, column, solved, HEADS * V, V, C, VALUES)
-        # The state is read with e^D k: its gradient, times k.
+        # The gradient of R = entering ⊙ keys is −dV Sᵀ; its product with keys is the gradient of entering.
         part = tl.dot(solved.to(keys.dtype), tl.trans(state), input_precision=PRECISION)
         if HAS_GATES:
             dentering -= tl.sum(part * keys.to(tl.float32), 1)

@@ -158,7 +158,7 @@ def test_chosen_for_a_tpu_and_nowhere_else(case):
 def test_no_second_derivative():
     gradient = jax.grad(lambda x: call(DELTA, x, "pallas_tpu")[0].sum())
     twice = jax.grad(lambda x: gradient(x)["query"].sum())
-    with pytest.raises(NotImplementedError, match="hand-written backward and no second derivative"):
+    with pytest.raises(NotImplementedError, match="hand-written backward pass and no second derivative"):
         jax.eval_shape(twice, draw_inputs(DELTA, 0, jnp.float32))
 
 

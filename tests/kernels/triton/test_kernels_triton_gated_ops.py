@@ -95,7 +95,7 @@ def test_one_token_is_a_step_unless_a_kernel_is_named():
 def test_no_second_derivative(implementation):
     gradient = jax.grad(total(LINEAR, implementation))
     twice = jax.grad(lambda x: gradient(x)["query"].astype(jnp.float32).sum())
-    with pytest.raises(NotImplementedError, match="hand-written backward and no second derivative"):
+    with pytest.raises(NotImplementedError, match="hand-written backward pass and no second derivative"):
         jax.eval_shape(twice, draw_inputs(LINEAR, 0, jnp.float32))
 
 

@@ -65,7 +65,7 @@ def test_jvp_is_refused():
     needs_the_plugin()
     x = _array(2, 256, 4, 64)
     forward = lambda q: delta.forward(SEPARATE, q, None, q, q, None, None, None)[0]
-    with pytest.raises(NotImplementedError, match="no second derivative, nor one in forward mode"):
+    with pytest.raises(NotImplementedError, match="neither a second derivative nor a forward-mode derivative"):
         jax.eval_shape(lambda q: jax.jvp(forward, (q,), (q,)), x)
 
 
@@ -98,5 +98,7 @@ def test_first_columns_and_last_rows():
 def test_a_width_without_a_tile_is_refused():
     float32 = jax.ShapeDtypeStruct((1, 8, 1, 256), jnp.float32)
     settings = delta.Settings(SOFTMAX, SOFTMAX, compute_capability=120)
-    assert "no tile of the Triton kernel read_backward fits width 256" in delta.lacks(settings, float32, float32)
+    assert "no tile of the Triton kernel read_backward fits head dimension 256" in delta.lacks(
+        settings, float32, float32
+    )
     assert delta.lacks(settings, _array(1, 8, 1, 256), _array(1, 8, 1, 256)) is None

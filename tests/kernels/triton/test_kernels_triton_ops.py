@@ -104,7 +104,7 @@ def test_a_cache_can_be_filled_but_not_gone_on_from():
     ids = (SEGMENTS != 0).astype(np.int32)
     filled = lambda x: delta_attention(**x, segment_ids=ids, implementation="triton", return_cache=True)
     assert kernels(filled, draw()) == 2
-    with pytest.raises(NotImplementedError, match="implementation='triton' goes on from no cache: use None or"):
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot continue from a cache: use None or"):
         delta_attention(**draw(), implementation="triton", cache=KUCache.empty(2, 64, 2, 2, 32, 16, jnp.bfloat16))
 
 
@@ -113,7 +113,7 @@ def test_a_cache_can_be_filled_but_not_gone_on_from():
 def test_no_second_derivative(implementation):
     gradient = jax.grad(total(implementation=implementation))
     twice = jax.grad(lambda x: gradient(x)["query"].astype(jnp.float32).sum())
-    with pytest.raises(NotImplementedError, match="hand-written backward and no second derivative"):
+    with pytest.raises(NotImplementedError, match="hand-written backward pass and no second derivative"):
         jax.eval_shape(twice, draw())
 
 

@@ -1,1 +1,1 @@
-"""The write's kernels, forward and backward, and their steps."""
+"""The write's kernels, forward and backward, and the functions they call."""

@@ -1,5 +1,5 @@
-"""G of rows to which everything has come in that later ones leave for them, and what follows from it: dV, dα, dβ, and
-what these rows leave for earlier ones, H and D (backward.py)."""
+"""The last step of the write's backward pass: G of rows whose sums over the later rows (`incoming`) are complete, and
+what follows from G: dV, dα, dβ, and H and D for the earlier columns (backward.py)."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from pallas_kernels.triton.memory import (
 
 
 class Saved(NamedTuple):
-    """Pointers to what the forward pass left and to the cotangents, whole given."""
+    """Pointers to whole arrays: the residuals of the forward pass and the cotangents."""
 
     u: tl.tensor
     summary: tl.tensor
@@ -46,14 +46,14 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def kept_gradient(dout, past_share, start, T, OUT: tl.constexpr, ROWS: tl.constexpr):
-    """ρ dO in float32."""
+    """ρ dO of the ROWS rows at `start`, in float32."""
     grads = load_rows(dout, start, T, OUT, ROWS).to(tl.float32)
     return grads * load_row(past_share, start, T, ROWS)[:, None]
 
 
 @triton.jit
 def store_adjoint(inverse, incoming, given, saved, gradients, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """G of some rows, and all that follows from it."""
+    """Computes G = inverseᵀ (dU + incoming) of the ROWS rows at `start`, and stores dV, dα, dβ, D or c, and H."""
     VALUES: tl.constexpr = FORM.values
     U: tl.constexpr = FORM.u
     T = given.T
@@ -89,9 +89,9 @@ def store_adjoint(inverse, incoming, given, saved, gradients, n, start, FORM: tl
 
 @triton.jit
 def store_adjoint_in_parts(given, saved, gradients, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """`store_adjoint` with the inverses in memory and H in two parts, of similarities that nothing normalises. What
-    came in lies where dv goes. Some columns of the width at a time, so that parts and products have place in
-    registers."""
+    """`store_adjoint` for operands "pair": the inverses are in memory, H is stored in two parts, and there is no D. The
+    sums over later rows are in the array dv. The loop takes at most 64 channels of V at a time, so that parts and
+    products fit in registers."""
     VALUES: tl.constexpr = FORM.values
     U: tl.constexpr = FORM.u
     T = given.T

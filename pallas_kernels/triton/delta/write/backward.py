@@ -1,21 +1,25 @@
-"""The write's gradients: one sweep over blocks of columns from the last to the first. M = I + diag(β) A, G = M⁻ᵀ dU:
+"""The gradients of the write, with M = I + diag(β) A and G = M⁻ᵀ dU:
 
     G_j = dU_j − Σ_{i>j} A_ij β_i G_i                  a transposed solve inside the block
     dS_ij = κ'(s_ij) (−β_i G_i·u_j − D_i),             D_i = −G_i·(α_i v_i − u_i) for softmax, 0 otherwise
     dV = α G,   dα_i = v_i·G_i,   dβ_i = −G_i·s_i,   dW = scale · dS K,   dK = scale · dSᵀ W
 
-A block follows its head's later blocks as they get ready (order.py), in five products per pair of tiles. Its own
-triangular system needs no G and is inverted before the last of them is ready. What later blocks leave for it is
-H_i = −β_i G_i and D_i.
+One program computes G, dK, dV, dα and dβ of one block of TILE.columns columns of one head. It needs G of all later
+blocks of the head, which other programs compute at the same time (order.py); the blocks are taken from the last to the
+first. For later use, each block stores H_i = −β_i G_i and D_i. The program follows the later blocks as they become
+ready, with five matrix products per pair of tiles. Its own triangular system needs no G, so the program inverts it
+before the nearest later block is ready. Tiles of scores are transposed: [columns, rows].
 
-Tied, one softmax writes and reads. P the write's weights, s its sums, π and ρ = 1 − π a row's own share and the rest:
+If tied, one softmax writes and reads. With P the write's weights, s its sums, π the weight of a row's own token and
+ρ = 1 − π, the same five products serve both:
 
     H_i = ρ_i dO_i − β_i G_i,    c_i = ρ_i dO_i·o_i + D_i,    G_j = dU_j + π_j dO_j + Σ_{i>j} P_ij H_i
     dS_ij = P_ij (H_i·u_j − c_i) for j < i
 
-and the same five products serve both. What a row's own score adds is diagonal, and the caller's.
+The caller (api.py) adds the gradients of the diagonal scores s_ii.
 
-dW is added to memory tile by tile by several programs at once: its last bits differ from run to run.
+dW is added to memory tile by tile with atomics, by several programs at once, so that its last bits differ from run to
+run.
 """
 
 import triton
@@ -55,7 +59,8 @@ def add_read_incoming(
     COLUMNS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """`incoming` with Σ P_ij ρ_i dO_i over the rows of the columns' own half: what comes in there before G is known."""
+    """`incoming` + Σ P_ij ρ_i dO_i over the rows of the columns' own half. This is the part of P_ij H_i there that does
+    not depend on the block's own G; the transposed solve accounts for the other part."""
     QUERIES: tl.constexpr = FORM.queries
     OUT: tl.constexpr = FORM.out
     T = given.T
@@ -94,8 +99,11 @@ def take_lower_half(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Stores G of the lower half of the columns at `begin`, of what came in and lies where dv goes. Gives what has come
-    in to the upper half then, and n and `begin` afresh."""
+    """Computes G of the lower half of the columns at `begin` and stores what follows from it.
+
+    The sums Σ P_ij H_i over later rows are in the array dv before. Returns these sums for the upper half, with the
+    lower half's rows added, and n and `begin` afresh (order.py).
+    """
     U: tl.constexpr = FORM.u
     T = given.T
     tl.debug_barrier()
@@ -146,12 +154,18 @@ def write_backward(
     FORM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `write_forward`, with last [B,blocks]: the row after the last one that sees a block's last column; u and
-    operand, residue: u in float32 (softmax) and as products take it; du [B,T,heads,V] float32, with π dO in it if
-    tied; with β: summary (s) [B,T,heads,V]; tied: dout [B,T,heads,V], past_share (ρ), read_dot (dO·o) [B,heads,T]
-    -> dw, dk [B,T,heads,K], dv [B,T,heads,V], dalpha, dbeta [B,heads,T], all float32, dw zeroed, dw and dk without
-    their factor of scale; adjoint, and for pairs adjoint_residue: H in operand's dtype; centre [B,heads,padded T],
-    zeroed: D, or c. `scale` has log2(e) in it for softmax."""
+    """The backward kernel of the write. Grid: B × heads × ⌈T / TILE.columns⌉ programs, one per block of columns of a
+    head (order.py).
+
+    Reads the inputs of `write_forward`, with inverses of blocks of TILE.columns / TILE.halves rows; last [B,blocks],
+    one more than the last row that sees a block's last column; u in float32 (softmax only); operand and residue, u as
+    products take it; lse; du [B,T,heads,V] float32, with π dO added if tied; with β, summary (s) [B,T,heads,V]; if
+    tied, dout [B,T,heads,V], past_share (ρ) and read_dot (dO·o) [B,heads,T]. `scale` includes log2(e) for softmax.
+    Writes dw, dk [B,T,heads,K], dv [B,T,heads,V], dalpha, dbeta [B,heads,T], all float32. dw starts at 0 and is added
+    to. dw and dk are not multiplied by the scale.
+    Scratch that later programs read: adjoint, H in operand's dtype, and for "pair" adjoint_residue, its low part;
+    centre [B,heads,padded T], D or, if tied, c; it starts at 0. The arrays dk and dv also hold sums in between.
+    """
     KEY_GRADIENTS: tl.constexpr = FORM.key_gradients
     U: tl.constexpr = FORM.u
     HEADS: tl.constexpr = FORM.heads
@@ -172,11 +186,11 @@ def write_backward(
         seen = tl.load(last + n // HEADS * blocks + block)
         end = tl.maximum(tl.cdiv(seen, ROWS) * ROWS, tl.minimum(near, end))
 
-    # All but the nearest of the later blocks, as they get ready.
+    # All later blocks but the nearest, as they become ready.
     own = load_own_tiles(k, operand, residue, n, begin, T, FORM, COLUMNS)
     far = near + COLUMNS
     dkeys, incoming, end = follow_later_blocks(own, given, saved, gradients, counter, n, begin, far, end, FORM, TILE)
-    # Put away: until they are needed again their registers are. dv's place is free until G is known.
+    # Store the sums until they are needed again, to free their registers. They go where dk and dv will be stored.
     n, begin = afresh(n, begin, counter)
     head_dk = head_of(dk, n, T, HEADS, KEY_GRADIENTS)
     head_dv = head_of(dv, n, T, HEADS, U)
@@ -192,7 +206,8 @@ def write_backward(
     head_dv = head_of(dv, n, T, HEADS, U)
     incoming = load_rows(head_dv, begin, T, U, COLUMNS)
     wait_for(counter, blocks - 1 - begin // COLUMNS)
-    # Only what G needs; the gradients of these rows can wait until this block's G is out.
+    # For the nearest block, compute only what G needs. Its other gradients follow after this block's G is published,
+    # so that earlier blocks wait less.
     near = begin + COLUMNS
     later = later_rows_of(given, saved, gradients, n, begin, FORM, COLUMNS)
     dkeys, incoming = follow_rows(dkeys, incoming, own, later, near, end, FORM, ROWS, False, True, False, 1)

@@ -1,13 +1,18 @@
 """The write, u_t = α_t v_t − β_t Σ_{i<t} κ(w_t, k_i) u_i: one kernel for all blocks of rows of all heads.
 
-A block adds up the earlier columns as flash attention does, following its head's earlier blocks as they get ready
-(order.py). While the last of them is still at work it goes through that block's and its own scores, which need no u:
-the softmax sums are complete, and its own triangular system is inverted. What then remains between one block and the
-next is the last block's share of the sums and a product with the inverse; or two, a half of the block each, to whose
-lower half the upper one is one more earlier block. Where u is kept in two parts (split_products.py) the inverses come
-from invert_blocks.py.
+One program computes u of one block of TILE.rows rows of one head. The block needs u of all earlier blocks of the head,
+which other programs compute at the same time (order.py). To shorten the chain of waiting programs, a program does as
+much as possible before the block just before its own is done:
 
-Tied, one softmax writes and reads (w = q), in the same pass: u.py.
+1. It sums over the earlier columns, as flash attention does, following the earlier blocks as they become ready, up to
+   the last one.
+2. It computes the scores of the last earlier block and of its own block, which need no u. This completes the softmax
+   sums. Then it inverts its own triangular system. (For operands "pair" the inverses come from invert_blocks.py.)
+3. It waits for the last earlier block, adds that block's part to the sums, and multiplies by the inverse. Only this
+   step is sequential. With TILE.halves = 2, the upper half of the block is solved first, and is then one more earlier
+   block for the lower half.
+
+If tied (one softmax for write and read, w = q), the same pass also computes the read (summary.py).
 """
 
 import triton
@@ -32,7 +37,7 @@ from pallas_kernels.triton.memory import head_of, load_rows, padded, store_row, 
 
 @triton.jit
 def follow_earlier_blocks(rows, columns, begin, end, counter, FORM: tl.constexpr, TILE: tl.constexpr):
-    """The running sums over the columns begin … end, as their blocks get ready."""
+    """The running sums over the columns begin … end − 1. The function follows their blocks as they become ready."""
     OUT: tl.constexpr = FORM.out
     sums = no_sums(TILE.rows, OUT.block)
     while begin < end:
@@ -44,8 +49,8 @@ def follow_earlier_blocks(rows, columns, begin, end, counter, FORM: tl.constexpr
 
 @triton.jit
 def complete_softmax(highest, total, rows, columns, last_start, start, FORM: tl.constexpr, TILE: tl.constexpr):
-    """`highest` and `total` with the columns of the last earlier block and of the rows' own."""
-    # The first row of all in its block sees no column before, the last one those of its own block.
+    """The running maximum and normaliser after the columns of the last earlier block and of the rows' own block."""
+    # The mask is strict: a row does not see its own column.
     for at in tl.range(last_start, start + TILE.rows, TILE.columns, num_stages=1):
         strict = (start + tl.arange(0, TILE.rows))[:, None] > (at + tl.arange(0, TILE.columns))[None, :]
         _weights, highest, total, _shrink = absorb_columns(
@@ -80,13 +85,20 @@ def write_forward(
     FORM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """w [B,T,heads,K], k [B,T,kv_heads,K], v [B,T,kv_heads,V], alpha, beta [B,heads,T], segments [B,T],
-    first [B,blocks]: the first column that a block's first row sees; inverse, inverse_low: invert_blocks.py's of
-    TILE.rows / TILE.halves rows, where operands are pairs ->
-    u [B,T,heads,V] float32, but with pairs what the rows' sums were; u as products take it: operand, of the arrays'
-    dtype where that is narrow, or the high part of a pair and in residue the low one; lse [B,heads,padded T], base 2,
-    zeroed; with β or tied: summary, s [B,T,heads,V]; tied: out [B,T,heads,V], own_share, past_share [B,heads,T].
-    `scale` has log2(e) in it for softmax."""
+    """The write kernel. Grid: B × heads × ⌈T / TILE.rows⌉ programs, one per block of rows of a head (order.py).
+
+    Reads w [B,T,heads,K], k [B,T,kv_heads,K], v [B,T,kv_heads,V], alpha, beta [B,heads,T], segments [B,T], first
+    [B,blocks] (the first column that a block's first row sees), and, for operands "pair", inverse and inverse_low, the
+    outputs of invert_blocks.py for blocks of TILE.rows / TILE.halves rows. `scale` includes log2(e) for softmax.
+    Writes
+    * u [B,T,heads,V] float32; for "pair" this array is only scratch, for the sums of the rows;
+    * u as products take it: operand, in the arrays' dtype for "narrow", or for "pair" the high part, with the low part
+      in residue;
+    * for softmax, lse [B,heads,padded T], the log-sum-exps in base 2, which starts at 0;
+    * with β or if tied, summary, s [B,T,heads,V];
+    * if tied, out [B,T,heads,V], own_share (π) and past_share (1 − π) [B,heads,T].
+    `counters` starts at 0.
+    """
     QUERIES: tl.constexpr = FORM.queries
     U: tl.constexpr = FORM.u
     ROWS: tl.constexpr = TILE.rows
@@ -99,7 +111,7 @@ def write_forward(
     given = Given(w, k, v, alpha, beta, segments, inverse, inverse_low, T, scale)
     written = Written(u, operand, residue, lse, summary, out, own_share, past_share)
 
-    # All but the last of the earlier blocks, as they get ready.
+    # Step 1: all earlier blocks but the last, as they become ready.
     columns = columns_of(given, written, n, FORM)
     start = block * ROWS
     tile = load_rows(head_of(w, n, T, FORM.heads, QUERIES), start, T, QUERIES, ROWS)
@@ -110,10 +122,10 @@ def write_forward(
     last_start = tl.maximum(start - ROWS, earliest)
     sums = follow_earlier_blocks(rows, columns, earliest, last_start, counter, FORM, TILE)
 
-    # Put away: until they are needed again their registers are. u's place is free until it is known.
+    # Store the sums until they are needed again, to free their registers. They go where u will be stored later.
     n, start = afresh(n, start, counter)
     store_rows(head_of(u, n, T, FORM.heads, U), start, T, sums.weighted, U, ROWS)
-    # The softmax sums need no u: complete them, and invert, before the last block is ready.
+    # Step 2: complete the softmax sums and invert, before the last earlier block is ready.
     total = sums.total
     log_total = total
     if FORM.softmax:
@@ -125,6 +137,7 @@ def write_forward(
     tl.debug_barrier()
     upper, lower = own_inverses(given, lse, n, start, FORM, HALF, TILE.halves)
 
+    # Step 3: wait for the last earlier block, and compute u.
     n, start = afresh(n, start, counter)
     past = load_rows(head_of(u, n, T, FORM.heads, U), start, T, U, ROWS)
     if FORM.softmax:
@@ -132,7 +145,7 @@ def write_forward(
     wait_for(counter, start // ROWS)
     columns = columns_of(given, written, n, FORM)
     rows = rows_of(tile, columns, start, FORM, ROWS)
-    # Narrower tiles: of three operands none waits in registers.
+    # For operands "pair" the tiles are narrower, because three operands would not fit in registers.
     NEAR: tl.constexpr = min(TILE.columns, 32) if FORM.pair else TILE.columns
     past = add_columns_to_known(past, rows, log_total, columns, last_start, start, FORM, NEAR)
     store_rows(head_of(u, n, T, FORM.heads, U), start, T, past, U, ROWS)

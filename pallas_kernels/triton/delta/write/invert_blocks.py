@@ -1,8 +1,9 @@
-"""(I + diag(β) A)⁻¹ of blocks of rows on the diagonal.
+"""(I + diag(β) A)⁻¹ of the diagonal blocks of rows.
 
-Similarities that nothing normalises know their weights beforehand: between bfloat16 arrays their triangular systems are
-inverted in a launch of their own, all at once, and the kernels in which one block waits for another only multiply by
-them. Softmax's wait for its sums, and are inverted there, as are float32's.
+For operands "pair" (bfloat16 arrays, a similarity without a normaliser), the kernel `invert_blocks` here inverts all
+systems in parallel, in a launch before the write. This is possible because these weights do not depend on row sums. The
+write kernels, in which one block waits for another, then only multiply by the inverses. For softmax, the weights need
+the row sums, so that the write kernels invert the systems themselves. They also do so for float32 arrays.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from pallas_kernels.triton.triangular import invert
 
 
 class System(NamedTuple):
-    """What the triangular systems are made of: pointers to whole arrays; T; what products of w and k are multiplied
-    by."""
+    """The inputs of the triangular systems: pointers to whole arrays; T; the factor that products of w and k are
+    multiplied by."""
 
     w: tl.tensor
     k: tl.tensor
@@ -30,8 +31,8 @@ class System(NamedTuple):
 
 @triton.jit
 def own_scores(system, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """The scores of ROWS rows and as many columns from `start`, and which of them lie before the diagonal, unseen ones
-    left out."""
+    """(scores, mask) of the diagonal block of ROWS rows and columns at `start`. The mask is True for columns of the
+    row's segment before the row."""
     QUERIES: tl.constexpr = FORM.queries
     KEYS: tl.constexpr = FORM.keys
     T = system.T
@@ -50,7 +51,8 @@ def own_scores(system, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def own_inverse(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """(I + diag(β) A)⁻¹ of ROWS rows and as many columns from `start`. `system`: a System, or what has its fields."""
+    """(I + diag(β) A)⁻¹ of the diagonal block of ROWS rows at `start`. `system` is a System or a tuple that has its
+    fields, such as Given."""
     PRECISION: tl.constexpr = FORM.precision
     scores, visible = own_scores(system, n, start, FORM, ROWS)
     log_total = scores
@@ -64,8 +66,9 @@ def own_inverse(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def own_inverses(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr):
-    """`own_inverse` of the block of HALVES × ROWS at `start`, of its upper and of its lower half, which may be one;
-    of no account where the inverses lie in memory."""
+    """(upper, lower): `own_inverse` of the two halves, of ROWS rows each, of the block at `start`. With HALVES = 1, the
+    block has ROWS rows, and both results are its inverse. For operands "pair" the results are unused numbers, because
+    the inverses are in memory."""
     if FORM.pair:
         return start, start
     else:
@@ -78,25 +81,29 @@ def own_inverses(system, lse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def inverse_base(inverse, n, T, ROWS: tl.constexpr):
-    """Where the inverses of head n begin in an array [heads, T padded to a multiple of 2 ROWS, ROWS]: a block may be
-    two such, and the second is read wherever the first is."""
+    """Pointer to the inverses of head n in an array [heads, T padded to a multiple of 2 ROWS, ROWS]. The padding is to
+    2 ROWS because a block of the write may have two inverses, and reads the second even past T."""
     return inverse + tl.cast(n, tl.int64) * (tl.cdiv(T, 2 * ROWS) * 2 * ROWS * ROWS)
 
 
 @triton.jit
 def load_inverse(inverse, n, start, T, ROWS: tl.constexpr):
-    """One part of the inverse of the rows at `start`."""
+    """One part (high or low) of the inverse of the ROWS rows at `start`."""
     return load_tile(inverse_base(inverse, n, T, ROWS), start, T, ROWS, ROWS, ROWS, ROWS, True)
 
 
 @triton.jit
 def invert_blocks(w, k, beta, segments, T, scale, high, low, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """w [B,T,heads,K], k [B,T,kv_heads,K], beta [B,heads,T], segments [B,T] -> high, low [B,heads,padded T,ROWS]: the
-    two parts (split_products.py) of the inverses, T padded to a multiple of 2 ROWS."""
+    """Inverts the diagonal blocks of ROWS rows of all heads. Grid: B × heads × (padded T / ROWS) programs, one per
+    block; padded T is T rounded up to a multiple of 2 ROWS.
+
+    Reads w [B,T,heads,K], k [B,T,kv_heads,K], beta [B,heads,T], segments [B,T]. Writes high and low
+    [B,heads,padded T,ROWS], the two bfloat16 parts (split_products.py) of the inverses.
+    """
     blocks = tl.cdiv(T, 2 * ROWS) * 2
     n = tl.program_id(0) // blocks
     start = tl.program_id(0) % blocks * ROWS
-    # No log-sum-exp: it is softmax's.
+    # `beta` stands in for the log-sum-exps, which only softmax has and reads.
     system = System(w, k, beta, segments, T, scale)
     inverse_high, inverse_low = parts(own_inverse(system, beta, n, start, FORM, ROWS))
     end = blocks * ROWS

@@ -1,5 +1,5 @@
-"""What later rows leave for earlier columns, in the write's backward: a block of columns follows them from the last to
-the first, and takes its own last (backward.py has the equations).
+"""The loop over later rows in the backward pass of the write. A block of columns takes the later rows from the last to
+the first, and its own rows last. backward.py has the equations.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from pallas_kernels.triton.memory import head_of, load_rows, load_segments, padd
 
 
 class LaterRows(NamedTuple):
-    """Of one head and one block of columns: pointers to what rows have for the columns and to where their dW goes; the
-    places of the columns; the call's T and scale."""
+    """The later rows of one head, for one block of columns: pointers to the rows' arrays w, H (adjoint), log-sum-exps,
+    D or c (centre), dW and segment ids; the places of the columns; T; the factor of the scores."""
 
     w: tl.tensor
     adjoint: tl.tensor
@@ -42,7 +42,7 @@ class LaterRows(NamedTuple):
 
 @triton.jit
 def segments_of(given, n, FORM: tl.constexpr):
-    """The segments of head n's row of the batch."""
+    """Pointer to the segment ids of head n's batch row."""
     segments = given.segments
     if FORM.has_segments:
         segments += tl.cast(n // FORM.heads, tl.int64) * given.T
@@ -51,7 +51,7 @@ def segments_of(given, n, FORM: tl.constexpr):
 
 @triton.jit
 def later_rows_of(given, saved, gradients, n, begin, FORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Those of head n for the COLUMNS columns at `begin`."""
+    """The LaterRows of head n for the COLUMNS columns at `begin`."""
     QUERIES: tl.constexpr = FORM.queries
     U: tl.constexpr = FORM.u
     T = given.T
@@ -84,8 +84,11 @@ def follow_rows(
     GRADIENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """After the rows from `end` back to `begin`: what comes in to the columns' G (INCOMING), and dkeys, with dW added
-    to memory (GRADIENTS). OWN: the columns' own block may be among the rows."""
+    """(dkeys, incoming) after the rows from `end` − 1 back to `begin`.
+
+    INCOMING: adds Σ A_ij H_i, which the columns' G needs, to `incoming`. GRADIENTS: adds the rows' part of dK to
+    `dkeys`, and the rows' dW to memory. OWN: the rows may include the columns' own block, so a causal mask is needed.
+    """
     QUERIES: tl.constexpr = FORM.queries
     U: tl.constexpr = FORM.u
     T = later.T
@@ -121,8 +124,8 @@ def follow_rows(
 def follow_later_blocks(
     own, given, saved, gradients, counter, n, begin, nearest_end, end, FORM: tl.constexpr, TILE: tl.constexpr
 ):
-    """dkeys, and what comes in to G, of the rows from `end` back to `nearest_end`, as their blocks get ready; and where
-    the rows that are left end."""
+    """(dkeys, incoming, end of the remaining rows) after the rows from `end` − 1 back to `nearest_end`. The function
+    follows their blocks as they become ready."""
     COLUMNS: tl.constexpr = TILE.columns
     BLOCK_K: tl.constexpr = FORM.key_gradients.block
     BLOCK_V: tl.constexpr = FORM.u.block
@@ -143,8 +146,8 @@ def follow_later_blocks(
 def follow_lower_half(
     dkeys, own, given, saved, gradients, n, begin, end, FORM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr
 ):
-    """What comes in to the upper half of the columns at `begin`, to which the lower half of the rows, which end at
-    `end` or before, is one more later block. What came from the others lies where dv goes."""
+    """The sums Σ A_ij H_i for the upper half of the columns at `begin`. The lower half of the block, up to row `end` at
+    most, is one more later block for it. The sums over the other later rows are in the array dv."""
     KEYS: tl.constexpr = FORM.keys
     U: tl.constexpr = FORM.u
     T = given.T

@@ -1,9 +1,9 @@
-"""The write's sums s_t = Σ_{i<t} P_ti u_i, which dβ needs, and the read that they give where one softmax writes and
-reads (tied, w = q):
+"""The write's sums s_t = Σ_{i<t} P_ti u_i, which dβ needs; and, if tied (one softmax for write and read, w = q), the
+read that follows from them:
 
     o_t = (1 − π_t) s_t + π_t u_t,    π_t = e^{s_tt} / (e^{s_tt} + Σ_{i<t} e^{s_ti})
 
-where π and 1 − π are two sigmoids, each computed by itself: neither cancels, whatever dominates the row.
+π and 1 − π are computed separately, as two sigmoids, so that neither suffers from cancellation.
 """
 
 import triton
@@ -19,16 +19,17 @@ from pallas_kernels.triton.memory import head_of, load_row, load_rows, padded, s
 
 @triton.jit
 def halves_of(numbers, ROWS: tl.constexpr):
-    """The upper and the lower half of ROWS numbers."""
+    """(first half, second half) of ROWS numbers."""
     return tl.split(tl.permute(tl.reshape(numbers, [2, ROWS // 2]), (1, 0)))
 
 
 @triton.jit
 def shares(scores, log_total, seen, ROWS: tl.constexpr):
-    """π and 1 − π: how much of a row's weight is its own, and its past's."""
+    """(π, 1 − π) of each row: the weights of the row's own token and of the earlier tokens. `seen` is more than 0 if
+    there are earlier tokens."""
     index = tl.arange(0, ROWS)
     excess = tl.sum(tl.where(index[:, None] == index[None, :], scores, 0.0), 1) - log_total
-    # Without a past all of the row's weight is its own.
+    # Without earlier tokens, π = 1.
     own_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, -excess, 0.0))), 1.0)
     past_share = tl.where(seen > 0, 1.0 / (1.0 + tl.exp2(tl.where(seen > 0, excess, 0.0))), 0.0)
     return own_share, past_share
@@ -36,8 +37,11 @@ def shares(scores, log_total, seen, ROWS: tl.constexpr):
 
 @triton.jit
 def store_summary(past, seen, given, written, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """s of the ROWS rows at `start`, given `past`, their sums over the columns before; tied, also o and the shares.
-    `seen`: more than 0 where there are such columns or own ones. u of the rows has just been stored."""
+    """Stores s of the ROWS rows at `start`; if tied, also o, π and 1 − π.
+
+    `past`: the sums over the columns before `start`. `seen`: more than 0 for rows that see at least one column. u of
+    the rows must have been stored before.
+    """
     U: tl.constexpr = FORM.u
     T = given.T
     row = tl.cast(n, tl.int64) * T
@@ -63,10 +67,10 @@ def store_summary(past, seen, given, written, n, start, FORM: tl.constexpr, ROWS
 def store_summaries(
     upper_past, lower_past, seen, given, written, n, start, FORM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr
 ):
-    """`store_summary` of one tile, or of the upper and the lower half of the block."""
+    """`store_summary` of the whole block (HALVES = 1), or of its upper and its lower half."""
     U: tl.constexpr = FORM.u
     if FORM.pair:
-        # It still lies there: u has places of its own.
+        # The sums are still in the array u, because the two parts of u are stored elsewhere.
         upper_past = load_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, U, HALF)
     upper_seen, lower_seen = seen, seen
     if HALVES == 2:

@@ -1,4 +1,6 @@
-"""u of rows whose sums over the earlier columns are known: the inverse of their triangular system by α v − β past."""
+"""The last step of the write: u = (I + diag(β) A)⁻¹ (α v − β past) of rows whose sums over the earlier columns, `past`,
+are known. A holds the weights inside the rows' own block.
+"""
 
 from typing import NamedTuple
 
@@ -22,8 +24,8 @@ from pallas_kernels.triton.memory import (
 
 
 class Given(NamedTuple):
-    """What a write takes, forward and backward: pointers to whole arrays; T; what products of w and k are multiplied
-    by."""
+    """The inputs of a write, forward and backward: pointers to whole arrays; T; the factor that products of w and k are
+    multiplied by."""
 
     w: tl.tensor
     k: tl.tensor
@@ -38,7 +40,7 @@ class Given(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Pointers to the whole arrays that a write fills. Where products take u itself, `operand` is u."""
+    """Pointers to the whole arrays that a write fills. For operands "exact", `operand` is u."""
 
     u: tl.tensor
     operand: tl.tensor
@@ -52,7 +54,7 @@ class Written(NamedTuple):
 
 @triton.jit
 def columns_of(given, written, n, FORM: tl.constexpr):
-    """What the rows of head n look at."""
+    """The Columns of head n."""
     KEYS: tl.constexpr = FORM.keys
     U: tl.constexpr = FORM.u
     k = head_of(given.k, n, given.T, FORM.heads, KEYS)
@@ -68,13 +70,13 @@ def columns_of(given, written, n, FORM: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, columns, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """The rows at `start`, whose tile of w it is."""
+    """The Rows at `start`; `tile` is their tile of w."""
     return Rows(tile, load_segments(columns.segments, start, columns.T, FORM.has_segments, ROWS))
 
 
 @triton.jit
 def add_columns_to_known(past, rows, log_total, columns, begin, end, FORM: tl.constexpr, COLUMNS: tl.constexpr):
-    """`add_earlier_columns` to rows whose `log_total` is known: `past` with Σ P u over columns begin … end."""
+    """`past` + Σ P u over the columns begin … end − 1, for rows whose log-sum-exp `log_total` is known already."""
     KEYS: tl.constexpr = FORM.keys
     for start in tl.range(begin, end, COLUMNS, num_stages=1):
         keys = load_rows(columns.k, start, columns.T, KEYS, COLUMNS)
@@ -90,7 +92,7 @@ def add_columns_to_known(past, rows, log_total, columns, begin, end, FORM: tl.co
 
 @triton.jit
 def apply_inverse(inverse, past, given, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """u of some rows, whose `inverse` and sums it takes."""
+    """u of the ROWS rows at `start`, given the inverse of their system and their sums `past`."""
     VALUES: tl.constexpr = FORM.values
     T = given.T
     row = tl.cast(n, tl.int64) * T
@@ -105,8 +107,8 @@ def apply_inverse(inverse, past, given, n, start, FORM: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def write_rows_in_parts(given, written, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """`write_rows` with the inverses in memory and u in two parts. Some columns of the width at a time, so that parts
-    and products have place in registers."""
+    """`write_rows` for operands "pair": the inverses are in memory, and u is stored in two parts. The sums `past` are
+    in the array u. The loop takes at most 32 channels of V at a time, so that parts and products fit in registers."""
     VALUES: tl.constexpr = FORM.values
     U: tl.constexpr = FORM.u
     T = given.T
@@ -133,7 +135,7 @@ def write_rows_in_parts(given, written, n, start, FORM: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def store_u(given, written, n, start, tile, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """u of some rows, and as products take it."""
+    """Stores `tile`, u of the ROWS rows at `start`, in float32 and, for "narrow", as products take it."""
     U: tl.constexpr = FORM.u
     store_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, tile, U, ROWS)
     if FORM.narrow:
@@ -142,8 +144,10 @@ def store_u(given, written, n, start, tile, FORM: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def write_rows(given, written, inverse, n, start, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """Stores u of the rows whose sums lie in its place, which it gives back; of no account where they stay there, u
-    being of two parts."""
+    """Computes and stores u of the ROWS rows at `start`. Their sums `past` are in the array u before.
+
+    Returns `past`. For operands "pair", `past` stays in the array u, and the result is an unused number.
+    """
     U: tl.constexpr = FORM.u
     if FORM.pair:
         write_rows_in_parts(given, written, n, start, FORM, ROWS)
@@ -153,7 +157,7 @@ def write_rows(given, written, inverse, n, start, FORM: tl.constexpr, ROWS: tl.c
         past = load_rows(head_u, start, given.T, U, ROWS)
         tile = apply_inverse(inverse, past, given, n, start, FORM, ROWS)
         if FORM.has_summary:
-            # Out of the place where u goes now.
+            # The summary needs `past`, and `store_u` will overwrite it.
             past = load_rows(head_u, start, given.T, U, ROWS)
             tl.debug_barrier()
         store_u(given, written, n, start, tile, FORM, ROWS)
@@ -162,7 +166,8 @@ def write_rows(given, written, inverse, n, start, FORM: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def write_lower_half(given, written, inverse, columns, n, start, FORM: tl.constexpr, HALF: tl.constexpr):
-    """Stores u of the lower half of the block at `start`, whose upper half is written; gives its sums."""
+    """Computes and stores u of the lower half of the block at `start`, after that of the upper half is stored. Returns
+    the lower half's sums over all columns before it."""
     QUERIES: tl.constexpr = FORM.queries
     U: tl.constexpr = FORM.u
     T = given.T

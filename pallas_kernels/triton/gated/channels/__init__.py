@@ -1,1 +1,1 @@
-"""The gated ops' kernels for NVIDIA where each key channel has a decay of its own."""
+"""The gated ops' kernels with a decay per key channel."""

@@ -1,12 +1,12 @@
-"""The gated ops with a decay of each channel as kernel launches: what api.py calls where log_decay is [B,T,Hv,K].
+"""The kernel launches of the gated ops with a decay per channel (log_decay [B,T,Hv,K]).
 
-    S ← Diag(e^{g_t}) S,      then as there
+    S ← Diag(e^{g_t}) S,      then as in api.py
 
-Forward: the pairs of a chunk and what its decays make of keys and queries (pairs.py), the triangular systems (delta
-rule), the state's way through the chunks, what is read. Backward: the first three again, then what reads give back to
-what was written, the state's cotangent on its way back, the gradients of what the pairs' kernel had made, and of those
-all gradients. While it runs there are, a head of values, the states of all chunks, 2 n K V numbers (half of them
-forward), seven arrays of T K (four forward) and five of T C (two).
+Forward: the pairs, reads and writes of the chunks (pairs.py), invert the triangular systems (delta rule only), pass the
+state through the chunks, read. Backward: the first three again, the cotangent of V' through its own chunk's output,
+pass the state's cotangent back through the chunks, the gradients of the outputs of pairs.py, and from those all other
+gradients. While the backward pass runs, it holds, per value head, 2 n K V numbers for states and their cotangents,
+seven arrays of T K numbers and five of T C. The forward pass holds n K V, four and two.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from pallas_kernels.triton.launch import Output
 
 @functools.cache
 def gates_to_border(chunk: int, narrow: bool):
-    """[levels, C, C]: 1 where gate l lies between token i of its block of 2^level tokens and the border of that block
-    and its neighbour's. A kernel that made it would spend a third of its instructions on it."""
+    """[levels, C, C]: entry [level, l, i] is 1 if gate l lies between token i and the border between token i's block of
+    2^level tokens and the neighbouring block.
+
+    It is an argument of the kernel, because computing it there would take a third of the kernel's instructions.
+    """
     token = np.arange(chunk)
     found = []
     for level in range(chunk.bit_length() - 1):
@@ -43,7 +46,7 @@ def gates_to_border(chunk: int, narrow: bool):
 
 
 class _Call(Call):
-    """One call's launches."""
+    """The launches of one call."""
 
     def __init__(self, settings, run, query, key, value, beta, log_decay, resets):
         super().__init__(settings, run, query, key, value, beta)
@@ -58,7 +61,7 @@ class _Call(Call):
         return self.tall(self.key_width) if present else Output((1,), self.dtype)
 
     def pairs(self):
-        """kk, qk, k_reads, q_reads, writes, total; kk and k_reads without content where there is no delta rule."""
+        """(kk, qk, k_reads, q_reads, writes, total) of pairs.py. Without the delta rule, kk and k_reads are unused."""
         delta = self.settings.delta
         return self.run(
             gated_channel_pairs,
@@ -76,7 +79,7 @@ class _Call(Call):
         )
 
     def solve_systems(self, kk, k_reads, store_inverse):
-        """w, u, and the inverses."""
+        """(w, u, inverses) of `gated_channel_solve`."""
         return self.run(
             gated_channel_solve,
             (kk, k_reads, self.value, self.beta),
@@ -93,7 +96,7 @@ class _Call(Call):
         return self.run(gated_channel_read_values, (qk, dout), (self.tall(self.width),), (self.scale,))[0]
 
     def read_gradients(self, written, dout, states, dstates):
-        """dqk, dq_reads, dwrites, dtotal."""
+        """(dqk, dq_reads, dwrites, dtotal)."""
         return self.run(
             gated_channel_read_gradients,
             (written, dout, states, dstates),
@@ -102,7 +105,7 @@ class _Call(Call):
         )
 
     def solve_gradients(self, kk, k_reads, written, dwritten, inverse, states):
-        """dkk, dk_reads, dv, dbeta."""
+        """(dkk, dk_reads, dv, dbeta)."""
         return self.run(
             gated_channel_solve_gradients,
             (kk, k_reads, self.value, written, dwritten, inverse, states, self.beta),
@@ -111,7 +114,7 @@ class _Call(Call):
         )
 
     def pair_gradients(self, dkk, dqk, dk_reads, dq_reads, dwrites, dtotal):
-        """dq, dk and dg of each head of values."""
+        """(dq, dk, dg), each for each value head."""
         alone = self.heads == self.key.shape[2]
         keys = self.tall(self.key_width, self.dtype if alone else jnp.float32)
         return self.run(
@@ -128,7 +131,7 @@ class _Call(Call):
 
 
 def forward(settings, run, query, key, value, beta, log_decay, state, resets):
-    """out, final state; arguments as of api.py's `forward`."""
+    """(out, final state). The arguments are those of `forward` in api.py."""
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
     w, u = None, value
@@ -139,7 +142,7 @@ def forward(settings, run, query, key, value, beta, log_decay, state, resets):
 
 
 def backward(settings, run, residuals, dout, dstate):
-    """The six gradients; arguments as of api.py's `backward`."""
+    """The six gradients. The arguments are those of `backward` in api.py."""
     query, key, value, beta, log_decay, state, resets = residuals
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     kk, qk, k_reads, q_reads, writes, total = call.pairs()

@@ -1,12 +1,14 @@
-"""The gradients of queries, keys and decays of each channel, of those of what pairs.py makes of them; all
-chunks and parts of the channels at once. Where blocks of b tokens meet, with the factor E = e^D to the border,
-q' = E ⊙ q, k' = E ⊙ k and dqk, dkk masked to the pairs that meet,
+"""The gradients of queries, keys and channel decays, from the gradients of the outputs of pairs.py. All chunks and
+all parts of the channels are independent.
+
+At the level of blocks of b tokens, with E = e^D between a token and the border of its block, q' = E ⊙ q, k' = E ⊙ k,
+and dqk, dkk masked to pairs of neighbouring blocks,
 
     dq' = dqk k',      dk' = dqkᵀ q' + (dkk + dkkᵀ) k',      dq += E ⊙ dq',      dk += E ⊙ dk',
     z = q' ⊙ dq' + k' ⊙ dk',      dg_l += Σ_{i≥l} z_i  in a second block,      Σ_{j<l} z_j  in a first
 
-which are the gates between a token and the border: every pair counts at the gates it spans and no others, so that
-nothing has to cancel. Derived for this project."""
+The sums run over the tokens of the block whose way to the border includes gate l. So every pair contributes only to the
+gates that it spans, and nothing has to cancel. Derived for this project."""
 
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from pallas_kernels.triton.memory import head_base, load_columns, load_row, stor
 
 @triton.jit
 def sums_of_rows(where, x, dsum, PRECISION: tl.constexpr):
-    """dsum_l + Σ_i [where_li] x_i in the precision of x's type."""
+    """dsum_l + Σ_i [where_li] x_i, multiplied in x's dtype."""
     return tl.dot(tl.where(where, 1.0, 0.0).to(x.dtype), x, dsum, input_precision=PRECISION)
 
 
@@ -55,8 +57,12 @@ def gated_channel_pair_gradients(
     LEVELS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """As `gated_channel_pairs`, with to_border [LEVELS,C,C], 1 where gate l lies between token i of its block and the
-    border, and the gradients of its outputs in their shapes -> dq, dk, dg [B,T,HEADS,K]."""
+    """The gradients of KEYS channels of one chunk of one value head. Grid: B × HEADS × n × ⌈K / KEYS⌉ programs.
+
+    Reads the inputs of `gated_channel_pairs`, the gradients of its outputs in the outputs' shapes, and to_border
+    [LEVELS,C,C], which is 1 if gate l lies between token i and the border of their block. Writes dq, dk, dg
+    [B,T,HEADS,K].
+    """
     number, column = columns_of(tl.program_id(0), K, KEYS)
     batch, head, start, block = chunk_of(number, T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
@@ -77,15 +83,15 @@ def gated_channel_pair_gradients(
     read = tl.where(below, read, 0.0).to(keys.dtype)
     if DELTA:
         deleted = tl.where(below, tl.load(dkk + square(block, C)), 0.0).to(keys.dtype)
-        # One of the two is 0.
+        # The matrix is strictly lower triangular, so that this is dkk + dkkᵀ without rounding.
         deleted += tl.trans(deleted)
     dqueries = own[:, None] * keys
     dkeys = own[:, None] * queries
     dgates = tl.zeros([C, KEYS], tl.float32)
-    # Of the sums of the gates between a token and the border.
+    # The gradient of the sum of the gates between each token and the border.
     dsum = tl.zeros([C, KEYS], to_border.dtype.element_ty)
     for level in tl.range(0, LEVELS, num_stages=1):
-        # That of the level before, whose product waits for nothing here.
+        # This product uses dsum of the previous level, so that it does not wait for this level's products.
         where = tl.load(to_border + tl.maximum(level - 1, 0) * C * C + inside)
         dgates = tl.dot(where, dsum, dgates, input_precision=PRECISION)
         decay = decay_to_border(until, after, level, C)
@@ -96,8 +102,8 @@ def gated_channel_pair_gradients(
         part = decay * tl.dot(pairs, near_keys, input_precision=PRECISION)
         dqueries += part
         change = queries * part
-        # Products that are not summed in one another's accumulators: Triton would have every group of four warps make
-        # all of such a chain.
+        # These products are not accumulated into one another: Triton would let every group of four warps compute the
+        # whole of such a chain.
         part = decay * tl.dot(tl.trans(pairs), near_queries, input_precision=PRECISION)
         dkeys += part
         change += keys * part

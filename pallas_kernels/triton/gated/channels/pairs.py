@@ -1,18 +1,18 @@
-"""A decay of each channel inside a chunk, all chunks at once: what it makes of pairs of tokens, and of what enters and
-leaves. With D_ij = Σ_{j<l≤i} g_l, a vector over the channels,
+"""A decay per channel inside a chunk: decayed scores of pairs of tokens, decayed reads and writes. All chunks are
+independent. With D_ij = Σ_{j<l≤i} g_l, a vector over the channels,
 
     kk_ij = k_i · (e^{D_ij} ⊙ k_j)  for j < i  (delta rule),      qk_ij = q_i · (e^{D_ij} ⊙ k_j)  for j ≤ i,
     k_reads, q_reads = e^{D_i,start} ⊙ (k_i, q_i),      writes_j = e^{D_end,j} ⊙ k_j,      total = e^{D_end,start}
 
-The decay sits inside the product, and goes there by halves: rows of the second of two neighbouring blocks of b tokens
-and columns of the first meet at the border between them,
+The decay is inside the dot product, and is applied by halves. For rows in the second of two neighbouring blocks of b
+tokens and columns in the first, the border between the blocks is the reference:
 
     x_i · (e^{D_ij} ⊙ k_j) = (e^{D_i,border} ⊙ x_i) · (e^{D_border,j} ⊙ k_j),      b = 1, 2, 4, … C/2.
 
-At every b a token is in a first or in a second block, and so has one factor, which serves it as a row and as a column:
-an exponential for each token, channel and b, none of them positive, and products of C×C×K of which a mask keeps the
-pairs that meet. Each D is a sum of its own gates, never a difference of two sums. Source of the reference rows: Yang et
-al., Gated Linear Attention, arXiv 2312.06635.
+At every b, a token is either in a first or in a second block. So it has one factor, which serves it both as a row and
+as a column. This takes one exponential per token, channel and b, with an exponent of at most 0, and products of size
+C×C×K, of which a mask keeps the pairs of neighbouring blocks. Each D is a sum of its own gates, never a difference of
+two sums. Source of the reference rows: Yang et al., Gated Linear Attention, arXiv 2312.06635.
 """
 
 import triton
@@ -24,25 +24,28 @@ from pallas_kernels.triton.memory import head_base, load_columns, store_columns
 
 @triton.jit
 def meeting(level, C: tl.constexpr):
-    """[C, C]: of a row and a column one is in the first and one in the second of two neighbouring blocks of 2^level
-    tokens; which is which is left to the triangle the pairs are in."""
+    """[C, C] mask: True if row and column lie in different blocks of a pair of neighbouring blocks of 2^level tokens.
+    The mask is symmetric; a causal mask later selects the lower triangle."""
     block = tl.arange(0, C) >> level
     return (block ^ 1)[:, None] == block[None, :]
 
 
 @triton.jit
 def decay_to_border(until, after, level, C: tl.constexpr):
-    """e^{D} between each token and the border of its block of 2^level and the neighbour's."""
+    """e^{D} between each token and the border between its block of 2^level tokens and the neighbouring block."""
     second = (tl.arange(0, C) >> level) & 1 == 1
     return tl.exp(tl.where(second[:, None], until, after))
 
 
 @triton.jit
 def doubled(until, after, level, C: tl.constexpr, KEYS: tl.constexpr):
-    """The sums of the gates of a token's block up to it and after it, from blocks of 2^level to those of twice that."""
+    """(until, after) for blocks of 2^(level+1) tokens, given those for blocks of 2^level tokens.
+
+    until: the sum of the gates of the token's block up to it, itself included. after: the sum of those after it.
+    """
     row = tl.arange(0, C)
     second = (row >> level) & 1 == 1
-    # All tokens of a block know its sum.
+    # until + after is the sum over a token's block; any token of the neighbouring block has that block's sum.
     neighbour = tl.broadcast_to((row ^ (1 << level))[:, None], [C, KEYS])
     beside = tl.gather(until + after, neighbour, 0)
     return until + tl.where(second[:, None], beside, 0.0), after + tl.where(second[:, None], 0.0, beside)
@@ -56,7 +59,8 @@ def same_segment(segments, C: tl.constexpr):
 
 @triton.jit
 def enter_leave_total(until, after, segments, start, C: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
-    """e^{D_i,start}, e^{D_end,i} [C, KEYS] and e^{D_end,start} [KEYS] of the chunk's sums; 0 across segments."""
+    """(e^{D_i,start} [C, KEYS], e^{D_end,i} [C, KEYS], e^{D_end,start} [KEYS]), 0 across segments. until and after are
+    the sums over the whole chunk."""
     row = tl.arange(0, C)
     enter, leave = tl.exp(until), tl.exp(after)
     total = tl.exp(tl.sum(tl.where((row == C - 1)[:, None], until, 0.0), 0))
@@ -93,8 +97,12 @@ def gated_channel_pairs(
     LEVELS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """q, k [B,T,K_HEADS,K], g [B,T,HEADS,K], segments [B,n C] -> qk [B,HEADS,n,C,C], q_reads, writes [B,T,HEADS,K] of
-    q's type, total [B,HEADS,n,K]; DELTA: kk [B,HEADS,n,C,C], k_reads. KEYS channels at a time; C is 2^LEVELS."""
+    """The pairs, reads and writes of one chunk of one value head. Grid: B × HEADS × n programs.
+
+    Reads q, k [B,T,K_HEADS,K], g [B,T,HEADS,K], segments [B,n C]. Writes qk [B,HEADS,n,C,C], q_reads, writes
+    [B,T,HEADS,K] in q's dtype, total [B,HEADS,n,K]; if DELTA, also kk [B,HEADS,n,C,C] and k_reads [B,T,HEADS,K]. The
+    loop takes KEYS channels at a time and keeps the sums of kk and qk on chip. C = 2^LEVELS.
+    """
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
     q = key_base(q, batch, head, T, HEADS, K_HEADS, K)

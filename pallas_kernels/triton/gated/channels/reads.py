@@ -1,9 +1,11 @@
-"""What is read in a chunk with a decay of each channel, all chunks at once: qk, q_reads and writes hold it already
-(pairs.py).
+"""The reads of the gated ops with a decay per channel. All chunks are independent. qk, q_reads and writes already
+contain the decay (pairs.py).
 
-    O = scale (q_reads S + qk V'),      and backward, of that alone,      dV' = scale qkᵀ dO
+The output of a chunk and the cotangent of V' through it are
 
-and, with the cotangent dS of the state that leaves the chunk,
+    O = scale (q_reads S + qk V'),      dV' = scale qkᵀ dO
+
+With dS the cotangent of the state that leaves the chunk, the other gradients are
 
     dqk = scale dO V'ᵀ,      dq_reads = scale dO Sᵀ,      dwrites = V' dSᵀ,      dtotal = Σ_v S ⊙ dS
 """
@@ -32,7 +34,11 @@ def gated_channel_read(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """qk [B,HEADS,n,C,C], q_reads [B,T,HEADS,K], written [B,T,HEADS,V], states [B,HEADS,n,K,V] -> out [B,T,HEADS,V]."""
+    """The output O of one chunk of one value head. Grid: B × HEADS × n programs.
+
+    Reads qk [B,HEADS,n,C,C], q_reads [B,T,HEADS,K], written (V') [B,T,HEADS,V], states [B,HEADS,n,K,V]. Writes out
+    [B,T,HEADS,V].
+    """
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     written = head_base(written, batch, head, T, HEADS, V)
     out = head_base(out, batch, head, T, HEADS, V)
@@ -59,7 +65,8 @@ def gated_channel_read_values(
     C: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """As `gated_channel_read`, dout [B,T,HEADS,V] -> dwritten [B,T,HEADS,V]."""
+    """dV' of one chunk through its own output. Grid and arrays as `gated_channel_read`; reads dout [B,T,HEADS,V],
+    writes dwritten [B,T,HEADS,V]."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     dout = head_base(dout, batch, head, T, HEADS, V)
     dwritten = head_base(dwritten, batch, head, T, HEADS, V)
@@ -90,8 +97,11 @@ def gated_channel_read_gradients(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V] -> dqk [B,HEADS,n,C,C] (to be read up to the
-    diagonal and within segments), dq_reads, dwrites [B,T,HEADS,K], dtotal [B,HEADS,n,K]."""
+    """The gradients of one chunk's output and of its addition to the state. Grid: B × HEADS × n programs.
+
+    Reads written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V]. Writes dqk [B,HEADS,n,C,C], of which only the
+    lower triangle with the diagonal, within segments, is valid; dq_reads, dwrites [B,T,HEADS,K]; dtotal [B,HEADS,n,K].
+    """
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     written = head_base(written, batch, head, T, HEADS, V)
     dout = head_base(dout, batch, head, T, HEADS, V)

@@ -1,9 +1,9 @@
-"""The gated delta rule's triangular system with a decay of each channel, all chunks at once: kk and k_reads hold it
-already (pairs.py),
+"""The triangular systems of the gated delta rule with a decay per channel. All chunks are independent. kk and k_reads
+already contain the decay (pairs.py).
 
     X = (I + diag(β) kk)⁻¹,      W = X diag(β) k_reads,      U = X diag(β) V
 
-and backward, with V' = X diag(β) (V − k_reads S) and its cotangent dV',
+The gradients, with V' = X diag(β) (V − k_reads S) and its cotangent dV':
 
     Y = Xᵀ dV',      dV = diag(β) Y,      dkk = −dV V'ᵀ,      dk_reads = −dV Sᵀ,
     dβ = Y·(V − k_reads S) − Σ_j kk ⊙ Y V'ᵀ
@@ -38,8 +38,11 @@ def gated_channel_solve(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """kk [B,HEADS,n,C,C] float32, k_reads [B,T,HEADS,K], v [B,T,HEADS,V], beta [B,HEADS,n C] ->
-    w [B,T,HEADS,K], u [B,T,HEADS,V], inverse [B,HEADS,n,C,C], all of v's type."""
+    """Inverts the system of one chunk of one value head. Grid: B × HEADS × n programs.
+
+    Reads kk [B,HEADS,n,C,C] float32, k_reads [B,T,HEADS,K], v [B,T,HEADS,V], beta [B,HEADS,n C]. Writes w
+    [B,T,HEADS,K], u [B,T,HEADS,V] and, if STORE_INVERSE, inverse (X) [B,HEADS,n,C,C], all in v's dtype.
+    """
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     b = row_or_one(beta + block * C, C, HAS_BETA)
     pairs = tl.load(kk + square(block, C))
@@ -73,8 +76,12 @@ def gated_channel_solve_gradients(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """As `gated_channel_solve`, with written, dwritten [B,T,HEADS,V], states [B,HEADS,n,K,V] -> dkk [B,HEADS,n,C,C] (to
-    be read below the diagonal and within segments), dk_reads [B,T,HEADS,K], dv [B,T,HEADS,V], dbeta [B,HEADS,n C]."""
+    """The gradients of one chunk's system. Grid: B × HEADS × n programs.
+
+    Reads the inputs of `gated_channel_solve`, its inverse, written (V'), dwritten [B,T,HEADS,V], states
+    [B,HEADS,n,K,V]. Writes dkk [B,HEADS,n,C,C], of which only the part below the diagonal, within segments, is valid;
+    dk_reads [B,T,HEADS,K]; dv [B,T,HEADS,V]; dbeta [B,HEADS,n C].
+    """
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     b = row_or_one(beta + block * C, C, HAS_BETA)
     reads = load_tile(head_base(k_reads, batch, head, T, HEADS, K), start, T, HEADS * K, K, C, BLOCK_K, False)
@@ -102,7 +109,7 @@ def gated_channel_solve_gradients(
         BLOCK_K,
         VALUES,
     )
-    # kk is 0 where no pair is.
+    # kk is 0 for pairs that do not see each other, so that dsystem needs no mask.
     dbetas += tl.sum(dsystem * tl.load(kk + square(block, C)), 1)
     tl.store(dbeta + block * C + tl.arange(0, C), dbetas)
     tl.store(dkk + square(block, C), (dsystem * b[:, None]).to(dkk.dtype.element_ty))

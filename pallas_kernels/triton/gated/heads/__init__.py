@@ -1,1 +1,1 @@
-"""The gated ops with no decay, or one of each head."""
+"""The gated ops' kernels without decay, or with one decay per head."""

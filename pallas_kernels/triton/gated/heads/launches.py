@@ -1,7 +1,8 @@
-"""The gated ops with no decay, or one of each head, as kernel launches.
+"""The kernel launches of the gated ops without decay, or with one decay per head.
 
-Forward: the triangular systems (delta rule), the state's way through the chunks, what is read. Backward: the first two
-again, then what reads give back to what was written, the state's cotangent on its way back, and all gradients.
+Forward: invert the triangular systems (delta rule only), pass the state through the chunks, read. Backward: the first
+two again, the cotangent of V' through its own chunk's output, pass the state's cotangent back through the chunks, all
+other gradients.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pallas_kernels.triton.launch import Output
 
 
 def gates(chunk: int, time: int, log_decay, resets):
-    """What decays and resets do, chunk by chunk; log_decay [B,T,Hv] or None, resets [B,T] or None.
+    """(g [B,Hv,n C] or None, segment numbers [B,n C] or None, Left) of log_decay [B,T,Hv] or None, resets [B,T] or
+    None.
 
-    (g [B,Hv,n C] or None, the number of resets so far [B,n C] or None, what is left.) Float32; padded to whole chunks,
-    with a decay of 1.
+    g and Left are float32. All are padded to whole chunks; g is 0 there.
     """
     length = -(-time // chunk) * chunk
     blocks = lambda x: x.reshape(*x.shape[:-1], -1, chunk)
@@ -52,7 +53,7 @@ def gates(chunk: int, time: int, log_decay, resets):
 
 
 class _Call(Call):
-    """One call's launches. `left`: of `gates`, for each head of values."""
+    """The launches of one call. `left` is the Left of `gates`, for each value head."""
 
     def __init__(self, settings, run, query, key, value, beta, log_decay, resets):
         super().__init__(settings, run, query, key, value, beta)
@@ -60,17 +61,17 @@ class _Call(Call):
         self.g, self.segments, left = self.prepare(log_decay)
         self.gated = left.total is not None
         self.decay = "head" if self.gated else "none"
-        # Resets alone are the same for all heads.
+        # With resets but no decay, Left has one head for all heads.
         each = lambda x: jnp.broadcast_to(x, (self.batch, self.heads, x.shape[2]))
         self.left = Left(*map(each, left)) if self.gated else left
 
     @property
     def has(self):
-        """What there is of gates, as kernels ask for it."""
+        """The kernels' constants that say which gates are present."""
         return dict(HAS_DECAY=self.g is not None, HAS_SEGMENTS=self.segments is not None)
 
     def solve_systems(self, store_inverse):
-        """w, u, and the inverses."""
+        """(w, u, inverses) of `gated_solve`."""
         return self.run(
             gated_solve,
             (self.key, self.value, self.g, self.segments, self.beta, self.left.enter),
@@ -81,7 +82,7 @@ class _Call(Call):
         )
 
     def states_of(self, state, store_inverse):
-        """States that enter the chunks, what is written, the final state, w, the inverses."""
+        """(states that enter the chunks, written values V', final state, w, inverses)."""
         w, u, inverse = None, self.value, None
         if self.settings.delta:
             w, u, inverse = self.solve_systems(store_inverse)
@@ -106,7 +107,7 @@ class _Call(Call):
         )[0]
 
     def read_gradients(self, written, dout, states, dstates):
-        """dq and dk of each head of values, dg, denter, dleave, dtotal."""
+        """(dq, dk, dg, denter, dleave, dtotal), dq and dk for each value head."""
         keys = self.tall(self.key_width, jnp.float32)
         enter, leave, _ = self.left
         return self.run(
@@ -125,7 +126,7 @@ class _Call(Call):
         )
 
     def solve_gradients(self, written, dwritten, inverse, states):
-        """dk of each head of values, dv, dbeta, dg, denter."""
+        """(dk, dv, dbeta, dg, denter), dk for each value head."""
         return self.run(
             gated_solve_gradients,
             (
@@ -144,7 +145,7 @@ class _Call(Call):
         )
 
     def decay_gradient(self, log_decay, dg, denter, dleave, dtotal):
-        """That of log_decay, of those of what `gates` makes of it."""
+        """The gradient of log_decay, from the gradients of the results of `gates`."""
 
         def decays(log_decay):
             g, _, left = self.prepare(log_decay)
@@ -154,14 +155,14 @@ class _Call(Call):
 
 
 def forward(settings, run, query, key, value, beta, log_decay, state, resets):
-    """out, final state; arguments as of api.py's `forward`."""
+    """(out, final state). The arguments are those of `forward` in api.py."""
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     states, written, final, _, _ = call.states_of(state, False)
     return call.read(written, states), final
 
 
 def backward(settings, run, residuals, dout, dstate):
-    """The six gradients; arguments as of api.py's `backward`."""
+    """The six gradients. The arguments are those of `backward` in api.py."""
     query, key, value, beta, log_decay, state, resets = residuals
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     states, written, _, w, inverse = call.states_of(state, True)

@@ -1,13 +1,15 @@
-"""What is read in a chunk with no decay or one of each head, all chunks at once: with P_ij = e^{D_ij} q_i·k_j, j ≤ i,
+"""The reads of the gated ops, without decay or with one decay per head. All chunks are independent.
 
-    O = scale (enter ⊙ (Q S) + P V'),      and backward, of that alone,      dV' = scale Pᵀ dO
+With P_ij = e^{D_ij} q_i·k_j for j ≤ i, the output of a chunk and the cotangent of V' through it are
 
-and, given the state S that enters a chunk and the cotangent dS of the one that leaves it, the gradients of what is read
-and of what the chunk adds to the state,
+    O = scale (enter ⊙ (Q S) + P V'),      dV' = scale Pᵀ dO
+
+With S the state that enters the chunk and dS the cotangent of the state that leaves it, the gradients of the output and
+of what the chunk adds to the state are
 
     dP_ij = scale e^{D_ij} dO_i·V'_j,      dQ = dP K + scale enter ⊙ (dO Sᵀ),      dK = dPᵀ Q + leave ⊙ (V' dSᵀ)
 
-and dD_ij = dP_ij q_i·k_j; of enter, leave and total what multiplies them.
+    dD_ij = dP_ij q_i·k_j,      denter = scale Σ_k (dO Sᵀ) ⊙ Q,      dleave = Σ_k (V' dSᵀ) ⊙ K,      dtotal = Σ S ⊙ dS
 """
 
 import triton
@@ -41,8 +43,11 @@ def gated_read(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """q, k [B,T,K_HEADS,K], written [B,T,HEADS,V], g, enter [B,HEADS,n C], segments [B,n C],
-    states [B,HEADS,n,K,V] -> out [B,T,HEADS,V]."""
+    """The output O of one chunk of one value head. Grid: B × HEADS × n programs.
+
+    Reads q, k [B,T,K_HEADS,K], written (V') [B,T,HEADS,V], g, enter [B,HEADS,n C], segments [B,n C], states
+    [B,HEADS,n,K,V]. Writes out [B,T,HEADS,V].
+    """
     HAS_GATES: tl.constexpr = HAS_DECAY or HAS_SEGMENTS
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
@@ -84,7 +89,8 @@ def gated_read_values(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """As `gated_read`, dout [B,T,HEADS,V] -> dwritten [B,T,HEADS,V]."""
+    """dV' of one chunk through its own output. Grid and arrays as `gated_read`; reads dout [B,T,HEADS,V], writes
+    dwritten [B,T,HEADS,V]."""
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     segments = segments_of(segments, batch, start, T, C)
     q = key_base(q, batch, head, T, HEADS, K_HEADS, K)
@@ -132,9 +138,12 @@ def gated_read_gradients(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """q, k [B,T,K_HEADS,K], written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V], g, enter, leave
-    [B,HEADS,n C], segments [B,n C] -> dq, dk [B,T,HEADS,K], dg (by D alone), denter, dleave [B,HEADS,n C], dtotal
-    [B,HEADS,n]."""
+    """The gradients of one chunk's output and of its addition to the state. Grid: B × HEADS × n programs.
+
+    Reads q, k [B,T,K_HEADS,K], written, dout [B,T,HEADS,V], states, dstates [B,HEADS,n,K,V], g, enter, leave
+    [B,HEADS,n C], segments [B,n C]. Writes dq, dk [B,T,HEADS,K], dg (the part through D), denter, dleave
+    [B,HEADS,n C], dtotal [B,HEADS,n].
+    """
     HAS_GATES: tl.constexpr = HAS_DECAY or HAS_SEGMENTS
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)

@@ -1,9 +1,10 @@
-"""The gated delta rule's triangular system with no decay or one of each head, all chunks at once: with
-A_ij = e^{D_ij} k_i·k_j below the diagonal,
+"""The triangular systems of the gated delta rule, without decay or with one decay per head. All chunks are independent.
+
+With A_ij = e^{D_ij} k_i·k_j below the diagonal,
 
     X = (I + diag(β) A)⁻¹,      W = X diag(β e^{D_i,start}) K,      U = X diag(β) V
 
-and backward, with V' = X diag(β) (V − enter ⊙ (K S)) and its cotangent dV',
+The gradients, with V' = X diag(β) (V − enter ⊙ (K S)) and its cotangent dV':
 
     Y = Xᵀ dV',      dV = diag(β) Y,      B_ij = −e^{D_ij} Y_i·V'_j  (j < i),
     dβ = Y·(V − enter ⊙ (K S)) + Σ_j B ⊙ K Kᵀ,
@@ -45,8 +46,11 @@ def gated_solve(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """k [B,T,K_HEADS,K], v [B,T,HEADS,V], g, beta, enter [B,HEADS,n C], segments [B,n C] ->
-    w [B,T,HEADS,K], u [B,T,HEADS,V], inverse [B,HEADS,n,C,C], all of v's type."""
+    """Inverts the system of one chunk of one value head. Grid: B × HEADS × n programs.
+
+    Reads k [B,T,K_HEADS,K], v [B,T,HEADS,V], g, beta, enter [B,HEADS,n C], segments [B,n C]. Writes w [B,T,HEADS,K], u
+    [B,T,HEADS,V] and, if STORE_INVERSE, inverse (X) [B,HEADS,n,C,C], all in v's dtype.
+    """
     HAS_GATES: tl.constexpr = HAS_DECAY or HAS_SEGMENTS
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     row = block * C
@@ -91,9 +95,12 @@ def gated_solve_gradients(
     BLOCK_K: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """k [B,T,K_HEADS,K], v, written, dwritten [B,T,HEADS,V], inverse [B,HEADS,n,C,C], states [B,HEADS,n,K,V],
-    g, beta, enter [B,HEADS,n C], segments [B,n C] -> dk [B,T,HEADS,K], dv [B,T,HEADS,V], dbeta, dg (by D alone),
-    denter [B,HEADS,n C]."""
+    """The gradients of one chunk's system. Grid: B × HEADS × n programs.
+
+    Reads k [B,T,K_HEADS,K], v, written (V'), dwritten [B,T,HEADS,V], inverse [B,HEADS,n,C,C], states [B,HEADS,n,K,V],
+    g, beta, enter [B,HEADS,n C], segments [B,n C]. Writes dk [B,T,HEADS,K], dv [B,T,HEADS,V], and dbeta, dg (the part
+    through D), denter [B,HEADS,n C].
+    """
     HAS_GATES: tl.constexpr = HAS_DECAY or HAS_SEGMENTS
     batch, head, start, block = chunk_of(tl.program_id(0), T, HEADS, C)
     index = tl.arange(0, C)
