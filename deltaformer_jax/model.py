@@ -163,9 +163,11 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
             after.append(cache)
         return x, tuple(after)
 
-    caches = (None,) * len(model.blocks) if cache is None else cache
-    x, caches = jax.lax.scan(period, model.embedding(tokens, segment_ids), (tuple(model.blocks), caches))
-    return model.final_norm(x), None if cache is None else caches
+    # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
+    # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
+    caches = (None,) * len(model.blocks) if cache is None else ops.read_only(cache)
+    x, after = jax.lax.scan(period, model.embedding(tokens, segment_ids), (tuple(model.blocks), caches))
+    return model.final_norm(x), None if cache is None else ops.written(cache, after, axes=1)
 
 
 def num_parameters(model) -> int:

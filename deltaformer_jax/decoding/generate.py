@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltaformer_jax.layers.linear import cast_kernels
 from deltaformer_jax.model import LanguageModel
 
 
@@ -52,7 +53,8 @@ def _prefill(graphdef, params, tokens, segment_ids, key, temperature, top_p, *, 
 
 
 @partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames=("cache",))
-def _decode(graphdef, params, token, cache, key, position, temperature, top_p, *, top_k: int):
+def decode_step(graphdef, params, token, cache, key, position, temperature, top_p, *, top_k: int):
+    """(the next token int32 [B], the cache) after one token of each row. The cache is donated, and written in place."""
     model = nnx.merge(graphdef, params)
     logits, cache = model(token[:, None], cache=cache)
     return choose(logits[:, 0], _row_keys(key, position, token.shape[0]), temperature, top_k, top_p), cache
@@ -70,6 +72,17 @@ def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, se
         raise ValueError(f"top_p = {top_p}: give a probability above 0, at most 1 (all tokens)")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
+
+
+def with_weights_in(model: LanguageModel, dtype) -> LanguageModel:
+    """The model with the kernels of its products and the embedding's table in `dtype`, for decoding, which reads all of
+    them for every token. Norms, gates, decays and convolutions stay in float32. In the model's compute dtype no product
+    changes; a narrower dtype rounds the weights."""
+    model = cast_kernels(model, dtype)
+    graphdef, state = nnx.split(model)
+    table = state["embedding"]["table"]
+    state["embedding"]["table"] = table.replace(table[...].astype(dtype))
+    return nnx.merge(graphdef, state)
 
 
 def generate(model: LanguageModel, prompt: Sequence[int], tokens: int, **options) -> Iterator[int]:
@@ -124,7 +137,7 @@ def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):
     token, cache = _prefill(graphdef, params, padded, real, key, *how, capacity=capacity, top_k=top_k)
     yield np.asarray(token)
     for position in range(1, tokens):
-        token, cache = _decode(graphdef, params, token, cache, key, position, *how, top_k=top_k)
+        token, cache = decode_step(graphdef, params, token, cache, key, position, *how, top_k=top_k)
         yield np.asarray(token)
 
 

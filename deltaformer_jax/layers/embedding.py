@@ -37,7 +37,9 @@ class Embedding(nnx.Module):
         if tied:
             self.head = None
         else:
-            self.head = nnx.Param(truncated_normal(rngs, (d_model, rows), INITIAL_STD), axes=("embed", "vocab"))
+            self.head = nnx.Param(
+                truncated_normal(rngs, (d_model, rows), INITIAL_STD), axes=("embed", "vocab"), compute=True
+            )
         self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
 
     def __call__(self, tokens, segment_ids=None):
@@ -46,7 +48,7 @@ class Embedding(nnx.Module):
             tokens = jnp.where(segment_ids != 0, tokens, 0)
         row = jnp.where((tokens >= 0) & (tokens < self.vocab_size), tokens, self.rows)
         vectors = self.table[...].at[row].get(mode="fill", fill_value=jnp.nan)
-        return (vectors * math.sqrt(self.d_model)).astype(self.dtype)
+        return (vectors.astype(accumulation_dtype(vectors.dtype)) * math.sqrt(self.d_model)).astype(self.dtype)
 
     def logits(self, x):
         # Operands are in the compute dtype, sums in float32 (float64 for float64).

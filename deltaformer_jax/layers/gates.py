@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import along, kernel, product_flops
+from deltaformer_jax.layers.linear import along, kernel, product_flops, wide_kernel
 from deltaformer_jax.layers.query_key_value import project
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
@@ -62,7 +62,7 @@ class HeadDecay(nnx.Module):
     """x [B,T,d_model] -> log_decay g [B,T,heads], float32 (float64 for float64). Weight decay skips A and b."""
 
     def __init__(self, d_model: int, heads: int, *, rngs: nnx.Rngs):
-        self.kernel = kernel(rngs, (d_model, heads), ("embed", "heads"))
+        self.kernel = wide_kernel(rngs, (d_model, heads), ("embed", "heads"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads,), ("heads",))
 
@@ -78,8 +78,8 @@ class ChannelDecay(nnx.Module):
     """x [B,T,d_model] -> log_decay g [B,T,heads,width] with W = W₁ W₂ of rank `rank`; A is one number per head."""
 
     def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
-        self.down = kernel(rngs, (d_model, rank), ("embed", "rank"))
-        self.up = kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
+        self.down = wide_kernel(rngs, (d_model, rank), ("embed", "rank"))
+        self.up = wide_kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
 

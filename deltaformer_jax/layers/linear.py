@@ -22,12 +22,29 @@ _TRUNCATED_STD = 0.87962566103423978
 def kernel(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int = 0, scale: float = 1.0
 ) -> nnx.Param:
-    """A float32 `nnx.Param` of `shape`, drawn as in this module's docstring. `fan_in=0`: shape[0].
+    """A float32 `nnx.Param` of `shape`, drawn as in this module's docstring. `fan_in=0`: shape[0]. It is only used in
+    the compute dtype (`cast_kernels`).
 
     `axes` names the dimensions for sharding; the parameter keeps it as metadata.
     """
     std = scale / math.sqrt(fan_in or shape[0])
-    return nnx.Param(truncated_normal(rngs, shape, std), axes=axes)
+    return nnx.Param(truncated_normal(rngs, shape, std), axes=axes, compute=True)
+
+
+def wide_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A kernel of a gate, a decay or a convolution, which is used in float32 whatever the compute dtype is."""
+    return nnx.Param(truncated_normal(rngs, shape, 1 / math.sqrt(shape[0])), axes=axes)
+
+
+def cast_kernels(module, dtype):
+    """`module` with the parameters that are only used in the compute dtype in `dtype`; the others as they are."""
+
+    def cast(part):
+        if not isinstance(part, nnx.Variable) or not part.get_metadata("compute", False):
+            return part
+        return part.replace(part[...].astype(dtype))
+
+    return jax.tree.map(cast, module, is_leaf=lambda part: isinstance(part, nnx.Variable))
 
 
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
@@ -61,7 +78,7 @@ class Gate(nnx.Module):
     """
 
     def __init__(self, d_model: int, heads: int, *, axis: str, rngs: nnx.Rngs):
-        self.kernel = kernel(rngs, (d_model, heads), ("embed", axis))
+        self.kernel = wide_kernel(rngs, (d_model, heads), ("embed", axis))
         self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,))
 
     def __call__(self, x):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.layers.linear import wide_kernel
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -27,7 +27,7 @@ class ShortConvolution(nnx.Module):
     def __init__(self, width: int, heads: int, head_dim: int, *, axis: str = "heads", rngs: nnx.Rngs):
         if width < 1:
             raise ValueError(f"conv_size={width} must be at least 1 token, or 0 for none")
-        self.weight = kernel(rngs, (width, heads, head_dim), ("conv", axis, "head_dim"))
+        self.weight = wide_kernel(rngs, (width, heads, head_dim), ("conv", axis, "head_dim"))
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):

@@ -1,6 +1,6 @@
 """The ops: attention and delta-rule layers as functions of arrays. They use no Flax, no mesh and no config."""
 
-from deltaformer_jax.ops.cache.caches import KUCache, KVCache, token_positions
+from deltaformer_jax.ops.cache.caches import KUCache, KVCache, read_only, token_positions, written
 from deltaformer_jax.ops.cache.compression import compress_cache
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
@@ -22,6 +22,8 @@ __all__ = [
     "delta_values",
     "gated_delta_rule",
     "gated_linear_attention",
+    "read_only",
     "shift_mix",
     "token_positions",
+    "written",
 ]

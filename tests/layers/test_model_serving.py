@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.layers_cases import PLAN, PLAN_LENGTHS, feed
 from support.model_cases import (
     LENGTH,
@@ -16,6 +17,9 @@ from support.model_cases import (
     make_model,
     random_tokens,
 )
+
+from deltaformer_jax import LanguageModel, Mixer, ModelConfig
+from deltaformer_jax.decoding.generate import decode_step, with_weights_in
 
 NEAR = dict(rtol=2e-4, atol=2e-4)  # float32, logits of size 1
 
@@ -81,3 +85,54 @@ def test_wrong_tokens():
         model(jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match="segment_ids must have tokens' shape"):
         model(random_tokens((2, 3)), segment_ids=np.ones((2, 4), np.int32))
+
+
+ATTENTION = {
+    "DeltaFormer": {"mixers": ("delta_former",)},
+    "softmax attention": {"mixers": ("softmax_attention",)},
+    "window": {"mixers": (Mixer("softmax_attention", window=200),)},
+    "forgetting": {"mixers": (Mixer("softmax_attention", forget_gate=True, sinks=True),)},
+    "hybrid": {"mixers": ("gated_delta_net", "delta_former")},
+}
+
+
+@pytest.mark.parametrize("fields", ATTENTION.values(), ids=ATTENTION)
+def test_a_decoding_step_copies_one_layers_cache_at_a_time(fields):
+    """The donated caches are the ones that come back. Beside them the step allocates the cache of one layer, cut out of
+    the stack, and that layer's scores, [B, heads, slots]: 1/64 of its cache for heads of 32."""
+    config = ModelConfig(
+        vocab_size=VOCABULARY, d_model=32, num_layers=8, num_heads=2, num_kv_heads=2, head_dim=32, mlp_dim=32, **fields
+    )
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    cache = model.init_cache(2, 4096)
+    arguments = (graphdef, params, jnp.zeros(2, jnp.int32), cache, jax.random.key(0), 1, 0.0, None)
+    memory = decode_step.lower(*arguments, top_k=0).compile().memory_analysis()
+    caches = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    attention_layers = 8 // len(fields["mixers"])
+    assert memory.alias_size_in_bytes >= caches
+    assert memory.temp_size_in_bytes < 1.5 * caches / attention_layers
+
+
+def test_weights_in_the_compute_dtype_change_no_product():
+    """The logits are the same bits: d_model is a power of four, so that √d_model scales the embedding exactly."""
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=32,
+        mixers=("delta_former", "gated_delta_net", "gated_linear_attention"),
+        compute_dtype="bfloat16",
+    )
+    model, tokens = LanguageModel(config, rngs=nnx.Rngs(0)), random_tokens((ROWS, LENGTH))
+    half = with_weights_in(model, "bfloat16")
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(half)}
+    assert dtypes == {"bfloat16", "float32"}
+    assert num_bytes(half) < 0.55 * num_bytes(model)
+    np.testing.assert_array_equal(half(tokens)[0], model(tokens)[0])
+
+
+def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

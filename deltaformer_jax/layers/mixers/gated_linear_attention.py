@@ -16,7 +16,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import along, kernel, product_flops
+from deltaformer_jax.layers.linear import along, product_flops, wide_kernel
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
@@ -57,8 +57,8 @@ class GatedLinearAttention(nnx.Module):
         self.inputs = MemoryInputs(
             d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs
         )
-        self.decay_down = kernel(rngs, (d_model, RANK), ("embed", "rank"))
-        self.decay_up = kernel(rngs, (RANK, num_heads, head_dim), ("rank", "heads", "head_dim"))
+        self.decay_down = wide_kernel(rngs, (d_model, RANK), ("embed", "rank"))
+        self.decay_up = wide_kernel(rngs, (RANK, num_heads, head_dim), ("rank", "heads", "head_dim"))
         self.decay_bias = nnx.Param(
             jnp.zeros((num_heads, head_dim), jnp.float32), axes=("heads", "head_dim"), decay=False
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
+
+from deltaformer_jax import ops
 
 
 class MixerProtocol(Protocol):
@@ -108,8 +111,12 @@ def check_result(result: Any, x: jax.Array, cache: Any, mixer: Any) -> None:
         raise ValueError(
             f"model.mixers: {name} returned y {found} for x {x.dtype}{list(x.shape)}: y must have x's shape and dtype"
         )
-    before, now = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (cache, after))
-    if before != now:
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # of another structure, which is said below
+        after = jax.eval_shape(ops.written, cache, after)
+    before, now = (
+        jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", ops.read_only(tree)) for tree in (cache, after)
+    )
+    if jax.tree.flatten(before) != jax.tree.flatten(now):
         raise ValueError(
             f"model.mixers: {name} was given the cache {before} and returned {now}: "
             "structure, shapes and dtypes must not change"

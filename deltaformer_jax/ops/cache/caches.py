@@ -4,11 +4,15 @@ length of its own.
 `KUCache` is the cache of DeltaFormer. It holds keys and written values u; v itself is not needed again. With w = k it
 is as large as an ordinary KV cache. `KVCache` is the cache of softmax attention. With a window it is a ring buffer:
 slot = position mod capacity.
+
+Arrays are stored by head, [B, heads, N, …]. A decoding step multiplies one head's queries with all of its slots, and
+so reads memory in order. The properties `key`, `value` and `decay` are token first, like all arrays of the ops.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +23,73 @@ from deltaformer_jax.ops.common.checks import check_count, check_float, check_si
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class KUCache:
-    """DeltaFormer's cache: key [B, N, G, K], value [B, N, Hu, V] (it holds u), length [B] int32.
+class _Cache:
+    """A pytree of `key_by_head` [B, G, N, K], `value_by_head` [B, ·, N, V], `length` [B] and what a subclass adds.
+
+    `read_only` is a part of the pytree's structure. Given a cache that is read only, an op returns the `Entries` of the
+    new tokens instead of an extended cache. A model scans its layers over such caches, so that none of them is copied,
+    and afterwards writes the entries of all layers at once (`written`).
+    """
+
+    ARRAYS = ("key_by_head", "value_by_head", "length")
+
+    def __init__(self, key, value, length):
+        self.key_by_head, self.value_by_head, self.length = _tokens_second(key), _tokens_second(value), length
+        self.read_only = False
+
+    def __init_subclass__(cls):
+        names = cls.ARRAYS
+
+        def flatten(cache):
+            return [(jax.tree_util.GetAttrKey(name), getattr(cache, name)) for name in names], cache.read_only
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, lambda read_only, arrays: cls._of(read_only, *arrays))
+
+    @classmethod
+    def _of(cls, read_only, *arrays):
+        cache = object.__new__(cls)
+        cache.read_only = read_only
+        for name, array in zip(cls.ARRAYS, arrays):
+            setattr(cache, name, array)
+        return cache
+
+    def with_arrays(self, **arrays):
+        """A cache with some of ARRAYS replaced; `read_only` may be among them."""
+        held = {name: getattr(self, name) for name in (*self.ARRAYS, "read_only")} | arrays
+        return self._of(held.pop("read_only"), *held.values())
+
+    @property
+    def key(self) -> jax.Array:
+        return _tokens_second(self.key_by_head)
+
+    @property
+    def value(self) -> jax.Array:
+        return _tokens_second(self.value_by_head)
+
+    @property
+    def capacity(self) -> int:
+        return self.key_by_head.shape[-2]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.ARRAYS)})"
+
+
+class KUCache(_Cache):
+    """DeltaFormer's cache, KUCache(key, value, length): key [B, N, G, K], value [B, N, Hu, V] (it holds u), length [B]
+    int32.
 
     N is the capacity. Slots 0 … length − 1 of a row are filled.
     """
 
-    key: jax.Array
-    value: jax.Array
-    length: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        return self.key.shape[1]
-
     @classmethod
     def empty(cls, batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype=jnp.float32) -> KUCache:
         """An empty cache: all zeros, length 0. `value_heads` is Hu, the number of heads of the write query."""
-        return cls(*_zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype))
+        return cls._of(False, *_zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class KVCache:
-    """Softmax attention's cache: key [B, N, G, K], value [B, N, G, V], length [B] int32, decay [B, N, H] or None.
+class KVCache(_Cache):
+    """Softmax attention's cache, KVCache(key, value, length, decay=None): key [B, N, G, K], value [B, N, G, V], length
+    [B] int32, decay [B, N, H] or None.
 
     `length` counts the tokens stored so far. A token's slot is its position mod N.
     `decay` is needed if the attention has a `log_decay`. For each slot it is the sum of the log decays of all tokens
@@ -53,14 +98,15 @@ class KVCache:
     tokens.
     """
 
-    key: jax.Array
-    value: jax.Array
-    length: jax.Array
-    decay: jax.Array | None = None
+    ARRAYS = (*_Cache.ARRAYS, "decay_by_head")
+
+    def __init__(self, key, value, length, decay=None):
+        super().__init__(key, value, length)
+        self.decay_by_head = None if decay is None else decay.swapaxes(-2, -1)
 
     @property
-    def capacity(self) -> int:
-        return self.key.shape[1]
+    def decay(self) -> jax.Array | None:
+        return None if self.decay_by_head is None else self.decay_by_head.swapaxes(-2, -1)
 
     @classmethod
     def empty(cls, batch, capacity, heads, key_dim, value_dim, dtype=jnp.float32, decay_heads=None) -> KVCache:
@@ -70,8 +116,25 @@ class KVCache:
         check_size("decay_heads", decay_heads)
         decay = None
         if decay_heads is not None:
-            decay = jnp.zeros((batch, capacity, decay_heads), accumulation_dtype(jnp.dtype(dtype)))
-        return cls(*arrays, decay)
+            decay = jnp.zeros((batch, decay_heads, capacity), accumulation_dtype(jnp.dtype(dtype)))
+        return cls._of(False, *arrays, decay)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Entries:
+    """What new tokens add to a cache: key [B, T, G, K], value [B, T, ·, V], real [B, T] (False: padding, which is not
+    stored), and where attention forgets log_decay [B, T, H], 0 at padding."""
+
+    key: jax.Array
+    value: jax.Array
+    real: jax.Array
+    log_decay: jax.Array | None = None
+
+
+def _tokens_second(x):
+    """[…, heads, N, width] -> […, N, heads, width], and back."""
+    return x.swapaxes(-3, -2)
 
 
 def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
@@ -87,28 +150,33 @@ def _zeros(batch, capacity, key_heads, value_heads, key_dim, value_dim, dtype):
         check_count(name, size)
     check_float("the cache", jnp.dtype(dtype))
     return (
-        jnp.zeros((batch, capacity, key_heads, key_dim), dtype),
-        jnp.zeros((batch, capacity, value_heads, value_dim), dtype),
+        jnp.zeros((batch, key_heads, capacity, key_dim), dtype),
+        jnp.zeros((batch, value_heads, capacity, value_dim), dtype),
         jnp.zeros((batch,), jnp.int32),
     )
+
+
+def _token_first(shape):
+    return (*shape[:-3], shape[-2], shape[-3], shape[-1])
 
 
 def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
     """Raise if `cache` is not a `kind` with the shapes that the other arguments need."""
     if not isinstance(cache, kind):
         raise TypeError(f"cache must be a {kind.__name__}, not {type(cache).__name__}")
-    check_float("cache.key", cache.key.dtype)
-    check_float("cache.value", cache.value.dtype)
+    check_float("cache.key", cache.key_by_head.dtype)
+    check_float("cache.value", cache.value_by_head.dtype)
     batch, _, heads, width = key.shape
+    key_shape, value_shape = (_token_first(x.shape) for x in (cache.key_by_head, cache.value_by_head))
     expected_key = (batch, cache.capacity, heads, width)
     expected_value = (batch, cache.capacity, value_heads, value_dim)
-    if cache.key.shape != expected_key or cache.value.shape != expected_value or cache.length.shape != (batch,):
+    if key_shape != expected_key or value_shape != expected_value or cache.length.shape != (batch,):
         raise ValueError(
-            f"cache has key {cache.key.shape}, value {cache.value.shape}, length {cache.length.shape}; these arguments "
+            f"cache has key {key_shape}, value {value_shape}, length {cache.length.shape}; these arguments "
             f"need key {expected_key}, value {expected_value}, length {(batch,)}: build it with {kind.__name__}.empty"
         )
-    decay = getattr(cache, "decay", None)
-    expected_decay = None if decay_heads is None else (batch, cache.capacity, decay_heads)
+    decay = getattr(cache, "decay_by_head", None)
+    expected_decay = None if decay_heads is None else (batch, decay_heads, cache.capacity)
     if (None if decay is None else decay.shape) != expected_decay:
         raise ValueError(
             "cache and log_decay must go together: give log_decay in every call or in none, and build an empty cache "
@@ -151,25 +219,52 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
     return position if start is None else position + start[:, None].astype(jnp.int32)
 
 
-def store(cache, key, value, real, log_decay=None):
-    """`cache` with the tokens added for which `real` [B, T] is true: key [B, T, G, K], value [B, T, ·, V].
-
-    Slots wrap around: position mod capacity. log_decay: [B, T, H], 0 at padding, if the cache has a `decay`; else None.
-    """
-    capacity = cache.capacity
+def store(cache, entries: Entries):
+    """`cache` with the tokens added for which `entries.real` is true. Slots wrap around: position mod capacity."""
+    capacity, real = cache.capacity, entries.real
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
     # If several tokens have the same slot, only the last may write. The others, and padding, get the slot `capacity`,
     # which is out of bounds, so that the scatter drops them.
     wanted = real & (position >= length[:, None] - capacity)
     slot = jnp.where(wanted, position % capacity, capacity)
-    row = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
-    put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
-    more = {}
-    if log_decay is not None:
-        passed = lax.cumsum(log_decay, axis=1, reverse=True)
-        more["decay"] = put(cache.decay + passed[:, :1], passed - log_decay)
-    return dataclasses.replace(cache, key=put(cache.key, key), value=put(cache.value, value), length=length, **more)
+    row = jnp.arange(real.shape[0], dtype=jnp.int32)[:, None]
+    put = lambda old, new: old.at[row, :, slot].set(new.astype(old.dtype), mode="drop")
+    arrays = dict(
+        key_by_head=put(cache.key_by_head, entries.key), value_by_head=put(cache.value_by_head, entries.value)
+    )
+    if entries.log_decay is not None:
+        passed = lax.cumsum(entries.log_decay, axis=1, reverse=True)
+        arrays["decay_by_head"] = put(cache.decay_by_head + passed[:, 0, :, None], passed - entries.log_decay)
+    return cache.with_arrays(**arrays, length=length)
+
+
+def read_only(tree: Any) -> Any:
+    """`tree` with every cache of an op in it read only."""
+    return _over_caches(lambda cache: cache.with_arrays(read_only=True), tree)
+
+
+def written(before: Any, after: Any, axes: int = 0) -> Any:
+    """`after`, what was computed from `read_only(before)`, with every `Entries` in it written into its cache of
+    `before`. The arrays of both may lead with `axes` more axes, over layers."""
+    put = store
+    for _ in range(axes):
+        put = jax.vmap(put)
+
+    def one(cache, entries):
+        if not isinstance(cache, _Cache):
+            return entries
+        return put(cache, entries) if isinstance(entries, Entries) else entries.with_arrays(read_only=False)
+
+    return jax.tree.map(one, before, after, is_leaf=_is_cache)
+
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, _Cache)
+
+
+def _over_caches(function, tree):
+    return jax.tree.map(lambda node: function(node) if _is_cache(node) else node, tree, is_leaf=_is_cache)
 
 
 def slot_positions(cache) -> jax.Array:

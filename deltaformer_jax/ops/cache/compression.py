@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import KUCache, store
+from deltaformer_jax.ops.cache.caches import Entries, KUCache, store
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
@@ -87,7 +87,7 @@ def _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids):
         read = jnp.einsum("bhjn,bnhv->bjhv", weights, only_filled(cache.value).astype(wide))
 
     empty = KUCache.empty(batch, capacity, heads, write_heads, width, cache.value.shape[3], cache.key.dtype)
-    return store(empty, clean, read, real)
+    return store(empty, Entries(clean, read, real))
 
 
 def _checked_keys(cache: KUCache, keys: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import slot_positions, store
+from deltaformer_jax.ops.cache.caches import Entries, slot_positions, store
 from deltaformer_jax.ops.common.score_decay import decay_between
 from deltaformer_jax.ops.common.similarity import row_weights
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
@@ -34,16 +34,16 @@ def _einsum(equation, *arrays):
 
 
 def _scores(rows, old_keys, new_keys, scale):
-    """Scores of rows [B,T,G,n,r,K] with the cached keys [B,N,G,K] and the new keys [B,T,G,K] -> [B,G,n,r,T,N+T]."""
-    product = lambda keys: _einsum("btgnrk,bsgk->bgnrts", rows, keys)
-    return jnp.concatenate([product(old_keys), product(new_keys)], axis=-1) * scale
+    """Scores of rows [B,T,G,n,r,K] with the cached keys [B,G,N,K] and the new keys [B,T,G,K] -> [B,G,n,r,T,N+T]."""
+    old, new = _einsum("btgnrk,bgsk->bgnrts", rows, old_keys), _einsum("btgnrk,bsgk->bgnrts", rows, new_keys)
+    return jnp.concatenate([old, new], axis=-1) * scale
 
 
 def _values(weights, old, new):
-    """Weights [B,G,n,r,T,N+T] times the cached values [B,N,G,n,V] and the new values [B,T,G,n,V] -> [B,T,G,n,r,V].
+    """Weights [B,G,n,r,T,N+T] times the cached values [B,G,n,N,V] and the new values [B,T,G,n,V] -> [B,T,G,n,r,V].
     `new` None: only the cached values are summed."""
-    split = old.shape[1]
-    total = _einsum("bgnrts,bsgnv->btgnrv", weights[..., :split], old)
+    split = old.shape[3]
+    total = _einsum("bgnrts,bgnsv->btgnrv", weights[..., :split], old)
     return total if new is None else total + _einsum("bgnrts,bsgnv->btgnrv", weights[..., split:], new)
 
 
@@ -71,17 +71,17 @@ def _weights(similarity, scores, visible, dtype):
 
 
 def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
-    """DeltaFormer of one block: (output [B,T,H,V], extended cache). `write_query` is [B,T,Hu,K]; `real` [B,T] is False
-    at padding."""
+    """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `real` [B,T] is False at
+    padding."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)
     acc = accumulation_dtype(key.dtype)
-    old_u = cache.value.reshape(b, cache.capacity, g, n, -1)
+    old_u = cache.value_by_head.reshape(b, g, n, cache.capacity, -1)
     gates = lambda x: jnp.ones((b, t, g, n), acc) if x is None else x.reshape(b, t, g, n).astype(acc)
     alpha, beta = gates(alpha), gates(beta)
 
-    scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key, key, plan.write_scale)
+    scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key_by_head, key, plan.write_scale)
     weights = _weights(plan.write_similarity, scores, _visible(cache, real, True, None), key.dtype)
     past = _values(weights, old_u, None)[:, :, :, :, 0]
     target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
@@ -93,20 +93,20 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     else:
         u = target  # for a single token, I + diag(β) A_new is the identity
 
-    scores = _scores(query.reshape(b, t, g, n, group, width), cache.key, key, plan.read_scale)
+    scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
     weights = _weights(plan.read_similarity, scores, _visible(cache, real, False, None), key.dtype)
     out = _values(weights, old_u, u)
     out = out.reshape(b, t, query.shape[2], -1).astype(value.dtype)
-    return out, store(cache, key, u.reshape(b, t, g * n, -1), real)
+    return out, Entries(key, u.reshape(b, t, g * n, -1), real)
 
 
 def extend_attention(cache, query, key, value, log_decay, sinks, real, similarity, scale, window):
-    """Softmax attention of one block: (output [B,T,H,V], extended cache). log_decay is [B,T,H] or None, sinks is [H] or
+    """Softmax attention of one block: (output [B,T,H,V], its Entries). log_decay is [B,T,H] or None, sinks is [H] or
     None."""
     b, t, g, width = key.shape
-    scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key, key, scale)
+    scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
     if log_decay is not None:
-        scores = scores + _decay(cache.decay, log_decay).reshape(scores.shape)
+        scores = scores + _decay(cache.decay_by_head, log_decay).reshape(scores.shape)
     visible = jnp.broadcast_to(_visible(cache, real, False, window), scores.shape)
     if sinks is not None:
         # The sink is one more column of scores. Its value is 0, so it only adds e^b to the normaliser.
@@ -116,38 +116,44 @@ def extend_attention(cache, query, key, value, log_decay, sinks, real, similarit
     weights = _weights(similarity, scores, visible, key.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    out = _values(weights, cache.value[:, :, :, None], value[:, :, :, None])
-    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), store(cache, key, value, real, log_decay)
+    out = _values(weights, cache.value_by_head[:, :, None], value[:, :, :, None])
+    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), Entries(key, value, real, log_decay)
 
 
 def _decay(old, log_decay):
     """D [B,H,T,N+T]: for each new token, the sum of the log decays after each cached and each new token up to it.
 
-    old [B,N,H] is `KVCache.decay`, the sums up to the block's start; log_decay is [B,T,H].
+    old [B,H,N] is the cache's `decay_by_head`, the sums up to the block's start; log_decay is [B,T,H].
     """
     prefix = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, 2)
     among_new = jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 1, 0)), (2, 3), (0, 1))
-    return jnp.concatenate([jnp.moveaxis(old, 1, 2)[:, :, None] + prefix[..., None], among_new], axis=-1)
+    return jnp.concatenate([old[:, :, None] + prefix[..., None], among_new], axis=-1)
 
 
-def in_blocks(step, cache, arrays, size):
-    """Scan `step(cache, *arrays) -> (output, cache)` over blocks of `size` tokens. The arrays are [B, T, …] or None.
+def extend_in_blocks(step, cache, arrays, size):
+    """`step(cache, *arrays) -> (output, Entries)` over blocks of `size` tokens, each of which sees the blocks before:
+    (output, the cache with all of them or, if it is read only, their Entries). The arrays are [B, T, …] or None.
 
     The last block is filled up with zeros. The last array is `real`, so that the filled rows are False there: padding.
     """
     length = arrays[0].shape[1]
     if size >= length:
-        return step(cache, *arrays)
+        out, entries = step(cache, *arrays)
+        return out, entries if cache.read_only else store(cache, entries)
     blocks = -(-length // size)
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
 
-    def one(cache, block):
-        out, cache = step(cache, *block)
-        return cache, out
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], blocks * size, *x.shape[3:])[:, :length]
 
-    cache, out = lax.scan(one, cache, jax.tree.map(cut, tuple(arrays)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length], cache
+    def one(cache, block):
+        out, entries = step(cache, *block)
+        return store(cache, entries), (out, entries)
+
+    after, parts = lax.scan(one, cache.with_arrays(read_only=False), jax.tree.map(cut, tuple(arrays)))
+    out, entries = jax.tree.map(joined, parts)
+    return out, entries if cache.read_only else after

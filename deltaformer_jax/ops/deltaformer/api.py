@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import KUCache, check_cache, check_room, store
-from deltaformer_jax.ops.cache.extension import extend_delta, in_blocks
+from deltaformer_jax.ops.cache.caches import Entries, KUCache, check_cache, check_room, store
+from deltaformer_jax.ops.cache.extension import extend_delta, extend_in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
@@ -187,7 +187,7 @@ def _attend(plan, own_query, implementation, return_cache, held, inputs):
     if not return_cache:
         return out
     empty = KUCache.empty(*key.shape[:3], u.shape[2], key.shape[3], value.shape[3], key.dtype)
-    return out, store(empty, key, u, real)
+    return out, store(empty, Entries(key, u, real))
 
 
 @compiled(3)
@@ -197,7 +197,7 @@ def _extend(plan, own_query, block, held, cache, inputs):
     real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
     w = query if own_query else key if write_query is None else write_query
     extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
-    return in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
+    return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
 
 
 @compiled(2)

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import KVCache, check_cache, check_room, store
-from deltaformer_jax.ops.cache.extension import extend_attention, in_blocks
+from deltaformer_jax.ops.cache.caches import Entries, KVCache, check_cache, check_room, store
+from deltaformer_jax.ops.cache.extension import extend_attention, extend_in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
@@ -128,7 +128,7 @@ def _attend(plan, implementation, return_cache, inputs):
     batch, time, heads, width = key.shape
     decay_heads = None if log_decay is None else query.shape[2]
     empty = KVCache.empty(batch, plan.window or time, heads, width, value.shape[3], key.dtype, decay_heads)
-    return out, store(empty, key, value, real, log_decay)
+    return out, store(empty, Entries(key, value, real, log_decay))
 
 
 @compiled(2)
@@ -139,7 +139,7 @@ def _extend(plan, block, cache, inputs):
     def extend(cache, query, key, value, log_decay, real):
         return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, plan.scale, plan.window)
 
-    return in_blocks(extend, cache, (query, key, value, log_decay, real), block)
+    return extend_in_blocks(extend, cache, (query, key, value, log_decay, real), block)
 
 
 def _without_padding(inputs):
