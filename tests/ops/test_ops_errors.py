@@ -71,7 +71,7 @@ def test_the_good_case_is_good():
 
 
 def test_shapes_are_refused_while_tracing():
-    with pytest.raises(ValueError, match="not a multiple"):
+    with pytest.raises(ValueError, match="must be a multiple"):
         jax.jit(delta_attention).lower(zeros(2, 6, 3, 8), GOOD["key"], GOOD["value"])
 
 
@@ -94,7 +94,7 @@ def test_delta_values(change, message):
     [
         (dict(window=0), "window=0: it must be a positive integer"),
         (dict(scale="big"), "scale='big'"),
-        (dict(query=zeros(2, 6, 3, 8)), "not a multiple"),
+        (dict(query=zeros(2, 6, 3, 8)), "must be a multiple"),
         (dict(cache=KVCache.empty(2, 5, 2, 8, 5)), "cache is full"),
         (dict(implementation="flash"), "implementation='flash' is unknown"),
         (
