@@ -73,7 +73,8 @@ class ModelConfig:
     )
     remat: str = setting(
         "none",
-        '"block": recompute each block\'s activations in the backward pass, which saves memory. "none": keep them.',
+        'Which activations are recomputed in the backward pass, to save memory. "block": those of each block. "none": '
+        "none.",
         choices=("none", "block"),
     )
     conv_size: int = setting(
@@ -95,7 +96,8 @@ class ModelConfig:
         is_true="on",
     )
 
-    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too.
+    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate and
+    # sinks are softmax_attention's alone.
 
     rope_base: float = setting(
         10_000.0,
@@ -116,22 +118,21 @@ class ModelConfig:
     )
     window: int = setting(
         0,
-        "softmax_attention: number of tokens that a token sees, itself included. 0: itself and all tokens before it.",
+        "Number of tokens that a token sees, itself included. 0: itself and all tokens before it.",
         least=1,
         own=0,
         must_be_used=True,
     )
     forget_gate: bool = setting(
         False,
-        "softmax_attention: whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) "
+        "Whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) "
         "per query head. If that token or a later one attends to a token before it, the gate's logarithm is "
         "added to the score.",
         must_be_used=True,
     )
     sinks: bool = setting(
         False,
-        "softmax_attention: whether each query head has a sink: one more score, a trained number, whose value "
-        "vector is 0.",
+        "Whether each query head has a sink: one more score, a trained number, whose value vector is 0.",
         must_be_used=True,
     )
 
@@ -206,11 +207,11 @@ class ModelConfig:
         must_be_used=True,
     )
 
-    # Of the mixers with a memory of fixed size.
+    # Of the mixers with a memory of fixed size; num_value_heads and negative_eigenvalues of the delta rule's alone.
 
     num_value_heads: int = setting(
         0,
-        "delta_net and gated_delta_net: number of value heads, a multiple of num_heads. 0: num_heads.",
+        "Number of value heads, a multiple of num_heads. 0: num_heads.",
         least=1,
         own=0,
         must_be_used=True,
@@ -218,8 +219,7 @@ class ModelConfig:
     value_dim: int = setting(0, "Features per value head. 0: head_dim.", least=1, own=0)
     negative_eigenvalues: bool = setting(
         False,
-        "delta_net, gated_delta_net and kimi_delta_attention: whether β lies in (0, 2) instead of (0, 1). The "
-        "state's transition may then have negative eigenvalues.",
+        "Whether β lies in (0, 2) instead of (0, 1). The state's transition may then have negative eigenvalues.",
         must_be_used=True,
     )
 
