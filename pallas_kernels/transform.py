@@ -38,8 +38,8 @@ def transformable(function, name: str, instead: str):
     @wrapped.defjvp
     def no_derivative(primals, tangents):
         raise NotImplementedError(
-            f"{name} has a hand-written backward pass and neither a second derivative nor a forward-mode derivative: "
-            f"use implementation={instead}"
+            f"{name} has a hand-written backward pass and no second derivative and no forward-mode derivative: use "
+            f"implementation={instead}"
         )
 
     return wrapped
