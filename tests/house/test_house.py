@@ -32,6 +32,7 @@ FLOORS = [
     ["deltaformer_jax.decoding"],
     ["deltaformer_jax.training"],
     ["deltaformer_jax.reproduce"],
+    ["deltaformer_jax.help_config"],
     [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "plot")],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}

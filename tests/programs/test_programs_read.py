@@ -164,10 +164,10 @@ def raising(error):
     return function
 
 
-def test_ctrl_c(capsys, monkeypatch):
+def test_ctrl_c(workdir, capsys, monkeypatch):
     monkeypatch.setattr(restore, "restore", raising(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as exit:
-        sample.main(["--workdir", "x", "--prompt", "a"])
+        sample.main(["--workdir", str(workdir), "--prompt", "a"])
     assert exit.value.code == 130 and capsys.readouterr().err == "\ndeltaformer_jax.sample: interrupted\n"
 
 
