@@ -92,7 +92,7 @@ _TENSOR_MEMORY = _LARGE | {
     ("write_backward", "exact"): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
     ("tied_backward", "exact"): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
-# Measured on an H100 (2026-11-27, jax 0.11.2, Triton 3.6.0) at width 128, milliseconds, the entry of _LARGE in brackets:
+# Measured on an H100 (2026-11-27, jax 0.11.2, Triton 3.6.0) at width 128, in milliseconds; _LARGE has in brackets:
 # write_forward 4.55 (6.78), write_backward 13.6 (13.9), tied_backward 13.6 (14.6).
 _HOPPER = _LARGE | {
     ("write_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 2, 32), Tile(64, 32, 8, 2, 2)),
