@@ -64,7 +64,7 @@ def evaluate(
 
     token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
     count. Row sums are added in float64 in the order of the batches, so the result is the same number every time.
-    Returns None if `stop()` became true. Raises ValueError if no target stands for text.
+    Returns None if `stop()` became true. Raises ValueError if there is no target, or none that stands for text.
     """
     sums: dict[str, float] = {}
     counts, waiting = np.zeros(2, np.int64), None
@@ -85,6 +85,8 @@ def evaluate(
         counts = np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
     tokens, size = int(counts[0]), int(counts[1])
     nats = sums.get("nats", 0.0)
+    if tokens == 0:
+        raise ValueError("data: the evaluation split has no target; give it more documents, or longer rows")
     if "hits" in sums:
         return Evaluation(nats / tokens, None, tokens, size, sums["hits"] / tokens)
     if size == 0:

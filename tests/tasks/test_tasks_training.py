@@ -24,6 +24,7 @@ from deltaformer_jax.evaluate.corpus import check_same_kind, evaluation_corpus
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sample import __main__ as sample
 from deltaformer_jax.training.checkpoints.restore import restore
+from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 # ml_collections loads a config file by a method that Python has deprecated.
@@ -284,3 +285,12 @@ def test_configs_of_tasks(name):
         parse(["train.py", f"--config=tasks/{name}s"], tiny, "usage")
     task = tasks.make_task(by_name.config.data.path, by_name.config.data.sequence_length)
     assert task(0, np.arange(3)).tokens.shape == (3, by_name.config.data.sequence_length)
+
+
+def test_an_evaluation_without_a_target_says_so():
+    batch = {name: np.ones((2, 4), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    batch["loss_mask"] = np.zeros((2, 4), bool)
+    step = lambda params, batch: {"nats": np.zeros(2), "hits": np.zeros(2, np.int32)}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match="the evaluation split has no target"):
+        evaluate(step, None, [batch], token_bytes=np.ones(8, np.int32), sharding=sharding)
