@@ -23,8 +23,8 @@ from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.evaluate.corpus import check_same_kind, evaluation_corpus
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sample import __main__ as sample
+from deltaformer_jax.training import evaluation
 from deltaformer_jax.training.checkpoints.restore import restore
-from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 # ml_collections loads a config file by a method that Python has deprecated.
@@ -293,4 +293,4 @@ def test_an_evaluation_without_a_target_says_so():
     step = lambda params, batch: {"nats": np.zeros(2), "hits": np.zeros(2, np.int32)}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match="the evaluation split has no target"):
-        evaluate(step, None, [batch], token_bytes=np.ones(8, np.int32), sharding=sharding)
+        evaluation.evaluate(step, None, [batch], token_bytes=np.ones(8, np.int32), sharding=sharding)
