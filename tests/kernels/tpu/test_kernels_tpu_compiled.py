@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from support.tpu_compile import TPUS, compiled
+from support.tpu_compile import EVERY_TPU, compiled
 
 from deltaformer_jax import delta_attention, delta_values
 
@@ -47,7 +47,7 @@ def check(program, inputs, kernels):
         assert 10 * own < time * time * 4 * heads
 
 
-@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize("tpu", EVERY_TPU)
 @pytest.mark.parametrize("write_query", ["key", "query"])
 def test_forward_and_backward(tpu, write_query):
     """Nobody is named: the platform the program is compiled for chooses."""

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from support.tpu_compile import TPUS, compiled
+from support.tpu_compile import EVERY_TPU, compiled
 
 from deltaformer_jax import gated_delta_rule, gated_linear_attention
 
@@ -50,7 +50,7 @@ def check(program, inputs):
         assert 9 * own < batch * time * heads * width * value_width
 
 
-@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize("tpu", EVERY_TPU)
 @pytest.mark.parametrize(
     "dtype, decay",
     [(jnp.bfloat16, "head"), (jnp.float32, "head"), (jnp.bfloat16, "channel")],
