@@ -99,13 +99,19 @@ def describe(run: Run, position: Position) -> str:
         entry = corpus.manifest["splits"]["train"]
         material = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents to train on"
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
-    flops = 3 * merge(parts, parts.params).flops_per_token(config.data.sequence_length)
     return (
-        f"{num_parameters(parts.params):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token trained on\n"
+        f"{num_parameters(parts.params):,} parameters ({mixers}), {training_flops(run) / 1e6:,.1f} MFLOP per token "
+        "trained on\n"
         f"{corpus.path}: {material}\n"
         f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {position.step}, "
         f"up to {config.run.steps}; in {run.workdir}"
     )
+
+
+def training_flops(run: Run) -> float:
+    """FLOPs of a token that is trained on: the backward pass counts as two forward passes."""
+    parts = run.program.parts
+    return 3 * merge(parts, parts.params).flops_per_token(run.config.data.sequence_length)
 
 
 def run_steps(
@@ -120,7 +126,7 @@ def run_steps(
 ) -> Ending:
     """The loop itself. The state that it returns is saved."""
     settings, sharding = run.config.run, batch_sharding(run.program.mesh)
-    reader = LateReader(run.config, run.metrics, display)
+    reader = LateReader(run.config, run.metrics, display, training_flops(run))
     stream, rollbacks = number_batches(run.corpus, run.config, position), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
     while True:

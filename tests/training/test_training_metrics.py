@@ -1,11 +1,13 @@
 """The metrics file is cut back and mended; the display says the same on a terminal and in a log."""
 
 import json
+import types
 
 import pytest
 
 from deltaformer_jax.training.watch.display import Display
 from deltaformer_jax.training.watch.metrics import MetricsFile
+from deltaformer_jax.training.watch.peak import peak_flops, utilisation
 
 
 def lines(path):
@@ -51,10 +53,38 @@ def test_a_log_gets_one_line_per_record(capsys):
     display.close()
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "step 10/1000  loss 2.3457  12.3k tokens/s  eta 33:00  gradient 0.5",
+        "step 10/1000  loss 2.3457  12.3k tokens/s  MFU -  eta 33:00  gradient 0.5",
         "step 10/1000  evaluation: 2.1640 bits per byte, loss 1.5000  (3.0 s)",
         "[brackets] are text",
     ]
+
+
+def test_a_log_shows_the_utilisation_where_the_peak_is_known(capsys):
+    record = {"step": 10, "loss": 2.0, "tokens_per_second": 64300.0, "mfu": 0.1723, "grad_norm": 0.5}
+    Display(1000, 0).log(record, None)
+    assert "64.3k tokens/s  MFU 17.2 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_by_the_kind_of_device(kind, peak):
+    assert peak_flops(kind) == peak
+    devices = [types.SimpleNamespace(device_kind=kind)] * 4
+    # deltaformer_340m's 2.65 GFLOP a token at a million tokens a second on four devices.
+    found = utilisation(1e6, 2.65e9, devices)
+    assert found is None if peak is None else found == pytest.approx(2.65e15 / 4 / peak)
 
 
 def test_quiet_is_silent(capsys):

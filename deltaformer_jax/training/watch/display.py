@@ -31,7 +31,10 @@ class Display:
             self._bar.update(self._task, completed=step)
 
     def log(self, record: dict[str, Any], seconds_per_step: float | None) -> None:
-        rate = f"{_short(record['tokens_per_second'])} tokens/s" if record["tokens_per_second"] else ""
+        rate = ""
+        if record["tokens_per_second"]:
+            mfu = f"{100 * record['mfu']:.1f} %" if "mfu" in record else "-"
+            rate = f"{_short(record['tokens_per_second'])} tokens/s  MFU {mfu}"
         right = f"accuracy {record['accuracy']:.4f}  " if "accuracy" in record else ""
         text = f"loss {record['loss']:.4f}  {right}{rate}".rstrip()
         if self._bar is not None:

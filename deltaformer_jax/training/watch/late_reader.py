@@ -9,6 +9,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.watch.display import Display
 from deltaformer_jax.training.watch.metrics import MetricsFile
+from deltaformer_jax.training.watch.peak import utilisation
 
 
 class LateReader:
@@ -21,8 +22,10 @@ class LateReader:
       last_skip: loss and gradient norm of the newest skipped batch, as text.
     """
 
-    def __init__(self, config: Config, metrics: MetricsFile, display: Display):
+    def __init__(self, config: Config, metrics: MetricsFile, display: Display, flops_per_token: float):
+        """`flops_per_token`: of a token trained on, forward and backward."""
         self._config, self._metrics, self._display = config, metrics, display
+        self._flops_per_token = flops_per_token
         self._waiting = None
         self._last = None
         self._tokens = self._steps = self._seconds = 0
@@ -82,6 +85,9 @@ class LateReader:
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
         }
+        mfu = utilisation(rate, self._flops_per_token, jax.devices())
+        if mfu is not None:
+            record["mfu"] = round(mfu, 4)
         if "accuracy" in values:
             record["accuracy"] = values["accuracy"]
         self._write(record)
