@@ -41,7 +41,7 @@ def _token_nats_backward(residuals, cotangent):
     logits, targets, mask, log_sum = residuals
     softmax = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None])
     hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-    slope = jnp.where(mask[..., None], cotangent[..., None] * (softmax - hit), 0.0)
+    slope = jnp.where(mask[..., None], cotangent[..., None] * (softmax - hit.astype(softmax.dtype)), 0.0)
     return slope.astype(logits.dtype), None, None
 
 

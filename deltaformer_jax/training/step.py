@@ -1,6 +1,7 @@
 """The training step: one pure compiled function (state, batch) -> (state, metrics), which donates the old state."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,13 @@ def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_
     return nats, beside, gradient
 
 
+@contextlib.contextmanager
+def _optax_promotes() -> Iterator[None]:
+    """Optax's arithmetic relies on promotion of dtypes (0.9 ** step): a user's stricter settings are lifted for it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def make_train_step(
     optimiser: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -96,13 +104,15 @@ def make_train_step(
             loss, gradient, _ = loss_and_gradient(*arguments)
         norm = optax.tree.norm(gradient)
         ok = guard.good(state.guard, loss, norm, settings.skip_deviations)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+        with _optax_promotes():
+            updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+            rate = jnp.asarray(schedule(state.guard.made), jnp.float32)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             # The schedule counts updates, as the optimiser does.
-            "learning_rate": jnp.asarray(schedule(state.guard.made), jnp.float32),
+            "learning_rate": rate,
             "skipped": 1.0 - ok.astype(jnp.float32),
             **more,
         }

@@ -108,7 +108,7 @@ def test_window_needs_no_more_slots_than_itself():
 def test_cache_holds_keys_and_u_only():
     """As large as a KV cache when w = k: v itself is not kept."""
     cache = make_mixer(DeltaFormer, {}).init_cache(2, 10)
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(2, 10, 2, 6), (2,)}
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(2, 2, 10, 6), (2,)}  # [B, heads, N, width]
 
 
 @pytest.mark.parametrize("mixer", [SoftmaxAttention, DeltaFormer])

@@ -79,7 +79,9 @@ def table():
 
 def test_every_large_config_is_in_the_table():
     assert sorted(table()) == sorted(path.stem for path in (ROOT / "configs").glob("*_340m.py"))
-    said = re.search(r"needs\s+([\d.]+)\s+GiB\s+on\s+each,\s+([\d.]+)\s+of\s+them\s+state", DELTAFORMER_340M)
+    said = re.search(
+        r"needs\s+([\d.]+)\s+GiB\s+on\s+each,\s+([\d.]+)\s+GiB\s+of\s+which\s+are\s+the\s+state", DELTAFORMER_340M
+    )
     assert tuple(map(float, said.groups())) == table()["deltaformer_340m"]
     elsewhere = [path.name for path in (ROOT / "configs").rglob("*.py") if "GiB" in path.read_text(encoding="utf-8")]
     assert elsewhere == ["deltaformer_340m.py"]

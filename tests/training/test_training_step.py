@@ -1,5 +1,6 @@
 """The loss and the step: values, padding, accumulation, donation."""
 
+import contextlib
 import functools
 
 import jax
@@ -174,3 +175,34 @@ def test_a_large_vocabulary_never_has_all_its_logits_at_once():
     gradient = lambda params, batch: loss_and_gradient(parts, params, batch, 1)[1]
     memory = jax.jit(gradient).lower(parts.params, batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 3 * 4 * MAX_LOGITS
+
+
+@contextlib.contextmanager
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+SETTINGS = {
+    "strict promotion": strict,
+    "x64": lambda: jax.enable_x64(True),
+    "debug_nans": lambda: jax.debug_nans(True),
+    **{name: lambda name=name: jax.default_matmul_precision(name) for name in ("bfloat16", "tensorfloat32", "highest")},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_step_under_every_setting(built, settings):
+    """The whole step, optimiser and guard included: the state keeps its dtypes, and the loss its value. On a CPU every
+    precision multiplies in float32."""
+    config = cases.small_config("", model__vocab_size=64, mesh__data=1)
+    batch = ragged_batch()
+    loss = compute(built[0].parts, built[1], batch, 1)[0]
+    with settings():
+        program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+        state = program.create_state(0)
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
+        after, metrics = program.train_step(state, batch)
+        assert jax.tree.map(lambda leaf: leaf.dtype, after) == dtypes
+        assert {str(dtype) for dtype in jax.tree.leaves(dtypes)} <= {"float32", "int32", "bool"}
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
