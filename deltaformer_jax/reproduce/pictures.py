@@ -142,6 +142,6 @@ def accuracy_curves(
         axes.plot(steps, accuracies, "o", color=GREY, markersize=5, label="solved, training ends")
     for text, value in references.items():
         reference(axes, value, text)
-    lowest = min(point[2] for record in done for point in record["result"]["curve"])
-    bottom = 0.9 * min([lowest, *references.values()])
+    lowest = [point[2] for record in done for point in record["result"]["curve"]]
+    bottom = 0.9 * min([1, *lowest, *references.values()])
     axes.set(xlabel="training step", ylabel="evaluation accuracy", ylim=(bottom, 1.03), xlim=(0, None))

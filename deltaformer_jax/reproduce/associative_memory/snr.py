@@ -163,7 +163,7 @@ def figure(done: list[dict[str, Any]]):
     panels[1, 0].set_ylabel("measured / formula\n(± 2 standard errors)")
     figure_legend(picture)
     ratios = [record["result"]["ratio"] for record in done]
-    within = f"measured is {min(ratios):.2f} to {max(ratios):.2f} of the formula in {len(done)} cells"
+    within = f"measured / formula is {min(ratios):.2f} to {max(ratios):.2f} in {len(done)} cells"
     follows = max(abs(ratio - 1) for ratio in ratios) < 0.2
     explain(
         picture,

@@ -145,7 +145,9 @@ def figure(done: list[dict[str, Any]]):
                 panel.plot(*zip(*points), label=name, **mark, **styles[name])
         panel.plot(sizes, [1 / size for size in sizes], color=GREY, linestyle=(0, (1, 2)), label="guessing: 1/n")
         reference(panel, width, f"n = width = {width}", upright=True)
-        panel.set(xlabel="elements n", xscale="log", ylim=(-0.03, 1.04), xlim=(0.8 * sizes[0], 1.25 * sizes[-1]))
+        panel.set(
+            xlabel="elements n", xscale="log", ylim=(-0.03, 1.04), xlim=(0.8 * min(width, sizes[0]), 1.25 * sizes[-1])
+        )
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
         plain(panel, f"{length:,} swaps", room=18)

@@ -158,12 +158,12 @@ def figure(done: list[dict[str, Any]]):
         colour = COLOURS[1] if negative else COLOURS[0]
         lowest.barh(place, least, color=colour, alpha=0.6, height=0.7)
         said = f"{least:.2f} at m = {record['result']['least_at']:,}".replace("-", "−")
-        said += f", {negative} below 0" if negative else ""
+        said += f", {negative} distances below 0" if negative else ""
         lowest.text(max(least, 0) + 0.1, place, said, va="center", fontsize=8)
     lowest.axvline(0, color="black", linewidth=0.8)
     name_rows(lowest, names)
     least = [record["result"]["least"] for record in records]
-    lowest.set(xlabel="smallest B for 1 ≤ m ≤ L", xlim=(min([-0.5, *least]) - 0.3, max([0.5, *least]) + 4.5))
+    lowest.set(xlabel="smallest B for 1 ≤ m ≤ L", xlim=(min([-0.5, *least]) - 0.3, max([0.5, *least]) + 5))
     plain(lowest, "With the paper's base; orange: some B are below 0", "x")
     places = range(len(records))
     paper, found = ([record["result"][key] for record in records] for key in ("paper", "found"))
@@ -179,8 +179,9 @@ def figure(done: list[dict[str, Any]]):
     explain(
         picture,
         _finding(records),
-        "The paper's claim (arXiv 2405.14591): a context of L tokens needs a base of the rotary embedding for which "
-        "B_m = Σ_i cos(m · base^(−2i/d)) ≥ 0 at every distance m ≤ L; it gives the least base for each L.\n"
+        "The paper's claim (arXiv 2405.14591): attention tells a similar token from a random one at distance m only if "
+        "B_m = Σ_i cos(m · base^(−2i/d)) ≥ 0. A context of L tokens needs a base for which this holds at every m ≤ L; "
+        "the paper gives the least base for each L.\n"
         f"Width d = {WIDTH}, computed, nothing trained. Our base: the first of two digits, going up from 1e3, for "
         "which no B_m is negative; the percentage is its difference from the paper's.",
     )
@@ -203,7 +204,7 @@ def _draw_curves(axes, records: list[dict[str, Any]]) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="distance m", ylabel="smallest B at any distance up to m", xscale="log", xlim=(1, None))
     axes.set(ylim=(-24, WIDTH / 2 + 1), yticks=range(0, WIDTH // 2 + 1, 16))
-    plain(axes, "Curves end at the context L: the paper's base (×: below 0)")
+    plain(axes, "With the paper's base for each context L, up to L (×: below 0)")
 
 
 def _finding(records: list[dict[str, Any]]) -> str:
