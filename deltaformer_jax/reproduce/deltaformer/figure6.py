@@ -137,7 +137,7 @@ def figure(done: list[dict[str, Any]]):
     styles = line_styles(list(SIMILARITIES))
     panels = picture.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for panel, length in zip(panels, lengths):
-        for place, (name, shift) in enumerate(zip(names, spread(len(names), 0.1))):
+        for place, (name, shift) in enumerate(zip(names, spread(len(names), 0.06))):
             here = [r for r in done if (r["settings"]["similarity"], r["settings"]["swaps"]) == (name, length)]
             points = [(r["settings"]["elements"] * (1 + shift), r["result"]["accuracy_of_moved"]) for r in here]
             if points:

@@ -82,7 +82,9 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def figure(done: list[dict[str, Any]]):
     settings, scores = done[0]["settings"], best_first(done, "family")
     options = read_spec(settings["task"])[1]
-    picture = accuracy_figure(done, done, {}, settings["target"], ("Beside the paper's Table 1", "In training"), PAPER)
+    picture = accuracy_figure(
+        done, done, {}, settings["target"], ("Beside the paper's (32 pairs of 256 words)", "In training"), PAPER
+    )
     solved = {record["settings"]["family"] for record in done if record["result"]["solved_at"][-1] is not None}
     recall = f"recalls {options['pairs']} pairs"
     found = f"Reading with κ₂ = {listed(sorted(solved), 'or')} {recall}" if solved else f"No read {recall}"

@@ -158,13 +158,13 @@ def figure(done: list[dict[str, Any]]):
         colour = COLOURS[1] if negative else COLOURS[0]
         lowest.barh(place, least, color=colour, alpha=0.6, height=0.7)
         said = f"{least:.2f} at m = {record['result']['least_at']:,}".replace("-", "−")
-        said += f", {negative} distances below 0" if negative else ""
+        said += f" ({negative} below 0)" if negative else ""
         lowest.text(max(least, 0) + 0.1, place, said, va="center", fontsize=8)
     lowest.axvline(0, color="black", linewidth=0.8)
     name_rows(lowest, names)
     least = [record["result"]["least"] for record in records]
-    lowest.set(xlabel="smallest B for 1 ≤ m ≤ L", xlim=(min([-0.5, *least]) - 0.3, max([0.5, *least]) + 5))
-    plain(lowest, "With the paper's base; orange: some B are below 0", "x")
+    lowest.set(xlabel="smallest B for 1 ≤ m ≤ L", xlim=(min([-0.5, *least]) - 0.3, max([0.5, *least]) + 4.5))
+    plain(lowest, "Its smallest B, and how many are below 0 (orange)", "x")
     places = range(len(records))
     paper, found = ([record["result"][key] for record in records] for key in ("paper", "found"))
     bases.plot(paper, places, "x", color=COLOURS[1], markersize=8, label="the paper's base")
@@ -203,7 +203,7 @@ def _draw_curves(axes, records: list[dict[str, Any]]) -> None:
         axes.annotate(said, at, fontsize=8, color=colour, **below)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="distance m", ylabel="smallest B at any distance up to m", xscale="log", xlim=(1, None))
-    axes.set(ylim=(-24, WIDTH / 2 + 1), yticks=range(0, WIDTH // 2 + 1, 16))
+    axes.set(ylim=(-28, WIDTH / 2 + 1), yticks=range(0, WIDTH // 2 + 1, 16))
     plain(axes, "With the paper's base for each context L, up to L (×: below 0)")
 
 
@@ -215,8 +215,8 @@ def _finding(records: list[dict[str, Any]]) -> str:
     most = max(record["result"]["negative"] for record in records)
     apart = max(abs(record["result"]["found"] / record["result"]["paper"] - 1) for record in records)
     return (
-        f"Of {len(records)} least RoPE bases of the paper, {len(kept)} suffice for their context at every distance, "
-        f"the others fail at up to {most}; those found here suffice and differ by at most {100 * apart:.0f} %"
+        f"Of the paper's {len(records)} least RoPE bases here, {len(kept)} suffice for their context at every "
+        f"distance, the others fail at up to {most} distances; those we find suffice and differ by at most {100 * apart:.0f} %"
     )
 
 

@@ -143,7 +143,7 @@ def figure(done: list[dict[str, Any]]):
         for panel in (stages, bars):
             name_rows(panel, names)
         bars.set_xlim(0, 1.08)
-        plain(stages, f"Words of {SAID[problem]}: how many in a word, in training", "x")
+        plain(stages, f"Words of {SAID[problem]}: the length trained on, step by step", "x")
         plain(bars, f"Words of {SAID[problem]}: accuracy after training", "x")
     panels[-1, 0].set(xlabel="training step", xlim=(0, 1.25 * max(r["settings"]["steps"] for r in done)))
     panels[-1, 1].set_xlabel("accuracy")
