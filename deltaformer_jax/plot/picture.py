@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from deltaformer_jax.plot.curves import Curves, smoothed
-from deltaformer_jax.plot.style import GREY, line_styles, plain
+from deltaformer_jax.plot.style import GREY, explain, legend_entries, line_styles, plain
 
 PANELS = (
     ("loss", "training loss (nats per token)"),
@@ -64,14 +64,11 @@ def figure(runs: Sequence[Curves], x: str, width: int) -> Any:
     if width > 1 and any(name in _SMOOTHED for name, _ in panels):
         axes[0].plot([], [], color=GREY, linewidth=2.2, label=f"thick: mean of {width} logged steps, at their middle")
         axes[0].plot([], [], color=GREY, linewidth=0.8, alpha=0.5, label="thin: every logged step")
-    found: dict[str, Any] = {}
-    for panel in axes:
-        for handle, label in zip(*panel.get_legend_handles_labels()):
-            found.setdefault(label, handle)
+    found = legend_entries(axes)
     labels = sorted(found, key=lambda label: found[label].get_color() == GREY)  # runs first
     handles = [found[label] for label in labels]
     drawn.legend(handles, labels, loc="outside lower left", frameon=False, ncols=1, handlelength=3)
-    drawn.suptitle(_title(runs), x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+    explain(drawn, _title(runs))
     return drawn
 
 
@@ -80,7 +77,9 @@ def _draw(panel: Any, run: Curves, name: str, x: str, width: int, style: dict[st
     places = steps * run.tokens_per_step if x == "tokens" else steps
     named = {**style, "label": f"{run.name}{_last(run)}"}
     if name in _SMOOTHED and width > 1:
-        panel.plot(places, values, color=style["color"], alpha=0.3, linewidth=0.8)
+        # Alone where there are too few values for a mean.
+        faint = 0.3 if len(values) >= width else 0.9
+        panel.plot(places, values, color=style["color"], alpha=faint, linewidth=0.8)
         panel.plot(*smoothed(places, values, width), **{**named, "linewidth": 2.2})
     elif name in _EVALUATIONS:
         panel.plot(places, values, marker="o", markersize=3.5, **named)
@@ -98,6 +97,7 @@ def _title(runs: Sequence[Curves]) -> str:
         return f"{runs[0].name}{_last(runs[0])}"
     for name, (said, better) in _EVALUATIONS.items():
         last = [(run.values[name][1][-1], run.values[name][0][-1], run.name) for run in runs if name in run.values]
+        last = [one for one in last if np.isfinite(one[0])]
         if len(last) > 1:
             value, step, best = better(last)
             most = "highest" if better is max else "lowest"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart, without their yellow, which is too pale for a line.
@@ -30,13 +30,23 @@ def line_styles(names: Sequence[str], black: Collection[str] = ()) -> dict[str, 
     }
 
 
-def explain(picture: Any, title: str, caption: str) -> None:
+def legend_entries(panels: Iterable[Any]) -> dict[str, Any]:
+    """Label -> the first line or bar that has it, in the order of the panels."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    return found
+
+
+def explain(picture: Any, title: str, caption: str = "") -> None:
     """A title, which says in a sentence what the picture shows, and below the panels what one needs to read it."""
     width = picture.get_figwidth()
     title = textwrap.fill(title, int(9.3 * width))
     picture.suptitle(title, x=0.008, ha="left", fontsize=12.5, fontweight="bold")
-    caption = "\n".join(textwrap.fill(line, int(14.5 * width)) for line in caption.splitlines())
-    picture.supxlabel(caption, x=0.008, ha="left", fontsize=9, color=GREY, linespacing=1.3)
+    if caption:
+        caption = "\n".join(textwrap.fill(line, int(14.5 * width)) for line in caption.splitlines())
+        picture.supxlabel(caption, x=0.008, ha="left", fontsize=9, color=GREY, linespacing=1.3)
 
 
 def reference(axes: Any, value: float, text: str, upright: bool = False) -> None:

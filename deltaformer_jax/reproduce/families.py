@@ -31,7 +31,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def who_solves(done: list[dict[str, Any]], does: str) -> str:
     """A sentence on the families "DeltaFormer, κ₁" of one layer and "Transformer, N layers": which ones have a run that
     was solved. `does` is what they then do, in the third person."""
-    scores = best_first(done, "family")
+    scores = best_first(done)
     solved = {r["settings"]["family"] for r in done if r["result"]["solved_at"][-1] is not None}
     similarities = [name.split(", ")[1] for name in scores if name in solved and name.startswith("DeltaFormer")]
     transformers = [name for name in scores if name.startswith("Transformer")]

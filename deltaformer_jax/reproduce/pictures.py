@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from deltaformer_jax.plot.style import GREY, line_styles, plain, reference
+from deltaformer_jax.plot.style import GREY, legend_entries, line_styles, plain, reference
 
 
 def new_figure(width: float = 11, height: float = 4.5) -> Any:
@@ -32,24 +32,17 @@ def spread(count: int, width: float) -> np.ndarray:
     return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(1)
 
 
-def last_accuracy(record: dict[str, Any]) -> float:
-    return record["result"]["accuracy"]
-
-
-def best_first(
-    done: Sequence[dict[str, Any]], key: str, score: Callable[[dict], float] = last_accuracy
-) -> dict[str, list[float]]:
-    """settings[key] -> the scores of its records; the one with the best of all scores first."""
-    scores = {name: [score(r) for r in done if r["settings"][key] == name] for name in values_of(done, key)}
+def best_first(done: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Family -> the last accuracies of its runs; the family with the best run of all first."""
+    scores: dict[str, list[float]] = {}
+    for record in done:
+        scores.setdefault(record["settings"]["family"], []).append(record["result"]["accuracy"])
     return dict(sorted(scores.items(), key=lambda item: -max(item[1])))
 
 
-def figure_legend(picture: Any, *panels: Any, title: str | None = None) -> None:
-    """A legend of `panels`, right of all of them, each label once, bars before lines."""
-    found: dict[str, Any] = {}
-    for panel in panels or picture.axes:
-        for handle, label in zip(*panel.get_legend_handles_labels()):
-            found.setdefault(label, handle)
+def figure_legend(picture: Any, *panels: Any) -> None:
+    """A legend of `panels`, of all if none is given: right of the whole picture, each label once, bars before lines."""
+    found = legend_entries(panels or picture.axes)
     found = dict(sorted(found.items(), key=lambda item: hasattr(item[1], "get_marker")))  # which lines have
     picture.legend(
         found.values(),
@@ -58,9 +51,6 @@ def figure_legend(picture: Any, *panels: Any, title: str | None = None) -> None:
         fontsize=8.5,
         frameon=False,
         handlelength=2.8,
-        title=title,
-        alignment="left",
-        title_fontsize=8.5,
     )
 
 
@@ -75,10 +65,10 @@ def accuracy_figure(
     """A bar for the last accuracies of each family of runs, best first, and the curves of the runs in `drawn`."""
     picture = new_figure(13, 5)
     bars, curves = picture.subplots(1, 2, width_ratios=(4, 5))
-    scores = best_first(done, "family")
+    scores = best_first(done)
     styles = line_styles(values_of(done, "family"), [name for name in scores if name.startswith("Transformer")])
     accuracy_bars(bars, scores, styles, references, paper)
-    accuracy_curves(curves, drawn, "family", styles, list(scores), {**references, f"solved: {target:g}": target})
+    accuracy_curves(curves, drawn, styles, list(scores), {**references, f"solved: {target:g}": target})
     room = 18 if references else 8  # for their names
     plain(bars, titles[0], "x", room)
     plain(curves, titles[1], room=room)
@@ -121,17 +111,16 @@ def accuracy_bars(
 def accuracy_curves(
     axes: Any,
     done: list[dict[str, Any]],
-    key: str,
     styles: dict[str, dict[str, Any]],
     order: Sequence[str],
     references: dict[str, float],
 ) -> None:
-    """Accuracy against step, one line a cell, one style and one entry of the legend for each settings[key].
+    """Accuracy against step, one line a cell, one style and one entry of the legend for each family.
 
     Where training ended early because the last length was solved, the line ends in a dot.
     """
     for name in order:
-        here = [record for record in done if record["settings"][key] == name]
+        here = [record for record in done if record["settings"]["family"] == name]
         for number, record in enumerate(here):
             steps, _, accuracies, _ = zip(*record["result"]["curve"])
             label = None if number else name

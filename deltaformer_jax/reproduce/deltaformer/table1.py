@@ -80,7 +80,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    settings, scores = done[0]["settings"], best_first(done, "family")
+    settings, scores = done[0]["settings"], best_first(done)
     options = read_spec(settings["task"])[1]
     picture = accuracy_figure(
         done, done, {}, settings["target"], ("Beside the paper's (32 pairs of 256 words)", "In training"), PAPER
