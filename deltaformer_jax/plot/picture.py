@@ -43,7 +43,7 @@ def figure(runs: Sequence[Curves], x: str, width: int) -> Any:
             if name in run.values:
                 # Runs often have the same learning rate: the first line is the widest.
                 over = 3 * (1 - (number + 1) / len(runs)) if name == "learning_rate" else 0
-                _draw(panel, run, name, x, width, {**styles[number], "linewidth": 1.2 + over})
+                _draw(panel, run, name, x, width, {**styles[number], "linewidth": 1.3 + over})
         panel.set_xlabel("tokens" if x == "tokens" else "step")
         panel.set_ylabel(title)
         plain(panel)

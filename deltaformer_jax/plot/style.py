@@ -7,17 +7,18 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart, without their yellow, which is too pale for a line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+WIDTHS = (2.2, 1.7, 1.4, 1.4)  # of each kind of line, so that what lies below shows beside and between
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"  # of references and captions
 
 
 def line_styles(names: Sequence[str], black: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Name -> colour, linestyle and zorder for `plot`: colour and dashes together are different for up to 28 names.
+    """Name -> colour, linestyle, linewidth and zorder for `plot`: colour and dashes are different for up to 28 names.
 
-    Dashed lines lie upon those with fewer gaps, so that of two equal curves both are seen. The names in `black`, those
-    compared with, are black and differ in their dashes; no other name is black then.
+    Dashed lines are thinner and lie upon those with fewer gaps, so that of two equal curves both are seen. The names
+    in `black`, those compared with, are black and differ in their dashes; no other name is black then.
     """
     colours = [colour for colour in COLOURS if not black or colour != "#000000"]
     others = [name for name in names if name not in black]
@@ -25,7 +26,12 @@ def line_styles(names: Sequence[str], black: Collection[str] = ()) -> dict[str, 
     chosen = {name: (colours[i % count], (i % count + i // count) % 4) for i, name in enumerate(others)}
     chosen |= {name: ("#000000", i % 4) for i, name in enumerate(name for name in names if name in black)}
     return {
-        name: {"color": colour, "linestyle": DASHES[dashes], "zorder": 2 + dashes / 10}
+        name: {
+            "color": colour,
+            "linestyle": DASHES[dashes],
+            "linewidth": WIDTHS[dashes],
+            "zorder": 2 + dashes / 10,
+        }
         for name, (colour, dashes) in ((name, chosen[name]) for name in names)
     }
 

@@ -124,7 +124,7 @@ def accuracy_curves(
         for number, record in enumerate(here):
             steps, _, accuracies, _ = zip(*record["result"]["curve"])
             label = None if number else name
-            axes.plot(steps, accuracies, linewidth=1.3, alpha=0.9, label=label, **styles[name])
+            axes.plot(steps, accuracies, label=label, **styles[name])
     ends = [r["result"]["curve"][-1] for r in done if r["result"]["solved_at"][-1] is not None]
     if ends:
         steps, _, accuracies, _ = zip(*ends)

@@ -110,7 +110,7 @@ def figure(done: list[dict[str, Any]]):
             tokens.append(last[1])
         scores = [point[2] for point in result["curve"]]
         style = styles[settings["family"]]
-        curves.plot(tokens, scores, label=settings["family"], linewidth=1.4, **style)
+        curves.plot(tokens, scores, label=settings["family"], **style)
         steps = [point[0] for point in result["curve"]]
         ends = [(tokens[steps.index(step)], n) for step, n in zip(result["solved_at"], settings["lengths"]) if step]
         for end, length in ends:

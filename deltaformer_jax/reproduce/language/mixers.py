@@ -172,7 +172,7 @@ def figure(done: list[dict[str, Any]]):
     styles = line_styles([record["settings"]["label"] for record in done])
     for place, record in enumerate(best):
         label, (steps, losses) = record["settings"]["label"], np.array(record["result"]["losses"]).T
-        curves.plot(steps, losses / np.log(2), label=label, linewidth=1.3, **styles[label])
+        curves.plot(steps, losses / np.log(2), label=label, **styles[label])
         points.plot(scores[label], place, "o", color=styles[label]["color"], markersize=8)
         points.text(
             1.02, place, f"{scores[label]:.3f}", transform=points.get_yaxis_transform(), va="center", fontsize=9
