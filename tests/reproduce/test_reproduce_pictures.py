@@ -235,9 +235,10 @@ def test_snrs_title_follows_the_ratios(good, verb):
 
 def test_rope_bases_title_counts_the_papers_bases_that_suffice():
     done = records("rope_base", good=lambda settings: settings.get("length") in ("1k", "2k"))
+    assert "11 contexts, 11 suffice at every distance; those we find" in title_of("rope_base", records("rope_base"))
     assert title_of("rope_base", done) == (
-        "Of the paper's 11 least RoPE bases here, 2 suffice for their context at every distance, the others fail at up "
-        "to 3 distances; those we find suffice and differ by at most 10 %"
+        "Of the paper's least RoPE bases for 11 contexts, 2 suffice at every distance, the others fail at up to 3 "
+        "distances; those we find suffice and differ by at most 10 %"
     )
 
 

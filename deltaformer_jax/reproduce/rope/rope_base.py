@@ -214,9 +214,7 @@ def _finding(records: list[dict[str, Any]]) -> str:
     kept = [record["settings"]["length"] for record in records if not record["result"]["negative"]]
     most = max(record["result"]["negative"] for record in records)
     apart = max(abs(record["result"]["found"] / record["result"]["paper"] - 1) for record in records)
-    suffice = (
-        f"Of the paper's {len(records)} least RoPE bases here, {len(kept)} suffice for their context at every distance"
-    )
+    suffice = f"Of the paper's least RoPE bases for {len(records)} contexts, {len(kept)} suffice at every distance"
     fail = f", the others fail at up to {most} distances" if most else ""
     return f"{suffice}{fail}; those we find suffice and differ by at most {100 * apart:.0f} %"
 
