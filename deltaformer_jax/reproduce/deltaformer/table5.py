@@ -197,10 +197,13 @@ def figure(done: list[dict[str, Any]]):
     lengths = f"inputs of {options['shortest']} to {options['longest']} symbols"
     plain(panel, f"Bars and numbers: accuracy (%) on {lengths}", "y")
     figure_legend(picture)
-    right = [r for r in done if r["settings"]["family"] == "DeltaFormer" and r["result"]["tests"]["longer"] >= 0.99]
-    right = [record["settings"]["problem"].replace("_", " ") for record in right]
-    wrong = [task.replace("_", " ") for task in tasks if task.replace("_", " ") not in right]
-    found = f"right on {listed(right)}" if right else "right on no task"
+    ours = {
+        r["settings"]["problem"].replace("_", " "): r["result"]["tests"]["longer"] >= 0.99
+        for r in done
+        if r["settings"]["family"] == "DeltaFormer"
+    }
+    right, wrong = ([task for task, is_right in ours.items() if is_right == wanted] for wanted in (True, False))
+    found = f"right on {listed(right)}" if right else f"not right on {listed(wrong, 'or') if wrong else 'a task yet'}"
     explain(
         picture,
         f"Trained up to {trained} symbols, DeltaFormer is {found} at {options['shortest']} to {options['longest']} "

@@ -144,18 +144,16 @@ def figure(done: list[dict[str, Any]]):
     for panel, direction in zip(picture.subplots(1, len(directions), squeeze=False, sharey=True)[0], directions):
         here = [record for record in done if record["settings"]["direction"] == direction]
         for place, form in enumerate(forms):
-            ratios = {
-                r["settings"]["length"]: r["result"]["over_chunked"][form] for r in here if form in r["result"]["ms"]
-            }
-            if not ratios:
+            timed = [r for r in here if form in r["result"]["ms"]]
+            if not timed:
                 continue
+            points = [(r["settings"]["length"], r["result"]["over_chunked"][form]) for r in timed]
             mark = dict(marker=MARKERS[place], fillstyle="none", label=form)
-            panel.plot(list(ratios), list(ratios.values()), **mark, **styles[form])
-            for length, ratio in ratios.items():
-                said = f"{here[-1]['result']['ms'][form]:.3g} ms" if length == lengths[-1] else ""
-                number = said if form == "chunked" else f"{ratio:.1f}"
-                above = dict(xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-                panel.annotate(number, (length, ratio), color=styles[form]["color"], **above)
+            panel.plot(*zip(*points), **mark, **styles[form])
+            for point, record in zip(points, timed):
+                number = f"{record['result']['ms'][form]:.3g} ms" if form == "chunked" else f"{point[1]:.1f}"
+                beside = dict(xytext=(0, -14 if form == "chunked" else 6), textcoords="offset points", ha="center")
+                panel.annotate(number, point, color=styles[form]["color"], fontsize=8, **beside)
             if form in PAPER_MS and form != "chunked" and direction == "forward":
                 reference(panel, PAPER_MS[form] / PAPER_MS["chunked"], _paper(form))
         panel.set(xlabel="sequence length T (tokens)", xscale="log", yscale="log")
@@ -190,6 +188,8 @@ def _finding(done: list[dict[str, Any]]) -> str:
     settings, times = last["settings"], last["result"]["over_chunked"]
     ratios = [f"the {form} form takes {ratio:.1f} times" for form, ratio in times.items() if form != "chunked"]
     where = f"{settings['direction']}, T = {settings['length']:,}, {settings['platform']}"
+    if not ratios:
+        return f"How long do other forms than the chunked take? ({where})"
     return f"{listed(ratios).capitalize()} as long as the chunked form ({where})"
 
 

@@ -187,10 +187,9 @@ def _finding(done: list[dict[str, Any]]) -> str:
         )
         for name, slots in dict.fromkeys((r["settings"]["similarity"], r["settings"]["slots"]) for r in done)
     }
-    names, settings = values_of(done, "similarity"), done[0]["settings"]
+    names, settings, most = values_of(done, "similarity"), done[0]["settings"], max(values_of(done, "slots"))
     lost = {name: [slots for (one, slots), error in worst.items() if one == name and error >= EXACT] for name in names}
-    exact = [name for name in names if not lost[name]]
-    most = max(values_of(done, "slots"))
+    exact = [name for name in names if not lost[name] and (name, most) in worst]
     through = f"a memory of up to {most} slots stays exact through {settings['swaps']:,} swaps"
     if not exact:
         return f"With no similarity here {through}"

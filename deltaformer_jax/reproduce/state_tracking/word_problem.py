@@ -25,6 +25,13 @@ PROBLEMS = {
     "A5, 3-cycles": "group=A5,moves=3",
     "A5": "group=A5",
 }
+# What a problem's words are made of.
+SAID = {
+    "S5, swaps": "swaps of S5",
+    "S5": "elements of S5",
+    "A5, 3-cycles": "3-cycles of A5",
+    "A5": "elements of A5",
+}
 MODELS = {
     "DeltaFormer": {
         "mixers": ["delta_former"],
@@ -113,15 +120,6 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for record in done
     ]
-
-
-# What a problem's words are made of.
-SAID = {
-    "S5, swaps": "swaps of S5",
-    "S5": "elements of S5",
-    "A5, 3-cycles": "3-cycles of A5",
-    "A5": "elements of A5",
-}
 
 
 def figure(done: list[dict[str, Any]]):
