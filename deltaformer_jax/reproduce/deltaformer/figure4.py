@@ -97,7 +97,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     picture = new_figure(14.5, 5)
     curves, lengths = picture.subplots(1, 2, width_ratios=(1, 1))
@@ -131,6 +131,8 @@ def figure(done: list[dict[str, Any]]):
     reference(curves, target, f"{target:g}")
     curves.set(xlabel="tokens trained on", xscale="log")
     curves.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    curves.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    curves.xaxis.set_minor_formatter(EngFormatter(sep=" "))
     plain(curves, f"In training, at the length trained on; a number: this length has reached {target:g}")
     lengths.set_xlabel("swaps in a row")
     lengths.set_xticks(range(len(settings["tests"])), [f"{int(length):,}" for length in settings["tests"]])
@@ -159,7 +161,8 @@ def _finding(done: list[dict[str, Any]]) -> str:
             if family.startswith(way):
                 least = "" if result["solved_at"][-1] else "more than "
                 rope = "without RoPE" if "no RoPE" in family else "with RoPE"
-                took.append(f"{least}{result['tokens'] / 1e6:.1f} M {rope}")
+                millions = result["tokens"] / 1e6
+                took.append(f"{least}{millions:.{1 if millions >= 1 else 2}f} M {rope}")
         parts += [f"{said} {listed(took)}"] if took else []
     return f"Tokens it takes to reach {target:g} at {longest} swaps: " + "; ".join(parts)
 
