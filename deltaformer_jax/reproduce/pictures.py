@@ -79,7 +79,7 @@ def accuracy_figure(
 def name_rows(axes: Any, names: Sequence[str]) -> None:
     """Names on the left of rows 0, 1, … from the top; with few rows space is left below them."""
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
-    axes.set_ylim(max(len(names), 5) - 0.4, -0.6)
+    axes.set_ylim(max(len(names), 4) - 0.4, -0.6)
 
 
 def accuracy_bars(

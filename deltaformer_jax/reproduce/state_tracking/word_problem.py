@@ -125,7 +125,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def figure(done: list[dict[str, Any]]):
     problems, tests = values_of(done, "problem"), list(done[0]["settings"]["tests"])
     models = {problem: [r for r in done if r["settings"]["problem"] == problem] for problem in problems}
-    counts = [max(5, len(here)) for here in models.values()]
+    counts = [max(4, len(here)) for here in models.values()]
     picture = new_figure(14, 2.2 + 0.7 * len(problems) + 0.29 * sum(counts))
     panels = picture.subplots(len(problems), 2, squeeze=False, height_ratios=counts, width_ratios=(3, 2), sharex="col")
     for (stages, bars), (problem, here) in zip(panels, models.items()):
