@@ -231,6 +231,10 @@ def test_theorem1s_title_says_where_it_fails():
     assert "linear" not in title_of("theorem1", some)  # 512 slots were not tried with it
 
 
+def test_snr_with_one_size_alone_draws():
+    draw("snr", [r for r in records("snr") if (r["settings"]["width"], r["settings"]["pairs"]) == (32, 256)])
+
+
 @pytest.mark.parametrize("good, verb", [(True, "follows"), (False, "departs from")])
 def test_snrs_title_follows_the_ratios(good, verb):
     assert f"memory {verb} the paper's formulas" in title_of("snr", records("snr", good=lambda settings: good))

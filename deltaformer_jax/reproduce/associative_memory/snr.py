@@ -131,7 +131,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def figure(done: list[dict[str, Any]]):
     picture = new_figure(14, 6.6)
-    names, widths = values_of(done, "similarity"), values_of(done, "width")
+    names, widths, counts = (values_of(done, key) for key in ("similarity", "width", "pairs"))
     styles = line_styles(widths)
     panels = picture.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
     for (noise, ratio), name in zip(panels.T, names):
@@ -149,14 +149,14 @@ def figure(done: list[dict[str, Any]]):
             # Side by side, so that no error bar hides another.
             spaced = pairs * 2**shift
             ratio.errorbar(spaced, means / formulas, 2 * errors / formulas, linestyle="none", capsize=2, **mark)
-        noise.set(xscale="log", yscale="log")
+        noise.set(xscale="log", yscale="log", xlim=(min(counts) / 1.6, 1.6 * max(counts)))
         plain(noise, f"{name}: {FORMULAS[name]}")
         if name == names[-1]:
             reference(ratio, 1, "1: as the formula says")
         else:
             ratio.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0.5)
         ratio.set_xlabel("pairs N")
-        ratio.set_xticks(values_of(done, "pairs"), [f"{pairs:,}" for pairs in values_of(done, "pairs")], fontsize=8.5)
+        ratio.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8.5)
         ratio.minorticks_off()
         plain(ratio)
     panels[0, 0].set_ylabel("noise to signal, 1/SNR")

@@ -186,7 +186,11 @@ def figure(done: list[dict[str, Any]]):
     figure_legend(picture, curves)
     settings, tokens = done[0]["settings"], done[0]["result"]["tokens"]
     first, last = best[0]["settings"]["label"], best[-1]["settings"]["label"]
-    between = [f"{name} {scores[name]:.3f}" for name in ("DeltaFormer", "softmax attention") if name in scores]
+    between = [
+        f"{name} {scores[name]:.3f}"
+        for name in ("DeltaFormer", "softmax attention")
+        if name in scores.keys() - {first, last}
+    ]
     explain(
         picture,
         f"With equal parameters, mixers reach {scores[first]:.3f} ({first}) to {scores[last]:.3f} ({last}) bits per "
