@@ -2,11 +2,11 @@
 
     python -m deltaformer_jax.plot DIR... [--out FILE.png] [--x step|tokens] [--smooth N] [--names NAME,NAME]
 
-The numbers come from DIR/metrics.jsonl; a run need not be finished. There is one panel each for the training loss
-(averaged over N logged steps around each step, with every logged step drawn faintly), the evaluation in bits per byte
-or, for a synthetic task, the accuracy, the norm of the gradient, the learning rate, and tokens per second. Without
---out the picture is curves.png in the first DIR. DIRs may be gs:// paths. Wrong input gives one line on stderr and exit
-code 2.
+Training loss and accuracy (every logged step as a thin line, the mean of every N of them as a thick one), evaluation in
+bits per byte or, of a synthetic task, accuracy, norm of the gradient, learning rate and tokens per second, from
+DIR/metrics.jsonl; a run may still be going on. A mean stands at the middle of its N steps: the thick line begins N/2
+logged steps after the first and ends as many before the last. Without --out: curves.png in the first DIR. DIRs may be
+gs:// paths. Bad input: one line, exit code 2.
 """
 
 import io
@@ -39,6 +39,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--names", metavar="NAME,NAME", help="names of the runs in the legend (default: the folders' names)"
     )
+    parser.add_argument("workdirs", type=expand, nargs="+", metavar="DIR", help="runs' folders; may be gs://")
+    parser.add_argument("--out", type=expand, metavar="FILE", help=".png, .pdf or .svg (default: DIR/curves.png)")
+    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="along the bottom (default: step)")
+    parser.add_argument(
+        "--smooth", type=int, default=10, metavar="N", help="mean of so many logged steps (default: 10)"
+    )
+    parser.add_argument("--names", metavar="NAME,NAME", help="of the runs, in the legend (default: the folders')")
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.plot"):

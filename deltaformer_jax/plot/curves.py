@@ -71,16 +71,16 @@ def _tokens_per_step(folder: epath.Path) -> int:
         return 0
 
 
-def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """A centred moving mean: equally many neighbours on both sides, `width // 2` or fewer near the ends.
+def smoothed(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of every `width` values that follow each other, at the mean of their steps: (steps, means).
 
-    A centred mean does not shift the curve to the right. NaN and infinity are kept in place and enter no mean.
+    There are width − 1 fewer means than values, none at all of fewer than `width` values: no mean is over less, so the
+    curve has no hook at its ends, and it lags nowhere. NaN and infinity enter no mean; nor does their step.
     """
+    if len(values) < width:
+        return np.empty(0), np.empty(0)
     finite = np.isfinite(values)
-    sums = np.cumsum(np.concatenate([[0.0], np.where(finite, values, 0.0)]))
-    counts = np.cumsum(np.concatenate([[0], finite]))
-    index = np.arange(len(values))
-    reach = np.minimum(width // 2, np.minimum(index, index[::-1]))
-    start, end = index - reach, index + reach + 1
-    means = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
-    return np.where(finite, means, values)
+    windows = lambda numbers: np.lib.stride_tricks.sliding_window_view(np.where(finite, numbers, 0.0), width).sum(-1)
+    counts = windows(np.ones(len(values)))
+    counts = np.where(counts == 0, np.nan, counts)  # a window without a number has no mean
+    return windows(steps) / counts, windows(values) / counts

@@ -1,8 +1,10 @@
-"""The table of experiments that run several families of models, each with several variants of settings."""
+"""The table and the verdict of experiments whose cells are runs of a few families, each in several settings."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from deltaformer_jax.reproduce.pictures import best_first, listed
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -24,3 +26,26 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for (family, variant), runs in lines.items()
     ]
+
+
+def who_solves(done: list[dict[str, Any]], does: str) -> str:
+    """A sentence on the families "DeltaFormer, κ₁" of one layer and "Transformer, N layers": which ones have a run that
+    was solved. `does` is what they then do, in the third person."""
+    scores = best_first(done)
+    solved = {r["settings"]["family"] for r in done if r["result"]["solved_at"][-1] is not None}
+    similarities = [name.split(", ")[1] for name in scores if name in solved and name.startswith("DeltaFormer")]
+    transformers = [name for name in scores if name.startswith("Transformer")]
+    depths = [name.split(", ")[1] for name in transformers if name in solved]
+    if not similarities and not depths:
+        name, runs = next(iter(scores.items()))
+        return f"No model here {does}; the best is {name}, with an accuracy of {max(runs):.3f}"
+    parts = []
+    if similarities:
+        parts.append(f"One layer of DeltaFormer with κ₁ = {listed(similarities, 'or')} {does}")
+    elif len(transformers) < len(scores):
+        parts.append(f"No DeltaFormer here {does}")
+    if depths:
+        parts.append(f"a Transformer of {listed(depths, 'or')} {does}")
+    elif transformers:
+        parts.append("no Transformer here does")
+    return "; ".join(parts)

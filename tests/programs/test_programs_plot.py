@@ -75,9 +75,8 @@ def test_a_run_without_evaluations_and_many_runs(tmp_path):
     runs = [read_curves(make_run(tmp_path / str(i), evaluates=False)) for i in range(12)]
     figure = picture.figure(runs, "step", 5)
     assert [axis.get_ylabel() for axis in figure.axes if axis.axison] == [TITLES[0], *TITLES[2:]]
-    assert len(figure.legends[0].get_texts()) == 12
-    colours = {tuple(line.get_color()) for line in figure.axes[2].lines}
-    assert len(colours) == 12
+    assert len(figure.legends[0].get_texts()) == 12 + 2  # and what is thick, what is thin
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[1].lines}) == 12
 
 
 def test_the_picture(tmp_path, capsys):
@@ -106,14 +105,64 @@ def test_names(folders, given, expected):
 
 
 @given(st.lists(st.floats(-5, 5) | st.just(float("nan")), min_size=1, max_size=30), st.integers(1, 9))
-def test_smoothing_is_a_centred_mean(values, width):
-    values = np.array(values)
-    found = smoothed(values, width)
-    for i, value in enumerate(values):
-        reach = min(width // 2, i, len(values) - 1 - i)
-        near = values[i - reach : i + reach + 1]
-        expected = value if np.isnan(value) else near[~np.isnan(near)].mean()
-        np.testing.assert_allclose(found[i], expected, atol=1e-12)
+def test_smoothing_is_the_mean_of_whole_windows(values, width):
+    values, steps = np.array(values), 3.0 * np.arange(len(values))
+    places, means = smoothed(steps, values, width)
+    assert len(places) == len(means) == max(0, len(values) - width + 1)
+    for first, (place, mean) in enumerate(zip(places, means)):
+        here = slice(first, first + width)
+        finite = ~np.isnan(values[here])
+        if finite.any():
+            np.testing.assert_allclose(mean, values[here][finite].mean(), atol=1e-12)
+            np.testing.assert_allclose(place, steps[here][finite].mean(), atol=1e-12)
+        else:
+            assert np.isnan(mean) and np.isnan(place)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 10])
+def test_smoothing_has_no_hook_and_no_lag(width):
+    """A straight line stays straight to its ends, whatever the distances of its steps; one last value far off moves
+    the last mean by its share of a whole window and no more."""
+    steps = np.cumsum(np.random.default_rng(0).integers(1, 9, 40)).astype(float)
+    places, means = smoothed(steps, 7 - 0.25 * steps, width)
+    np.testing.assert_allclose(means, 7 - 0.25 * places)
+    assert places[0] == steps[:width].mean() and places[-1] == steps[-width:].mean()
+    values = np.zeros(40)
+    values[-1] = 1
+    np.testing.assert_allclose(smoothed(steps, values, width)[1][-2:], [0, 1 / width])
+
+
+def test_a_legend_says_what_is_thick_and_what_is_thin(tmp_path):
+    """The mean ends where its last whole window has its middle, and the faint line goes on to the last step."""
+    figure = picture.figure([read_curves(make_run(tmp_path / "a"))], "step", 10)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a: 0.0375 bits per byte, step 40",
+        "thick: mean of 10 logged steps, at their middle",
+        "thin: every logged step",
+    ]
+    faint, mean = (line.get_xdata() for line in figure.axes[0].lines[:2])
+    assert faint[-1] == 40 and mean[-1] == np.mean(range(31, 41)) and len(mean) == 31
+
+
+def test_titles_say_who_is_ahead(tmp_path):
+    title = lambda *runs: picture.figure(runs, "step", 10).get_suptitle()
+    one, other = (read_curves(make_run(tmp_path / name, 40, offset)) for name, offset in (("a", 1.0), ("b", 0.0)))
+    short = read_curves(make_run(tmp_path / "short", 20, 2.0))
+    none = read_curves(make_run(tmp_path / "none", 5, evaluates=False))
+    assert title(one) == "a: 0.5375 bits per byte, step 40"
+    assert title(one, other) == "Of 2 runs b has the lowest evaluation bits per byte: 0.0375 at step 40"
+    assert title(one, other, short).endswith("at step 40; their last steps differ")
+    assert title(one, none) == "2 runs, not two of them with the same kind of evaluation yet"
+
+
+def test_a_loss_that_is_not_finite_is_marked_where_it_was(tmp_path):
+    folder = make_run(tmp_path / "a", evaluates=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "loss": NaN}\n{"step": 42, "loss": 1.0}\n')
+    figure = picture.figure([read_curves(folder)], "step", 4)
+    marks = [line for line in figure.axes[0].lines if line.get_label() == "NaN or infinite"]
+    assert [line.get_xdata().tolist() for line in marks] == [[41.0]]
+    assert "NaN or infinite" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_run_that_is_being_written(tmp_path):

@@ -354,8 +354,11 @@ def test_mqar_shows_every_size_whatever_the_curriculum_reached():
     assert [line["mixer"] for line in table] == [*mqar.MIXERS] * 2 and table[0]["T = 256, 16 pairs"] == "0.7000"
     assert table[0]["left at step"] == "16 (256): 25, 64 (256): –, 128 (256): –, 256 (256): –, 512 (256): –"
     assert table[-1]["words"] == "8,192" and table[-1]["left at step"].startswith("16 (256): 25, 16 (1,024): –, ")
-    for panel in mqar.figure(done).axes:
-        assert sorted(bar.get_height() for bar in panel.patches) == sorted(scores * len(mqar.MIXERS))
+    panels = mqar.figure(done).axes
+    for panel, ended in zip(panels, ("ended at T = 64", "ended at T = 16 (1,024 words)"), strict=True):
+        assert panel.images[0].get_array().tolist() == [scores] * len(mqar.MIXERS)
+        row = [*(f"{score:.3f}" for score in scores), ended]
+        assert [text.get_text() for text in panel.texts] == row * len(mqar.MIXERS)
 
 
 def test_the_mixers_parameters_are_equal():

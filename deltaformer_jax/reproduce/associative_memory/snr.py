@@ -22,12 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaformer_jax.ops import Exp, Linear, Relu, Softmax
+from deltaformer_jax.plot.style import GREY, MARKERS, explain, line_styles, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import figure_legend, new_figure, spread, values_of
 
 FULL = dict(widths=(16, 32, 64, 128), pairs=(64, 256, 1024, 4096), trials=512)
 QUICK = dict(widths=(16, 64), pairs=(64, 256, 1024), trials=256)
 SIMILARITIES = ("linear", "relu", "relu²", "exp", "softmax")
+FORMULAS = {
+    "linear": "N / d",
+    "relu": "N / (2d)",
+    "relu²": "3N / (2d²)",
+    "exp": "N exp(2(1 − τ)d / τ²)",
+    "softmax": "as exp",
+}
 BATCH = 16  # trials at once
 
 
@@ -123,28 +131,49 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(14, 4.2)
-    panels = picture.subplots(1, len(SIMILARITIES), sharey=True)
-    widths = list(dict.fromkeys(record["settings"]["width"] for record in done))
-    for panel, name in zip(panels, SIMILARITIES):
-        for place, width in enumerate(widths):
-            here = [r for r in done if r["settings"]["similarity"] == name and r["settings"]["width"] == width]
-            pairs = [r["settings"]["pairs"] for r in here]
-            means = [r["result"]["inverse_snr"] for r in here]
-            panel.errorbar(
-                pairs,
-                means,
-                yerr=[2 * r["result"]["standard_error"] for r in here],
-                fmt="o",
-                markersize=4,
-                color=f"C{place}",
-                label=f"d = {width}, measured",
+    picture = new_figure(14, 6.6)
+    names, widths, counts = (values_of(done, key) for key in ("similarity", "width", "pairs"))
+    styles = line_styles(widths)
+    panels = picture.subplots(2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+    for (noise, ratio), name in zip(panels.T, names):
+        for place, (width, shift) in enumerate(zip(widths, spread(len(widths), 0.5))):
+            here = [r for r in done if (r["settings"]["similarity"], r["settings"]["width"]) == (name, width)]
+            if not here:
+                continue
+            pairs = np.array([r["settings"]["pairs"] for r in here])
+            means, errors, formulas = (
+                np.array([r["result"][key] for r in here]) for key in ("inverse_snr", "standard_error", "formula")
             )
-            panel.plot(pairs, [r["result"]["formula"] for r in here], color=f"C{place}", label="formula")
-        panel.set(title=name, xlabel="pairs N", xscale="log", yscale="log")
-    panels[0].set_ylabel("noise to signal, 1/SNR")
-    panels[0].legend(fontsize=7)
-    picture.suptitle("retrieval from a memory of Gaussian pairs")
+            mark = dict(marker=MARKERS[place], markersize=5, fillstyle="none", color=styles[width]["color"])
+            noise.plot(pairs, means, linestyle="none", label=f"d = {width}, measured", **mark)
+            noise.plot(pairs, formulas, linewidth=1, color=styles[width]["color"], label=f"d = {width}, the formula")
+            # Side by side, so that no error bar hides another.
+            spaced = pairs * 2**shift
+            ratio.errorbar(spaced, means / formulas, 2 * errors / formulas, linestyle="none", capsize=2, **mark)
+        noise.set(xscale="log", yscale="log", xlim=(min(counts) / 1.6, 1.6 * max(counts)))
+        plain(noise, f"{name}: {FORMULAS[name]}")
+        if name == names[-1]:
+            reference(ratio, 1, "1: as the formula says")
+        else:
+            ratio.axhline(1, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0.5)
+        ratio.set_xlabel("pairs N")
+        ratio.set_xticks(counts, [f"{count:,}" for count in counts], fontsize=8.5)
+        ratio.minorticks_off()
+        plain(ratio)
+    panels[0, 0].set_ylabel("noise to signal, 1/SNR")
+    panels[1, 0].set_ylabel("measured / formula\n(± 2 standard errors)")
+    figure_legend(picture)
+    ratios = [record["result"]["ratio"] for record in done]
+    within = f"measured / formula is {min(ratios):.2f} to {max(ratios):.2f} in {len(done)} cells"
+    follows = max(abs(ratio - 1) for ratio in ratios) < 0.2
+    explain(
+        picture,
+        f"The noise of an associative memory {'follows' if follows else 'departs from'} the paper's formulas: {within}",
+        "The paper's claim (arXiv 2505.19488): reading one of N stored pairs of Gaussian vectors of width d has a "
+        "noise to signal of N E[κ(k_j, k_i)²] / κ(k_i, k_i)², which gives a formula for each similarity κ.\n"
+        f"{done[0]['settings']['trials']} trials a cell; τ = √d for exp and softmax. N − 1 other pairs make the noise "
+        "and the formula counts N, so few pairs lie a little below it.",
+    )
     return picture
 
 

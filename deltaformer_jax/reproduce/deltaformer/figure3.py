@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaformer_jax.plot.style import explain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.families import rows
-from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
+from deltaformer_jax.reproduce.families import rows, who_solves
+from deltaformer_jax.reproduce.pictures import accuracy_figure
 
 # layers: number of layers of a Transformer -> number of seeds. search: whether the variants are run.
 FULL = dict(
@@ -103,15 +104,25 @@ def _family(sizes, family, layers, mixer, model, variants) -> list[dict[str, Any
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(12, 4.8)
-    curves, bars = picture.subplots(1, 2, width_ratios=(3, 2))
     settings = done[0]["settings"]
-    elements = int(settings["task"].split("=")[1])
-    accuracy_curves(curves, [r for r in done if r["settings"]["variant"] == BASE], "family", 1 / elements)
-    curves.set_title(BASE)
-    accuracy_bars(bars, done, "family")
-    bars.set_title("all settings tried")
-    picture.suptitle(f"swaps of {elements} elements, {settings['lengths'][0]} in a row: which element is first?")
+    elements, swaps = int(settings["task"].split("=")[1]), settings["lengths"][0]
+    picture = accuracy_figure(
+        done,
+        [record for record in done if record["settings"]["variant"] == BASE],
+        {f"guessing: {1 / elements:.2f}": 1 / elements},
+        settings["target"],
+        ("All settings tried", f"Base setting: {BASE.replace('1e-3', 'rate 1e-3')}"),
+    )
+    explain(
+        picture,
+        who_solves(done, f"tracks {elements} elements through {swaps} swaps"),
+        "The paper's claim (Figure 3): one layer of DeltaFormer with nearly any κ₁ beats the Transformer, a suitable "
+        "κ₁ tracks 5 elements with 100 %, and more Transformer layers do not help.\n"
+        f"Each token swaps two of {elements} positions; the model names the element now at the first one. A "
+        f"DeltaFormer has one layer and is named after its κ₁. Width {settings['model']['d_model']}, at most "
+        f"{settings['steps']:,} steps. Solved: {settings['patience']} evaluations in a row reach "
+        f"{settings['target']:g}.",
+    )
     return picture
 
 

@@ -26,10 +26,11 @@ from flax import nnx
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.plot.style import explain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.families import rows
-from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
+from deltaformer_jax.reproduce.families import rows, who_solves
+from deltaformer_jax.reproduce.pictures import accuracy_figure
 from deltaformer_jax.tasks import Examples, Reachability
 
 # layers: number of layers of a Transformer -> number of seeds. search: the similarities for which variants are run.
@@ -169,14 +170,24 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(12, 4.8)
-    curves, bars = picture.subplots(1, 2, width_ratios=(3, 2))
-    base = [r for r in done if r["settings"]["variant"] in (BASE, TRANSFORMER_BASE)]
-    accuracy_curves(curves, base, "family", 0.5)
-    curves.set_title(BASE)
-    accuracy_bars(bars, done, "family")
-    bars.set_title("all settings tried")
-    picture.suptitle(f"{done[0]['settings']['lengths'][0]} nodes in two trees: which are in the first node's?")
+    settings = done[0]["settings"]
+    nodes = settings["lengths"][0]
+    picture = accuracy_figure(
+        done,
+        [record for record in done if record["settings"]["variant"] in (BASE, TRANSFORMER_BASE)],
+        {"guessing: 0.5": 0.5},
+        settings["target"],
+        ("All settings tried", f"Base setting: {BASE.replace('3e-3', 'rate 3e-3')}"),
+    )
+    explain(
+        picture,
+        who_solves(done, f"solves reachability in a graph of {nodes} nodes"),
+        "The paper's claim (Figure 5): one layer of DeltaFormer is highly accurate, Transformers of several layers "
+        "struggle to reach 100 %.\n"
+        f"{nodes} nodes in two random trees, one token a node: is it in the first node's tree? A DeltaFormer has one "
+        f"layer and is named after its κ₁. Width {settings['model']['d_model']}, at most {settings['steps']:,} steps. "
+        f"Solved: {settings['patience']} evaluations in a row reach {settings['target']:g}.",
+    )
     return picture
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from deltaformer_jax.plot.style import GREY, explain, line_styles, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import figure_legend, listed, new_figure, values_of
 from deltaformer_jax.tasks import TOKEN_TASKS, read_spec
 
 # Task -> the paper's accuracies (%) at longer lengths.
@@ -167,25 +170,52 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    tasks = list(dict.fromkeys(record["settings"]["problem"] for record in done))
-    models = list(dict.fromkeys(record["settings"]["family"] for record in done))
-    picture = new_figure(4 + 2.2 * len(tasks), 4.6)
+    tasks, models = values_of(done, "problem"), values_of(done, "family")
+    picture = new_figure(max(11, 5 + 1.6 * len(tasks)), 5)
     panel = picture.subplots()
+    styles, width = line_styles(models), 0.84 / len(models)
     for place, name in enumerate(models):
-        best = []
-        for task in tasks:
-            here = [r for r in done if (r["settings"]["problem"], r["settings"]["family"]) == (task, name)]
-            best.append(100 * max((r["result"]["tests"]["longer"] for r in here), default=0.0))
-        x = [i + 0.85 * place / len(models) for i in range(len(tasks))]
-        panel.bar(x, best, 0.85 / len(models), label=name, color=f"C{place}", alpha=0.6)
-        paper = [(at, PAPER[task][name]) for at, task in zip(x, tasks) if name in PAPER[task]]
-        if paper:
-            panel.plot(*zip(*paper), "_", color="red", markersize=20, label=None if place else "the paper's")
-    panel.set_xticks([i + 0.35 for i in range(len(tasks))], [task.replace("_", "\n") for task in tasks])
-    options = read_spec(done[0]["settings"]["tests"]["longer"][0])[1]
-    title = f"inputs of {options['shortest']} to {options['longest']} symbols"
-    panel.set(ylabel="accuracy (%)", ylim=(0, 105), title=title)
-    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        here = {r["settings"]["problem"]: r["result"]["tests"] for r in done if r["settings"]["family"] == name}
+        x = np.array([tasks.index(task) + (place + 0.5) * width - 0.42 for task in here])
+        within, longer = ([100 * tests[key] for tests in here.values()] for key in ("within", "longer"))
+        panel.bar(x, longer, width, label=name, color=styles[name]["color"], alpha=0.6)
+        panel.bar(x, within, 0.86 * width, fill=False, edgecolor=GREY, linewidth=0.8)
+        for at, score in zip(x, longer):
+            panel.text(at, 1, f"{score:.1f}", ha="center", fontsize=8)
+        paper = [(at, PAPER[task][name]) for at, task in zip(x, here) if name in PAPER[task]]
+        for at, score in paper:
+            panel.plot([at - width / 2, at + width / 2], [score] * 2, color="black", linewidth=3)
+    for place, task in enumerate(tasks):
+        guessing = 20 if task == "modular_arithmetic" else 50
+        panel.plot([place - 0.48, place + 0.48], [guessing] * 2, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
+    panel.plot([], [], color="black", linewidth=3, label="the paper's, at 41 to 500")
+    panel.plot([], [], "s", color=GREY, fillstyle="none", markersize=8, label="at lengths trained on")
+    panel.plot([], [], color=GREY, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
+    panel.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
+    settings = done[0]["settings"]
+    trained = read_spec(settings["task"][-1])[1]["longest"]
+    options = read_spec(settings["tests"]["longer"][0])[1]
+    panel.set(ylabel="accuracy (%)", ylim=(0, 105), xlim=(-0.55, len(tasks) - 0.45))
+    lengths = f"inputs of {options['shortest']} to {options['longest']} symbols"
+    plain(panel, f"Bars and numbers: accuracy (%) on {lengths}", "y")
+    figure_legend(picture)
+    ours = {
+        r["settings"]["problem"].replace("_", " "): r["result"]["tests"]["longer"] >= 0.99
+        for r in done
+        if r["settings"]["family"] == "DeltaFormer"
+    }
+    right, wrong = ([task for task, is_right in ours.items() if is_right == wanted] for wanted in (True, False))
+    found = f"right on {listed(right)}" if right else f"not right on {listed(wrong, 'or') if wrong else 'a task yet'}"
+    explain(
+        picture,
+        f"Trained up to {trained} symbols, DeltaFormer is {found} at {options['shortest']} to {options['longest']} "
+        "symbols" + (f", not on {listed(wrong, 'or')}" if right and wrong else ""),
+        "The paper's claim (Table 5): DeltaFormer has 100 % on parity and modular arithmetic, where a Transformer has "
+        "52.0 % and 24.2 %; on the four string tasks both are between 52 % and 64 %.\n"
+        f"Width {settings['model']['d_model']}. At most "
+        f"{listed([f'{steps:,}' for steps in sorted(set(values_of(done, 'steps')))], 'or')} steps (by task). "
+        "Right: at least 99 %. A model without a bar was not run.",
+    )
     return picture
 
 

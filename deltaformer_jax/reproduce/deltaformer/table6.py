@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from deltaformer_jax.ops import delta_attention
+from deltaformer_jax.plot.style import MARKERS, explain, line_styles, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import figure_legend, listed, new_figure, values_of
 
 # The paper's times in ms, on an H100, for [B, T, H, K] = [2, 8192, 32, 128].
 PAPER_MS = {"recurrent": 279.9, "parallel": 102.2, "chunked": 12.7}
@@ -135,33 +136,63 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(11, 4.5)
-    directions = list(dict.fromkeys(record["settings"]["direction"] for record in done))
-    panels = picture.subplots(1, len(directions), squeeze=False)[0]
-    for panel, direction in zip(panels, directions):
+    from matplotlib.ticker import LogLocator
+
+    picture = new_figure(12, 5)
+    directions = values_of(done, "direction")
+    forms = list(dict.fromkeys(form for record in done for form in record["result"]["ms"]))
+    styles = line_styles(forms)
+    lengths = sorted(values_of(done, "length"))
+    for panel, direction in zip(picture.subplots(1, len(directions), squeeze=False, sharey=True)[0], directions):
         here = [record for record in done if record["settings"]["direction"] == direction]
-        forms = list(dict.fromkeys(form for record in here for form in record["result"]["ms"]))
         for place, form in enumerate(forms):
-            points = [
-                (r["settings"]["length"], r["result"]["over_chunked"][form]) for r in here if form in r["result"]["ms"]
-            ]
-            panel.plot(*zip(*points), "o-", color=f"C{place}", label=form)
-            if form in PAPER_MS and direction == "forward":
-                ratio = PAPER_MS[form] / PAPER_MS["chunked"]
-                label = "the paper's, H100" if place == 0 else None
-                panel.plot(8192, ratio, "x", color=f"C{place}", markersize=8, label=label)
-        panel.set(
-            xlabel="T (tokens)",
-            ylabel="time over that of the chunked form",
-            xscale="log",
-            yscale="log",
-            title=direction,
-        )
-        panel.legend(fontsize=8)
+            timed = [r for r in here if form in r["result"]["ms"]]
+            if not timed:
+                continue
+            points = [(r["settings"]["length"], r["result"]["over_chunked"][form]) for r in timed]
+            mark = dict(marker=MARKERS[place], fillstyle="none", label=form)
+            panel.plot(*zip(*points), **mark, **styles[form])
+            for point in points if form != "chunked" else []:
+                beside = dict(xytext=(0, -14 if point[1] < 1 else 6), textcoords="offset points", ha="center")
+                panel.annotate(f"{point[1]:.1f}", point, color=styles[form]["color"], fontsize=8, **beside)
+            if form in PAPER_MS and form != "chunked" and direction == "forward":
+                reference(panel, PAPER_MS[form] / PAPER_MS["chunked"], _paper(form))
+        panel.set(xlabel="sequence length T (tokens), and the time of the chunked form", xscale="log", yscale="log")
+        chunked = {record["settings"]["length"]: f"\n{record['result']['ms']['chunked']:.3g} ms" for record in here}
+        panel.set_xticks(lengths, [f"{length:,}{chunked.get(length, '')}" for length in lengths])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        panel.margins(x=0.12, y=0.12)
+        plain(panel, direction)
+    picture.axes[0].set_ylabel("time / time of the chunked form")
+    figure_legend(picture)
     settings = done[0]["settings"]
     shape = f"[{settings['batch']}, T, {settings['heads']}, {settings['width']}] {settings['dtype']}"
-    picture.suptitle(f"delta_attention, {shape}, {settings['platform']}")
+    explain(
+        picture,
+        _finding(done),
+        "The paper (Table 6), on an H100 at [B, T, H, K] = [2, 8192, 32, 128]: recurrent 279.9 ms, parallel 102.2 ms, "
+        "chunked 12.7 ms; dotted lines: their ratios.\n"
+        f"delta_attention on {settings['platform']}, {shape}. A point is the median over {settings['rounds']} rounds "
+        "of the ratio of two times in one round. A form that needs too much memory is left out.",
+    )
     return picture
+
+
+def _paper(form: str) -> str:
+    return f"the paper's\n{form}: {PAPER_MS[form] / PAPER_MS['chunked']:.1f}"
+
+
+def _finding(done: list[dict[str, Any]]) -> str:
+    """How much longer than the chunked form the others take in the longest forward pass."""
+    last = max(done, key=lambda r: (r["settings"]["direction"] == "forward", r["settings"]["length"]))
+    settings, times = last["settings"], last["result"]["over_chunked"]
+    ratios = [f"the {form} form takes {ratio:.1f} times" for form, ratio in times.items() if form != "chunked"]
+    where = f"{settings['direction']}, T = {settings['length']:,}, {settings['platform']}"
+    if not ratios:
+        return f"How long do other forms than the chunked take? ({where})"
+    return f"{listed(ratios).capitalize()} as long as the chunked form ({where})"
 
 
 EXPERIMENT = Experiment(

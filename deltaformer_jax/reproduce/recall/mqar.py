@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaformer_jax.plot.style import explain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import new_figure, values_of
 from deltaformer_jax.tasks import read_spec
 
 # Label -> the fields that differ from the defaults. Attention without convolutions or KV shifting needs two layers to
@@ -151,24 +152,69 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    vocabularies = list(dict.fromkeys(record["settings"]["vocabulary"] for record in done))
-    families = list(dict.fromkeys(record["settings"]["family"] for record in done))
-    picture = new_figure(10, 1.0 + 3.6 * len(vocabularies))
-    sizes = list(done[0]["settings"]["tests"])
-    panels = picture.subplots(len(vocabularies), squeeze=False)[:, 0]
+    """A table of accuracies for each vocabulary, with a shade and a number for each mixer and size."""
+    vocabularies, sizes = values_of(done, "vocabulary"), list(done[0]["settings"]["tests"])
+    families = values_of(done, "family")
+    picture = new_figure(
+        4.6 + 2 * len(vocabularies) + 1.05 * len(sizes) * len(vocabularies), 2.2 + 0.32 * len(families)
+    )
+    panels = picture.subplots(1, len(vocabularies), squeeze=False)[0]
     for panel, vocabulary in zip(panels, vocabularies):
-        for record in done:
-            if record["settings"]["vocabulary"] != vocabulary:
-                continue
-            family, place = record["settings"]["family"], families.index(record["settings"]["family"])
-            scores = [record["result"]["tests"][size] for size in sizes]
-            x = [i + 0.85 * place / len(families) for i in range(len(sizes))]
-            panel.bar(x, scores, 0.85 / len(families), label=family, align="edge", color=f"C{place}")
-        panel.set_xticks([i + 0.425 for i in range(len(sizes))], sizes)
-        panel.set(ylabel="accuracy after the curriculum", ylim=(0, 1.03), title=f"{vocabulary:,} words")
-    panels[0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    picture.suptitle(f"recall of pairs, two layers of width {done[0]['settings']['model']['d_model']}")
+        here = [record for record in done if record["settings"]["vocabulary"] == vocabulary]
+        here = sorted(here, key=lambda record: -sum(record["result"]["tests"].values()))
+        scores = [[record["result"]["tests"][size] for size in sizes] for record in here]
+        panel.imshow(scores, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for row, record in enumerate(here):
+            for column, score in enumerate(scores[row]):
+                colour = "black" if score > 0.5 else "white"
+                panel.text(column, row, f"{score:.3f}", ha="center", va="center", fontsize=9, color=colour)
+            panel.text(len(sizes) - 0.4, row, _how_far(record), va="center", fontsize=8.5)
+        panel.set_yticks(range(len(here)), [record["settings"]["family"] for record in here], fontsize=9)
+        panel.set_xticks(range(len(sizes)), [size.replace(", ", "\n") for size in sizes], fontsize=9)
+        panel.tick_params(length=0)
+        panel.set_title(f"{vocabulary:,} words", loc="left", fontsize=10)
+    settings = done[0]["settings"]
+    explain(
+        picture,
+        _finding(done),
+        f"Accuracy after training of {settings['model']['num_layers']} layers of width "
+        f"{settings['model']['d_model']}. Rows of T tokens hold the pairs; the values of some keys are asked for.\n"
+        f"Training goes from short rows to long ones; beside each row: how far it came in at most "
+        f"{settings['steps']:,} steps. No paper of DeltaFormer has this table.",
+    )
     return picture
+
+
+def _how_far(record: dict[str, Any]) -> str:
+    """The step at which the last length was learnt, or the length that was not."""
+    settings, solved = record["settings"], record["result"]["solved_at"]
+    if solved[-1]:
+        return f"all in {solved[-1]:,} steps"
+    stage = solved.index(None)
+    words = read_spec(settings["task"][stage])[1]["vocabulary"]
+    return f"ended at T = {settings['lengths'][stage]}" + (
+        f" ({words:,} words)" if words != settings["vocabulary"] else ""
+    )
+
+
+def _finding(done: list[dict[str, Any]]) -> str:
+    """Who learns every size in the fewest steps, for each number of words."""
+    parts = []
+    for vocabulary in values_of(done, "vocabulary"):
+        here = [record for record in done if record["settings"]["vocabulary"] == vocabulary]
+        solved = [record for record in here if record["result"]["solved_at"][-1]]
+        words = f"with {vocabulary:,} words"
+        if not solved:
+            parts.append(f"{words} no mixer here learns every size")
+            continue
+        first = min(solved, key=lambda record: record["result"]["solved_at"][-1])
+        name, step = first["settings"]["family"].replace(", ", " with "), first["result"]["solved_at"][-1]
+        parts.append(
+            f"{words} {len(solved)} of {len(here)} mixers learn every size, {name} first ({step:,} steps)"
+            if len(solved) > 1
+            else f"{words} only {name} of {len(here)} mixers learns every size ({step:,} steps)"
+        )
+    return "Associative recall: " + "; ".join(parts)
 
 
 EXPERIMENT = Experiment(

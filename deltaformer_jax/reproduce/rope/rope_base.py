@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from deltaformer_jax.plot.style import COLOURS, explain, plain
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import name_rows, new_figure
 
 WIDTH = 128  # d, as in the paper
 # Context length -> the paper's least base.
@@ -148,25 +149,75 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(12, 4.5)
-    curves, bounds = picture.subplots(1, 2)
     records = [record for record in done if record["settings"]["kind"] == "bound"]
+    names = [f"L = {record['settings']['length']}" for record in records]
+    picture = new_figure(14, 5.4)
+    curves, lowest, bases = picture.subplots(1, 3, width_ratios=(5, 4, 4))
+    _draw_curves(curves, records)
+    for place, record in enumerate(records):
+        least, negative = record["result"]["least"], record["result"]["negative"]
+        colour = COLOURS[1] if negative else COLOURS[0]
+        lowest.barh(place, least, color=colour, alpha=0.6, height=0.7)
+        said = f"{least:.2f} at m = {record['result']['least_at']:,}".replace("-", "−")
+        said += f" ({negative} below 0)" if negative else ""
+        lowest.text(max(least, 0) + 0.1, place, said, va="center", fontsize=8)
+    lowest.axvline(0, color="black", linewidth=0.8)
+    name_rows(lowest, names)
+    least = [record["result"]["least"] for record in records]
+    lowest.set(xlabel="smallest B for 1 ≤ m ≤ L", xlim=(min([-0.5, *least]) - 0.3, max([0.5, *least]) + 4.5))
+    plain(lowest, "Its smallest B, and how many are below 0 (orange)", "x")
+    places = range(len(records))
+    paper, found = ([record["result"][key] for record in records] for key in ("paper", "found"))
+    bases.plot(paper, places, "x", color=COLOURS[1], markersize=8, label="the paper's base")
+    bases.plot(found, places, "o", color=COLOURS[0], markersize=9, fillstyle="none", label="our base")
+    for place, (theirs, ours) in enumerate(zip(paper, found)):
+        said = "the same" if theirs == ours else f"{100 * (ours / theirs - 1):+.0f} %".replace("-", "−")
+        bases.text(1.02, place, said, transform=bases.get_yaxis_transform(), va="center", fontsize=8.5)
+    name_rows(bases, names)
+    bases.set(xlabel="base", xscale="log", xlim=(min([5e3, *found, *paper]) / 2, max([5e3, *found, *paper]) * 2))
+    plain(bases, "Least base of two digits for which no B is negative", "x")
+    bases.legend(fontsize=8.5, loc="lower left", frameon=False)
+    explain(
+        picture,
+        _finding(records),
+        "The paper's claim (arXiv 2405.14591): attention tells a similar token from a random one at distance m only if "
+        "B_m = Σ_i cos(m · base^(−2i/d)) ≥ 0. A context of L tokens needs a base for which this holds at every m ≤ L; "
+        "the paper gives the least base for each L.\n"
+        f"Width d = {WIDTH}, computed, nothing trained. Our base: the first of two digits, going up from 1e3, for "
+        "which no B_m is negative; the percentage is its difference from the paper's.",
+    )
+    return picture
+
+
+def _draw_curves(axes, records: list[dict[str, Any]]) -> None:
+    """The smallest B at any distance up to m, which ends at L above zero or below it."""
+    from matplotlib import colormaps
+
     for place, record in enumerate(records):
         distances, values = np.array(record["result"]["curve"]).T
-        label = f"{record['settings']['length']}: {record['result']['paper']:.1e}"
-        dashes = "-" if place < 10 else "--"  # there are ten colours
-        curves.plot(distances, values, dashes, linewidth=1, color=f"C{place % 10}", label=label)
-    curves.axhline(0, color="grey", linewidth=0.8)
-    curves.set(xlabel="distance m", ylabel="least B from m on, with the paper's base for L", xscale="log")
-    curves.set_title("context L: base")
-    curves.legend(fontsize=7)
-    lengths = [tokens(record["settings"]["length"]) for record in records]
-    bounds.plot(lengths, [record["result"]["paper"] for record in records], "x", color="red", label="the paper's")
-    found = [record["result"]["found"] for record in records]
-    bounds.plot(lengths, found, "o-", color="C0", fillstyle="none", label="least of two digits with no negative m")
-    bounds.set(xlabel="context length L", ylabel="least base", xscale="log", yscale="log", title=f"width {WIDTH}")
-    bounds.legend(fontsize=8)
-    return picture
+        colour = colormaps["viridis"](0.8 * place / max(1, len(records) - 1))
+        axes.plot(distances, np.minimum.accumulate(values), color=colour, linewidth=1.3)
+        at = (distances[-1], values.min())
+        axes.plot(*at, "X" if at[1] < 0 else "o", color=colour, markersize=5)
+        said = f"{record['settings']['length']}: {record['result']['paper']:.1e}"
+        below = dict(xytext=(0, -7), textcoords="offset points", rotation=90, ha="center", va="top")
+        axes.annotate(said, at, fontsize=8, color=colour, **below)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="distance m", ylabel="smallest B at any distance up to m", xscale="log", xlim=(1, None))
+    axes.set(ylim=(-28, WIDTH / 2 + 1), yticks=range(0, WIDTH // 2 + 1, 16))
+    plain(axes, "With the paper's base for each context L, up to L (×: below 0)")
+
+
+def _finding(records: list[dict[str, Any]]) -> str:
+    """How many of the paper's bases keep its own rule, and how far the least bases that do are from them."""
+    if not records:
+        return "Which bases of a rotary embedding does a context need?"
+    kept = [record["settings"]["length"] for record in records if not record["result"]["negative"]]
+    most = max(record["result"]["negative"] for record in records)
+    apart = max(abs(record["result"]["found"] / record["result"]["paper"] - 1) for record in records)
+    suffice = f"Of the paper's least RoPE bases for {len(records)} contexts, {len(kept)} suffice at every distance"
+    fail = f", the others fail at up to {most} distances" if most else ""
+    return f"{suffice}{fail}; those we find suffice and differ by at most {100 * apart:.0f} %"
 
 
 EXPERIMENT = Experiment(

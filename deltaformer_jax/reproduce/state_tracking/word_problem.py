@@ -12,15 +12,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from deltaformer_jax.plot.style import COLOURS, explain, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import accuracy_bars, accuracy_curves, new_figure
+from deltaformer_jax.reproduce.pictures import figure_legend, listed, name_rows, new_figure, values_of
 
 PROBLEMS = {
     "S5, swaps": "group=S5,moves=2",
     "S5": "group=S5",
     "A5, 3-cycles": "group=A5,moves=3",
     "A5": "group=A5",
+}
+# What a problem's words are made of.
+SAID = {
+    "S5, swaps": "swaps of S5",
+    "S5": "elements of S5",
+    "A5, 3-cycles": "3-cycles of A5",
+    "A5": "elements of A5",
 }
 MODELS = {
     "DeltaFormer": {
@@ -113,19 +123,77 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    problems = list(dict.fromkeys(record["settings"]["problem"] for record in done))
-    picture = new_figure(12, 0.5 + 3.5 * len(problems))
-    lengths = [length - 1 for length in done[0]["settings"]["lengths"]]  # without the start
-    longest = lengths[-1]
-    for (curves, bars), problem in zip(picture.subplots(len(problems), 2, squeeze=False), problems):
-        here = [record for record in done if record["settings"]["problem"] == problem]
-        accuracy_curves(curves, here, "family")
-        curves.set_ylabel("accuracy")
-        curves.set_title(f"words of {', '.join(map(str, lengths))} in turn")
-        accuracy_bars(bars, here, "family", score=lambda record: record["result"]["tests"][str(longest)])
-        bars.set_title(f"words of {longest} after training")
-    picture.suptitle("the word problem: what is the product so far?")
+    problems, tests = values_of(done, "problem"), list(done[0]["settings"]["tests"])
+    models = {problem: [r for r in done if r["settings"]["problem"] == problem] for problem in problems}
+    counts = [max(4, len(here)) for here in models.values()]
+    picture = new_figure(14, 2.2 + 0.7 * len(problems) + 0.29 * sum(counts))
+    panels = picture.subplots(len(problems), 2, squeeze=False, height_ratios=counts, width_ratios=(3, 2), sharex="col")
+    for (stages, bars), (problem, here) in zip(panels, models.items()):
+        names = [record["settings"]["family"].removeprefix(f"{problem}, ") for record in here]
+        for place, record in enumerate(here):
+            _draw_stages(stages, place, record)
+        for number, (test, colour) in enumerate(zip(tests, COLOURS)):
+            scores = [record["result"]["tests"][test] for record in here]
+            places = np.arange(len(here)) + 0.38 * (number - (len(tests) - 1) / 2)
+            bars.barh(places, scores, 0.36, color=colour, alpha=0.6, label=f"words of {test}")
+            for at, score in zip(places, scores):
+                bars.text(score + 0.01, at, f"{score:.3f}", va="center", fontsize=7.5)
+        for panel in (stages, bars):
+            name_rows(panel, names)
+        bars.set_xlim(0, 1.08)
+        plain(stages, f"Words of {SAID[problem]}: the length trained on, step by step", "x")
+        plain(bars, f"Words of {SAID[problem]}: accuracy after training", "x")
+    panels[-1, 0].set(xlabel="training step", xlim=(0, 1.25 * max(r["settings"]["steps"] for r in done)))
+    panels[-1, 1].set_xlabel("accuracy")
+    figure_legend(picture, panels[0, 1])
+    settings = done[0]["settings"]
+    lengths = [length - 1 for length in settings["lengths"]]  # without the start
+    explain(
+        picture,
+        _finding(done),
+        "The word problem: after each element of a word, what is the product so far? Words of "
+        f"{listed(lengths)} elements are trained on in turn, the next once the one before is solved "
+        f"({settings['patience']} evaluations in a row reach {settings['target']:g}).\n"
+        f"Width {settings['model']['d_model']}, at most {settings['steps']:,} steps, fewer where nothing more is "
+        f"learnt. Words of {tests[-1]} are longer than any trained on. No paper of DeltaFormer has this table.",
+    )
     return picture
+
+
+def _draw_stages(axes, place: int, record: dict[str, Any]) -> None:
+    """The steps spent on each length, one after the other, and what came of the last one."""
+    from matplotlib import colormaps
+
+    settings, result = record["settings"], record["result"]
+    start, lengths = 0, [length - 1 for length in settings["lengths"]]
+    for number, (length, solved) in enumerate(zip(lengths, result["solved_at"])):
+        end = solved or result["steps"]
+        shade = 0.15 + 0.5 * number / max(1, len(lengths) - 1)
+        axes.barh(place, end - start, 0.7, start, color=colormaps["Blues"](shade), edgecolor="white")
+        axes.text((start + end) / 2, place, str(length), ha="center", va="center", fontsize=8)
+        start = end
+        if not solved:
+            break
+    said = "all solved" if solved else f"{result['accuracy']:.3f} in words of {length}"
+    axes.text(end, place, f" {said}", va="center", fontsize=8)
+
+
+def _finding(done: list[dict[str, Any]]) -> str:
+    """Which models solve the longest words, for each problem."""
+    longest, parts, unsolved = done[0]["settings"]["lengths"][-1] - 1, [], []
+    for problem in values_of(done, "problem"):
+        here = [r for r in done if r["settings"]["problem"] == problem and r["result"]["solved_at"][-1] is not None]
+        names = [record["settings"]["family"].removeprefix(f"{problem}, ").replace(",", " of") for record in here]
+        if names:
+            parts.append(f"words of {longest} {SAID[problem]} are solved by {listed(names)}")
+        else:
+            unsolved.append(SAID[problem])
+    if not parts:
+        return f"No model here solves words of {longest} {listed(unsolved, 'or')}"
+    if unsolved:
+        parts.append(f"words of {longest} {listed(unsolved, 'or')} by no model here")
+    found = "; ".join(parts)
+    return found[0].upper() + found[1:]
 
 
 EXPERIMENT = Experiment(
