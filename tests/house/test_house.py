@@ -33,6 +33,7 @@ FLOORS = [
     ["deltaformer_jax.training"],
     ["deltaformer_jax.plot"],
     ["deltaformer_jax.reproduce"],
+    ["deltaformer_jax.help_config"],
     [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate")],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
