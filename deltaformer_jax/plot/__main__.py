@@ -34,18 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="average the training loss over N logged steps; 1: no smoothing (default: 10)",
+        help="average training loss and accuracy over N logged steps; 1: no smoothing (default: 10)",
     )
     parser.add_argument(
         "--names", metavar="NAME,NAME", help="names of the runs in the legend (default: the folders' names)"
     )
-    parser.add_argument("workdirs", type=expand, nargs="+", metavar="DIR", help="runs' folders; may be gs://")
-    parser.add_argument("--out", type=expand, metavar="FILE", help=".png, .pdf or .svg (default: DIR/curves.png)")
-    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="along the bottom (default: step)")
-    parser.add_argument(
-        "--smooth", type=int, default=10, metavar="N", help="mean of so many logged steps (default: 10)"
-    )
-    parser.add_argument("--names", metavar="NAME,NAME", help="of the runs, in the legend (default: the folders')")
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.plot"):
