@@ -35,16 +35,22 @@ def _einsum(equation, *arrays):
 
 def _scores(rows, old_keys, new_keys, scale):
     """Scores of rows [B,T,G,n,r,K] with the cached keys [B,G,N,K] and the new keys [B,T,G,K] -> [B,G,n,r,T,N+T]."""
-    old, new = _einsum("btgnrk,bgsk->bgnrts", rows, old_keys), _einsum("btgnrk,bsgk->bgnrts", rows, new_keys)
-    return jnp.concatenate([old, new], axis=-1) * scale
+    b, t, g, n, r, width = rows.shape
+    rows = jnp.moveaxis(rows, 1, 4).reshape(b, g, n * r * t, width)
+    old, new = _einsum("bgmk,bgsk->bgms", rows, old_keys), _einsum("bgmk,bsgk->bgms", rows, new_keys)
+    return jnp.concatenate([old, new], axis=-1).reshape(b, g, n, r, t, -1) * scale
 
 
 def _values(weights, old, new):
     """Weights [B,G,n,r,T,N+T] times the cached values [B,G,n,N,V] and the new values [B,T,G,n,V] -> [B,T,G,n,r,V].
     `new` None: only the cached values are summed."""
-    split = old.shape[3]
-    total = _einsum("bgnrts,bgnsv->btgnrv", weights[..., :split], old)
-    return total if new is None else total + _einsum("bgnrts,bsgnv->btgnrv", weights[..., split:], new)
+    split, shape = old.shape[3], weights.shape[:5]
+    weights = weights.reshape(*shape[:3], shape[3] * shape[4], -1)
+    # The product's own order of axes: another one makes XLA transpose the whole cache instead of the small result.
+    total = _einsum("bgnms,bgnsv->bgnmv", weights[..., :split], old)
+    if new is not None:
+        total += _einsum("bgnms,bsgnv->bgnmv", weights[..., split:], new)
+    return jnp.moveaxis(total.reshape(*shape, -1), 4, 1)
 
 
 def _visible(cache, real, strict, window):
