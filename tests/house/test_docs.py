@@ -27,9 +27,13 @@ def test_example_runs_and_has_the_shape_it_says(code):
 
 
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+TRAINING = ("swap_tracking", "own_mixer")  # a minute each, without optimisation
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.long] if path.stem in TRAINING else [], id=path.stem) for path in NOTEBOOKS],
+)
 def test_notebook_runs(path, monkeypatch):
     """The cells in their order, in one namespace; what they print is not compared, since it differs by machine."""
     monkeypatch.setenv("MPLBACKEND", "agg")
