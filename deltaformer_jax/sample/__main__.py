@@ -2,7 +2,7 @@
 
     python -m deltaformer_jax.sample --workdir DIR [--prompt TEXT ...] [--prompts FILE] [--samples 1]
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
-                                     [--seed 0] [--step N] [--json]
+                                     [--seed 0] [--step N] [--weights bfloat16] [--json]
 
 Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
 or where the model ends the document. Texts go to stdout in the order of the prompts, in whole characters: the first
@@ -56,6 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end a text before this string; may be repeated"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype in which the kernels and the embedding are read for every token; bfloat16 halves the memory, and "
+        "rounds the weights unless the model computes in bfloat16 (default: float32)",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
     parser.add_argument(
         "--json", action="store_true", help="print one line of JSON per text, with prompt, text, tokens and finish"
@@ -65,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("deltaformer_jax.sample"):
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
-            from deltaformer_jax.decoding.generate import check_sampling, generate_batch
+            from deltaformer_jax.decoding.generate import check_sampling, generate_batch, with_weights_in
             from deltaformer_jax.decoding.text_stream import TextStream
             from deltaformer_jax.model_parts import merge
             from deltaformer_jax.training.checkpoints.restore import restore
@@ -81,11 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
         if not prompts:
             prompts = [run.config.run.sample_prompt]
             say_aside(f"after the run's own prompt, {prompts[0]!r}; --prompt TEXT gives another")
+        model = merge(run.program.parts, run.params)
+        if flags.weights != "float32":
+            model = with_weights_in(model, flags.weights)
         prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
         for tokens in generate_batch(
-            merge(run.program.parts, run.params),
+            model,
             [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
             flags.tokens,
             temperature=flags.temperature,

@@ -164,6 +164,14 @@ def raising(error):
     return function
 
 
+def test_sample_with_weights_in_bfloat16(workdir, capsys):
+    """Of rounded weights: not the same text, in general, but one, and the same every time."""
+    arguments = ["--workdir", workdir, "--prompt", "def ", "--tokens", 10, "--weights"]
+    first = output(capsys, sample.main, *arguments, "bfloat16").out
+    assert first == output(capsys, sample.main, *arguments, "bfloat16").out and first.startswith("def ")
+    assert "--weights: invalid choice: 'int4' (choose from" in error(capsys, sample.main, *arguments, "int4")
+
+
 def test_ctrl_c(workdir, capsys, monkeypatch):
     monkeypatch.setattr(restore, "restore", raising(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as exit:
