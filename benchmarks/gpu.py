@@ -4,9 +4,11 @@
 
 1. shapes: values and all gradients at random shapes, in float32 and bfloat16, against the definition (`recurrent` in
    float64 on the CPU).
-2. repeats: one shape a thousand times. Results without additions in arbitrary order must be the same bit for bit, the
+2. long: 8192 and 32768 tokens beside "chunked" on the device, values and gradients, seven forms (gpu_long.py). Each
+   case is a process with a time limit: one that hangs or does not fit is reported, and the others go on.
+3. repeats: one shape a thousand times. Results without additions in arbitrary order must be the same bit for bit, the
    others within rounding. This would show a race between thread blocks.
-3. times: medians at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention in the same
+4. times: medians at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention in the same
    process. One causal pass of two products takes F = 2 T² K B H floating-point operations. Flash attention and the tied
    form take 1 F forward and 3.5 F forward and backward. The untied form takes twice that, and w = k with r query heads
    per key head 1 + 1/r times that.
@@ -14,11 +16,12 @@
 The gated ops are checked and timed in the same way, by gpu_gated.py, beside fla's kernels.
 
 --op delta|gated            only one of the two families
---only shapes|repeats|times only one of the three parts
+--only shapes|long|repeats|times
+                            only one of the four parts
 --tile KERNEL=SIZES         another tile of delta_attention, for example write_forward=128,64,8,3,2,16: rows, columns,
                             warps, stages, halves, group (pallas_kernels/triton/delta/table.py)
 
-The first disagreement ends the program with exit code 1 and without a table.
+A disagreement of shapes or repeats ends the program with exit code 1 and without a table.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 
 import gpu_gated
+import gpu_long
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,7 +307,7 @@ def parse_tile(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["shapes", "repeats", "times"])
+    parser.add_argument("--only", choices=["shapes", "long", "repeats", "times"])
     parser.add_argument("--op", choices=["delta", "gated"])
     parser.add_argument("--shapes", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=1000)
@@ -320,6 +324,8 @@ def main():
         more["correct"] = check_shapes(options.shapes, tiles)
     if wanted("gated", "shapes"):
         more["gated correct"] = gpu_gated.check_shapes(options.shapes)
+    if wanted("delta", "long"):
+        more["long"] = gpu_long.check_long()
     if wanted("delta", "repeats"):
         more["repeats"] = check_repeats(options.repeats, tiles)
     if wanted("gated", "repeats"):
