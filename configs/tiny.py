@@ -2,7 +2,7 @@
 
 Command:    uv run train.py      (this file is the default config)
 Hardware:   two CPU cores, no accelerator.
-Time:       2 min 22 s to 5 min 17 s on two idle cores, by the day; installation included.
+Time:       measured twice on two idle cores, installation included: 2 min 22 s and 5 min 17 s.
 Result:     2.07 bits per byte on 40 batches of the evaluation split, after 500 steps of 2,048 bytes.
 """
 

@@ -76,7 +76,8 @@ Each is a field of a section of `Config` in a [config file](your_own_config.md),
 `--config.section.field=value`. `python train.py --help_config [WORD]` prints the same. This page is made by `python -m
 deltaformer_jax.help_config > docs/configuration.md`.
 
-"Mixers" are those that take the field. A field that no mixer of the model takes is refused if it is not the default.
+"Mixers" are those that take the field. If no mixer of the model takes a field that is not at its default, the run is
+refused or, for fields that only tune or size a mixer (`chunk_size`, `conv_size`, `value_dim`, ...), says so.
 `Mixer("softmax_attention", window=128)` in `model.mixers` sets a mixer's field for one layer of the pattern.
 """
     parts, everything = [head], settings()

@@ -18,6 +18,7 @@ saves and exits with code 0. A second one stops at once.
 import contextlib
 import sys
 import textwrap
+from typing import Any
 
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.host import called
@@ -54,6 +55,9 @@ def main() -> None:
                     say_aside(line)
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
+
+                    for line in _unused(command.config):
+                        say_aside(line)
                 return dry_run(command.config)
             with waiting("importing jax, to find out whether this is the first of several processes", say):
                 workdir = command.workdir or new_workdir(command.name)
@@ -69,9 +73,24 @@ def main() -> None:
                 from deltaformer_jax.training.checkpoints.store import SaveError
                 from deltaformer_jax.training.loop import RunError, train
                 from deltaformer_jax.training.setup import prepare
+
+                noticed = _unused(command.config)
+            for line in noticed:
+                say(line)
             prepared = prepare(command.config, workdir, say)
         with one_line_errors(program, (RunError, SaveError), code=1):
             train(*prepared, stop)
+
+
+def _unused(config: Any) -> list[str]:
+    """A line for each field of mixers that none of the model's takes. Imports the mixers, and so jax."""
+    from deltaformer_jax.layers.mixers.build import unused_fields
+
+    names = unused_fields(config.model)
+    return [
+        f"model.{name} = {getattr(config.model, name)!r} is not used: no mixer in model.mixers takes it"
+        for name in names
+    ]
 
 
 def _settings(arguments: list[str]) -> str:

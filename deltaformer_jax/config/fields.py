@@ -60,6 +60,8 @@ class Rule:
         said = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
         if isinstance(self.own, int | float) and self.least is not None and self.own < self.least:
             said = [f"{self.own} or {said[0]}", *said[1:]]
+        if self.zero_is_none and said:
+            said = [f"0 or {said[0]}", *said[1:]]
         return ", ".join([*said, *(["finite"] if self.finite else [])])
 
     def said(self, value: Any) -> Any:
@@ -103,7 +105,7 @@ class Rule:
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError, naming the field, for a value that breaks the rule."""
         value = self.said(value)
-        if value == self.own:
+        if value == self.own or (self.zero_is_none and value == 0):
             return
         if reason := self.broken_by(value):
             own = "" if self.own is _NOTHING else f" ({self.own!r} leaves it to the mixer)"

@@ -8,6 +8,7 @@ def remarks(config: Config) -> list[str]:
     """One line per warning, beginning with the field's name."""
     values, defaults = flatten(config), flatten(Config())
     optimizer, run = config.optimizer, config.run
+    is_task = config.data.path.startswith("task:")
     found = []
     if optimizer.schedule != "constant" and run.steps > optimizer.decay_steps:
         rate = optimizer.learning_rate * optimizer.final_learning_rate
@@ -24,6 +25,10 @@ def remarks(config: Config) -> list[str]:
             optimizer.schedule != "constant",
             "optimizer.schedule = 'constant' never decays",
         ),
+        ("data.eval_tail", not is_task, "a task draws examples for its evaluation"),
+        ("run.sample_prompt", not is_task, "a task has no text to continue"),
+        ("run.sample_tokens", not is_task, "a task has no text to continue"),
+        ("run.eval_batches", run.eval_every > 0, "run.eval_every = 0 makes no evaluation"),
     ):
         if not is_read and values[field] != defaults[field]:
             found.append(f"{field} = {values[field]!r} is not used: {why}")

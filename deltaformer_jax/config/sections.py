@@ -102,7 +102,8 @@ class ModelConfig:
     rope_base: float = setting(
         10_000.0,
         "Base of the rotary embedding: the slowest pair of features turns by about 1/rope_base radian per "
-        "token. Must be above 1. 0: no rotary embedding.",
+        "token. 0: no rotary embedding.",
+        above=1,
         none=0.0,
         zero_is_none=True,
         finite=True,

@@ -17,6 +17,8 @@ continues where it was. Exit code 0 if DIR holds the corpus; otherwise 2, with o
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -30,6 +32,9 @@ from deltaformer_jax.data.corpus import MANIFEST_FILE, SPLITS, Corpus
 from deltaformer_jax.data.sources import STDLIB, Unreadable
 from deltaformer_jax.data.sources.left_out import LEFT_OUT_FILE
 from deltaformer_jax.host.paths import expand
+from deltaformer_jax.host.waiting import say_aside, waiting
+
+PROGRAM = "deltaformer_jax.data.prepare"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,27 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-            corpus = prepare_corpus(
-                flags.source,
-                flags.out,
-                tokenizer=flags.tokenizer,
-                workers=flags.workers,
-                eval_fraction=flags.eval_fraction,
-                text_field=flags.text_field,
-                separator=flags.separator.replace("\\n", "\n"),
-                on_error=flags.on_error,
-                force=flags.force,
-                progress=sys.stderr.isatty(),
-            )
+            with _says_so(flags):
+                corpus = prepare_corpus(
+                    flags.source,
+                    flags.out,
+                    tokenizer=flags.tokenizer,
+                    workers=flags.workers,
+                    eval_fraction=flags.eval_fraction,
+                    text_field=flags.text_field,
+                    separator=flags.separator.replace("\\n", "\n"),
+                    on_error=flags.on_error,
+                    force=flags.force,
+                    progress=sys.stderr.isatty(),
+                )
     except (ValueError, OSError) as error:
         hint = "; --on_error skip leaves out what cannot be read" if isinstance(error, Unreadable) else ""
         if hint and can_go_on(flags.out):
             hint += ", and the finished part is kept"
-        print(f"error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {' '.join(str(error).splitlines())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         rest = "; the same command continues from here" if can_go_on(flags.out) else ""
-        print(f"error: interrupted; {flags.out} is unchanged{rest}", file=sys.stderr)
+        print(f"{PROGRAM}: error: interrupted; {flags.out} is unchanged{rest}", file=sys.stderr)
         return 130
     print(f"{corpus.path}: {'is there already' if already else 'prepared'}, vocabulary {corpus.tokenizer.vocab_size}")
     for name in SPLITS:
@@ -101,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  the eval split has no documents: evaluation needs more, a larger --eval_fraction or, in training,")
         print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
     return 0
+
+
+def _says_so(flags: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Without a bar, in a log or a pipe, a line about the work, again with the seconds so far."""
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    learning = "learning a tokenizer and " if flags.tokenizer.startswith("bpe:") else ""
+    return waiting(f"{learning}preparing {flags.source}", say_aside)
 
 
 def _print_left_out(corpus: Corpus) -> None:

@@ -118,6 +118,11 @@ def generate_batch(
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: has no token; begin it with the document separator")
+    for number, prompt in enumerate(prompts):
+        outside = [int(token) for token in prompt if not 0 <= token < model.embedding.vocab_size]
+        if outside:
+            last = model.embedding.vocab_size - 1
+            raise ValueError(f"prompts[{number}] has the id {outside[0]}: ids must be from 0 to {last}")
     check_sampling(tokens, temperature, top_k, top_p, seed)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)

@@ -37,7 +37,7 @@ def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Ite
         yield
         return
     if "://" in folder:
-        note(f"{given}: an object store has no locks; see to it that no other process writes there")
+        note(f"{given}: an object store has no locks; make sure that no other process writes there")
         yield
         return
     path = Path(folder, lock_file(name))

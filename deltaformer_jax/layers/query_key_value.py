@@ -19,7 +19,7 @@ from flax import nnx
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
 from deltaformer_jax.layers.linear import kernel, product_flops
 from deltaformer_jax.layers.norms import RMSNorm
-from deltaformer_jax.layers.rotary import rotate
+from deltaformer_jax.layers.rotary import check_rotary, rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
 
@@ -116,10 +116,4 @@ def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, 
             raise ValueError(f"{name}={size} must be at least 1")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-    if rope_base is not None and head_dim % 2:
-        raise ValueError(
-            f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
-            "that off"
-        )
-    if rope_base is not None and rope_base <= 1:
-        raise ValueError(f"rope_base={rope_base} must be greater than 1")
+    check_rotary(head_dim, rope_base)

@@ -13,6 +13,19 @@ import jax.numpy as jnp
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
+def check_rotary(head_dim: int, base: float | None) -> None:
+    """Raise ValueError, naming the argument, for a head or a base that cannot be rotated. None: no rotary embedding."""
+    if base is None:
+        return
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
+            "that off"
+        )
+    if not base > 1:  # NaN too
+        raise ValueError(f"rope_base={base} must be greater than 1; None (0 in a config) means no rotary embedding")
+
+
 def rotate(x, positions, base: float):
     """x `[B,T,H,K]` with K even, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
 

@@ -10,6 +10,7 @@ unfinished one while it is generated, the others after it. Messages go to stderr
 batch. Wrong input gives one line on stderr and exit code 2.
 """
 
+import itertools
 import os
 import sys
 
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
-            raise ValueError(f"samples = {flags.samples}: give 1 or more")
+            raise ValueError(f"--samples {flags.samples}: give 1 or more")
         prompts = read_prompts(flags.prompt, flags.prompts)
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
         streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
-        for tokens in generate_batch(
+        steps = generate_batch(
             model,
             [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
             flags.tokens,
@@ -102,7 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
             top_k=flags.top_k,
             top_p=flags.top_p,
             seed=flags.seed,
-        ):
+        )
+        # The first token compiles the prompts' program, the second one that of a step.
+        with waiting("compiling the model for these prompts", say_aside):
+            first = list(itertools.islice(steps, 2))
+        for tokens in itertools.chain(first, steps):
             for i, (stream, token) in enumerate(zip(streams, tokens)):
                 if not stream.finish:
                     output.add(i, stream.push(int(token)), stream.finish)

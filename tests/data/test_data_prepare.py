@@ -16,7 +16,7 @@ import pytest
 from support.program_run import ours
 
 from deltaformer_jax.data import build, corpus, load_corpus, prepare_corpus, shards, train_bpe
-from deltaformer_jax.data.prepare import main
+from deltaformer_jax.data.prepare import PROGRAM, main
 from deltaformer_jax.data.unfinished import open_unfinished, try_open
 
 TEXTS = [f"Document {i}: größer, 日本, 🙂.\n" * (1 + i % 5) for i in range(50)]
@@ -322,7 +322,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(build, "tokenize_units", units)
     arguments = [str(source), "--out", str(tmp_path / "out")]
     assert main(arguments) == 130
-    assert capsys.readouterr().err == f"error: interrupted; {tmp_path / 'out'} is unchanged; " + (
+    assert capsys.readouterr().err == f"{PROGRAM}: error: interrupted; {tmp_path / 'out'} is unchanged; " + (
         "the same command continues from here\n"
     )
     monkeypatch.setattr(build, "tokenize_units", really)
@@ -386,7 +386,7 @@ def test_a_full_disk(tmp_path):
     arguments = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1", "--eval_fraction", "0"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
     printed = ours(done.stderr)
-    assert done.returncode == 2 and printed.startswith("error: cannot write the corpus: "), printed
+    assert done.returncode == 2 and printed.startswith(f"{PROGRAM}: error: cannot write the corpus: "), printed
     assert printed.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
@@ -403,7 +403,7 @@ def test_interrupted_from_the_keyboard_with_workers(tmp_path):
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=120)
-    assert process.returncode == 130 and ours(printed) == f"error: interrupted; {out} is unchanged\n"
+    assert process.returncode == 130 and ours(printed) == f"{PROGRAM}: error: interrupted; {out} is unchanged\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -460,7 +460,7 @@ def test_one_clear_error(tmp_path, capsys, case):
     before = sorted(tmp_path.rglob("*"))
     assert main([str(source), "--out", str(tmp_path / "out"), "--workers", "1", *flags]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert printed.err.startswith(f"{PROGRAM}: error: ") and message in printed.err and printed.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -470,7 +470,7 @@ def test_an_error_in_a_worker_process_is_the_same_error(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     printed = ours(done.stderr)
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and "line 51: no field" in printed
+    assert printed.startswith(f"{PROGRAM}: error: ") and printed.count("\n") == 1 and "line 51: no field" in printed
 
 
 def test_lines_are_counted_over_the_whole_file(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax.data import build, prepare_corpus, shards, train_bpe
-from deltaformer_jax.data.prepare import main
+from deltaformer_jax.data.prepare import PROGRAM, main
 from deltaformer_jax.data.sources import Unreadable, long_record, open_source, parquet, units
 from deltaformer_jax.data.sources.content import decoded, split
 from deltaformer_jax.data.sources.long_record import long_text
@@ -269,7 +269,7 @@ def test_files_that_cannot_be_read_are_named_or_left_out(tmp_path, capsys, token
     for name in names:
         assert main([str(tmp_path / "in" / name), "--out", str(tmp_path / "no"), *flags]) == 2
         printed = capsys.readouterr().err
-        assert printed.startswith(f"error: {tmp_path}/in/{name}") and printed.count("\n") == 1, printed
+        assert printed.startswith(f"{PROGRAM}: error: {tmp_path}/in/{name}") and printed.count("\n") == 1, printed
     assert main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), *flags, "--on_error", "skip"]) == 0
     printed = capsys.readouterr().out
     assert f"left out {len(names)} documents or files" in printed and "2 documents" in printed

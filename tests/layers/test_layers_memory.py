@@ -200,3 +200,9 @@ def test_a_convolution_of_one_token_has_no_tail():
     y, tail = layer(x, tail=layer.empty_tail(ROWS, jnp.float32))
     assert tail.shape == (ROWS, 0, 2, HEAD_DIM)
     np.testing.assert_allclose(y, silu(x * layer.weight[...][0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [1.0, 0.5, -3.0, float("nan")])
+def test_retention_refuses_a_base_that_cannot_turn(base):
+    with pytest.raises(ValueError, match="must be greater than 1"):
+        Retention(16, num_heads=2, head_dim=8, rope_base=base, rngs=nnx.Rngs(0))

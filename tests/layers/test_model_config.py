@@ -138,7 +138,7 @@ def test_fields_a_mixer_may_override():
         (dict(write_similarity="cosine"), "model.write_similarity='cosine'"),
         (dict(beta="sigmod"), "model.beta = 'sigmod': must be one of .*; did you mean 'sigmoid'"),
         (dict(alpha="on"), "model.alpha = 'on': must be one of off, sigmoid"),
-        (dict(rope_base=-2.0), "model.rope_base=-2.0"),
+        (dict(rope_base=-2.0), "model.rope_base = -2.0: must be above 1"),
     ],
 )
 def test_errors_name_the_field(fields, message):

@@ -101,3 +101,25 @@ def test_caches_and_arrays_from_the_host():
     expected = gated_delta_rule(Q, KEY / 4, V, initial_state=state)
     found = gated_delta_rule(*map(np.asarray, (Q, KEY / 4, V)), initial_state=np.asarray(state))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+def test_lengths_of_every_integer_type(dtype):
+    """A cache's length in a narrow type: 200 tokens and more are counted all the same."""
+    draws = np.random.default_rng(0)
+    x = jnp.asarray(draws.standard_normal((B, 120, H, K)), jnp.float32)
+    _, cache = delta_attention(x, x, x, cache=KUCache.empty(B, 300, H, H, K, K))
+    narrow = KUCache(cache.key, cache.value, cache.length.astype(dtype))
+    for given in (cache, narrow):
+        out, after = delta_attention(x, x, x, cache=given)
+        if given is cache:
+            expected = out
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(after.length, 240)
+
+
+def test_lengths_of_other_types_are_refused():
+    x = jnp.ones((B, 1, H, K))
+    empty = KUCache.empty(B, 4, H, H, K, K)
+    with pytest.raises(TypeError, match=r"cache\.length is float32: it counts tokens"):
+        delta_attention(x, x, x, cache=KUCache(empty.key, empty.value, empty.length.astype(jnp.float32)))

@@ -44,7 +44,11 @@ BAD_DELTA = [
     (dict(segment_ids=np.ones((2, 5), np.int32)), ValueError, r"segment_ids must have shape .* = \(2, 6\)"),
     (dict(segment_ids=np.ones((2, 6), np.float32)), TypeError, "segment_ids has dtype float32"),
     (dict(segment_ids=np.asarray([[1, 1, 2, 2, 1, 1]] * 2)), ValueError, "an id occurs in two separate runs"),
-    (dict(cache=KVCache.empty(2, 8, 2, 8, 5)), TypeError, "cache must be a KUCache, not KVCache"),
+    (
+        dict(cache=KVCache.empty(2, 8, 2, 8, 5)),
+        TypeError,
+        "cache must be a KUCache, not KVCache: build it with KUCache.empty",
+    ),
     (dict(cache=KUCache.empty(2, 8, 2, 4, 8, 5)), ValueError, "cache has .* build it with KUCache.empty"),
     (
         dict(cache=KUCache.empty(2, 5, 2, 2, 8, 5)),

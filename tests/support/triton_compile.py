@@ -26,8 +26,9 @@ from triton import knobs
 from pallas_kernels.triton.delta import api as delta
 from pallas_kernels.triton.delta import form
 from pallas_kernels.triton.delta import launches as delta_launches
-from pallas_kernels.triton.delta.table import SHARED_MEMORY, TABLE, WIDTHS
+from pallas_kernels.triton.delta.table import SHARED_MEMORY, TABLE
 from pallas_kernels.triton.launch import compile_for
+from pallas_kernels.triton.limits import WIDTHS
 
 CONFIGURATIONS = [
     (kernel, operands, width)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import training_cases as cases
 
+from deltaformer_jax import LanguageModel, ModelConfig
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.decoding.generate import choose, generate, generate_batch
 from deltaformer_jax.model_parts import ModelParts, merge
@@ -147,3 +149,10 @@ def test_errors_come_at_the_call(model, options, message):
     options = {"prompt": [1], "tokens": 3, **options}
     with pytest.raises(ValueError, match=message):
         generate(merge(parts, params), options.pop("prompt"), options.pop("tokens"), **options)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_an_id_outside_the_vocabulary_is_refused(token):
+    model = LanguageModel(ModelConfig(vocab_size=17, d_model=16, num_layers=1, head_dim=8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=rf"prompts\[1\] has the id {token}: ids must be from 0 to 16"):
+        generate_batch(model, [[0, 3], [1, token]], 3)

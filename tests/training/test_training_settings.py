@@ -6,11 +6,12 @@ import pytest
 from etils import epath
 from support import training_cases as cases
 
-from deltaformer_jax.config import Config, Mixer
+from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, RunConfig
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import config_names, packaged_config
 from deltaformer_jax.config.remarks import remarks
 from deltaformer_jax.config.saved import Saved, check_resumable, flatten, from_json, to_json
+from deltaformer_jax.layers.mixers.build import unused_fields
 from deltaformer_jax.training.optimiser import learning_rate_schedule
 
 
@@ -40,7 +41,6 @@ def test_every_number_has_a_bound():
         "mesh.fsdp",
         "mesh.tensor",
         "mesh.context",
-        "model.rope_base",
         "model.write_scale",
         "model.read_scale",
     }
@@ -128,6 +128,7 @@ def test_what_is_not_used_is_remarked():
     assert not remarks(cases.small_config("a/corpus"))
     for name in config_names():
         assert not remarks(packaged_config(name)), name
+        assert not unused_fields(packaged_config(name).model), name
     found = {
         "data.tokenizer = 'bpe:300' is not used": {"data__tokenizer": "bpe:300"},
         "optimizer.wsd_decay_fraction = 0.5 is not used": {"optimizer__wsd_decay_fraction": 0.5},
@@ -140,6 +141,13 @@ def test_what_is_not_used_is_remarked():
         (line,) = remarks(cases.small_config("a/corpus", **fields))
         assert line.startswith(text)
     assert not remarks(cases.small_config("", data__tokenizer="bpe:300"))
+    run = RunConfig(eval_batches=3, eval_every=0, sample_prompt="x")
+    task = Config(data=DataConfig(path="task:parity", eval_tail=0.1), run=run)
+    assert [line.partition(" = ")[0] for line in remarks(task)] == [
+        "data.eval_tail",
+        "run.sample_prompt",
+        "run.eval_batches",
+    ]
     assert not remarks(
         cases.small_config("a", run__steps=30, optimizer__schedule="constant", optimizer__decay_steps=1000)
     )
@@ -149,3 +157,21 @@ def test_the_rate_past_the_schedule_is_the_one_remarked():
     for schedule in ("cosine", "wsd"):
         config = cases.small_config("a", run__steps=30, optimizer__schedule=schedule)
         assert f"{float(learning_rate_schedule(config.optimizer)(29)):.6g}" in remarks(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "fields"),
+    [
+        ("softmax_attention", dict(chunk_size=128)),
+        ("softmax_attention", dict(value_dim=16)),
+        ("linear_attention", dict(conv_size=4)),
+        ("linear_attention", dict(output_gate="on")),
+        ("delta_net", dict(rope_base=500.0)),
+        ("delta_net", dict(num_kv_heads=2)),
+        ("delta_net", dict(num_kv_heads=8, num_heads=8)),
+        ("retention", dict(rope_base=500.0)),
+    ],
+)
+def test_a_mixers_field_that_none_takes_is_found(mixer, fields):
+    used = "num_heads" in fields or mixer == "retention"
+    assert unused_fields(ModelConfig(mixers=(mixer,), **fields)) == ([] if used else list(fields))

@@ -97,14 +97,20 @@ def check_mixers(config: ModelConfig) -> None:
         known = constructor_names(mixer)
         for name, value in mixer.overrides:
             if name not in known:
-                raise ValueError(
-                    f"model.mixers: an override of {mixer.name}: {name!r} is not one of {', '.join(map(repr, known))}"
-                    f"{nearest(name, known)}"
-                )
+                options = f"is not one of {', '.join(map(repr, known))}" if known else "is not taken: it has no options"
+                raise ValueError(f"model.mixers: an override of {mixer.name}: {name!r} {options}{nearest(name, known)}")
             if mixer.name in MIXERS:
                 check_field(f"model.mixers: {mixer.name}, {name}", FIELDS[name], value, strict=False)
-    there = {name for mixer in config.mixers for name in mixer_fields(mixer)}
-    for name, field in FIELDS.items():
-        value = getattr(config, name)
-        if rule_of(field).must_be_used and name not in there and value != field.default:
+    for name in unused_fields(config):
+        if rule_of(FIELDS[name]).must_be_used:
+            value = getattr(config, name)
             raise ValueError(f"model.{name} = {value!r}: no mixer in model.mixers = {config.mixers} takes this field")
+
+
+def unused_fields(config: ModelConfig) -> list[str]:
+    """The mixers' fields that have another value than their default, although no mixer of the model takes them."""
+    taken = {name for mixer in config.mixers for name in mixer_fields(mixer)}
+    theirs = {name for mixer in MIXERS for name in mixer_fields(mixer)} - taken - {"norm_epsilon"}  # blocks use it too
+    if config.num_kv_heads == config.num_heads:
+        theirs -= {"num_kv_heads"}  # says what holds of every mixer
+    return [name for name, field in FIELDS.items() if name in theirs and getattr(config, name) != field.default]

@@ -17,7 +17,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.padding import clear_padding, default_positions
-from deltaformer_jax.layers.rotary import rotate
+from deltaformer_jax.layers.rotary import check_rotary, rotate
 
 
 class Retention(nnx.Module):
@@ -47,11 +47,7 @@ class Retention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width = value_dim or head_dim
-        if rope_base is not None and head_dim % 2:
-            raise ValueError(
-                f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
-                "that off"
-            )
+        check_rotary(head_dim, rope_base)
         self.inputs = MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=0, dtype=dtype, rngs=rngs)
         self.output = MemoryOutput(
             d_model,

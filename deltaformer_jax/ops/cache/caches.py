@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deltaformer_jax.ops.common.checks import check_count, check_float, check_size, concrete_value
+from deltaformer_jax.ops.common.checks import as_int32, check_count, check_float, check_size, concrete_value
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -161,9 +161,13 @@ def _token_first(shape):
 
 
 def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
-    """Raise if `cache` is not a `kind` with the shapes that the other arguments need."""
+    """`cache` with an int32 length. Raises if it is not a `kind` with the shapes that the other arguments need."""
     if not isinstance(cache, kind):
-        raise TypeError(f"cache must be a {kind.__name__}, not {type(cache).__name__}")
+        raise TypeError(
+            f"cache must be a {kind.__name__}, not {type(cache).__name__}: build it with {kind.__name__}.empty"
+        )
+    if not jnp.issubdtype(cache.length.dtype, jnp.integer):
+        raise TypeError(f"cache.length is {cache.length.dtype}: it counts tokens, so give integers [batch]")
     check_float("cache.key", cache.key_by_head.dtype)
     check_float("cache.value", cache.value_by_head.dtype)
     batch, _, heads, width = key.shape
@@ -182,6 +186,7 @@ def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
             "cache and log_decay must go together: give log_decay in every call or in none, and build an empty cache "
             f"for it with {kind.__name__}.empty(..., decay_heads=the number of query heads)"
         )
+    return cache.with_arrays(length=as_int32(cache.length))
 
 
 def check_room(cache, segment_ids, time, window=None):

@@ -54,7 +54,9 @@ def compress_cache(
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, section 3.3.1 and appendix C.
     """
     if not isinstance(cache, KUCache):
-        raise TypeError(f"cache must be a KUCache, not {type(cache).__name__}")
+        raise TypeError(
+            f"cache must be a KUCache, not {type(cache).__name__}: delta_attention(..., cache=) returns one"
+        )
     similarity, arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
     keys = _checked_keys(cache, keys)
     slots, width = keys.shape[1], keys.shape[3]

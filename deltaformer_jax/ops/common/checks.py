@@ -188,7 +188,8 @@ def check_write_query(write_query, query, key):
     """Raise if `write_query` is not an array [B, T, Hu, K] of key's dtype. Hu must be the number of key heads or of
     query heads; if `query` is None, any multiple of the number of key heads."""
     if not hasattr(write_query, "ndim") or write_query.ndim != 4:
-        raise ValueError('write_query must be "key", "query" or an array [batch, time, heads, width]')
+        found = f"an array of shape {tuple(write_query.shape)}" if hasattr(write_query, "shape") else repr(write_query)
+        raise ValueError(f'write_query is {found}: give "key", "query" or an array [batch, time, heads, width]')
     if write_query.dtype != key.dtype:
         raise TypeError(f"write_query is {write_query.dtype} but key is {key.dtype}: cast them to one dtype")
     if write_query.shape[:2] != key.shape[:2] or write_query.shape[3] != key.shape[3]:

@@ -119,7 +119,7 @@ def delta_attention(
     held = (write_arrays, read_arrays)
     if cache is not None:
         write_heads = query.shape[2] if own_query else _write_heads(write_query, key)
-        check_cache(cache, KUCache, key, write_heads, value.shape[3])
+        cache = check_cache(cache, KUCache, key, write_heads, value.shape[3])
         check_room(cache, segment_ids, key.shape[1])
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(

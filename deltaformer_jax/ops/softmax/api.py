@@ -100,7 +100,7 @@ def causal_attention(
     plan = Plan(scale, window, default_chunk(key.shape[1]))
     if cache is not None:
         decay_heads = None if log_decay is None else query.shape[2]
-        check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
+        cache = check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
         check_room(cache, segment_ids, key.shape[1], window)
         if implementation in BACKENDS["softmax"]:
             raise NotImplementedError(

@@ -41,10 +41,9 @@ from pallas_kernels.triton.delta.launches import (
 )
 from pallas_kernels.triton.delta.similarity import LOG2_E
 from pallas_kernels.triton.delta.table import Tile
+from pallas_kernels.triton.limits import unsupported
 
 SIMILARITIES = ("linear", "relu", "exp", "softmax", "round")
-DTYPES = ("bfloat16", "float16", "float32")
-WIDEST = 256
 
 # The implementations of the op that have all derivatives.
 _DIFFERENTIABLE = "'parallel' or 'recurrent'"
@@ -88,13 +87,11 @@ class Settings:
 
 def lacks(settings: Settings, key, value) -> str | None:
     """Why these kernels do not support this call, or None if they do."""
-    if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
-        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value is {value.dtype}"
+    if reason := unsupported(key, value):
+        return reason
     others = {x.name for x in (settings.write, settings.read) if x is not None} - {"softmax"}
     if str(key.dtype) == "float16" and others:
         return f"its kernels support {others.pop()!r} in bfloat16 and float32 only; float16 needs softmax"
-    if max(key.shape[3], value.shape[3]) > WIDEST:
-        return f"its kernels take head dimensions up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
     try:
         for name, kappa in (("write", settings.write), ("read", settings.read)):
             if kappa is not None:

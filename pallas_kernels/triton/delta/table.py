@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.triton.limits import WIDTHS
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -31,7 +33,6 @@ class Tile:
 # Bytes of shared memory that one thread block may have, by compute capability.
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 
-WIDTHS = (64, 128, 256)
 
 # Compute capability -> (kernel, kind of operands: form.operands) -> the tiles for WIDTHS; None: no tile fits. "tied_"
 # kernels are the write kernels with the read in them; only softmax has them.

@@ -21,19 +21,17 @@ import functools
 
 from pallas_kernels.transform import transformable
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.api import DTYPES, WIDEST
 from pallas_kernels.triton.gated.call import Settings, is_narrow, largest_width
 from pallas_kernels.triton.gated.channels import launches as channels
 from pallas_kernels.triton.gated.heads import launches as heads
 from pallas_kernels.triton.gated.table import chunk_rows
+from pallas_kernels.triton.limits import unsupported
 
 
 def lacks(settings: Settings, key, value, log_decay) -> str | None:
     """Why these kernels do not support this call, or None if they do."""
-    if str(key.dtype) not in DTYPES or key.dtype != value.dtype:
-        return f"its kernels take one dtype of {', '.join(DTYPES)}; key is {key.dtype} and value is {value.dtype}"
-    if max(key.shape[3], value.shape[3]) > WIDEST:
-        return f"its kernels take head dimensions up to {WIDEST}; keys have {key.shape[3]} and values {value.shape[3]}"
+    if reason := unsupported(key, value):
+        return reason
     try:
         chunk_rows(settings.capability, largest_width(key, value), is_narrow(value))
     except NotImplementedError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.triton.delta.table import WIDTHS
+from pallas_kernels.triton.limits import WIDTHS
 
 
 @dataclasses.dataclass(frozen=True)
