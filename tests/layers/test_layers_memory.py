@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.layers_cases import (
     D_MODEL,
     HEAD_DIM,
