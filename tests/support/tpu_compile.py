@@ -20,7 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 pytest.importorskip("libtpu", reason="libtpu is in the dependency group `kernels`, on Linux")
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-EVERY_TPU = ["v5e", *(pytest.param(name, marks=pytest.mark.other_devices) for name in TPUS if name != "v5e")]
+EVERY_TPU = ["v5e", *(pytest.param(name, marks=pytest.mark.rare) for name in TPUS if name != "v5e")]
 
 
 @functools.cache

@@ -87,8 +87,13 @@ def test_every_large_config_is_in_the_table():
     assert elsewhere == ["deltaformer_340m.py"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", table())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("deltaformer_340m", "hybrid_340m") else pytest.mark.rare)
+        for name in table()
+    ],
+)
 def test_the_table_is_what_the_command_prints(name, tmp_path):
     """Without these tests' XLA_FLAGS, by which programs take other memory."""
     others = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}

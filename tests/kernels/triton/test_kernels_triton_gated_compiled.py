@@ -44,7 +44,7 @@ def test_sm_90_with_less(less):
         assert spilled == 0
 
 
-@pytest.mark.other_devices
+@pytest.mark.rare
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("capability", [80, 100, 120])
 @pytest.mark.parametrize("kernel, decay", ALL_KERNELS)

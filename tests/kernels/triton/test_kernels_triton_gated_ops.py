@@ -117,7 +117,8 @@ def test_on_a_cpu_none_is_chunked(case):
         out, pull = jax.vjp(lambda x: call(case, x, implementation, SEGMENTS), inputs)
         return out, pull(cotangents)
 
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(both, static_argnums=0)(None), both("chunked"))
+    run = jax.jit(both, static_argnums=0)
+    jax.tree.map(np.testing.assert_array_equal, run(None), run("chunked"))
 
 
 def test_without_the_packages_it_says_which(monkeypatch):

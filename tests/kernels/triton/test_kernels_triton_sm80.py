@@ -8,7 +8,7 @@ from support.triton_compile import ONE_WIDTH, compiled, launch_of
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY
 
-pytestmark = pytest.mark.other_devices
+pytestmark = pytest.mark.rare
 
 
 @pytest.mark.parametrize("kernel, operands, width", ONE_WIDTH)
