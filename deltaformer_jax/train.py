@@ -84,12 +84,14 @@ def main() -> None:
 
 def _unused(config: Any) -> list[str]:
     """A line for each field of mixers that none of the model's takes. Imports the mixers, and so jax."""
-    from deltaformer_jax.layers.mixers.build import unused_fields
+    from deltaformer_jax.config.fields import rule_of
+    from deltaformer_jax.layers.mixers.build import FIELDS, unused_fields
 
-    names = unused_fields(config.model)
+    # Those that must be used are refused later, when the model is made.
+    names = [name for name in unused_fields(config.model) if not rule_of(FIELDS[name]).must_be_used]
+    values = {name: getattr(config.model, name) for name in names}
     return [
-        f"model.{name} = {getattr(config.model, name)!r} is not used: no mixer in model.mixers takes it"
-        for name in names
+        f"model.{name} = {value!r} is not used: no mixer in model.mixers takes it" for name, value in values.items()
     ]
 
 
