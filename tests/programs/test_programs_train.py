@@ -106,8 +106,9 @@ def test_a_second_signal_stops_at_once(base, tmp_path):
         "--config.optimizer.accumulation_steps=64",  # else a machine that compiles fast runs out of memory
     ]
     process = start([f"--workdir={tmp_path / 'run'}", *flags, *slow], environment, tmp_path)
-    while "compiling" not in process.stdout.readline():
+    while "tokens per step" not in process.stdout.readline():  # compiled: the first step is next
         assert process.poll() is None
+    time.sleep(3)
     for _ in range(2):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
