@@ -143,7 +143,7 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     given = ["--workdir", workdir, "--prompt", "a"]
     assert "tokens = 0" in error(capsys, sample.main, *given, "--tokens", 0)
     assert "top_p = 2.0" in error(capsys, sample.main, *given, "--top_p", 2)
-    assert "samples = 0" in error(capsys, sample.main, *given, "--samples", 0)
+    assert "--samples 0: give 1 or more" in error(capsys, sample.main, *given, "--samples", 0)
     assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
     (tmp_path / "empty").write_bytes(b"")
     empty = error(capsys, sample.main, "--workdir", workdir, "--prompts", tmp_path / "empty")
