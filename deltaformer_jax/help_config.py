@@ -8,7 +8,8 @@ import textwrap
 from typing import NamedTuple
 
 from deltaformer_jax.config import Config
-from deltaformer_jax.config.fields import meaning_of, nearest, rule_of
+from deltaformer_jax.config.fields import meaning_of, rule_of
+from deltaformer_jax.host.spelling import did_you_mean
 
 
 class Setting(NamedTuple):
@@ -55,7 +56,7 @@ def about(word: str | None) -> str:
     ]
     if not chosen:
         fields = [setting.name.partition(".")[2] for setting in everything]
-        raise ValueError(f"--help_config: no setting's name or meaning contains {word!r}{nearest(word, fields)}")
+        raise ValueError(f"--help_config: no setting's name or meaning contains {word!r}{did_you_mean(word, fields)}")
     return "\n\n".join(_entry(setting) for setting in chosen)
 
 

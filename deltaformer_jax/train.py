@@ -48,7 +48,7 @@ def main() -> None:
             from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
 
             with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
-                command = parse(sys.argv, str(config_folder() / "tiny.py"), usage())
+                command = parse(sys.argv, str(config_folder() / "tiny.py"))
             noticed = remarks(command.config)
             if command.dry_run:
                 for line in noticed:

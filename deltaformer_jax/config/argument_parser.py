@@ -1,13 +1,14 @@
-"""argparse with one-line errors that name the nearest flag, and exit code 2. It imports nothing of this package."""
+"""argparse with one-line errors that name the nearest flag, and exit code 2. It imports the standard library only."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from deltaformer_jax.host.spelling import did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -37,8 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _nearest(self, name: str) -> str:
         known = [flag for flag in self._flags if flag.startswith("--")]
-        near = difflib.get_close_matches(f"--{name.lstrip('-')}", known, n=1, cutoff=0.5)
-        return f"; did you mean {near[0]}?" if near else f"; the flags are {', '.join(known)}"
+        return did_you_mean(f"--{name.lstrip('-')}", known, f"; the flags are {', '.join(known)}")
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")

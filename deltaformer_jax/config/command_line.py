@@ -1,7 +1,6 @@
 """The command line of train.py: parsing, checks, and one-line errors."""
 
 import dataclasses
-import difflib
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
 from deltaformer_jax.config.saved import Saved, flatten
 from deltaformer_jax.host.paths import expand
+from deltaformer_jax.host.spelling import did_you_mean, nearest
 
 # Flag -> whether it takes a value, for the flags that are not config fields.
 OWN = {"config": True, "workdir": True, "resume": False, "dry_run": False}
@@ -33,15 +33,12 @@ class Command(NamedTuple):
     resume: bool  # whether a workdir without a run is refused
 
 
-def parse(argv: list[str], default_config: str, usage: str) -> Command:
+def parse(argv: list[str], default_config: str) -> Command:
     """Parse the command line `argv` (argv[0] is the program) into a checked Config and the other flags.
 
     Without --config the config comes from the run in --workdir if there is one, and from `default_config` otherwise.
-    --help prints `usage` and exits. Raises ValueError, OSError or absl's flags.Error with a one-line message.
+    Raises ValueError, OSError or absl's flags.Error with a one-line message.
     """
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv[1:]):
-        print(usage.strip())
-        sys.exit(0)
     _check_flags(argv)
     workdir = _value_of("workdir", argv)
     path = _value_of("config", argv)
@@ -121,13 +118,13 @@ def _check_flags(argv: list[str]) -> None:
         if flag in OWN or flag.removeprefix("no") in OWN or flag in ("flagfile", "undefok"):  # absl adds the last two
             continue
         if not flag.removeprefix("no").startswith("config."):
-            near = difflib.get_close_matches(flag, [*OWN, "help_config"], n=1)
-            hint = f"; did you mean --{near[0]}?" if near else _nearest(flag.replace("-", "_"), known, LISTING)
+            near = nearest(flag, [*OWN, "help_config"])
+            hint = f"; did you mean --{near}?" if near else _nearest_field(flag.replace("-", "_"), known, LISTING)
             raise ValueError(f"--{flag}: no such flag{hint}")
         if field in sections:
             raise ValueError(f"--config.{field}: is a section; set one of its fields: --config.{field}.FIELD=VALUE")
         if field not in known:
-            raise ValueError(f"--config.{field}: no such field{_nearest(field, known)}")
+            raise ValueError(f"--config.{field}: no such field{_nearest_field(field, known)}")
 
 
 def _flags(argv: list[str]) -> Iterator[str]:
@@ -154,17 +151,15 @@ def _nearest_keyword(text: str) -> str:
     for section in (Config, *(field.default_factory for field in dataclasses.fields(Config))):
         if section.__name__ == found[1]:
             names = [field.name for field in dataclasses.fields(section)]
-            near = difflib.get_close_matches(found[2], names, n=1, cutoff=0.5)
-            return f"; did you mean {near[0]}?" if near else f"; its fields are {', '.join(names)}"
+            return did_you_mean(found[2], names, f"; its fields are {', '.join(names)}")
     return ""
 
 
-def _nearest(field: str, known: list[str], otherwise: str = "") -> str:
+def _nearest_field(field: str, known: list[str], otherwise: str = "") -> str:
     # A field of this name in another section is the likeliest meaning; next, a field with a similar spelling.
     last = field.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == last]
-    near = same or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean --config.{near[0]}?"
+    same = next((name for name in known if name.rpartition(".")[2] == last), None)
+    if near := same or nearest(field, known):
+        return f"; did you mean --config.{near}?"
     sections = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
     return f"; {otherwise or f'the sections are {sections}'}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any
 
 from deltaformer_jax.config.imports import import_object, is_import
 from deltaformer_jax.config.mixer import Mixer
+from deltaformer_jax.host.spelling import did_you_mean
 
 _NOTHING = object()  # no value is this one
 
@@ -99,7 +99,7 @@ class Rule:
             return f"must be at most {self.most}"
         choices = tuple(self.choices() if callable(self.choices) else self.choices)
         if choices and value not in choices:
-            return f"must be one of {', '.join(choices)}{nearest(value, choices)}"
+            return f"must be one of {', '.join(choices)}{did_you_mean(value, choices)}"
         return None
 
     def check(self, name: str, value: Any) -> None:
@@ -110,12 +110,6 @@ class Rule:
         if reason := self.broken_by(value):
             own = "" if self.own is _NOTHING else f" ({self.own!r} leaves it to the mixer)"
             raise ValueError(f"{name} = {value!r}: {reason}{own}")
-
-
-def nearest(given: Any, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" with the name closest to the given one, or "" if none is close."""
-    near = difflib.get_close_matches(str(given), list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def setting(default: Any, meaning: str, **rule: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import deltaformer_jax
+from deltaformer_jax.host.spelling import nearest
 
 if TYPE_CHECKING:
     from deltaformer_jax.config import Config
@@ -48,9 +48,8 @@ def find_config(given: str, folder: Path) -> str:
         return f"{named}{colon}{argument}"
     own = sorted(folder.rglob("*.py"))
     others = sorted({*file.parent.glob("*.py"), *own})
-    near = difflib.get_close_matches(file.stem, [path.stem for path in others], n=1)
-    if near:
-        hint = f"did you mean {next(_short(path, folder) for path in others if path.stem == near[0])}?"
+    if near := nearest(file.stem, [path.stem for path in others]):
+        hint = f"did you mean {next(_short(path, folder) for path in others if path.stem == near)}?"
     else:
         hint = f"there are: {', '.join(_short(path, folder) for path in own)}"
     raise FileNotFoundError(f"--config {given}: no such file, and no config of that name; {hint}")

@@ -1,9 +1,10 @@
-"""Paths that a user gives. Every flag and every config field that is a path goes through `expand`."""
+"""Paths that a user gives, which all go through `expand`, and files that are written whole."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from typing import Any
 
 
 def expand(path: str | os.PathLike) -> str:
@@ -18,3 +19,10 @@ def expand(path: str | os.PathLike) -> str:
 def to_paste(*words: object) -> str:
     """The words of a command, quoted for a shell, so that a printed command can be pasted."""
     return shlex.join(map(str, words))
+
+
+def write_whole(path: Any, content: bytes) -> None:
+    """Write a file, so that an interruption leaves the old file or the new one, whole. `path` may be an epath.Path."""
+    part = path.parent / f"{path.name}.part"
+    part.write_bytes(content)
+    part.replace(path)

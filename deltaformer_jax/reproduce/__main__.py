@@ -9,7 +9,6 @@ two minutes. Without NAME the program lists the names. Wrong input gives one lin
 """
 
 import argparse
-import difflib
 import io
 import sys
 
@@ -20,7 +19,8 @@ from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.host import called
 from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.host.lock import alone
-from deltaformer_jax.host.paths import expand, to_paste
+from deltaformer_jax.host.paths import expand, to_paste, write_whole
+from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.reproduce.experiment import NAMES, load
 
@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with one_line_errors(PROGRAM):
         if flags.name not in NAMES:
-            near = difflib.get_close_matches(flags.name, NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(flags.name, NAMES)
             raise ValueError(f"{flags.name!r} is not an experiment: give one of {', '.join(NAMES)}{hint}")
         if not flags.out:
             raise ValueError("--out: give a folder for the results")
@@ -106,11 +105,9 @@ def reproduce(name: str, out: epath.Path, quick: bool = False, force: bool = Fal
     show(experiment.rows(notebook.done))
     drawn = out / f"{name}.png"
     if begun or not drawn.exists():
-        # Written to another file and renamed: an interruption leaves the old picture or the new one, both whole.
-        picture, part = io.BytesIO(), out / f"{name}.png.part"
+        picture = io.BytesIO()
         experiment.figure(notebook.done).savefig(picture, format="png", dpi=150)
-        part.write_bytes(picture.getvalue())
-        part.replace(drawn)
+        write_whole(drawn, picture.getvalue())
     print(f"{notebook.path}\n{drawn}")
     return True
 

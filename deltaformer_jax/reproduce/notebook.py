@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 import deltaformer_jax
+from deltaformer_jax.host.paths import write_whole
 from deltaformer_jax.reproduce.unfinished import ADVICE
 
 
@@ -73,10 +74,7 @@ class Notebook:
             "machine": self.machine,
             "cells": self.done,
         }
-        # Written to another file and renamed: an interruption leaves the old file or the new one, both whole.
-        part = self.path.parent / (self.path.name + ".part")
-        part.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n")
-        part.replace(self.path)
+        write_whole(self.path, (json.dumps(page, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.host.paths import write_whole
+
 MARKER = "made_by_deltaformer_jax_reproduce.txt"
 STAGES = "stages"  # the folder of a cell's runs, which have a folder each
 PROGRESS, SECONDS = "progress.json", "seconds.json"
@@ -59,16 +61,9 @@ def _remove_if_empty(folder: epath.Path) -> list[str]:
     return left
 
 
-def _write(path: epath.Path, content: bytes) -> None:
-    # Written to another file and renamed: an interruption leaves the old file or the new one, both whole.
-    part = path.parent / (path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def save(folder: epath.Path, settings: dict[str, Any], progress: dict[str, Any]) -> None:
     """Write a cell's progress, plain JSON, with the cell's settings."""
-    _write(folder / PROGRESS, json.dumps({"settings": settings, "progress": progress}).encode())
+    write_whole(folder / PROGRESS, json.dumps({"settings": settings, "progress": progress}).encode())
 
 
 def load(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -134,4 +129,4 @@ class Clock:
     def save(self) -> None:
         self._saved = time.perf_counter()
         if (self._folder / MARKER).exists():
-            _write(self._folder / SECONDS, json.dumps(self.parts).encode())
+            write_whole(self._folder / SECONDS, json.dumps(self.parts).encode())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from typing import Any
 
+from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.tasks.formal_languages import (
     DuplicateString,
     ModularArithmetic,
@@ -41,7 +41,7 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, *parts = [part.strip() for part in spec.removeprefix(PREFIX).split(",")]
     if name not in TOKEN_TASKS:
-        raise ValueError(f"{spec!r}: no task {name!r}{_nearest(name, TOKEN_TASKS)}")
+        raise ValueError(f"{spec!r}: no task {name!r}{_hint(name, TOKEN_TASKS)}")
     types = typing.get_type_hints(TOKEN_TASKS[name])
     fields = [field.name for field in dataclasses.fields(TOKEN_TASKS[name]) if field.name != "length"]
     options = {}
@@ -50,7 +50,7 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
         if option == "length":
             raise ValueError(f"{spec!r}: length is data.sequence_length; set that field instead")
         if option not in fields:
-            raise ValueError(f"{spec!r}: {name} has no option {option!r}{_nearest(option, fields)}")
+            raise ValueError(f"{spec!r}: {name} has no option {option!r}{_hint(option, fields)}")
         if not equals or not value:
             raise ValueError(f"{spec!r}: option {option} has no value; write {option}=VALUE")
         if option in options:
@@ -86,6 +86,5 @@ def make_task(spec: str, length: int) -> Any:
         raise ValueError(f"{spec!r}: {text}") from None
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+def _hint(name: str, known: typing.Iterable[str]) -> str:
+    return did_you_mean(name, known, f"; there are: {', '.join(known)}")

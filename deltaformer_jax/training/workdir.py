@@ -1,6 +1,5 @@
 """A run's folder, examined before jax is imported: does it hold a run, at which step, and is that run finished?"""
 
-import difflib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
+from deltaformer_jax.host.spelling import nearest
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
 LOCK = "train"  # the name of the lock that lets only one training at a time use a folder
@@ -120,7 +120,6 @@ def _nearest_run(folder: epath.Path) -> str:
     if not beside.exists():
         return "; there is no such folder"
     runs = sorted(path.name for path in beside.iterdir() if (path / Saved.FILE).exists())
-    near = difflib.get_close_matches(folder.name, runs, n=1)
-    if near:
-        return f"; did you mean {beside / near[0]}?"
+    if near := nearest(folder.name, runs):
+        return f"; did you mean {beside / near}?"
     return f"; beside it there are {', '.join(runs[-5:])}" if runs else "; without --resume a new run starts there"

@@ -144,7 +144,7 @@ def test_sizes_that_do_not_fit(mixer, options, message):
     "options, message",
     [
         (dict(write_query="keys"), "write_query='keys' must be one of 'key', 'query', 'projected'"),
-        (dict(write_similarity="sofmax"), "write_similarity='sofmax'.*Did you mean 'softmax'"),
+        (dict(write_similarity="sofmax"), "write_similarity='sofmax'.*; did you mean softmax"),
         (dict(alpha="on"), "alpha='on' must be one of 'off', 'sigmoid'"),
         (dict(beta="off"), "beta='off' must be one of 'sigmoid', 'raw', 'one'"),
         (dict(write_key_norm="yes"), "write_key_norm='yes' must be one of 'auto', 'on', 'off'"),

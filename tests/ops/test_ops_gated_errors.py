@@ -49,7 +49,7 @@ BAD = [
     (dict(segment_ids=np.asarray([[1, 1, 2, 2, 1, 1]] * 2)), ValueError, "an id occurs in two separate runs"),
     (dict(chunk_size=0), ValueError, "chunk_size=0: it must be a positive integer"),
     (dict(chunk_size=2.0), ValueError, "chunk_size=2.0"),
-    (dict(implementation="chunk"), ValueError, "implementation='chunk' is unknown.* Did you mean 'chunked'"),
+    (dict(implementation="chunk"), ValueError, "implementation='chunk' is unknown.*; did you mean chunked"),
     (dict(implementation="parallel"), ValueError, "implementation='parallel' is unknown"),
     (dict(implementation="pallas_tpu"), NotImplementedError, "implementation='pallas_tpu' runs on tpu only"),
     (dict(implementation="triton"), NotImplementedError, "implementation='triton'"),

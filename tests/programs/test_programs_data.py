@@ -75,7 +75,7 @@ def test_the_recipe_from_parquet_to_bits_per_byte(tmp_path, capsys, name):
     assert "vocabulary 300" in capsys.readouterr().out
     assert sum(entry["documents"] for entry in load_corpus(out).manifest["splits"].values()) == 120
     flags = ["train.py", "--config", name, *SMALL, f"--config.data.path={out}"]
-    config = parse(flags, str(config_folder() / "tiny.py"), "usage").config
+    config = parse(flags, str(config_folder() / "tiny.py")).config
     assert config.optimizer.accumulation_steps == 4 and config.optimizer.learning_rate == 2e-3
     cases.run_training(config, workdir)
     losses = [record["loss"] for record in cases.read_metrics(workdir) if "loss" in record]

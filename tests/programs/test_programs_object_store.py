@@ -32,7 +32,7 @@ def test_a_run_supplies_its_config_and_tokenizer(tmp_path):
     with bucket(tmp_path):
         Saved(config, tokenizer.hash, "").write(epath.Path("gs://bucket/run"))
         tiny = str(config_folder() / "tiny.py")
-        command = parse(["train.py", "--workdir=gs://bucket/run", "--config.run.steps=99"], tiny, "usage")
+        command = parse(["train.py", "--workdir=gs://bucket/run", "--config.run.steps=99"], tiny)
         assert (command.workdir, command.config.run.steps) == ("gs://bucket/run", 99)
         assert command.config.model == config.model and command.config.data == config.data
         saved = Saved.read(epath.Path("gs://bucket/run"))

@@ -71,7 +71,7 @@ def test_every_program_reads_and_writes_there(at, home, capsys):
 def test_a_run_goes_on_there(at, home, capsys):
     config = cases.small_config(f"{at}/corpus=1,{at}/source/corpus=2", run__steps=3, run__eval_every=2)
     config.run.compilation_cache = f"{at}/cache"
-    workdir = parse(["train.py", f"--workdir={at}/run"], str(config_folder() / "tiny.py"), "usage").workdir
+    workdir = parse(["train.py", f"--workdir={at}/run"], str(config_folder() / "tiny.py")).workdir
     before = jax.config.jax_compilation_cache_dir
     try:
         run, position, state = prepare(config, workdir, devices=jax.devices()[:1])
@@ -90,7 +90,7 @@ def test_a_run_goes_on_there(at, home, capsys):
 def test_config_files_and_tokenizers(at, home):
     (home / ODD / "mine.py").write_text((config_folder() / "tiny.py").read_text())
     flags = [f"--config={at}/mine.py", f"--config.data.tokenizer={at}/corpus/tokenizer.json"]
-    command = parse(["train.py", *flags], str(config_folder() / "tiny.py"), "usage")
+    command = parse(["train.py", *flags], str(config_folder() / "tiny.py"))
     assert command.name == "mine" and load_tokenizer(command.config.data.tokenizer).kind == "bytes"
     assert load_data(f"{at}/corpus").hash == load_data(home / ODD / "corpus").hash
 

@@ -278,11 +278,11 @@ def test_evaluate_refuses_options_with_other_tokens(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config_folder() / "tasks").glob("*.py")))
 def test_configs_of_tasks(name):
     tiny = str(config_folder() / "tiny.py")
-    by_path = parse(["train.py", f"--config={config_folder() / 'tasks' / name}.py"], tiny, "usage")
-    by_name = parse(["train.py", f"--config=tasks/{name}"], tiny, "usage")
+    by_path = parse(["train.py", f"--config={config_folder() / 'tasks' / name}.py"], tiny)
+    by_name = parse(["train.py", f"--config=tasks/{name}"], tiny)
     assert by_path.config == by_name.config and by_name.name == name
     with pytest.raises(FileNotFoundError, match=f"did you mean tasks/{name}\\?"):
-        parse(["train.py", f"--config=tasks/{name}s"], tiny, "usage")
+        parse(["train.py", f"--config=tasks/{name}s"], tiny)
     task = tasks.make_task(by_name.config.data.path, by_name.config.data.sequence_length)
     assert task(0, np.arange(3)).tokens.shape == (3, by_name.config.data.sequence_length)
 

@@ -7,10 +7,11 @@ import inspect
 
 from flax import nnx
 
-from deltaformer_jax.config.fields import check_field, nearest, rule_of
+from deltaformer_jax.config.fields import check_field, rule_of
 from deltaformer_jax.config.imports import import_object, is_import
 from deltaformer_jax.config.mixer import Mixer, entry
 from deltaformer_jax.config.sections import ModelConfig
+from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.layers.mixers.protocol import ADVICE, check_class
 
@@ -30,7 +31,7 @@ def mixer_class(mixer: str | Mixer) -> type:
         if not is_import(mixer.name):
             raise ValueError(
                 f"model.mixers: {mixer.name!r} is not one of {', '.join(map(repr, MIXERS))}, nor "
-                f'a class of your own as "package.module:Class"{nearest(mixer.name, MIXERS)}'
+                f'a class of your own as "package.module:Class"{did_you_mean(mixer.name, MIXERS)}'
             )
         found = import_object(mixer.name, "model.mixers")
     check_class(found, mixer.name)
@@ -98,7 +99,9 @@ def check_mixers(config: ModelConfig) -> None:
         for name, value in mixer.overrides:
             if name not in known:
                 options = f"is not one of {', '.join(map(repr, known))}" if known else "is not taken: it has no options"
-                raise ValueError(f"model.mixers: an override of {mixer.name}: {name!r} {options}{nearest(name, known)}")
+                raise ValueError(
+                    f"model.mixers: an override of {mixer.name}: {name!r} {options}{did_you_mean(name, known)}"
+                )
             if mixer.name in MIXERS:
                 check_field(f"model.mixers: {mixer.name}, {name}", FIELDS[name], value, strict=False)
     for name in unused_fields(config):

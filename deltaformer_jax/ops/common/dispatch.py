@@ -14,7 +14,6 @@ arguments). A kernel module is imported only when a call may need it, because th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.ops.common.hand_written import hand_written
 from deltaformer_jax.ops.common.platforms import only_on, varies
 from pallas_kernels.triton import packages
@@ -117,9 +117,8 @@ def check_implementation(op: str, implementation: str | None, forms: tuple[str, 
         raise NotImplementedError(
             f"implementation={implementation!r}: this op has no kernels of that name; give one of {available} or None"
         )
-    near = difflib.get_close_matches(str(implementation), available, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"implementation={implementation!r} is unknown: give one of {available} or None.{hint}")
+    hint = did_you_mean(implementation, available)
+    raise ValueError(f"implementation={implementation!r} is unknown: give one of {available} or None{hint}")
 
 
 def dispatch(

@@ -13,12 +13,13 @@ Zhong et al., arXiv 2505.19488.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from deltaformer_jax.host.spelling import did_you_mean
 
 # The start of a row's running maximum, before the row has seen a key. The value is finite, so that the difference of
 # two starts is 0 and not NaN.
@@ -163,11 +164,9 @@ def as_similarity(similarity: Any, argument: str) -> Similarity:
                 "object that holds arrays as a pytree"
             ) from None
         return own
-    near = difflib.get_close_matches(str(similarity), NAMED, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"{argument}={similarity!r} is not a similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
-        f"scores or an object with weight(scores).{hint}"
+        f"scores or an object with weight(scores){did_you_mean(similarity, NAMED)}"
     )
 
 
