@@ -24,6 +24,19 @@ from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.mixers.build import build_mixer, check_mixers
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
+from pallas_kernels.transform import MADE
+
+_MADE = jax.checkpoint_policies.save_only_these_names(MADE)
+# What `ModelConfig.remat` keeps of a block for the backward pass; None: nothing. Products of activations with kernels
+# have no batch dimensions, unlike those of activations with each other.
+_KEPT = {
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _MADE
+    ),
+    "kernels": _MADE,
+    "block": None,
+    "auto": None,
+}
 
 
 class Block(nnx.Module):
@@ -151,9 +164,9 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
     def apply(block, x, cache):
         return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
 
-    if model.remat == "block":
+    if model.remat != "none":
         # Inside scan the recomputation is not merged with the forward pass, so the barrier against CSE is not needed.
-        apply = jax.checkpoint(apply, prevent_cse=False)
+        apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT[model.remat])
 
     def period(x, layers):
         blocks, caches = layers

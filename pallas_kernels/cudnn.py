@@ -39,7 +39,8 @@ def device_is_here() -> bool:
 def attend(query, key, value, segment_ids, *, scale, window):
     """Causal attention: query [B,T,H,K], key and value [B,T,G,K], segment_ids [B,T] or None -> [B,T,H,K].
 
-    With segments, it builds a mask of T² bools per batch row.
+    With segments, it builds a mask of T² bools per batch row. JAX's function gives its residuals no name, so a
+    rematerialised block runs its forward pass again, whatever the policy.
     """
     mask, time = None, key.shape[1]
     if segment_ids is not None:

@@ -73,9 +73,12 @@ class ModelConfig:
     )
     remat: str = setting(
         "none",
-        'Which activations are recomputed in the backward pass, to save memory. "block": those of each block. "none": '
-        "none.",
-        choices=("none", "block"),
+        'Which activations of a block the backward pass computes again, to save memory. "none": none; all are kept. '
+        '"products": all but the results of products with kernels and of the attention ops. "kernels": all but the '
+        'results of the attention ops, which cost most to compute and least to keep. "block": all. "auto": in '
+        "training, the first of these with which the step fits the device's memory, found by compiling them in turn; "
+        'elsewhere "block".',
+        choices=("none", "products", "kernels", "block", "auto"),
     )
     conv_size: int = setting(
         -1,

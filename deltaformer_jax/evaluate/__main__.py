@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
             from deltaformer_jax.data import batches, count_batches
+            from deltaformer_jax.evaluate.by_position import evaluate_by_position
             from deltaformer_jax.sharding.mesh import batch_sharding, rows
-            from deltaformer_jax.training.by_position import evaluate_by_position
             from deltaformer_jax.training.checkpoints.restore import restore
 
         with waiting(f"restoring the model of {flags.workdir}", say_aside):

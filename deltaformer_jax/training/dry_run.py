@@ -13,7 +13,7 @@ from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.program import Program
+from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
 from deltaformer_jax.training.setup import check_batch, load_data, with_vocabulary
 
 
@@ -28,7 +28,7 @@ def dry_run(config: Config) -> None:
     check_batch(config, mesh)
     full = _with_vocabulary(config)
     with waiting("tracing the model", say_aside):
-        program = Program(full, mesh)
+        program = fitting_program(full, mesh, say_aside)
         program.lower_train_step(full.data)
     parts, abstract = program.parts, program.abstract
     length = full.data.sequence_length
@@ -52,18 +52,18 @@ def dry_run(config: Config) -> None:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
     with waiting("compiling", say_aside):
-        memory = program.compile_train_step(full.data).memory_analysis()
-    if memory is None:
+        compiled = program.compile_train_step(full.data)
+    total = step_bytes(compiled)
+    if total is None:
         print(f"memory      not reported by the {jax.devices()[0].platform} compiler")
         return
-    state = memory.argument_size_in_bytes
-    total = state + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    memory = compiled.memory_analysis()
     print("memory of the compiled step, per device:")
-    print(f"  parameters        {_size(_bytes(abstract.params))}")
-    print(f"  optimiser         {_size(_bytes(abstract.opt_state))}")
-    print(f"  state and batch   {_size(state)}")
-    print(f"  temporaries       {_size(memory.temp_size_in_bytes)} (gradients, activations)")
-    print(f"  in all            {_size(total)} (the new state takes the place of the old one)")
+    print(f"  parameters        {size_text(_bytes(abstract.params))}")
+    print(f"  optimiser         {size_text(_bytes(abstract.opt_state))}")
+    print(f"  state and batch   {size_text(memory.argument_size_in_bytes)}")
+    print(f"  temporaries       {size_text(memory.temp_size_in_bytes)} (gradients, activations)")
+    print(f"  in all            {size_text(total)} (the new state takes the place of the old one)")
 
 
 def _with_vocabulary(config: Config) -> Config:
@@ -85,11 +85,3 @@ def _bytes(tree) -> int:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:,.2f} GiB"

@@ -17,6 +17,7 @@ from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.store import Checkpoints
+from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
@@ -150,7 +151,7 @@ def prepare(
     full = with_vocabulary(config, corpus.tokenizer)
     begin = begin or (lambda program: program.create_state(full.run.seed))
     with waiting("tracing the model", note):
-        program = make_program(full, mesh)
+        program = fitting_program(full, mesh, note, make_program)
         # Traced before anything is written, since tracing the model checks the rest of the config.
         program.lower_train_step(full.data)
 

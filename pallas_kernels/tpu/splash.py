@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.transform import MADE
+
 # The numbers of rows and of columns of splash attention's tiles are multiples of LANES.
 LANES = 128
 
@@ -58,6 +60,7 @@ def attend(query, key, value, segment_ids, *, scale, window, interpret=False):
             q_seq_shards=1,
             interpret=interpret,
             block_sizes=splash.BlockSizes(**blocks),
+            residual_checkpoint_name=MADE,
         )
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     longer = lambda x: jnp.pad(x, [(0, 0), (0, length - time)] + [(0, 0)] * (x.ndim - 2))

@@ -117,7 +117,7 @@ def test_fields_a_mixer_may_override():
             dict(compute_dtype="bf16"),
             "model.compute_dtype = 'bf16': must be one of .*; did you mean bfloat16",
         ),
-        (dict(remat="all"), "model.remat = 'all': must be one of none, block"),
+        (dict(remat="all"), "model.remat = 'all': must be one of none, products, kernels, block, auto"),
         (dict(mixers=()), r"model.mixers = \(\): must be a tuple"),
         (dict(mixers="delta_former"), "model.mixers = 'delta_former': must be a tuple"),
         (dict(mixers=(3,)), r"model.mixers = \(3,\): must be a tuple of names or Mixer"),
@@ -158,3 +158,14 @@ def test_the_340m_configs_have_340m_parameters(path):
     shapes = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     assert abs(num_parameters(shapes) - 341e6) < 2.5e6
     assert (config.data, config.optimizer, config.run) == (transformer.data, transformer.optimizer, transformer.run)
+
+
+def test_the_1b3_config_has_the_size_that_it_states():
+    path = CONFIGS[0].with_stem("deltaformer_1b3")
+    config, page = runpy.run_path(str(path))["get_config"](), path.read_text(encoding="utf-8")
+    model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    parameters, flops = num_parameters(model), 3 * model.flops_per_token(config.data.sequence_length)
+    tokens = config.run.steps * config.data.batch_size * config.data.sequence_length
+    assert f"DeltaFormer, {parameters / 1e9:.2f} billion parameters" in page and config.model.head_dim == 128
+    work = f"{tokens / 1e9:.0f}e9 tokens at {flops / 1e9:.2f} GFLOP each, attention included, are {tokens * flops:.1e}"
+    assert work.replace("e+", "e") in page

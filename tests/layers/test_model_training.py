@@ -48,16 +48,49 @@ def test_chunked_form_trains_as_the_parallel_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *_leaves(parallel, chunked))
 
 
-def test_rematerialisation_keeps_less():
-    """Of each block only its input is kept: what the forward leaves to the backward pass shrinks."""
+def test_remat_changes_no_gradient():
+    tokens, ids = random_tokens((ROWS, LENGTH)), np.ones((ROWS, LENGTH), np.int32)
+    fields = dict(mixers=("delta_former",), num_layers=2, implementation="chunked", chunk_size=8)
+    plain = loss_and_gradient(make_model(**fields), tokens, ids)
+    for remat in ("products", "kernels"):
+        again = loss_and_gradient(make_model(**fields, remat=remat), tokens, ids)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *_leaves(plain, again))
+
+
+def test_remat_from_none_to_block_keeps_less_and_less():
+    """The numbers that the forward pass leaves to the backward pass. "block" keeps only each block's input."""
 
     def kept(remat):
-        model = make_model(mixers=("delta_former",), remat=remat)
+        model = make_model(mixers=("delta_former",), remat=remat, implementation="chunked")
         tokens = random_tokens((2, 32))
         pullback = jax.eval_shape(lambda model: jax.vjp(lambda model: mean_loss(model, tokens), model)[1], model)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert kept("block") < 0.5 * kept("none")
+    none, products, kernels, block = map(kept, ("none", "products", "kernels", "block"))
+    assert block < kernels < products < none and block < 0.5 * none
+    assert kept("auto") == block
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(mixers=("delta_former",)),
+        dict(mixers=("delta_former",), write_query="query"),
+        dict(mixers=("softmax_attention",)),
+        dict(mixers=("gated_delta_net",)),
+        dict(mixers=("retention",)),
+    ],
+    ids=["untied", "tied", "softmax", "gated delta rule", "gated linear attention"],
+)
+def test_remat_kernels_never_runs_an_op_forward_again(fields):
+    """The loops of the lowered gradient are counted: the ops' forward and backward passes, and the scan over layers."""
+
+    def loops(remat):
+        model = make_model(**fields, num_layers=1, remat=remat, implementation="chunked")
+        lowered = jax.jit(jax.grad(mean_loss)).lower(model, random_tokens((2, 32)))
+        return lowered.as_text().count("stablehlo.while")
+
+    assert loops("none") == loops("products") == loops("kernels") < loops("block")
 
 
 def test_layers_follow_the_pattern():

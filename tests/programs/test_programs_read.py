@@ -14,10 +14,11 @@ from support import training_cases as cases
 from deltaformer_jax.config import Mixer, ModelConfig, on_any_device
 from deltaformer_jax.data import load_corpus, prepare_corpus
 from deltaformer_jax.evaluate import __main__ as evaluate
+from deltaformer_jax.evaluate import by_position
 from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sample import __main__ as sample
-from deltaformer_jax.training import by_position, loop
+from deltaformer_jax.training import loop
 from deltaformer_jax.training.checkpoints import restore
 from deltaformer_jax.training.watch.display import Display
 

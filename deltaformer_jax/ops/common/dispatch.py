@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.host.spelling import did_you_mean
-from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.platforms import only_on, varies
 from pallas_kernels.triton import packages
 
@@ -186,8 +186,9 @@ def run_kernels(call: KernelCall, inputs):
 
 
 def _forward(call, inputs):
-    *outputs, residuals = call.module.forward(call.settings, *inputs)
-    return tuple(outputs), residuals
+    *outputs, (inputs, by_kernels) = call.module.forward(call.settings, *inputs)
+    outputs, by_kernels = made((tuple(outputs), by_kernels))
+    return outputs, (inputs, by_kernels)
 
 
 @hand_written(lambda call: call.name, lambda call: f"implementation={call.differentiable}")

@@ -1,8 +1,8 @@
-"""Hand-written backward passes, which have no derivative of their own and raise a clear error if one is asked for.
+"""Hand-written backward passes: what they keep under rematerialisation, and a clear error for a second derivative.
 
-Without this, JAX would differentiate the code of the backward pass. Either that works, with a second derivative that no
-test checks; or it fails inside the code, for example in a loop of unknown length or in a kernel, with an error that
-does not name the cause.
+Without that error, JAX would differentiate the code of the backward pass. Either that works, with a second derivative
+that no test checks; or it fails inside the code, for example in a loop of unknown length or in a kernel, with an error
+that does not name the cause.
 """
 
 from __future__ import annotations
@@ -11,6 +11,26 @@ import functools
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.transform import MADE
+
+
+def made(tree):
+    """`tree`, arrays that an op's forward pass computed, under the name MADE.
+
+    With that policy, jax.checkpoint keeps them and recomputes only the op's inputs. Outputs and residuals must get the
+    name inside the forward rule. Named outside, the output would be kept, but the forward pass would run again for the
+    residuals. An array that is both an output and a residual is named, and kept, once.
+    """
+    named = {}
+
+    def name(x):
+        if id(x) not in named:
+            named[id(x)] = checkpoint_name(x, MADE)
+        return named[id(x)]
+
+    return jax.tree.map(name, tree)
 
 
 def hand_written(name: str | Callable[..., str], instead: str | Callable[..., str]):

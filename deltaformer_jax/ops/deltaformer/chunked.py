@@ -26,7 +26,7 @@ import jax
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
-from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.similarity import Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
@@ -105,18 +105,18 @@ def _forward(plan, held, inputs):
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
         out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, chunk=plan.chunk)
-        u, out = back(u), back(out).astype(dtype)
-        return (out, u.astype(dtype)), (held, inputs, u, back(summary).astype(dtype), rows)
+        out, u, summary, rows = made((back(out).astype(dtype), back(u), back(summary).astype(dtype), rows))
+        return (out, u.astype(dtype)), (held, inputs, u, summary, rows)
     how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
     u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **how)
     if plan.read_similarity is None:
-        u = back(u)
+        u, lse_write = made((back(u), lse_write))
         return (None, u.astype(dtype)), (held, inputs, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
     how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
     out, lse_read = read_forward(q, k, u, segments, None, bounds, **how)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
-    u = back(u)
+    out, u, lse_write, lse_read = made((out, back(u), lse_write, lse_read))
     # Only the backward pass of softmax needs the output.
     kept = out if plan.read_similarity.normalised else None
     return (out, u.astype(dtype)), (held, inputs, u, kept, (lse_write, lse_read))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common import heads as H
-from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 from deltaformer_jax.ops.gated import chunked_state as gated_state
 from deltaformer_jax.ops.gated.chunked_pairs import channel_pairs, head_pairs
@@ -149,7 +149,8 @@ def _forward(plan, inputs):
 
     start = (state.astype(groups.dtype), jnp.zeros_like(value))
     (final, out), states = lax.scan(group, start, groups.indices)
-    return (out[:, : groups.time], final), (inputs, states)
+    out, final, states = made((out[:, : groups.time], final, states))
+    return (out, final), (inputs, states)
 
 
 @hand_written("chunked", "implementation='recurrent'")

@@ -16,7 +16,7 @@ import jax
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
-from deltaformer_jax.ops.common.hand_written import hand_written
+from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.similarity import Softmax
 
 _SOFTMAX = Softmax()
@@ -81,7 +81,7 @@ def _forward(plan, query, key, value, log_decay, segment_ids):
     arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
     out, lse = read_forward(*arrays, bounds, **settings)
     back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
-    out, lse = back(out).astype(value.dtype), back(lse)
+    out, lse = made((back(out).astype(value.dtype), back(lse)))
     return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
 
 

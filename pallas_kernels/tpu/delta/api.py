@@ -52,7 +52,8 @@ def lacks(settings: Settings, key, value) -> str | None:
 
 
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids):
-    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype.
+    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype. The residuals
+    are the pair (the arguments, what the kernels made).
 
     query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: it is the key, or the query if tied), key
     [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. All arrays must be 0 at
@@ -65,7 +66,10 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
         raise NotImplementedError(reason)
     arrays = (query, write_query, key, value, alpha, beta, segment_ids)
     function = functools.partial(_forward, settings)
-    return transformable(function, "the Pallas forward of delta attention", _DIFFERENTIABLE)(*arrays)
+    out, u, made = transformable(function, "the Pallas forward of delta attention", _DIFFERENTIABLE)(*arrays)
+    # Only the backward pass of softmax needs the output.
+    normalised = settings.read is not None and settings.read.normalised
+    return out, u, (arrays, made | {"out": out if normalised else None})
 
 
 def backward(settings: Settings, residuals, dout, du):
@@ -80,28 +84,26 @@ def backward(settings: Settings, residuals, dout, du):
 # _forward and _backward are jitted, so that JAX traces each once per shape, whatever the platform.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(settings, query, write_query, key, value, alpha, beta, segment_ids):
-    given = (query, write_query, key, value, alpha, beta, segment_ids)
     layout = Layout(settings, query, write_query, key, value, segment_ids)
     plan = layout.plan
     results = call_forward(settings, layout, query, write_query, key, value, alpha, beta)
     out = layout.unfolded(results["out"]) if plan.reads or plan.tied else None
     # The first axis of all residuals must be the batch, so that vmap can fold it.
-    kept = {
+    made = {
         name: x.reshape(layout.batch, layout.heads, *x.shape[1:])
         for name, x in results.items()
         if name not in ("out", "u_operand")
     }
-    kept |= {"given": given, "out": out if plan.reads and plan.read.normalised else None}
-    return out, layout.back(results["u"]).astype(value.dtype), kept
+    return out, layout.back(results["u"]).astype(value.dtype), made
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, dout, du):
-    query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
+    (query, write_query, key, value, alpha, beta, segment_ids), made = residuals
     layout = Layout(settings, query, write_query, key, value, segment_ids)
     plan = layout.plan
     merged = lambda x: x.reshape(-1, *x.shape[2:])
-    kept = {name: merged(x) for name, x in residuals.items() if name not in ("given", "out")}
+    kept = {name: merged(x) for name, x in made.items() if name != "out"}
     k = layout.tall(key)
     w = layout.tall(query if plan.tied else key if write_query is None else write_query)
     du = layout.tall(du).astype(jnp.float32)
@@ -110,7 +112,7 @@ def _backward(settings, residuals, dout, du):
         tied = _TiedRead(layout.tall(dout).astype(jnp.float32), kept["rest"], kept["share"], kept["summary"], kept["u"])
         cotangents = tied.cotangents(du, plan.write_dtype)
     elif plan.reads:
-        cotangents = Cotangents(du, layout.folded(dout), _row_dot(layout, dout, residuals["out"]))
+        cotangents = Cotangents(du, layout.folded(dout), _row_dot(layout, dout, made["out"]))
     else:
         cotangents = Cotangents(du)
     results = call_backward(settings, layout, w, query, k, value, alpha, beta, kept, cotangents)

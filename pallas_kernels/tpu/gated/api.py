@@ -54,6 +54,8 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
 def forward(settings: Settings, query, key, value, beta, log_decay, state, resets):
     """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32, residuals for `backward`).
 
+    The residuals are the pair (the arguments, what the kernels made).
+
     query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv], [B,T,Hv,K] or None, state
     [B,Hv,K,V], resets [B,T] bools or None; the state is set to 0 before each token with a reset. All arrays must be 0
     at padding. Under vmap the mapped axis is folded into the batch.

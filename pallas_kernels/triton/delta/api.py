@@ -103,7 +103,8 @@ def lacks(settings: Settings, key, value) -> str | None:
 
 
 def forward(settings: Settings, query, write_query, key, value, alpha, beta, segment_ids, run=launching.run):
-    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype.
+    """(out [B,T,H,V] or None, u [B,T,Hu,V], residuals for `backward`); out and u are in value's dtype. The residuals
+    are the pair (the arguments, what the kernels made).
 
     query [B,T,H,K] (None without a read), write_query [B,T,Hu,K] (None: it is the key, or the query if tied), key
     [B,T,G,K], value [B,T,G,V], alpha, beta [B,T,Hu] or None, segment_ids [B,T] int32 or None. All arrays must be 0 at
@@ -116,10 +117,13 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     if reason:
         raise NotImplementedError(reason)
     arrays = (query, write_query, key, value, alpha, beta, segment_ids)
-    if run is not launching.run:
-        return _forward(settings, run, *arrays)
     function = functools.partial(_forward, settings, run)
-    return transformable(function, "the Triton forward of delta attention", _DIFFERENTIABLE)(*arrays)
+    if run is launching.run:
+        function = transformable(function, "the Triton forward of delta attention", _DIFFERENTIABLE)
+    out, u, made = function(*arrays)
+    # Only the backward pass of softmax needs the output.
+    normalised = settings.read is not None and settings.read.name == "softmax"
+    return out, u, (arrays, made | {"out": out if normalised else None})
 
 
 def backward(settings: Settings, residuals, dout, du, run=launching.run):
@@ -170,7 +174,6 @@ def _inverse(settings, run, name, w, key, value, beta, segment_ids):
 
 
 def _forward(settings, run, query, write_query, key, value, alpha, beta, segment_ids):
-    given = (query, write_query, key, value, alpha, beta, segment_ids)
     if settings.tied:
         write_query = query
     w = key if write_query is None else write_query
@@ -183,18 +186,16 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
         u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
     )
     summary = summary if launch.constants["FORM"].has_summary else None
-    kept = {"given": given, "u": written, "summary": summary, "lse_write": lse_write if softmax else None}
+    made = {"u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:
         out, own_share, past_share = tied
-        return out, short_u, kept | {"own_share": own_share, "past_share": past_share}
+        return out, short_u, made | {"own_share": own_share, "past_share": past_share}
     if settings.read is None:
-        return None, short_u, kept
+        return None, short_u, made
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
     out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
-    # Only the backward pass of softmax needs the output.
-    normalised = settings.read.name == "softmax"
-    return out, short_u, kept | {"out": out if normalised else None, "lse_read": lse_read if normalised else None}
+    return out, short_u, made | {"lse_read": lse_read if settings.read.name == "softmax" else None}
 
 
 def _row_dots(a, b):
@@ -215,28 +216,28 @@ def _column(row):
 
 
 def _backward(settings, run, residuals, dout, du):
-    query, write_query, key, value, alpha, beta, segment_ids = residuals["given"]
-    written: _Written = residuals["u"]
+    (query, write_query, key, value, alpha, beta, segment_ids), made = residuals
+    written: _Written = made["u"]
     kv_heads = key.shape[2]
     du = du.astype(jnp.float32)
     dquery, dkey_read, tied = None, 0, None
     if settings.tied:
         write_query = query
-        own_share, past_share = residuals["own_share"], residuals["past_share"]
+        own_share, past_share = made["own_share"], made["past_share"]
         wide = dout.astype(jnp.float32)
-        summary = residuals["summary"].astype(jnp.float32)
+        summary = made["summary"].astype(jnp.float32)
         read_dot = _row_dots(wide, _column(past_share) * summary + _column(own_share) * written.exact)
         du = du + _column(own_share) * wide
         tied = (dout, past_share, read_dot)
     elif settings.read is not None:
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
-        row_dot = _row_dots(dout, residuals["out"]) if settings.read.name == "softmax" else None
-        launch = read_backward_launch(settings, query, key, *source, dout, residuals["lse_read"], row_dot, segment_ids)
+        row_dot = _row_dots(dout, made["out"]) if settings.read.name == "softmax" else None
+        launch = read_backward_launch(settings, query, key, *source, dout, made["lse_read"], row_dot, segment_ids)
         dquery, dkey_read, du_read = _run(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query
     source = written.as_taken(operands(settings.write, value.dtype), value.dtype)
-    saved = (written.exact, *source, residuals["summary"], residuals["lse_write"])
+    saved = (written.exact, *source, made["summary"], made["lse_write"])
     inverse = _inverse(settings, run, "write_backward", w, key, value, beta, segment_ids)
     launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse, *saved, du, tied)
     dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)

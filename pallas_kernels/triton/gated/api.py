@@ -42,6 +42,8 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
 def forward(settings: Settings, query, key, value, beta, log_decay, state, resets, run=launching.run):
     """(out [B,T,Hv,V] in value's dtype, final state [B,Hv,K,V] float32, residuals for `backward`).
 
+    The residuals are the pair (the arguments, what the kernels made); here the second is empty.
+
     query, key [B,T,H,K], value [B,T,Hv,V], beta [B,T,Hv] or None, log_decay [B,T,Hv], [B,T,Hv,K] or None, state
     [B,Hv,K,V], resets [B,T] bools or None; the state is set to 0 before each token with a reset. All arrays must be 0
     at padding. Under vmap the mapped axis is folded into the batch. `run` runs a Launch; tests pass an interpreter.
@@ -55,7 +57,7 @@ def forward(settings: Settings, query, key, value, beta, log_decay, state, reset
     function = functools.partial(_forward, settings, run)
     if run is launching.run:
         function = transformable(function, "the Triton forward of the gated ops", "'recurrent'")
-    return (*function(*arrays), arrays)
+    return (*function(*arrays), (arrays, ()))
 
 
 def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
@@ -65,7 +67,8 @@ def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
     function = functools.partial(_backward, settings, run)
     if run is launching.run:
         function = transformable(function, "the Triton backward of the gated ops", "'recurrent'")
-    return function(residuals, dout, dstate)
+    arrays, _ = residuals
+    return function(arrays, dout, dstate)
 
 
 def _launches(log_decay):
@@ -77,6 +80,6 @@ def _forward(settings, run, query, key, value, beta, log_decay, state, resets):
     return _launches(log_decay).forward(settings, run, query, key, value, beta, log_decay, state, resets)
 
 
-def _backward(settings, run, residuals, dout, dstate):
-    log_decay = residuals[4]
-    return _launches(log_decay).backward(settings, run, residuals, dout, dstate)
+def _backward(settings, run, arrays, dout, dstate):
+    log_decay = arrays[4]
+    return _launches(log_decay).backward(settings, run, arrays, dout, dstate)

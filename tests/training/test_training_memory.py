@@ -1,0 +1,68 @@
+"""model.remat = "auto": the choice by the memory of the compiled step, and what is said of it."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from deltaformer_jax.config import Config, MeshConfig, ModelConfig
+from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training import memory
+from deltaformer_jax.training.memory import ORDER, device_bytes, fitting_program, size_text, step_bytes
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+NEEDS = dict(zip(ORDER, (100, 80, 60, 40)))
+
+
+class FakeProgram:
+    """A Program whose compiled step needs NEEDS[remat] bytes: 10 of state, which is donated, and temporaries."""
+
+    def __init__(self, config, mesh):
+        self.remat = config.model.remat
+
+    def compile_train_step(self, data):
+        needs = NEEDS[self.remat]
+        sizes = dict(argument_size_in_bytes=10, output_size_in_bytes=10, alias_size_in_bytes=10)
+        analysis = None if needs is None else SimpleNamespace(**sizes, temp_size_in_bytes=needs - 10)
+        return SimpleNamespace(memory_analysis=lambda: analysis)
+
+
+def chosen(monkeypatch, limit, remat="auto"):
+    monkeypatch.setattr(memory, "device_bytes", lambda mesh: limit)
+    said = []
+    program = fitting_program(Config(model=ModelConfig(remat=remat)), MESH, said.append, FakeProgram)
+    return program.remat, said
+
+
+@pytest.mark.parametrize(
+    "limit, remat", [(1000, "none"), (106, "none"), (104, "products"), (84, "kernels"), (43, "block")]
+)
+def test_auto_takes_the_least_recomputation_that_fits(monkeypatch, limit, remat):
+    name, said = chosen(monkeypatch, limit)
+    assert name == remat
+    assert said == [said[0]] and said[0].startswith(f"model.remat = auto: {remat}, of {limit} B of memory")
+    assert f"{remat} needs {NEEDS[remat]} B" in said[0] and "none of them fits" not in said[0]
+
+
+def test_auto_takes_block_where_nothing_fits_and_says_so(monkeypatch):
+    name, said = chosen(monkeypatch, 30)
+    assert name == "block" and said[0].endswith("block needs 40 B; none of them fits)")
+
+
+def test_auto_goes_on_where_the_compiler_says_nothing(monkeypatch):
+    monkeypatch.setitem(NEEDS, "none", None)
+    name, said = chosen(monkeypatch, 1000)
+    assert name == "products" and "none needs an unknown amount" in said[0]
+
+
+def test_a_named_choice_is_not_compiled_for(monkeypatch):
+    monkeypatch.setattr(FakeProgram, "compile_train_step", None)
+    assert chosen(monkeypatch, 1, remat="kernels") == ("kernels", [])
+
+
+def test_bytes_of_this_machine_and_of_a_step():
+    assert 2**28 < device_bytes(MESH) < 2**50
+    x = jax.ShapeDtypeStruct((256,), "float32")
+    step = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
+    assert step_bytes(step) == 1024 + step.memory_analysis().temp_size_in_bytes
+    assert size_text(1536) == "1.5 KiB" and size_text(3 * 2**30) == "3.00 GiB"
