@@ -1,6 +1,7 @@
 """Run folders of commit 3828740 (tests/fixtures/run_3828740), before the house was built: they restore and go on."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,19 @@ def test_every_mixers_parameters_are_restored(tmp_path):
     assert run.step == 4 and len(run.config.model.mixers) == 10
     assert sum(leaf.size for leaf in jax.tree.leaves(run.params)) == 18_843
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
+
+
+def test_the_page_on_checkpoints_reads_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    whole, parameters = re.findall(r"^``` python\n(.*?)^```", page, re.M | re.S)
+    shutil.copytree(FIXTURES / "goes_on", tmp_path / "run")
+    names = {"tokens": np.ones((1, 5), np.int32)}
+    exec(whole.replace("runs/first", str(tmp_path / "run")), names)
+    assert names["run"].step == 4 and names["logits"].shape[:2] == (1, 5)
+    *lines, last = parameters.rstrip().replace("/absolute/path/runs/first", str(tmp_path / "run")).splitlines()
+    exec("\n".join(lines).replace("checkpoints/500", "checkpoints/4"), names)
+    table = eval(last, names)["embedding"]["table"]
+    np.testing.assert_array_equal(table, names["run"].params["embedding"]["table"])
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """The mixer and the similarity of docs/own_mixers.md, which live outside the package: trained, resumed, decoded,
 sampled from, evaluated."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -51,6 +52,13 @@ def memories(tmp_path, monkeypatch):
 def tiny(**fields):
     sizes = dict(vocab_size=30, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
     return ModelConfig(**sizes | fields)
+
+
+def test_the_page_s_config_makes_a_model(memories):
+    names = {}
+    exec(re.search(r"``` python\n(.*?)```", PAGE, re.S)[1], names)
+    config = dataclasses.replace(names["config"], vocab_size=30, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8)
+    assert LanguageModel(config, rngs=nnx.Rngs(0)).blocks[0].mixer.width == 64
 
 
 def test_decoding_is_the_full_forward(memories):
