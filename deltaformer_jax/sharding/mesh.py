@@ -58,6 +58,18 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     )
 
 
+def memory_limit(mesh: Mesh) -> int | None:
+    """The bytes that JAX may use on the smallest of the mesh's devices that this process sees.
+
+    None if they do not say: CPUs, and devices that are only compiled for.
+    """
+    try:
+        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    except jax.errors.JaxRuntimeError:
+        return None
+    return min(limits) if limits and all(limits) else None
+
+
 def rows(mesh: Mesh) -> int:
     """The number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)

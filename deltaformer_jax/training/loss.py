@@ -3,17 +3,29 @@
 A token is counted if its segment id is not 0 and, if the batch has a `loss_mask`, the mask is true there.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from deltaformer_jax.ops.common.checks import as_int32
+from deltaformer_jax.sharding.mesh import memory_limit
 
-# How many logits may exist at once on a device: 256 MB of float32. With a vocabulary of 128k that is 512 tokens, enough
-# for the product with the embedding table to be bound by arithmetic and not by reading the table.
+# How many logits may exist at once on a group of devices that shares rows: 256 MB of float32. With a vocabulary of 128k
+# that is 512 tokens, enough for the product with the embedding table to be bound by arithmetic and not by reading it.
 MAX_LOGITS = 2**26
+
+
+def logits_at_once(mesh: Mesh) -> int:
+    """How many logits a training step may have at once: MAX_LOGITS, or 1/64 of an accelerator's memory if that is more.
+
+    Each piece of the logits adds to the gradient of the whole table, so a large device should make few pieces.
+    """
+    return max(MAX_LOGITS, (memory_limit(mesh) or 0) // 64 // 4)
 
 
 @jax.custom_vjp
@@ -85,6 +97,58 @@ def batch_nats_and_hits(
     return over_logits(scores, graphdef, params, batch, row_shards, max_logits)
 
 
+def summed_nats(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    row_shards: int = 1,
+    max_logits: int = MAX_LOGITS,
+) -> jax.Array:
+    """The sum of `batch_nats`, for training: its gradient needs the logits once, even if they are cut into pieces.
+
+    A piece's logits are turned into nats and into the gradients of hidden states and head at once, in the forward pass.
+    The gradient of a sum needs nothing else: the backward pass scales these by one number. `over_logits` computes the
+    logits of a piece twice, because it does not know what its caller does with the nats.
+
+    Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
+    """
+    model = nnx.merge(graphdef, nnx.State(params))
+    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+    targets, mask = as_int32(batch["targets"]), counted(batch)
+    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
+    if pieces.number == 1:
+        return jnp.sum(token_nats(model.logits(hidden), targets, mask))
+    return _sum_of_pieces(pieces, model.embedding, hidden, targets, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_pieces(pieces, embedding, hidden, targets, mask):
+    nats = lambda piece: token_nats(embedding.logits(piece[0]), *piece[1:])
+    return jnp.sum(pieces.join(jax.lax.map(nats, tuple(map(pieces.cut, (hidden, targets, mask))))))
+
+
+def _sum_of_pieces_forward(pieces, embedding, hidden, targets, mask):
+    def add_piece(d_embedding, piece):
+        hidden, targets, mask = piece
+        nats, pull = jax.vjp(lambda e, hidden: token_nats(e.logits(hidden), targets, mask), embedding, hidden)
+        d_piece, d_hidden = pull(jnp.ones_like(nats))
+        return jax.tree.map(jnp.add, d_embedding, d_piece), (nats, d_hidden)
+
+    start = jax.tree.map(jnp.zeros_like, embedding)
+    cut = tuple(map(pieces.cut, (hidden, targets, mask)))
+    d_embedding, (nats, d_hidden) = jax.lax.scan(add_piece, start, cut)
+    return jnp.sum(pieces.join(nats)), (d_embedding, pieces.join(d_hidden))
+
+
+def _sum_of_pieces_backward(pieces, residuals, cotangent):
+    scaled = lambda gradient: gradient * cotangent.astype(gradient.dtype)
+    return *jax.tree.map(scaled, residuals), None, None
+
+
+_sum_of_pieces.defvjp(_sum_of_pieces_forward, _sum_of_pieces_backward)
+
+
 def over_logits(
     function: Callable,
     graphdef: nnx.GraphDef,
@@ -105,22 +169,41 @@ def over_logits(
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
     targets, mask = as_int32(batch["targets"]), counted(batch)
-    rows, length = targets.shape
-    positions = max(1, max_logits // (-(-rows // row_shards) * model.embedding.rows))
-    if positions >= length:
+    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
+    if pieces.number == 1:
         return function(model.logits(hidden), targets, mask)
-    pieces = -(-length // positions)
-    positions = -(-length // pieces)
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, pieces * positions - length)] + [(0, 0)] * (x.ndim - 2))
-        # Only the time axis is cut, so that every device has its own rows of every piece.
-        return jnp.moveaxis(x.reshape(rows, pieces, positions, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def of_piece(hidden, targets, mask):
         return function(model.logits(hidden), targets, mask)
 
-    results = jax.lax.map(lambda piece: of_piece(*piece), (cut(hidden), cut(targets), cut(mask)))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, pieces * positions)[:, :length]
-    return jax.tree.map(join, results)
+    results = jax.lax.map(lambda piece: of_piece(*piece), tuple(map(pieces.cut, (hidden, targets, mask))))
+    return jax.tree.map(pieces.join, results)
+
+
+class _Pieces(NamedTuple):
+    """Arrays [B, T, ...] cut along T into `number` pieces of `positions` tokens, the last one padded with zeros.
+
+    Only the time axis is cut, so that every device has its own rows of every piece.
+    """
+
+    length: int
+    number: int
+    positions: int
+
+    @classmethod
+    def of(cls, rows: int, length: int, vocabulary: int, row_shards: int, max_logits: int) -> "_Pieces":
+        """So many that a group of devices has at most about `max_logits` logits of a piece."""
+        positions = max(1, max_logits // (-(-rows // row_shards) * vocabulary))
+        number = -(-length // min(positions, length))
+        return cls(length, number, -(-length // number))
+
+    def cut(self, x):
+        """[B, T, ...] -> [number, B, positions, ...]."""
+        x = jnp.pad(x, [(0, 0), (0, self.number * self.positions - self.length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], self.number, self.positions, *x.shape[2:]), 1, 0)
+
+    def join(self, x):
+        """The inverse of `cut`."""
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], self.number * self.positions, *x.shape[3:])[:, : self.length]

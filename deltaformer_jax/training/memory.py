@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.sharding.mesh import memory_limit
 from deltaformer_jax.training.program import Program
 
 # From the least recomputation, and the most memory, to the most recomputation.
@@ -41,15 +42,9 @@ def size_text(size: float) -> str:
 
 
 def device_bytes(mesh: Mesh) -> int:
-    """The bytes that JAX may use on the smallest device of the mesh that this process sees.
-
-    A CPU device has its share of the machine's memory.
-    """
-    here = mesh.local_devices
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
-    if all(limits):
-        return min(limits)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(here)
+    """`memory_limit`, or on CPUs a device's share of the machine's memory."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_limit(mesh) or machine // max(1, len(mesh.local_devices))
 
 
 def fitting_program(

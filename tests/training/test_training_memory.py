@@ -8,6 +8,7 @@ import pytest
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training import memory
+from deltaformer_jax.training.loss import logits_at_once
 from deltaformer_jax.training.memory import ORDER, device_bytes, fitting_program, size_text, step_bytes
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -58,6 +59,13 @@ def test_auto_goes_on_where_the_compiler_says_nothing(monkeypatch):
 def test_a_named_choice_is_not_compiled_for(monkeypatch):
     monkeypatch.setattr(FakeProgram, "compile_train_step", None)
     assert chosen(monkeypatch, 1, remat="kernels") == ("kernels", [])
+
+
+def test_logits_at_once_grow_with_the_devices_memory():
+    device = lambda limit: SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
+    mesh = lambda *limits: SimpleNamespace(local_devices=[device(limit) for limit in limits])
+    assert logits_at_once(MESH) == logits_at_once(mesh(None)) == logits_at_once(mesh(2**30)) == 2**26  # a CPU, 1 GiB
+    assert logits_at_once(mesh(2**36, 2**37)) == 2**28  # the smaller of 64 and 128 GiB
 
 
 def test_bytes_of_this_machine_and_of_a_step():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from support import training_cases as cases
 
-from deltaformer_jax.model import num_parameters
-from deltaformer_jax.model_parts import ModelParts, merge, model_parts
+from deltaformer_jax.model import LanguageModel, num_parameters
+from deltaformer_jax.model_parts import ModelParts, merge, model_parts, new_params
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
-from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, token_nats
+from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, summed_nats, token_nats
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.step import loss_and_gradient
 
@@ -156,6 +156,28 @@ def test_logits_in_pieces_are_the_logits_at_once(built):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces)):
         # The same terms, added in another order.
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=2e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("tied, dtype", [(True, "float32"), (False, "bfloat16")])
+def test_the_sum_of_nats_in_pieces_has_the_gradient_of_the_sum(tied, dtype):
+    """`summed_nats`, whose gradient is made in its forward pass, beside `batch_nats`, in pieces and at once."""
+    sizes = dict(model__vocab_size=256, model__num_layers=1, model__implementation="parallel")
+    config = cases.small_config("", **sizes, model__tie_embeddings=tied, model__compute_dtype=dtype)
+    parts = model_parts(config.model)
+    params = jax.jit(lambda key: new_params(config.model, LanguageModel, key))(jax.random.key(0))
+    batch = {**ragged_batch(length=30), "loss_mask": np.random.default_rng(1).random((8, 30)) < 0.7}
+
+    def total(function, max_logits):
+        whole = lambda params: 3.0 * jnp.sum(function(parts.graphdef, params, batch, max_logits=max_logits))
+        return jax.jit(jax.value_and_grad(whole))(params)
+
+    at_once = total(batch_nats, 2**26)
+    # The same terms added in another order; in bfloat16, hidden states whose gradients are rounded before or after the
+    # factor 3, 2^-8 relative to each.
+    near = 2e-5 if dtype == "float32" else 2**-6
+    for found in (total(summed_nats, 2**26), total(summed_nats, 8 * 128 * 4)):  # the second: 4 positions of 30
+        for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(b, a, rtol=near, atol=near * np.abs(a).max())
 
 
 def test_masked_tokens_do_not_count(built):
