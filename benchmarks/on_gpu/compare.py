@@ -27,6 +27,23 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
     return {name: apart(wide(found[name]), wide(x)) for name, x in expected.items()}
 
 
+def block_differences(found: dict, expected: dict, time: int, rows: int = 64) -> dict[str, float]:
+    """‖found − expected‖ / ‖expected‖ of each block of `rows` tokens of a batch row; the largest of each array.
+
+    Late tokens of a long context average over many values, so that their numbers are small: a difference relative to
+    the array's largest number would not show that they are wrong. An array [B, time, ...] has blocks; any other is one
+    block per batch row. A block whose norm is less than a thousandth of the median counts with that.
+    """
+    apart = {}
+    for name, x in expected.items():
+        a, b = (np.asarray(array, np.float32).reshape(*x.shape[:2], -1) for array in (found[name], x))
+        begins = range(0, time, rows) if x.shape[1] == time else [0]
+        norm = lambda x, begins=begins: np.sqrt(np.add.reduceat(np.sum(np.square(x), axis=2), begins, axis=1))
+        error, size = norm(a - b), norm(b)
+        apart[name] = float(np.max(error / np.maximum(size, max(1e-3 * np.median(size), 1e-30))))
+    return apart
+
+
 def worst(apart: dict[str, float]) -> tuple[str, float]:
     """The name and the size of the largest difference. NaN is the largest."""
     return max(apart.items(), key=lambda item: (not item[1] < float("inf"), item[1]))

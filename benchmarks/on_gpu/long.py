@@ -1,8 +1,8 @@
 """Part "long": lengths that the float64 recurrence cannot reach, beside the form "chunked" on the same device.
 
-Values and all gradients by both implementations, from the same bfloat16 arrays. Each rounds its own sums and products,
-so they differ by a few roundings of bfloat16, magnified by the inverse of the triangular system. A wrong tile, a race
-or an index that overflows differs by as much as the numbers themselves. A case is one form; each length is a result.
+Values and all gradients by both implementations, from the same bfloat16 arrays. Each block of 64 tokens is compared by
+itself (compare.block_differences). The two forms differ by roundings to bfloat16; a tile of 64 columns that is left out
+of the rows at 32768 tokens changes them by √(64/32768), 0.044. A case is one form; each length is a result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cases import Case
 from measure import Compiled
 
 from on_gpu import OPS, delta, gated
-from on_gpu.compare import differences, with_gradients, worst
+from on_gpu.compare import block_differences, with_gradients, worst
 from on_gpu.delta import use_tiles
 
 LENGTHS = (8192, 32768)
@@ -43,8 +43,8 @@ FORMS = {
     },
 }
 QUICK = {"delta": 3, "gated": 3}  # the first forms, at the first length
-# The largest difference over the largest number.
-BOUND = 0.05
+# Rounding makes 0.006 of it: the largest over these forms at 1024 tokens, with the kernels interpreted on a CPU.
+BOUND = 0.03
 
 
 def cases(op: str, quick: bool, tiles: dict) -> list[Case]:
@@ -66,7 +66,7 @@ def check(worker, op: str, form: str, lengths: list[int], tiles: dict, kernels: 
         with worker.alone():
             there = jax.device_put(given)
             found, expected = (jax.device_get(program(*there)) for program in programs)
-        apart = differences(found, expected)
+        apart = block_differences(found, expected, length)
         name, error = worst(apart)
         # Not `error > BOUND`, so that NaN fails too.
         wrong = not error <= BOUND

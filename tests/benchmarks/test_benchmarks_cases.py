@@ -15,11 +15,11 @@ import cases
 import gpu
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT / "tests")}
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def case(function, **settings):
-    return cases.Case("part", "op", str(settings.get("number", function)), f"support.fake_cases:{function}", settings)
+    return cases.Case("part", "op", str(settings.get("number", function)), f"fake_cases:{function}", settings)
 
 
 def run(some, **more):
@@ -107,7 +107,7 @@ def test_the_deadline(notes):
 def test_cases_end_with_their_parent(notes):
     program = (
         f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import cases\n"
-        f"case = cases.Case('', '', '', 'support.fake_cases:hangs', {{'path': {notes!r}, 'alone': True}})\n"
+        f"case = cases.Case('', '', '', 'fake_cases:hangs', {{'path': {notes!r}, 'alone': True}})\n"
         f"cases.run([case], print, processes=1, seconds=60, environment={ENVIRONMENT!r})"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

@@ -141,6 +141,18 @@ def test_nan_is_the_largest_difference():
     assert name == "out" and np.isnan(error) and apart["dkey"] == 1000
 
 
+def test_late_tokens_are_compared_by_themselves():
+    size = np.repeat([1.0, 1e-3], 64).reshape(1, 128, 1, 1)  # late tokens average over many
+    right = {"out": np.random.default_rng(0).standard_normal((1, 128, 2, 8)) * size, "state": np.ones((1, 2, 8, 8))}
+    late = {"out": right["out"].copy(), "state": right["state"]}
+    late["out"][0, 100:] *= 1.5
+    assert compare.differences(late, right)["out"] < 1e-3
+    apart = compare.block_differences(late, right, 128)
+    assert 0.2 < apart["out"] < 0.5 and apart["state"] == 0
+    late["out"][0, 127, 0, 0] = np.nan
+    assert np.isnan(compare.block_differences(late, right, 128)["out"])
+
+
 def test_the_plan_is_in_order():
     every = gpu.plan(gpu.parse(["--kernels"]))
     assert list(dict.fromkeys(case.part for case in every)) == list(gpu.PARTS)
