@@ -85,7 +85,8 @@ def run(
 ) -> None:
     """Run the cases, started in their order, and call report(case, row) for each result and each end without one.
 
-    A row has "status" ("done", "wrong", or how the case ended), "said" and the result's numbers. `environment` is added
+    A row has "status" ("done", "wrong", or how the case ended) and "said". That of a result also has its numbers, and
+    "seconds": how long the case was in each stage up to then, as far as it has left that stage. `environment` is added
     to that of this process. Takes at most `seconds`, and some more to end what still runs.
     """
     end = time.monotonic() + seconds
@@ -104,6 +105,8 @@ def run(
                     break
                 time.sleep(0.02)
             for process in active:
+                process.end()  # all before the first is waited for
+            for process in active:
                 report(process.case, process.stop(STOPPED, f"out of time, stopped while {process.where()}"))
             for case in pending:
                 report(case, {"status": NOT_STARTED, "said": "not started: out of time"})
@@ -118,6 +121,7 @@ class _Process:
     def __init__(self, case: Case, lock: str, environment: dict[str, str]):
         self.case, self.ended = case, False
         self._stage, self._since, self._at = "working", time.monotonic(), ""
+        self._seconds = {"working": 0.0, "waiting": 0.0, "running": 0.0}
         self._unread, self._errors = b"", tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, __file__, lock, case.function, json.dumps(case.settings)],
@@ -148,11 +152,14 @@ class _Process:
         self.kill()
         return {"status": status, "said": said}
 
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def kill(self) -> None:
         if self.ended:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.end()
         # A process that waits for a device may take longer to end. It keeps the lock until then.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
@@ -165,10 +172,13 @@ class _Process:
         *lines, self._unread = self._unread.split(b"\n")
         for message in map(json.loads, lines):
             if "stage" in message:
-                self._stage, self._since = message["stage"], time.monotonic()
+                now = time.monotonic()
+                self._seconds[self._stage] += now - self._since
+                self._stage, self._since = message["stage"], now
             self._at = message.get("at", self._at)
             if "result" in message:
-                yield message["result"]
+                seconds = {stage: round(took, 1) for stage, took in self._seconds.items()}
+                yield message["result"] | {"seconds": seconds}
 
     def _failure(self, code: int) -> dict[str, Any]:
         said = self._last_line or "nothing on stderr"

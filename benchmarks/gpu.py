@@ -68,6 +68,8 @@ OPS = ("delta", "gated")
 SECONDS, QUICK_SECONDS = 480, 240
 # Otherwise each process takes most of the device's memory at its first use of it.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# What a table of times leaves out of a row.
+LEFT_OUT = ("part", "op", "status", "said", "seconds", "at s")
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,7 +204,7 @@ class Log:
             merged = {}  # fla's time of a form and direction is a result of its own
             for row in self.rows:
                 if (row["part"], row["op"], row["status"]) == (part, op, "done"):
-                    numbers = {key: x for key, x in row.items() if key not in ("part", "op", "status", "said", "at s")}
+                    numbers = {key: x for key, x in row.items() if key not in LEFT_OUT}
                     merged.setdefault((row["case"], row.get("direction")), {}).update(numbers)
             if merged:
                 report(title, list(merged.values()), None)
@@ -245,7 +247,7 @@ def the_machine() -> dict:
         Parser().error(f"no NVIDIA GPU can be used: {row['said']}")
     if row["platform"] != "gpu":
         Parser().error(f"no NVIDIA GPU found: this program needs one, and JAX finds {row['device']}")
-    return {name: x for name, x in row.items() if name not in ("status", "said")}
+    return {name: x for name, x in row.items() if name not in LEFT_OUT}
 
 
 def main() -> None:
