@@ -1,8 +1,8 @@
 """Runs cases in processes of their own, several at a time, and reports each result as it comes.
 
 A case names a function, "MODULE:FUNCTION", which its process calls as FUNCTION(worker, **settings). The function
-prepares its work while other processes do the same (import, draw, compile), and does within `worker.alone()` what must
-not be disturbed: one process at a time is there, by a lock on a file.
+prepares its work (imports, draws, compiles) while other processes do the same. What must not be disturbed, it does
+within `worker.alone()`. A lock on a file lets one process at a time be there.
 
 A case that crashes is reported by the last line that it wrote to stderr. A case is killed if it stays in one stage for
 longer than that stage's limit: "working", or "running" inside `alone`. Waiting for the lock has no limit. When the time
@@ -216,6 +216,8 @@ def main() -> None:
         traceback.print_exc()
         first = (str(error).strip() or "no message").splitlines()[0]
         sys.exit(f"{type(error).__name__}: {first}")
+    # All is said. To take down a device's client may take seconds, and may fail.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Part "kernels": single kernels of `delta_attention`, softmax, batch 2, 32 heads of 128, bfloat16, w = k.
 
-A kernel runs on the arrays that a real forward (and backward) pass gives it. What it has to be given at zero is set to
-0 in its time. Beside it runs cuDNN's flash attention: its forward pass, or the difference between both passes and the
-forward one.
+A kernel runs on the arrays that a real forward (and backward) pass gives it. Its time includes setting to 0 the arrays
+that must begin at 0. It is compared with a pass of cuDNN's flash attention in the same rounds; the time of a backward
+pass is that of forward and backward minus that of forward.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ def time_kernel(worker, kernel, length, rounds, tiles, yardstick="cudnn", sizes=
         flash["forward"].on_device(flash_arrays(there)[:2])
         flash["forward+backward"].on_device(flash_arrays(there))
         times = in_turns(flash | {kernel: alone}, rounds)
-    forward = kernel.endswith("forward")
-    beside = [
-        a - (0 if forward else b) for a, b in zip(times["forward" if forward else "forward+backward"], times["forward"])
-    ]
+    forward, both = times["forward"], times["forward+backward"]
+    if kernel.endswith("forward"):
+        products, beside = 1, forward
+    else:
+        products, beside = 2.5, [all - one for all, one in zip(both, forward)]
     ratio = statistics.median(a / b for a, b in zip(times[kernel], beside))
     milliseconds = 1e3 * statistics.median(times[kernel])
-    products = 1 if forward else 2.5
     rate = products * flops(shape, 1, "forward") / milliseconds / 1e9
-    sizes = ", ".join(str(x) for x in dataclasses.astuple(tile))
+    chosen = ", ".join(map(str, dataclasses.astuple(tile)))
     worker.result(
-        f"{milliseconds:.2f} ms, {ratio:.2f} × cuDNN's, {rate:.0f} TFLOP/s, tile {sizes}",
-        **{"ms": milliseconds, "× cuDNN": ratio, "TFLOP/s": rate, "tile": sizes},
+        f"{milliseconds:.2f} ms, {ratio:.2f} × cuDNN's, {rate:.0f} TFLOP/s, tile {chosen}",
+        **{"ms": milliseconds, "× cuDNN": ratio, "TFLOP/s": rate, "tile": chosen},
     )
