@@ -2,12 +2,13 @@
 
     uv run --extra cuda --group kernels python benchmarks/gpu.py --json gpu.json
 
-is designed to end within 8 minutes, and with --quick within 4; it has not yet been run on a GPU in this form. At that
-time it stops what still runs and says what it did not do. Its parts, in their order:
+is designed to end within 8 minutes, and with --quick within 4. It has not yet been run on a GPU in this form. When its
+time is over, it stops the cases that still run and names those that it did not start. Its parts, in their order:
 
 shapes    values and all gradients at random shapes of up to 400 tokens, in float32 and bfloat16, against the definition
           (`recurrent` in float64 on the CPU)
-long      8192 and 32768 tokens beside "chunked" on the device, values and all gradients, every form, packed rows too
+long      8192 and 32768 tokens beside "chunked" on the device: values and all gradients in bfloat16, every block of 64
+          tokens by itself, every form, packed rows too
 repeats   one call a thousand times, and one of 8192 tokens 250 times. Results without additions in arbitrary order must
           be the same bit for bit, the others within rounding. This would show a race between thread blocks
 times     whole calls, bfloat16: delta_attention at batch 2, 32 heads, 8192 tokens, head dimension 128, and at two
@@ -15,17 +16,18 @@ times     whole calls, bfloat16: delta_attention at batch 2, 32 heads, 8192 toke
 kernels   (with --kernels) single kernels of delta_attention at the shape of the times
 
 A case (a few shapes, a form, a kernel) is a process of its own. Several processes import, draw and compile at the same
-time; on the device they check and time one after the other, by a lock. Compiling also tries some of XLA's own
-algorithms on the device for moments, without the lock, which medians over rounds leave out. A case that crashes, does
-not fit into memory, or takes too long is one line of the output, and the others go on.
+time. On the device one process at a time checks or measures, by a lock. Compiling itself uses the device for moments,
+without the lock, when XLA tries algorithms of its own; the times are medians over rounds, so that such moments matter
+little. A case that crashes, does not fit into memory, or takes too long is one line of the output, and the others go
+on.
 
 --quick                     12 shapes; 8192 tokens only, with three forms of each op; 100 repeats; 5 rounds of times
 --only shapes|long|repeats|times|kernels
 --op delta|gated            delta_attention, or gated_delta_rule and gated_linear_attention
 --kernels                   also the part "kernels"
 --tile KERNEL=SIZES         another tile of delta_attention in all parts, for example write_forward=128,64,8,3,2,32:
-                            rows, columns, warps, stages, halves, group (pallas_kernels/triton/delta/table.py). For
-                            softmax in bfloat16 and head dimensions up to 128. Several may be given
+                            rows, columns, warps, stages, halves, group (pallas_kernels/triton/delta/table.py). It
+                            replaces the tiles for softmax in bfloat16 and head dimensions up to 128. May be repeated
 --shapes N, --repeats N     how many random shapes of each op, and how many times a call is repeated
 --length T                  tokens of the times and of the single kernels
 --processes N               how many cases compile at the same time; the default is the number of cores, at most 12
@@ -206,8 +208,9 @@ class Log:
                 if (row["part"], row["op"], row["status"]) == (part, op, "done"):
                     numbers = {key: x for key, x in row.items() if key not in LEFT_OUT}
                     merged.setdefault((row["case"], row.get("direction")), {}).update(numbers)
-            if merged:
-                report(title, list(merged.values()), None)
+            # A row without its own time: fla refused the call.
+            if rows := [row for row in merged.values() if "ms" in row]:
+                report(title, rows, None)
 
     def _checks(self) -> list[dict]:
         """A row for each part and op: how many results agree, and the largest difference in them."""

@@ -96,6 +96,20 @@ def test_times_of_whole_calls(worker):
     assert first["× cuDNN"] > 0 and first["TFLOP/s"] > 0 and gated["chunked / ours"] > 0
 
 
+def test_times_go_on_when_fla_refuses(worker, monkeypatch):
+    def milliseconds(shape, given, rounds):
+        yield "forward", 2.0
+        raise RuntimeError("not on this device\nand more")
+
+    monkeypatch.setattr(times.fla, "missing", lambda shape: False)
+    monkeypatch.setattr(times.fla, "milliseconds", milliseconds)
+    sizes = SMALL | {"batch": 1, "heads": 1, "value_heads": 1}
+    times.time_gated(worker, "linear attention, a decay a head", 32, 1, {}, "recurrent", sizes)
+    *_, timed, refused = worker.rows
+    assert len(worker.rows) == 4 and timed["fla ms"] == 2
+    assert refused["said"] == "no time of fla's kernel: RuntimeError: not on this device" and not refused["wrong"]
+
+
 def test_operations_are_the_formula_of_the_docs():
     shape, passes, _ = times.DELTA["untied"]
     # 9.0 ms on an H100 were 244 TFLOP/s, and 32.7 ms forward and backward 235 (docs/performance.md).
