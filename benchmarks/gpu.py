@@ -1,340 +1,273 @@
-"""Checks and times the Triton kernels on an NVIDIA GPU. One command, a few minutes:
+"""Checks and times the Triton kernels on an NVIDIA GPU.
 
     uv run --extra cuda --group kernels python benchmarks/gpu.py --json gpu.json
 
-1. shapes: values and all gradients at random shapes, in float32 and bfloat16, against the definition (`recurrent` in
-   float64 on the CPU).
-2. long: 8192 and 32768 tokens beside "chunked" on the device, values and gradients, seven forms (gpu_long.py). Each
-   case is a process with a time limit: one that hangs or does not fit is reported, and the others go on.
-3. repeats: one shape a thousand times. Results without additions in arbitrary order must be the same bit for bit, the
-   others within rounding. This would show a race between thread blocks.
-4. times: medians at batch 2, 32 heads, 8192 tokens, width 128, bfloat16, beside cuDNN's flash attention in the same
-   process. One causal pass of two products takes F = 2 T² K B H floating-point operations. Flash attention and the tied
-   form take 1 F forward and 3.5 F forward and backward. The untied form takes twice that, and w = k with r query heads
-   per key head 1 + 1/r times that.
+is designed to end within 8 minutes, and with --quick within 4. It has not yet been run on a GPU in this form. When its
+time is over, it stops the cases that still run and names those that it did not start. Its parts, in their order:
 
-The gated ops are checked and timed in the same way, by gpu_gated.py, beside fla's kernels.
+shapes    values and all gradients at random shapes of up to 400 tokens, in float32 and bfloat16, against the definition
+          (`recurrent` in float64 on the CPU)
+long      8192 and 32768 tokens beside "chunked" on the device: values and all gradients in bfloat16, every block of 64
+          tokens by itself, every form, packed rows too
+repeats   one call a thousand times, and one of 8192 tokens 250 times. Results without additions in arbitrary order must
+          be the same bit for bit, the others within rounding. This would show a race between thread blocks
+times     whole calls, bfloat16: delta_attention at batch 2, 32 heads, 8192 tokens, head dimension 128, and at two
+          shapes of heads of 64; the gated ops at batch 4, 32 heads, 8192 tokens, head dimension 128
+kernels   (with --kernels) single kernels of delta_attention at the shape of the times
 
---op delta|gated            only one of the two families
---only shapes|long|repeats|times
-                            only one of the four parts
---tile KERNEL=SIZES         another tile of delta_attention, for example write_forward=128,64,8,3,2,16: rows, columns,
-                            warps, stages, halves, group (pallas_kernels/triton/delta/table.py)
+A case (a few shapes, a form, a kernel) is a process of its own. Several processes import, draw and compile at the same
+time. On the device one process at a time checks or measures, by a lock. Compiling itself uses the device for moments,
+without the lock, when XLA tries algorithms of its own; the times are medians over rounds, so that such moments matter
+little. A case that crashes, does not fit into memory, or takes too long is one line of the output, and the others go
+on.
 
-A disagreement of shapes or repeats ends the program with exit code 1 and without a table.
+--quick                     12 shapes; 8192 tokens only, with three forms of each op; 100 repeats; 5 rounds of times
+--only shapes|long|repeats|times|kernels
+--op delta|gated            delta_attention, or gated_delta_rule and gated_linear_attention
+--kernels                   also the part "kernels"
+--tile KERNEL=SIZES         another tile of delta_attention in all parts, for example write_forward=128,64,8,3,2,32:
+                            rows, columns, warps, stages, halves, group (pallas_kernels/triton/delta/table.py). It
+                            replaces the tiles for softmax in bfloat16 and head dimensions up to 128. May be repeated
+--shapes N, --repeats N     how many random shapes of each op, and how many times a call is repeated
+--length T                  tokens of the times and of the single kernels
+--processes N               how many cases compile at the same time; the default is the number of cores, at most 12
+--json FILE                 everything, written anew after every result
+
+Columns of the tables at the end:
+
+ms, cuDNN ms      medians over 11 rounds, in each of which a program runs up to 5 times in a row
+× cuDNN           the median ratio to cuDNN's flash attention of the same batch, heads and length, unpacked, in the same
+                  process and round. For a single kernel: to cuDNN's forward or backward pass
+aim ms            the time to reach on an H100
+TFLOP/s           one causal pass of two products is 2 T² K B H floating-point operations. Flash attention and the tied
+                  form take one pass forward and 3.5 forward and backward, the untied form twice that, and w = k with r
+                  query heads per key head 1 + 1/r times that. A single kernel: 1 forward, 2.5 backward
+temporaries GB    device memory that the program takes beside its arguments and results
+chunked / ours    the median ratio of the portable form's time to the kernels'
+× fla             the ratio of the kernels' median to that of flash-linear-attention's kernel, if it is installed
+
+The last line names all disagreements. The exit code is 1 if there is one in a check, or if a case failed or hung; 2 for
+a wrong argument or a machine without a GPU; else 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import json
 import os
-import statistics
+import signal
 import sys
 import time
+from pathlib import Path
 
-# Leaves GPU memory for fla's kernels, which torch runs in this process.
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+import cases
 
-import gpu_gated
-import gpu_long
-import jax
-import jax.numpy as jnp
-import numpy as np
-from measure import report
+from deltaformer_jax.host.paths import write_whole
 
-from deltaformer_jax import delta_attention
-from pallas_kernels.triton.delta import api as delta
-from pallas_kernels.triton.delta.table import Tile
-
-NAMES = ("query", "write_query", "key", "value", "alpha", "beta")
-
-# The times to reach, in milliseconds on an H100.
-AIMS = {
-    ("untied", "forward"): 5.5,
-    ("tied", "forward"): 3.3,
-    ("w = k, 8 queries a key", "forward"): 2.8,
-    ("untied", "forward+backward"): 22.0,
-    ("tied", "forward+backward"): 11.0,
-}
+PARTS = ("shapes", "long", "repeats", "times", "kernels")
+OPS = ("delta", "gated")
+SECONDS, QUICK_SECONDS = 480, 240
+# Otherwise each process takes most of the device's memory at its first use of it.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# What a table of times leaves out of a row.
+LEFT_OUT = ("part", "op", "status", "said", "seconds", "at s")
 
 
-def draw(rng):
-    """The settings and shapes of one random call."""
-    kv_heads = int(rng.integers(1, 3))
-    heads = kv_heads * int(rng.integers(1, 4))
-    write = str(rng.choice(["softmax", "softmax", "linear", "relu", "exp"]))
-    width, value_width = (int(x) for x in rng.choice([16, 24, 32, 64, 80, 128], 2))
-    return dict(
-        batch=int(rng.integers(1, 3)),
-        time=int(rng.integers(1, 400)),
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        value_width=value_width,
-        write=write,
-        read=str(rng.choice(["softmax", "softmax", write, "linear"])),
-        write_query=str(rng.choice(["key", "query", "heads"])),
-        alpha=bool(rng.integers(2)),
-        beta=bool(rng.integers(2)) or write != "softmax",
-        segments=bool(rng.integers(2)),
-    )
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"benchmarks/gpu.py: error: {message}\n")
 
 
-def inputs_of(shape, rng, dtype):
-    b, t, h, g, k, v = (shape[x] for x in ("batch", "time", "heads", "kv_heads", "width", "value_width"))
-    write_heads = g if shape["write_query"] == "key" else h
-    normal = lambda *sizes: np.asarray(jnp.asarray(rng.standard_normal(sizes), dtype))
-    arrays = {"query": normal(b, t, h, k), "key": normal(b, t, g, k), "value": normal(b, t, g, v)}
-    if shape["write_query"] == "heads":
-        arrays["write_query"] = normal(b, t, h, k)
-    if shape["alpha"]:
-        arrays["alpha"] = normal(b, t, write_heads)
-    if shape["beta"]:
-        gates = 1 / (1 + np.exp(-rng.standard_normal((b, t, write_heads))))
-        arrays["beta"] = np.asarray(jnp.asarray(gates, dtype))
-    segments = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32) if shape["segments"] else None
-    return arrays, segments, normal(b, t, h, v)
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
-def scales(shape):
-    # For similarities other than softmax the scores are kept small enough that u does not grow over 400 tokens.
-    return shape["width"] ** -0.5 * (1 if shape["write"] == "softmax" else 0.05), shape["width"] ** -0.5
+def tile(text: str) -> tuple[str, list[int]]:
+    """ "write_forward=128,64,8,3,2,16" -> (kernel, the fields of a Tile)."""
+    from pallas_kernels.triton.delta.table import TABLE, Tile
 
-
-def expected(shape, arrays, segments, dout):
-    write_scale, read_scale = scales(shape)
-    tied_scale = read_scale if shape["read"] == "softmax" else write_scale
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
-
-        @jax.jit
-        def both(wide, dout):
-            def call(x):
-                named = {} if "write_query" in x else {"write_query": shape["write_query"]}
-                return delta_attention(
-                    **x,
-                    **named,
-                    write_similarity=shape["write"],
-                    read_similarity=shape["read"],
-                    write_scale=write_scale,
-                    read_scale=tied_scale,
-                    segment_ids=segments,
-                    implementation="recurrent",
-                )
-
-            out, pull = jax.vjp(call, wide)
-            return out, pull(dout)[0]
-
-        out, gradients = both(wide, jnp.asarray(dout, jnp.float64))
-        return np.asarray(out), {name: np.asarray(x) for name, x in gradients.items()}
-
-
-def settings_of(shape, tiles):
-    write_scale, read_scale = scales(shape)
-    read_scale = read_scale if shape["read"] == "softmax" else write_scale
-    tied = shape["write_query"] == "query" and shape["write"] == shape["read"] == "softmax"
-    read = None if tied else delta.Kappa(shape["read"], read_scale)
-    return delta.Settings(delta.Kappa(shape["write"], write_scale), read, tied, tiles=tiles)
-
-
-def forward_and_backward(settings):
-    """A jitted function (arrays in the order of NAMES, segments, dout) -> (out, u, gradients)."""
-
-    @jax.jit
-    def call(arrays, segments, dout):
-        out, u, residuals = delta.forward(settings, *arrays, segments)
-        return out, u, delta.backward(settings, residuals, dout, jnp.zeros_like(u))
-
-    return call
-
-
-def by_kernels(shape, arrays, segments, dout, tiles):
-    settings = settings_of(shape, tiles)
-    given = dict(arrays)
-    if shape["write_query"] == "query" and not settings.tied:
-        given["write_query"] = arrays["query"]
-    out, _, gradients = forward_and_backward(settings)([given.get(name) for name in NAMES], segments, dout)
-    found = {name: np.asarray(x, np.float64) for name, x in zip(NAMES, gradients) if x is not None}
-    if "write_query" in found and "write_query" not in arrays:
-        found["query"] = found["query"] + found.pop("write_query")
-    return np.asarray(out, np.float64), found
-
-
-def check_shapes(count, tiles):
-    """The largest error for each dtype, relative to the largest number of the array."""
-    rng = np.random.default_rng(0)
-    # The rounding unit times its growth over a few hundred rows of a softmax with sigmoid gates. For bfloat16 arrays,
-    # other similarities split the operands of products, so that only inputs and results are rounded.
-    bounds = {"float32": 2e-4, "bfloat16": 0.15}
-    worst = dict.fromkeys(bounds, 0.0)
-    for number in range(count):
-        shape = draw(rng)
-        parted = "softmax" not in (shape["write"], shape["read"])
-        for dtype in bounds:
-            bound = 0.03 if dtype == "bfloat16" and parted else bounds[dtype]
-            arrays, segments, dout = inputs_of(shape, np.random.default_rng(number), dtype)
-            out, gradients = expected(shape, arrays, segments, dout)
-            found, found_gradients = by_kernels(shape, arrays, segments, dout, tiles)
-            pairs = {"out": (found, out)} | {name: (found_gradients[name], x) for name, x in gradients.items()}
-            for name, (a, b) in pairs.items():
-                error = float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
-                # Not `error > bound`, so that NaN fails too.
-                if not error <= bound:
-                    sys.exit(f"{name} of {shape} in {dtype} is off by {error:.2g}, more than {bound}")
-                worst[dtype] = max(worst[dtype], error)
-    print(f"{count} random shapes agree with the recurrence; largest relative errors {worst}")
-    return {"shapes": count, "largest relative error": worst}
-
-
-def check_repeats(count, tiles):
-    """Runs one shape repeatedly, forward and backward, and compares the results."""
-    results = {}
-    for form, similarity in (("heads", "softmax"), ("query", "softmax"), ("key", "linear")):
-        shape = dict(
-            batch=2,
-            time=2000,
-            heads=8,
-            kv_heads=8,
-            width=128,
-            value_width=128,
-            write=similarity,
-            read=similarity,
-            write_query=form,
-            alpha=False,
-            beta=True,
-            segments=form == "key",
+    kernel, _, sizes = text.partition("=")
+    kernels = sorted({kernel for kernel, _ in TABLE[90]})
+    fields = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")]
+    if kernel not in kernels or not 4 <= len(fields) <= 6:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KERNEL=ROWS,COLUMNS,WARPS,STAGES[,HALVES[,GROUP]] with a kernel of {', '.join(kernels)}"
         )
-        arrays, segments, dout = inputs_of(shape, np.random.default_rng(0), "bfloat16")
-        call = forward_and_backward(settings_of(shape, tiles))
-        arguments = jax.device_put(([arrays.get(name) for name in NAMES], segments, dout))
-        first = call(*arguments)
-        exact, near = (first[0], first[1], first[2][3]), (first[2][0], first[2][2])
-
-        @jax.jit
-        def compare(result, exact=exact, near=near):
-            out, u, gradients = result
-            same = [jnp.array_equal(a, b) for a, b in zip(exact, (out, u, gradients[3]))]
-            apart = [
-                jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)))
-                / jnp.max(jnp.abs(a)).astype(jnp.float32)
-                for a, b in zip(near, (gradients[0], gradients[2]))
-            ]
-            return jnp.stack(same).all(), jnp.max(jnp.stack(apart))
-
-        checks = [compare(call(*arguments)) for _ in range(count)]
-        same, apart = (np.asarray(x) for x in zip(*jax.device_get(checks)))
-        if not same.all() or not apart.max() <= 2.0**-6:
-            differ = f"{int((~same).sum())} of {count} runs differ; dq, dk by {apart.max():.2g}"
-            sys.exit(f"{similarity}, write_query={form}: {differ}")
-        results[f"{similarity}, {form}"] = {"runs": count, "dq and dk apart by": float(apart.max())}
-        print(
-            f"{similarity}, write_query={form}: {count} runs; out, u and dv are the same bit for bit, dq and dk within "
-            f"{apart.max():.2g}"
-        )
-    return results
-
-
-def device_milliseconds(call, arguments, rounds=15, calls=5):
-    """The median over rounds of the mean time in a row of calls, in which the device never waits for the host."""
-    jax.block_until_ready([call(*arguments) for _ in range(2)])
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready([call(*arguments) for _ in range(calls)])
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return statistics.median(times)
-
-
-def time_table(length, tiles):
-    batch, heads, width = 2, 32, 128
-    one_pass = 2 * length**2 * width * batch * heads
-    rng = np.random.default_rng(0)
-    normal = lambda h: jnp.asarray(rng.standard_normal((batch, length, h, width)), jnp.bfloat16)
-    gate = lambda h: jnp.asarray(1 / (1 + np.exp(-rng.standard_normal((batch, length, h)))), jnp.bfloat16)
-    q, w, k, v, dout = (normal(heads) for _ in range(5))
-    few_k, few_v = normal(heads // 8), normal(heads // 8)
-    kappa, linear = delta.Kappa("softmax", width**-0.5), delta.Kappa("linear", 1 / width)
-    separate, tied = delta.Settings(kappa, kappa, tiles=tiles), delta.Settings(kappa, None, True, tiles=tiles)
-    forms = {
-        "untied": (separate, (q, w, k, v, None, gate(heads), None), 2),
-        "tied": (tied, (q, None, k, v, None, gate(heads), None), 1),
-        # Keys have length √width: with this scale the delta rule forgets and u stays finite.
-        "linear, w = k": (delta.Settings(linear, linear, tiles=tiles), (q, None, k, v, None, gate(heads), None), 2),
-        "w = k, 8 queries a key": (separate, (q, None, few_k, few_v, None, gate(heads // 8), None), 1 + 1 / 8),
+    given = Tile(*fields)
+    # Backward write kernels read arrays that are padded to a multiple of 64 rows.
+    most_rows = 64 if kernel in ("write_backward", "tied_backward") else 256
+    allowed = {
+        "rows": [2**n for n in range(4, 9) if 2**n <= most_rows],
+        "columns": [2**n for n in range(4, 9)],
+        "warps": [1, 2, 4, 8, 16],
+        "stages": range(1, 9),
+        "halves": [1, 2],
+        "group": range(1, 1025),
     }
+    for name, values in allowed.items():
+        if getattr(given, name) not in values:
+            among = ", ".join(map(str, values)) if isinstance(values, list) else f"{values[0]} to {values[-1]}"
+            raise argparse.ArgumentTypeError(f"{text!r}: {name} must be one of {among}")
+    return kernel, fields
 
-    def flash(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-    def flash_both(q, k, v, dout):
-        out, pull = jax.vjp(flash, q, k, v)
-        return out, pull(dout)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--op", choices=OPS)
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--tile", type=tile, action="append", default=[])
+    parser.add_argument("--shapes", type=positive)
+    parser.add_argument("--repeats", type=positive)
+    parser.add_argument("--length", type=positive, default=8192)
+    parser.add_argument("--processes", type=positive, default=min(len(os.sched_getaffinity(0)), 12))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    options.shapes = options.shapes or (12 if options.quick else 50)
+    options.repeats = options.repeats or (100 if options.quick else 1000)
+    if options.op == "gated" and options.only == "kernels":
+        parser.error("--only kernels times kernels of delta_attention: leave out --op gated")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: the folder does not exist")
+    return options
 
-    yardstick = {
-        "forward": device_milliseconds(jax.jit(flash), (q, k, v)),
-        "forward+backward": device_milliseconds(jax.jit(flash_both), (q, k, v, dout)),
+
+def plan(options: argparse.Namespace) -> list[cases.Case]:
+    """The cases in the order in which they are started."""
+    from on_gpu import kernels, long, repeats, shapes, times
+
+    tiles, rounds = dict(options.tile), 5 if options.quick else 11
+    makers = {
+        "shapes": lambda op: shapes.cases(op, options.shapes, tiles),
+        "long": lambda op: long.cases(op, options.quick, tiles),
+        "repeats": lambda op: repeats.cases(op, options.repeats, tiles),
+        "times": lambda op: times.cases(op, options.length, rounds, tiles),
+        "kernels": lambda op: kernels.cases(options.length, rounds, tiles) if op == "delta" else [],
     }
+    parts = [options.only] if options.only else [x for x in PARTS if x != "kernels" or options.kernels]
+    ops = [options.op] if options.op else OPS
+    return [case for part in parts for op in ops for case in makers[part](op)]
+
+
+class Log:
+    """The results so far: each is printed and written when it comes."""
+
+    def __init__(self, options: argparse.Namespace, machine: dict, start: float):
+        self.rows, self._path, self._start = [], options.json, start
+        kept = {name: str(x) if isinstance(x, Path) else x for name, x in vars(options).items()}
+        self._head = {"title": "Triton kernels on an NVIDIA GPU", "machine": machine, "options": kept}
+
+    def add(self, case: cases.Case, row: dict) -> None:
+        row = {"part": case.part, "op": case.op, "case": case.name, **row}
+        row["at s"] = round(time.monotonic() - self._start, 1)
+        note = ""
+        if row["part"] in ("times", "kernels") and any(x["op"] == row["op"] for x in self.wrong):
+            note = row["note"] = "results of this op are wrong, see the checks"
+        self.rows.append(row)
+        wrong = "WRONG: " if row["status"] == "wrong" else ""
+        line = f"{row['at s']:5.0f} s  {case.part:8}{case.op:6} {case.name}: {wrong}{row['said']}"
+        print(line + (f" ({note})" if note else ""), flush=True)
+        if self._path:
+            text = json.dumps({**self._head, "rows": self.rows}, indent=1, ensure_ascii=False)
+            write_whole(self._path, f"{text}\n".encode())
+
+    @property
+    def wrong(self) -> list[dict]:
+        return [row for row in self.rows if row["status"] == "wrong"]
+
+    @property
+    def without(self) -> list[dict]:
+        """The cases that ended, or were not started, without their results."""
+        return [row for row in self.rows if row["status"] not in ("done", "wrong")]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a result is wrong, or a case ended by a fault rather than by a lack of memory or time."""
+        return any(row["status"] in ("wrong", cases.FAILED, cases.HUNG) for row in self.rows)
+
+    def tables(self) -> None:
+        from measure import report
+
+        if checks := self._checks():
+            report("Checks", checks, None)
+        timed = {
+            "times, delta": "delta_attention, whole calls",
+            "times, gated": "The gated ops, whole calls",
+            "kernels, delta": "delta_attention, single kernels",
+        }
+        for name, title in timed.items():
+            part, op = name.split(", ")
+            merged = {}  # fla's time of a form and direction is a result of its own
+            for row in self.rows:
+                if (row["part"], row["op"], row["status"]) == (part, op, "done"):
+                    numbers = {key: x for key, x in row.items() if key not in LEFT_OUT}
+                    merged.setdefault((row["case"], row.get("direction")), {}).update(numbers)
+            # A row without its own time: fla refused the call.
+            if rows := [row for row in merged.values() if "ms" in row]:
+                report(title, rows, None)
+
+    def _checks(self) -> list[dict]:
+        """A row for each part and op: how many results agree, and the largest difference in them."""
+        table = collections.defaultdict(lambda: {"agree": 0, "wrong": 0, "without a result": 0, "largest": 0.0})
+        for row in self.rows:
+            if row["part"] not in ("shapes", "long", "repeats"):
+                continue
+            entry = table[row["part"], row["op"]]
+            entry[{"done": "agree", "wrong": "wrong"}.get(row["status"], "without a result")] += 1
+            apart = [*row.get("errors", row.get("differences", {})).values(), row.get("apart", 0.0)]
+            entry["largest"] = max([entry["largest"], *apart], key=lambda x: (x != x, x))  # NaN is the largest
+        return [{"part": part, "op": op, **entry} for (part, op), entry in table.items()]
+
+
+def describe_machine(worker) -> None:
+    """The case that looks whether this machine can run the others."""
+    from importlib.metadata import version
+
+    from measure import machine
+
+    from pallas_kernels.triton import packages
+
+    found = machine()
+    if found["platform"] == "gpu" and (reason := packages.missing()):
+        sys.exit(reason)
+    versions = {name: version(name) for name in ("triton", "jax-triton")} if found["platform"] == "gpu" else {}
+    worker.result("", **found, **versions)
+
+
+def the_machine() -> dict:
+    """Its device and versions. Ends this program if there is no NVIDIA GPU, or a package is missing."""
     rows = []
-
-    def add(form, direction, passes, milliseconds):
-        flops = passes * (1 if direction == "forward" else 3.5) * one_pass
-        rows.append(
-            {
-                "form": form,
-                "direction": direction,
-                "ms": milliseconds,
-                "aim ms": AIMS.get((form, direction)) if length == 8192 else None,
-                "of cuDNN's": milliseconds / yardstick[direction],
-                "TFLOP/s": flops / milliseconds / 1e9,
-            }
-        )
-
-    for direction, milliseconds in yardstick.items():
-        add("cuDNN flash attention", direction, 1, milliseconds)
-    for form, (settings, arguments, passes) in forms.items():
-        forward = jax.jit(lambda *arrays, settings=settings: delta.forward(settings, *arrays)[0])
-        add(form, "forward", passes, device_milliseconds(forward, arguments))
-        both = forward_and_backward(settings)
-        arguments = (list(arguments[:6]), None, dout)
-        add(form, "forward+backward", passes, device_milliseconds(both, arguments))
-    return rows
+    case = cases.Case("machine", "", "", "gpu:describe_machine", {})
+    cases.run([case], lambda case, row: rows.append(row), processes=1, seconds=60, environment=ENVIRONMENT)
+    (row,) = rows
+    if row["status"] != "done":
+        Parser().error(f"no NVIDIA GPU can be used: {row['said']}")
+    if row["platform"] != "gpu":
+        Parser().error(f"no NVIDIA GPU found: this program needs one, and JAX finds {row['device']}")
+    return {name: x for name, x in row.items() if name not in LEFT_OUT}
 
 
-def parse_tile(text):
-    name, sizes = text.split("=")
-    return name, Tile(*map(int, sizes.split(",")))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["shapes", "long", "repeats", "times"])
-    parser.add_argument("--op", choices=["delta", "gated"])
-    parser.add_argument("--shapes", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=1000)
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--tile", type=parse_tile, action="append", default=[])
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        sys.exit("no NVIDIA GPU found: this program needs one")
-    tiles = tuple(options.tile)
-    more = {"tiles": [str(x) for x in tiles]}
-    wanted = lambda op, name: options.op in (None, op) and options.only in (None, name)
-    if wanted("delta", "shapes"):
-        more["correct"] = check_shapes(options.shapes, tiles)
-    if wanted("gated", "shapes"):
-        more["gated correct"] = gpu_gated.check_shapes(options.shapes)
-    if wanted("delta", "long"):
-        more["long"] = gpu_long.check_long()
-    if wanted("delta", "repeats"):
-        more["repeats"] = check_repeats(options.repeats, tiles)
-    if wanted("gated", "repeats"):
-        more["gated repeats"] = gpu_gated.check_repeats(options.repeats)
-    if wanted("gated", "times"):
-        more["gated"] = gpu_gated.time_table(options.length, device_milliseconds)
-        report("gated ops, bfloat16, batch 4, 32 heads, width 128", more["gated"], None)
-    rows = time_table(options.length, tiles) if wanted("delta", "times") else []
-    report("delta_attention by Triton kernels, bfloat16, batch 2, 32 heads, width 128", rows, options.json, **more)
+def main() -> None:
+    start = time.monotonic()
+    options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cases end too
+    log = Log(options, machine := the_machine(), start)
+    work = plan(options)
+    seconds = QUICK_SECONDS if options.quick else SECONDS
+    print(f"{machine}: {len(work)} cases, {options.processes} processes, at most {seconds} s", flush=True)
+    left = seconds - (time.monotonic() - start)
+    cases.run(work, log.add, processes=options.processes, seconds=left, environment=ENVIRONMENT)
+    log.tables()
+    names = lambda rows: "; ".join(f"{row['part']} {row['op']} {row['case']}: {row['said']}" for row in rows) or "none"
+    print(f"without a result: {names(log.without)}")
+    print(f"disagreements: {names(log.wrong)}")
+    sys.exit(1 if log.failed else 0)
 
 
 if __name__ == "__main__":
