@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel
+from deltaformer_jax.layers.linear import kernel, product
 
 
 class SwiGLU(nnx.Module):
@@ -30,9 +30,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        gate = jnp.einsum("btd,df->btf", x, self.gate[...].astype(self.dtype))
-        up = jnp.einsum("btd,df->btf", x, self.up[...].astype(self.dtype))
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...].astype(self.dtype))
+        gate = product(x, self.gate, self.dtype)
+        up = product(x, self.up, self.dtype)
+        return product(jax.nn.silu(gate) * up, self.down, self.dtype)
 
     def flops_per_token(self, length: int) -> float:
         """6 d_model mlp_dim forward FLOPs, for three products; a multiply-add counts 2. `length` has no influence."""

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import along, kernel, product_flops, wide_kernel
-from deltaformer_jax.layers.query_key_value import project
+from deltaformer_jax.layers.linear import along, kernel, product, product_flops, wide_kernel
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -34,7 +33,7 @@ class OutputGate(nnx.Module):
 
     def __call__(self, o, x):
         wide = accumulation_dtype(self.dtype)
-        gate = jax.nn.sigmoid(project(x, self.kernel, self.dtype).astype(wide))
+        gate = jax.nn.sigmoid(product(x, self.kernel, self.dtype).astype(wide))
         return (o.astype(wide) * gate).astype(self.dtype)
 
     def flops_per_token(self) -> float:
@@ -67,7 +66,7 @@ class HeadDecay(nnx.Module):
         self.bias = _step_bias(rngs, (heads,), ("heads",))
 
     def __call__(self, x):
-        step = jnp.einsum("btd,dh->bth", _wide(x), self.kernel[...], precision="highest")
+        step = product(_wide(x), self.kernel, _wide(x).dtype, precision="highest")
         return -jnp.exp(along(self.log_rate, step)) * jax.nn.softplus(step + along(self.bias, step))
 
     def flops_per_token(self) -> float:
@@ -84,8 +83,8 @@ class ChannelDecay(nnx.Module):
         self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
 
     def __call__(self, x):
-        low = jnp.einsum("btd,dr->btr", _wide(x), self.down[...], precision="highest")
-        step = jnp.einsum("btr,rhk->bthk", low, self.up[...], precision="highest")
+        low = product(_wide(x), self.down, _wide(x).dtype, precision="highest")
+        step = product(low, self.up, low.dtype, precision="highest")
         return -jnp.exp(along(self.log_rate, low))[..., None] * jax.nn.softplus(step + along(self.bias, step))
 
     def flops_per_token(self) -> float:

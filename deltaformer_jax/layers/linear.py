@@ -52,6 +52,19 @@ def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
     return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
+def product(x, weight: nnx.Param, dtype, axes: int = 1, precision=None):
+    """x [..., *in] times a kernel [*in, *out] -> [..., *out]; `axes` is the number of dimensions *in.
+
+    Operands and result are in `dtype`. Computed as a product of two matrices: of arrays with more dimensions, XLA's
+    gradient on a CPU first makes transposed copies, which in a small model cost as much as the products.
+    """
+    numbers = weight[...].astype(dtype)
+    width = math.prod(numbers.shape[:axes])
+    rows = x.astype(dtype).reshape(-1, width)
+    out = jnp.matmul(rows, numbers.reshape(width, -1), precision=precision)
+    return out.reshape(*x.shape[: x.ndim - axes], *numbers.shape[axes:])
+
+
 def along(parameter, x):
     """The parameter's array with leading axes of length 1 added, up to x's rank.
 
@@ -83,5 +96,5 @@ class Gate(nnx.Module):
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        product = jnp.einsum("btd,dh->bth", wide, self.kernel[...], precision="highest")
-        return product + along(self.bias, product)
+        logits = product(wide, self.kernel, wide.dtype, precision="highest")
+        return logits + along(self.bias, logits)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.linear import kernel, product, product_flops
 from deltaformer_jax.layers.norms import HeadNorm
-from deltaformer_jax.layers.query_key_value import project
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
 
@@ -50,7 +49,7 @@ class MemoryInputs(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, tails=None):
-        maps = [project(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        maps = [product(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
         if self.convolutions is None:
             return *maps, ()
         before = (None, None, None) if tails is None else tails
@@ -111,10 +110,10 @@ class MemoryOutput(nnx.Module):
         if self.gate is not None:
             rows = x.astype(self.dtype)
             if self.gate_down is not None:
-                rows = rows @ self.gate_down[...].astype(self.dtype)
-            gate = project(rows, self.gate, self.dtype)
+                rows = product(rows, self.gate_down, self.dtype)
+            gate = product(rows, self.gate, self.dtype)
         read = self.norm(o.astype(self.dtype), gate)
-        return jnp.einsum("bthv,hvd->btd", read, self.output[...].astype(self.dtype))
+        return product(read, self.output, self.dtype, axes=2)
 
     def flops_per_token(self) -> float:
         """The products with the kernels of the gate and of the output."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
-from deltaformer_jax.layers.linear import kernel, product_flops
+from deltaformer_jax.layers.linear import kernel, product, product_flops
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.rotary import check_rotary, rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
@@ -73,7 +73,7 @@ class QueryKeyValue(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None):
-        maps = [project(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        maps = [product(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
         shift, convolutions = (None, (None,) * 3) if tail is None else (tail.shift, tail.convolutions)
         if self.convolutions is not None:
             done = [
@@ -101,11 +101,6 @@ class QueryKeyValue(nnx.Module):
         """2 d_model K (H + 2 G), and 2 for each weight of a convolution."""
         convolutions = () if self.convolutions is None else [part.weight for part in self.convolutions]
         return product_flops(self.query, self.key, self.value, *convolutions)
-
-
-def project(x, weight: nnx.Param, dtype):
-    """x [B,T,D] times a kernel [D,H,K] -> [B,T,H,K]; operands and result are in `dtype`."""
-    return jnp.einsum("btd,dhk->bthk", x.astype(dtype), weight[...].astype(dtype))
 
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, rope_base: float | None):

@@ -21,10 +21,10 @@ from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
-from deltaformer_jax.layers.linear import Gate, kernel, product_flops
+from deltaformer_jax.layers.linear import Gate, kernel, product, product_flops
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
-from deltaformer_jax.layers.query_key_value import QueryKeyValue, project
+from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.layers.rotary import rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
@@ -194,7 +194,7 @@ class DeltaFormer(nnx.Module):
             cache = AttentionCache(memory, tail, write_tail)
         if self.output_gate is not None:
             read = self.output_gate(read, x)
-        return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
+        return product(read, self.output, self.dtype, axes=2), cache
 
     def _write_query(self, x, query, positions, segment_ids, tail):
         """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None)."""
@@ -202,7 +202,7 @@ class DeltaFormer(nnx.Module):
             return "key", None  # if the write's keys are normalised, `__call__` has done it
         if self.write_query == "query":
             return rms_normalize(query) if self.unit_keys else "query", None
-        write_query = project(x, self.write_kernel, self.dtype)
+        write_query = product(x, self.write_kernel, self.dtype)
         if self.write_convolution is not None:
             write_query, tail = self.write_convolution(write_query, segment_ids=segment_ids, tail=tail)
         if self.write_norm is not None:

@@ -24,7 +24,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
-from deltaformer_jax.layers.linear import Gate, kernel, product_flops
+from deltaformer_jax.layers.linear import Gate, kernel, product, product_flops
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.sharding import over_devices
@@ -123,7 +123,7 @@ class SoftmaxAttention(nnx.Module):
             cache = AttentionCache(memory, tail)
         if self.output_gate is not None:
             read = self.output_gate(read, x)
-        return jnp.einsum("bthk,hkd->btd", read.astype(self.dtype), self.output[...].astype(self.dtype)), cache
+        return product(read, self.output, self.dtype, axes=2), cache
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""
