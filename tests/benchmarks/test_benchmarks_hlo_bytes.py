@@ -61,13 +61,14 @@ ENTRY %main (x: bf16[8,16], y: bf16[16,8], stack: f32[3,8,8], rows: s32[2,1]) ->
   %added = f32[3,8,8]{2,1,0} scatter(%stack, %rows, %gathered), to_apply=%add
   %zero = s32[] constant(0)
   %start = (s32[], f32[3,8,8]{2,1,0}) tuple(%zero, %added)
-  %loop = (s32[], f32[3,8,8]{2,1,0}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}, TRIPS
+  %loop = (s32[], f32[3,8,8]{2,1,0}) while(%start), condition=%condition, body=%body, NAME, TRIPS
   ROOT %result = f32[3,8,8]{2,1,0} get-tuple-element(%loop), index=1
 }
 """
 for short, config in {
     "GEMM": '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
     "TRIPS": 'backend_config={"known_trip_count":{"n":"3"}}',
+    "NAME": 'metadata={op_name="jit(f)/while"}',
 }.items():
     PROGRAM = PROGRAM.replace(short, config)
 
