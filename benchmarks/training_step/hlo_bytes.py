@@ -36,6 +36,9 @@ FREE = {
     "tuple",
 }
 
+# The second is the asynchronous one: it starts here, and what follows need not wait for it before its "fusion-done".
+FUSIONS = ("fusion", "fusion-start")
+
 
 class Instruction(NamedTuple):
     name: str
@@ -114,7 +117,7 @@ def launches(text: str) -> tuple[list[Launch], list[Loop]]:
                 for branch in called:
                     walk(branch, turns, loop)
             else:
-                body = computations[called[0]] if x.op == "fusion" else None
+                body = computations[called[0]] if x.op in FUSIONS else None
                 dots = sum(_dots(computations, called[0])) if body else _product(computation, x)
                 op_name = _op_name(x.rest) or (_inner_op_name(body) if body else "")
                 opaque = x.op == "custom-call" and not dots
@@ -204,7 +207,7 @@ def _attribute(instruction: Instruction, name: str) -> str:
 
 def _called(instruction: Instruction) -> list[str]:
     """The computations that a fusion, a call or a conditional executes."""
-    if instruction.op in ("fusion", "async-start", "call", "conditional"):
+    if instruction.op in (*FUSIONS, "async-start", "call", "conditional"):
         keys = r"calls|to_apply|true_computation|false_computation|branch_computations"
         found = re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.rest)
         return [name for names in found for name in re.findall(r"[\w.\-]+", names)]

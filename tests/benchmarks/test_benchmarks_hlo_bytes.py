@@ -102,6 +102,17 @@ def test_a_stack_that_is_read_whole_is_counted_whole():
     assert next(x.bytes for x in launches(whole)[0] if x.name == "out") == 768 + 4 + 256 + 256 + 32
 
 
+def test_an_asynchronous_fusion_is_counted_where_it_starts():
+    fusion = "%layer = f32[8,8]{1,0} fusion("
+    start = "%start = ((f32[3,8,8]{2,1,0}, s32[]), f32[8,8]{1,0}, u32[]) fusion-start("
+    lines = [line for line in PROGRAM.splitlines() if fusion in line]
+    done = "  %layer = f32[8,8]{1,0} fusion-done(%start)"
+    text = PROGRAM.replace(lines[0], f"{lines[0].replace(fusion, start)}\n{done}")
+    assert {x.name: x.bytes for x in launches(text)[0] if x.loop} == {
+        x.name if x.name != "layer" else "start": x.bytes for x in launches(PROGRAM)[0] if x.loop
+    }
+
+
 def test_the_turns_of_loops_inside_loops_multiply():
     """The layers' loop is put into another. A loop whose trip count the program does not say counts once."""
     outer = """
