@@ -29,11 +29,14 @@ RECOMPUTED = "rematted_computation"
 
 def part_of(launch: Launch) -> str:
     name = launch.op_name
-    if re.search(r"\b_hidden\b", name):
-        if re.search(r"\b(_attend|_run|_write)\b", name) or (launch.kernel and "/while/" in name):
+    # Before it may stand the loop over the parts of a batch.
+    _, hidden, inside = name.partition("_hidden)")
+    if hidden:
+        layers = "/while/" in inside
+        if re.search(r"\b(_attend|_run|_write)\b", inside) or (launch.kernel and layers):
             return "mixers"
         # The scan itself slices a layer out of a stack, or writes one into it.
-        if "/while/" not in name or re.search(r"/while/body/(jit\()?dynamic_", name):
+        if not layers or re.search(r"/while/body/(jit\()?dynamic_", inside):
             return "rest"
         return "products" if launch.flops else "elementwise"
     if "jvp(" in name:

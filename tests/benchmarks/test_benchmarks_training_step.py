@@ -39,6 +39,7 @@ NAMES = {
     "jit(step)/jvp()/while/body/closed_call/nd,vd->nv/dot_general": "logits",
     "jit(step)/transpose(jvp())/while/body/closed_call/add_any": "logits",
     f"jit(step)/while/body/closed_call{BACKWARD.removeprefix('jit(step)')}{LAYER}/mul": "elementwise",
+    f"jit(step)/while/body/closed_call{FORWARD.removeprefix('jit(step)')}/mul": "rest",
     "jit(step)/while/body/closed_call/add": "rest",
     "jit(step)/jit(_where)/select_n": "optimiser",
     "": "rest",
