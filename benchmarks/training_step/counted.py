@@ -115,4 +115,4 @@ def of_launches(found: list[Launch]) -> list[dict]:
 
 def short(op_name: str) -> str:
     """An op_name without what says nothing here."""
-    return re.sub(r"jit\(step\)/|closed_call/|while/body/|cond/|branch_\d+_fun/|checkpoint/", "", op_name)
+    return re.sub(r"jit\(step\)/|closed_call/|eval_jaxpr/|while/body/|cond/|branch_\d+_fun/|checkpoint/", "", op_name)
