@@ -26,7 +26,7 @@ def dry_run(config: Config) -> None:
     check(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    full = _with_vocabulary(config)
+    full = with_any_vocabulary(config)
     with waiting("tracing the model", say_aside):
         program = fitting_program(full, mesh, say_aside)
         program.lower_train_step(full.data)
@@ -66,7 +66,7 @@ def dry_run(config: Config) -> None:
     print(f"  in all            {size_text(total)} (the new state takes the place of the old one)")
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_any_vocabulary(config: Config) -> Config:
     """The config with model.vocab_size filled in. The standard library's corpus is not prepared for that."""
     if config.model.vocab_size:
         return config

@@ -1,0 +1,118 @@
+"""The training step compiled for an H100 with no GPU at hand, and counted. Nothing runs.
+
+Where no GPU is, XLA cannot time its choices of tiles and libraries for products, so the program may differ from the one
+that a GPU runs. The arithmetic of Triton's kernels is not visible in it: it is taken from the model's closed form.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+from jax.experimental import topologies
+from measure import report
+
+from deltaformer_jax.config import Config
+from deltaformer_jax.training.watch.peak import peak_flops
+from training_step.compiled import SMALLER, Step, compile_step
+from training_step.hlo_bytes import Launch, Loop, launches
+from training_step.parts import kernel_passes, model_flops, part_of, roofline
+
+# What XLA asks of a device, for an H100 80GB HBM3 (SXM).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+MEMORY = 84_929_347_584  # bytes
+BANDWIDTH = 3.35e12  # bytes a second, from the data sheet
+LISTED = 15  # launches
+
+
+def prepare(config: Config) -> Step:
+    """Compile the step. Raises ValueError if it needs more memory than the card has."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    step = compile_step(config, topology.devices[0])
+    if step.memory > MEMORY:
+        raise ValueError(
+            f"{step.title}: the step takes {step.memory / 1e9:.1f} GB, and the card has {MEMORY / 1e9:.1f}; {SMALLER}"
+        )
+    return step
+
+
+def show(step: Step, json: str | None):
+    """Print the loops, the launches that move most, and the parts. If `json` is given, write them there too."""
+    found, loops = launches(step.compiled.as_text())
+    peak = peak_flops(step.device.device_kind)
+    asked, ops = model_flops(step.program.parts, step.config.data.sequence_length)
+    rows = roofline(found, ops * step.tokens * kernel_passes(found), BANDWIDTH, peak)
+    seconds = sum(row.seconds for row in rows)
+    table = [
+        {
+            "part": row.part,
+            "launches": row.launches,
+            "GB": row.bytes / 1e9,
+            "TFLOP": row.flops / 1e12,
+            "roofline ms": 1e3 * row.seconds,
+            "share": row.seconds / seconds,
+        }
+        for row in rows
+    ]
+    table.append({"part": "all"} | {name: sum(row[name] for row in table) for name in table[0] if name != "part"})
+    bound = {
+        "compiled for": step.device.device_kind,
+        "memory GB": step.memory / 1e9,
+        "TFLOP of the model": 3 * asked * step.tokens / 1e12,
+        "tokens/s at most": step.tokens / seconds,
+        "MFU at most": 3 * asked * step.tokens / seconds / peak,
+    }
+    report("loops, each without those inside it", of_loops(found, loops), None)
+    report("the launches that move most", of_launches(found), None)
+    title = f"{step.title}: counted from the program compiled for an H100, not measured"
+    report(title, table, json, **bound, loops=of_loops(found, loops), most=of_launches(found))
+    print(f"jax {jax.__version__}; {step.memory / 1e9:.1f} GB of the card's {MEMORY / 1e9:.1f}")
+    print(f"the model asks for {bound['TFLOP of the model']:.1f} TFLOP a step, {3 * asked / 1e9:.3g} GFLOP a token")
+    print(f"at most {bound['tokens/s at most']:,.0f} tokens a second, MFU {bound['MFU at most']:.1%}: an upper bound")
+
+
+def of_loops(found: list[Launch], loops: list[Loop]) -> list[dict]:
+    """A row for each loop. "?" after the turns: the program does not say how many; counted as 1."""
+    rows = []
+    for loop in loops:
+        inside = [x for x in found if x.loop == loop.name]
+        rows.append(
+            {
+                "loop": loop.name,
+                "turns": f"{loop.turns}{'' if loop.known else '?'}",
+                "launches a turn": len(inside),
+                "GB a turn": sum(x.bytes for x in inside) / 1e9,
+                "from": short(loop.op_name),
+            }
+        )
+    return rows
+
+
+def of_launches(found: list[Launch]) -> list[dict]:
+    most = sorted(found, key=lambda x: -x.turns * x.bytes)[:LISTED]
+    return [
+        {
+            "launch": x.name,
+            "part": part_of(x),
+            "turns": x.turns,
+            "GB": x.turns * x.bytes / 1e9,
+            "output": re.sub(r"\{[\d,]*\}", "", x.shape)[:24],
+            "from": short(x.op_name)[-56:],
+        }
+        for x in most
+    ]
+
+
+def short(op_name: str) -> str:
+    """An op_name without what says nothing here."""
+    return re.sub(r"jit\(step\)/|closed_call/|eval_jaxpr/|while/body/|cond/|branch_\d+_fun/|checkpoint/", "", op_name)
