@@ -176,6 +176,7 @@ class DeltaFormer(nnx.Module):
             read_similarity=self.read_similarity,
             write_scale=self.write_scale,
             read_scale=self.read_scale,
+            padding_is_zero=True,  # because x is, and no map of it here has a bias
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )

@@ -110,7 +110,12 @@ class SoftmaxAttention(nnx.Module):
             positions = default_positions(x, segment_ids, cache)
         tail = None if cache is None else cache.tail
         query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
-        attend = functools.partial(ops.causal_attention, window=self.window, implementation=self.implementation)
+        attend = functools.partial(
+            ops.causal_attention,
+            window=self.window,
+            padding_is_zero=True,  # because x is, and no map of it here has a bias
+            implementation=self.implementation,
+        )
         arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
         if self.forget is not None:
             arrays["log_decay"] = jax.nn.log_sigmoid(self.forget(x))

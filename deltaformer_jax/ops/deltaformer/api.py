@@ -18,6 +18,7 @@ from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
+from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked, whole_plan
@@ -40,6 +41,7 @@ def delta_attention(
     write_scale: float | None = None,
     read_scale: float | None = None,
     segment_ids: jax.Array | None = None,
+    padding_is_zero: bool = False,
     chunk_size: int | None = None,
     implementation: str | None = None,
     cache: KUCache | None = None,
@@ -69,6 +71,8 @@ def delta_attention(
         of 1.
       segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
         included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
+      padding_is_zero: promises that query, write_query, key and value are 0 at padding, as they are in the mixers. They
+        are then not set to 0 again, which saves a pass over each. With a given cache it changes nothing.
       chunk_size: rows of a chunk, any positive int; None chooses. "chunked" uses it, and so does a call with a cache.
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (kernels for NVIDIA GPUs: float32, bfloat16 and float16,
@@ -127,7 +131,7 @@ def delta_attention(
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
         return _extend(plan, own_query, block, held, cache, inputs)
-    return _attend(plan, own_query, implementation, return_cache, held, inputs)
+    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs)
 
 
 def delta_values(
@@ -170,10 +174,10 @@ def delta_values(
     return _write(plan, implementation, (write_arrays, ()), inputs)
 
 
-@compiled(4)
-def _attend(plan, own_query, implementation, return_cache, held, inputs):
+@compiled(5)
+def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs):
     """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
-    real, inputs = _without_padding(inputs)
+    real, inputs = _without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
     if own_query:
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
@@ -181,9 +185,7 @@ def _attend(plan, own_query, implementation, return_cache, held, inputs):
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
     out, u = _compute(implementation, plan, held, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
-        # The outputs at padding are 0 already. The mask is for the gradients: a cotangent at padding, even NaN, stops
-        # here.
-        out = jnp.where(real[..., None, None], out, 0)
+        out = zero_gradient_at_padding(out, real)
     if not return_cache:
         return out
     empty = KUCache.empty(*key.shape[:3], u.shape[2], key.shape[3], value.shape[3], key.dtype)
@@ -205,7 +207,7 @@ def _write(plan, implementation, held, inputs):
     """The body of `delta_values`: u [B, T, Hu, V]."""
     real, inputs = _without_padding(inputs)
     _, u = _compute(implementation, plan, held, inputs)
-    return u if inputs.segment_ids is None else jnp.where(real[..., None, None], u, 0)
+    return u if inputs.segment_ids is None else zero_gradient_at_padding(u, real)
 
 
 def _compute(implementation, plan, held, inputs):
@@ -254,15 +256,16 @@ def _chunk(chunk_size, key):
     return min(chunk_size or default_chunk(key.shape[1]), key.shape[1])
 
 
-def _without_padding(inputs):
-    """(real, inputs): `real` [B, T] is False at padding, and the inputs are set to 0 there. A NaN in the padding then
-    reaches neither values nor gradients."""
-    *arrays, segment_ids = inputs
+def _without_padding(inputs, padding_is_zero=False):
+    """(real, inputs): `real` [B, T] is False at padding, and the inputs are set to 0 there, where they are not yet. A
+    NaN in the padding then reaches neither values nor gradients."""
+    *arrays, alpha, beta, segment_ids = inputs
     if segment_ids is None:
         return jnp.ones(inputs.key.shape[:2], bool), inputs
     real = segment_ids != 0
-    clean = lambda x: None if x is None else jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
-    return real, Inputs(*map(clean, arrays), segment_ids)
+    if not padding_is_zero:
+        arrays = [zero_at_padding(x, real) for x in arrays]
+    return real, Inputs(*arrays, zero_at_padding(alpha, real), zero_at_padding(beta, real), segment_ids)
 
 
 def _by_definition(name, plan, inputs):

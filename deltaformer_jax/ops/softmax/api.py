@@ -13,6 +13,7 @@ from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
+from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
@@ -34,6 +35,7 @@ def causal_attention(
     log_decay: jax.Array | None = None,
     sinks: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    padding_is_zero: bool = False,
     implementation: str | None = None,
     cache: KVCache | None = None,
     return_cache: bool = False,
@@ -58,6 +60,8 @@ def causal_attention(
       sinks: b [H], one logit per head that adds e^b to the normaliser and has value 0; None means no sinks.
       segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
         included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
+      padding_is_zero: promises that query, key and value are 0 at padding, as they are in the mixers. They are then not
+        set to 0 again, which saves a pass over each. With a given cache it changes nothing.
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up
         to 128) or "splash" (TPUs: bfloat16, K = V). "cudnn" and "splash" support neither log_decay nor sinks. None is
@@ -108,13 +112,13 @@ def causal_attention(
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
         return _extend(plan, block, cache, inputs)
-    return _attend(plan, implementation, return_cache, inputs)
+    return _attend(plan, implementation, return_cache, padding_is_zero, inputs)
 
 
-@compiled(3)
-def _attend(plan, implementation, return_cache, inputs):
+@compiled(4)
+def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
     """`causal_attention` without a given cache."""
-    real, inputs = _without_padding(inputs)
+    real, inputs = _without_padding(inputs, padding_is_zero)
     query, key, value, log_decay, *_ = inputs
     if implementation in _DEFINITIONS:
         out = _by_definition(_DEFINITIONS[implementation], inputs, plan.scale, plan.window)
@@ -122,7 +126,7 @@ def _attend(plan, implementation, return_cache, inputs):
         chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
         out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound)
     if inputs.segment_ids is not None:
-        out = jnp.where(real[..., None, None], out, 0)
+        out = zero_gradient_at_padding(out, real)
     if not return_cache:
         return out
     batch, time, heads, width = key.shape
@@ -142,14 +146,15 @@ def _extend(plan, block, cache, inputs):
     return extend_in_blocks(extend, cache, (query, key, value, log_decay, real), block)
 
 
-def _without_padding(inputs):
-    """(real, inputs): `real` [B, T] is False at padding; the inputs are set to 0 there, and log_decay is cast to the
-    accumulation dtype."""
+def _without_padding(inputs, padding_is_zero=False):
+    """(real, inputs): `real` [B, T] is False at padding; the inputs are set to 0 there, where they are not yet, and
+    log_decay is cast to the accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
     real = jnp.ones(key.shape[:2], bool)
     if segment_ids is not None:
         real = segment_ids != 0
-        query, key, value = (jnp.where(real[..., None, None], x, 0) for x in (query, key, value))
+        if not padding_is_zero:
+            query, key, value = (zero_at_padding(x, real) for x in (query, key, value))
     if log_decay is not None:
         log_decay = jnp.where(real[..., None], log_decay, 0).astype(accumulation_dtype(key.dtype))
     return real, Inputs(query, key, value, log_decay, sinks, segment_ids)

@@ -120,9 +120,10 @@ def forward(settings: Settings, query, write_query, key, value, alpha, beta, seg
     function = functools.partial(_forward, settings, run)
     if run is launching.run:
         function = transformable(function, "the Triton forward of delta attention", _DIFFERENTIABLE)
-    out, u, made = function(*arrays)
-    # Only the backward pass of softmax needs the output.
+    out, made = function(*arrays)
+    # Only the backward pass of softmax needs the output. Outputs that are residuals too are one array, kept once.
     normalised = settings.read is not None and settings.read.name == "softmax"
+    u = made["u"].as_taken("narrow", value.dtype)[0]
     return out, u, (arrays, made | {"out": out if normalised else None})
 
 
@@ -187,15 +188,14 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     )
     summary = summary if launch.constants["FORM"].has_summary else None
     made = {"u": written, "summary": summary, "lse_write": lse_write if softmax else None}
-    short_u = written.as_taken("narrow", value.dtype)[0]
     if settings.tied:
         out, own_share, past_share = tied
-        return out, short_u, made | {"own_share": own_share, "past_share": past_share}
+        return out, made | {"own_share": own_share, "past_share": past_share}
     if settings.read is None:
-        return None, short_u, made
+        return None, made
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
     out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
-    return out, short_u, made | {"lse_read": lse_read if settings.read.name == "softmax" else None}
+    return out, made | {"lse_read": lse_read if settings.read.name == "softmax" else None}
 
 
 def _row_dots(a, b):
