@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.layers_cases import normal, randomise
+from support.layers_cases import CASE_IDS, CASES, D_MODEL, make_mixer, normal, randomise
 
+from deltaformer_jax import ops
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
 from deltaformer_jax.layers.linear import Gate, kernel
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.rotary import rotate
 
@@ -121,3 +123,25 @@ def test_embedding_shows_a_token_that_is_none():
     embedding = Embedding(5, 4, tied=True, rngs=nnx.Rngs(0))
     vectors = embedding(jnp.array([[4, 5, -1, 200, -1]]), jnp.array([[1, 1, 1, 1, 0]]))
     np.testing.assert_array_equal(np.isnan(vectors).all(-1), [[False, True, True, True, False]])
+
+
+@pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)
+def test_what_a_mixer_gives_its_op_is_0_at_padding(mixer, name, options, monkeypatch):
+    """The mixers promise it with `padding_is_zero`. The padding holds NaN, on both sides of two documents."""
+    given = {}
+
+    def op(query, key, value, *, padding_is_zero, write_query=None, **rest):
+        assert padding_is_zero
+        written = {} if write_query is None or isinstance(write_query, str) else {"write_query": write_query}
+        given.update(query=query, key=key, value=value, **written)
+        return jnp.zeros_like(query)
+
+    monkeypatch.setattr(ops, "causal_attention" if mixer is SoftmaxAttention else "delta_attention", op)
+    ids = jnp.asarray([[0, 0, 1, 1, 1, 2, 2, 0]])
+    x = jnp.where(ids[..., None] == 0, jnp.nan, jax.random.normal(jax.random.key(1), (1, 8, D_MODEL)))
+    with jax.disable_jit():
+        make_mixer(mixer, options)(x, segment_ids=ids)
+    assert len(given) == 4 if options.get("write_query") == "projected" else len(given) >= 3
+    for array in given.values():
+        at_padding, elsewhere = array[ids == 0], array[ids != 0]
+        assert not np.any(at_padding) and np.all(np.isfinite(elsewhere)) and np.any(elsewhere)
