@@ -5,8 +5,7 @@ missing. A kernel module's `lacks` function says whether it supports a given cal
 arguments). A kernel module is imported only when a call may need it, because the packages it uses are optional.
 
     implementation=None         the default choice: the kernels of the platform that the program is compiled for if they
-                                support the call; else the form "chunked", which runs on every platform. The platform is
-                                that of the current abstract mesh; without one, the program has a branch per platform
+                                support the call; else the form "chunked", which runs on every platform
     implementation="triton"     (or any other kernels' name) those kernels, or NotImplementedError. The error is raised
                                 while tracing if a package is missing or the kernels do not support the call, and while
                                 lowering if the program is compiled for another platform
@@ -26,7 +25,7 @@ from jax import lax
 
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.ops.common.hand_written import hand_written, made
-from deltaformer_jax.ops.common.platforms import known_platform, only_on, varies
+from deltaformer_jax.ops.common.platforms import only_on, varies
 from pallas_kernels.triton import packages
 
 
@@ -137,13 +136,8 @@ def dispatch(
     if implementation == "chunked" or (implementation is None and varies(inputs)):
         return chunked(inputs)
     if implementation is None:
-        here = known_platform()
-        backends = {name: backend for name, backend in BACKENDS[op].items() if here in (None, backend.platform)}
-        bound = {backend.platform: _bound(name, backend, bind) for name, backend in backends.items()}
+        bound = {backend.platform: _bound(name, backend, bind) for name, backend in BACKENDS[op].items()}
         able = {platform: kernels.function for platform, kernels in bound.items() if kernels.lacks is None}
-        if here is not None:
-            # Without branches: a branch's residuals would be kept, as zeros, on every platform.
-            return able.get(here, chunked)(inputs)
         return lax.platform_dependent(inputs, default=chunked, **able) if able else chunked(inputs)
     backend = BACKENDS[op][implementation]
     kernels = _bound(implementation, backend, bind)

@@ -1,8 +1,8 @@
 """Functions that exist on one platform only: `only_on` runs one there and raises NotImplementedError elsewhere.
 
-The platform is the one that the program is compiled for. Outside a mesh it is not known while tracing: a TPU program
-may be compiled on a CPU machine. `only_on` therefore puts a primitive into the program that cannot be lowered. Lowering
-raises the error if the program is compiled for another platform.
+The platform is the one that the program is compiled for. It is not known while tracing: a TPU program may be compiled
+on a CPU machine. `only_on` therefore puts a primitive into the program that cannot be lowered. Lowering raises the
+error if the program is compiled for another platform.
 """
 
 from __future__ import annotations
@@ -35,18 +35,6 @@ def _refuse_now(*, message, shapes):
 mlir.register_lowering(_refusal, _refuse)
 _refusal.def_impl(_refuse_now)
 batching.primitive_batchers[_refusal] = lambda arguments, dims, **settings: (_refusal.bind(**settings), ())
-
-
-def known_platform() -> str | None:
-    """ "cpu", "tpu" or "cuda" if the current abstract mesh says for which devices the program is compiled, else None.
-
-    A training step is traced with its mesh (`sharding.mesh.on_mesh`).
-    """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None)
-    if platform == "gpu":
-        return "cuda" if device.device_kind.startswith("NVIDIA") else None
-    return platform
 
 
 def varies(*arrays) -> bool:
