@@ -23,18 +23,20 @@ from flax import nnx
 from measure import machine, report
 
 from deltaformer_jax import LanguageModel, ModelConfig
+from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.decoding.generate import decode_step, with_weights_in
+from deltaformer_jax.training.dry_run import with_any_vocabulary
 
 ROUNDS = 9
+LEAST = 2 * ROUNDS + 8  # slots that the timed steps need
 # Without --config: the attention mixers at a size that two cores decode in tens of milliseconds.
 SIZES = dict(vocab_size=1024, d_model=512, num_layers=12, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1536)
 
 
 def models(name: str | None) -> dict[str, ModelConfig]:
     if name:
-        config = packaged_config(name).model
-        return {name: config}
+        return {name: with_any_vocabulary(packaged_config(name)).model}
     return {
         mixer: ModelConfig(mixers=(mixer,), **SIZES) for mixer in ("delta_former", "softmax_attention", "delta_net")
     }
@@ -61,7 +63,7 @@ def measured(config: ModelConfig, batch: int, capacity: int, weights: str) -> di
     graphdef, params = nnx.split(model)
     cache = model.init_cache(batch, capacity)
     # As after a prompt that leaves room for the steps below.
-    cache = jax.tree.map(lambda x: x + (capacity - 2 * ROUNDS - 8) if x.dtype == jnp.int32 else x + 0.01, cache)
+    cache = jax.tree.map(lambda x: x + (capacity - LEAST) if x.dtype == jnp.int32 else x + 0.01, cache)
     token, key = jnp.zeros(batch, jnp.int32), jax.random.key(0)
 
     def arguments(cache, position):
@@ -99,6 +101,15 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=4.0, help="leave larger cases out")
     parser.add_argument("--json", help="also write the table here")
     flags = parser.parse_args()
+    with one_line_errors("benchmarks/decode.py"):
+        if min(flags.batch) < 1:
+            raise ValueError(f"--batch {min(flags.batch)}: give 1 or more")
+        if min(flags.capacity) < LEAST:
+            raise ValueError(f"--capacity {min(flags.capacity)}: give {LEAST} or more, room for the timed steps")
+        measure_all(flags)
+
+
+def measure_all(flags: argparse.Namespace):
     rows = []
     for name, config in models(flags.config).items():
         for batch in flags.batch:

@@ -9,7 +9,7 @@ MFU. training_step/timed.py does it.
 Without one, or with --device h100, nothing runs. The step is compiled for one H100 ahead of time, and the compiled
 program is counted: launches, bytes, FLOPs, and the roofline, which is the least time that the card's memory and matrix
 units need for them. A real step takes longer: the roofline's tokens a second and MFU are upper bounds. A config of 340
-million parameters takes a minute or more to compile. It needs the compiler of JAX's CUDA plugin and Triton, but no CUDA
+million parameters takes about a minute to compile. It needs the compiler of JAX's CUDA plugin and Triton, but no CUDA
 library and no GPU. training_step/counted.py does it.
 
 training_step/parts.py says what the parts are.

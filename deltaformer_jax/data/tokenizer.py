@@ -66,7 +66,7 @@ class Tokenizer(abc.ABC):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; end-of-text has none. Raises ValueError for an id outside [0, vocab_size)."""
         pieces = []
-        for i in ids:
+        for i in map(int, ids):  # an element of a narrow array cannot be compared with the vocabulary's size
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the tokenizer's vocabulary of {self.vocab_size}")
             pieces.append(self.pieces[i])

@@ -114,19 +114,30 @@ def generate_batch(
 
     Prompts are padded on the right to a common power of two, and the cache's capacity is a power of two, so that few
     compiled programs serve all lengths. Padding has segment id 0: nothing attends to it and it is not stored in the
-    cache. Raises ValueError, at the call, for an empty prompt or an argument out of range.
+    cache. Raises ValueError, at the call, for an empty prompt or an argument out of range, and TypeError for ids that
+    are not integers.
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if not len(prompts):
         raise ValueError("prompt: has no token; begin it with the document separator")
-    for number, prompt in enumerate(prompts):
-        outside = [int(token) for token in prompt if not 0 <= token < model.embedding.vocab_size]
-        if outside:
-            last = model.embedding.vocab_size - 1
-            raise ValueError(f"prompts[{number}] has the id {outside[0]}: ids must be from 0 to {last}")
+    prompts = [_prompt(prompt, number, model.embedding.vocab_size) for number, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)
     return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)
+
+
+def _prompt(prompt, number, vocabulary):
+    """Prompt `number` as checked int64 ids. In a narrow dtype, comparing them with `vocabulary` would overflow."""
+    ids = np.asarray(prompt)
+    if not ids.size:
+        raise ValueError("prompt: has no token; begin it with the document separator")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"prompts[{number}] must be a list of integers; it is {ids.dtype}{list(ids.shape)}")
+    ids = ids.astype(np.int64)
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if outside.size:
+        raise ValueError(f"prompts[{number}] has the id {outside[0]}: ids must be from 0 to {vocabulary - 1}")
+    return ids
 
 
 def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):

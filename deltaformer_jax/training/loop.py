@@ -9,6 +9,7 @@ A `Run` never changes. `train` takes a position and a state, and returns new one
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -257,7 +258,10 @@ def write_sample(run: Run, state: TrainState, display: Display, stop: Interrupti
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
     display.write(settings.sample_prompt)
     model = merge(model_parts(on_any_device(run.config.model)), state.params)
-    for token in generate(model, prompt, settings.sample_tokens, seed=settings.seed):
+    tokens = generate(model, prompt, settings.sample_tokens, seed=settings.seed)
+    with waiting("compiling the model for this prompt", display.note):
+        first = list(itertools.islice(tokens, 2))  # the second one compiles the decoding step
+    for token in itertools.chain(first, tokens):
         if stop.requested or token == tokenizer.eot:
             break
         display.write(stream.push(token))

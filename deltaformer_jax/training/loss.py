@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.checks import as_int32
 from deltaformer_jax.sharding.mesh import memory_limit
 
@@ -114,6 +115,8 @@ def summed_nats(
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     """
     model = nnx.merge(graphdef, nnx.State(params))
+    if type(model).logits is not LanguageModel.logits:  # more than the embedding's product
+        return jnp.sum(over_logits(token_nats, graphdef, params, batch, row_shards, max_logits))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
     targets, mask = as_int32(batch["targets"]), counted(batch)
     pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)

@@ -53,6 +53,7 @@ def fitting_program(
     """make_program(config, mesh); with model.remat = "auto", for the first choice in ORDER that fits.
 
     Compiles the training step for each choice up to that one. If none fits, the last is taken, and `note` is told so.
+    A TPU's compiler refuses a program that does not fit; the last one's refusal is raised.
     """
     if config.model.remat != "auto":
         return make_program(config, mesh)
@@ -60,8 +61,14 @@ def fitting_program(
     for name in ORDER:
         tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=name))
         program = make_program(tried, mesh)
-        with waiting(f"compiling with model.remat = {name}", note):
-            need = step_bytes(program.compile_train_step(config.data))
+        try:
+            with waiting(f"compiling with model.remat = {name}", note):
+                need = step_bytes(program.compile_train_step(config.data))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or name == ORDER[-1]:
+                raise
+            needs.append(f"{name} does not fit")
+            continue
         needs.append(f"{name} needs {'an unknown amount' if need is None else size_text(need)}")
         if need is not None and need <= USABLE * limit:
             break

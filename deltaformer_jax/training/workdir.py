@@ -8,6 +8,7 @@ from typing import NamedTuple
 from etils import epath
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.config.lines import lines
 from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
@@ -78,6 +79,8 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
             f"--config.run.steps={2 * steps}",
             finished=True,
         )
+    if step is not None and step > steps:
+        raise ValueError(f"run.steps = {steps}: the run in {workdir} has made {step} steps; give a larger run.steps")
     if step is None:
         return Standing(f"going on at step 0 of {steps}: the run in {workdir}, which has saved no checkpoint yet")
     return Standing(f"going on at step {step} of {steps}: the run in {workdir}")
@@ -96,7 +99,7 @@ def _is_evaluated(folder: epath.Path, config: Config) -> bool:
     if not config.run.eval_every:
         return True
     path = folder / "metrics.jsonl"
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+    for line in reversed(lines(path.read_text()) if path.exists() else []):
         try:
             record = json.loads(line)
             if record["step"] == config.run.steps and "eval_loss" in record:

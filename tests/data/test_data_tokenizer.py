@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -141,3 +142,9 @@ def test_errors(tmp_path):
     for tokenizer in (ByteTokenizer(), BPE):
         with pytest.raises(UnicodeEncodeError):
             tokenizer.encode("\ud800")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_ids_of_every_integer_type_are_decoded(dtype):
+    assert ByteTokenizer().decode(np.array([104, 105], dtype)) == "hi"
+    assert ByteTokenizer().decode(jnp.array([104, 105], dtype)) == "hi"

@@ -125,6 +125,23 @@ def test_embedding_shows_a_token_that_is_none():
     np.testing.assert_array_equal(np.isnan(vectors).all(-1), [[False, True, True, True, False]])
 
 
+@pytest.mark.parametrize("op", [ops.delta_attention, ops.causal_attention])
+def test_padding_that_is_zero_need_not_be_cleared(op):
+    """Values and gradients are the same bits, with NaN in the cotangent at padding."""
+    ids = jnp.asarray([[0, 1, 1, 1, 2, 2, 0]])
+    real = (ids != 0)[..., None, None]
+    arrays = [jnp.where(real, jax.random.normal(jax.random.key(i), (1, 7, 2, 4)), 0) for i in range(3)]
+    cotangent = jnp.where(real, jax.random.normal(jax.random.key(3), (1, 7, 2, 4)), jnp.nan)
+
+    def both(**said):
+        out, pull = jax.vjp(lambda *x: op(*x, segment_ids=ids, **said), *arrays)
+        return out, pull(cotangent)
+
+    cleared, promised = both(), both(padding_is_zero=True)
+    jax.tree.map(np.testing.assert_array_equal, cleared, promised)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(promised))
+
+
 @pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)
 def test_what_a_mixer_gives_its_op_is_0_at_padding(mixer, name, options, monkeypatch):
     """The mixers promise it with `padding_is_zero`. The padding holds NaN, on both sides of two documents."""

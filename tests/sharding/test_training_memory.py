@@ -56,6 +56,23 @@ def test_auto_goes_on_where_the_compiler_says_nothing(monkeypatch):
     assert name == "products" and "none needs an unknown amount" in said[0]
 
 
+def test_auto_goes_on_where_the_compiler_refuses_a_program_that_does_not_fit(monkeypatch):
+    compile_step = FakeProgram.compile_train_step
+
+    def refuse(self, data):
+        if self.remat in ("none", "products"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom")
+        return compile_step(self, data)
+
+    monkeypatch.setattr(FakeProgram, "compile_train_step", refuse)
+    name, said = chosen(monkeypatch, 1000)
+    assert name == "kernels" and "(none does not fit; products does not fit; kernels needs 60 B)" in said[0]
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    monkeypatch.setattr(FakeProgram, "compile_train_step", lambda *_: (_ for _ in ()).throw(other))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        chosen(monkeypatch, 1000)
+
+
 def test_a_named_choice_is_not_compiled_for(monkeypatch):
     monkeypatch.setattr(FakeProgram, "compile_train_step", None)
     assert chosen(monkeypatch, 1, remat="kernels") == ("kernels", [])

@@ -156,3 +156,20 @@ def test_an_id_outside_the_vocabulary_is_refused(token):
     model = LanguageModel(ModelConfig(vocab_size=17, d_model=16, num_layers=1, head_dim=8), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=rf"prompts\[1\] has the id {token}: ids must be from 0 to 16"):
         generate_batch(model, [[0, 3], [1, token]], 3)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int64"])
+def test_prompts_of_every_integer_type(model, dtype):
+    """Compared in uint8, the vocabulary's 256 or 257 would be 0 or 1."""
+    wide = LanguageModel(ModelConfig(vocab_size=257, d_model=16, num_layers=1, head_dim=8), rngs=nnx.Rngs(0))
+    ids = [0, 5, 100]
+    expected = list(generate(wide, ids, 3, temperature=0.0))
+    for array in (np.array(ids, dtype), *([] if dtype == "int64" else [jnp.array(ids, dtype)])):
+        assert list(generate(wide, array, 3, temperature=0.0)) == expected
+
+
+@pytest.mark.parametrize("prompt", [[1.5, 2.5], np.ones(3, np.float32), [True, False], [[1, 2], [3, 4]]])
+def test_prompts_that_are_no_lists_of_integers_are_refused(model, prompt):
+    parts, params = model
+    with pytest.raises(TypeError, match=r"prompts\[0\] must be a list of integers; it is"):
+        generate(merge(parts, params), prompt, 3)

@@ -56,6 +56,11 @@ def test_new_and_going_on(tmp_path, finished):
     assert "at step 0 of 12" in line(finished) and "no checkpoint yet" in line(finished)
 
 
+def test_fewer_steps_than_were_made_are_refused_at_once(finished):
+    with pytest.raises(ValueError, match=r"run.steps = 3: the run in .* has made 12 steps; give a larger run.steps"):
+        line(finished, longer(3))
+
+
 def test_resume_refuses_what_holds_no_run(tmp_path, finished):
     with pytest.raises(ValueError, match=f"--workdir {tmp_path}/rnu holds no run; did you mean {finished}?"):
         line(tmp_path / "rnu", resume=True)

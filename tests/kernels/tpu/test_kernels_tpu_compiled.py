@@ -50,7 +50,7 @@ def check(program, inputs, kernels):
 @pytest.mark.parametrize("tpu", EVERY_TPU)
 @pytest.mark.parametrize("write_query", ["key", "query"])
 def test_forward_and_backward(tpu, write_query):
-    """Nobody is named: the platform the program is compiled for chooses."""
+    """No implementation is named: the platform the program is compiled for chooses."""
     inputs = arrays(jnp.bfloat16)
     del inputs["segment_ids"]
     check(compiled(value_and_gradients(write_query=write_query), tpu, (inputs,)), inputs, 2)

@@ -57,7 +57,7 @@ def check(program, inputs):
     ids=["bfloat16", "float32", "bfloat16, channels"],
 )
 def test_forward_and_backward(tpu, dtype, decay):
-    """Nobody is named: the platform the program is compiled for chooses."""
+    """No implementation is named: the platform the program is compiled for chooses."""
     inputs = arrays(dtype, decay=decay)
     check(compiled(gradients(gated_delta_rule), tpu, (inputs,)), inputs)
 
