@@ -52,7 +52,7 @@ def test_the_settings_about_a_word(capsys, monkeypatch, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--help_config", "windw"), "no setting's name or meaning contains 'windw'; did you mean 'window'?"),
+        (("--help_config", "windw"), "no setting's name or meaning contains 'windw'; did you mean window?"),
         (("--help_config", "window", "more"), "at most one word"),
         (("--workdir=x", "--help_config"), "at most one word after it and nothing else"),
         (("--help_confg",), "did you mean --help_config?"),
