@@ -10,6 +10,7 @@ import numpy as np
 from deltaformer_jax.config import Config
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.dry_run import with_any_vocabulary
+from deltaformer_jax.training.memory import step_bytes
 from deltaformer_jax.training.program import Program, abstract_batch
 from deltaformer_jax.training.setup import check_batch
 
@@ -43,10 +44,7 @@ def compile_step(config: Config, device: jax.Device) -> Step:
     config = with_any_vocabulary(config)
     program = Program(config, mesh)
     compiled = program.compile_train_step(config.data)
-    memory = compiled.memory_analysis()
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
-    return Step(config, program, device, compiled, need)
+    return Step(config, program, device, compiled, step_bytes(compiled))
 
 
 def random_batch(step: Step) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""argparse with one-line errors that name the nearest flag, and exit code 2. It imports the standard library only."""
+"""argparse with one-line errors that name the nearest flag, and exit code 2. It imports nothing large."""
 
 from __future__ import annotations
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+Step = TypeVar("Step")
 
 AFTER = 1.5  # seconds before the first message, so that it comes within two
 AGAIN = (10.0, 30.0, 60.0)  # seconds of the next messages; after the last of them one every minute
@@ -47,6 +50,13 @@ def waiting(reason: str, note: Callable[[str], Any]) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+
+
+def begun(steps: Iterator[Step], count: int, reason: str, note: Callable[[str], Any]) -> Iterator[Step]:
+    """`steps`, of which the first `count`, which take long, are made at once under `waiting(reason, note)`."""
+    with waiting(reason, note):
+        first = list(itertools.islice(steps, count))
+    return itertools.chain(first, steps)
 
 
 def _due() -> Iterator[float]:

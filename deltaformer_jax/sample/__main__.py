@@ -10,7 +10,6 @@ unfinished one while it is generated, the others after it. Messages go to stderr
 batch. Wrong input gives one line on stderr and exit code 2.
 """
 
-import itertools
 import os
 import sys
 
@@ -20,7 +19,7 @@ from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.host.paths import expand
-from deltaformer_jax.host.waiting import say_aside, waiting
+from deltaformer_jax.host.waiting import begun, say_aside, waiting
 from deltaformer_jax.sample.output import Output
 from deltaformer_jax.sample.prompts import read_prompts
 
@@ -105,9 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=flags.seed,
         )
         # The first token compiles the prompts' program, the second one that of a step.
-        with waiting("compiling the model for these prompts", say_aside):
-            first = list(itertools.islice(steps, 2))
-        for tokens in itertools.chain(first, steps):
+        for tokens in begun(steps, 2, "compiling the model for these prompts", say_aside):
             for i, (stream, token) in enumerate(zip(streams, tokens)):
                 if not stream.finish:
                     output.add(i, stream.push(int(token)), stream.finish)

@@ -9,7 +9,6 @@ A `Run` never changes. `train` takes a position and a state, and returns new one
 """
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from deltaformer_jax.decoding.generate import generate
 from deltaformer_jax.host import called
 from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.host.paths import to_paste
-from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.host.waiting import begun, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge, model_parts
 from deltaformer_jax.sharding.mesh import batch_sharding
@@ -256,12 +255,12 @@ def write_sample(run: Run, state: TrainState, display: Display, stop: Interrupti
     prompt = [tokenizer.eot, *tokenizer.encode(settings.sample_prompt)]
     stream = tokenizer.stream()
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
-    display.write(settings.sample_prompt)
     model = merge(model_parts(on_any_device(run.config.model)), state.params)
     tokens = generate(model, prompt, settings.sample_tokens, seed=settings.seed)
-    with waiting("compiling the model for this prompt", display.note):
-        first = list(itertools.islice(tokens, 2))  # the second one compiles the decoding step
-    for token in itertools.chain(first, tokens):
+    # The first token compiles the prompt's program, the second one that of a step.
+    tokens = begun(tokens, 2, "compiling the model for this prompt", display.note)
+    display.write(settings.sample_prompt)
+    for token in tokens:
         if stop.requested or token == tokenizer.eot:
             break
         display.write(stream.push(token))

@@ -114,15 +114,11 @@ def summed_nats(
 
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     """
-    model = nnx.merge(graphdef, nnx.State(params))
-    if type(model).logits is not LanguageModel.logits:  # more than the embedding's product
-        return jnp.sum(over_logits(token_nats, graphdef, params, batch, row_shards, max_logits))
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-    targets, mask = as_int32(batch["targets"]), counted(batch)
-    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
-    if pieces.number == 1:
-        return jnp.sum(token_nats(model.logits(hidden), targets, mask))
-    return _sum_of_pieces(pieces, model.embedding, hidden, targets, mask)
+    model, pieces, arrays = _before_logits(graphdef, params, batch, row_shards, max_logits)
+    # A model with logits of its own computes more than its embedding's product.
+    if pieces.number == 1 or type(model).logits is not LanguageModel.logits:
+        return jnp.sum(_over_pieces(token_nats, model, pieces, arrays))
+    return _sum_of_pieces(pieces, model.embedding, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,25 +158,30 @@ def over_logits(
 ):
     """function(logits, targets, mask) for the model's logits of a batch: arrays [B, T].
 
-    The model gets no positions, since they restart at every document and so follow from the segment ids. The rows of
-    the batch are sharded over `row_shards` groups of devices.
+    The rows of the batch are sharded over `row_shards` groups of devices.
 
     Memory: at most about `max_logits` logits at once on a group of devices, instead of tokens · vocabulary. If there
     would be more, they are computed for some positions at a time and recomputed in the backward pass. That adds a third
     to the work on the logits, 2 d_model V FLOPs per token.
     """
+    return _over_pieces(function, *_before_logits(graphdef, params, batch, row_shards, max_logits))
+
+
+def _before_logits(graphdef, params, batch, row_shards, max_logits):
+    """(model, pieces, (hidden states, targets, mask)). The model gets no positions, since they restart at every
+    document and so follow from the segment ids."""
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
     targets, mask = as_int32(batch["targets"]), counted(batch)
     pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
+    return model, pieces, (hidden, targets, mask)
+
+
+def _over_pieces(function, model, pieces, arrays):
+    of_piece = lambda hidden, targets, mask: function(model.logits(hidden), targets, mask)
     if pieces.number == 1:
-        return function(model.logits(hidden), targets, mask)
-
-    @jax.checkpoint
-    def of_piece(hidden, targets, mask):
-        return function(model.logits(hidden), targets, mask)
-
-    results = jax.lax.map(lambda piece: of_piece(*piece), tuple(map(pieces.cut, (hidden, targets, mask))))
+        return of_piece(*arrays)
+    results = jax.lax.map(lambda piece: jax.checkpoint(of_piece)(*piece), tuple(map(pieces.cut, arrays)))
     return jax.tree.map(pieces.join, results)
 
 

@@ -12,28 +12,21 @@ from deltaformer_jax.config import OptimizerConfig
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training import guard
-from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats_and_hits, counted, logits_at_once, summed_nats
+from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
 from deltaformer_jax.training.state import TrainState
 
 
-def loss_and_gradient(
-    parts: ModelParts,
-    params,
-    batch: dict[str, jax.Array],
-    accumulation_steps: int,
-    row_shards: int = 1,
-    max_logits: int = MAX_LOGITS,
-):
+def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int):
     """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
-    tokens. `row_shards`: over how many groups of devices the rows of the batch are sharded;
-    `max_logits`: how many logits a group may have at once (`loss.logits_at_once`).
+    tokens. `pieces`: row_shards, over how many groups of devices the rows of the batch are sharded, and max_logits, how
+    many logits a group may have at once (`loss.batch_nats`).
     """
 
     def part_sum(params, part):
-        return summed_nats(parts.graphdef, params, part, row_shards=row_shards, max_logits=max_logits), ()
+        return summed_nats(parts.graphdef, params, part, **pieces), ()
 
     nats, _, gradient = _sums(part_sum, params, batch, accumulation_steps)
     tokens = jnp.sum(counted(batch))
@@ -42,12 +35,7 @@ def loss_and_gradient(
 
 
 def loss_gradient_and_accuracy(
-    parts: ModelParts,
-    params,
-    batch: dict[str, jax.Array],
-    accumulation_steps: int,
-    row_shards: int = 1,
-    max_logits: int = MAX_LOGITS,
+    parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int
 ):
     """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
 
@@ -55,7 +43,7 @@ def loss_gradient_and_accuracy(
     """
 
     def part_sum(params, part):
-        nats, hits = batch_nats_and_hits(parts.graphdef, params, part, row_shards=row_shards, max_logits=max_logits)
+        nats, hits = batch_nats_and_hits(parts.graphdef, params, part, **pieces)
         return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
 
     nats, hits, gradient = _sums(part_sum, params, batch, accumulation_steps)
@@ -107,12 +95,13 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        arguments = (parts, state.params, batch, settings.accumulation_steps, rows(mesh), logits_at_once(mesh))
+        arguments = (parts, state.params, batch, settings.accumulation_steps)
+        pieces = {"row_shards": rows(mesh), "max_logits": logits_at_once(mesh)}
         more = {}
         if "loss_mask" in batch:
-            loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments)
+            loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)
         else:
-            loss, gradient, _ = loss_and_gradient(*arguments)
+            loss, gradient, _ = loss_and_gradient(*arguments, **pieces)
         norm = optax.tree.norm(gradient)
         ok = guard.good(state.guard, loss, norm, settings.skip_deviations)
         with _optax_promotes():

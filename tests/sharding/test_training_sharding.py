@@ -8,6 +8,7 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh, partition, rows
+from deltaformer_jax.training import step
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch
 
@@ -110,3 +111,13 @@ def test_the_first_weights_do_not_depend_on_the_mesh():
     other = program.create_state(1)
     table = [np.asarray(state.params["embedding"]["table"]) for state in (states[0], other)]
     assert not np.array_equal(*table)
+
+
+def test_logits_in_pieces_on_a_mesh_that_shards_the_vocabulary(monkeypatch):
+    """Loss and gradient norm of a step on eight devices, its logits in pieces of 4 positions, and on one at once."""
+    expected, _ = losses_on(MeshConfig(), 1, steps=2)
+    monkeypatch.setattr(step, "logits_at_once", lambda mesh: 128 * 4)  # a group has one row of a part of the batch
+    found, _ = losses_on(CUBE, 8, steps=2)
+    # The bounds of test_eight_devices_do_what_one_does: the same sums in another order.
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-4)
+    np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-3)

@@ -180,6 +180,21 @@ def test_the_sum_of_nats_in_pieces_has_the_gradient_of_the_sum(tied, dtype):
             np.testing.assert_allclose(b, a, rtol=near, atol=near * np.abs(a).max())
 
 
+class Biased(LanguageModel):
+    def logits(self, x):
+        return super().logits(x) + jnp.linspace(0.0, 3.0, self.embedding.vocab_size)
+
+
+def test_a_model_with_logits_of_its_own_is_trained_on_those():
+    config = cases.small_config("", model__vocab_size=256, model__num_layers=1, model__implementation="parallel")
+    parts, plain, batch = model_parts(config.model, Biased), model_parts(config.model), ragged_batch()
+    params = jax.jit(lambda key: new_params(config.model, Biased, key))(jax.random.key(0))
+    at_once = jnp.sum(batch_nats(parts.graphdef, params, batch))
+    for cut in ({}, {"max_logits": 8 * 256 * 4}):  # the second: 4 positions of 32
+        np.testing.assert_allclose(summed_nats(parts.graphdef, params, batch, **cut), at_once, rtol=1e-6)
+    assert abs(float(at_once) / float(jnp.sum(batch_nats(plain.graphdef, params, batch))) - 1) > 0.01
+
+
 def test_masked_tokens_do_not_count(built):
     parts, params, batch = built[0].parts, built[1], ragged_batch()
     mask = np.random.default_rng(1).random((8, 32)) < 0.5

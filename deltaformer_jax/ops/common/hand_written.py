@@ -19,7 +19,8 @@ from pallas_kernels.transform import MADE
 def made(tree):
     """`tree`, arrays that an op's forward pass computed, under the name MADE.
 
-    With that policy, jax.checkpoint keeps them and recomputes only the op's inputs. Outputs and residuals must get the
+    By that name `jax.checkpoint_policies.save_only_these_names` keeps them, and only the op's inputs are recomputed.
+    Outputs and residuals must get the
     name inside the forward rule. Named outside, the output would be kept, but the forward pass would run again for the
     residuals. An array that is both an output and a residual is named, and kept, once.
     """

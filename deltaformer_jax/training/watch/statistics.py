@@ -29,7 +29,7 @@ def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int)
     """
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        _, gradient, _ = loss_and_gradient(parts, params, batch, accumulation_steps, rows(mesh))
+        _, gradient, _ = loss_and_gradient(parts, params, batch, accumulation_steps, row_shards=rows(mesh))
         part = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:])[:, 0], batch)
         _, sizes = activations(merge(parts, params), part["tokens"], part["segment_ids"])
         return {"parameter_norm": _norms(params), "gradient_norm": _norms(gradient), "activation": sizes}
