@@ -27,9 +27,7 @@ def dry_run(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
-    with waiting("tracing the model", say_aside):
-        program = fitting_program(full, mesh, say_aside)
-        program.lower_train_step(full.data)
+    program = fitting_program(full, mesh, say_aside)
     parts, abstract = program.parts, program.abstract
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)

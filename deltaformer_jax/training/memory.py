@@ -50,17 +50,24 @@ def device_bytes(mesh: Mesh) -> int:
 def fitting_program(
     config: Config, mesh: Mesh, note: Callable[[str], Any], make_program: Callable[[Config, Mesh], Program] = Program
 ) -> Program:
-    """make_program(config, mesh); with model.remat = "auto", for the first choice in ORDER that fits.
+    """make_program(config, mesh), its training step traced; with model.remat = "auto", for the first choice in ORDER
+    that fits.
 
     Compiles the training step for each choice up to that one. If none fits, the last is taken, and `note` is told so.
     A TPU's compiler refuses a program that does not fit; the last one's refusal is raised.
     """
+
+    def traced(config: Config) -> Program:
+        with waiting("tracing the model", note):
+            program = make_program(config, mesh)
+            program.lower_train_step(config.data)
+        return program
+
     if config.model.remat != "auto":
-        return make_program(config, mesh)
+        return traced(config)
     limit, needs = device_bytes(mesh), []
     for name in ORDER:
-        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=name))
-        program = make_program(tried, mesh)
+        program = traced(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=name)))
         try:
             with waiting(f"compiling with model.remat = {name}", note):
                 need = step_bytes(program.compile_train_step(config.data))

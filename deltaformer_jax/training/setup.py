@@ -150,10 +150,8 @@ def prepare(
     _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
     begin = begin or (lambda program: program.create_state(full.run.seed))
-    with waiting("tracing the model", note):
-        program = fitting_program(full, mesh, note, make_program)
-        # Traced before anything is written, since tracing the model checks the rest of the config.
-        program.lower_train_step(full.data)
+    # Traced before anything is written, since tracing the model checks the rest of the config.
+    program = fitting_program(full, mesh, note, make_program)
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
