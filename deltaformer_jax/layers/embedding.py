@@ -74,7 +74,9 @@ def _wide_product(width, rows, kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _narrow_product(width, rows, kernel):
-    """`_wide_product` for rows in bfloat16 or float16, whose backward pass multiplies in that dtype too.
+    """`_wide_product` S = X Kᵀ for rows X in bfloat16 or float16, whose backward pass multiplies in that dtype too:
+
+        dX = dS K,        dK = dSᵀ X
 
     The cotangent of the logits is float32. JAX's own rule would multiply it in float32, at half of the speed or less.
     The kernel's gradient is summed in float32.

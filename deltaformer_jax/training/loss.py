@@ -106,13 +106,17 @@ def summed_nats(
     row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> jax.Array:
-    """The sum of `batch_nats`, for training: its gradient needs the logits once, even if they are cut into pieces.
+    """S = Σ_t nats_t, the sum of `batch_nats`, for training. With p_t = softmax(E h_t) and y_t the one-hot target,
 
-    A piece's logits are turned into nats and into the gradients of hidden states and head at once, in the forward pass.
-    The gradient of a sum needs nothing else: the backward pass scales these by one number. `over_logits` computes the
-    logits of a piece twice, because it does not know what its caller does with the nats.
+        dS/dh_t = Eᵀ (p_t − y_t),        dS/dE = Σ_t (p_t − y_t) h_tᵀ
+
+    so that the gradient needs the logits once, even if they are cut into pieces. A piece's logits are turned into nats
+    and into the gradients of hidden states and head at once, in the forward pass. The gradient of a sum needs nothing
+    else: the backward pass scales these by one number. `over_logits` computes the logits of a piece twice, because it
+    does not know what its caller does with the nats.
 
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
+    Source: gradients of a loss made in its forward pass, chunk by chunk: Hsu et al., Liger Kernel, arXiv 2410.10989.
     """
     model, pieces, arrays = _before_logits(graphdef, params, batch, row_shards, max_logits)
     # A model with logits of its own computes more than its embedding's product.
