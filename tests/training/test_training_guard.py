@@ -42,8 +42,8 @@ def poison(monkeypatch, corpus):
                 break
         assert len(marks) == len(factors)
 
-        def poisoned(parts, params, batch, *rest):
-            loss, gradient, tokens = original(parts, params, batch, *rest)
+        def poisoned(parts, params, batch, *rest, **pieces):
+            loss, gradient, tokens = original(parts, params, batch, *rest, **pieces)
             factor, found = jnp.float32(1), fingerprint(batch["tokens"])
             for mark, value in marks.items():
                 factor = jnp.where(found == np.uint32(mark), jnp.float32(value), factor)
