@@ -38,9 +38,11 @@ def find_config(given: str, folder: Path) -> str:
     """The path of the config file `given`, which is a path or a name in `folder`, such as tasks/swap or tiny.py.
 
     Text after a ":" is the argument of its get_config and is kept. Raises FileNotFoundError that names the nearest
-    config.
+    config, and ValueError for a file whose own path has a ":".
     """
     name, colon, argument = given.partition(":")
+    if colon and Path(given).is_file():
+        raise ValueError(f"--config {given}: a ':' in a path starts get_config's argument; rename the file or folder")
     file = Path(name)
     if file.is_file():
         return given

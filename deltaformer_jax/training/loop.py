@@ -76,7 +76,7 @@ def train(
     display = Display(settings.steps, position.step, quiet=quiet or jax.process_index() > 0)
     with contextlib.closing(run.checkpoints), contextlib.closing(display):
         display.note(describe(run, position))
-        with contextlib.closing(Instruments(run, position.step)) as instruments:
+        with contextlib.closing(Instruments(run, position.step, display.note)) as instruments:
             ending = run_steps(run, position, state, stop, display, instruments, until, save_seconds)
         display.close()
         step = ending.position.step

@@ -1,6 +1,8 @@
-"""Models of every mixer under JAX's stricter settings: traced with gradients, caches and segments, nothing refused."""
+"""Models of every mixer under JAX's stricter settings: traced with gradients, caches and segments, nothing refused; and
+run under each, with the values of the default settings."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,47 @@ def test_nothing_is_promoted_unsaid(mixer, dtype, settings):
     expected = shapes()
     with settings():
         assert shapes() == expected
+
+
+@contextlib.contextmanager
+def checked(precision):
+    """Strict, without a NaN anywhere, and at one of the precisions that JAX knows: others are names for these three."""
+    with strict(), jax.debug_nans(True), jax.default_matmul_precision(precision):
+        yield
+
+
+PRECISIONS = "bfloat16", "tensorfloat32", "float32", "F32_F32_F32"
+SETTINGS = {"x64": lambda: jax.enable_x64(True)} | {name: functools.partial(checked, name) for name in PRECISIONS}
+
+
+@functools.cache
+def run_with(setting):
+    """(logits, gradients) of a model that has every mixer once, over two documents and padding."""
+    with SETTINGS[setting]() if setting else contextlib.nullcontext():
+        sizes = dict(d_model=16, num_layers=len(MIXERS), num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=8)
+        config = ModelConfig(vocab_size=257, mixers=tuple(MIXERS.values()), chunk_size=4, **sizes)
+        graphdef, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
+        segment_ids = np.asarray([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10], np.int32)
+        tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+
+        def total(params):
+            logits, _ = nnx.merge(graphdef, params)(tokens, segment_ids=segment_ids)
+            return jnp.mean(jnp.where(segment_ids[..., None] > 0, logits, 0.0) ** 2), logits
+
+        (_, logits), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+        return logits, gradients
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_mixer_runs_under_the_setting_with_the_same_values(setting):
+    """A CPU multiplies in float32 at every precision. So nothing but the order of sums may differ."""
+    expected = jax.tree.leaves(run_with(None))
+    actual = jax.tree.leaves(run_with(setting))
+    assert [x.dtype for x in actual] == [x.dtype for x in expected]
+    for x, y in zip(actual, expected, strict=True):
+        scale = np.abs(y).max()
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.uint32])

@@ -191,6 +191,14 @@ def test_config_files_that_fail(tmp_path, content, message):
     assert "Traceback" not in str(error.value)
 
 
+def test_a_config_in_a_folder_with_a_colon_is_refused(tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "mine.py").write_text("")
+    with pytest.raises(ValueError, match=r"mine.py: a ':' in a path starts .*; rename the file or folder"):
+        parse(["train.py", f"--config={folder}/mine.py"], TINY)
+
+
 def test_command_line_values(tmp_path):
     command = parse(
         [

@@ -196,8 +196,8 @@ def test_figure4s_title_says_what_each_way_took():
 def test_figure6s_title_says_who_keeps_more_than_the_width():
     title = lambda good: title_of("figure6", records("figure6", good=good))
     assert title(lambda settings: settings["similarity"] != "linear") == (
-        "Accuracy with more elements than the keys' width 128: kept by round to integers (at least 1.000) and round to "
-        "2 decimals (at least 1.000); lost by linear (down to 0.010)"
+        "Accuracy with more elements than the keys' width 128: kept by round to integers (1.000 at worst) and round to "
+        "2 decimals (1.000 at worst); lost by linear (0.010 at worst)"
     )
     assert title(lambda settings: False) == "No similarity here keeps more elements than the keys' width 128"
 

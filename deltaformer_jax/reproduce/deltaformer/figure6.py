@@ -175,9 +175,9 @@ def _finding(done: list[dict[str, Any]]) -> str:
             if r["settings"]["similarity"] == name and r["settings"]["elements"] > width
         ]
         if scores and min(scores) >= 0.99:
-            kept.append(f"{name} (at least {min(scores):.3f})")
+            kept.append(f"{name} ({min(scores):.3f} at worst)")
         elif scores:
-            lost.append(f"{name} (down to {min(scores):.3f})")
+            lost.append(f"{name} ({min(scores):.3f} at worst)")
     whole = f"more elements than the keys' width {width}"
     if not kept:
         return f"No similarity here keeps {whole}" if lost else f"Which similarities keep {whole}?"

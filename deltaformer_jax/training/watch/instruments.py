@@ -3,8 +3,12 @@
 All are off by default. They do not change the state: a run with instruments makes the same updates as one without.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
+from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
@@ -15,11 +19,15 @@ _UNPROFILED = 2  # steps before the profile, which wait for data and warm up
 
 
 class Instruments:
-    """Call `before_step` and `after_step` around each step, `close` at the end. `step`: where training starts."""
+    """Call `before_step` and `after_step` around each step, `close` at the end.
 
-    def __init__(self, run: Run, step: int):
+    step: where training starts. note: prints a line.
+    """
+
+    def __init__(self, run: Run, step: int, note: Callable[[str], Any]):
         settings, writes = run.config.run, jax.process_index() == 0
         self._every, self._folder = settings.statistics_every, run.workdir
+        self._note = note
         self._made = 0  # steps made by this process
         self._profile = range(_UNPROFILED, _UNPROFILED + settings.profile_steps)
         self._traced = None  # metrics of the newest step, while a profile is being taken
@@ -36,7 +44,8 @@ class Instruments:
         step = made + 1
         if self._statistics is not None and (step == 1 or step % self._every == 0):
             # Has the number of the step whose loss comes from the same parameters and batch.
-            record = {"step": step, **as_record(jax.device_get(self._statistics(state.params, batch)))}
+            with waiting("statistics of the layers, compiled at the first time", self._note):
+                record = {"step": step, **as_record(jax.device_get(self._statistics(state.params, batch)))}
             if self._file is not None:
                 self._file.write(record)
             if self._board is not None:
