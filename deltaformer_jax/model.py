@@ -21,7 +21,7 @@ from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
-from deltaformer_jax.layers.mixers.build import build_mixer, check_mixers
+from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from pallas_kernels.transform import MADE
@@ -40,22 +40,30 @@ _KEPT = {
 
 
 class Block(nnx.Module):
-    """x = x + mixer(norm(x)); x = x + swiglu(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype."""
+    """x = x + mixer(norm(x)); x = x + swiglu(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype.
+
+    With `norm_placement="post"`: x = x + norm(mixer(x)); x = x + norm(swiglu(x)).
+    """
 
     def __init__(self, config: ModelConfig, mixer: str | Mixer, *, rngs: nnx.Rngs):
         # The model adds 2 num_layers residual branches; with this scale their sum starts with unit variance.
         output_scale = (2 * config.num_layers) ** -0.5
-        self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.mixer = build_mixer(config, mixer, output_scale=output_scale, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.mlp = SwiGLU(
             config.d_model, mlp_dim(config), output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs
         )
+        self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
-        result = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, positions=positions, cache=cache)
+        given = x if self.norms_after else self.mixer_norm(x)
+        result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache)
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
+        if self.norms_after:
+            x = x + self.mixer_norm(mixed)
+            return x + self.mlp_norm(self.mlp(x)), cache
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -101,9 +109,14 @@ class LanguageModel(nnx.Module):
             return tuple(Block(config, mixer, rngs=rngs) for mixer in config.mixers)
 
         self.blocks = nnx.List(jax.vmap(period)(jax.random.split(rngs.params(), periods)))
-        self.final_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.final_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.embedding = Embedding(
-            config.vocab_size, config.d_model, tied=config.tie_embeddings, dtype=config.compute_dtype, rngs=rngs
+            config.vocab_size,
+            config.d_model,
+            tied=config.tie_embeddings,
+            scale=1.0 if config.embedding_scale == "one" else None,
+            dtype=config.compute_dtype,
+            rngs=rngs,
         )
         self.periods, self.remat = periods, config.remat
 

@@ -1,11 +1,12 @@
 """Token embeddings, and the logits computed from the model's output.
 
-    x_t = √d_model · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
+    x_t = scale · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
 
 E and W start as truncated normals of standard deviation 0.02. The value is small because with a tied table a token's
 logit for itself starts near 0.02 d_model. A larger value would be a confident wrong prediction, which training would
-first have to undo. The factor √d_model brings x near unit size. The table is padded to a multiple of 128 rows so that
-it can be sharded evenly; no token id points to the added rows, and their logits are dropped.
+first have to undo. The scale √d_model brings x near unit size; models from elsewhere have 1. The table is padded to a
+multiple of 128 rows so that it can be sharded evenly; no token id points to the added rows, and their logits are
+dropped.
 """
 
 from __future__ import annotations
@@ -29,12 +30,21 @@ INITIAL_STD = 0.02
 class Embedding(nnx.Module):
     """tokens int [B,T] -> [B,T,d_model] in `dtype`; `logits` [B,T,d_model] -> float32 [B,T,vocab_size].
 
-    `tied`: the logits use the embedding table E as their kernel. A token id outside [0, vocab_size) gives NaN. The id
-    of a padding token (segment id 0) is ignored, and token 0's row is returned. Cost: 2 d_model vocab_size FLOPs per
-    token for the logits.
+    `tied`: the logits use the embedding table E as their kernel. `scale=None`: √d_model. A token id outside [0,
+    vocab_size) gives NaN. The id of a padding token (segment id 0) is ignored, and token 0's row is returned. Cost: 2
+    d_model vocab_size FLOPs per token for the logits.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, *, tied: bool, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        tied: bool,
+        scale: float | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         rows = -(-vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
         self.table = nnx.Param(truncated_normal(rngs, (rows, d_model), INITIAL_STD), axes=("vocab", "embed"))
         if tied:
@@ -43,6 +53,7 @@ class Embedding(nnx.Module):
             self.head = nnx.Param(
                 truncated_normal(rngs, (d_model, rows), INITIAL_STD), axes=("embed", "vocab"), compute=True
             )
+        self.scale = math.sqrt(d_model) if scale is None else scale
         self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
 
     def __call__(self, tokens, segment_ids=None):
@@ -51,7 +62,7 @@ class Embedding(nnx.Module):
             tokens = jnp.where(segment_ids != 0, tokens, 0)
         row = jnp.where((tokens >= 0) & (tokens < self.vocab_size), tokens, self.rows)
         vectors = self.table[...].at[row].get(mode="fill", fill_value=jnp.nan)
-        return (vectors.astype(accumulation_dtype(vectors.dtype)) * math.sqrt(self.d_model)).astype(self.dtype)
+        return (vectors.astype(accumulation_dtype(vectors.dtype)) * self.scale).astype(self.dtype)
 
     def logits(self, x):
         # Operands are in the compute dtype, sums in float32 (float64 for float64).

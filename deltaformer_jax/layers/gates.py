@@ -74,18 +74,25 @@ class HeadDecay(nnx.Module):
 
 
 class ChannelDecay(nnx.Module):
-    """x [B,T,d_model] -> log_decay g [B,T,heads,width] with W = W₁ W₂ of rank `rank`; A is one number per head."""
+    """x [B,T,d_model] -> log_decay g [B,T,heads,width] with W = W₁ W₂ of rank `rank`; A is one number per head.
 
-    def __init__(self, d_model: int, heads: int, width: int, *, rank: int, rngs: nnx.Rngs):
+    `lower_bound` L < 0 bounds the decay: g = L sigmoid(e^A (x W + b)), as in GLM-5 and Ling. 0: the unbounded form.
+    """
+
+    def __init__(self, d_model: int, heads: int, width: int, *, rank: int, lower_bound: float = 0.0, rngs: nnx.Rngs):
         self.down = wide_kernel(rngs, (d_model, rank), ("embed", "rank"))
         self.up = wide_kernel(rngs, (rank, heads, width), ("rank", "heads", "head_dim"))
         self.log_rate = _log_rate(rngs, heads)
         self.bias = _step_bias(rngs, (heads, width), ("heads", "head_dim"))
+        self.lower_bound = lower_bound
 
     def __call__(self, x):
         low = product(_wide(x), self.down, _wide(x).dtype, precision="highest")
         step = product(low, self.up, low.dtype, precision="highest")
-        return -jnp.exp(along(self.log_rate, low))[..., None] * jax.nn.softplus(step + along(self.bias, step))
+        step, rate = step + along(self.bias, step), jnp.exp(along(self.log_rate, low))[..., None]
+        if self.lower_bound:
+            return self.lower_bound * jax.nn.sigmoid(rate * step)
+        return -rate * jax.nn.softplus(step)
 
     def flops_per_token(self) -> float:
         return product_flops(self.down, self.up)

@@ -2,7 +2,7 @@
 
     y = x W,    W_ij ~ N(0, scale² / fan_in), truncated at two standard deviations and rescaled to that variance
 
-With scale = 1, y starts with x's variance. Only gates have biases.
+With scale = 1, y starts with x's variance. Gates have biases; other maps get them by `bias` on request.
 """
 
 from __future__ import annotations
@@ -65,6 +65,16 @@ def product(x, weight: nnx.Param, dtype, axes: int = 1, precision=None):
     return out.reshape(*x.shape[: x.ndim - axes], *numbers.shape[axes:])
 
 
+def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 bias that starts at 0 and gets no weight decay."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, decay=False)
+
+
+def plus(x, parameter: nnx.Param | None):
+    """x + b in x's dtype, or x if there is no b."""
+    return x if parameter is None else x + along(parameter, x).astype(x.dtype)
+
+
 def along(parameter, x):
     """The parameter's array with leading axes of length 1 added, up to x's rank.
 
@@ -86,15 +96,15 @@ class Gate(nnx.Module):
     """g = x W + b, one number per head: x [B,T,d_model] -> [B,T,heads], in float32 (float64 for float64).
 
     W is drawn by `kernel` and b starts at 0, so sigmoid(g) starts around 1/2. `axis` names the heads' dimension for
-    sharding ("heads" or "kv_heads"). The product uses the highest precision: it is small, and the error of a gate is
-    multiplied along the whole sequence.
+    sharding ("heads" or "kv_heads"). `bias=False`: without b. The product uses the highest precision: it is small, and
+    the error of a gate is multiplied along the whole sequence.
     """
 
-    def __init__(self, d_model: int, heads: int, *, axis: str, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, heads: int, *, axis: str, bias: bool = True, rngs: nnx.Rngs):
         self.kernel = wide_kernel(rngs, (d_model, heads), ("embed", axis))
-        self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
         logits = product(wide, self.kernel, wide.dtype, precision="highest")
-        return logits + along(self.bias, logits)
+        return logits if self.bias is None else logits + along(self.bias, logits)

@@ -6,10 +6,12 @@ y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate activation(
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product, product_flops
+from deltaformer_jax.config.checks import check_argument
+from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops
 from deltaformer_jax.layers.norms import HeadNorm
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
@@ -17,7 +19,8 @@ from deltaformer_jax.layers.short_convolution import ShortConvolution
 class MemoryInputs(nnx.Module):
     """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, and the convolutions' tails for the next call.
 
-    `conv_size=0`: no convolutions, and tails are (). Raises ValueError, naming the argument, for sizes that don't fit.
+    `conv_size=0`: no convolutions, and tails are (). `conv_bias`: the convolutions have biases. `silu`: SiLU also where
+    there is no convolution. Raises ValueError, naming the argument, for sizes that don't fit.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class MemoryInputs(nnx.Module):
         value_dim: int,
         *,
         conv_size: int,
+        conv_bias: bool = False,
+        silu: bool = False,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -43,15 +48,18 @@ class MemoryInputs(nnx.Module):
         self.value = kernel(rngs, (d_model, num_value_heads, value_dim), ("embed", "heads", "head_dim"))
         if conv_size:
             shapes = [(num_heads, head_dim), (num_heads, head_dim), (num_value_heads, value_dim)]
-            self.convolutions = nnx.List([ShortConvolution(conv_size, *shape, rngs=rngs) for shape in shapes])
+            self.convolutions = nnx.List(
+                [ShortConvolution(conv_size, *shape, has_bias=conv_bias, rngs=rngs) for shape in shapes]
+            )
         else:
             self.convolutions = None
+        self.silu = silu and not conv_size  # a convolution has its own
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, tails=None):
         maps = [product(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
         if self.convolutions is None:
-            return *maps, ()
+            return *(map(jax.nn.silu, maps) if self.silu else maps), ()
         before = (None, None, None) if tails is None else tails
         done = [
             convolution(mapped, segment_ids=segment_ids, tail=tail)
@@ -75,7 +83,7 @@ class MemoryOutput(nnx.Module):
     """y = (HeadNorm(o) ⊙ activation(x W_g)) W_o: (o [B,T,Hv,V], x [B,T,d_model]) -> [B,T,d_model] in `dtype`.
 
     `gate`: the activation, "swish" or "sigmoid"; "": no gate. `gate_rank` above 0: W_g is a product of two kernels,
-    d_model × gate_rank and gate_rank × (Hv V).
+    d_model × gate_rank and gate_rank × (Hv V). `gate_bias`: a bias [Hv, V] is added to x W_g.
     """
 
     def __init__(
@@ -86,16 +94,20 @@ class MemoryOutput(nnx.Module):
         *,
         gate: str,
         gate_rank: int = 0,
+        gate_bias: bool = False,
         epsilon: float,
         output_scale: float,
         dtype,
         rngs: nnx.Rngs,
     ):
+        if gate:
+            check_argument("output_gate_activation", gate)
         self.norm = HeadNorm(value_dim, activation=gate or "swish", epsilon=epsilon)
         low_rank = bool(gate and gate_rank)
         self.gate_down = kernel(rngs, (d_model, gate_rank), ("embed", "rank")) if low_rank else None
         rows, axis = (gate_rank, "rank") if low_rank else (d_model, "embed")
         self.gate = kernel(rngs, (rows, heads, value_dim), (axis, "heads", "head_dim")) if gate else None
+        self.gate_bias = bias((heads, value_dim), ("heads", "head_dim")) if gate and gate_bias else None
         self.output = kernel(
             rngs,
             (heads, value_dim, d_model),
@@ -111,7 +123,7 @@ class MemoryOutput(nnx.Module):
             rows = x.astype(self.dtype)
             if self.gate_down is not None:
                 rows = product(rows, self.gate_down, self.dtype)
-            gate = product(rows, self.gate, self.dtype)
+            gate = plus(product(rows, self.gate, self.dtype), self.gate_bias)
         read = self.norm(o.astype(self.dtype), gate)
         return product(read, self.output, self.dtype, axes=2)
 

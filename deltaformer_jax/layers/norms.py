@@ -35,16 +35,39 @@ class RMSNorm(nnx.Module):
     """y = g ⊙ x / sqrt(mean(x²) + epsilon) over the last axis, g a trained vector that starts at 1.
 
     x `[..., width]`; computed in float32, returned in x's dtype. `axis` names the width for sharding. g gets no weight
-    decay.
+    decay. `gain`: the parameter `scale` is "scale": g itself; "one_plus_scale": g − 1, as Qwen's models store it.
     """
 
-    def __init__(self, width: int, *, epsilon: float = 1e-6, axis: str = "embed"):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(axis,), decay=False)
+    def __init__(self, width: int, *, epsilon: float = 1e-6, axis: str = "embed", gain: str = "scale"):
+        self.plus_one = gain == "one_plus_scale"
+        start = jnp.zeros if self.plus_one else jnp.ones
+        self.scale = nnx.Param(start((width,), jnp.float32), axes=(axis,), decay=False)
         self.epsilon = epsilon
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        return (rms_normalize(wide, self.epsilon) * along(self.scale, x)).astype(x.dtype)
+        gain = along(self.scale, x)
+        return (rms_normalize(wide, self.epsilon) * (1.0 + gain if self.plus_one else gain)).astype(x.dtype)
+
+
+class AllHeadsNorm(nnx.Module):
+    """RMSNorm of all heads of a token together: x [B,T,H,K], normalised over H and K, with a gain [H, K].
+
+    Source: OLMo 2, arXiv 2501.00656, section 3.2 (its qk-norm).
+    """
+
+    def __init__(self, heads: int, head_dim: int, axis: str, *, epsilon: float = 1e-6, gain: str = "scale"):
+        self.plus_one = gain == "one_plus_scale"
+        start = jnp.zeros if self.plus_one else jnp.ones
+        self.scale = nnx.Param(start((heads, head_dim), jnp.float32), axes=(axis, "head_dim"), decay=False)
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        wide = x.astype(accumulation_dtype(x.dtype))
+        mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)
+        gain = along(self.scale, x)
+        unit = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (unit * (1.0 + gain if self.plus_one else gain)).astype(x.dtype)
 
 
 class HeadNorm(nnx.Module):

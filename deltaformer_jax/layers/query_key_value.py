@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
-from deltaformer_jax.layers.linear import kernel, product, product_flops
-from deltaformer_jax.layers.norms import RMSNorm
+from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops
+from deltaformer_jax.layers.norms import AllHeadsNorm, RMSNorm
 from deltaformer_jax.layers.rotary import check_rotary, rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
@@ -35,8 +36,10 @@ class InputTail:
 class QueryKeyValue(nnx.Module):
     """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, and the tail for the next call.
 
-    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. The gains of qk-norm are [K] and shared by
-    all heads. Cost: `flops_per_token`.
+    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. `rotary_fraction`: how much of a head is
+    rotated. `qkv_bias`: biases on the three maps. The gains of qk-norm are [K] and shared by all heads;
+    `qk_norm_over="all_heads"` normalises all heads of a token together, with gains [H, K] and [G, K]. Cost:
+    `flops_per_token`.
     Raises ValueError, naming the argument, for sizes that don't fit each other.
     """
 
@@ -52,28 +55,45 @@ class QueryKeyValue(nnx.Module):
         kv_shift: bool,
         conv_size: int,
         norm_epsilon: float,
+        norm_gain: str = "scale",
+        qk_norm_over: str = "head",
+        qkv_bias: bool = False,
+        rotary_fraction: float = 1.0,
         dtype,
         rngs: nnx.Rngs,
     ):
-        check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base)
+        check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base, rotary_fraction)
+        check_argument("norm_gain", norm_gain)
+        check_argument("qk_norm_over", qk_norm_over)
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
         self.key = kernel(rngs, (d_model, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.value = kernel(rngs, (d_model, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
-        self.query_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if qk_norm else None
+        heads = ((num_heads, "heads"), (num_kv_heads, "kv_heads"), (num_kv_heads, "kv_heads"))
+        self.query_bias, self.key_bias, self.value_bias = (
+            bias((number, head_dim), (axis, "head_dim")) if qkv_bias else None for number, axis in heads
+        )
+        if not qk_norm:
+            self.query_norm = self.key_norm = None
+        elif qk_norm_over == "head":
+            one = dict(epsilon=norm_epsilon, axis="head_dim", gain=norm_gain)
+            self.query_norm, self.key_norm = RMSNorm(head_dim, **one), RMSNorm(head_dim, **one)
+        else:
+            whole = dict(epsilon=norm_epsilon, gain=norm_gain)
+            self.query_norm = AllHeadsNorm(num_heads, head_dim, "heads", **whole)
+            self.key_norm = AllHeadsNorm(num_kv_heads, head_dim, "kv_heads", **whole)
         self.shift = KVShift(num_kv_heads, rngs=rngs) if kv_shift else None
         if conv_size:
-            heads = ((num_heads, "heads"), (num_kv_heads, "kv_heads"), (num_kv_heads, "kv_heads"))
             self.convolutions = nnx.List(
                 [ShortConvolution(conv_size, number, head_dim, axis=axis, rngs=rngs) for number, axis in heads]
             )
         else:
             self.convolutions = None
-        self.rope_base = rope_base
+        self.rope_base, self.rotary_fraction = rope_base, rotary_fraction
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None):
-        maps = [product(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        biases = self.query_bias, self.key_bias, self.value_bias
+        maps = [plus(product(x, w, self.dtype), b) for w, b in zip((self.query, self.key, self.value), biases)]
         shift, convolutions = (None, (None,) * 3) if tail is None else (tail.shift, tail.convolutions)
         if self.convolutions is not None:
             done = [
@@ -87,7 +107,7 @@ class QueryKeyValue(nnx.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_base is not None:
-            query, key = rotate(query, positions, self.rope_base), rotate(key, positions, self.rope_base)
+            query, key = (rotate(y, positions, self.rope_base, self.rotary_fraction) for y in (query, key))
         return query, key, value, None if tail is None else InputTail(shift, convolutions)
 
     def empty_tail(self, batch: int) -> InputTail:
@@ -103,7 +123,14 @@ class QueryKeyValue(nnx.Module):
         return product_flops(self.query, self.key, self.value, *convolutions)
 
 
-def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, rope_base: float | None):
+def check_heads(
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_base: float | None,
+    rotary_fraction: float = 1.0,
+):
     """Raises ValueError, naming the argument first, unless the sizes fit each other."""
     sizes = {"d_model": d_model, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, size in sizes.items():
@@ -111,4 +138,4 @@ def check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, 
             raise ValueError(f"{name}={size} must be at least 1")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-    check_rotary(head_dim, rope_base)
+    check_rotary(head_dim, rope_base, rotary_fraction)

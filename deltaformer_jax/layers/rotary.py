@@ -13,24 +13,37 @@ import jax.numpy as jnp
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
-def check_rotary(head_dim: int, base: float | None) -> None:
-    """Raise ValueError, naming the argument, for a head or a base that cannot be rotated. None: no rotary embedding."""
+def rotary_width(head_dim: int, fraction: float) -> int:
+    """The number of features that are rotated, rounded down as other implementations do."""
+    return int(head_dim * fraction)
+
+
+def check_rotary(head_dim: int, base: float | None, fraction: float = 1.0) -> None:
+    """Raise ValueError, naming the argument, for a head, a base or a fraction that cannot be rotated. None: no rotary
+    embedding."""
     if base is None:
         return
-    if head_dim % 2:
+    width = rotary_width(head_dim, fraction)
+    if width % 2 or not 0 < width <= head_dim:
+        what = (
+            f"head_dim={head_dim}" if fraction == 1 else f"rotary_fraction={fraction}: {width} of {head_dim} features"
+        )
         raise ValueError(
-            f"head_dim={head_dim} must be even for the rotary embedding; rope_base=None (0 in a config) switches "
-            "that off"
+            f"{what} must be even for the rotary embedding; rope_base=None (0 in a config) switches that off"
         )
     if not base > 1:  # NaN too
         raise ValueError(f"rope_base={base} must be greater than 1; None (0 in a config) means no rotary embedding")
 
 
-def rotate(x, positions, base: float):
-    """x `[B,T,H,K]` with K even, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
+def rotate(x, positions, base: float, fraction: float = 1.0):
+    """x `[B,T,H,K]`, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
 
-    Angles and products are float32 (float64 for float64). Lengths are kept.
+    Angles and products are float32 (float64 for float64). Lengths are kept. `fraction`: the first fraction · K
+    features, an even number, are rotated as if they were the whole head; the others stay as they are.
     """
+    if fraction != 1.0:
+        width = rotary_width(x.shape[-1], fraction)
+        return jnp.concatenate([rotate(x[..., :width], positions, base), x[..., width:]], axis=-1)
     half = x.shape[-1] // 2
     wide = accumulation_dtype(x.dtype)
     frequency = (base ** (-jnp.arange(half, dtype=wide) / half))[None, None, None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import wide_kernel
+from deltaformer_jax.layers.linear import bias, plus, wide_kernel
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -19,15 +19,18 @@ class ShortConvolution(nnx.Module):
     """x [B,T,H,K] -> (y [B,T,H,K] in x's dtype, the tail for the next call or None).
 
     `tail` [B,W−1,H,K] holds the last W − 1 real tokens before this call, the newest last, and zeros if there were
-    fewer. With a tail each row must hold one contiguous document, with padding on either side. The weights w are
-    [W, H, K] and drawn with fan-in W. Cost: W multiply-adds per feature.
+    fewer. With a tail each row must hold one contiguous document, with padding on either side. The weights w are [W, H,
+    K] and drawn with fan-in W. `has_bias`: a bias [H, K] is added before SiLU. Cost: W multiply-adds per feature.
     Raises ValueError for a width below 1.
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int, *, axis: str = "heads", rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, head_dim: int, *, axis: str = "heads", has_bias: bool = False, rngs: nnx.Rngs
+    ):
         if width < 1:
             raise ValueError(f"conv_size={width} must be at least 1 token, or 0 for none")
         self.weight = wide_kernel(rngs, (width, heads, head_dim), ("conv", axis, "head_dim"))
+        self.bias = bias((heads, head_dim), (axis, "head_dim")) if has_bias else None
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
@@ -49,7 +52,7 @@ class ShortConvolution(nnx.Module):
                 older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
                 before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
             total = total + weight[j] * before.astype(wide)
-        y = jnp.where(real[:, :, None, None], jax.nn.silu(total), 0).astype(x.dtype)
+        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, self.bias)), 0).astype(x.dtype)
         return y, None if tail is None else self._next_tail(x, real, rank, tail)
 
     def empty_tail(self, batch: int, dtype):

@@ -62,6 +62,23 @@ class ModelConfig:
     norm_epsilon: float = setting(
         1e-6, "Added to the mean square inside every RMSNorm, so that it does not divide by 0.", above=0, finite=True
     )
+    norm_gain: str = setting(
+        "scale",
+        'What the parameter of an RMSNorm holds: "scale": its gain. "one_plus_scale": its gain minus 1, as in Qwen\'s '
+        "newer models. The norm of a recurrent mixer's output always holds its gain.",
+        choices=("scale", "one_plus_scale"),
+    )
+    norm_placement: str = setting(
+        "pre",
+        'Where a block has its norms. "pre": x + mixer(norm(x)), x + swiglu(norm(x)). "post": x + norm(mixer(x)), '
+        "x + norm(swiglu(x)). An entry of `mixers` may have its own: Mixer(name, norm_placement=...).",
+        choices=("pre", "post"),
+    )
+    embedding_scale: str = setting(
+        "sqrt_d_model",
+        'Factor on the embedding of a token: "sqrt_d_model", or "one" as in most models from elsewhere.',
+        choices=("sqrt_d_model", "one"),
+    )
     compute_dtype: str = setting(
         "float32",
         "Dtype of activations and matrix products. Parameters and their gradients are always float32.",
@@ -95,6 +112,15 @@ class ModelConfig:
         is_true="on",
     )
 
+    output_norm_epsilon: float = setting(
+        0.0,
+        "The epsilon of the norm of a recurrent mixer's output. 0: norm_epsilon.",
+        least=0,
+        own=0.0,
+        finite=True,
+        must_be_used=True,
+    )
+
     # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate and
     # sinks are softmax_attention's alone.
 
@@ -109,6 +135,26 @@ class ModelConfig:
     )
     qk_norm: bool = setting(
         False, "Whether each query and key head is normalised by RMSNorm with a trained gain.", must_be_used=True
+    )
+    qk_norm_epsilon: float = setting(
+        0.0, "The epsilon of qk_norm. 0: norm_epsilon.", least=0, own=0.0, finite=True, must_be_used=True
+    )
+    qk_norm_over: str = setting(
+        "head",
+        'What qk_norm normalises: "head": each head by itself, with one gain for all. "all_heads": all heads of a '
+        "token together, with a gain for each feature of each.",
+        choices=("head", "all_heads"),
+        must_be_used=True,
+    )
+    qkv_bias: bool = setting(
+        False, "Whether the projections of queries, keys and values have biases.", must_be_used=True
+    )
+    rotary_fraction: float = setting(
+        1.0,
+        "Fraction of each head's features, its first ones, that the rotary embedding rotates.",
+        above=0,
+        most=1,
+        must_be_used=True,
     )
     kv_shift: bool = setting(
         False,
@@ -207,6 +253,12 @@ class ModelConfig:
         must_be_used=True,
     )
 
+    beta_bias: bool = setting(
+        True,
+        "Whether the projection of β has a bias, in delta_former and in the mixers of the delta rule.",
+        must_be_used=True,
+    )
+
     # Of the mixers with a memory of fixed size; num_value_heads and negative_eigenvalues of the delta rule's alone.
 
     num_value_heads: int = setting(
@@ -220,6 +272,37 @@ class ModelConfig:
     negative_eigenvalues: bool = setting(
         False,
         "Whether β lies in (0, 2) instead of (0, 1). The state's transition may then have negative eigenvalues.",
+        must_be_used=True,
+    )
+    conv_bias: bool = setting(False, "Whether the short convolutions have biases.", must_be_used=True)
+    input_silu: bool = setting(
+        False,
+        "Whether queries, keys and values pass through SiLU where there is no short convolution, which has its own.",
+        must_be_used=True,
+    )
+    output_gate_activation: str = setting(
+        "auto",
+        'The activation of the output gate. "auto": sigmoid for kimi_delta_attention, swish for the others.',
+        choices=("swish", "sigmoid"),
+        own="auto",
+        must_be_used=True,
+    )
+    output_gate_bias: bool = setting(
+        False, "Whether the output gate of kimi_delta_attention has a bias.", must_be_used=True
+    )
+    gate_rank: int = setting(
+        0,
+        "Rank of the low-rank projections of kimi_delta_attention, to its decay and to its output gate. 0: head_dim "
+        "and value_dim.",
+        least=1,
+        own=0,
+        must_be_used=True,
+    )
+    decay_lower_bound: float = setting(
+        0.0,
+        "Lower bound L < 0 of the log decay of kimi_delta_attention, which is then L times a sigmoid. 0: no bound.",
+        most=0,
+        finite=True,
         must_be_used=True,
     )
 

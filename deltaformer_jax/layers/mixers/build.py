@@ -21,6 +21,16 @@ FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 _THE_MODELS = ("d_model", "rngs", "dtype", "output_scale")
 
 
+# Fields of the block around a mixer, which an entry of `model.mixers` may override too.
+_THE_BLOCKS = ("norm_placement",)
+
+
+def block_setting(config: ModelConfig, mixer: str | Mixer, name: str):
+    """The value of a field of the block around `mixer`: the entry's own, or the config's."""
+    own = entry(mixer)
+    return dict(own.overrides).get(name, getattr(config, name)) if own.name in MIXERS else getattr(config, name)
+
+
 def mixer_class(mixer: str | Mixer) -> type:
     """The class of an entry of `model.mixers`. Raises ValueError if the entry names no mixer class."""
     mixer = entry(mixer)
@@ -70,7 +80,9 @@ def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float,
     """
     made, name, overrides = mixer_class(mixer), entry(mixer).name, dict(entry(mixer).overrides)
     ours = name in MIXERS
-    values = {field: getattr(config, field) for field in mixer_fields(mixer)} | (overrides if ours else {})
+    values = {field: getattr(config, field) for field in mixer_fields(mixer)}
+    if ours:
+        values |= {field: value for field, value in overrides.items() if field not in _THE_BLOCKS}
     arguments = {}
     for field, value in values.items():
         arguments |= rule_of(FIELDS[field]).for_mixer(field, value)
@@ -95,7 +107,7 @@ def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float,
 def check_mixers(config: ModelConfig) -> None:
     """Raise ValueError, naming the field, for an override its mixer does not take and a changed field no mixer uses."""
     for mixer in map(entry, config.mixers):
-        known = constructor_names(mixer)
+        known = constructor_names(mixer) + list(_THE_BLOCKS if mixer.name in MIXERS else ())
         for name, value in mixer.overrides:
             if name not in known:
                 options = f"is not one of {', '.join(map(repr, known))}" if known else "is not taken: it has no options"
@@ -113,7 +125,9 @@ def check_mixers(config: ModelConfig) -> None:
 def unused_fields(config: ModelConfig) -> list[str]:
     """The mixers' fields that have another value than their default, although no mixer of the model takes them."""
     taken = {name for mixer in config.mixers for name in mixer_fields(mixer)}
-    theirs = {name for mixer in MIXERS for name in mixer_fields(mixer)} - taken - {"norm_epsilon"}  # blocks use it too
+    theirs = (
+        {name for mixer in MIXERS for name in mixer_fields(mixer)} - taken - {"norm_epsilon", "norm_gain"}
+    )  # blocks use them too
     if config.num_kv_heads == config.num_heads:
         theirs -= {"num_kv_heads"}  # says what holds of every mixer
     return [name for name, field in FIELDS.items() if name in theirs and getattr(config, name) != field.default]

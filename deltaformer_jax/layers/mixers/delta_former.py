@@ -66,7 +66,12 @@ class DeltaFormer(nnx.Module):
       alpha: "off": α = 1. "sigmoid": the sigmoid of a projection of x with bias, in float32.
       beta: "sigmoid" or "raw": a projection of x with bias, in float32, with or without the sigmoid. "one": β = 1. A
         raw β above 1 lets u grow geometrically; "raw" exists to load weights from other implementations.
+      beta_bias: whether β's projection has a bias.
       rope_base: base of the rotary embedding of q, k and a projected w; None: none.
+      qkv_bias: biases on q, k and v.
+      rotary_fraction: the fraction of each head's features that is rotated, its first ones.
+      qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
+      norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each head of q, k and a projected w.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
       conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
@@ -94,12 +99,18 @@ class DeltaFormer(nnx.Module):
         write_key_norm: str = "auto",
         alpha: str = "off",
         beta: str = "sigmoid",
+        beta_bias: bool = True,
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
         conv_size: int = 0,
         output_gate: bool = False,
         norm_epsilon: float = 1e-6,
+        qk_norm_epsilon: float | None = None,
+        qk_norm_over: str = "head",
+        norm_gain: str = "scale",
+        qkv_bias: bool = False,
+        rotary_fraction: float = 1.0,
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -120,7 +131,11 @@ class DeltaFormer(nnx.Module):
             qk_norm=qk_norm,
             kv_shift=kv_shift,
             conv_size=conv_size,
-            norm_epsilon=norm_epsilon,
+            norm_epsilon=norm_epsilon if qk_norm_epsilon is None else qk_norm_epsilon,
+            norm_gain=norm_gain,
+            qk_norm_over=qk_norm_over,
+            qkv_bias=qkv_bias,
+            rotary_fraction=rotary_fraction,
             dtype=dtype,
             rngs=rngs,
         )
@@ -131,10 +146,17 @@ class DeltaFormer(nnx.Module):
         self.write_convolution = (
             ShortConvolution(conv_size, num_heads, head_dim, rngs=rngs) if projected and conv_size else None
         )
-        self.write_norm = RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim") if projected and qk_norm else None
+        if projected and (qk_norm_over != "head" or qkv_bias):
+            raise ValueError(
+                'write_query="projected" has neither a bias nor a norm over all heads: use "key" or "query"'
+            )
+        epsilon = norm_epsilon if qk_norm_epsilon is None else qk_norm_epsilon
+        self.write_norm = (
+            RMSNorm(head_dim, epsilon=epsilon, axis="head_dim", gain=norm_gain) if projected and qk_norm else None
+        )
         self.u_heads, u_axis = (num_kv_heads, "kv_heads") if write_query == "key" else (num_heads, "heads")
         self.alpha_gate = Gate(d_model, self.u_heads, axis=u_axis, rngs=rngs) if alpha == "sigmoid" else None
-        self.beta_gate = Gate(d_model, self.u_heads, axis=u_axis, rngs=rngs) if beta != "one" else None
+        self.beta_gate = Gate(d_model, self.u_heads, axis=u_axis, bias=beta_bias, rngs=rngs) if beta != "one" else None
         self.beta_is_raw = beta == "raw"
         self.output = kernel(
             rngs,
@@ -154,7 +176,7 @@ class DeltaFormer(nnx.Module):
         self.read_scale = head_dim**-0.5 if read_scale is None else read_scale
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.write_query, self.chunk_size, self.implementation = write_query, chunk_size, implementation
-        self.dtype = jnp.dtype(dtype)
+        self.qkv_bias, self.dtype = qkv_bias, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
         """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
@@ -176,7 +198,7 @@ class DeltaFormer(nnx.Module):
             read_similarity=self.read_similarity,
             write_scale=self.write_scale,
             read_scale=self.read_scale,
-            padding_is_zero=True,  # because x is, and no map of it here has a bias
+            padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
@@ -209,7 +231,7 @@ class DeltaFormer(nnx.Module):
         if self.write_norm is not None:
             write_query = self.write_norm(write_query)
         if self.inputs.rope_base is not None:
-            write_query = rotate(write_query, positions, self.inputs.rope_base)
+            write_query = rotate(write_query, positions, self.inputs.rope_base, self.inputs.rotary_fraction)
         return rms_normalize(write_query) if self.unit_keys else write_query, tail
 
     def _alpha(self, x):

@@ -23,8 +23,10 @@ class DeltaNet(DeltaRuleMixer):
 
     `num_value_heads=None`: H. `value_dim=None`: head_dim. `conv_size`: width in tokens of the short convolutions; 0:
     none. `output_gate`: multiply the normalised output by swish(x W_g). `negative_eigenvalues`: β in (0, 2) instead of
-    (0, 1). The memory and β are float32; everything else is computed in `dtype`. `chunk_size` and `implementation` are
-    passed to `ops.gated_delta_rule`.
+    (0, 1). `beta_bias=False`: β without its bias. `conv_bias`: biases of the convolutions. `input_silu`: SiLU on q, k
+    and v also where there is no convolution. `output_gate_activation`: "swish" or "sigmoid".
+    `output_norm_epsilon=None`: norm_epsilon. The memory and β are float32; everything else is computed in `dtype`.
+    `chunk_size` and `implementation` are passed to `ops.gated_delta_rule`.
     """
 
     def __init__(
@@ -38,7 +40,12 @@ class DeltaNet(DeltaRuleMixer):
         conv_size: int = 4,
         output_gate: bool = False,
         negative_eigenvalues: bool = False,
+        beta_bias: bool = True,
+        conv_bias: bool = False,
+        input_silu: bool = False,
+        output_gate_activation: str = "swish",
         norm_epsilon: float = 1e-6,
+        output_norm_epsilon: float | None = None,
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -47,15 +54,26 @@ class DeltaNet(DeltaRuleMixer):
     ):
         heads, width = num_value_heads or num_heads, value_dim or head_dim
         super().__init__(
-            MemoryInputs(d_model, num_heads, heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs),
-            Gate(d_model, heads, axis="heads", rngs=rngs),
+            MemoryInputs(
+                d_model,
+                num_heads,
+                heads,
+                head_dim,
+                width,
+                conv_size=conv_size,
+                conv_bias=conv_bias,
+                silu=input_silu,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            Gate(d_model, heads, axis="heads", bias=beta_bias, rngs=rngs),
             None,
             MemoryOutput(
                 d_model,
                 heads,
                 width,
-                gate="swish" if output_gate else "",
-                epsilon=norm_epsilon,
+                gate=output_gate_activation if output_gate else "",
+                epsilon=norm_epsilon if output_norm_epsilon is None else output_norm_epsilon,
                 output_scale=output_scale,
                 dtype=dtype,
                 rngs=rngs,

@@ -19,14 +19,18 @@ from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
 
 
 class KimiDeltaAttention(DeltaRuleMixer):
-    """A Kimi Delta Attention mixer with num_heads heads of queries, keys and values.
+    """A Kimi Delta Attention mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
 
         KimiDeltaAttention(d_model=256, num_heads=4, head_dim=64, rngs=nnx.Rngs(0))
 
-    `value_dim=None`: head_dim. The decay's kernel W₃ W₄ has rank head_dim, the output gate's kernel W₁ W₂ rank
-    value_dim. `conv_size`: width in tokens of the short convolutions; 0: none. `output_gate=False` leaves out the
-    factor sigmoid(x W₁ W₂). `negative_eigenvalues`: β in (0, 2) instead of (0, 1). The memory, β and g are float32;
-    everything else is computed in `dtype`. `chunk_size` and `implementation` are passed to `ops.gated_delta_rule`.
+    `num_value_heads=None`: H; otherwise a multiple of H. `value_dim=None`: head_dim. `gate_rank` is the rank of the
+    decay's kernel W₃ W₄ and of the output gate's W₁ W₂; None: head_dim and value_dim. `decay_lower_bound` L < 0: the
+    bounded decay g = L sigmoid(e^A (x W₃ W₄ + b')). `output_gate_bias`: a bias on x W₁ W₂. `conv_size`: width in tokens
+    of the short convolutions; 0: none. `output_gate=False` leaves out the factor sigmoid(x W₁ W₂).
+    `negative_eigenvalues`: β in (0, 2) instead of (0, 1). `beta_bias=False`: β without its bias. `conv_bias`: biases of
+    the convolutions. `input_silu`: SiLU on q, k and v also where there is no convolution. `output_gate_activation`:
+    "swish" or "sigmoid". `output_norm_epsilon=None`: norm_epsilon. The memory, β and g are float32; everything else is
+    computed in `dtype`. `chunk_size` and `implementation` are passed to `ops.gated_delta_rule`.
     """
 
     def __init__(
@@ -35,34 +39,57 @@ class KimiDeltaAttention(DeltaRuleMixer):
         *,
         num_heads: int,
         head_dim: int,
+        num_value_heads: int | None = None,
         value_dim: int | None = None,
         conv_size: int = 4,
         output_gate: bool = True,
+        output_gate_bias: bool = False,
+        gate_rank: int | None = None,
+        decay_lower_bound: float = 0.0,
         negative_eigenvalues: bool = False,
+        beta_bias: bool = True,
+        conv_bias: bool = False,
+        input_silu: bool = False,
+        output_gate_activation: str = "sigmoid",
         norm_epsilon: float = 1e-6,
+        output_norm_epsilon: float | None = None,
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        width = value_dim or head_dim
+        heads, width = num_value_heads or num_heads, value_dim or head_dim
         super().__init__(
-            MemoryInputs(d_model, num_heads, num_heads, head_dim, width, conv_size=conv_size, dtype=dtype, rngs=rngs),
-            Gate(d_model, num_heads, axis="heads", rngs=rngs),
-            ChannelDecay(d_model, num_heads, head_dim, rank=head_dim, rngs=rngs),
-            MemoryOutput(
+            MemoryInputs(
                 d_model,
                 num_heads,
+                heads,
+                head_dim,
                 width,
-                gate="sigmoid" if output_gate else "",
-                gate_rank=width,
-                epsilon=norm_epsilon,
+                conv_size=conv_size,
+                conv_bias=conv_bias,
+                silu=input_silu,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            Gate(d_model, heads, axis="heads", bias=beta_bias, rngs=rngs),
+            ChannelDecay(
+                d_model, heads, head_dim, rank=gate_rank or head_dim, lower_bound=decay_lower_bound, rngs=rngs
+            ),
+            MemoryOutput(
+                d_model,
+                heads,
+                width,
+                gate=output_gate_activation if output_gate else "",
+                gate_rank=gate_rank or width,
+                gate_bias=output_gate_bias,
+                epsilon=norm_epsilon if output_norm_epsilon is None else output_norm_epsilon,
                 output_scale=output_scale,
                 dtype=dtype,
                 rngs=rngs,
             ),
-            state_shape=(num_heads, head_dim, width),
+            state_shape=(heads, head_dim, width),
             negative_eigenvalues=negative_eigenvalues,
             chunk_size=chunk_size,
             implementation=implementation,

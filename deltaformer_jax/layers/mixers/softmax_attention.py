@@ -38,6 +38,10 @@ class SoftmaxAttention(nnx.Module):
     Args:
       window: W: a token sees itself and the W − 1 tokens before it. None: itself and all tokens before it.
       rope_base: base of the rotary embedding of q and k; None: none.
+      qkv_bias: biases on q, k and v.
+      rotary_fraction: the fraction of each head's features that is rotated, its first ones.
+      qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
+      norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each query and key head.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
       forget_gate, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around 1/2.
@@ -65,6 +69,11 @@ class SoftmaxAttention(nnx.Module):
         conv_size: int = 0,
         output_gate: bool = False,
         norm_epsilon: float = 1e-6,
+        qk_norm_epsilon: float | None = None,
+        qk_norm_over: str = "head",
+        norm_gain: str = "scale",
+        qkv_bias: bool = False,
+        rotary_fraction: float = 1.0,
         output_scale: float = 1.0,
         implementation: str | None = None,
         dtype=jnp.float32,
@@ -81,7 +90,11 @@ class SoftmaxAttention(nnx.Module):
             qk_norm=qk_norm,
             kv_shift=kv_shift,
             conv_size=conv_size,
-            norm_epsilon=norm_epsilon,
+            norm_epsilon=norm_epsilon if qk_norm_epsilon is None else qk_norm_epsilon,
+            norm_gain=norm_gain,
+            qk_norm_over=qk_norm_over,
+            qkv_bias=qkv_bias,
+            rotary_fraction=rotary_fraction,
             dtype=dtype,
             rngs=rngs,
         )
@@ -96,6 +109,7 @@ class SoftmaxAttention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
+        self.qkv_bias = qkv_bias
         self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
@@ -113,7 +127,7 @@ class SoftmaxAttention(nnx.Module):
         attend = functools.partial(
             ops.causal_attention,
             window=self.window,
-            padding_is_zero=True,  # because x is, and no map of it here has a bias
+            padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
             implementation=self.implementation,
         )
         arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)

@@ -1,0 +1,107 @@
+"""Folders of weights as the Hugging Face hub has them: config.json, and safetensors in one file or in shards.
+
+Tensors are read one at a time from a file that is mapped into memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+ONE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give a folder with config.json and safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
+    return found
+
+
+class Tensors:
+    """The tensors of a folder by name: `shape(name)`, and `tensors[name]`, an array read at that moment."""
+
+    def __init__(self, folder: Path):
+        self._files = {}
+        for path in _files(folder):
+            try:
+                opened = safe_open(path, "numpy")
+            except SafetensorError as error:
+                raise ValueError(f"{path}: not a safetensors file: {error}") from None
+            for name in opened.keys():  # noqa: SIM118
+                if name in self._files:
+                    raise ValueError(f"{path}: {name} is in another file of {folder} too")
+                self._files[name] = opened
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it: "F32", "BF16", ..."""
+        return self._files[name].get_slice(name).get_dtype()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        outside = [name for name in shards if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{folder / INDEX}: names a file outside the folder: {outside[0]!r}")
+        missing = [name for name in shards if not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: shards of {INDEX} are missing: {', '.join(missing)}")
+        return [folder / name for name in shards]
+    if (folder / ONE).exists():
+        return [folder / ONE]
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{folder}: {pickles[0]} is a pickle, which can run any program when it is read; convert it to "
+            "safetensors where it comes from"
+        )
+    raise FileNotFoundError(f"{folder}: holds neither {ONE} nor {INDEX}")
+
+
+def write(folder: Path, tensors: Mapping[str, Any], names: list[str], size_of, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the tensors `names`, made one shard at a time by tensors[name], of which size_of(name) says the bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if shards[-1] and filled + size_of(name) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size_of(name)
+    placed = {}
+    for number, shard in enumerate(shards, 1):
+        file = ONE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: np.ascontiguousarray(tensors[name]) for name in shard}, folder / file, {"format": "pt"})
+        placed |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(size_of, names))}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""`load_pretrained`: a folder of the Hugging Face hub's format as a model of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from deltaformer_jax.config import ModelConfig
+from deltaformer_jax.host.spelling import did_you_mean
+from deltaformer_jax.interop.fields import Fields
+from deltaformer_jax.interop.files import FLOATS, Tensors, read_json
+from deltaformer_jax.interop.mapping import Mapping, flat, mapping
+from deltaformer_jax.interop.sources import SOURCES, Source
+from deltaformer_jax.interop.tables import to_ours
+from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.model_parts import merge
+
+# What a multimodal file holds besides the text model.
+_SKIPPED = ("model.visual.", "mtp.")
+_PREFIX = "model.language_model."
+
+
+def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32") -> tuple[LanguageModel, ModelConfig]:
+    """(the model, its config) from a folder with config.json and safetensors.
+
+        model, config = load_pretrained("Qwen3-0.6B")
+
+    The model types are those of `interop.sources`: fla's deltaformer, delta_net, gated_deltanet, kda, gla, retnet,
+    transformer and forgetting_transformer; transformers' llama, qwen3, qwen3_5 (text) and olmo_hybrid.
+
+    compute_dtype: "float32" or "bfloat16", of activations and products. Parameters are float32, whatever the file's
+    dtype is: bfloat16, float16 and float32 fit into it without loss. Tensors are read one by one from the mapped file,
+    so that memory grows by the parameters and one tensor.
+
+    Raises ValueError or OSError, in one line: for a model type that is not known; for fields of config.json without an
+    equivalent, all of them; for tensors that are unknown, missing or of another shape, all of them; for pickles.
+    """
+    folder = Path(folder).expanduser()
+    source, config = read_config(folder)
+    config = dataclasses.replace(config, compute_dtype=compute_dtype)
+    files = Tensors(folder)
+    names = _names(files, source)
+    found = mapping(config, source.for_names(set(names)))
+    return merge(found.parts, read_params(folder, files, names, found)), config
+
+
+def read_config(folder: Path) -> tuple[Source, ModelConfig]:
+    """The source and our config of the folder's config.json."""
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type")
+    if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
+        values = values["text_config"]
+        kind = values.get("model_type", "qwen3_5_text")
+    if kind not in SOURCES:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}"
+            f"{did_you_mean(str(kind), SOURCES)}"
+        )
+    source = SOURCES[kind]
+    try:
+        return source, source.read(Fields(values, source.ignored))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {kind}: {error}") from None
+
+
+def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Mapping) -> dict[str, Any]:
+    """The parameters, nested dicts of float32 arrays. names: a tensor's usual name -> its name in the files."""
+    _check(folder, files, names, found)
+    params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat(found.parts.params)}
+    for place in found.places:
+        arrays = [_float(files[names[_held(options, names)]]) for options in place.tensors]
+        parts = to_ours(place.row, arrays, place.shapes)
+        for path, part in zip(place.parameters, parts, strict=True):
+            params[path][place.period] = part
+    path, name = found.table
+    table = _float(files[names[name]])
+    params[path][: len(table)] = table
+    path, name = found.norm
+    params[path][:] = _float(files[names[name]])
+    if found.head is not None:
+        path, name = found.head
+        head = _float(files[names[name]])
+        params[path][:, : len(head)] = head.T
+    nested: dict[str, Any] = {}
+    for path in list(params):
+        *outer, last = path
+        level = nested
+        for key in outer:
+            level = level.setdefault(key, {})
+        level[last] = jnp.asarray(params.pop(path))
+    return nested
+
+
+def _names(files: Tensors, source: Source) -> dict[str, str]:
+    """Their usual name -> the name in the file, without what belongs to no text model or has no function."""
+    kept = [name for name in files if not name.startswith(_SKIPPED) and not name.endswith(source.dropped)]
+    return {("model." + name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name): name for name in kept}
+
+
+def _held(options: tuple[str, ...], names: dict[str, str]) -> str:
+    return next((name for name in options if name in names), options[0])
+
+
+def _float(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def _check(folder: Path, files: Tensors, names: dict[str, str], found: Mapping) -> None:
+    """Raise ValueError with every tensor that is unknown, missing or of another shape or dtype."""
+    expected: dict[str, tuple[int, ...] | None] = {}
+    missing = []
+    vocabulary = merge(found.parts, found.parts.params).embedding.vocab_size
+    width = dict(flat(found.parts.params))[found.table[0]].shape[1]
+    for place in found.places:
+        several = len(place.tensors) > 1
+        for options, shape in zip(place.tensors, place.theirs, strict=True):
+            name = _held(options, names)
+            # The rows of several tensors are laid end to end, so only their sum is known.
+            expected[name] = None if several else shape
+        if several and all(_held(options, names) in names for options in place.tensors):
+            rows = sum(files.shape(names[_held(options, names)])[0] for options in place.tensors)
+            if rows != sum(shape[0] for shape in place.theirs):
+                first = _held(place.tensors[0], names)
+                missing.append(f"{first} and its fellows: {rows} rows, not {sum(s[0] for s in place.theirs)}")
+    expected[found.table[1]] = (vocabulary, width)
+    expected[found.norm[1]] = (width,)
+    if found.head is not None:
+        expected[found.head[1]] = (vocabulary, width)
+    problems = [f"missing {name}" for name in expected if name not in names]
+    # A tied model's file may hold the table twice.
+    tied = {"lm_head.weight"} if found.head is None else set()
+    problems += [f"unknown {name}" for name in names if name not in expected and name not in tied]
+    for name, shape in expected.items():
+        if name in names and shape is not None and files.shape(names[name]) != shape:
+            problems.append(f"{name}: shape {list(files.shape(names[name]))}, not {list(shape)}")
+        if name in names and files.dtype(names[name]) not in FLOATS:
+            problems.append(f"{name}: dtype {files.dtype(names[name])}, not one of {', '.join(FLOATS)}")
+    if problems + missing:
+        raise ValueError(f"{folder}: {'; '.join(problems + missing)}")

@@ -1,0 +1,81 @@
+"""The correspondence of one model: for each row of its source's table, the tensors of a file and the parameters of ours.
+
+A parameter of ours is stacked over the periods of the pattern; layer n is entry n mod p of the pattern, period n div p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from deltaformer_jax.config import ModelConfig
+from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.interop.sources import Source
+from deltaformer_jax.interop.tables import Row, shapes
+from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.model_parts import ModelParts, model_parts
+
+Path = tuple[Any, ...]
+
+
+class Place(NamedTuple):
+    """One row of one layer. tensors: its names in the file, each with the others that are accepted."""
+
+    row: Row
+    period: int
+    parameters: list[Path]
+    shapes: list[tuple[int, ...]]  # of the parameters, without the axis over the periods
+    tensors: list[tuple[str, ...]]
+    theirs: list[tuple[int, ...]]
+
+
+class Mapping(NamedTuple):
+    parts: ModelParts
+    places: list[Place]
+    table: tuple[Path, str]
+    norm: tuple[Path, str]
+    head: tuple[Path, str] | None
+
+
+def flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of every leaf of nested dicts."""
+    for key, child in tree.items():
+        if isinstance(child, dict):
+            yield from flat(child, (*path, key))
+        else:
+            yield (*path, key), child
+
+
+def mapping(config: ModelConfig, source: Source) -> Mapping:
+    """The correspondence of a model of `config` with the files of `source`.
+
+    Raises ValueError if a parameter of ours has no row, or a mixer no table.
+    """
+    parts = model_parts(config, LanguageModel)
+    ours = dict(flat(parts.params))
+    places, covered = [], set()
+    for n in range(config.num_layers):
+        mixer = entry(config.mixers[n % len(config.mixers)]).name
+        if mixer not in source.rows:
+            raise ValueError(f"{source.model_type} has no layer like {mixer}")
+        block = ("blocks", n % len(config.mixers))
+        for row in source.rows[mixer]:
+            paths = [(*block, *_keys(name)) for name in row.parameters]
+            if not all(path in ours for path in paths):
+                continue
+            covered.update(paths)
+            sizes = [ours[path].shape[1:] for path in paths]
+            names = [tuple(f"model.layers.{n}.{name}" for name in names.split("|")) for names in row.tensors]
+            places.append(Place(row, n // len(config.mixers), paths, sizes, names, shapes(row, sizes)))
+    outside = {"table": ("embedding", "table"), "norm": ("final_norm", "scale"), "head": ("embedding", "head")}
+    covered.update(outside.values())
+    left = [".".join(map(str, path)) for path in ours if path not in covered]
+    if left:
+        raise ValueError(f"{source.model_type} has no tensor for {', '.join(left)}")
+    named = {key: (path, source.outside[key]) if path in ours else None for key, path in outside.items()}
+    return Mapping(parts, places, **named)
+
+
+def _keys(name: str) -> Path:
+    """A path as nnx has it: the parts of a list are numbers."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,56 @@
+"""What a source is: how one model_type of another project says its config and names its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.interop.fields import Fields
+from deltaformer_jax.interop.tables import Row
+
+
+class Source(NamedTuple):
+    """read: Fields -> our ModelConfig. write: ModelConfig -> their config.json, as far as it can say it.
+
+    rows: our mixer's name -> the rows of a layer that has it. outside: the names of the embedding, the final norm and
+    the logits' kernel. class_name: for `architectures`. former: the rows of older files, from today's; `is_former`
+    tells such a file by its names. dropped: ends of the names of tensors without a function.
+    """
+
+    model_type: str
+    class_name: str
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    rows: Mapping[str, list[Row]]
+    outside: Mapping[str, str]
+    ignored: str = ""
+    former: Callable[[list[Row]], list[Row]] | None = None
+    is_former: Callable[[set[str]], bool] | None = None
+    dropped: tuple[str, ...] = ()
+
+    def for_names(self, names: set[str]) -> Source:
+        """The source of a file that has tensors of these names."""
+        if self.is_former is None or not self.is_former(names):
+            return self
+        return self._replace(rows={mixer: self.former(rows) for mixer, rows in self.rows.items()})
+
+
+def pattern(layers: list[Mixer]) -> tuple[str | Mixer, ...]:
+    """The shortest pattern whose repetition is `layers`, with mixers without overrides as names."""
+    plain = [mixer if mixer.overrides else mixer.name for mixer in layers]
+    for length in range(1, len(plain) + 1):
+        if len(plain) % length == 0 and plain == plain[:length] * (len(plain) // length):
+            return tuple(plain[:length])
+    return tuple(plain)
+
+
+def layers(config: ModelConfig) -> list[Mixer]:
+    """The mixer of every layer."""
+    return [entry(config.mixers[n % len(config.mixers)]) for n in range(config.num_layers)]
+
+
+def setting(config: ModelConfig, mixer: Mixer, name: str) -> Any:
+    """The value of a field in one layer: the entry's own, or the config's."""
+    return dict(mixer.overrides).get(name, getattr(config, name))
