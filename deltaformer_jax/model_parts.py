@@ -52,6 +52,11 @@ def _like(tree: Any, values: dict[tuple, Any], path: tuple = ()) -> Any:
     return values[path]
 
 
+def params_of(model: nnx.Module) -> Any:
+    """The parameters of a model: nested dicts of arrays, as `ModelParts.params`."""
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
 def merge(parts: ModelParts, params: Any) -> nnx.Module:
     """The model with the given parameters, which may be arrays, tracers or ShapeDtypeStructs."""
     return nnx.merge(parts.graphdef, nnx.State(params))

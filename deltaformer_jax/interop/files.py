@@ -44,7 +44,7 @@ class Tensors:
                 opened = safe_open(path, "numpy")
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a safetensors file: {error}") from None
-            for name in opened.keys():  # noqa: SIM118
+            for name in opened.keys():
                 if name in self._files:
                     raise ValueError(f"{path}: {name} is in another file of {folder} too")
                 self._files[name] = opened

@@ -1,4 +1,4 @@
-"""The correspondence of one model: for each row of its source's table, the tensors of a file and the parameters of ours.
+"""The correspondence of one model: for each row of its source's table, the tensors of a file and our parameters.
 
 A parameter of ours is stacked over the periods of the pattern; layer n is entry n mod p of the pattern, period n div p.
 """

@@ -20,6 +20,8 @@ from deltaformer_jax.interop.files import SHARD_BYTES, write
 from deltaformer_jax.interop.mapping import flat, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
+from deltaformer_jax.layers.mixers.build import mixer_fields
+from deltaformer_jax.model_parts import params_of
 
 # Fields that say how to compute, not what.
 _HOW = ("compute_dtype", "remat", "chunk_size", "implementation")
@@ -54,7 +56,7 @@ def save_pretrained(
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     source, said = choose(config, model_type)
     found = mapping(config, source)
-    params = dict(flat(nnx.to_pure_dict(nnx.state(model))))
+    params = dict(flat(params_of(model)))
     writer = _Writer(found, params, DTYPES[dtype], config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
@@ -92,8 +94,6 @@ def choose(config: ModelConfig, model_type: str | None) -> tuple[Source, dict[st
 
 def _differences(config: ModelConfig, read: ModelConfig) -> list[str]:
     """The fields in which two models differ, layer by layer, as "model.FIELD = VALUE"."""
-    from deltaformer_jax.layers.mixers.build import mixer_fields
-
     found = {}
     names = {field.name for field in dataclasses.fields(ModelConfig)} - {*_HOW, "mixers"}
     ones, others = _layers(config), _layers(read)
@@ -179,7 +179,7 @@ class _Writer:
 def _card(source: Source, config: ModelConfig) -> str:
     mixers = ", ".join(dict.fromkeys(entry(mixer).name for mixer in config.mixers))
     return (
-        f"---\nlibrary_name: {source.model_type}\ntags: [deltaformer_jax]\n---\n\n# A model trained with deltaformer_jax\n"
-        f"\n{config.num_layers} layers of {mixers}, width {config.d_model}, {config.vocab_size} tokens.\n"
+        "---\ntags: [deltaformer_jax]\n---\n\n# A language model\n\n"
+        f"{config.num_layers} layers of {mixers}, width {config.d_model}, {config.vocab_size} tokens.\n"
         f"Written by `deltaformer_jax.interop.save_pretrained` as a `{source.model_type}`.\n"
     )

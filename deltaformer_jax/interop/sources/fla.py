@@ -5,6 +5,7 @@ Read from the package fla-core 0.6.0. A layer of an "attn" hybrid is a layer of 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from deltaformer_jax.config import Mixer, ModelConfig
@@ -147,7 +148,8 @@ def _hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, A
     entries = [Mixer(mixer)] * common["num_layers"]
     for part in given if isinstance(given, list) else [given]:
         taken = {k: v for k, v in _attention(part["num_heads"], part).items() if v}
-        attention = Mixer("softmax_attention", head_dim=common["d_model"] // part["num_heads"], **taken)
+        width = common["d_model"] // part["num_heads"]
+        attention = Mixer("softmax_attention", head_dim=width, conv_size=0, output_gate="off", **taken)
         for n in part["layers"]:
             entries[n] = attention
     fields.finish()
@@ -378,8 +380,13 @@ def _read_retnet(fields: Fields) -> ModelConfig:
 
 def _source(model_type: str, class_name: str, read: Any, write: Any, mixer: str, rows: list[Row]) -> Source:
     tables = {mixer: BLOCK + rows} | ({"softmax_attention": BLOCK + ATTENTION} if mixer != "softmax_attention" else {})
+
+    def say(config: ModelConfig) -> dict[str, Any]:
+        own = next((layer for layer in layers(config) if layer.name == mixer), Mixer(mixer))
+        return write(dataclasses.replace(config, **dict(own.overrides)))
+
     return Source(
-        model_type, class_name, read, write, tables, OUTSIDE, IGNORED, _former, _is_former, dropped=(".attn.D",)
+        model_type, class_name, read, say, tables, OUTSIDE, IGNORED, _former, _is_former, dropped=(".attn.D",)
     )
 
 

@@ -1,0 +1,158 @@
+"""Weights of the Hugging Face hub's format as the folder of a run, and back:
+
+    python -m deltaformer_jax.convert FOLDER --workdir DIR [--tokenizer FILE] [--compute_dtype bfloat16]
+    python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER [--model_type TYPE] [--dtype bfloat16]
+
+The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The second writes the newest
+checkpoint of a run, or --step N, as config.json, safetensors, tokenizer.json and a model card. Wrong input gives one
+line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+from etils import epath
+
+from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.host.paths import expand
+from deltaformer_jax.host.waiting import say, say_aside, waiting
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(
+        prog="python -m deltaformer_jax.convert", description="Weights of the Hugging Face hub's format, in and out."
+    )
+    parser.add_argument("folder", type=expand, nargs="?", metavar="FOLDER", help="config.json and safetensors to read")
+    parser.add_argument("--workdir", type=expand, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--tokenizer", type=expand, metavar="FILE", help="tokenizer.json (default: that in FOLDER)")
+    parser.add_argument(
+        "--compute_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of activations and products (default: float32)",
+    )
+    parser.add_argument("--to-hf", action="store_true", help="write the run in --workdir to --out")
+    parser.add_argument("--out", type=expand, metavar="FOLDER", help="where --to-hf writes")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to write (default: the newest)")
+    parser.add_argument(
+        "--model_type", metavar="TYPE", help="of the folder (default: the first that can say the model)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the tensors that --to-hf writes (default: float32)",
+    )
+    flags = parser.parse_args(arguments)
+    with one_line_errors("deltaformer_jax.convert"):
+        if flags.to_hf:
+            if flags.out is None or flags.folder is not None:
+                raise ValueError("--to-hf: give --workdir DIR and --out FOLDER, and no other folder")
+            write(flags)
+        elif flags.folder is None or flags.out is not None:
+            raise ValueError("give the FOLDER to read and --workdir DIR; or --to-hf, --workdir DIR and --out FOLDER")
+        else:
+            read(flags)
+
+
+def read(flags) -> None:
+    """FOLDER -> a run in --workdir."""
+    with waiting("importing jax", say_aside):
+        from pathlib import Path
+
+        from deltaformer_jax.config import Config, DataConfig, RunConfig
+        from deltaformer_jax.data import load_tokenizer
+        from deltaformer_jax.interop import load_pretrained
+        from deltaformer_jax.model import num_parameters
+        from deltaformer_jax.model_parts import model_parts, params_of
+        from deltaformer_jax.training.checkpoints.store import Checkpoints
+        from deltaformer_jax.training.optimiser import make_optimiser
+        from deltaformer_jax.training.position import Position
+        from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
+        from deltaformer_jax.training.state import new_state
+
+    workdir = epath.Path(flags.workdir)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise FileExistsError(f"--workdir {workdir}: is not empty; give a new folder")
+    tokenizer = load_tokenizer(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
+    with waiting(f"reading {flags.folder}", say_aside):
+        model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
+    data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
+    config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)
+    optimiser = make_optimiser(config.optimizer, model_parts(config.model).decay)
+    saved = Saved(config, tokenizer.hash, "")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / TOKENIZER_FILE).write_text(tokenizer.file_text)
+    saved.write(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    with waiting(f"writing {workdir}", say_aside):
+        checkpoints.save(new_state(params_of(model), optimiser), {**Position().as_record(), **saved.as_json()})
+        checkpoints.wait()
+    checkpoints.close()
+    mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
+    say(f"{num_parameters(model):,} parameters ({mixers}) in {workdir}")
+
+
+def write(flags) -> None:
+    """The run in --workdir -> --out."""
+    Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
+    with waiting("importing jax", say_aside):
+        from pathlib import Path
+
+        from deltaformer_jax.interop import save_pretrained
+        from deltaformer_jax.model_parts import merge
+        from deltaformer_jax.training.checkpoints.restore import restore
+        from deltaformer_jax.training.setup import TOKENIZER_FILE
+
+    with waiting(f"restoring the model of {flags.workdir}", say_aside):
+        run = restore(flags.workdir, flags.step, say_aside)
+    with waiting(f"writing {flags.out}", say_aside):
+        kind = save_pretrained(
+            merge(run.program.parts, run.params),
+            run.config.model,
+            flags.out,
+            model_type=flags.model_type,
+            dtype=flags.dtype,
+            tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
+            card=_card(run, flags),
+        )
+    say(f"{flags.out}: a {kind}, from step {run.step}")
+
+
+def _card(run, flags) -> str:
+    """README.md of the folder: what it is trained on, how, and its last evaluation."""
+    import json
+
+    metrics = epath.Path(flags.workdir) / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    evaluations = [record for record in records if "eval_loss" in record and record["step"] <= run.step]
+    score = "none"
+    if evaluations:
+        last = evaluations[-1]
+        score = f"loss {last['eval_loss']:.4f}"
+        if "eval_bits_per_byte" in last:
+            score += f", {last['eval_bits_per_byte']:.4f} bits per byte"
+        score += f", at step {last['step']}"
+    model = run.config.model
+    return "\n".join(
+        [
+            "---",
+            "tags: [deltaformer_jax]",
+            "---",
+            "",
+            "# A language model trained with deltaformer_jax",
+            "",
+            f"- Model: {model.num_layers} layers of width {model.d_model}, mixers {model.mixers}.",
+            f"- Training data: {run.config.data.path or 'the Python standard library'}.",
+            f"- Training: {run.step} steps of {run.config.data.batch_size} rows of {run.config.data.sequence_length} "
+            f"tokens, seed {run.config.run.seed}.",
+            f"- Evaluation on held-out data: {score}.",
+            "- Written by: `python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER`.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

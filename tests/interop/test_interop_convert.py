@@ -1,0 +1,77 @@
+"""`python -m deltaformer_jax.convert`: a folder as a run that sample and evaluate read, and back."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from deltaformer_jax import LanguageModel, ModelConfig, convert
+from deltaformer_jax.data.tokenizer import ByteTokenizer
+from deltaformer_jax.interop import save_pretrained
+from deltaformer_jax.sample.__main__ import main as sample
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = ModelConfig(
+        vocab_size=257,
+        d_model=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=32,
+        mixers=("softmax_attention",),
+        embedding_scale="one",
+    )
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    out = tmp_path / "folder"
+    save_pretrained(
+        LanguageModel(config, rngs=nnx.Rngs(0)), config, out, tokenizer=tmp_path / "tokenizer.json", dtype="bfloat16"
+    )
+    return out
+
+
+def test_there_and_back(folder, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    convert.main([str(folder), "--workdir", str(run)])
+    assert capsys.readouterr().out.endswith(f"parameters (softmax_attention) in {run}\n")
+    sample(["--workdir", str(run), "--prompt", "ab", "--tokens", "3", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 3
+    convert.main(["--to-hf", "--workdir", str(run), "--out", str(out), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out == f"{out}: a llama, from step 0\n"
+    ours, theirs = load_file(out / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert "2 layers of width 32" in card and "Evaluation on held-out data: none" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir", "run"], "give the FOLDER to read and --workdir DIR"),
+        (["--to-hf", "--workdir", "run"], "--to-hf: give --workdir DIR and --out FOLDER"),
+        (["--to-hf", "--workdir", "nowhere", "--out", "x"], "--workdir nowhere: no such folder"),
+        (["nowhere", "--workdir", "run"], "nowhere/tokenizer.json: no such tokenizer file"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        convert.main(flags)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_folder_in_use_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("")
+    with pytest.raises(SystemExit):
+        convert.main([str(folder), "--workdir", str(tmp_path / "run")])
+    assert "is not empty; give a new folder" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""Folders that do not fit: one error with everything that is wrong; and shards, other dtypes, older files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from deltaformer_jax import LanguageModel, Mixer, ModelConfig
+from deltaformer_jax.interop import load_pretrained, save_pretrained
+
+PRETRAINED = Path(__file__).parents[1] / "fixtures" / "pretrained"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """copy(name, tensors=function, **fields): a fixture with other tensors and fields of config.json."""
+
+    def make(name, tensors=lambda tensors: tensors, **fields):
+        folder = tmp_path / name
+        shutil.copytree(PRETRAINED / name, folder)
+        values = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(values))
+        save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def test_every_tensor_that_does_not_fit_is_named_at_once(copy):
+    def spoil(tensors):
+        tensors["model.layers.0.surprise"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(5, np.float32)
+        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((80, 48), np.int8)
+        del tensors["model.layers.1.self_attn.q_proj.weight"]
+        return tensors
+
+    with pytest.raises(ValueError) as error:
+        load_pretrained(copy("hf_llama", spoil))
+    text = str(error.value)
+    assert "missing model.layers.1.self_attn.q_proj.weight" in text and "unknown model.layers.0.surprise" in text
+    assert "model.norm.weight: shape [5], not [48]" in text and "up_proj.weight: dtype I8" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("hf_llama", dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "rope_type = 'llama3'"),
+        ("hf_llama", dict(attention_bias=True, mlp_bias=True), r"mlp_bias = True: .*attention_bias = True"),
+        ("hf_llama", dict(moon_phase=3), "moon_phase = 3: is not known here"),
+        ("hf_llama", dict(model_type="lama"), "model_type = 'lama' is not one of .*; did you mean llama"),
+        ("hf_llama", dict(vocab_size=None), "vocab_size: missing"),
+        ("hf_qwen3_5", dict(layer_types=["full_attention"]), "must name linear_attention or full_attention"),
+        ("fla_delta_net", dict(qk_norm="sum", qk_activation="elu"), "qk_norm = 'sum'.*qk_activation = 'elu'"),
+        ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),
+        ("fla_deltaformer", dict(hidden_act="powlu", attnres_block_size=2), "'powlu'.*attnres_block_size = 2"),
+        ("fla_forgetting_transformer", dict(qk_norm=True), "qk_norm = True"),
+    ],
+)
+def test_fields_without_an_equivalent_are_refused_by_name(copy, name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(copy(name, **fields))
+
+
+def test_pickles_and_empty_folders_are_refused(copy, tmp_path):
+    folder = copy("hf_llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
+        load_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        load_pretrained(folder)
+    (folder / "model.safetensors").write_text("not one")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        load_pretrained(tmp_path / "nothing")
+
+
+def test_shards_and_their_index(copy, tmp_path):
+    model, config = load_pretrained(PRETRAINED / "hf_qwen3")
+    save_pretrained(model, config, tmp_path / "out", shard_bytes=30_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    again, _ = load_pretrained(tmp_path / "out")
+    for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+    next((tmp_path / "out").glob("model-00002*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"shards of .* are missing: model-00002"):
+        load_pretrained(tmp_path / "out")
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="outside the folder"):
+        load_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_files_come_back_bit_for_bit(tmp_path, dtype):
+    model, config = load_pretrained(PRETRAINED / "fla_kda")
+    save_pretrained(model, config, tmp_path / "a", dtype=dtype)
+    narrow, _ = load_pretrained(tmp_path / "a")
+    save_pretrained(narrow, config, tmp_path / "b", dtype=dtype)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_older_files_of_fla(copy):
+    """The feed-forward layer's two maps in one tensor; o_norm as norm; a tensor D without a function."""
+
+    def older(tensors):
+        mlp = "model.layers.0.mlp."
+        both = [tensors.pop(f"{mlp}{name}_proj.weight") for name in ("gate", "up")]
+        tensors[f"{mlp}gate_proj.weight"] = np.concatenate(both)
+        tensors["model.layers.0.attn.norm.weight"] = tensors.pop("model.layers.0.attn.o_norm.weight")
+        return tensors | {"model.layers.0.attn.D": np.zeros(4, np.float32)}
+
+    expected, _ = load_pretrained(PRETRAINED / "fla_gated_deltanet")
+    found, _ = load_pretrained(copy("fla_gated_deltanet", older))
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+SIZES = dict(vocab_size=70, d_model=32, num_layers=4, mlp_dim=24, embedding_scale="one", tie_embeddings=False)
+HEADS = dict(num_heads=2, num_kv_heads=2, head_dim=16)
+DELTA = dict(beta_bias=False, value_dim=16, conv_size=4, output_gate="on")
+ATTENTION = Mixer(
+    "softmax_attention", num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, conv_size=0, output_gate="off"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("delta_net", dict(mixers=("delta_net",), **HEADS, **DELTA | dict(conv_size=0, input_silu=True))),
+        ("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA | dict(conv_bias=True))),
+        ("delta_net", dict(mixers=(Mixer("delta_net", num_heads=2, head_dim=16, **DELTA), ATTENTION))),
+        (
+            "gated_deltanet",
+            dict(mixers=("gated_delta_net",), **HEADS, **DELTA, num_value_heads=4, output_gate_activation="sigmoid"),
+        ),
+        (
+            "kda",
+            dict(
+                mixers=("kimi_delta_attention",),
+                **HEADS,
+                **DELTA | dict(value_dim=32, gate_rank=32),
+                num_value_heads=4,
+                output_gate_bias=True,
+                decay_lower_bound=-5.0,
+                negative_eigenvalues=True,
+            ),
+        ),
+        ("transformer", dict(mixers=("softmax_attention",), **HEADS, qkv_bias=True)),
+        (
+            "deltaformer",
+            dict(mixers=("delta_former",), **HEADS, write_query="query", beta="raw", tie_embeddings=True),
+        ),
+    ],
+)
+def test_other_shapes_and_depths_there_and_back(tmp_path, kind, fields):
+    config = ModelConfig(**SIZES | fields)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    # Every parameter off its initial value, so that a mistaken place shows.
+    numbers = np.random.default_rng(0)
+    model = jax.tree.map(lambda x: x + numbers.normal(0, 0.1, x.shape).astype(np.float32), model)
+    assert save_pretrained(model, config, tmp_path / "out", model_type=kind) == kind
+    again, _ = load_pretrained(tmp_path / "out")
+    tokens = numbers.integers(0, 70, (2, 12))
+    np.testing.assert_array_equal(model(tokens)[0], again(tokens)[0])
+    logits, cache = again(tokens[:, :8], cache=again.init_cache(2, 12))
+    rest, _ = again(tokens[:, 8:], cache=cache)
+    whole = np.asarray(model(tokens)[0])
+    np.testing.assert_allclose(np.concatenate([logits, rest], 1), whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_what_no_model_type_can_say_is_listed(tmp_path):
+    config = ModelConfig(**SIZES, mixers=("delta_former",), kv_shift=True, **HEADS)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"deltaformer cannot say .*model\.kv_shift = True.*model\.write_query = 'key'"
+    ):
+        save_pretrained(model, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="did you mean deltaformer"):
+        save_pretrained(model, config, tmp_path / "out", model_type="deltaforme")
+
+
+def test_a_folder_with_weights_is_left_alone(tmp_path):
+    model, config = load_pretrained(PRETRAINED / "hf_llama")
+    save_pretrained(model, config, tmp_path)
+    with pytest.raises(FileExistsError, match="holds weights already"):
+        save_pretrained(model, config, tmp_path)
