@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
+from deltaformer_jax.interop import own
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import FLOATS, Tensors, read_json
-from deltaformer_jax.interop.mapping import Mapping, flat, mapping
+from deltaformer_jax.interop.mapping import Correspondence, flat, mapping, nested
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_ours
 from deltaformer_jax.model import LanguageModel
-from deltaformer_jax.model_parts import merge
+from deltaformer_jax.model_parts import ModelParts, merge, model_parts
 
 # What a multimodal file holds besides the text model.
 _SKIPPED = ("model.visual.", "mtp.")
@@ -31,7 +33,8 @@ def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32"
         model, config = load_pretrained("Qwen3-0.6B")
 
     The model types are those of `interop.sources`: fla's deltaformer, delta_net, gated_deltanet, kda, gla, retnet,
-    transformer and forgetting_transformer; transformers' llama, qwen3, qwen3_5 (text) and olmo_hybrid.
+    transformer and forgetting_transformer; transformers' llama, qwen3, qwen3_5 (text) and olmo_hybrid; and our own,
+    deltaformer_jax.
 
     compute_dtype: "float32" or "bfloat16", of activations and products. Parameters are float32, whatever the file's
     dtype is: bfloat16, float16 and float32 fit into it without loss. Tensors are read one by one from the mapped file,
@@ -44,15 +47,23 @@ def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32"
     source, config = read_config(folder)
     config = dataclasses.replace(config, compute_dtype=compute_dtype)
     files = Tensors(folder)
+    if source is None:
+        parts = model_parts(config)
+        return merge(parts, _read_own(folder, files, parts)), config
     names = _names(files, source)
     found = mapping(config, source.for_names(set(names)))
     return merge(found.parts, read_params(folder, files, names, found)), config
 
 
-def read_config(folder: Path) -> tuple[Source, ModelConfig]:
-    """The source and our config of the folder's config.json."""
+def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
+    """The source and our config of the folder's config.json. None: the folder is of our own model type."""
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
+    if kind == own.MODEL_TYPE:
+        try:
+            return None, own.read(values)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
         values = values["text_config"]
         kind = values.get("model_type", "qwen3_5_text")
@@ -68,7 +79,13 @@ def read_config(folder: Path) -> tuple[Source, ModelConfig]:
         raise ValueError(f"{folder}: {kind}: {error}") from None
 
 
-def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Mapping) -> dict[str, Any]:
+def _read_own(folder: Path, files: Tensors, parts: ModelParts) -> dict[str, Any]:
+    leaves = {own.name_of(path): (path, leaf.shape) for path, leaf in flat(parts.params)}
+    _refuse(folder, _unlike(files, dict.fromkeys(files), {name: shape for name, (_, shape) in leaves.items()}))
+    return nested({path: jnp.asarray(_float(files[name])) for name, (path, _) in leaves.items()})
+
+
+def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Correspondence) -> dict[str, Any]:
     """The parameters, nested dicts of float32 arrays. names: a tensor's usual name -> its name in the files."""
     _check(folder, files, names, found)
     params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat(found.parts.params)}
@@ -86,14 +103,7 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Mapp
         path, name = found.head
         head = _float(files[names[name]])
         params[path][:, : len(head)] = head.T
-    nested: dict[str, Any] = {}
-    for path in list(params):
-        *outer, last = path
-        level = nested
-        for key in outer:
-            level = level.setdefault(key, {})
-        level[last] = jnp.asarray(params.pop(path))
-    return nested
+    return nested({path: jnp.asarray(params.pop(path)) for path in list(params)})
 
 
 def _names(files: Tensors, source: Source) -> dict[str, str]:
@@ -110,7 +120,7 @@ def _float(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float32)
 
 
-def _check(folder: Path, files: Tensors, names: dict[str, str], found: Mapping) -> None:
+def _check(folder: Path, files: Tensors, names: dict[str, str], found: Correspondence) -> None:
     """Raise ValueError with every tensor that is unknown, missing or of another shape or dtype."""
     expected: dict[str, tuple[int, ...] | None] = {}
     missing = []
@@ -131,14 +141,25 @@ def _check(folder: Path, files: Tensors, names: dict[str, str], found: Mapping) 
     expected[found.norm[1]] = (width,)
     if found.head is not None:
         expected[found.head[1]] = (vocabulary, width)
-    problems = [f"missing {name}" for name in expected if name not in names]
     # A tied model's file may hold the table twice.
     tied = {"lm_head.weight"} if found.head is None else set()
-    problems += [f"unknown {name}" for name in names if name not in expected and name not in tied]
+    known = {name: given for name, given in names.items() if name not in tied - set(expected)}
+    _refuse(folder, _unlike(files, known, expected) + missing)
+
+
+def _unlike(files: Tensors, names: dict[str, str | None], expected: Mapping[str, tuple[int, ...] | None]) -> list[str]:
+    """What differs between the tensors there are and those expected. A shape that is None may be any."""
+    names = {name: given or name for name, given in names.items()}
+    problems = [f"missing {name}" for name in expected if name not in names]
+    problems += [f"unknown {name}" for name in names if name not in expected]
     for name, shape in expected.items():
         if name in names and shape is not None and files.shape(names[name]) != shape:
             problems.append(f"{name}: shape {list(files.shape(names[name]))}, not {list(shape)}")
         if name in names and files.dtype(names[name]) not in FLOATS:
             problems.append(f"{name}: dtype {files.dtype(names[name])}, not one of {', '.join(FLOATS)}")
-    if problems + missing:
-        raise ValueError(f"{folder}: {'; '.join(problems + missing)}")
+    return problems
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     theirs: list[tuple[int, ...]]
 
 
-class Mapping(NamedTuple):
+class Correspondence(NamedTuple):
     parts: ModelParts
     places: list[Place]
     table: tuple[Path, str]
@@ -46,7 +46,18 @@ def flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield (*path, key), child
 
 
-def mapping(config: ModelConfig, source: Source) -> Mapping:
+def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for (*outer, last), leaf in leaves.items():
+        level = tree
+        for key in outer:
+            level = level.setdefault(key, {})
+        level[last] = leaf
+    return tree
+
+
+def mapping(config: ModelConfig, source: Source) -> Correspondence:
     """The correspondence of a model of `config` with the files of `source`.
 
     Raises ValueError if a parameter of ours has no row, or a mixer no table.
@@ -73,7 +84,7 @@ def mapping(config: ModelConfig, source: Source) -> Mapping:
     if left:
         raise ValueError(f"{source.model_type} has no tensor for {', '.join(left)}")
     named = {key: (path, source.outside[key]) if path in ours else None for key, path in outside.items()}
-    return Mapping(parts, places, **named)
+    return Correspondence(parts, places, **named)
 
 
 def _keys(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,16 +14,15 @@ from flax import nnx
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.host.spelling import did_you_mean
+from deltaformer_jax.interop import own
+from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import SHARD_BYTES, write
 from deltaformer_jax.interop.mapping import flat, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
-from deltaformer_jax.layers.mixers.build import mixer_fields
 from deltaformer_jax.model_parts import params_of
 
-# Fields that say how to compute, not what.
-_HOW = ("compute_dtype", "remat", "chunk_size", "implementation")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
@@ -43,11 +41,12 @@ def save_pretrained(
 
         save_pretrained(model, config, "out")
 
-    model_type: None: the first of `interop.sources` that can say the config. dtype: of the tensors. tokenizer: a
-    tokenizer.json, copied byte for byte. card: the text of README.md; "": a short one.
+    model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
+    `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
+    byte. card: the text of README.md; "": a short one.
 
-    Raises ValueError if no model type can say the config, or not the named one, with the fields that it cannot say; and
-    FileExistsError if the folder holds weights already.
+    Raises ValueError if the named model type cannot say the config, with the fields that it cannot say, and for numbers
+    that float16 cannot hold; FileExistsError if the folder holds weights already.
     """
     folder = Path(folder).expanduser()
     if dtype not in DTYPES:
@@ -55,26 +54,31 @@ def save_pretrained(
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     source, said = choose(config, model_type)
-    found = mapping(config, source)
     params = dict(flat(params_of(model)))
-    writer = _Writer(found, params, DTYPES[dtype], config.vocab_size)
+    _check_range(params, dtype)
+    if source is None:
+        writer = _OwnWriter(params, DTYPES[dtype])
+    else:
+        writer = _Writer(mapping(config, source), params, DTYPES[dtype], config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
-    text = {"architectures": [source.class_name], "model_type": source.model_type, "torch_dtype": dtype, **said}
+    kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
+    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **said}
     (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text('{"do_sample": true}\n', encoding="utf-8")
-    (folder / "README.md").write_text(card or _card(source, config), encoding="utf-8")
+    (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
-    return source.model_type
+    return kind
 
 
-def choose(config: ModelConfig, model_type: str | None) -> tuple[Source, dict[str, Any]]:
-    """The source that can say `config`, and its config.json: what is read from that is `config` again."""
-    if model_type is not None and model_type not in SOURCES:
-        raise ValueError(
-            f"model_type={model_type!r} is not one of {', '.join(SOURCES)}{did_you_mean(model_type, SOURCES)}"
-        )
+def choose(config: ModelConfig, model_type: str | None) -> tuple[Source | None, dict[str, Any]]:
+    """The source that can say `config`, and its config.json: what is read from that is `config` again. None: ours."""
+    known = [*SOURCES, own.MODEL_TYPE]
+    if model_type is not None and model_type not in known:
+        raise ValueError(f"model_type={model_type!r} is not one of {', '.join(known)}{did_you_mean(model_type, known)}")
+    if model_type == own.MODEL_TYPE:
+        return None, own.say(config)
     mixers = {entry(mixer).name for mixer in config.mixers}
     candidates = [SOURCES[model_type]] if model_type else [s for s in SOURCES.values() if mixers <= set(s.rows)]
     reasons = []
@@ -85,64 +89,36 @@ def choose(config: ModelConfig, model_type: str | None) -> tuple[Source, dict[st
         except (ValueError, StopIteration) as error:
             reasons.append(f"{source.model_type}: {error or 'lacks its layers'}")
             continue
-        different = _differences(config, read)
+        different = differences(config, read)
         if not different:
             return source, said
         reasons.append(f"{source.model_type} cannot say {', '.join(different)}")
-    raise ValueError("; ".join(reasons) or f"no model type has layers of {', '.join(sorted(mixers))}")
+    if model_type is None:
+        return None, own.say(config)
+    raise ValueError("; ".join(reasons))
 
 
-def _differences(config: ModelConfig, read: ModelConfig) -> list[str]:
-    """The fields in which two models differ, layer by layer, as "model.FIELD = VALUE"."""
-    found = {}
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {*_HOW, "mixers"}
-    ones, others = _layers(config), _layers(read)
-    if [one.name for one in ones] != [other.name for other in others]:
-        found["mixers"] = config.mixers
-    used = set().union(*(mixer_fields(one) for one in ones))
-    everywhere = {"vocab_size", "d_model", "num_layers", "norm_gain", "norm_placement", "tie_embeddings"}
-    for one, other in zip(ones, others):
-        for name in sorted(names & (used | everywhere | {"norm_epsilon", "embedding_scale"})):
-            if name not in everywhere | {"norm_epsilon", "embedding_scale"} and name not in mixer_fields(one):
-                continue
-            values = [_meant(model, mixer, name) for model, mixer in ((config, one), (read, other))]
-            if values[0] != values[1]:
-                found[name] = values[0]
-    return [f"model.{name} = {value!r}" for name, value in found.items()]
+def _check_range(params: dict, dtype: str) -> None:
+    if dtype != "float16":
+        return
+    most = float(np.finfo(np.float16).max)
+    for path, array in params.items():
+        if (largest := float(np.abs(np.asarray(array)).max())) > most:
+            raise ValueError(f"dtype='float16' cannot hold {largest:.3g} of {own.name_of(path)}; use bfloat16")
 
 
-def _layers(config: ModelConfig):
-    return [entry(config.mixers[n % len(config.mixers)]) for n in range(config.num_layers)]
+class _OwnWriter:
+    """The tensors of a file of our own by name."""
 
+    def __init__(self, params, dtype: np.dtype):
+        self._params, self._dtype = {own.name_of(path): array for path, array in params.items()}, dtype
+        self.names = list(self._params)
 
-def _meant(config: ModelConfig, mixer, name: str) -> Any:
-    """A field's value in a layer, with what its special value stands for."""
-    value = dict(mixer.overrides).get(name, getattr(config, name))
-    get = lambda other: dict(mixer.overrides).get(other, getattr(config, other))
-    heads, width = get("num_heads"), get("head_dim")
-    defaults = {
-        "num_value_heads": (0, heads),
-        "value_dim": (0, width),
-        "conv_size": (-1, 4 if mixer.name in ("delta_net", "gated_delta_net", "kimi_delta_attention") else 0),
-        "output_gate": (
-            "auto",
-            "off" if mixer.name in ("softmax_attention", "delta_former", "delta_net", "linear_attention") else "on",
-        ),
-        "output_gate_activation": ("auto", "sigmoid" if mixer.name == "kimi_delta_attention" else "swish"),
-        "output_norm_epsilon": (0.0, config.norm_epsilon),
-        "qk_norm_epsilon": (0.0, get("norm_epsilon")),
-        "gate_rank": (0, None),
-        "read_scale": (0.0, width**-0.5),
-        "write_scale": (0.0, width**-0.5),
-    }
-    special, meant = defaults.get(name, (None, None))
-    if name == "gate_rank" and not value:
-        return (get("head_dim"), get("value_dim") or get("head_dim"))
-    if name == "gate_rank":
-        return (value, value)
-    if name == "qk_norm_epsilon" and not get("qk_norm"):
-        return None
-    return meant if special is not None and value == special else value
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._params[name]).astype(self._dtype)
+
+    def bytes_of(self, name: str) -> int:
+        return int(np.prod(self._params[name].shape)) * self._dtype.itemsize
 
 
 class _Writer:
@@ -176,10 +152,10 @@ class _Writer:
         return int(np.prod(place.theirs[index])) * self._dtype.itemsize
 
 
-def _card(source: Source, config: ModelConfig) -> str:
+def _card(kind: str, config: ModelConfig) -> str:
     mixers = ", ".join(dict.fromkeys(entry(mixer).name for mixer in config.mixers))
     return (
         "---\ntags: [deltaformer_jax]\n---\n\n# A language model\n\n"
         f"{config.num_layers} layers of {mixers}, width {config.d_model}, {config.vocab_size} tokens.\n"
-        f"Written by `deltaformer_jax.interop.save_pretrained` as a `{source.model_type}`.\n"
+        f"Written by `deltaformer_jax.interop.save_pretrained` as a `{kind}`.\n"
     )

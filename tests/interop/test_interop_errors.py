@@ -175,13 +175,36 @@ def test_other_shapes_and_depths_there_and_back(tmp_path, kind, fields):
     np.testing.assert_allclose(np.concatenate([logits, rest], 1), whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
-def test_what_no_model_type_can_say_is_listed(tmp_path):
+def test_a_model_that_no_other_project_has_is_written_as_ours(tmp_path):
+    config = ModelConfig(**SIZES, mixers=("delta_former", Mixer("retention", num_heads=1)), kv_shift=True, **HEADS)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    assert save_pretrained(model, config, tmp_path / "out") == "deltaformer_jax"
+    again, config_again = load_pretrained(tmp_path / "out")
+    assert config_again == config
+    for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    values["model"]["mixers"][0] = "os:system"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="'os:system': a class of one's own has no place"):
+        load_pretrained(tmp_path / "out")
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    model, config = load_pretrained(PRETRAINED / "hf_llama")
+    model = jax.tree.map(lambda x: x * 1e6, model)
+    with pytest.raises(ValueError, match=r"cannot hold .*; use bfloat16"):
+        save_pretrained(model, config, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_type_cannot_say_is_listed(tmp_path):
     config = ModelConfig(**SIZES, mixers=("delta_former",), kv_shift=True, **HEADS)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"deltaformer cannot say .*model\.kv_shift = True.*model\.write_query = 'key'"
     ):
-        save_pretrained(model, config, tmp_path / "out")
+        save_pretrained(model, config, tmp_path / "out", model_type="deltaformer")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="did you mean deltaformer"):
         save_pretrained(model, config, tmp_path / "out", model_type="deltaforme")

@@ -72,6 +72,17 @@ def mixer_fields(mixer: str | Mixer) -> list[str]:
     return [name for name in constructor_names(mixer) if name in FIELDS]
 
 
+def resolved_fields(config: ModelConfig, mixer: str | Mixer) -> dict[str, object]:
+    """What the constructor of one of our mixers gets for each field it takes: the entry's value, the config's, or its
+    own default."""
+    parameters, own = _parameters(mixer_class(mixer)), dict(entry(mixer).overrides)
+    found = {}
+    for field in mixer_fields(mixer):
+        given = rule_of(FIELDS[field]).for_mixer(field, own.get(field, getattr(config, field)))
+        found[field] = given.get(field, parameters[field].default)
+    return found
+
+
 def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float, rngs: nnx.Rngs) -> nnx.Module:
     """Construct the mixer of an entry of `model.mixers` from the config's fields and the entry's overrides.
 
