@@ -13,7 +13,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             d_model=128,
-            num_layers=3,
+            num_layers=2,
             num_heads=2,
             num_kv_heads=2,
             head_dim=64,

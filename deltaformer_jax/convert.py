@@ -66,10 +66,10 @@ def read(flags) -> None:
         from deltaformer_jax.interop import load_pretrained
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
+        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
         from deltaformer_jax.training.checkpoints.store import Checkpoints
         from deltaformer_jax.training.optimiser import make_optimiser
         from deltaformer_jax.training.position import Position
-        from deltaformer_jax.training.setup import TOKENIZER_FILE, with_vocabulary
         from deltaformer_jax.training.state import new_state
 
     workdir = epath.Path(flags.workdir)
@@ -102,8 +102,7 @@ def write(flags) -> None:
 
         from deltaformer_jax.interop import save_pretrained
         from deltaformer_jax.model_parts import merge
-        from deltaformer_jax.training.checkpoints.restore import restore
-        from deltaformer_jax.training.setup import TOKENIZER_FILE
+        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore
 
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
         run = restore(flags.workdir, flags.step, say_aside)

@@ -36,7 +36,8 @@ class Command(NamedTuple):
 def parse(argv: list[str], default_config: str) -> Command:
     """Parse the command line `argv` (argv[0] is the program) into a checked Config and the other flags.
 
-    Without --config the config comes from the run in --workdir if there is one, and from `default_config` otherwise.
+    Without --config the config comes from the run in --workdir if there is one, else from the folder in
+    --config.run.init_from, and from `default_config` otherwise.
     Raises ValueError, OSError or absl's flags.Error with a one-line message.
     """
     _check_flags(argv)
@@ -51,6 +52,11 @@ def parse(argv: list[str], default_config: str) -> Command:
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
         Saved.read(epath.Path(workdir))  # only for its errors, which config_flags would bury in a traceback
         path = f"{saved_config.__file__}:{workdir}"
+    elif init_from := _value_of("config.run.init_from", argv):
+        init_from = expand(init_from)
+        argv = _with_value("config.run.init_from", init_from, argv)
+        # A path, not an import: reading another project's config needs the model, and so jax.
+        path = f"{Path(saved_config.__file__).parents[1] / 'interop' / 'as_config.py'}:{init_from}"
     else:
         path = default_config
     # ml_collections loads every config file into the same module, where get_config of an earlier file would remain.

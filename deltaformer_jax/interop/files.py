@@ -21,6 +21,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOATS = ("F32", "BF16", "F16", "F64")
 
 
+def is_pretrained(folder: Any) -> bool:
+    """Whether a folder's config.json is one of the hub's, not a run's of ours."""
+    path = folder / "config.json"
+    try:
+        return path.exists() and "model_type" in json.loads(path.read_text())
+    except ValueError:
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
     try:

@@ -13,8 +13,9 @@ from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
-from deltaformer_jax.training.setup import check_batch, load_data, with_vocabulary
+from deltaformer_jax.training.setup import check_batch, load_data
 
 
 def dry_run(config: Config) -> None:

@@ -16,6 +16,8 @@ from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_bat
 from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.sharding.mesh import make_mesh, rows
+from deltaformer_jax.training.checkpoints.initial import initial_state
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.position import Position
@@ -24,8 +26,6 @@ from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
 from deltaformer_jax.training.workdir import saved_run
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +85,6 @@ def _load_data(config: Config) -> Corpus | Mixture | TaskData:
     return stdlib_corpus(config.data.tokenizer)
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size filled in.
-
-    A value larger than the tokenizer's is kept (it may be rounded up). A smaller one raises ValueError.
-    """
-    size = config.model.vocab_size
-    if 0 < size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} tokens; set 0 to use that"
-        )
-    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
-    return dataclasses.replace(config, model=model)
-
-
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Raise ValueError unless every device gets the same number of rows of every accumulation part of a batch."""
     batch, parts, devices = config.data.batch_size, config.optimizer.accumulation_steps, rows(mesh)
@@ -149,9 +135,10 @@ def prepare(
         _check_same_data(saved, corpus, workdir)
     _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
-    begin = begin or (lambda program: program.create_state(full.run.seed))
+    begin = _said(begin or _beginning(full, corpus.tokenizer, note), full, note)
     # Traced before anything is written, since tracing the model checks the rest of the config.
     program = fitting_program(full, mesh, note, make_program)
+    fresh = begin(program) if saved is None else None  # it may refuse run.init_from
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -167,8 +154,7 @@ def prepare(
             raise ValueError(f"run.steps = {config.run.steps}: {made}")
         checkpoints.drop_after(position.step)
     else:
-        with waiting("creating the parameters", note):
-            state, position = begin(program), Position()
+        state, position = begin(program) if fresh is None else fresh, Position()
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
@@ -187,6 +173,26 @@ def prepare(
         resumed=resumed,
     )
     return Prepared(run, position, state)
+
+
+def _beginning(config: Config, tokenizer: Tokenizer, note: Callable[[str], Any]) -> Callable[[Program], TrainState]:
+    """What makes the state before the first batch: new parameters, or those of run.init_from."""
+    seed, source = config.run.seed, config.run.init_from
+    if not source:
+        return lambda program: program.create_state(seed)
+    return lambda program: initial_state(program, seed, source, tokenizer, note)
+
+
+def _said(begin: Callable[[Program], TrainState], config: Config, note: Callable[[str], Any]) -> Any:
+    """`begin`, which says so if it takes long."""
+    source = config.run.init_from
+    what = f"reading the parameters of {source}" if source else "creating the parameters"
+
+    def said(program: Program) -> TrainState:
+        with waiting(what, note):
+            return begin(program)
+
+    return said
 
 
 def _what_is_read(config: Config) -> str:

@@ -21,6 +21,12 @@ class RunConfig:
         least=0,
         below=2**32,
     )
+    init_from: str = setting(
+        "",
+        "Folder whose weights a new run starts from: of another run, or with config.json and safetensors "
+        "(docs/weights.md). Without --config the model is that folder's. The optimiser and the schedule begin anew. "
+        '"": new parameters.',
+    )
     log_every: int = setting(
         10,
         "Steps between records of loss, speed, gradient norm and learning rate in DIR/metrics.jsonl; the first "

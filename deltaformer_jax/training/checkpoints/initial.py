@@ -1,0 +1,65 @@
+"""`run.init_from`: a new run that starts from the weights of another run, or of a folder of the Hugging Face hub's
+format."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from deltaformer_jax.data import Tokenizer, load_tokenizer
+from deltaformer_jax.interop import load_pretrained
+from deltaformer_jax.interop.files import is_pretrained
+from deltaformer_jax.interop.mapping import flat
+from deltaformer_jax.interop.own import name_of
+from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore
+from deltaformer_jax.training.program import Program
+from deltaformer_jax.training.state import TrainState
+
+
+def initial_state(
+    program: Program, seed: int, init_from: str, tokenizer: Tokenizer, note: Callable[[str], Any]
+) -> TrainState:
+    """The state before the first batch: the parameters of `init_from`, and an optimiser that has seen nothing.
+
+    Raises ValueError, naming run.init_from, if its tokenizer is not `tokenizer`, or if its parameters are not those of
+    the model, with every difference.
+    """
+    params, theirs = _read(init_from, note)
+    if theirs is not None and theirs.hash != tokenizer.hash:
+        raise ValueError(
+            f"run.init_from = {init_from!r}: was trained with another tokenizer than data.path has; prepare the data "
+            f"with --tokenizer {Path(init_from) / TOKENIZER_FILE}"
+        )
+    _check(init_from, _shapes(program.parts.params), _shapes(params))
+    return program.create_state(seed)._replace(params=jax.device_put(params, program.shardings.params))
+
+
+def _read(init_from: str, note: Callable[[str], Any]) -> tuple[Any, Tokenizer | None]:
+    """(the parameters, the tokenizer or None if the folder has none)."""
+    folder = epath.Path(init_from)
+    if not is_pretrained(folder):
+        run = restore(folder, note=note)
+        return run.params, run.tokenizer
+    model, _ = load_pretrained(init_from)
+    file = Path(init_from) / TOKENIZER_FILE
+    return params_of(model), load_tokenizer(file) if file.exists() else None
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {name_of(path): tuple(leaf.shape) for path, leaf in flat(params)}
+
+
+def _check(init_from: str, ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> None:
+    problems = [f"{name}: missing there" for name in ours if name not in theirs]
+    problems += [f"{name}: not in this model" for name in theirs if name not in ours]
+    for name, shape in ours.items():
+        if theirs.get(name, shape) != shape:
+            problems.append(f"{name}: {list(theirs[name])} there, {list(shape)} here")
+    if problems:
+        raise ValueError(
+            f"run.init_from = {init_from!r}: not the same model: {'; '.join(problems)}. Without --config the model is "
+            "that of run.init_from"
+        )

@@ -1,0 +1,78 @@
+"""`run.init_from`: a run that starts from weights, with another schedule, context and rope base."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from support import training_cases as cases
+
+from deltaformer_jax import LanguageModel
+from deltaformer_jax.config.command_line import parse
+from deltaformer_jax.config.files import config_folder
+from deltaformer_jax.data.tokenizer import TaskVocabulary
+from deltaformer_jax.interop import load_pretrained, save_pretrained
+from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.training.checkpoints.restore import restore
+from deltaformer_jax.training.setup import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+TINY = str(config_folder() / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return cases.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def first(corpus, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    cases.run_training(cases.small_config(corpus), folder)
+    return folder
+
+
+def start(flags, workdir):
+    command = parse(["train.py", "--workdir", str(workdir), *flags], TINY)
+    prepared = prepare(command.config, workdir)
+    prepared.run.checkpoints.close()
+    return command.config, prepared
+
+
+def same(tree, other):
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_from_a_run(first, tmp_path):
+    before = restore(first)
+    flags = [f"--config.run.init_from={first}", "--config.model.rope_base=100000.0"]
+    config, prepared = start([*flags, "--config.data.sequence_length=32"], tmp_path / "second")
+    assert config.model.rope_base == 100_000 and config.model.d_model == before.config.model.d_model
+    same(prepared.state.params, before.params)
+    assert int(prepared.state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(prepared.state.opt_state))
+
+
+def test_from_a_folder(first, corpus, tmp_path):
+    config = restore(first).config.model
+    model = LanguageModel(config, rngs=nnx.Rngs(3))
+    save_pretrained(model, config, tmp_path / "out", tokenizer=first / "tokenizer.json")
+    flags = [f"--config.run.init_from={tmp_path / 'out'}", f"--config.data.path={corpus}"]
+    _, prepared = start(flags, tmp_path / "second")
+    same(prepared.state.params, params_of(load_pretrained(tmp_path / "out")[0]))
+
+
+def test_another_model_and_another_tokenizer_are_refused(first, corpus, tmp_path):
+    flags = [f"--config.run.init_from={first}"]
+    with pytest.raises(ValueError, match=r"run\.init_from.*not the same model: .*mlp\.gate: \[.*\] there, \[.*\] here"):
+        start([*flags, "--config.model.mlp_dim=40"], tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+    config = restore(first).config.model
+    (tmp_path / "other.json").write_text(TaskVocabulary(config.vocab_size).file_text)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    save_pretrained(model, config, tmp_path / "out", tokenizer=tmp_path / "other.json")
+    flags = [f"--config.run.init_from={tmp_path / 'out'}", f"--config.data.path={corpus}"]
+    with pytest.raises(ValueError, match=r"another tokenizer than data\.path has; prepare the data with --tokenizer"):
+        start(flags, tmp_path / "third")
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        start(["--config.run.init_from=nowhere"], tmp_path / "fourth")
