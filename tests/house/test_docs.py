@@ -25,7 +25,8 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs_and_has_the_shape_it_says(code):
+def test_example_runs_and_has_the_shape_it_says(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what it writes
     names = {}
     exec(code, names)
     for name, shape in re.findall(r"^(\w+)(?:, _)? = .*  # (\[[\d, ]+\])$", code, re.M):

@@ -35,8 +35,9 @@ def test_every_number_has_a_bound():
         except ValueError as error:
             assert name in str(error)
             unbounded.remove(name)
-    # The mesh and the model check these with what only they know; scales may be negative.
+    # The mesh and the model check these with what only they know; scales and bounds of log decays may be negative.
     assert unbounded == {
+        "model.decay_lower_bound",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
