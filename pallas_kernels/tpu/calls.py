@@ -10,8 +10,6 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.lowered import traced_when_lowered
-
 
 @dataclasses.dataclass(frozen=True)
 class Input:
@@ -58,10 +56,9 @@ def call(
     def body(prefetched, *refs):
         kernel(prefetched, dict(zip(names, refs, strict=True)))
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
-    run = pl.pallas_call(
+    results = pl.pallas_call(
         body,
-        out_shape=shapes,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -74,10 +71,7 @@ def call(
         ),
         name=name,
         interpret=interpret,
-    )
-    arrays = prefetched, *(x.array for x in inputs.values())
-    # The interpreter's callbacks are effects, which a primitive must declare: an interpreted kernel is traced here.
-    results = run(*arrays) if interpret else traced_when_lowered(run, shapes, *arrays)
+    )(prefetched, *(x.array for x in inputs.values()))
     return dict(zip(outputs, results, strict=True))
 
 
