@@ -20,8 +20,11 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
 )
 # The code generator that came before the fusion emitters takes a third of their time. jaxlib 0.12 does not have it any
-# more, and XLA aborts on a flag that it does not know.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# more, nor do the libtpu that go with it, and XLA aborts on a flag that it does not know. pip puts the newest libtpu
+# beside an older jaxlib.
+if importlib.metadata.version("jaxlib").startswith("0.10.") and all(
+    libtpu.version.startswith("0.0.42") for libtpu in importlib.metadata.distributions(name="libtpu")
+):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 # One cache of compiled programs for the whole session: the workers of xdist and the programs that tests start inherit
