@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -11,13 +12,19 @@ import jax.numpy as jnp
 MADE = "made by an op"
 
 
-def _in_usual_arithmetic(function, *arguments):
-    """`function` under JAX's default settings, whatever the user has set.
+@contextlib.contextmanager
+def usual_arithmetic():
+    """JAX's default settings, whatever the user has set.
 
     Kernels use at most 32-bit numbers, but under `jax_enable_x64` Python integers in them would become 64-bit. The
     stricter promotion rules are meant for the user's own code.
     """
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _in_usual_arithmetic(function, *arguments):
+    with usual_arithmetic():
         return function(*arguments)
 
 

@@ -10,6 +10,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu.lowered import traced_when_lowered
+
 
 @dataclasses.dataclass(frozen=True)
 class Input:
@@ -56,9 +58,10 @@ def call(
     def body(prefetched, *refs):
         kernel(prefetched, dict(zip(names, refs, strict=True)))
 
-    results = pl.pallas_call(
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
+    run = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+        out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -71,7 +74,10 @@ def call(
         ),
         name=name,
         interpret=interpret,
-    )(prefetched, *(x.array for x in inputs.values()))
+    )
+    arrays = prefetched, *(x.array for x in inputs.values())
+    # The interpreter's callbacks are effects, which a primitive must declare: an interpreted kernel is traced here.
+    results = run(*arrays) if interpret else traced_when_lowered(run, shapes, *arrays)
     return dict(zip(outputs, results, strict=True))
 
 
