@@ -58,38 +58,47 @@ def seconds(function, *arguments):
     return time.perf_counter() - start, result
 
 
-def measured(config: ModelConfig, batch: int, capacity: int, weights: str) -> dict:
-    model = with_weights_in(LanguageModel(config, rngs=nnx.Rngs(0)), weights)
-    graphdef, params = nnx.split(model)
-    cache = model.init_cache(batch, capacity)
-    # As after a prompt that leaves room for the steps below.
-    cache = jax.tree.map(lambda x: x + (capacity - LEAST) if x.dtype == jnp.int32 else x + 0.01, cache)
-    token, key = jnp.zeros(batch, jnp.int32), jax.random.key(0)
+class Case:
+    """A decoding step, compiled; `measure` runs it."""
 
-    def arguments(cache, position):
-        return graphdef, params, token, cache, key, position, 0.0, None
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, weights: str):
+        self.batch, self.capacity, self.weights = batch, capacity, weights
 
-    program = decode_step.lower(*arguments(cache, 0), top_k=0).compile()
-    run = lambda cache, position: program(*arguments(cache, position)[1:])
-    held = bytes_of((params, cache))
-    ratios, steps, reads = [], [], []
-    for i in range(ROUNDS + 1):
-        _, (_, cache) = seconds(run, cache, 2 * i)
-        step, (_, cache) = seconds(run, cache, 2 * i + 1)
-        seconds(add_up, (params, cache))
-        read, _ = seconds(add_up, (params, cache))
-        if i:
-            ratios.append(step / read), steps.append(step), reads.append(read)
-    return {
-        "batch": batch,
-        "capacity": capacity,
-        "weights": weights,
-        "GB": held / 1e9,
-        "ms": 1e3 * statistics.median(steps),
-        "read": 1e3 * statistics.median(reads),
-        "ratio": statistics.median(ratios),
-        "temporaries MB": program.memory_analysis().temp_size_in_bytes / 1e6,
-    }
+        def parts():
+            model = with_weights_in(LanguageModel(config, rngs=nnx.Rngs(0)), weights)
+            return *nnx.split(model), model.init_cache(batch, capacity)
+
+        self._parts = parts
+        graphdef, params, cache = nnx.eval_shape(parts)
+        token, key = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.random.key(0)
+        step = decode_step.lower(graphdef, params, token, cache, key, 0, 0.0, None, top_k=0)
+        self._program = step.compile()
+
+    def measure(self) -> dict:
+        _, params, cache = self._parts()
+        # As after a prompt that leaves room for the steps below.
+        cache = jax.tree.map(lambda x: x + (self.capacity - LEAST) if x.dtype == jnp.int32 else x + 0.01, cache)
+        token, key = jnp.zeros(self.batch, jnp.int32), jax.random.key(0)
+        run = lambda cache, position: self._program(params, token, cache, key, position, 0.0, None)
+        held = bytes_of((params, cache))
+        ratios, steps, reads = [], [], []
+        for i in range(ROUNDS + 1):
+            _, (_, cache) = seconds(run, cache, 2 * i)
+            step, (_, cache) = seconds(run, cache, 2 * i + 1)
+            seconds(add_up, (params, cache))
+            read, _ = seconds(add_up, (params, cache))
+            if i:
+                ratios.append(step / read), steps.append(step), reads.append(read)
+        return {
+            "batch": self.batch,
+            "capacity": self.capacity,
+            "weights": self.weights,
+            "GB": held / 1e9,
+            "ms": 1e3 * statistics.median(steps),
+            "read": 1e3 * statistics.median(reads),
+            "ratio": statistics.median(ratios),
+            "temporaries MB": self._program.memory_analysis().temp_size_in_bytes / 1e6,
+        }
 
 
 def main():
@@ -123,7 +132,7 @@ def measure_all(flags: argparse.Namespace):
                 if bytes_of(shapes) > 1e9 * flags.gigabytes:
                     print(f"{name}, batch {batch}, capacity {capacity}: {bytes_of(shapes) / 1e9:.1f} GB, left out")
                     continue
-                rows.append({"model": name, **measured(config, batch, capacity, flags.weights)})
+                rows.append({"model": name, **Case(config, batch, capacity, flags.weights).measure()})
                 print(rows[-1], flush=True)
     print(machine())
     report("one decoded token beside a plain read of the same bytes", rows, flags.json)

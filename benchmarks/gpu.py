@@ -14,6 +14,8 @@ repeats   one call a thousand times, and one of 8192 tokens 250 times. Results w
 times     whole calls, bfloat16: delta_attention at batch 2, 32 heads, 8192 tokens, head dimension 128, and at two
           shapes of heads of 64; the gated ops at batch 4, 32 heads, 8192 tokens, head dimension 128
 kernels   (with --kernels) single kernels of delta_attention at the shape of the times
+train     (with --models) a training step of the 340M and 1.3B configs: ms by part, tokens a second, MFU
+decode    (with --models) a decoding step of the 340M configs beside a plain read of weights and caches
 
 A case (a few shapes, a form, a kernel) is a process of its own. Several processes import, draw and compile at the same
 time. On the device one process at a time checks or measures, by a lock. Compiling itself uses the device for moments,
@@ -22,9 +24,11 @@ little. A case that crashes, does not fit into memory, or takes too long is one 
 on.
 
 --quick                     12 shapes; 8192 tokens only, with three forms of each op; 100 repeats; 5 rounds of times
---only shapes|long|repeats|times|kernels
+--only PART
 --op delta|gated            delta_attention, or gated_delta_rule and gated_linear_attention
 --kernels                   also the part "kernels"
+--models                    also the parts "train" and "decode"
+--seconds N                 when to stop; 480, and 240 with --quick
 --tile KERNEL=SIZES         another tile of delta_attention in all parts, for example write_forward=128,64,8,3,2,32:
                             rows, columns, warps, stages, halves, group (pallas_kernels/triton/delta/table.py). It
                             replaces the tiles for softmax in bfloat16 and head dimensions up to 128. May be repeated
@@ -65,13 +69,14 @@ import cases
 
 from deltaformer_jax.host.paths import write_whole
 
-PARTS = ("shapes", "long", "repeats", "times", "kernels")
+PARTS = ("shapes", "long", "repeats", "times", "kernels", "train", "decode")
 OPS = ("delta", "gated")
+WHOLE = ("train", "decode")  # parts of whole models, which belong to no op
 SECONDS, QUICK_SECONDS = 480, 240
-# Otherwise each process takes most of the device's memory at its first use of it.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# A process takes no memory before it needs it, and then what it needs.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 # What a table of times leaves out of a row.
-LEFT_OUT = ("part", "op", "status", "said", "seconds", "at s")
+LEFT_OUT = ("part", "op", "status", "said", "seconds", "at s", "parts", "slowest")
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +112,7 @@ def tile(text: str) -> tuple[str, list[int]]:
         "warps": [1, 2, 4, 8, 16],
         "stages": range(1, 9),
         "halves": [1, 2],
-        "group": range(1, 1025),
+        "group": range(0, 1025),
     }
     for name, values in allowed.items():
         if getattr(given, name) not in values:
@@ -122,6 +127,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--op", choices=OPS)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--seconds", type=positive)
     parser.add_argument("--tile", type=tile, action="append", default=[])
     parser.add_argument("--shapes", type=positive)
     parser.add_argument("--repeats", type=positive)
@@ -131,8 +138,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.shapes = options.shapes or (12 if options.quick else 50)
     options.repeats = options.repeats or (100 if options.quick else 1000)
+    options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     if options.op == "gated" and options.only == "kernels":
         parser.error("--only kernels times kernels of delta_attention: leave out --op gated")
+    if options.op and options.only in WHOLE:
+        parser.error(f"--only {options.only} times whole models: leave out --op {options.op}")
     if options.json and not options.json.resolve().parent.is_dir():
         parser.error(f"--json {options.json}: the folder does not exist")
     return options
@@ -140,7 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def plan(options: argparse.Namespace) -> list[cases.Case]:
     """The cases in the order in which they are started."""
-    from on_gpu import kernels, long, repeats, shapes, times
+    from on_gpu import kernels, long, models, repeats, shapes, times
 
     tiles, rounds = dict(options.tile), 5 if options.quick else 11
     makers = {
@@ -150,9 +160,12 @@ def plan(options: argparse.Namespace) -> list[cases.Case]:
         "times": lambda op: times.cases(op, options.length, rounds, tiles),
         "kernels": lambda op: kernels.cases(options.length, rounds, tiles) if op == "delta" else [],
     }
-    parts = [options.only] if options.only else [x for x in PARTS if x != "kernels" or options.kernels]
+    whole = {"train": models.train_cases, "decode": models.decode_cases}
+    asked = {"kernels": options.kernels, "train": options.models, "decode": options.models}
+    parts = [options.only] if options.only else [part for part in PARTS if asked.get(part, True)]
     ops = [options.op] if options.op else OPS
-    return [case for part in parts for op in ops for case in makers[part](op)]
+    of_ops = [case for part in parts if part not in WHOLE for op in ops for case in makers[part](op)]
+    return of_ops + [case for part in parts if part in WHOLE for case in whole[part](options.quick)]
 
 
 class Log:
@@ -200,6 +213,8 @@ class Log:
             "times, delta": "delta_attention, whole calls",
             "times, gated": "The gated ops, whole calls",
             "kernels, delta": "delta_attention, single kernels",
+            "train, ": "training steps",
+            "decode, ": "decoding steps",
         }
         for name, title in timed.items():
             part, op = name.split(", ")
@@ -259,9 +274,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cases end too
     log = Log(options, machine := the_machine(), start)
     work = plan(options)
-    seconds = QUICK_SECONDS if options.quick else SECONDS
-    print(f"{machine}: {len(work)} cases, {options.processes} processes, at most {seconds} s", flush=True)
-    left = seconds - (time.monotonic() - start)
+    print(f"{machine}: {len(work)} cases, {options.processes} processes, at most {options.seconds} s", flush=True)
+    left = options.seconds - (time.monotonic() - start)
     cases.run(work, log.add, processes=options.processes, seconds=left, environment=ENVIRONMENT)
     log.tables()
     names = lambda rows: "; ".join(f"{row['part']} {row['op']} {row['case']}: {row['said']}" for row in rows) or "none"

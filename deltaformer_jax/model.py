@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
@@ -166,6 +167,14 @@ class LanguageModel(nnx.Module):
         return self.periods * blocks + self.embedding.flops_per_token(length)
 
 
+def in_order(cache):
+    """A layer's cache, in memory in the order of its axes.
+
+    Left to itself, XLA for GPUs gives the stack of all layers' caches another order, and copies it at each call.
+    """
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
+
+
 # Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
 @jax.jit
 def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
@@ -185,7 +194,7 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         blocks, caches = layers
         after = []
         for block, cache in zip(blocks, caches):
-            x, cache = apply(block, x, cache)
+            x, cache = apply(block, x, in_order(cache))
             after.append(cache)
         return x, tuple(after)
 

@@ -16,7 +16,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.training.watch.peak import peak_flops
 from training_step.compiled import SMALLER, Step, compile_step
 from training_step.hlo_bytes import Launch, Loop, launches
-from training_step.parts import kernel_passes, model_flops, part_of, roofline
+from training_step.parts import kernel_passes, model_flops, part_of, roofline, short
 
 # What XLA asks of a device, for an H100 80GB HBM3 (SXM).
 H100 = """
@@ -111,8 +111,3 @@ def of_launches(found: list[Launch]) -> list[dict]:
         }
         for x in most
     ]
-
-
-def short(op_name: str) -> str:
-    """An op_name without what says nothing here."""
-    return re.sub(r"jit\(step\)/|closed_call/|eval_jaxpr/|while/body/|cond/|branch_\d+_fun/|checkpoint/", "", op_name)

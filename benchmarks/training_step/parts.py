@@ -117,3 +117,8 @@ def measured(events: Iterable[tuple[str, float]], launches: Iterable[Launch]) ->
     for name, time in events:
         total[parts.get(name.removeprefix("%"), "not matched")] += time
     return total
+
+
+def short(op_name: str) -> str:
+    """An op_name without what says nothing here."""
+    return re.sub(r"jit\(step\)/|closed_call/|eval_jaxpr/|while/body/|cond/|branch_\d+_fun/|checkpoint/", "", op_name)

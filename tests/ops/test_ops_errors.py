@@ -111,7 +111,10 @@ def test_delta_values(change, message):
             "log_decay holds 0.5: the natural log of a decay must be at most 0; pass",
         ),
         (dict(log_decay=zeros(2, 6, 4) - np.inf), "log_decay holds -inf, inf or NaN: it must be finite"),
-        (dict(implementation="chunk"), r"one of \('recurrent', 'parallel', 'chunked', 'cudnn', 'splash'\) or None"),
+        (
+            dict(implementation="chunk"),
+            r"one of \('recurrent', 'parallel', 'chunked', 'triton', 'cudnn', 'splash'\) or None",
+        ),
         (dict(sinks=zeros(2)), r"sinks must have shape \[query heads\] = \(4,\); it has \(2,\)"),
         (dict(cache=KVCache.empty(2, 8, 2, 8, 5), log_decay=zeros(2, 6, 4)), "cache and log_decay must go together"),
         (dict(cache=KVCache.empty(2, 8, 2, 8, 5, decay_heads=4)), "cache and log_decay must go together"),

@@ -32,7 +32,6 @@ def test_on_tpu_the_baseline_is_splash_attention():
     assert kernels(lowered(forward, "tpu", draw())) == 1
     assert kernels(lowered(gradient, "tpu", draw())) == 3  # forward, dQ, and dK with dV
     assert kernels(lowered(forward, "cpu", draw())) == 0
-    assert kernels(lowered(forward, "cuda", draw())) == 0  # no NVIDIA device is here to ask for cuDNN's version
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,18 @@ def forward_and_backward(settings, tiles, arrays, dout, du):
     return jax.tree.map(np.asarray, (out, u, gradients))
 
 
+def attention_forward_and_backward(scale, tiles, arrays, dout):
+    """(out, gradients) of pallas_kernels.triton.attention. `arrays`: query, key, value, segment ids or None."""
+    from pallas_kernels.triton import attention
+    from pallas_kernels.triton.delta.table import Tile
+
+    settings = attention.Settings(scale, tiles=tuple((name, Tile(*sizes)) for name, sizes in tiles))
+    query, key, value, segments = arrays
+    out, residuals = attention.forward(settings, query, key, value, None, None, segments, run=interpret)
+    gradients = attention.backward(settings, residuals, dout, run=interpret)
+    return jax.tree.map(np.asarray, (out, gradients))
+
+
 def gated_forward_and_backward(settings, arrays, dout, dstate):
     """(out, final state, gradients) of pallas_kernels.triton.gated.api. `arrays` are in the order of its arguments.
 

@@ -4,7 +4,8 @@ For a block of T tokens after N cached ones,
 
     U = (I + diag(β) A_new)⁻¹ (diag(α) V − diag(β) A_old U_old),      O = P_old U_old + P_new U
 
-A row's similarity is normalised over both parts together. A block of one token is a decoding step. A prompt is
+A row's similarity is normalised over both parts together. The parts, cached and new, stay separate arrays: to join them
+would copy the scores, and each step would be a program of its own on an accelerator. A block of one token is a decoding step. A prompt is
 processed block by block, so that at most block × capacity scores per head exist at once. Work: O(T · capacity · (K+V))
 per head.
 
@@ -20,7 +21,7 @@ from jax import lax
 
 from deltaformer_jax.ops.cache.caches import Entries, slot_positions, store
 from deltaformer_jax.ops.common.score_decay import decay_between
-from deltaformer_jax.ops.common.similarity import row_weights
+from deltaformer_jax.ops.common.similarity import row_weights_of_parts
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 from deltaformer_jax.ops.common.triangular import solve_by_halves
 
@@ -34,28 +35,29 @@ def _einsum(equation, *arrays):
 
 
 def _scores(rows, old_keys, new_keys, scale):
-    """Scores of rows [B,T,G,n,r,K] with the cached keys [B,G,N,K] and the new keys [B,T,G,K] -> [B,G,n,r,T,N+T]."""
+    """Scores of rows [B,T,G,n,r,K] with the cached keys [B,G,N,K] and with the new keys [B,T,G,K]:
+    ([B,G,n,r,T,N], [B,G,n,r,T,T])."""
     b, t, g, n, r, width = rows.shape
     rows = jnp.moveaxis(rows, 1, 4).reshape(b, g, n * r * t, width)
     old, new = _einsum("bgmk,bgsk->bgms", rows, old_keys), _einsum("bgmk,bsgk->bgms", rows, new_keys)
-    return jnp.concatenate([old, new], axis=-1).reshape(b, g, n, r, t, -1) * scale
+    return tuple(x.reshape(b, g, n, r, t, -1) * scale for x in (old, new))
 
 
 def _values(weights, old, new):
-    """Weights [B,G,n,r,T,N+T] times the cached values [B,G,n,N,V] and the new values [B,T,G,n,V] -> [B,T,G,n,r,V].
-    `new` None: only the cached values are summed."""
-    split, shape = old.shape[3], weights.shape[:5]
-    weights = weights.reshape(*shape[:3], shape[3] * shape[4], -1)
+    """Weights, [B,G,n,r,T,N] and [B,G,n,r,T,T], times the cached values [B,G,n,N,V] and the new values [B,T,G,n,V] ->
+    [B,T,G,n,r,V]. `new` None: only the cached values are summed."""
+    shape = weights[0].shape[:5]
+    old_weights, new_weights = (x.reshape(*shape[:3], shape[3] * shape[4], -1) for x in weights)
     # The product's own order of axes: another one makes XLA transpose the whole cache instead of the small result.
-    total = _einsum("bgnms,bgnsv->bgnmv", weights[..., :split], old)
+    total = _einsum("bgnms,bgnsv->bgnmv", old_weights, old)
     if new is not None:
-        total += _einsum("bgnms,bsgnv->bgnmv", weights[..., split:], new)
+        total += _einsum("bgnms,bsgnv->bgnmv", new_weights, new)
     return jnp.moveaxis(total.reshape(*shape, -1), 4, 1)
 
 
 def _visible(cache, real, strict, window):
-    """[B, 1, 1, 1, T, N+T] bools: which cache slots and which new tokens each new token sees. `strict` excludes the
-    token itself."""
+    """([B,1,1,1,T,N], [B,1,1,1,T,T]) bools: which cache slots and which new tokens each new token sees. `strict`
+    excludes the token itself."""
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     slots = slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
@@ -65,15 +67,14 @@ def _visible(cache, real, strict, window):
     if window is not None:
         old &= position[:, :, None] - slots[:, None, :] < window
         new &= position[:, :, None] - position[:, None, :] < window
-    visible = jnp.concatenate([old, new], axis=-1) & real[:, :, None]
-    return visible[:, None, None, None]
+    return tuple((x & real[:, :, None])[:, None, None, None] for x in (old, new))
 
 
 def _weights(similarity, scores, visible, dtype):
-    """The similarity of whole rows. Softmax weights are cast to `dtype`, the inputs' dtype; the weights of the other
-    similarities stay in the accumulation dtype."""
-    weights = row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape))
-    return weights.astype(dtype) if similarity.normalised else weights
+    """The similarity of rows whose scores are given in parts, for each part. Softmax weights are cast to `dtype`, the
+    inputs' dtype; the weights of the other similarities stay in the accumulation dtype."""
+    weights = row_weights_of_parts(similarity, scores, visible)
+    return [x.astype(dtype) for x in weights] if similarity.normalised else weights
 
 
 def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
@@ -87,11 +88,13 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     gates = lambda x: jnp.ones((b, t, g, n), acc) if x is None else x.reshape(b, t, g, n).astype(acc)
     alpha, beta = gates(alpha), gates(beta)
 
-    scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key_by_head, key, plan.write_scale)
-    weights = _weights(plan.write_similarity, scores, _visible(cache, real, True, None), key.dtype)
+    # Both products with the cached keys stand together, so that one program can make both and read the keys once.
+    write_scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key_by_head, key, plan.write_scale)
+    read_scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
+    weights = _weights(plan.write_similarity, write_scores, _visible(cache, real, True, None), key.dtype)
     past = _values(weights, old_u, None)[:, :, :, :, 0]
     target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
-    new = weights[:, :, :, 0, :, cache.capacity :].astype(acc)
+    new = weights[1][:, :, :, 0].astype(acc)
     if t > 1:
         # The solver reads only the strict lower triangle and takes the diagonal as 1.
         matrix = jnp.moveaxis(beta, 1, -1)[..., None] * new
@@ -99,8 +102,7 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     else:
         u = target  # for a single token, I + diag(β) A_new is the identity
 
-    scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
-    weights = _weights(plan.read_similarity, scores, _visible(cache, real, False, None), key.dtype)
+    weights = _weights(plan.read_similarity, read_scores, _visible(cache, real, False, None), key.dtype)
     out = _values(weights, old_u, u)
     out = out.reshape(b, t, query.shape[2], -1).astype(value.dtype)
     return out, Entries(key, u.reshape(b, t, g * n, -1), real)
@@ -112,28 +114,28 @@ def extend_attention(cache, query, key, value, log_decay, sinks, real, similarit
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
     if log_decay is not None:
-        scores = scores + _decay(cache.decay_by_head, log_decay).reshape(scores.shape)
-    visible = jnp.broadcast_to(_visible(cache, real, False, window), scores.shape)
+        decays = _decay(cache.decay_by_head, log_decay)
+        scores = [x + decay.reshape(x.shape) for x, decay in zip(scores, decays)]
+    visible = _visible(cache, real, False, window)
     if sinks is not None:
         # The sink is one more column of scores. Its value is 0, so it only adds e^b to the normaliser.
-        column = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, g, 1, -1, 1, 1), (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([scores, column], axis=-1)
-        visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
-    weights = _weights(similarity, scores, visible, key.dtype)
-    if sinks is not None:
-        weights = weights[..., :-1]
+        column = sinks.astype(scores[0].dtype).reshape(1, g, 1, -1, 1, 1)
+        column = jnp.broadcast_to(column, (*scores[0].shape[:-1], 1))
+        scores, visible = (*scores, column), (*visible, jnp.ones_like(column, bool))
+    weights = _weights(similarity, scores, visible, key.dtype)[:2]
     out = _values(weights, cache.value_by_head[:, :, None], value[:, :, :, None])
     return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), Entries(key, value, real, log_decay)
 
 
 def _decay(old, log_decay):
-    """D [B,H,T,N+T]: for each new token, the sum of the log decays after each cached and each new token up to it.
+    """D, ([B,H,T,N], [B,H,T,T]): for each new token, the sum of the log decays after each cached and each new token up
+    to it.
 
     old [B,H,N] is the cache's `decay_by_head`, the sums up to the block's start; log_decay is [B,T,H].
     """
     prefix = jnp.moveaxis(jnp.cumsum(log_decay, axis=1), 1, 2)
     among_new = jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 1, 0)), (2, 3), (0, 1))
-    return jnp.concatenate([old[:, :, None] + prefix[..., None], among_new], axis=-1)
+    return old[:, :, None] + prefix[..., None], among_new
 
 
 def extend_in_blocks(step, cache, arrays, size):

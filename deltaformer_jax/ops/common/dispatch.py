@@ -53,6 +53,12 @@ def _tpu_gated():
     return api
 
 
+def _triton_attention():
+    from pallas_kernels.triton import attention
+
+    return attention
+
+
 def _cudnn():
     from pallas_kernels import cudnn
 
@@ -85,6 +91,7 @@ BACKENDS = {
         "pallas_tpu": Backend("tpu", _tpu_gated),
     },
     "softmax": {
+        "triton": Backend("cuda", _triton_attention, packages.missing),
         "cudnn": Backend("cuda", _cudnn),
         "splash": Backend("tpu", _splash),
     },
@@ -128,16 +135,21 @@ def dispatch(
     *,
     chunked: Callable[[Any], Any],
     bind: Callable[[str, ModuleType], Kernels],
+    order: tuple[str, ...] = (),
 ) -> Any:
     """The outputs of `op` for `inputs`, a pytree of arrays, by the named implementation or the default choice (None).
 
-    `chunked(inputs)` is the portable form. `bind(name, module)` binds a kernel module to this call.
+    `chunked(inputs)` is the portable form. `bind(name, module)` binds a kernel module to this call. `order`: of several
+    kernels for one platform, the default choice is the first here that supports the call.
     """
     if implementation == "chunked" or (implementation is None and varies(inputs)):
         return chunked(inputs)
     if implementation is None:
-        bound = {backend.platform: _bound(name, backend, bind) for name, backend in BACKENDS[op].items()}
-        able = {platform: kernels.function for platform, kernels in bound.items() if kernels.lacks is None}
+        able = {}
+        for name in order or BACKENDS[op]:
+            backend = BACKENDS[op][name]
+            if backend.platform not in able and (kernels := _bound(name, backend, bind)).lacks is None:
+                able[backend.platform] = kernels.function
         return lax.platform_dependent(inputs, default=chunked, **able) if able else chunked(inputs)
     backend = BACKENDS[op][implementation]
     kernels = _bound(implementation, backend, bind)

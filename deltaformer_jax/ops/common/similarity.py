@@ -213,12 +213,19 @@ def row_weights(similarity: Similarity, scores, visible):
     Softmax rows are normalised over the visible scores; a row that sees nothing is all 0. The function can be
     differentiated any number of times. Neither values nor gradients are NaN if the hidden scores are finite.
     """
-    scores = jnp.where(visible, scores, 0.0)
+    return row_weights_of_parts(similarity, [scores], [visible])[0]
+
+
+def row_weights_of_parts(similarity: Similarity, scores, visible) -> list[jax.Array]:
+    """`row_weights` of rows that are given in parts: lists of scores [..., N_i] and of bools that broadcast to them."""
+    visible = [jnp.broadcast_to(seen, x.shape) for seen, x in zip(visible, scores)]
+    scores = [jnp.where(seen, x, 0.0) for seen, x in zip(visible, scores)]
     if not similarity.normalised:
-        return jnp.where(visible, similarity.weight(scores), 0.0)
-    highest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=LOWEST)
+        return [jnp.where(seen, similarity.weight(x), 0.0) for seen, x in zip(visible, scores)]
+    highest = [jnp.max(x, axis=-1, keepdims=True, where=seen, initial=LOWEST) for seen, x in zip(visible, scores)]
+    highest = functools.reduce(jnp.maximum, highest)
     highest = jax.lax.stop_gradient(jnp.where(highest > LOWEST, highest, 0.0))
     # Mask before exp as well as after: a hidden score above the maximum would overflow.
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - highest, 0.0)), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1.0)
+    weights = [jnp.where(seen, jnp.exp(jnp.where(seen, x - highest, 0.0)), 0.0) for seen, x in zip(visible, scores)]
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+    return [x / jnp.where(total > 0, total, 1.0) for x in weights]

@@ -18,7 +18,7 @@ from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
 from deltaformer_jax.ops.softmax.definition import attend_parallel, attend_recurrent
-from deltaformer_jax.ops.softmax.kernels import bind
+from deltaformer_jax.ops.softmax.kernels import bind, order
 
 _SOFTMAX = Softmax()
 
@@ -63,10 +63,11 @@ def causal_attention(
       padding_is_zero: promises that query, key and value are 0 at padding, as they are in the mixers. They are then not
         set to 0 again, which saves a pass over each. With a given cache it changes nothing.
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
-        chunks with a hand-written backward pass), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up
-        to 128) or "splash" (TPUs: bfloat16, K = V). "cudnn" and "splash" support neither log_decay nor sinks. None is
-        the default choice: "cudnn" or "splash", by the platform that the program is compiled for, if it supports the
-        call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
+        chunks with a hand-written backward pass), "triton" (NVIDIA GPUs: bfloat16, float16 and float32, head dimensions
+        up to 256, no window), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up to 128) or "splash"
+        (TPUs: bfloat16, K = V). The last three support neither log_decay nor sinks. None is the default choice: by the
+        platform that the program is compiled for, "splash", "triton" if there are segment ids and else "cudnn", if it
+        supports the call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
       cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. New tokens with segment
         id 0 are not stored.
       return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of `window` slots, or
@@ -124,7 +125,7 @@ def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
         out = _by_definition(_DEFINITIONS[implementation], inputs, plan.scale, plan.window)
     else:
         chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
-        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound)
+        out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound, order=order(inputs))
     if inputs.segment_ids is not None:
         out = zero_gradient_at_padding(out, real)
     if not return_cache:

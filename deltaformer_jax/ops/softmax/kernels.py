@@ -1,19 +1,30 @@
-"""Binds a call of softmax attention to a vendor's kernels: pallas_kernels/cudnn.py, pallas_kernels/tpu/splash.py."""
+"""Binds a call of softmax attention to kernels: pallas_kernels/triton/attention.py, and those of vendors in
+pallas_kernels/cudnn.py and pallas_kernels/tpu/splash.py."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from deltaformer_jax.ops.common.dispatch import Kernels
+from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
 
-def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, in the place of `attention_chunked(plan, inputs)`. The kernels bring their own
-    derivatives."""
-    query, key, value, log_decay, sinks, _ = inputs
+def order(inputs: Inputs) -> tuple[str, ...]:
+    """The kernels by preference. cuDNN's are faster, except with segment ids, for which they take a mask of T² entries
+    per batch row."""
+    return ("cudnn", "triton", "splash") if inputs.segment_ids is None else ("triton", "cudnn", "splash")
 
-    def run(inputs):
+
+def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
+    """`module`'s kernels for this call, in the place of `attention_chunked(plan, inputs)`."""
+    query, key, value, log_decay, sinks, _ = inputs
+    if name == "triton":
+        settings = module.Settings(plan.scale)
+        call = KernelCall(name, module, settings, Inputs, "'parallel' or 'recurrent'")
+        lacks = module.lacks(settings, key, value, plan.window, log_decay, sinks)
+        return Kernels(lacks, lambda inputs: run_kernels(call, inputs)[0])
+
+    def run(inputs):  # the vendors' kernels bring their own derivatives
         query, key, value, _, _, segment_ids = inputs
         return module.attend(query, key, value, segment_ids, scale=plan.scale, window=plan.window)
 

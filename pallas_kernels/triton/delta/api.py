@@ -198,12 +198,12 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     return out, made | {"lse_read": lse_read if settings.read.name == "softmax" else None}
 
 
-def _row_dots(a, b):
+def row_dots(a, b):
     """The dot products of rows: two arrays [B,T,h,V] -> [B,h,T] float32."""
     return jnp.moveaxis(jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=3), 2, 1)
 
 
-def _sum_heads(x, heads):
+def sum_heads(x, heads):
     """[B,T,h,W] -> [B,T,heads,W]: sums over the heads that share a key/value head."""
     if x.shape[2] == heads:
         return x
@@ -226,12 +226,12 @@ def _backward(settings, run, residuals, dout, du):
         own_share, past_share = made["own_share"], made["past_share"]
         wide = dout.astype(jnp.float32)
         summary = made["summary"].astype(jnp.float32)
-        read_dot = _row_dots(wide, _column(past_share) * summary + _column(own_share) * written.exact)
+        read_dot = row_dots(wide, _column(past_share) * summary + _column(own_share) * written.exact)
         du = du + _column(own_share) * wide
         tied = (dout, past_share, read_dot)
     elif settings.read is not None:
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
-        row_dot = _row_dots(dout, made["out"]) if settings.read.name == "softmax" else None
+        row_dot = row_dots(dout, made["out"]) if settings.read.name == "softmax" else None
         launch = read_backward_launch(settings, query, key, *source, dout, made["lse_read"], row_dot, segment_ids)
         dquery, dkey_read, du_read = _run(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
@@ -244,7 +244,7 @@ def _backward(settings, run, residuals, dout, du):
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # The gradient of the diagonal scores, which the kernel leaves out: dS_ii = π_i (dO_i·u_i − dO_i·o_i).
-        own = _column(own_share * (_row_dots(wide, written.exact) - read_dot)) * settings.write.scale
+        own = _column(own_share * (row_dots(wide, written.exact) - read_dot)) * settings.write.scale
         repeated = jnp.repeat(key, w.shape[2] // kv_heads, axis=2)
         dquery = (dw + own * repeated.astype(jnp.float32)).astype(query.dtype)
         dkey, dw = dkey + own * query.astype(jnp.float32), None
@@ -256,8 +256,8 @@ def _backward(settings, run, residuals, dout, du):
     return (
         dquery,
         dw,
-        _sum_heads(dkey, kv_heads).astype(key.dtype),
-        _sum_heads(dvalue, kv_heads).astype(value.dtype),
+        sum_heads(dkey, kv_heads).astype(key.dtype),
+        sum_heads(dvalue, kv_heads).astype(value.dtype),
         gate(dalpha, alpha),
         gate(dbeta, beta),
     )

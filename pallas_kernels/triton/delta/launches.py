@@ -15,7 +15,7 @@ from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.delta.form import Form, operands
 from pallas_kernels.triton.delta.read_backward import read_backward
 from pallas_kernels.triton.delta.read_forward import read_forward
-from pallas_kernels.triton.delta.table import Tile, choose
+from pallas_kernels.triton.delta.table import Tile, choose, heads_at_once
 from pallas_kernels.triton.delta.write.backward import write_backward
 from pallas_kernels.triton.delta.write.forward import write_forward
 from pallas_kernels.triton.delta.write.invert_blocks import invert_blocks
@@ -24,10 +24,15 @@ from pallas_kernels.triton.memory import block_width
 
 
 def tile_of(settings, name, key, value) -> Tile:
-    """The tile of the kernel `name`: from `settings.tiles`, or else from the table."""
-    wanted = dict(settings.tiles).get(name)
-    if wanted is not None:
-        return wanted
+    """The tile of the kernel `name`, with its group: from `settings.tiles`, or else from the table."""
+    tile = dict(settings.tiles).get(name) or _chosen(settings, name, key, value)
+    if tile.group:
+        return tile
+    width = key.shape[3] + value.shape[3]
+    return dataclasses.replace(tile, group=heads_at_once(key.shape[1], width))
+
+
+def _chosen(settings, name, key, value) -> Tile:
     kappa = settings.write if name.startswith("write") else settings.read
     if settings.tied:
         name = name.replace("write", "tied")

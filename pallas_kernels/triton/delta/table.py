@@ -19,7 +19,7 @@ class Tile:
     rows, columns: the size of a tile of scores. A program of a forward kernel has a block of `rows` rows; a program of
     a backward kernel has a block of `columns` columns. warps, stages: Triton's num_warps and num_stages. halves: 1, the
     block's triangular system is inverted as a whole; 2, its two halves are inverted. group: heads that are processed at
-    the same time (order.py).
+    the same time (order.py); 0, as many as `heads_at_once` says.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Tile:
     warps: int
     stages: int
     halves: int = 1
-    group: int = 16
+    group: int = 0
 
 
 # Bytes of shared memory that one thread block may have, by compute capability.
@@ -93,11 +93,14 @@ _TENSOR_MEMORY = _LARGE | {
     ("write_backward", "exact"): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
     ("tied_backward", "exact"): (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
-# Measured on an H100 (2026-11-27, jax 0.11.2, Triton 3.6.0) at width 128, in milliseconds; _LARGE has in brackets:
-# write_forward 4.55 (6.78), write_backward 13.6 (13.9), tied_backward 13.6 (14.6).
+# Measured on an H100 (2026-11-27 and 28, jax 0.11.2, Triton 3.6.0) at width 128, in milliseconds; _LARGE has in
+# brackets: write_forward 4.55 (6.78), tied_forward 4.92 (6.86), read_backward 7.74 (9.18), write_backward 13.6 (13.9),
+# tied_backward 13.6 (14.6).
 _HOPPER = _LARGE | {
-    ("write_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 2, 32), Tile(64, 32, 8, 2, 2)),
-    ("write_backward", "narrow"): (Tile(32, 128, 8, 2, 2), Tile(64, 128, 8, 2, 2, 32), Tile(16, 64, 8, 2)),
+    ("write_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 2), Tile(64, 32, 8, 2, 2)),
+    ("tied_forward", "narrow"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 2), Tile(64, 32, 8, 2, 2)),
+    ("read_backward", "narrow"): (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 8, 2)),
+    ("write_backward", "narrow"): (Tile(32, 128, 8, 2, 2), Tile(64, 128, 8, 2, 2), Tile(16, 64, 8, 2)),
     ("tied_backward", "narrow"): (Tile(32, 128, 8, 2, 2), Tile(64, 128, 8, 2, 2), Tile(16, 64, 8, 2, 2)),
 }
 TABLE = {80: _MEDIUM, 90: _HOPPER, 100: _TENSOR_MEMORY, 120: _SMALL}
@@ -124,3 +127,15 @@ def choose(kernel: str, compute_capability: int, width: int, operands: str) -> T
             f"capability {compute_capability / 10}"
         )
     return tile
+
+
+def heads_at_once(time: int, width: int) -> int:
+    """How many heads the write processes at the same time: a power of two. `width` is that of a key and a u together.
+
+    The blocks of a head wait for one another. Too few heads leave multiprocessors idle while each head's next block
+    waits: on an H100, 16 heads of 2048 tokens took three times as long as the arithmetic of their blocks. The keys and u
+    of too many heads do not stay in the cache. The rule is 32 heads at 8192 tokens and width 256, where 32 and 64 were
+    measured to be the fastest, more for shorter heads, and never fewer.
+    """
+    fitting = 32 * 8192 * 256 // (time * width)
+    return max(32, min(128, 1 << max(fitting, 1).bit_length() - 1))
