@@ -14,6 +14,7 @@ repeats   one call a thousand times, and one of 8192 tokens 250 times. Results w
 times     whole calls, bfloat16: delta_attention at batch 2, 32 heads, 8192 tokens, head dimension 128, and at two
           shapes of heads of 64; the gated ops at batch 4, 32 heads, 8192 tokens, head dimension 128
 kernels   (with --kernels) single kernels of delta_attention at the shape of the times
+tiles     (with --tiles) single kernels with other tiles than the table's, and how far their results lie apart
 train     (with --models) a training step of the 340M and 1.3B configs: ms by part, tokens a second, MFU
 decode    (with --models) a decoding step of the 340M configs beside a plain read of weights and caches
 
@@ -27,6 +28,7 @@ on.
 --only PART
 --op delta|gated            delta_attention, or gated_delta_rule and gated_linear_attention
 --kernels                   also the part "kernels"
+--tiles                     also the part "tiles"
 --models                    also the parts "train" and "decode"
 --seconds N                 when to stop; 480, and 240 with --quick
 --tile KERNEL=SIZES         another tile of delta_attention in all parts, for example write_forward=128,64,8,3,2,32:
@@ -69,7 +71,7 @@ import cases
 
 from deltaformer_jax.host.paths import write_whole
 
-PARTS = ("shapes", "long", "repeats", "times", "kernels", "train", "decode")
+PARTS = ("shapes", "long", "repeats", "times", "kernels", "tiles", "train", "decode")
 OPS = ("delta", "gated")
 WHOLE = ("train", "decode")  # parts of whole models, which belong to no op
 SECONDS, QUICK_SECONDS = 480, 240
@@ -127,6 +129,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--op", choices=OPS)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--seconds", type=positive)
     parser.add_argument("--tile", type=tile, action="append", default=[])
@@ -139,8 +142,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.shapes = options.shapes or (12 if options.quick else 50)
     options.repeats = options.repeats or (100 if options.quick else 1000)
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    if options.op == "gated" and options.only == "kernels":
-        parser.error("--only kernels times kernels of delta_attention: leave out --op gated")
+    if options.op == "gated" and options.only in ("kernels", "tiles"):
+        parser.error(f"--only {options.only} times kernels of delta_attention: leave out --op gated")
     if options.op and options.only in WHOLE:
         parser.error(f"--only {options.only} times whole models: leave out --op {options.op}")
     if options.json and not options.json.resolve().parent.is_dir():
@@ -150,18 +153,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def plan(options: argparse.Namespace) -> list[cases.Case]:
     """The cases in the order in which they are started."""
-    from on_gpu import kernels, long, models, repeats, shapes, times
+    from on_gpu import kernels, long, models, repeats, shapes, tiles, times
 
-    tiles, rounds = dict(options.tile), 5 if options.quick else 11
+    chosen, rounds = dict(options.tile), 5 if options.quick else 11
     makers = {
-        "shapes": lambda op: shapes.cases(op, options.shapes, tiles),
-        "long": lambda op: long.cases(op, options.quick, tiles),
-        "repeats": lambda op: repeats.cases(op, options.repeats, tiles),
-        "times": lambda op: times.cases(op, options.length, rounds, tiles),
-        "kernels": lambda op: kernels.cases(options.length, rounds, tiles) if op == "delta" else [],
+        "shapes": lambda op: shapes.cases(op, options.shapes, chosen),
+        "long": lambda op: long.cases(op, options.quick, chosen),
+        "repeats": lambda op: repeats.cases(op, options.repeats, chosen),
+        "times": lambda op: times.cases(op, options.length, rounds, chosen),
+        "kernels": lambda op: kernels.cases(options.length, rounds, chosen) if op == "delta" else [],
+        "tiles": lambda op: tiles.cases() if op == "delta" else [],
     }
     whole = {"train": models.train_cases, "decode": models.decode_cases}
-    asked = {"kernels": options.kernels, "train": options.models, "decode": options.models}
+    asked = {"kernels": options.kernels, "tiles": options.tiles, "train": options.models, "decode": options.models}
     parts = [options.only] if options.only else [part for part in PARTS if asked.get(part, True)]
     ops = [options.op] if options.op else OPS
     of_ops = [case for part in parts if part not in WHOLE for op in ops for case in makers[part](op)]
@@ -213,6 +217,7 @@ class Log:
             "times, delta": "delta_attention, whole calls",
             "times, gated": "The gated ops, whole calls",
             "kernels, delta": "delta_attention, single kernels",
+            "tiles, delta": "delta_attention, other tiles",
             "train, ": "training steps",
             "decode, ": "decoding steps",
         }
@@ -222,7 +227,7 @@ class Log:
             for row in self.rows:
                 if (row["part"], row["op"], row["status"]) == (part, op, "done"):
                     numbers = {key: x for key, x in row.items() if key not in LEFT_OUT}
-                    merged.setdefault((row["case"], row.get("direction")), {}).update(numbers)
+                    merged.setdefault((row["case"], row.get("direction"), row.get("tile")), {}).update(numbers)
             # A row without its own time: fla refused the call.
             if rows := [row for row in merged.values() if "ms" in row]:
                 report(title, rows, None)

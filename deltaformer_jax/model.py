@@ -119,7 +119,7 @@ class LanguageModel(nnx.Module):
             dtype=config.compute_dtype,
             rngs=rngs,
         )
-        self.periods, self.remat = periods, config.remat
+        self.periods, self.remat, self.unroll_layers = periods, config.remat, config.unroll_layers
 
     def __call__(self, tokens, *, segment_ids=None, positions=None, cache=None):
         x, cache = self.hidden(tokens, segment_ids=segment_ids, positions=positions, cache=cache)
@@ -186,9 +186,10 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
     def apply(block, x, cache):
         return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
 
+    unrolled = model.unroll_layers and cache is None
     if model.remat != "none":
         # Inside scan the recomputation is not merged with the forward pass, so the barrier against CSE is not needed.
-        apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT[model.remat])
+        apply = jax.checkpoint(apply, prevent_cse=unrolled, policy=_KEPT[model.remat])
 
     def period(x, layers):
         blocks, caches = layers
@@ -200,8 +201,14 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
 
     # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
-    caches = (None,) * len(model.blocks) if cache is None else ops.read_only(cache)
-    x, after = jax.lax.scan(period, model.embedding(tokens, segment_ids), (tuple(model.blocks), caches))
+    x, blocks = model.embedding(tokens, segment_ids), tuple(model.blocks)
+    if unrolled:
+        for i in range(model.periods):
+            with jax.named_scope("layer"):
+                x, _ = period(x, (jax.tree.map(lambda stack, i=i: stack[i], blocks), (None,) * len(blocks)))
+        return model.final_norm(x), None
+    caches = (None,) * len(blocks) if cache is None else ops.read_only(cache)
+    x, after = jax.lax.scan(period, x, (blocks, caches))
     return model.final_norm(x), None if cache is None else ops.written(cache, after, axes=1)
 
 

@@ -10,14 +10,15 @@ import time
 from cases import Case
 
 STEPS, PROFILED = 6, 2
-# Config, rows of a batch, model.remat. The batches fit into 80 GB.
+# Config, rows of a batch, model.remat, model.unroll_layers. The batches fit into 80 GB.
 TRAIN = (
-    ("deltaformer_340m", 64, "kernels"),
-    ("deltaformer_340m", 64, "block"),
-    ("transformer_340m", 64, "kernels"),
-    ("deltaformer_1b3", 16, "kernels"),
+    ("deltaformer_340m", 64, "kernels", False),
+    ("deltaformer_340m", 32, "products", True),
+    ("transformer_340m", 64, "kernels", False),
+    ("deltaformer_1b3", 8, "kernels", False),
+    ("deltaformer_340m", 64, "block", False),
 )
-QUICK_TRAIN = 1  # the first
+QUICK_TRAIN = 2  # the first ones
 # Config, rows, slots of the caches, dtype of the weights.
 DECODE = (
     ("deltaformer_340m", 1, 2048, "bfloat16"),
@@ -28,10 +29,11 @@ DECODE = (
 
 
 def train_cases(quick: bool) -> list[Case]:
+    function = "on_gpu.models:time_training"
     return [
-        Case("train", "", f"{config}, batch {batch}, remat {remat}", "on_gpu.models:time_training", settings)
-        for config, batch, remat in TRAIN[: QUICK_TRAIN if quick else None]
-        if (settings := {"config": config, "batch": batch, "remat": remat})
+        Case("train", "", f"{config}, batch {batch}, remat {remat}{', unrolled' * unroll}", function, settings)
+        for config, batch, remat, unroll in TRAIN[: QUICK_TRAIN if quick else None]
+        if (settings := {"config": config, "batch": batch, "remat": remat, "unroll": unroll})
     ]
 
 
@@ -45,7 +47,7 @@ def decode_cases(quick: bool) -> list[Case]:
     ]
 
 
-def time_training(worker, config: str, batch: int, remat: str, steps: int = STEPS, profiled: int = PROFILED) -> None:
+def time_training(worker, config: str, batch: int, remat: str, unroll: bool, steps=STEPS, profiled=PROFILED) -> None:
     import jax
     from training_step import timed
     from training_step.compiled import compile_step
@@ -53,8 +55,10 @@ def time_training(worker, config: str, batch: int, remat: str, steps: int = STEP
     from deltaformer_jax.config.command_line import parse
     from deltaformer_jax.config.files import config_folder
 
+    timed.without_graphs()
     flags = [f"--config={config}", f"--config.data.batch_size={batch}", "--config.optimizer.accumulation_steps=1"]
-    parsed = parse(["gpu.py", *flags, f"--config.model.remat={remat}"], str(config_folder() / "tiny.py")).config
+    flags += [f"--config.model.remat={remat}", f"--config.model.unroll_layers={unroll}"]
+    parsed = parse(["gpu.py", *flags], str(config_folder() / "tiny.py")).config
     begin = time.monotonic()
     step = compile_step(parsed, jax.devices()[0])
     compiled = time.monotonic() - begin

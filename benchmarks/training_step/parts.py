@@ -9,7 +9,7 @@ rest         embedding, final norm, layers sliced out of stacks and written into
 
 JAX writes the functions that an instruction comes from into its op_name, for example
 "jit(step)/jvp(jit(_hidden))/while/body/closed_call/jit(_attend)/...": `_hidden` is the model without its logits, the
-while in it the scan over layers, `_attend` or `_run` the op of a mixer.
+while in it the scan over layers ("layer" if they are unrolled), `_attend` or `_run` the op of a mixer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def part_of(launch: Launch) -> str:
     # Before it may stand the loop over the parts of a batch.
     _, hidden, inside = name.partition("_hidden)")
     if hidden:
-        layers = "/while/" in inside
+        layers = "/while/" in inside or "/layer/" in inside  # scanned or unrolled
         if re.search(r"\b(_attend|_run|_write)\b", inside) or (launch.kernel and layers):
             return "mixers"
         # The scan itself slices a layer out of a stack, or writes one into it.

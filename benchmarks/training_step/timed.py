@@ -1,11 +1,13 @@
 """The training step run and profiled on a GPU, on random tokens.
 
-A step's time is the median over steps that are waited for one by one. The times of the parts are sums over the events
+Without CUDA graphs: in a profile, the launches of a graph have no names of their own, and most of a step would belong
+to no part. A step's time is the median over steps that are waited for one by one. The times of the parts are sums over the events
 of a profile of some further steps; "idle" is what the parts leave of a step: launches that wait, and the host.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -39,8 +41,14 @@ class Times(NamedTuple):
     mfu: float | None  # None if the device's peak is not known
 
 
+def without_graphs():
+    """Switch CUDA graphs off. To be called before JAX's backend starts."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+
+
 def prepare(config: Config) -> Running:
     """Compile the step and run it twice. Raises ValueError if there is no GPU or too little memory."""
+    without_graphs()
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise ValueError(f"jax runs on {device.platform} here; --device h100 counts the step without a GPU")

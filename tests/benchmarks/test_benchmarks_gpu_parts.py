@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
-from on_gpu import compare, delta, kernels, long, repeats, shapes, times
+from on_gpu import compare, delta, kernels, long, repeats, shapes, tiles, times
 
 SMALL = {"width": 16, "value_width": 16}
 
@@ -140,11 +140,33 @@ def test_a_single_kernel_gets_what_a_pass_gives_it(worker, monkeypatch, kernel):
         for key, entry in before.items():
             delta.TABLE[key].update(entry)
     (row,) = worker.rows
-    assert row["tile"] == "16, 16, 4, 1, 1, 16" and row["ms"] > 0, row
+    assert row["tile"] == "16, 16, 4, 1, 1, 128" and row["ms"] > 0, row
     last = started[-1]
     assert last.kernel.__name__ == kernel.replace("tied", "write")
     assert last.constants["FORM"].tied == kernel.startswith("tied")
     assert last.constants["TILE"].rows == 16
+
+
+def test_other_tiles_are_timed_and_compared_with_the_tables(worker, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is in the dependency group `kernels`, on Linux")
+    from pallas_kernels.triton import launch
+
+    def run(given):
+        """A result that is off with one of the tiles."""
+        some = sum(jnp.sum(x.astype(jnp.float32)) for x in given.arrays)
+        off = 0.1 * (given.constants["TILE"].rows == 32)
+        return [jnp.full(x.shape, some * 0 + 1 + off, x.dtype) for x in given.outputs]
+
+    monkeypatch.setattr(launch, "run", run)
+    before = {key: dict(entry) for key, entry in delta.TABLE.items()}
+    try:
+        sizes = SMALL | {"batch": 1, "time": 32, "heads": 2, "kv_heads": 2}
+        tiles.time_tiles(worker, "write_forward", tiles.SHORT, [[16, 16, 4, 1], [32, 16, 4, 1]], 1, sizes)
+    finally:
+        for key, entry in before.items():
+            delta.TABLE[key].update(entry)
+    assert [row["wrong"] for row in worker.rows] == [False, False, True], worker.rows
+    assert worker.rows[1]["tile"] == "(16, 16, 4, 1, 1, 128)" and worker.turns == 1
 
 
 def test_nan_is_the_largest_difference():
@@ -169,9 +191,9 @@ def test_late_tokens_are_compared_by_themselves():
 
 def test_the_plan_is_in_order():
     every = gpu.plan(gpu.parse(["--kernels"]))
-    of_ops = [part for part in gpu.PARTS if part not in gpu.WHOLE]
+    of_ops = [part for part in gpu.PARTS if part not in (*gpu.WHOLE, "tiles")]
     assert list(dict.fromkeys(case.part for case in every)) == of_ops
-    whole = gpu.plan(gpu.parse(["--kernels", "--models"]))
+    whole = gpu.plan(gpu.parse(["--kernels", "--tiles", "--models"]))
     assert list(dict.fromkeys(case.part for case in whole)) == list(gpu.PARTS)
     count = lambda arguments: len(gpu.plan(gpu.parse(arguments)))
     assert count(["--quick"]) < count([]) < count(["--kernels"])

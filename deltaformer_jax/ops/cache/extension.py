@@ -5,9 +5,8 @@ For a block of T tokens after N cached ones,
     U = (I + diag(β) A_new)⁻¹ (diag(α) V − diag(β) A_old U_old),      O = P_old U_old + P_new U
 
 A row's similarity is normalised over both parts together. The parts, cached and new, stay separate arrays: to join them
-would copy the scores, and each step would be a program of its own on an accelerator. A block of one token is a decoding step. A prompt is
-processed block by block, so that at most block × capacity scores per head exist at once. Work: O(T · capacity · (K+V))
-per head.
+would copy the scores. A block of one token is a decoding step. A prompt is processed block by block, so that at most
+block × capacity scores per head exist at once. Work: O(T · capacity · (K+V)) per head.
 
 JAX differentiates these functions itself. Heads are laid out [B, T, G, n, r, ·], with Hu = G·n write heads and
 H = G·n·r query heads.

@@ -132,10 +132,9 @@ def choose(kernel: str, compute_capability: int, width: int, operands: str) -> T
 def heads_at_once(time: int, width: int) -> int:
     """How many heads the write processes at the same time: a power of two. `width` is that of a key and a u together.
 
-    The blocks of a head wait for one another. Too few heads leave multiprocessors idle while each head's next block
-    waits: on an H100, 16 heads of 2048 tokens took three times as long as the arithmetic of their blocks. The keys and u
-    of too many heads do not stay in the cache. The rule is 32 heads at 8192 tokens and width 256, where 32 and 64 were
-    measured to be the fastest, more for shorter heads, and never fewer.
+    The blocks of a head wait for one another. With too few heads, multiprocessors idle while each head's next block
+    waits. With too many, their keys and u do not stay in the cache. The rule is 32 heads at 8192 tokens and width 256,
+    where 32 and 64 were measured to be the fastest; more for shorter heads, and never fewer.
     """
     fitting = 32 * 8192 * 256 // (time * width)
     return max(32, min(128, 1 << max(fitting, 1).bit_length() - 1))

@@ -80,7 +80,8 @@ def test_packed_calls_take_them_unasked_and_what_they_lack_is_chunked():
         assert kernels(jax.grad(call, (0, 1, 2)), query, key, value) == 2
     lacking = {"window": 8, "log_decay": -0.1, "sinks": jnp.zeros(4)}
     for name, given in lacking.items():
-        assert kernels(lambda *x: loss(*x, segment_ids=segments, **{name: given}), query, key, value) == 0
+        call = lambda *x, options={name: given}: loss(*x, segment_ids=segments, **options)
+        assert kernels(call, query, key, value) == 0
         with pytest.raises(NotImplementedError, match=f"implementation='triton': its kernels have no {name}; use None"):
             causal_attention(query, key, value, implementation="triton", **{name: given})
 
