@@ -71,7 +71,7 @@ def mapping(config: ModelConfig, source: Source) -> Correspondence:
             raise ValueError(f"{source.model_type} has no layer like {mixer}")
         block = ("blocks", n % len(config.mixers))
         for row in source.rows[mixer]:
-            paths = [(*block, *_keys(name)) for name in row.parameters]
+            paths = [(*block, *keys_of(name)) for name in row.parameters]
             if not all(path in ours for path in paths):
                 continue
             covered.update(paths)
@@ -87,6 +87,6 @@ def mapping(config: ModelConfig, source: Source) -> Correspondence:
     return Correspondence(parts, places, **named)
 
 
-def _keys(name: str) -> Path:
+def keys_of(name: str) -> Path:
     """A path as nnx has it: the parts of a list are numbers."""
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
