@@ -1,8 +1,9 @@
 """The training step run and profiled on a GPU, on random tokens.
 
 Without CUDA graphs: in a profile, the launches of a graph have no names of their own, and most of a step would belong
-to no part. A step's time is the median over steps that are waited for one by one. The times of the parts are sums over the events
-of a profile of some further steps; "idle" is what the parts leave of a step: launches that wait, and the host.
+to no part. A step's time is the median over steps that are waited for one by one. The times of the parts are sums over
+the events of a profile of some further steps; "idle" is what the parts leave of a step: launches that wait, and the
+host.
 """
 
 from __future__ import annotations

@@ -44,35 +44,52 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Tensors:
-    """The tensors of a folder by name: `shape(name)`, and `tensors[name]`, an array read at that moment."""
+    """The tensors of a folder by name: `shape(name)`, `dtype(name)`, and `tensors[name]`, an array read at that moment.
+
+    One file is mapped into memory at a time, so that what was read of the others does not stay there.
+    """
 
     def __init__(self, folder: Path):
-        self._files = {}
+        self._found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._path, self._file = None, None
         for path in _files(folder):
-            try:
-                opened = safe_open(path, "numpy")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a safetensors file: {error}") from None
+            opened = _open(path)
             for name in opened.keys():
-                if name in self._files:
+                if name in self._found:
                     raise ValueError(f"{path}: {name} is in another file of {folder} too")
-                self._files[name] = opened
+                part = opened.get_slice(name)
+                self._found[name] = (path, tuple(part.get_shape()), part.get_dtype())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._found)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._found
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._found[name][1]
 
     def dtype(self, name: str) -> str:
         """As safetensors names it: "F32", "BF16", ..."""
-        return self._files[name].get_slice(name).get_dtype()
+        return self._found[name][2]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        path = self._found[name][0]
+        if path != self._path:
+            self.close()  # before the next is mapped
+            self._path, self._file = path, _open(path)
+        return self._file.get_tensor(name)
+
+    def close(self) -> None:
+        """Unmap the file that was read last."""
+        self._path, self._file = None, None
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, "numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
 
 
 def _files(folder: Path) -> list[Path]:

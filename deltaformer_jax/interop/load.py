@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,7 +90,7 @@ def _read_own(folder: Path, files: Tensors, parts: ModelParts) -> dict[str, Any]
 def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Correspondence) -> dict[str, Any]:
     """The parameters, nested dicts of float32 arrays. names: a tensor's usual name -> its name in the files."""
     _check(folder, files, names, found)
-    params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat(found.parts.params)}
+    params = {path: _zeros(leaf.shape) for path, leaf in flat(found.parts.params)}
     for place in found.places:
         arrays = [_float(files[names[_held(options, names)]]) for options in place.tensors]
         parts = to_ours(place.row, arrays, place.shapes)
@@ -103,7 +105,9 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
         path, name = found.head
         head = _float(files[names[name]])
         params[path][:, : len(head)] = head.T
-    return nested({path: jnp.asarray(params.pop(path)) for path in list(params)})
+    files.close()
+    # Unlike jnp.asarray, which copies.
+    return nested({path: jax.device_put(params.pop(path)) for path in list(params)})
 
 
 def _names(files: Tensors, source: Source) -> dict[str, str]:
@@ -114,6 +118,14 @@ def _names(files: Tensors, source: Source) -> dict[str, str]:
 
 def _held(options: tuple[str, ...], names: dict[str, str]) -> str:
     return next((name for name in options if name in names), options[0])
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """float32 zeros that begin where JAX on a CPU can take them as they are, without a copy."""
+    size, alignment = 4 * math.prod(shape), 64
+    memory = np.zeros(size + alignment, np.uint8)
+    begin = -memory.ctypes.data % alignment
+    return memory[begin : begin + size].view(np.float32).reshape(shape)
 
 
 def _float(array: np.ndarray) -> np.ndarray:

@@ -13,16 +13,18 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.data.tokenizer import EOT_NAMES
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import SHARD_BYTES, write
+from deltaformer_jax.interop.files import SHARD_BYTES, read_json, write
 from deltaformer_jax.interop.mapping import flat, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
 from deltaformer_jax.model_parts import params_of
 
+BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
@@ -43,7 +45,7 @@ def save_pretrained(
 
     model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
     `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
-    byte. card: the text of README.md; "": a short one.
+    byte; its end-of-text becomes the config's bos and eos token. card: the text of README.md; "": a short one.
 
     Raises ValueError if the named model type cannot say the config, with the fields that it cannot say, and for numbers
     that float16 cannot hold; FileExistsError if the folder holds weights already.
@@ -63,9 +65,11 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
-    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **said}
-    (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text('{"do_sample": true}\n', encoding="utf-8")
+    ids = _token_ids(tokenizer)
+    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **said}
+    generation = {"do_sample": True, **ids}
+    for name, values in (("config.json", text), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
@@ -96,6 +100,19 @@ def choose(config: ModelConfig, model_type: str | None) -> tuple[Source | None, 
     if model_type is None:
         return None, own.say(config)
     raise ValueError("; ".join(reasons))
+
+
+def _token_ids(tokenizer: str | os.PathLike | None) -> dict[str, int | None]:
+    """The ids of special tokens. They are said even where there are none: a class's own may lie outside the vocabulary.
+
+    End-of-text stands before a document and after it.
+    """
+    end = None
+    if tokenizer is not None:
+        said = read_json(Path(tokenizer))
+        named = {token.get("content"): token.get("id") for token in said.get("added_tokens") or []}
+        end = BYTES if said.get("deltaformer_jax") else next((named[name] for name in EOT_NAMES if name in named), None)
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
 
 
 def _check_range(params: dict, dtype: str) -> None:

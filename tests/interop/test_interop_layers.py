@@ -201,7 +201,7 @@ def test_errors_are_one_line(tmp_path):
         load_layer(FOLDERS / "hf_kimi_linear", 1)
     with pytest.raises(ValueError, match=r"layer=2: .* has layers 0 to 1"):
         load_layer(FOLDERS / "hf_kimi_linear", 2)
-    with pytest.raises(ValueError, match=r"model_type = 'llama' is not one of qwen3_next, .*; load_pretrained reads it"):
+    with pytest.raises(ValueError, match=r"model_type = 'llama' is not one of qwen3_next, .*; load_pretrained reads"):
         load_layer(FOLDERS.parent / "pretrained" / "hf_llama", 0)
     folder = tmp_path / "broken"
     folder.mkdir()
