@@ -1,6 +1,7 @@
 """Every Python example in README.md and docs/, and every notebook, runs as it stands there.
 
-Examples that need files begin with "``` python", with a space; test_own_mixers.py and test_old_runs.py run those.
+Examples that need files begin with "``` python", with a space; test_own_mixers.py, test_old_runs.py and
+test_interop_layers.py run those.
 """
 
 import json
@@ -21,7 +22,11 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 6
     pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
     need_files = {name: len(re.findall(r"^``` python\n", text, re.M)) for name, text in pages.items()}
-    assert {name: count for name, count in need_files.items() if count} == {"checkpoints.md": 2, "own_mixers.md": 1}
+    assert {name: count for name, count in need_files.items() if count} == {
+        "checkpoints.md": 2,
+        "own_mixers.md": 1,
+        "weights.md": 1,
+    }
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

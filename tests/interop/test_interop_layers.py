@@ -2,6 +2,7 @@
 logits that transformers' own class computed; and bounded gates against the recurrence written out."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -217,3 +218,11 @@ def test_errors_are_one_line(tmp_path):
     said = str(error.value)
     assert "missing self_attn.A_log" in said and "unknown self_attn.more" in said and "\n" not in said
     assert "self_attn.o_norm.weight: shape [3], not [16]" in said
+
+
+def test_the_example_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^``` python\n(.*?)^```", text, re.M | re.S)
+    names = {"FOLDER": FOLDERS / "hf_kimi_linear", "x": jnp.ones((2, 5, 48))}
+    exec(code, names)
+    assert names["y"].shape == (2, 5, 48)
