@@ -121,8 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
     _print_left_out(corpus)
     if not corpus.split("eval").documents:
-        print("  the eval split has no documents: evaluation needs more, a larger --eval_fraction or, in training,")
-        print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
+        tail = "" if corpus.split("train").masked else " or, in training,"
+        print(f"  the eval split has no documents: evaluation needs more, a larger --eval_fraction{tail}")
+        if tail:
+            print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
     return 0
 
 
