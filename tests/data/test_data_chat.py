@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.chat_cases import CHATML, MARKED, conversation, conversations, json_lines, tokenizer_folder
+from support.data.chat_cases import CHATML, MARKED, conversation, conversations, json_lines, tokenizer_folder
 
 from deltaformer_jax.data import ByteTokenizer, batches, load_corpus, load_tokenizer, prepare_corpus
 from deltaformer_jax.data.chat import Encoder, load_format

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import training_cases as cases
-from support.chat_cases import conversation, conversations, json_lines, tokenizer_folder
+from support.data.chat_cases import conversation, conversations, json_lines, tokenizer_folder
 
 from deltaformer_jax.data import batches, count_batches, has_loss_mask, load_data, prepare_corpus
 from deltaformer_jax.data.whole_packing import WholePacking

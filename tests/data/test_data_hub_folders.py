@@ -118,7 +118,7 @@ def test_a_long_line_with_a_nested_text(tmp_path, monkeypatch):
     monkeypatch.setattr("deltaformer_jax.data.sources.units.LONG", 1000)
     monkeypatch.setattr("deltaformer_jax.data.sources.content.BLOCK", 100)
     long = "größer " * 20_000
-    (tmp_path / "a.jsonl").write_text(json.dumps({"meta": {"text": long, "other": "x" * 5000}}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"meta": {"text": long, "other": "x" * 100}}))
     corpus = prepare_corpus(tmp_path / "a.jsonl", tmp_path / "out", text_field="meta.text", eval_fraction=0)
     assert corpus.tokenizer.decode(corpus.split("train").read(0)) == long
 
