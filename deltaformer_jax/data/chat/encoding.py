@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltaformer_jax.data.chat.format import ChatFormat
+from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat
 from deltaformer_jax.data.sources import Conversation, Unreadable
 from deltaformer_jax.data.tokenizer import Tokenizer
-
-_ASSISTANT = "assistant"
 
 
 class Encoded(NamedTuple):
@@ -72,8 +70,8 @@ def _plain(conversation: Conversation) -> list[tuple[str | None, bool]]:
     """Pieces of text, None for end-of-text, each with whether the assistant says it (`ChatFormat`)."""
     pieces: list[tuple[str | None, bool]] = []
     for message in conversation.messages:
-        head, answer = f"{message['role']}:\n", message["role"] == _ASSISTANT
+        head, answer = f"{message['role']}:\n", message["role"] == ASSISTANT
         pieces += [(head, False), (message["content"], answer), (None, True) if answer else ("\n\n", False)]
     if not any(answer for _, answer in pieces):
-        raise Unreadable(f"{conversation.where}: has no message of role {_ASSISTANT!r}; leave it out")
+        raise Unreadable(f"{conversation.where}: has no message of role {ASSISTANT!r}; leave it out")
     return [(text, answer) for text, answer in pieces if text != ""]

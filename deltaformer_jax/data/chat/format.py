@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 PLAIN = "plain"
+ASSISTANT = "assistant"  # the role whose messages are answers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,9 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from deltaformer_jax.data.chat.format import ChatFormat
+from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat
 from deltaformer_jax.data.sources import Unreadable
 
-ASSISTANT = "assistant"
 _INSTALL = 'chat templates need the package jinja2: install the extra "chat", or take --chat plain'
 
 
