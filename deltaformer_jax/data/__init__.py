@@ -3,11 +3,12 @@
 from deltaformer_jax.data.batches import batches, count_batches
 from deltaformer_jax.data.build import prepare_corpus, stdlib_corpus
 from deltaformer_jax.data.corpus import Corpus, Split, load_corpus
-from deltaformer_jax.data.mixture import Mixture, load_data
+from deltaformer_jax.data.mixture import Mixture, has_loss_mask, load_data
 from deltaformer_jax.data.task_data import TaskData, is_task
 from deltaformer_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
+    PieceTokenizer,
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
@@ -19,12 +20,14 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "Mixture",
+    "PieceTokenizer",
     "Split",
     "StreamDecoder",
     "TaskData",
     "Tokenizer",
     "batches",
     "count_batches",
+    "has_loss_mask",
     "is_task",
     "load_corpus",
     "load_data",

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from deltaformer_jax.data.corpus import Corpus, Split
-from deltaformer_jax.data.mixture import MixedPacking, Mixture
+from deltaformer_jax.data.mixture import MixedPacking, Mixture, packing_of
 from deltaformer_jax.data.packing import Packing
 from deltaformer_jax.data.task_data import TaskData, TaskRows
+from deltaformer_jax.data.whole_packing import WholePacking
 
 _ENDLESS = 2**48  # batches: grain asks for a length, and no run is that long
 
@@ -36,7 +37,8 @@ def batches(
     split "train"  endless; documents and rows are shuffled again in each epoch; a batch may span two epochs
     split "eval"   one pass in order, without the seed; the last batch is filled up with rows of padding
     a Mixture      "train": rows of its corpora by weight; "eval": one pass over all of them
-    a TaskData     the examples n b .. (n + 1) b - 1, and one more array, bool: loss_mask, the positions with a target
+    conversations  one more array, bool: loss_mask, True where the target is a token of an answer (`WholePacking`)
+    a TaskData     the examples n b .. (n + 1) b - 1, and loss_mask, the positions with a target
 
     `num_threads` threads read ahead. An argument out of range or an empty split raises ValueError at the call.
     """
@@ -54,8 +56,8 @@ def batches(
 def count_batches(corpus: Corpus | Mixture | TaskData, split: str, *, sequence_length: int, batch_size: int) -> int:
     """Batches in one pass over a split: ceil(rows / batch_size), rows = ceil((tokens + documents) / sequence_length).
 
-    For a TaskData the number of evaluation batches, whatever the split, since its training data are endless. Raises
-    ValueError as `batches` does.
+    Conversations need more rows, since they are packed whole. For a TaskData the number of evaluation batches, whatever
+    the split, since its training data are endless. Raises ValueError as `batches` does.
     """
     _check(sequence_length, batch_size)
     return -(-_packing(corpus, split, sequence_length, None).rows_per_epoch // batch_size)
@@ -66,7 +68,7 @@ class _Batches:
 
     def __init__(
         self,
-        rows: Packing | MixedPacking | TaskRows,
+        rows: Packing | WholePacking | MixedPacking | TaskRows,
         batch_size: int,
         start: int,
         count: int,
@@ -89,11 +91,11 @@ class _Batches:
 
 def _packing(
     corpus: Corpus | Mixture | TaskData, split: str, sequence_length: int, seed: int | None
-) -> Packing | MixedPacking | TaskRows:
+) -> Packing | WholePacking | MixedPacking | TaskRows:
     if isinstance(corpus, TaskData):
         return corpus.rows(sequence_length, seed)
     if isinstance(corpus, Corpus):
-        return Packing(check_split(corpus, split), sequence_length, seed)
+        return packing_of(check_split(corpus, split), sequence_length, seed)
     if split == "train":
         return MixedPacking([check_split(one, split) for one in corpus.corpora], corpus.weights, sequence_length, seed)
     # Evaluation uses the corpora that have evaluation documents, whichever these are.

@@ -20,6 +20,7 @@ from typing import Any
 
 from deltaformer_jax.data import corpus as layout
 from deltaformer_jax.data import shards
+from deltaformer_jax.data.chat import ChatFormat, load_format
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
 from deltaformer_jax.data.remote import cache_folder
 from deltaformer_jax.data.shards import JOURNAL, Journal, NotAsLeft, SplitWriter
@@ -40,8 +41,11 @@ def prepare_corpus(
     tokenizer: str = "bytes",
     workers: int = 1,
     eval_fraction: float = 0.02,
-    text_field: str = "text",
+    text_field: str = "",
     separator: str = "",
+    chat: str = "",
+    subset: str = "",
+    split: str = "",
     on_error: str = "stop",
     force: bool = False,
     progress: bool = False,
@@ -54,17 +58,22 @@ def prepare_corpus(
                    that calls this function needs `if __name__ == "__main__":`
     eval_fraction  a document is in the eval split if the hash of its text, as a fraction, is below this. So equal texts
                    are always in the same split
-    text_field     the field of JSON lines, or the column of Parquet, that holds the text
+    text_field     the field of JSON lines, or the column of Parquet, that holds the text; "meta.text" is field text of
+                   field meta. Default: "text", or "messages" with `chat`
     separator      divides text files into documents wherever it occurs, for example "<|endoftext|>". Without it a text
                    file is one document
+    chat           documents are conversations, lists of messages with role and content, of which the answers alone
+                   bear loss. "template": rendered by the chat template beside the tokenizer's file; "plain", or the
+                   path of a Jinja file (see `load_format`)
+    subset, split  which part to read of a folder that is a dataset of the Hugging Face hub (see `chosen_shards`)
     on_error       what to do about a document or file that cannot be read. "stop": raise an error that names it.
                    "skip": leave it out, count it in the manifest ("left_out_on_error") and name it in left_out.txt of
                    the folder, which also names the files that are not text
     force          replace an existing corpus
     progress       show a bar on stderr
 
-    The content of the folder depends on the source, tokenizer, eval_fraction, text_field and separator alone. Empty
-    documents are left out.
+    The content of the folder depends on the source, tokenizer, eval_fraction, text_field, separator, chat, subset and
+    split alone. Empty documents are left out.
 
     Memory: some hundred megabytes for each worker, whatever the size of a file or document (but see `parquet_units`).
     Raises ValueError, FileNotFoundError or FileExistsError, before anything is written where that is possible.
@@ -81,7 +90,16 @@ def prepare_corpus(
         raise ValueError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
     size = bpe_size(tokenizer)
     given = None if size else ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer)
-    opened = open_source(source, text_field, separator)
+    if chat and size:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} cannot be learnt from conversations; learn it from text first and give its "
+            'tokenizer.json, or take "bytes"'
+        )
+    if chat and separator:
+        raise ValueError("separator divides text files, and with chat documents are conversations; leave it out")
+    form = load_format(chat, tokenizer) if chat else None
+    text_field = text_field or ("messages" if chat else "text")
+    opened = open_source(source, text_field, separator, chat=bool(chat), subset=subset, split=split)
     if opened.description["kind"] == "files" and folder.resolve().is_relative_to(opened.description["path"]):
         raise ValueError(f"{folder}: lies in the source and would be read as a part of it; choose another folder")
     if size and opened.is_pipe:
@@ -92,6 +110,7 @@ def prepare_corpus(
         "text_field": text_field,
         "source": opened.description,
         **({"separator": separator} if separator else {}),
+        **({"chat": form.settings()} if form else {}),
     }
     if (folder / layout.MANIFEST_FILE).exists():
         if not force:
@@ -110,7 +129,7 @@ def prepare_corpus(
         try:
             skip = on_error == "skip"
             chosen = given or _learnt(partial.path, opened, size, eval_fraction, skip, progress)
-            _write(partial.path, opened, chosen, settings, workers, skip, progress)
+            _write(partial.path, opened, chosen, form, settings, workers, skip, progress)
             corpus = _move(partial, folder, settings, on_error, force)
         except BaseException as error:
             # The work is kept after an interruption, on a full disk, or at a document that cannot be read.
@@ -245,6 +264,7 @@ def _write(
     folder: Path,
     source: Source,
     tokenizer: Tokenizer,
+    form: ChatFormat | None,
     settings: dict[str, Any],
     workers: int,
     skip: bool,
@@ -263,7 +283,7 @@ def _write(
         if not journal.units:
             left_out.add(f"{name}: {why}" for name, why in source.left_out)
         advance(size, sum(state["documents"] for state in journal.splits.values()))
-        for unit in tokenize_units(tokenizer, units, workers, folder, skip):
+        for unit in tokenize_units(tokenizer, units, workers, folder, skip, form):
             for document in unit.documents():
                 name = "eval" if _in_eval(document.digest, settings["eval_fraction"]) else "train"
                 writers[name].add(*document)
@@ -286,6 +306,7 @@ def _write(
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
         "settings": settings,
         "token_dtype": token_dtype(tokenizer).str,
+        **({"loss_mask": True} if form else {}),
         "splits": splits,
         "source_files_left_out": len(source.left_out),
         **({"left_out_on_error": on_error} if (on_error := left_out.lines - len(source.left_out)) else {}),

@@ -36,7 +36,7 @@ def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], lis
     """
     content, off = json.loads(json.dumps(content)), []
     kept = []
-    for part in _parts(content, "normalizer"):
+    for part in parts_of(content, "normalizer"):
         if part["type"] in _SWITCHED_OFF_NORMALIZERS:
             off.append(f"normalizer {part['type']}")
         elif part["type"] == "ByteLevel":
@@ -47,7 +47,7 @@ def byte_exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], lis
                 'text; learn a tokenizer with --tokenizer bpe:SIZE, or take a file whose "normalizer" is null'
             )
     content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    for part in _parts(content, "pre_tokenizer"):
+    for part in parts_of(content, "pre_tokenizer"):
         if part["type"] not in _PRE_TOKENIZERS or part.get("behavior") == "Removed":
             raise ValueError(
                 f"{where}: its pre-tokenizer {part['type']} drops or changes characters; use a byte-level BPE file "
@@ -86,10 +86,10 @@ def check_probe(encode_bytes: Any, where: str, added: list[str]) -> None:
 
 
 def is_byte_level(content: dict[str, Any]) -> bool:
-    return any(part["type"] == "ByteLevel" for part in _parts(content, "decoder"))
+    return any(part["type"] == "ByteLevel" for part in parts_of(content, "decoder"))
 
 
-def _parts(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def parts_of(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The components of a kind, in order, with each Sequence replaced by its components."""
     found, waiting = [], [content.get(name)]
     while waiting:

@@ -4,7 +4,8 @@ DIR/manifest.json         counts, settings, hashes (also its own: an edited mani
 DIR/tokenizer.json        the tokenizer
 DIR/SPLIT_lengths.npy     int64 [documents]: tokens of each document, in order; SPLIT is train or eval
 DIR/SPLIT-00000.array_record ...   the tokens: a record is a document, or the next PIECE tokens of a longer one,
-                          as little-endian uint16 (uint32 above 65,536 ids)
+                          as little-endian uint16 (uint32 above 65,536 ids). In a corpus of conversations, whose
+                          manifest has "loss_mask": true, bits follow: which of these tokens bear loss
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from deltaformer_jax.data.remote import fetch
 from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,9 +33,15 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class Split:
-    """The documents of one split. `lengths`: int64 [documents], their tokens without end-of-text, all above 0."""
+    """The documents of one split. `lengths`: int64 [documents], their tokens without end-of-text, all above 0.
 
-    def __init__(self, lengths: np.ndarray, shards: list[tuple[Path, int]], dtype: np.dtype, eot: int):
+    masked: whether the documents are conversations, of which only some tokens bear loss.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, shards: list[tuple[Path, int]], dtype: np.dtype, eot: int, masked: bool = False
+    ):
+        self.masked = masked
         self.lengths = lengths
         self.documents = len(lengths)
         self.tokens = int(lengths.sum())
@@ -52,12 +60,16 @@ class Split:
 
         Reads only the records that hold them. Thread-safe. Raises ValueError if the shard is damaged.
         """
+        return self.read_with_mask(document, start, stop)[0]
+
+    def read_with_mask(self, document: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `read`, and which of these tokens bear loss: bool [stop - start], all True unless the split is masked."""
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise ValueError(f"tokens {start}:{stop} of document {document}, which has {length}")
         if start == stop:
-            return np.zeros(0, self._dtype)
+            return np.zeros(0, self._dtype), np.zeros(0, bool)
         first, last = start // PIECE, -(-stop // PIECE)
         shard = int(np.searchsorted(self._shard_ends, self._first_record[document], side="right"))
         path, records = self._shards[shard]
@@ -67,16 +79,32 @@ class Split:
             pieces = self._reader(shard).read(begin + first, begin + last)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"{path}: damaged ({error}); prepare the corpus again") from None
+        count, masks = min(last * PIECE, length) - first * PIECE, []
+        if self.masked:
+            counts = [PIECE] * (len(pieces) - 1) + [count - PIECE * (len(pieces) - 1)]
+            sizes = [n * self._dtype.itemsize for n in counts]
+            if [len(piece) for piece in pieces] != [size + -(-n // 8) for size, n in zip(sizes, counts)]:
+                raise ValueError(f"{path}: records and document lengths disagree; prepare the corpus again")
+            bits = [np.frombuffer(piece[size:], np.uint8) for piece, size in zip(pieces, sizes)]
+            masks = [np.unpackbits(some, count=n).astype(bool) for some, n in zip(bits, counts)]
+            pieces = [piece[:size] for piece, size in zip(pieces, sizes)]
         content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if len(content) != (min(last * PIECE, length) - first * PIECE) * self._dtype.itemsize:
+        if len(content) != count * self._dtype.itemsize:
             raise ValueError(f"{path}: records and document lengths disagree; prepare the corpus again")
-        return np.frombuffer(content, self._dtype)[start - first * PIECE : stop - first * PIECE]
+        mask = np.concatenate(masks) if self.masked else np.ones(count, bool)
+        here = slice(start - first * PIECE, stop - first * PIECE)
+        return np.frombuffer(content, self._dtype)[here], mask[here]
 
     def _open(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
         options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
         return ArrayRecordReader(str(self._shards[shard][0]), options, file_reader_buffer_size=2**15)
+
+
+def record_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The record of a piece of a conversation, uint8: its tokens, then its mask, a bit for each token."""
+    return np.frombuffer(tokens.tobytes() + np.packbits(mask).tobytes(), np.uint8)
 
 
 class Part:
@@ -92,6 +120,7 @@ class Part:
         self.documents = len(self.lengths)
         self.tokens = int(self.lengths.sum())
         self.eot = split.eot
+        self.masked = False
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         length, first = int(self.lengths[document]), int(self._starts[document])
@@ -147,8 +176,10 @@ def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
     """The same corpus, with the last `share` of each training document, rounded up to tokens, as its evaluation split.
 
     Its hash stays the same, since the share is a setting of the training run. Raises ValueError if the corpus already
-    has evaluation documents.
+    has evaluation documents, or if it is of conversations.
     """
+    if corpus.split("train").masked:
+        raise ValueError(f"{corpus.path} has conversations, which are not cut; prepare it with --eval_fraction instead")
     if corpus.split("eval").documents:
         raise ValueError(f"{corpus.path} has evaluation documents of its own; leave it at 0")
     train = corpus.split("train")
@@ -162,6 +193,16 @@ def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
         for name, part in splits.items()
     }
     return Corpus(corpus.path, {**corpus.manifest, "splits": counts}, corpus.tokenizer, splits)
+
+
+def holds_conversations(path: str | os.PathLike) -> bool:
+    """Whether the corpus in folder `path` is of conversations. Reads its manifest only; False if it has none."""
+    try:
+        file = epath.Path(path) if "://" in os.fspath(path) else Path(expand(path))
+        manifest = json.loads((file / MANIFEST_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return isinstance(manifest, dict) and bool(manifest.get("loss_mask"))
 
 
 def local_folder(path: str | os.PathLike) -> Path:
@@ -218,4 +259,5 @@ def _load_split(folder: Path, name: str, manifest: dict[str, Any], tokenizer: To
                 f"{file}: {file.stat().st_size} bytes where the manifest says {shard['size']}; prepare the corpus again"
             )
         shards.append((file, shard["records"]))
-    return Split(np.load(path), shards, np.dtype(manifest["token_dtype"]), tokenizer.eot)
+    masked = manifest.get("loss_mask", False)
+    return Split(np.load(path), shards, np.dtype(manifest["token_dtype"]), tokenizer.eot, masked)

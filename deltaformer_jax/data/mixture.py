@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from deltaformer_jax.data.corpus import SPLITS, Corpus, Split, load_corpus
+from deltaformer_jax.data.corpus import SPLITS, Corpus, Split, holds_conversations, load_corpus
 from deltaformer_jax.data.packing import Packing, permuted
 from deltaformer_jax.data.task_data import TaskData, is_task
+from deltaformer_jax.data.whole_packing import WholePacking
 from deltaformer_jax.host.paths import expand
 
 BLOCK = 10_000  # rows in a block; weights are rounded to multiples of 1 / BLOCK
@@ -76,19 +77,37 @@ def load_data(spec: str | os.PathLike) -> Corpus | Mixture | TaskData:
     text = os.fspath(spec)
     if is_task(text):
         return TaskData(text)
-    if Path(expand(text)).exists() or not ("," in text or "=" in text):
+    parts = _mixed(text)
+    if parts is None:
         return load_corpus(text)
-    corpora, weights = [], []
+    return Mixture([load_corpus(folder) for folder, _ in parts], [weight for _, weight in parts], text)
+
+
+def has_loss_mask(spec: str | os.PathLike) -> bool:
+    """Whether the batches of `load_data(spec)` have a loss_mask: a task's, and those of conversations.
+
+    Reads manifests only. A corpus that is not there has none.
+    """
+    text = os.fspath(spec)
+    if is_task(text):
+        return True
+    return any(holds_conversations(folder) for folder, _ in _mixed(text) or [(text, 1.0)] if folder)
+
+
+def _mixed(text: str) -> list[tuple[str, float]] | None:
+    """The folders and weights of a mixture, None if `text` is one folder."""
+    if Path(expand(text)).exists() or not ("," in text or "=" in text):
+        return None
+    found = []
     for part in filter(None, map(str.strip, text.split(","))):
         folder, equals, weight = part.rpartition("=")
         if not equals or not folder:
             raise ValueError(f"{text!r}: {part!r} has no weight; a mixture is FOLDER=WEIGHT,FOLDER=WEIGHT")
         try:
-            weights.append(float(weight))
+            found.append((folder, float(weight)))
         except ValueError:
             raise ValueError(f"{text!r}: the weight {weight!r} of {folder} is not a number") from None
-        corpora.append(load_corpus(folder))
-    return Mixture(corpora, weights, text)
+    return found
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
@@ -106,6 +125,11 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
     return counts
 
 
+def packing_of(split: Split, sequence_length: int, seed: int | str | None) -> Packing | WholePacking:
+    """The rows of a split: conversations are packed whole, texts are laid end to end."""
+    return (WholePacking if split.masked else Packing)(split, sequence_length, seed)
+
+
 class MixedPacking:
     """Rows of a mixture, with the interface of `Packing`. `rows_per_epoch` has a meaning only without a seed."""
 
@@ -116,9 +140,10 @@ class MixedPacking:
         self._starts = np.concatenate([[0], np.cumsum(self._quotas)])
         # Each corpus has its own seed: two copies of one corpus would otherwise give the same rows.
         self._packings = [
-            Packing(split, sequence_length, None if seed is None else f"{seed} of corpus {i}")
+            packing_of(split, sequence_length, None if seed is None else f"{seed} of corpus {i}")
             for i, split in enumerate(splits)
         ]
+        self._masked = any(split.masked for split in splits)
         counts = [packing.rows_per_epoch for packing in self._packings]
         self.rows_per_epoch = sum(counts)
         if seed is None:
@@ -142,16 +167,24 @@ class MixedPacking:
         return corpus, blocks * self._quotas[corpus] + places - self._starts[corpus]
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Packing.rows`. Without a seed, rows past the end are all padding."""
+        """As `Packing.rows`. Without a seed, rows past the end are all padding.
+
+        If a corpus is of conversations, also loss_mask: bool, True at every target of the texts of other corpora.
+        """
         indices = np.asarray(indices, np.int64)
         out = {
             name: np.zeros((len(indices), self.sequence_length), np.int32)
             for name in ("tokens", "targets", "segment_ids")
         }
+        if self._masked:
+            out["loss_mask"] = np.zeros((len(indices), self.sequence_length), bool)
         (real,) = np.nonzero(indices < self.rows_per_epoch) if self.seed is None else (np.arange(len(indices)),)
         corpus, rows = self.place(indices[real])
         for i in np.unique(corpus):
             mine = corpus == i
-            for name, array in self._packings[i].rows(rows[mine]).items():
+            found = self._packings[i].rows(rows[mine])
+            if self._masked:
+                found.setdefault("loss_mask", found["segment_ids"] > 0)
+            for name, array in found.items():
                 out[name][real[mine]] = array
         return out

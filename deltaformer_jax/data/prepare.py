@@ -5,7 +5,10 @@
 SOURCE           a folder, or a file, of text or code, .jsonl (each also .gz, .zst) or .parquet. Files and documents may
                  be of any size. Default: the standard library of the running Python
 --eval_fraction  the fraction of documents kept for evaluation
---text_field     the field of JSON lines, or the column of Parquet, that holds the text
+--text_field     the field of JSON lines, or the column of Parquet, that holds the text; meta.text is a field of a field
+--chat           documents are conversations: plain, template (the tokenizer's own) or a Jinja file
+--subset         which subset to read of a folder that is a dataset of the Hugging Face hub
+--split          which split of it
 --separator      divides text files into documents
 --on_error       what to do about a document or file that cannot be read: stop, naming it, or skip it
 --force          replace a corpus that DIR already holds
@@ -53,7 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=expand, default="bytes", help="bytes (default), bpe:SIZE or a file")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1; more help with BPE from 50 MB)")
     parser.add_argument("--eval_fraction", type=float, default=0.02, help="fraction for evaluation (default: 0.02)")
-    parser.add_argument("--text_field", default="text", help="field of JSON lines or Parquet (default: text)")
+    parser.add_argument(
+        "--text_field", default="", help="field of JSON lines or Parquet (default: text; with --chat: messages)"
+    )
+    parser.add_argument(
+        "--chat",
+        type=expand,
+        default="",
+        metavar="FORM",
+        help="read conversations and train on the answers: plain, template (the tokenizer's) or a Jinja file",
+    )
+    parser.add_argument("--subset", default="", help="subset of a dataset of the Hugging Face hub")
+    parser.add_argument("--split", default="", help="split of a dataset of the Hugging Face hub")
     parser.add_argument("--separator", default="", help="divides text files into documents (\\n: new line)")
     parser.add_argument(
         "--on_error",
@@ -84,11 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     eval_fraction=flags.eval_fraction,
                     text_field=flags.text_field,
                     separator=flags.separator.replace("\\n", "\n"),
+                    chat=flags.chat,
+                    subset=flags.subset,
+                    split=flags.split,
                     on_error=flags.on_error,
                     force=flags.force,
                     progress=sys.stderr.isatty(),
                 )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         hint = "; --on_error skip leaves out what cannot be read" if isinstance(error, Unreadable) else ""
         if hint and can_go_on(flags.out):
             hint += ", and the finished part is kept"
@@ -104,8 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {name:5} {entry['documents']:,} documents, {entry['tokens']:,} tokens, {entry['bytes']:,} bytes")
     _print_left_out(corpus)
     if not corpus.split("eval").documents:
-        print("  the eval split has no documents: evaluation needs more, a larger --eval_fraction or, in training,")
-        print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
+        tail = "" if corpus.split("train").masked else " or, in training,"
+        print(f"  the eval split has no documents: evaluation needs more, a larger --eval_fraction{tail}")
+        if tail:
+            print("  --config.data.eval_tail=0.1, which keeps the end of each document for evaluation")
     return 0
 
 

@@ -18,7 +18,8 @@ from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 class Evaluation(NamedTuple):
     """loss: nats per token. bits_per_byte. tokens: number of targets. bytes: their length as text.
 
-    For a task, accuracy takes the place of bits_per_byte: the fraction of targets that have the largest logit.
+    For a task or conversations, accuracy takes the place of bits_per_byte: the fraction of targets that have the
+    largest logit.
     """
 
     loss: float
@@ -31,7 +32,8 @@ class Evaluation(NamedTuple):
 def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     """jit of (params, batch) -> {"nats": float32 [B]}, the sum over each row.
 
-    For a task also {"hits": int32 [B]}: how many targets have the largest logit. Results are replicated to every host.
+    For a task or conversations also {"hits": int32 [B]}: how many targets have the largest logit.
+    Results are replicated to every host.
     """
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

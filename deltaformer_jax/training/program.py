@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config, DataConfig
-from deltaformer_jax.data import is_task
+from deltaformer_jax.data import has_loss_mask
 from deltaformer_jax.host.compiler_alarm import without_alarm
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.model import LanguageModel
@@ -69,14 +69,14 @@ class Program:
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:
         """The training step traced for batches of this shape. Tracing runs the model's own checks of its config."""
-        key = (data.batch_size, data.sequence_length, is_task(data.path))
+        key = (data.batch_size, data.sequence_length, has_loss_mask(data.path))
         if key not in self._lowered:
             self._lowered[key] = self.train_step.lower(self.abstract, abstract_batch(data, self.mesh))
         return self._lowered[key]
 
     def compile_train_step(self, data: DataConfig) -> jax.stages.Compiled:
         """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape."""
-        key = (data.batch_size, data.sequence_length, is_task(data.path))
+        key = (data.batch_size, data.sequence_length, has_loss_mask(data.path))
         if key not in self._compiled:
             lowered = self.lower_train_step(data)
             with without_alarm():
@@ -93,10 +93,10 @@ class Program:
 
 
 def abstract_batch(data: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a global batch: tokens, targets, segment_ids and, for a task, loss_mask."""
+    """The shapes of a global batch: tokens, targets, segment_ids and, for a task or conversations, loss_mask."""
     leaf = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), np.int32, sharding=batch_sharding(mesh))
     batch = {name: leaf for name in ("tokens", "targets", "segment_ids")}
-    return {**batch, "loss_mask": leaf.update(dtype=np.bool_)} if is_task(data.path) else batch
+    return {**batch, "loss_mask": leaf.update(dtype=np.bool_)} if has_loss_mask(data.path) else batch
 
 
 def use_compilation_cache(folder: str) -> None:

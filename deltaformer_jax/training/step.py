@@ -89,8 +89,8 @@ def make_train_step(
 ) -> Callable:
     """jit of (state, batch) -> (state, metrics). The old state is donated.
 
-    batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task also loss_mask, bool.
-    metrics, float32 []: loss and, for a task, accuracy, both before the update; grad_norm, before clipping;
+    batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
+    metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
     """
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, prepare_corpus, train_bpe
-from deltaformer_jax.data import tokenizer as tokenizer_module
 from deltaformer_jax.data.prepare import main
 from deltaformer_jax.data.tokenizer import BPETokenizer
+from deltaformer_jax.data.tokenizer import bpe as tokenizer_module
 
 TEXTS = ["hello world, cafe\u0301 2024\n  x  = 1234567\r\n日本 don't\n\n" * 50]
 PLAIN = json.loads(train_bpe(TEXTS, 330).file_text)

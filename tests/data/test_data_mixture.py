@@ -18,6 +18,8 @@ EOT = 10_000_000
 class Documents:
     """What Packing asks of a Split, in memory; tokens from `first` on, each another."""
 
+    masked = False
+
     def __init__(self, lengths, first=0):
         self.lengths = np.array(lengths, np.int64)
         self.documents, self.tokens, self.eot = len(lengths), int(sum(lengths)), EOT

@@ -13,6 +13,8 @@ EOT = 100_000
 class Documents:
     """What Packing asks of a Split, in memory; every token differs from every other."""
 
+    masked = False
+
     def __init__(self, lengths):
         self.lengths = np.array(lengths, np.int64)
         self.documents, self.tokens, self.eot = len(lengths), int(sum(lengths)), EOT

@@ -31,7 +31,8 @@ class DataConfig:
     )
     sequence_length: int = setting(
         256,
-        "Tokens per row. Documents are laid end to end and cut into rows; a token sees its own document only.",
+        "Tokens per row. Documents are laid end to end and cut into rows, conversations are packed whole; a token "
+        "sees its own document only.",
         least=1,
     )
     batch_size: int = setting(

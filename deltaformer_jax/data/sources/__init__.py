@@ -17,7 +17,9 @@ from typing import Any
 
 from deltaformer_jax.data.sources import units
 from deltaformer_jax.data.sources.content import is_compressed
+from deltaformer_jax.data.sources.conversation import Conversation
 from deltaformer_jax.data.sources.folder import files_below, no_file
+from deltaformer_jax.data.sources.hub_folder import chosen_shards
 from deltaformer_jax.data.sources.json_lines import JSONLinesUnit, jsonl_units
 from deltaformer_jax.data.sources.parquet import ParquetUnit, parquet_units
 from deltaformer_jax.data.sources.stdlib import STDLIB, stdlib_files
@@ -25,7 +27,7 @@ from deltaformer_jax.data.sources.text import FilesUnit, text_units
 from deltaformer_jax.data.sources.units import LongUnit, TextsUnit, Unreadable
 from deltaformer_jax.host.paths import expand
 
-__all__ = ["STDLIB", "LongUnit", "Source", "Unit", "Unreadable", "open_source"]
+__all__ = ["STDLIB", "Conversation", "LongUnit", "Source", "Unit", "Unreadable", "open_source"]
 
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .yaml .yml .toml .ini .cfg .py .pyi .pyx .c "
@@ -49,6 +51,7 @@ class Source:
     description: dict[str, Any]
     separator: str = ""  # between the documents in a text file
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (file, why it is not read)
+    chat: bool = False  # documents are conversations
 
     @property
     def size(self) -> int:
@@ -77,21 +80,32 @@ class Source:
             elif kind == "text":
                 yield from text_units(path, self.separator)
             elif kind == "jsonl":
-                yield from jsonl_units(path, self.text_field)
+                yield from jsonl_units(path, self.text_field, self.chat)
             else:
-                yield from parquet_units(path, size, self.text_field)
+                yield from parquet_units(path, size, self.text_field, self.chat)
         if gathered:
             yield FilesUnit(gathered, gathered_size, self.separator)
 
 
-def open_source(source: str | os.PathLike, text_field: str = "text", separator: str = "") -> Source:
+def open_source(
+    source: str | os.PathLike,
+    text_field: str = "text",
+    separator: str = "",
+    chat: bool = False,
+    subset: str = "",
+    split: str = "",
+) -> Source:
     """The files of `source`: a folder (with subfolders, without hidden names, see `files_below`), a file, or "stdlib".
 
     In a folder, files other than text or code, JSON lines and Parquet are left out, and so are pipes, sockets, devices
     and files that cannot be opened. `Source.left_out` names them. A pipe is read if `source` is the pipe itself.
+    Of a dataset of the Hugging Face hub one `subset` and `split` is read (see `chosen_shards`). With `chat` documents
+    are conversations, and text files are left out.
     Raises FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
     """
     if os.fspath(source) == STDLIB:
+        if chat or subset or split:
+            raise ValueError("--chat, --subset and --split are for a SOURCE of JSON lines or Parquet; name it")
         files, sizes, description = stdlib_files()
         return Source(files, sizes, "text", description, separator)
     if not os.fspath(source):
@@ -101,16 +115,24 @@ def open_source(source: str | os.PathLike, text_field: str = "text", separator: 
     root = Path(expand(source))
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
-    kinds = f"text or code (.txt, .md, .py.gz, ...), {', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
+    kind = _chat_kind if chat else _kind
+    texts = "" if chat else "text or code (.txt, .md, .py.gz, ...), "
+    kinds = f"{texts}{', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
+    part: dict[str, str] = {}
     left_out: list[tuple[str, str]] = []
     if root.is_dir():
-        names, left_out = files_below(root, _kind)
+        names, left_out = files_below(root, kind)
         if not names:
             first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
             raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}")
-        files = {name: root / name for name in names}
+        shards, part = chosen_shards(root, names, subset, split)
+        why = f"not of subset {part['subset']}, split {part['split']}" if part else ""
+        left_out = sorted([*left_out, *((name, why) for name in sorted(set(names) - set(shards)))])
+        files = {name: root / name for name in shards}
     else:
-        if not _kind(root):
+        if subset or split:
+            raise ValueError(f"{root}: is a file; --subset and --split are for folders")
+        if not kind(root):
             raise ValueError(f"{root}: unknown suffix {root.suffix!r}; known: {kinds}")
         what = no_file(root.stat().st_mode)
         if what and not stat.S_ISFIFO(root.stat().st_mode):
@@ -123,7 +145,8 @@ def open_source(source: str | os.PathLike, text_field: str = "text", separator: 
         sizes.append(stats.st_size)
         listing.update(f"{name}\0{stats.st_size}\0{stats.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     description = {"kind": "files", "path": str(root.resolve()), "files": len(files), "hash": listing.hexdigest()}
-    return Source(list(files.values()), sizes, text_field, description, separator, left_out)
+    description |= part
+    return Source(list(files.values()), sizes, text_field, description, separator, left_out, chat)
 
 
 def _kind(path: Path) -> str | None:
@@ -134,3 +157,7 @@ def _kind(path: Path) -> str | None:
         return "parquet"
     name = name.removesuffix(".gz").removesuffix(".zst")
     return "text" if Path(name).suffix in TEXT_SUFFIXES else None
+
+
+def _chat_kind(path: Path) -> str | None:
+    return kind if (kind := _kind(path)) != "text" else None

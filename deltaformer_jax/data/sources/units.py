@@ -1,7 +1,7 @@
 """Units: parts of a source of a few megabytes, which are processed one after the other or by several processes.
 
-`documents()` yields texts, and an `Unreadable` in the place of each document that cannot be read. The caller raises it
-or counts it.
+`documents()` yields texts, or conversations, and an `Unreadable` in the place of each document that cannot be read.
+The caller raises it or counts it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Unreadable(ValueError):
 class TextsUnit:
     """Documents that have already been read. `size`: bytes of source, for the progress bar."""
 
-    def __init__(self, texts: list[str | Unreadable], size: int):
+    def __init__(self, texts: list[Any], size: int):
         self.texts = texts
         self.size = size
 
-    def documents(self) -> Iterator[str | Unreadable]:
+    def documents(self) -> Iterator[Any]:
         yield from self.texts
 
 

@@ -1,136 +1,24 @@
-"""Text to token ids and back: raw bytes, or byte-level BPE.
-
-Both are byte-level: token i stands for a fixed string of bytes, and the bytes of a text are the concatenation of the
-bytes of its tokens. One more token, end-of-text (`eot`), separates documents and never results from encoding text.
-"""
+"""Byte-level BPE: read from a tokenizer.json, or learnt from texts."""
 
 from __future__ import annotations
 
-import abc
-import codecs
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from deltaformer_jax.data.byte_level import byte_exact, check_probe, is_byte_level
-from deltaformer_jax.host.paths import expand
+from deltaformer_jax.data.tokenizer.base import (
+    BLOCK_CHARACTERS,
+    EOT_NAMES,
+    Tokenizer,
+    read_encoder,
+    slices,
+    special_tokens_of,
+)
 
-# The names of the end-of-text token in published byte-level tokenizers, in order of preference.
-EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
 SMALLEST_BPE = 257  # 256 bytes and end-of-text; merges start above
-_BYTES_FILE = json.dumps({"deltaformer_jax": {"tokenizer": "bytes", "version": 1}}, sort_keys=True) + "\n"
-
-
-class Tokenizer(abc.ABC):
-    """The base class of both kinds. `pieces[i]` is the bytes of token i, b"" for end-of-text and other special tokens.
-
-    Attributes:
-      kind: "bytes" or "bpe".
-      vocab_size: number of ids; every id is in [0, vocab_size). The model may round it up.
-      eot: id of end-of-text, the token before the first and after the last token of a document.
-      token_bytes: int32 [vocab_size], len(pieces[i]), used for bits per byte.
-      hash: sha256, hexadecimal, of the file that `save` writes.
-      switched_off: names of components of the file that change texts or are random, and so are not used.
-    """
-
-    switched_off: tuple[str, ...] = ()
-
-    def __init__(self, kind: str, pieces: list[bytes], eot: int, file_text: str):
-        self.kind = kind
-        self.vocab_size = len(pieces)
-        self.eot = eot
-        self.pieces = pieces
-        self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
-        self.file_text = file_text
-        self.hash = hashlib.sha256(file_text.encode()).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without end-of-text. A lone surrogate in `text` raises UnicodeEncodeError."""
-        return self.encode_array(text).tolist()
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, as an integer array [number of tokens]."""
-        arrays = list(self.encode_stream([text]))
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    @abc.abstractmethod
-    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The tokens of the concatenation of `parts`, in one or more arrays, in bounded memory."""
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; end-of-text has none. Raises ValueError for an id outside [0, vocab_size)."""
-        pieces = []
-        for i in map(int, ids):  # an element of a narrow array cannot be compared with the vocabulary's size
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the tokenizer's vocabulary of {self.vocab_size}")
-            pieces.append(self.pieces[i])
-        return b"".join(pieces)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def stream(self) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
-        return StreamDecoder(self)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the file that `load_tokenizer` reads."""
-        Path(path).write_text(self.file_text, encoding="utf-8", newline="\n")
-
-
-class StreamDecoder:
-    """Decodes token ids that come one at a time. Returns text as early as possible, but never part of a character.
-
-    `push(id)` returns the characters that this id completes, "" in the middle of a character. `end()` returns the rest.
-    Their concatenation is `tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
-
-    def end(self) -> str:
-        """U+FFFD for an unfinished character, else "". Then resets the decoder."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-class ByteTokenizer(Tokenizer):
-    """Token i is the byte i; end-of-text is 256. vocab_size 257."""
-
-    def __init__(self):
-        super().__init__("bytes", [bytes([i]) for i in range(256)] + [b""], 256, _BYTES_FILE)
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
-
-    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode_array, parts)
-
-
-class TaskVocabulary(Tokenizer):
-    """The `vocab_size` ids of a synthetic task, which stand for no text. `encode` raises ValueError."""
-
-    def __init__(self, vocab_size: int):
-        content = {"deltaformer_jax": {"tokenizer": "task", "version": 1, "vocab_size": vocab_size}}
-        super().__init__("task", [b""] * vocab_size, 0, json.dumps(content, sort_keys=True) + "\n")
-
-    def encode_stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        raise ValueError(
-            "the tokens of a synthetic task are numbers, not text: a run on a task cannot continue prompts or read "
-            "text; python -m deltaformer_jax.evaluate scores it"
-        )
 
 
 class BPETokenizer(Tokenizer):
@@ -146,7 +34,7 @@ class BPETokenizer(Tokenizer):
         # Imported here, since byte tokenizers do not need this library.
         import tokenizers
 
-        encoder = _read_encoder(file_text, where)
+        encoder = read_encoder(file_text, where)
         content = json.loads(file_text)
         if not isinstance(encoder.model, tokenizers.models.BPE) or not is_byte_level(content):
             raise ValueError(
@@ -155,7 +43,7 @@ class BPETokenizer(Tokenizer):
             )
         exact, switched_off = byte_exact(content, where)
         if exact != content:
-            encoder = _read_encoder(json.dumps(exact), where)
+            encoder = read_encoder(json.dumps(exact), where)
         encoder.encode_special_tokens = True
         added = encoder.get_added_tokens_decoder()
         specials = {token.content: i for i, token in added.items() if token.special}
@@ -179,6 +67,7 @@ class BPETokenizer(Tokenizer):
         if missing := set(range(256)) - {piece[0] for piece in pieces if len(piece) == 1}:
             raise ValueError(f"{where}: lacks tokens for {len(missing)} of the 256 bytes, so it would lose text")
         super().__init__("bpe", pieces, eot, file_text)
+        self.special_tokens = special_tokens_of(added)
         self.switched_off = tuple(switched_off)
         self._encoder = encoder
         words = [token.content for token in added.values() if not token.special]
@@ -200,7 +89,7 @@ class BPETokenizer(Tokenizer):
         Exception: a word of more than _LONGEST_WORD characters, for which BPE would take a gigabyte, is cut.
         """
         rest, enough, made = "", _BLOCK_CHARACTERS, False
-        for block in _slices(parts):
+        for block in slices(parts, _BLOCK_CHARACTERS):
             block.encode("utf-8")  # raises at a lone surrogate, at which the library would panic
             rest += block
             if len(rest) < enough:
@@ -253,35 +142,6 @@ def train_bpe(texts: Iterable[str | Iterable[str]], vocab_size: int) -> BPEToken
     return BPETokenizer(encoder.to_str())
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in a file that `Tokenizer.save` wrote, or in the tokenizer.json of a Hugging Face byte-level BPE.
-
-    Raises FileNotFoundError or ValueError that names the file.
-    """
-    try:
-        text = Path(expand(path)).read_bytes().decode("utf-8-sig")
-        content = json.loads(text)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such tokenizer file (nor "bytes" or "bpe:SIZE")') from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder; give the tokenizer.json file in it") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a tokenizer file (JSON): {error}") from None
-    if text == _BYTES_FILE:
-        return ByteTokenizer()
-    if task := _task_vocabulary(content):
-        return task
-    if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{path}: neither this package's byte tokenizer nor a Hugging Face tokenizer.json")
-    return BPETokenizer(text, str(path))
-
-
-def _task_vocabulary(content: object) -> TaskVocabulary | None:
-    own = content.get("deltaformer_jax") if isinstance(content, dict) else None
-    size = own.get("vocab_size") if isinstance(own, dict) and own.get("tokenizer") == "task" else None
-    return TaskVocabulary(size) if isinstance(size, int) and size > 0 else None
-
-
 def bpe_size(spec: str) -> int | None:
     """SIZE of "bpe:SIZE"; None for any other spec. Raises ValueError for an invalid SIZE."""
     if not spec.startswith("bpe:"):
@@ -299,19 +159,12 @@ def check_bpe_size(size: int) -> None:
         raise ValueError(f"bpe size {size} is too small: at least {SMALLEST_BPE} (256 bytes and end-of-text)")
 
 
-_BLOCK_CHARACTERS = 2**18
+_BLOCK_CHARACTERS = BLOCK_CHARACTERS
 _LONGEST_WORD = 2**20
 _MARGIN_BYTES = 2**10
 _TRIES = 32
 _LEARNING_CHARACTERS = 2**16
 _WORD_BEGINS = re.compile(r"(?<=\w)(?=[ \t\r\n])")
-
-
-def _slices(parts: Iterable[str]) -> Iterator[str]:
-    """`parts`, with long ones in slices."""
-    for part in parts:
-        for start in range(0, len(part), _BLOCK_CHARACTERS):
-            yield part[start : start + _BLOCK_CHARACTERS]
 
 
 def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
@@ -323,7 +176,7 @@ def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
     """
     for text in texts:
         rest = ""
-        for part in _slices([text] if isinstance(text, str) else text):
+        for part in slices([text] if isinstance(text, str) else text):
             rest += part
             start = 0
             while len(rest) - start > _LEARNING_CHARACTERS:
@@ -337,17 +190,6 @@ def _learning_slices(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
                     break
             rest = rest[start:]
         yield rest
-
-
-def _read_encoder(file_text: str, where: str) -> Any:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_str(file_text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and its panics are not subclasses of it
-        raise ValueError(f"{where}: not a tokenizer.json of Hugging Face tokenizers: {error}") from None
 
 
 def _byte_characters() -> dict[int, str]:

@@ -1,0 +1,77 @@
+"""A conversation as tokens and the mask of those that the assistant says."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat
+from deltaformer_jax.data.sources import Conversation, Unreadable
+from deltaformer_jax.data.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """tokens: [n], integers. mask: bool [n], True at the tokens of answers. text: the pieces, as JSON in UTF-8.
+
+    text_bytes: the length of the rendered text in UTF-8.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    text: bytes
+    text_bytes: int
+
+
+class Encoder:
+    """Encodes conversations with one tokenizer in one form. The template is compiled once."""
+
+    def __init__(self, tokenizer: Tokenizer, form: ChatFormat):
+        self._tokenizer, self._form = tokenizer, form
+
+    @functools.cached_property
+    def _template(self):
+        from deltaformer_jax.data.chat.template import Template
+
+        return Template(self._form)
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """The pieces of the rendered text are encoded one by one, so that no token is half of an answer.
+
+        This is also how a conversation is encoded that goes on from a prompt. Raises Unreadable, naming the line or
+        row, for a conversation that cannot be rendered, has no answer, or names a special token in a message.
+        """
+        if self._form.template is None:
+            pieces = _plain(conversation)
+            encode = self._tokenizer.encode_array
+        else:
+            specials = self._tokenizer.special_tokens
+            for message in conversation.messages:
+                if name := next((name for name in specials if name in message["content"]), None):
+                    raise Unreadable(
+                        f"{conversation.where}: a message of role {message['role']!r} holds {name!r}, which would "
+                        "become a special token; leave it out or write it in another way"
+                    )
+            pieces = self._template.pieces(conversation.messages, conversation.where, specials)
+            encode = self._tokenizer.encode_with_specials
+        eot = np.array([self._tokenizer.eot], np.int64)
+        try:
+            arrays = [eot if text is None else encode(text) for text, _ in pieces]
+        except UnicodeEncodeError:
+            raise Unreadable(f"{conversation.where}: holds half a surrogate pair, which is no character") from None
+        mask = np.repeat([answer for _, answer in pieces], [len(array) for array in arrays])
+        size = sum(len(text.encode()) for text, _ in pieces if text)
+        return Encoded(np.concatenate(arrays), mask, json.dumps(pieces).encode(), size)
+
+
+def _plain(conversation: Conversation) -> list[tuple[str | None, bool]]:
+    """Pieces of text, None for end-of-text, each with whether the assistant says it (`ChatFormat`)."""
+    pieces: list[tuple[str | None, bool]] = []
+    for message in conversation.messages:
+        head, answer = f"{message['role']}:\n", message["role"] == ASSISTANT
+        pieces += [(head, False), (message["content"], answer), (None, True) if answer else ("\n\n", False)]
+    if not any(answer for _, answer in pieces):
+        raise Unreadable(f"{conversation.where}: has no message of role {ASSISTANT!r}; leave it out")
+    return [(text, answer) for text, answer in pieces if text != ""]

@@ -1,0 +1,160 @@
+"""Folders as they are on the Hugging Face hub: one subset and split of them; texts that lie in nested fields."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.data.prepare import main
+from deltaformer_jax.data.sources import open_source
+
+
+def write(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def texts_of(folder, **part):
+    return [text for unit in open_source(folder, **part).units() for text in unit.documents()]
+
+
+@pytest.fixture
+def one_subset(tmp_path):
+    root = tmp_path / "one"
+    write(root / "data" / "train-00000-of-00002.parquet", ["a", "b"])
+    write(root / "data" / "train-00001-of-00002.parquet", ["c"])
+    (root / "README.md").write_text("about the data")
+    return root
+
+
+@pytest.fixture
+def several(tmp_path):
+    root = tmp_path / "several"
+    write(root / "en" / "train-00000-of-00001-a3ecf92756993583.parquet", ["en train"])
+    write(root / "en" / "test-00000-of-00001-0123456789abcdef.parquet", ["en test"])
+    write(root / "de" / "train-00000-of-00001.jsonl", ["de train"])
+    write(root / "data" / "fr" / "train-00000-of-00001.parquet", ["fr train"])
+    write(root / "it" / "train" / "0000.parquet", ["it train"])
+    write(root / "train-00000-of-00001.parquet", ["default train"])
+    return root
+
+
+def test_the_only_subset_and_split_needs_no_name(one_subset, tmp_path):
+    assert texts_of(one_subset) == texts_of(one_subset, subset="default", split="train") == ["a", "b", "c"]
+    assert open_source(one_subset).left_out == [("README.md", "not of subset default, split train")]
+    corpus = prepare_corpus(one_subset, tmp_path / "out", eval_fraction=0)
+    assert (
+        corpus.manifest["settings"]["source"] | {"subset": "default", "split": "train"}
+        == (corpus.manifest["settings"]["source"])
+    )
+    assert "README.md: not of subset default" in (tmp_path / "out" / "left_out.txt").read_text()
+
+
+def test_a_subset_and_a_split_are_chosen(several):
+    assert texts_of(several, subset="en", split="train") == ["en train"]
+    assert texts_of(several, subset="en", split="test") == ["en test"]
+    for name in ("de", "fr", "it", "default"):
+        assert texts_of(several, subset=name) == [f"{name} train"]
+
+
+def test_what_is_not_named_is_listed_in_one_error(several, one_subset, tmp_path, capsys):
+    cases = [
+        (several, [], "several: has 5 subsets; choose one with --subset: de, default, en, fr, it"),
+        (several, ["--subset", "en"], "several: has 2 splits; choose one with --split: test, train"),
+        (several, ["--subset", "es"], "several: has no subset 'es'; --subset is one of: de, default, en, fr, it"),
+        (several, ["--subset", "de", "--split", "dev"], "several: has no split 'dev'; --split is one of: train"),
+        (several / "de" / "train-00000-of-00001.jsonl", ["--split", "x"], "is a file; --subset and --split are for"),
+    ]
+    for source, flags, message in cases:
+        assert main([str(source), "--out", str(tmp_path / "out"), *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "other" / "texts.parquet", ["x"])
+    with pytest.raises(ValueError, match="other: --subset and --split are for folders of shards"):
+        open_source(tmp_path / "other", split="train")
+
+
+def test_a_folder_with_files_of_other_names_is_read_whole_as_ever(one_subset):
+    write(one_subset / "more.jsonl", ["d"])
+    assert texts_of(one_subset) == ["about the data", "a", "b", "c", "d"]
+    assert texts_of(one_subset, split="train") == ["a", "b", "c"]
+
+
+RECORDS = [{"meta": {"text": f"text {i}", "id": i}, "text": "no", "deep": {"a": {"b": f"deep {i}"}}} for i in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("field", ["meta.text", "deep.a.b"])
+def test_a_text_in_a_nested_field(tmp_path, kind, field):
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), file, row_group_size=7)
+    else:
+        file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    name = "text" if field == "meta.text" else "deep"
+    expected = [f"{name} {i}" for i in range(30)]
+    assert texts_of(file, text_field=field) == expected
+    corpus = prepare_corpus(file, tmp_path / "out", text_field=field, eval_fraction=0, workers=1)
+    split = corpus.split("train")
+    assert [corpus.tokenizer.decode(split.read(i)) for i in range(30)] == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_field_of_that_very_name_comes_first(tmp_path, kind):
+    record = {"meta.text": "flat", "meta": {"text": "nested"}}
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert texts_of(tmp_path / f"a.{kind}", text_field="meta.text") == ["flat"]
+
+
+def test_a_long_line_with_a_nested_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaformer_jax.data.sources.units.LONG", 1000)
+    monkeypatch.setattr("deltaformer_jax.data.sources.content.BLOCK", 100)
+    long = "größer " * 20_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"meta": {"text": long, "other": "x" * 100}}))
+    corpus = prepare_corpus(tmp_path / "a.jsonl", tmp_path / "out", text_field="meta.text", eval_fraction=0)
+    assert corpus.tokenizer.decode(corpus.split("train").read(0)) == long
+
+
+def test_a_nested_field_that_is_missing_is_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps(RECORDS[0]) + "\n" + json.dumps({"meta": {"id": 1}}) + "\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    cases = [
+        ("a.jsonl", "meta.text", "a.jsonl, line 2: no field 'meta.text' (fields of 'meta': id); name it with"),
+        ("a.jsonl", "meta", "a.jsonl, line 1: field 'meta' is dict, not text"),
+        ("a.parquet", "meta.words", "a.parquet: no column 'meta.words' (columns: meta, text, deep)"),
+        ("a.parquet", "meta.id", "a.parquet: column 'meta.id' is int64, not text"),
+        ("a.parquet", "text.more", "a.parquet: no column 'text.more'"),
+    ]
+    for name, field, message in cases:
+        assert main([str(tmp_path / name), "--out", str(tmp_path / "out"), "--text_field", field]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_struct_that_is_null_is_named(tmp_path):
+    table = pyarrow.Table.from_pylist([{"meta": {"text": "a"}}, {"meta": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = texts_of(tmp_path / "a.parquet", text_field="meta.text")
+    assert first == "a" and "row group 0, row 1: field 'meta.text' is NoneType, not text" in str(second)
+
+
+def test_parquet_of_conversations_wants_messages(tmp_path, capsys):
+    write(tmp_path / "a.parquet", ["a"])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"messages": [[{"role": "user", "content": "a"}]]}), tmp_path / "b.parquet"
+    )
+    for name, flags, message in [
+        ("a.parquet", ["--chat", "plain"], "no column 'messages' (columns: text)"),
+        ("a.parquet", ["--chat", "plain", "--text_field", "text"], "column 'text' is string, not a list of messages"),
+        ("b.parquet", [], "no column 'text' (columns: messages); name it with --text_field, or --chat"),
+        ("b.parquet", ["--chat", "plain"], "b.parquet, row group 0, row 0: has no message of role 'assistant'"),
+    ]:
+        assert main([str(tmp_path / name), "--out", str(tmp_path / "out"), *flags]) == 2
+        assert message in capsys.readouterr().err
