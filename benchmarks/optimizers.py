@@ -1,10 +1,11 @@
 """The four updates on the config `tiny`: bits per byte over seeds, each update at the best of some learning rates.
 
-    python benchmarks/optimizers.py [--steps 200] [--seeds 3] [--names adamw muon lion adafactor] [--json FILE]
+    python benchmarks/optimizers.py [--steps 200] [--seeds 3] [--names adamw muon lion adafactor]
+                                    [--rates RATE ...] [--json FILE]
 
-Each update trains with seed 0 at each of its RATES for all steps. The rate with the fewest bits per byte on the
-evaluation split then trains with the other seeds too. A run's schedule is as long as the run. One line per run is
-printed as it ends, and a table at the end.
+Each update trains with seed 0 at each of its RATES, or of --rates, for all steps. The rate with the fewest bits per
+byte on the evaluation split then trains with the other seeds too. A run's schedule is as long as the run. One line per
+run is printed as it ends, and a table at the end.
 
 One program serves all rates of an update, since each of the four updates is proportional to the learning rate (weight
 decay included): the program has the rate 1, and its state a factor.
@@ -39,7 +40,7 @@ from deltaformer_jax.training.state import TrainState, abstract_state
 
 RATES = {
     "adamw": (2e-3, 4e-3, 8e-3),
-    "muon": (2e-3, 4e-3, 8e-3),
+    "muon": (4e-3, 8e-3, 1.6e-2),
     "lion": (2.5e-4, 5e-4, 1e-3),
     "adafactor": (1e-2, 2e-2, 4e-2),
 }
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="updates of each run, and length of its schedule")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the best rate, with the seeds 0, 1, ...")
     parser.add_argument("--names", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--rates", nargs="+", type=float, help="the learning rates to try; default: RATES")
     parser.add_argument("--json", default="", help="file for the results of all runs")
     flags = parser.parse_args()
     corpus, rows, runs = load_data(settings("adamw", flags.steps)), [], []
@@ -111,7 +113,7 @@ def main() -> None:
         config = with_vocabulary(settings(name, flags.steps), corpus.tokenizer)
         program = AnyRate(config, make_mesh(config.mesh, jax.devices()[:1]))
         run = functools.partial(one_run, name, program, config, corpus, flags.steps, runs)
-        first = {rate: run(0, rate) for rate in RATES[name]}
+        first = {rate: run(0, rate) for rate in flags.rates or RATES[name]}
         best = min(first, key=first.get)
         found = [first[best], *(run(seed, best) for seed in range(1, flags.seeds))]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0

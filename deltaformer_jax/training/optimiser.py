@@ -55,6 +55,12 @@ def muon_matrix(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumb
     return None
 
 
+def matrix_sides(shape: tuple[int, ...], matrix: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
+    """(in, out): the size of `matrix` in an array of this shape."""
+    rows, columns = (math.prod(shape[place] for place in side) for side in matrix)
+    return rows, columns
+
+
 def muon_matrices(axes: Any) -> Any:
     """`muon_matrix` of each parameter. `axes`: ModelParts.axes."""
     return jax.tree.map(muon_matrix, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -112,8 +118,8 @@ def _muon(
 
     def to_rms(updates: Any, _: Any) -> Any:
         def scaled(update: jax.Array, matrix: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-            sides = [math.prod(update.shape[place] for place in side) for side in matrix]
-            return MUON_RMS * math.sqrt(max(sides)) * update  # O has the root mean square 1 / sqrt(max(in, out))
+            # O has the root mean square 1 / sqrt(max(in, out)).
+            return MUON_RMS * math.sqrt(max(matrix_sides(update.shape, matrix))) * update
 
         return jax.tree.map(scaled, updates, matrices)
 

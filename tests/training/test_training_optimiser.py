@@ -249,10 +249,14 @@ def test_a_skipped_step_leaves_the_state(name):
 def test_the_dry_run_counts_its_state(name, corpus, capsys):
     config = cases.small_config(corpus, optimizer__name=name)
     dry_run(config)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("optimiser"))
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.strip().startswith("optimiser"))
     program = Program(cases.small_config(corpus, optimizer__name=name, model__vocab_size=257), make_mesh(MeshConfig()))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(program.create_state(0).opt_state))
     assert line.split()[1:] == f"{size / 1024:.4g} KiB".split()
+    query, table = (" ".join(next(line for line in lines if name in line).split()) for name in ("query", "table"))
+    assert query.endswith("yes 32 x 32" if name == "muon" else "yes")
+    assert table.endswith("yes -" if name == "muon" else "yes")
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,10 @@ class Tracker:
         return identity
 
     def _begin(self, identity: str, history: list[dict[str, Any]]) -> None:
-        first = self._open(identity)
-        self._history = []
-        for record in sorted(history, key=lambda record: record["step"]):
-            self._history.append(record)
-            if record["step"] >= first:
-                self._gather(record)
+        self._first = self._open(identity)
+        self._history = sorted(history, key=lambda record: record["step"])
+        for record in self._history:
+            self._gather(record)
 
     def write(self, record: dict[str, Any]) -> None:
         self._history.append(record)
@@ -90,7 +88,8 @@ class Tracker:
 
     def _gather(self, record: dict[str, Any]) -> None:
         self._send(before=record["step"] - 1)
-        if values := scalars(record):
+        # Steps that are there were sent by a process that was killed: from the same state they have the same values.
+        if record["step"] >= self._first and (values := scalars(record)):
             self._rows.setdefault(record["step"], {}).update(values)
 
     def _send(self, before: float) -> None:
