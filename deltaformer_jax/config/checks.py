@@ -8,7 +8,8 @@ from typing import Any
 from deltaformer_jax.config.fields import check_field, rule_of
 from deltaformer_jax.config.imports import NOT_IMPORTABLE, import_object
 from deltaformer_jax.config.mixer import entry
-from deltaformer_jax.config.sections import Config, ModelConfig
+from deltaformer_jax.config.sections import Config, ModelConfig, OptimizerConfig
+from deltaformer_jax.config.sections.optimizer import READ_BY
 
 
 def check(config: Config) -> None:
@@ -31,10 +32,22 @@ def check(config: Config) -> None:
             f"optimizer.warmup_steps = {optimizer.warmup_steps}: must be below optimizer.decay_steps = "
             f"{optimizer.decay_steps}, the length of the schedule, warm-up included"
         )
+    _check_read(optimizer)
     if batch % optimizer.accumulation_steps:
         raise ValueError(
             f"optimizer.accumulation_steps = {optimizer.accumulation_steps} doesn't divide data.batch_size = {batch}"
         )
+
+
+def _check_read(optimizer: OptimizerConfig) -> None:
+    """Raise ValueError for a field that was set though optimizer.name does not read it."""
+    for field in dataclasses.fields(optimizer):
+        value, readers = getattr(optimizer, field.name), READ_BY.get(field.name, (optimizer.name,))
+        if optimizer.name not in readers and value != field.default:
+            raise ValueError(
+                f"optimizer.{field.name} = {value!r}: optimizer.name = {optimizer.name!r} does not use it "
+                f"({', '.join(readers)} would); leave it at {field.default!r}"
+            )
 
 
 def check_model(config: ModelConfig) -> None:

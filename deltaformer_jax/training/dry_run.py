@@ -15,6 +15,7 @@ from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
+from deltaformer_jax.training.optimiser import matrix_sides, muon_matrix
 from deltaformer_jax.training.setup import check_batch, load_data
 
 
@@ -40,12 +41,19 @@ def dry_run(config: Config) -> None:
     print(f"run         {steps:,} steps, {steps * tokens:,} tokens, {3 * forward * steps * tokens:.3g} FLOPs")
 
     lines = [("parameter", "shape", "sharded over", "on one device", "weight decay")]
+    by_muon = full.optimizer.name == "muon"
+    if by_muon:
+        lines = [(*lines[0], "muon's matrix")]
+    names_of_axes = jax.tree.leaves(parts.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
-    for (path, leaf), decay in zip(leaves, jax.tree.leaves(parts.decay)):
+    for (path, leaf), decay, named in zip(leaves, jax.tree.leaves(parts.decay), names_of_axes):
         name = ".".join(str(getattr(key, "key", key)) for key in path)
         axes = [axis for axis in leaf.sharding.spec if axis and mesh.shape[axis] > 1]
         shard = leaf.sharding.shard_shape(leaf.shape)
         lines.append((name, _shape(leaf.shape), ", ".join(axes) or "-", _shape(shard), "yes" if decay else "no"))
+        if by_muon:
+            matrix = muon_matrix(named)
+            lines[-1] += ("-" if matrix is None else _shape(matrix_sides(leaf.shape, matrix)),)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())

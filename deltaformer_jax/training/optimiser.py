@@ -1,6 +1,11 @@
-"""AdamW with global-norm clipping, a learning-rate schedule and a weight-decay mask, all from optax."""
+"""The update by name, with global-norm clipping, a learning-rate schedule and a weight-decay mask, all from optax."""
 
+import math
+from typing import Any
+
+import jax
 import optax
+import optax.contrib
 
 from deltaformer_jax.config import OptimizerConfig
 
@@ -30,19 +35,98 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, *after], [warmup, *boundaries])
 
 
-def make_optimiser(config: OptimizerConfig, decay_mask) -> optax.GradientTransformation:
-    """Clip the global norm to `clip_norm` (0: no clipping), then AdamW.
+# The sides that a matrix of a layer may have, by the names of its axes. The heads' side is all heads together.
+SIDES = (("embed",), ("mlp",), ("rank",), ("heads", "head_dim"), ("kv_heads", "head_dim"))
+# The root mean square of Muon's update of a matrix, in learning rates. AdamW's is about this, so one rate serves both.
+MUON_RMS = 0.2
 
-    Weight decay applies to the parameters that are True in `decay_mask`.
+
+def muon_matrix(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """The matrix [in, out] as which Muon sees a parameter with these axis names; None: it belongs to AdamW.
+
+    A matrix has two of SIDES, such as ("embed", "heads", "head_dim"): d_model x (heads * head_dim), all heads in one.
+    Axes are counted from the right, since stacked layers come first without a name: each layer is a matrix of its own.
+    No matrix: embedding and head ("vocab"), short convolutions ("conv"), gates with one number per head, norms, biases.
     """
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+    for cut in range(1, len(axes)):
+        if axes[:cut] in SIDES and axes[cut:] in SIDES:
+            places = tuple(range(-len(axes), 0))
+            return optax.contrib.MuonDimensionNumbers(places[:cut], places[cut:])
+    return None
+
+
+def matrix_sides(shape: tuple[int, ...], matrix: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
+    """(in, out): the size of `matrix` in an array of this shape."""
+    rows, columns = (math.prod(shape[place] for place in side) for side in matrix)
+    return rows, columns
+
+
+def muon_matrices(axes: Any) -> Any:
+    """`muon_matrix` of each parameter. `axes`: ModelParts.axes."""
+    return jax.tree.map(muon_matrix, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def make_optimiser(config: OptimizerConfig, decay_mask: Any, axes: Any) -> optax.GradientTransformation:
+    """Clip the global norm to `clip_norm` (0: no clipping), then the update of `config.name`. g: clipped gradient of w.
+
+      adamw      m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   w -= rate (m' / (sqrt(v') + epsilon) + decay w)
+      muon       m = c m + (1 - c) g, c = muon_momentum;             w -= rate (0.2 sqrt(max(in, out)) O + decay w)
+                 for each matrix of `muon_matrix`, [in, out]; all other parameters by adamw, with the same rate
+      lion       u = sign(b1 m + (1 - b1) g);   m = b2 m + (1 - b2) g;                      w -= rate (u + decay w)
+      adafactor  v = d v + (1 - d) g^2, d = 1 - n^-0.8, n = 1, 2, ...; u = g / sqrt(v) / max(1, rms(g / sqrt(v)))
+                                                                    w -= rate (max(rms(w), 0.001) u + decay w)
+
+    m' and v' are m and v divided by 1 - b^n. O is c m' + (1 - c) g' with its singular values brought near 1 by five
+    Newton-Schulz steps (Nesterov's form of the mean). Adafactor keeps v of an array whose two largest axes have 128
+    places or more as its means over each of the two; rms is over a whole array, all stacked layers together.
+    Weight decay applies to the parameters that are True in `decay_mask`. `axes`: the axis names of each parameter.
+
+    State, in numbers per parameter: adamw 2, muon 1 (2 where AdamW is used), lion 1, adafactor 1 or much less.
+    Sources: Loshchilov and Hutter, arXiv 1711.05101; Jordan, github.com/KellerJordan/Muon, with the scale of Liu et
+    al., arXiv 2502.16982; Chen et al., arXiv 2302.06675; Shazeer and Stern, arXiv 1804.04235. All are optax's.
+    """
+    update = _update(config, decay_mask, axes)
     if config.clip_norm == 0:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _update(config: OptimizerConfig, decay_mask: Any, axes: Any) -> optax.GradientTransformation:
+    rate, decay = learning_rate_schedule(config), config.weight_decay
+    if config.name == "lion":
+        return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=decay_mask)
+    if config.name == "adafactor":
+        # Optax subtracts this decay without the learning rate.
+        return optax.adafactor(rate, weight_decay_rate=lambda n: decay * rate(n), weight_decay_mask=decay_mask)
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=decay, mask=decay_mask)
+    if config.name == "adamw":
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.name != "muon":
+        raise ValueError(f"optimizer.name = {config.name!r}: must be one of adamw, muon, lion, adafactor")
+    return _muon(config, decay_mask, axes, adamw)
+
+
+def _muon(
+    config: OptimizerConfig, decay_mask: Any, axes: Any, adamw: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    # optax.contrib.muon decays every parameter that is no matrix and gives its Adam Nesterov's form, so its parts are
+    # put together here.
+    found = muon_matrices(axes)
+    is_matrix = lambda leaf: leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
+    labels = jax.tree.map(lambda matrix: "adamw" if matrix is None else "muon", found, is_leaf=is_matrix)
+    matrices = jax.tree.map(lambda m: optax.MaskedNode() if m is None else m, found, is_leaf=is_matrix)
+
+    def to_rms(updates: Any, _: Any) -> Any:
+        def scaled(update: jax.Array, matrix: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+            # O has the root mean square 1 / sqrt(max(in, out)).
+            return MUON_RMS * math.sqrt(max(matrix_sides(update.shape, matrix))) * update
+
+        return jax.tree.map(scaled, updates, matrices)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=matrices),
+        optax.stateless(to_rms),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
+    )
+    return optax.partition({"muon": muon, "adamw": adamw}, labels)

@@ -43,7 +43,7 @@ class Program:
         self.parts = model_parts(config.model, make_model)
         self._model, self._make_model, self._settings = config.model, make_model, config.optimizer
         self._schedule = learning_rate_schedule(config.optimizer)
-        self._optimiser = make_optimiser(config.optimizer, self.parts.decay)
+        self._optimiser = make_optimiser(config.optimizer, self.parts.decay, self.parts.axes)
         self.abstract, self.shardings = abstract_state(self.parts, self._optimiser, mesh)
         self._lowered: dict[tuple, jax.stages.Lowered] = {}
         self._compiled: dict[tuple, jax.stages.Compiled] = {}

@@ -25,6 +25,7 @@ from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
+from deltaformer_jax.training.watch.trackers import check_trackers
 from deltaformer_jax.training.workdir import saved_run
 
 
@@ -123,6 +124,7 @@ def prepare(
     check(config)
     if config.run.tensorboard:
         check_installed()
+    check_trackers(config.run)
     use_compilation_cache(config.run.compilation_cache)
     workdir = epath.Path(workdir)
     saved = saved_run(config, workdir)

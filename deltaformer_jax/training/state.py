@@ -1,11 +1,13 @@
 """The training state as one plain pytree, and the sharding of each of its arrays."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import partition, replicated
@@ -33,18 +35,61 @@ def abstract_state(
 ) -> tuple[TrainState, TrainState]:
     """(the state as ShapeDtypeStructs with shardings, the shardings alone). Nothing is allocated.
 
-    Adam's moments have the sharding of their parameter. The rest of the optimiser's state is replicated.
+    What the optimiser keeps of a parameter has the parameter's sharding, and Adafactor's means over one of its axes
+    that of the axes left. The rest of the optimiser's state is replicated.
     """
     whole = replicated(mesh)
     shapes = jax.eval_shape(lambda params: new_state(params, optimiser), parts.params)
     params_sharding = jax.tree.map(
         lambda leaf, axes: NamedSharding(mesh, partition(axes, leaf.shape, mesh)), parts.params, parts.axes
     )
+
+    def like_parameter(kept: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
+        if isinstance(kept, optax.MaskedNode):  # the parameter has another of Muon's two optimisers
+            return kept
+        return sharding if kept.shape == param.shape else whole
+
+    def placed(node: Any, found: Any) -> Any:
+        if not isinstance(node, optax.FactoredState):
+            return found
+        means = {
+            name: jax.tree.map(_of_means(place, whole), getattr(node, name), parts.params, params_sharding)
+            for name, place in (("v_row", -1), ("v_col", -2))
+        }
+        return found._replace(**means)
+
     opt_sharding = optax.tree_map_params(
-        optimiser, lambda _, sharding: sharding, shapes.opt_state, params_sharding, transform_non_params=lambda _: whole
+        optimiser,
+        like_parameter,
+        shapes.opt_state,
+        parts.params,
+        params_sharding,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    opt_sharding = jax.tree.map(
+        placed, shapes.opt_state, opt_sharding, is_leaf=lambda node: isinstance(node, optax.FactoredState)
     )
     shardings = TrainState(params_sharding, opt_sharding, whole, jax.tree.map(lambda _: whole, shapes.guard))
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
     return abstract, shardings
+
+
+def _of_means(place: int, whole: NamedSharding) -> Callable:
+    """The sharding of a parameter's mean squares over one axis: the `place`-th of its axes in the order of their sizes.
+
+    place: -1, the largest axis, for optax's v_row; -2 for its v_col. `whole` for a parameter of which no means are
+    kept: optax then has an array of one number there.
+    """
+
+    def sharding(kept: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct, of_param: NamedSharding) -> NamedSharding:
+        if param.ndim < 2:
+            return whole
+        axis = int(np.argsort(param.shape)[place])
+        if kept.shape != (*param.shape[:axis], *param.shape[axis + 1 :]):
+            return whole
+        return NamedSharding(of_param.mesh, PartitionSpec(*of_param.spec[:axis], *of_param.spec[axis + 1 :]))
+
+    return sharding

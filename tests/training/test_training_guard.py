@@ -110,6 +110,16 @@ def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
     assert sum("passed_batches" in record for record in here) == 1
 
 
+@pytest.mark.parametrize("name", ["muon", pytest.param("lion", marks=pytest.mark.long), "adafactor"])
+def test_each_update_goes_back(corpus, poison, tmp_path, name):
+    """Parameters and what the update keeps of them come from the checkpoint."""
+    poison(dict.fromkeys((5, 6, 7), np.nan))
+    config = cases.small_config(corpus, optimizer__name=name)
+    run = cases.run_training(config, tmp_path / "poisoned")
+    assert run.step == 12 and run.passed == (5, 6, 7)
+    cases.assert_same_bits(run.state, cases.run_training(config, tmp_path / "clean", passed=(5, 6, 7)).state)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("at", [6, 7, 10])
 def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):

@@ -7,9 +7,21 @@ from deltaformer_jax.config.fields import setting
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule. Steps of the schedule count updates, not skipped steps."""
+    """The update and its learning-rate schedule. Steps of the schedule count updates, not skipped steps."""
 
-    learning_rate: float = setting(1e-3, "Peak learning rate, reached at the end of the warm-up.", least=0, finite=True)
+    name: str = setting(
+        "adamw",
+        'The update: "adamw"; "muon" (the matrices of the layers by Muon, all else by AdamW); "lion"; "adafactor". '
+        "Their rates differ: docs/optimizers.md.",
+        choices=("adamw", "muon", "lion", "adafactor"),
+    )
+    learning_rate: float = setting(
+        1e-3,
+        "Peak learning rate, reached at the end of the warm-up. For adafactor relative to the size of an array: its "
+        "root mean square, at least 0.001.",
+        least=0,
+        finite=True,
+    )
     warmup_steps: int = setting(50, "Updates over which the rate rises linearly to its peak. 0: no warm-up.", least=0)
     decay_steps: int = setting(
         1000, "Length of the whole schedule in updates, warm-up included. Later updates use the final rate.", least=1
@@ -29,14 +41,33 @@ class OptimizerConfig:
         least=0,
         most=1,
     )
-    b1: float = setting(0.9, "Adam's decay of the running mean of gradients, per update.", least=0, below=1)
-    b2: float = setting(0.95, "Adam's decay of the running mean of squared gradients, per update.", least=0, below=1)
+    b1: float = setting(
+        0.9,
+        "adamw, and muon's AdamW: decay of the running mean of gradients, per update. lion: weight of its running mean "
+        "in the sign that it takes.",
+        least=0,
+        below=1,
+    )
+    b2: float = setting(
+        0.95,
+        "adamw, and muon's AdamW: decay of the running mean of squared gradients, per update. lion: decay of its "
+        "running mean of gradients.",
+        least=0,
+        below=1,
+    )
     epsilon: float = setting(
-        1e-8, "Adam's epsilon, added to the root of the mean squared gradient.", least=0, finite=True
+        1e-8,
+        "adamw, and muon's AdamW: added to the root of the mean squared gradient.",
+        least=0,
+        finite=True,
+    )
+    muon_momentum: float = setting(
+        0.95, "muon: decay of the running mean of a matrix's gradients, per update.", least=0, below=1
     )
     weight_decay: float = setting(
         0.1,
-        "AdamW's weight decay, multiplied by the learning rate. Norm gains, biases and numbers per head are exempt.",
+        "Weight decay, multiplied by the learning rate; lion's usual rate is smaller and its decay larger. Norm gains, "
+        "biases and numbers per head are exempt.",
         least=0,
         finite=True,
     )
@@ -62,3 +93,12 @@ class OptimizerConfig:
         "their batches.",
         least=1,
     )
+
+
+# The fields that only some of the updates read, and which. All other fields are read by each.
+READ_BY = {
+    "b1": ("adamw", "muon", "lion"),
+    "b2": ("adamw", "muon", "lion"),
+    "epsilon": ("adamw", "muon"),
+    "muon_momentum": ("muon",),
+}

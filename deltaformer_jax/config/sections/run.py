@@ -50,6 +50,16 @@ class RunConfig:
     tensorboard: bool = setting(
         False, 'Whether the curves are also written for TensorBoard, to DIR/tensorboard. Needs the extra "tensorboard".'
     )
+    wandb: bool = setting(
+        False,
+        "Whether the curves are also sent to Weights & Biases; with WANDB_MODE=offline they stay in DIR/wandb. Needs "
+        'the extra "wandb".',
+    )
+    trackio: bool = setting(
+        False,
+        'Whether the curves are also written to Trackio\'s database on this machine. Needs the extra "trackio".',
+    )
+    project: str = setting("deltaformer_jax", "The project that holds the run in Weights & Biases and in Trackio.")
     statistics_every: int = setting(
         0,
         "Steps between records of the norms of every layer's parameters, gradients and activations, which are "

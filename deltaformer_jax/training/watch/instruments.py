@@ -1,4 +1,4 @@
-"""Optional instruments of a run: a profile of some steps, statistics of the layers, TensorBoard.
+"""Optional instruments of a run: a profile of some steps, statistics of the layers, TensorBoard, trackers.
 
 All are off by default. They do not change the state: a run with instruments makes the same updates as one without.
 """
@@ -14,6 +14,7 @@ from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.statistics import as_record
 from deltaformer_jax.training.watch.tensorboard import TensorBoard
+from deltaformer_jax.training.watch.trackers import make_trackers
 
 _UNPROFILED = 2  # steps before the profile, which wait for data and warm up
 
@@ -31,13 +32,18 @@ class Instruments:
         self._made = 0  # steps made by this process
         self._profile = range(_UNPROFILED, _UNPROFILED + settings.profile_steps)
         self._traced = None  # metrics of the newest step, while a profile is being taken
-        self._statistics = self._file = self._board = None
+        self._statistics = self._file = None
+        self._followers = []  # TensorBoard and trackers: each has write, cut and close
         if self._every:
             self._statistics = run.program.statistics_step
             self._file = MetricsFile(run.workdir / "statistics.jsonl", step) if writes else None
         if settings.tensorboard and writes:
-            self._board = TensorBoard(run.workdir, step)
-            run.metrics.follow(self._board.write)
+            self._followers.append(TensorBoard(run.workdir, step))
+        if writes:
+            history = [*run.metrics.records, *(self._file.records if self._file else ())]
+            self._followers += make_trackers(run.config, run.workdir, history)
+        for follower in self._followers:
+            run.metrics.follow(follower.write)
 
     def before_step(self, made: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
         """`state` has seen `made` batches; `batch`, on the devices, is the next one."""
@@ -48,8 +54,8 @@ class Instruments:
                 record = {"step": step, **as_record(jax.device_get(self._statistics(state.params, batch)))}
             if self._file is not None:
                 self._file.write(record)
-            if self._board is not None:
-                self._board.write(record)
+            for follower in self._followers:
+                follower.write(record)
         if self._profile and self._made == self._profile.start:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder / "profile"))
@@ -57,9 +63,10 @@ class Instruments:
 
     def cut(self, step: int) -> None:
         """Drop what was written after `step`, to which the run has gone back."""
-        for written in (self._file, self._board):
-            if written is not None:
-                written.cut(step)
+        if self._file is not None:
+            self._file.cut(step)
+        for follower in self._followers:
+            follower.cut(step)
 
     def after_step(self, metrics: dict[str, jax.Array]) -> None:
         """`metrics` are those of the step just dispatched."""
@@ -77,5 +84,5 @@ class Instruments:
     def close(self) -> None:
         if self._traced is not None:
             self._stop_trace()
-        if self._board is not None:
-            self._board.close()
+        for follower in self._followers:
+            follower.close()

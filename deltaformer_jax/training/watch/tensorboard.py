@@ -5,12 +5,7 @@ from typing import Any
 from etils import epath
 
 from deltaformer_jax.host.called import install
-
-_TAGS = {
-    "eval_loss": "evaluation/loss",
-    "eval_bits_per_byte": "evaluation/bits_per_byte",
-    "eval_accuracy": "evaluation/accuracy",
-}
+from deltaformer_jax.training.watch.scalars import scalars
 
 
 class TensorBoard:
@@ -36,16 +31,8 @@ class TensorBoard:
         self._open(step)
 
     def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    self._add(f"{name}/{part}", number, record["step"])
-            elif name != "step":
-                self._add(_TAGS.get(name, f"training/{name}"), value, record["step"])
-
-    def _add(self, tag: str, value: Any, step: int) -> None:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            self._writer.add_scalar(tag, value, step)
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, record["step"])
 
     def close(self) -> None:
         self._writer.close()
