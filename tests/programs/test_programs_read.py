@@ -106,6 +106,25 @@ def test_sample_of_several_prompts(workdir, capsys, tmp_path):
     assert len({json.loads(line)["text"] for line in twice.splitlines()}) == 2
 
 
+def test_sample_of_more_prompts_than_rows(workdir, capsys, tmp_path):
+    """1,000 prompts in 64 rows: each text is the one that its number gets in 7 rows or alone with its seed."""
+    words = ("def", "é", "return self", "", "import x")
+    prompts = [f"{words[i % 5]} {i}" for i in range(1000)]
+    (tmp_path / "prompts").write_text("\n".join(prompts), encoding="utf-8")
+    arguments = ["--workdir", workdir, "--tokens", 6, "--json"]
+    lines = output(capsys, sample.main, *arguments, "--prompts", tmp_path / "prompts", "--batch_size", 64).out
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    (tmp_path / "first").write_text("\n".join(prompts[:20]), encoding="utf-8")
+    first = output(
+        capsys, sample.main, *arguments, "--prompts", tmp_path / "first", "--batch_size", 7, "--logprobs"
+    ).out
+    for record, line in zip(records, first.splitlines(), strict=False):
+        again = json.loads(line)
+        logprobs = again.pop("logprobs")
+        assert again == record and len(logprobs) == record["tokens"] and max(logprobs) <= 0
+
+
 def test_sample_stops(workdir, capsys):
     arguments = ["--workdir", workdir, "--prompt", "def", "--tokens", 60, "--json"]
     whole = json.loads(output(capsys, sample.main, *arguments).out)
