@@ -210,8 +210,8 @@ class _Batch:
             self._admit(group, free[: len(group)], width)
 
     def _admit(self, group, rows, width):
-        # A power of two of prompts: the ones added have one token, and no row.
-        count = power_of_two(len(group), least=1)
+        # 1, 4, 16, ... prompts, so that few programs are compiled: the ones added have one token, and no row.
+        count = 4 ** next(power for power in range(len(group)) if 4**power >= len(group))
         tokens, real = np.zeros((2, count, width), np.int32)
         real[:, 0] = 1
         row = np.full(count, len(self._in_row), np.int32)
