@@ -4,7 +4,7 @@
     taskset -c 0,1 ...                                       on two cores
 
 The model is tiny, and its texts are of uneven lengths: the most tokens of each is drawn from a geometric distribution
-of mean 32, cut at 128, as texts that end by themselves are. Prompts have 2 to 32 tokens. `refilled` is one call of
+of mean 16, cut at 64, as texts that end by themselves are. Prompts have 2 to 32 tokens. `refilled` is one call of
 `decoding.generate` with all prompts; `in batches` is one call for every batch_size prompts. Both draw the same tokens,
 which is checked. Rounds alternate; `tokens/s` counts drawn tokens in the median round, `ratio` is the median over
 rounds of the times' ratio. `steps` are the calls of the decoding step, of batch_size rows each.
@@ -24,9 +24,9 @@ from deltaformer_jax import LanguageModel, ModelConfig
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.decoding import continuous, generate
 
-ROUNDS = 3
+ROUNDS = 2
 SIZES = dict(vocab_size=512, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=256)
-MEAN, MOST = 32, 128
+MEAN, MOST = 16, 64
 
 
 def main():
