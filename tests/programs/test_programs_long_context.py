@@ -29,7 +29,9 @@ def test_texts_fill_their_length(task, tokenizer):
             # common_words runs out of words only in texts that are longer than these.
             assert length - unit < size <= length
             assert len(tokenizer.encode(" " + ", ".join(example.answers))) < example.answer_tokens
-        assert found == examples(task, tokenizer, length, DEPTHS, 2, 0) != examples(task, tokenizer, length, DEPTHS, 2, 1)
+        assert (
+            found == examples(task, tokenizer, length, DEPTHS, 2, 0) != examples(task, tokenizer, length, DEPTHS, 2, 1)
+        )
 
 
 @pytest.mark.parametrize(("task", "needles"), [("needle", 1), ("needle_multikey", 4)])
@@ -40,7 +42,7 @@ def test_a_needle_lies_at_its_depth(task, needles):
         asked = re.search(r"The special magic number for (\w+) mentioned in the text is:$", example.text)[1]
         assert len(said) == needles == len({key for key, _ in said})
         assert example.answers == (dict(said)[asked],) and example.depth == depth
-        lines = re.sub(r"The special magic number for (?!%s )\w+ is: \d+\. ?" % asked, "", example.text)
+        lines = re.sub(rf"The special magic number for (?!{asked} )\w+ is: \d+\. ?", "", example.text)
         before, after = lines.split(f"number for {asked} is:")
         before, after = before.count("There and back"), after.count("There and back")
         assert before + after > 40 and before == round(depth * (before + after))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -315,3 +316,36 @@ def test_training_goes_on_from_the_last_whole_checkpoint(corpus, workdir, tmp_pa
     assert cases.read_metrics(tmp_path) == cases.read_metrics(workdir)
     assert (tmp_path / "checkpoints" / "12").exists() and run.step == 12
     assert len(jax.tree.leaves(run.state)) > 10
+
+
+def test_evaluate_long_contexts(workdir, capsys, tmp_path):
+    flags = ["--workdir", workdir, "--tasks", "needle,variable_tracking", "--examples", 2, "--depths", 0, 1]
+    printed = output(capsys, evaluate.main, *flags, "--lengths", 600, "--out", tmp_path / "out")
+    result = json.loads(printed.out)
+    assert [(r["task"], r["length"], r["depth"], r["examples"]) for r in result["long_context"]] == [
+        ("needle", 600, 0.0, 2),
+        ("needle", 600, 1.0, 2),
+        ("variable_tracking", 600, None, 2),
+    ]
+    assert all(0 <= record["accuracy"] <= 1 for record in result["long_context"])
+    assert "600 tokens, depth 1.00" in printed.err
+    assert json.loads((tmp_path / "out" / "tasks.json").read_text()) == result
+    assert (tmp_path / "out" / "long_context.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", ","], "--tasks: no task; give names"),
+        (["--tasks", "needle", "--depths", "2"], "--depths 2.0: give shares of the text"),
+        (["--tasks", "needle", "--examples", "0"], "--examples 0: give 1 or more"),
+    ],
+)
+def test_evaluate_refuses_tasks(workdir, capsys, flags, message):
+    assert message in error(capsys, evaluate.main, "--workdir", workdir, *flags)
+
+
+def test_evaluate_without_the_harness(workdir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = error(capsys, evaluate.main, "--workdir", workdir, "--tasks", "hellaswag")
+    assert "--tasks hellaswag: needs lm-evaluation-harness, pip install 'deltaformer-jax[eval]'" in said
