@@ -1,4 +1,4 @@
-"""Sampling from a model: one prefill call for all prompts, then one decoding step per token, with the cache."""
+"""All prompts at once: one prefill call, then one decoding step per token. continuous.py refills rows that end."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -8,32 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltaformer_jax.decoding.choose import choose, power_of_two
+from deltaformer_jax.decoding.requests import check_prompt, check_sampling
 from deltaformer_jax.layers.linear import cast_kernels
 from deltaformer_jax.model import LanguageModel
-
-
-def choose(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: int, top_p: jax.Array | None = None
-) -> jax.Array:
-    """The next token of each row, int32 [B], from logits float32 [B, V] and one random key per row, keys [B].
-
-    At temperature 0 it is the argmax. Otherwise it is drawn from softmax(logits / temperature), restricted first to the
-    top_k largest logits (0: all), then to the smallest set of likeliest tokens whose probabilities sum to at least
-    top_p (None: all). Tokens whose logit equals that of the last token kept are kept too. Nucleus sampling (top_p):
-    Holtzman et al., arXiv 1904.09751.
-    """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    if top_k:
-        kth = jax.lax.top_k(scaled, min(top_k, logits.shape[-1]))[0][:, -1:]
-        scaled = jnp.where(scaled >= kth, scaled, -jnp.inf)
-    if top_p is not None:
-        falling = -jnp.sort(-scaled, axis=-1)
-        shares = jax.nn.softmax(falling, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares  # total probability of the likelier tokens
-        least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
-        scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
-    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
@@ -58,20 +36,6 @@ def decode_step(graphdef, params, token, cache, key, position, temperature, top_
     model = nnx.merge(graphdef, params)
     logits, cache = model(token[:, None], cache=cache)
     return choose(logits[:, 0], _row_keys(key, position, token.shape[0]), temperature, top_k, top_p), cache
-
-
-def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Raise ValueError, naming the argument, if an argument of `generate` is out of range."""
-    if tokens < 1:
-        raise ValueError(f"tokens = {tokens}: give 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: give 0 (always the likeliest token) or more")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: give 0 (all tokens) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: give a probability above 0, at most 1 (all tokens)")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
 
 
 def with_weights_in(model: LanguageModel, dtype) -> LanguageModel:
@@ -119,43 +83,25 @@ def generate_batch(
     """
     if not len(prompts):
         raise ValueError("prompt: has no token; begin it with the document separator")
-    prompts = [_prompt(prompt, number, model.embedding.vocab_size) for number, prompt in enumerate(prompts)]
+    prompts = [check_prompt(prompt, number, model.embedding.vocab_size) for number, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)
     return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)
 
 
-def _prompt(prompt, number, vocabulary):
-    """Prompt `number` as checked int64 ids. In a narrow dtype, comparing them with `vocabulary` would overflow."""
-    ids = np.asarray(prompt)
-    if not ids.size:
-        raise ValueError("prompt: has no token; begin it with the document separator")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"prompts[{number}] must be a list of integers; it is {ids.dtype}{list(ids.shape)}")
-    ids = ids.astype(np.int64)
-    outside = ids[(ids < 0) | (ids >= vocabulary)]
-    if outside.size:
-        raise ValueError(f"prompts[{number}] has the id {outside[0]}: ids must be from 0 to {vocabulary - 1}")
-    return ids
-
-
 def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):
     graphdef, params = nnx.split(model)
     lengths = np.array([len(prompt) for prompt in prompts])
-    width = _power_of_two(lengths.max())
+    width = power_of_two(lengths.max())
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts):
         row[: len(prompt)] = prompt
     real = (np.arange(width) < lengths[:, None]).astype(np.int32)
     key, how = jax.random.key(seed), (temperature, top_p)
-    capacity = _power_of_two(lengths.max() + tokens)
+    capacity = power_of_two(lengths.max() + tokens)
     token, cache = _prefill(graphdef, params, padded, real, key, *how, capacity=capacity, top_k=top_k)
     yield np.asarray(token)
     for position in range(1, tokens):
         token, cache = decode_step(graphdef, params, token, cache, key, position, *how, top_k=top_k)
         yield np.asarray(token)
-
-
-def _power_of_two(length: int) -> int:
-    return max(16, 1 << (int(length) - 1).bit_length())

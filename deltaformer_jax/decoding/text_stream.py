@@ -17,7 +17,7 @@ class TextStream:
         if not all(stops):
             raise ValueError("stop: an empty text; leave it out")
         self._decoder = tokenizer.stream()
-        self._eot = tokenizer.eot
+        self.eot = tokenizer.eot
         self._stops = tuple(stops)
         self._held = ""
         self.finish: str | None = None
@@ -25,7 +25,7 @@ class TextStream:
     def push(self, token: int) -> str:
         if self.finish:
             return ""
-        if token == self._eot:
+        if token == self.eot:
             rest = self.end()
             self.finish = self.finish or "end_of_text"
             return rest

@@ -1,7 +1,10 @@
-"""Loss, perplexity and bits per byte of a run's model, overall and by position:
+"""Loss, perplexity and bits per byte of a run's model, overall and by position; or its answers to tasks:
 
     python -m deltaformer_jax.evaluate --workdir DIR [--data PATH] [--step N] [--sequence_length N] [--batch_size N]
                                        [--batches N]
+    python -m deltaformer_jax.evaluate --workdir DIR --tasks NAME,... [--out FOLDER] [--step N] [--sequence_length N]
+                                       [--batch_size N] [--fewshot N] [--limit N] [--include FOLDER] [--no_separator]
+                                       [--lengths N ...] [--depths SHARE ...] [--examples N] [--seed N]
 
 The data is the evaluation split of the run's own data. With --data it is the evaluation split of another prepared
 corpus (or of several, FOLDER=WEIGHT,FOLDER=WEIGHT), or all of a text file or of a folder of text. A run on a synthetic
@@ -11,6 +14,11 @@ task is also evaluated by accuracy; --data may give the same task with other opt
 A position is the number of tokens of its document that the model has seen when it predicts the next token. With
 --sequence_length documents may be longer than in training. A table goes to stderr, and one line of JSON to stdout.
 Wrong input gives one line on stderr and exit code 2.
+
+--tasks asks for other things. needle, needle_multikey, variable_tracking and common_words hide something in a text of
+each of --lengths tokens, and give the share that is found. All other names are tasks of lm-evaluation-harness (the
+extra "eval"), offline_choice, offline_copy and offline_texts among them, which need no network. docs/evaluation.md
+explains both.
 """
 
 import json
@@ -47,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--batches", type=int, default=0, metavar="N", help="evaluate only the first N batches; 0: all (default: 0)"
     )
+    _add_task_flags(parser)
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.evaluate"), tempfile.TemporaryDirectory() as folder:
@@ -56,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
             if getattr(flags, name) is not None and getattr(flags, name) < 1:
                 raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
+        if flags.tasks is not None:
+            return answer_tasks(flags)
         with waiting("importing jax", say_aside):
             from deltaformer_jax.data import batches, count_batches
             from deltaformer_jax.evaluate.by_position import evaluate_by_position
@@ -87,6 +98,54 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(whole, by_position), file=sys.stderr)
     data = str(flags.data or corpus.path)
     print(json.dumps({"step": run.step, "data": data, "sequence_length": length, **whole, "by_position": by_position}))
+
+
+def _add_task_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks to answer, instead of the loss on data")
+    parser.add_argument("--out", type=expand, metavar="FOLDER", help="also write tasks.json and long_context.png here")
+    parser.add_argument("--fewshot", type=int, metavar="N", help="worked examples in a prompt (default: the task's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task of the harness")
+    parser.add_argument("--include", type=expand, metavar="FOLDER", help="folder with more tasks of the harness (YAML)")
+    parser.add_argument(
+        "--no_separator",
+        action="store_true",
+        help="no end-of-text before contexts, as lm-evaluation-harness does it for transformers' models",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens of long-context texts (default: 256 and doubled, to twice the run's)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="SHARE",
+        help="where needles lie, 0: at the beginning, 1: at the end (default: 0 0.25 0.5 0.75 1)",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=10, metavar="N", help="long-context texts per length and depth (default: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the long-context texts (default: 0)")
+
+
+def answer_tasks(flags) -> None:
+    """Print the answers to --tasks: a table on stderr, JSON on stdout."""
+    from deltaformer_jax.evaluate import by_task
+
+    by_task.split_names(flags)  # a wrong name is said before the model is read
+    with waiting("importing jax", say_aside):
+        from deltaformer_jax.model_parts import merge
+        from deltaformer_jax.training.checkpoints.restore import restore
+
+    with waiting(f"restoring the model of {flags.workdir}", say_aside):
+        run = restore(flags.workdir, flags.step, say_aside)
+    result = by_task.run(flags, run, merge(run.program.parts, run.params))
+    print(by_task.table(result), file=sys.stderr)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

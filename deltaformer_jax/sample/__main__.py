@@ -2,12 +2,14 @@
 
     python -m deltaformer_jax.sample --workdir DIR [--prompt TEXT ...] [--prompts FILE] [--samples 1]
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
-                                     [--seed 0] [--step N] [--weights bfloat16] [--json]
+                                     [--seed 0] [--step N] [--weights bfloat16] [--batch_size 32] [--json]
+                                     [--logprobs]
 
 Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
 or where the model ends the document. Texts go to stdout in the order of the prompts, in whole characters: the first
-unfinished one while it is generated, the others after it. Messages go to stderr. All prompts, of any lengths, are one
-batch. Wrong input gives one line on stderr and exit code 2.
+unfinished one while it is generated, the others after it. Messages go to stderr. The prompts, of any lengths and any
+number, are continued in --batch_size rows: a row whose text ends takes the next prompt. A text depends on its prompt,
+on --seed and on its number, not on its neighbours. Wrong input gives one line on stderr and exit code 2.
 """
 
 import os
@@ -65,21 +67,38 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
     parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="texts that are generated at once; the others wait for a free row (default: 32)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one line of JSON per text, with prompt, text, tokens and finish"
+    )
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json: also the log-probability of each token, in nats, before temperature, top_k and top_p",
     )
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.sample"):
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
-            from deltaformer_jax.decoding.generate import check_sampling, generate_batch, with_weights_in
-            from deltaformer_jax.decoding.text_stream import TextStream
+            from deltaformer_jax.decoding import stream
+            from deltaformer_jax.decoding.generate import with_weights_in
+            from deltaformer_jax.decoding.requests import check_sampling
             from deltaformer_jax.model_parts import merge
             from deltaformer_jax.training.checkpoints.restore import restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
             raise ValueError(f"--samples {flags.samples}: give 1 or more")
+        if flags.batch_size < 1:
+            raise ValueError(f"--batch_size {flags.batch_size}: give 1 or more")
+        if flags.logprobs and not flags.json:
+            raise ValueError("--logprobs: only the records of --json have room for them; give both")
         prompts = read_prompts(flags.prompt, flags.prompts)
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
@@ -92,28 +111,23 @@ def main(arguments: list[str] | None = None) -> None:
         if flags.weights != "float32":
             model = with_weights_in(model, flags.weights)
         prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
-        streams = [TextStream(run.tokenizer, flags.stop) for _ in prompts]
         output = Output(prompts, flags.json)
-        steps = generate_batch(
+        pieces = stream(
             model,
-            [[run.tokenizer.eot, *run.tokenizer.encode(prompt)] for prompt in prompts],
-            flags.tokens,
+            prompts,
+            max_tokens=flags.tokens,
+            tokenizer=run.tokenizer,
+            stop=flags.stop,
             temperature=flags.temperature,
             top_k=flags.top_k,
             top_p=flags.top_p,
             seed=flags.seed,
+            logprobs=flags.logprobs,
+            batch_size=flags.batch_size,
         )
-        # The first token compiles the prompts' program, the second one that of a step.
-        for tokens in begun(steps, 2, "compiling the model for these prompts", say_aside):
-            for i, (stream, token) in enumerate(zip(streams, tokens)):
-                if not stream.finish:
-                    output.add(i, stream.push(int(token)), stream.finish)
-            if all(stream.finish for stream in streams):
-                break
-        for i, stream in enumerate(streams):
-            if not stream.finish:
-                rest = stream.end()
-                output.add(i, rest, stream.finish or "length", tokens=0)
+        # The first token comes after the compilation of both programs, that of prompts and that of a step.
+        for piece in begun(pieces, 1, "compiling the model for these prompts", say_aside):
+            output.add(piece)
 
 
 if __name__ == "__main__":

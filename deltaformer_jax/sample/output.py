@@ -1,8 +1,13 @@
 """Printing texts one after the other although they are generated in parallel."""
 
+from __future__ import annotations
+
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the program's --help imports this file, and must not import jax
+    from deltaformer_jax.decoding import Piece
 
 
 class Output:
@@ -16,14 +21,17 @@ class Output:
         self._json = as_json
         self._texts = [""] * len(prompts)
         self._tokens = [0] * len(prompts)
+        self._logprobs: list[list[float]] = [[] for _ in prompts]
         self._finish: list[str | None] = [None] * len(prompts)
         self._turn = 0  # index of the text that is being printed
         self._shown = -1  # how many of its characters are printed; -1: not even its prompt
 
-    def add(self, i: int, text: str, finish: str | None, tokens: int = 1) -> None:
-        self._texts[i] += text
-        self._tokens[i] += tokens
-        self._finish[i] = finish
+    def add(self, piece: Piece) -> None:
+        self._texts[piece.row] += piece.text
+        self._tokens[piece.row] += 1
+        self._finish[piece.row] = piece.finish
+        if piece.logprob is not None:
+            self._logprobs[piece.row].append(piece.logprob)
         while self._turn < len(self._prompts) and self._show(self._turn):
             self._turn, self._shown = self._turn + 1, -1
 
@@ -52,4 +60,5 @@ class Output:
             "text": self._texts[i],
             "tokens": self._tokens[i],
             "finish": self._finish[i],
+            **({"logprobs": self._logprobs[i]} if self._logprobs[i] else {}),
         }

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -104,6 +105,25 @@ def test_sample_of_several_prompts(workdir, capsys, tmp_path):
     assert all(record["tokens"] == 30 or record["finish"] == "end_of_text" for record in records)
     twice = output(capsys, sample.main, "--workdir", workdir, "--prompt", "dé", "--samples", 2, "--json").out
     assert len({json.loads(line)["text"] for line in twice.splitlines()}) == 2
+
+
+def test_sample_of_more_prompts_than_rows(workdir, capsys, tmp_path):
+    """1,000 prompts in 64 rows: each text is the one that its number gets in 7 rows or alone with its seed."""
+    words = ("def", "é", "return self", "", "import x")
+    prompts = [f"{words[i % 5]} {i}" for i in range(1000)]
+    (tmp_path / "prompts").write_text("\n".join(prompts), encoding="utf-8")
+    arguments = ["--workdir", workdir, "--tokens", 6, "--json"]
+    lines = output(capsys, sample.main, *arguments, "--prompts", tmp_path / "prompts", "--batch_size", 64).out
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    (tmp_path / "first").write_text("\n".join(prompts[:20]), encoding="utf-8")
+    first = output(
+        capsys, sample.main, *arguments, "--prompts", tmp_path / "first", "--batch_size", 7, "--logprobs"
+    ).out
+    for record, line in zip(records, first.splitlines(), strict=False):
+        again = json.loads(line)
+        logprobs = again.pop("logprobs")
+        assert again == record and len(logprobs) == record["tokens"] and max(logprobs) <= 0
 
 
 def test_sample_stops(workdir, capsys):
@@ -296,3 +316,36 @@ def test_training_goes_on_from_the_last_whole_checkpoint(corpus, workdir, tmp_pa
     assert cases.read_metrics(tmp_path) == cases.read_metrics(workdir)
     assert (tmp_path / "checkpoints" / "12").exists() and run.step == 12
     assert len(jax.tree.leaves(run.state)) > 10
+
+
+def test_evaluate_long_contexts(workdir, capsys, tmp_path):
+    flags = ["--workdir", workdir, "--tasks", "needle,variable_tracking", "--examples", 2, "--depths", 0, 1]
+    printed = output(capsys, evaluate.main, *flags, "--lengths", 600, "--out", tmp_path / "out")
+    result = json.loads(printed.out)
+    assert [(r["task"], r["length"], r["depth"], r["examples"]) for r in result["long_context"]] == [
+        ("needle", 600, 0.0, 2),
+        ("needle", 600, 1.0, 2),
+        ("variable_tracking", 600, None, 2),
+    ]
+    assert all(0 <= record["accuracy"] <= 1 for record in result["long_context"])
+    assert "600 tokens, depth 1.00" in printed.err
+    assert json.loads((tmp_path / "out" / "tasks.json").read_text()) == result
+    assert (tmp_path / "out" / "long_context.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", ","], "--tasks: no task; give names"),
+        (["--tasks", "needle", "--depths", "2"], "--depths 2.0: give shares of the text"),
+        (["--tasks", "needle", "--examples", "0"], "--examples 0: give 1 or more"),
+    ],
+)
+def test_evaluate_refuses_tasks(workdir, capsys, flags, message):
+    assert message in error(capsys, evaluate.main, "--workdir", workdir, *flags)
+
+
+def test_evaluate_without_the_harness(workdir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = error(capsys, evaluate.main, "--workdir", workdir, "--tasks", "hellaswag")
+    assert "--tasks hellaswag: needs lm-evaluation-harness, pip install 'deltaformer-jax[eval]'" in said
