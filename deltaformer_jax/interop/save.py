@@ -13,7 +13,7 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
-from deltaformer_jax.data.tokenizer import EOT_NAMES
+from deltaformer_jax.data.tokenizer.base import EOT_NAMES
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
