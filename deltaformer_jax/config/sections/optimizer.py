@@ -43,26 +43,26 @@ class OptimizerConfig:
     )
     b1: float = setting(
         0.9,
-        "adamw, and muon's AdamW: decay of the running mean of gradients, per update. lion: weight of its running mean "
-        "in the sign that it takes.",
+        "Decay of the running mean of gradients, per update, of adamw and of muon's AdamW. For lion the weight of its "
+        "running mean in the sign that it takes.",
         least=0,
         below=1,
     )
     b2: float = setting(
         0.95,
-        "adamw, and muon's AdamW: decay of the running mean of squared gradients, per update. lion: decay of its "
-        "running mean of gradients.",
+        "Decay of the running mean of squared gradients, per update, of adamw and of muon's AdamW. For lion the decay "
+        "of its running mean of gradients.",
         least=0,
         below=1,
     )
     epsilon: float = setting(
         1e-8,
-        "adamw, and muon's AdamW: added to the root of the mean squared gradient.",
+        "What adamw and muon's AdamW add to the root of the mean squared gradient.",
         least=0,
         finite=True,
     )
     muon_momentum: float = setting(
-        0.95, "muon: decay of the running mean of a matrix's gradients, per update.", least=0, below=1
+        0.95, "Muon's decay of the running mean of a matrix's gradients, per update.", least=0, below=1
     )
     weight_decay: float = setting(
         0.1,
