@@ -15,7 +15,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
@@ -25,6 +24,7 @@ from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
+from deltaformer_jax.ops.cache.memory_order import in_order
 from pallas_kernels.transform import MADE
 
 _MADE = jax.checkpoint_policies.save_only_these_names(MADE)
@@ -165,14 +165,6 @@ class LanguageModel(nnx.Module):
         """
         blocks = sum(block.flops_per_token(length) for block in self.blocks)
         return self.periods * blocks + self.embedding.flops_per_token(length)
-
-
-def in_order(cache):
-    """A layer's cache, in memory in the order of its axes.
-
-    Left to itself, XLA for GPUs gives the stack of all layers' caches another order, and copies it at each call.
-    """
-    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
 
 
 # Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
