@@ -119,4 +119,4 @@ def test_the_table_names_every_extra():
         for extras in re.findall(r"pip install './NAME\.whl\[([\w,]+)\]'", line)[:1]:
             by_uv = " ".join(f"--extra {extra}" for extra in extras.split(","))
             assert f"`uv pip install './NAME.whl[{extras}]'`" in line and f"`pip install -e '.[{extras}]'`" in line
-            assert f"`uv run {by_uv} train.py`" in line
+            assert f"`uv run {by_uv} train.py`" in line or f"`uv run {by_uv} python -m deltaformer_jax." in line
