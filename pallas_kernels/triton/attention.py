@@ -9,49 +9,28 @@ Source: Dao et al., arXiv 2205.14135.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 from pallas_kernels.transform import transformable
 from pallas_kernels.triton import launch as launching
-from pallas_kernels.triton.delta.api import Kappa, row_dots, sum_heads
-from pallas_kernels.triton.delta.launches import read_backward_launch, read_forward_launch, tile_of
-from pallas_kernels.triton.delta.table import Tile
-from pallas_kernels.triton.limits import unsupported
+from pallas_kernels.triton.delta import api as delta
+from pallas_kernels.triton.delta.api import Settings, row_dots, run_launch, sum_heads
+from pallas_kernels.triton.delta.launches import read_backward_launch, read_forward_launch
 
 # The implementations of the op that have all derivatives.
 _DIFFERENTIABLE = "'parallel' or 'recurrent'"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The static arguments of a call: the scale of the scores, and what delta/api.py's Settings say of the last two."""
-
-    scale: float
-    compute_capability: int | None = None
-    tiles: tuple[tuple[str, Tile], ...] = ()
-
-    # What the launches of a read ask for.
-    tied = False
-
-    @property
-    def read(self) -> Kappa:
-        return Kappa("softmax", self.scale)
+def settings_of(scale: float, **more) -> Settings:
+    """The static arguments of a call whose scores are multiplied by `scale`. `more`: see delta/api.py."""
+    softmax = delta.Kappa("softmax", scale)
+    return Settings(softmax, softmax, **more)
 
 
 def lacks(settings: Settings, key, value, window, log_decay, sinks) -> str | None:
     """Why these kernels do not support this call, or None if they do."""
-    if reason := unsupported(key, value):
-        return reason
     given = [name for name, x in (("window", window), ("log_decay", log_decay), ("sinks", sinks)) if x is not None]
-    if given:
-        return f"its kernels have no {given[0]}"
-    try:
-        for name in ("read_forward", "read_backward"):
-            tile_of(settings, name, key, value)
-    except NotImplementedError as error:
-        return str(error)
-    return None
+    return f"its kernels have no {given[0]}" if given else delta.lacks(settings, key, value)
 
 
 def forward(settings: Settings, query, key, value, log_decay, sinks, segment_ids, run=launching.run):
@@ -75,19 +54,15 @@ def backward(settings: Settings, residuals, dout, run=launching.run):
     return *function(residuals, dout), None, None
 
 
-def _run(launch, run, settings):
-    return run(launch) if run is not launching.run else run(launch, settings.compute_capability)
-
-
 def _forward(settings, run, query, key, value, segment_ids):
-    return tuple(_run(read_forward_launch(settings, query, key, value, None, segment_ids), run, settings))
+    return tuple(run_launch(read_forward_launch(settings, query, key, value, None, segment_ids), run, settings))
 
 
 def _backward(settings, run, residuals, dout):
     (query, key, value, segment_ids), (out, lse) = residuals
     row_dot = row_dots(dout, out)
     launch = read_backward_launch(settings, query, key, value, None, dout, lse, row_dot, segment_ids)
-    dquery, dkey, dvalue = _run(launch, run, settings)
+    dquery, dkey, dvalue = run_launch(launch, run, settings)
     heads = key.shape[2]
     return (
         dquery.astype(query.dtype),

@@ -140,7 +140,8 @@ def test_a_single_kernel_gets_what_a_pass_gives_it(worker, monkeypatch, kernel):
         for key, entry in before.items():
             delta.TABLE[key].update(entry)
     (row,) = worker.rows
-    assert row["tile"] == "16, 16, 4, 1, 1, 128" and row["ms"] > 0, row
+    # Only the write has an order of heads: many at once, of few tokens.
+    assert row["tile"] == f"16, 16, 4, 1, 1, {0 if kernel.startswith('read') else 128}" and row["ms"] > 0, row
     last = started[-1]
     assert last.kernel.__name__ == kernel.replace("tied", "write")
     assert last.constants["FORM"].tied == kernel.startswith("tied")

@@ -149,7 +149,7 @@ def attention_forward_and_backward(scale, tiles, arrays, dout):
     from pallas_kernels.triton import attention
     from pallas_kernels.triton.delta.table import Tile
 
-    settings = attention.Settings(scale, tiles=tuple((name, Tile(*sizes)) for name, sizes in tiles))
+    settings = attention.settings_of(scale, tiles=tuple((name, Tile(*sizes)) for name, sizes in tiles))
     query, key, value, segments = arrays
     out, residuals = attention.forward(settings, query, key, value, None, None, segments, run=interpret)
     gradients = attention.backward(settings, residuals, dout, run=interpret)

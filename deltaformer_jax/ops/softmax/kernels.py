@@ -19,7 +19,7 @@ def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
     """`module`'s kernels for this call, in the place of `attention_chunked(plan, inputs)`."""
     query, key, value, log_decay, sinks, _ = inputs
     if name == "triton":
-        settings = module.Settings(plan.scale)
+        settings = module.settings_of(plan.scale)
         call = KernelCall(name, module, settings, Inputs, "'parallel' or 'recurrent'")
         lacks = module.lacks(settings, key, value, plan.window, log_decay, sinks)
         return Kernels(lacks, lambda inputs: run_kernels(call, inputs)[0])

@@ -163,7 +163,8 @@ class _Written(NamedTuple):
         return (self.exact.astype(dtype) if self.operand is None else self.operand), None
 
 
-def _run(launch, run, settings):
+def run_launch(launch, run, settings):
+    """The outputs of a launch by `run`: `launching.run` for the settings' device, or a test's interpreter."""
     return run(launch) if run is not launching.run else run(launch, settings.compute_capability)
 
 
@@ -171,7 +172,7 @@ def _inverse(settings, run, name, w, key, value, beta, segment_ids):
     """The inverses that a write kernel needs, in two parts; (None, None) if the kernel computes them itself."""
     if operands(settings.write, value.dtype) != "pair":
         return None, None
-    return tuple(_run(invert_blocks_launch(settings, name, w, key, value, beta, segment_ids), run, settings))
+    return tuple(run_launch(invert_blocks_launch(settings, name, w, key, value, beta, segment_ids), run, settings))
 
 
 def _forward(settings, run, query, write_query, key, value, alpha, beta, segment_ids):
@@ -180,7 +181,7 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     w = key if write_query is None else write_query
     inverse = _inverse(settings, run, "write_forward", w, key, value, beta, segment_ids)
     launch = write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse)
-    u, operand, residue, lse_write, _, summary, *tied = _run(launch, run, settings)
+    u, operand, residue, lse_write, _, summary, *tied = run_launch(launch, run, settings)
     softmax = settings.write.name == "softmax"
     taken = operands(settings.write, value.dtype)
     written = _Written(
@@ -194,7 +195,7 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     if settings.read is None:
         return None, made
     source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
-    out, lse_read = _run(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
+    out, lse_read = run_launch(read_forward_launch(settings, query, key, *source, segment_ids), run, settings)
     return out, made | {"lse_read": lse_read if settings.read.name == "softmax" else None}
 
 
@@ -233,14 +234,14 @@ def _backward(settings, run, residuals, dout, du):
         source = written.as_taken(operands(settings.read, value.dtype), value.dtype)
         row_dot = row_dots(dout, made["out"]) if settings.read.name == "softmax" else None
         launch = read_backward_launch(settings, query, key, *source, dout, made["lse_read"], row_dot, segment_ids)
-        dquery, dkey_read, du_read = _run(launch, run, settings)
+        dquery, dkey_read, du_read = run_launch(launch, run, settings)
         dquery, du = dquery.astype(query.dtype), du + du_read
     w = key if write_query is None else write_query
     source = written.as_taken(operands(settings.write, value.dtype), value.dtype)
     saved = (written.exact, *source, made["summary"], made["lse_write"])
     inverse = _inverse(settings, run, "write_backward", w, key, value, beta, segment_ids)
     launch = write_backward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse, *saved, du, tied)
-    dw, dkey, dvalue, dalpha, dbeta, *_ = _run(launch, run, settings)
+    dw, dkey, dvalue, dalpha, dbeta, *_ = run_launch(launch, run, settings)
     dw, dkey = dw * settings.write.scale, dkey * settings.write.scale + dkey_read
     if settings.tied:
         # The gradient of the diagonal scores, which the kernel leaves out: dS_ii = π_i (dO_i·u_i − dO_i·o_i).

@@ -26,7 +26,8 @@ from pallas_kernels.triton.memory import block_width
 def tile_of(settings, name, key, value) -> Tile:
     """The tile of the kernel `name`, with its group: from `settings.tiles`, or else from the table."""
     tile = dict(settings.tiles).get(name) or _chosen(settings, name, key, value)
-    if tile.group:
+    # The read has no order of heads: with a group its kernels would be compiled anew for other lengths.
+    if tile.group or not name.startswith("write"):
         return tile
     width = key.shape[3] + value.shape[3]
     return dataclasses.replace(tile, group=heads_at_once(key.shape[1], width))
