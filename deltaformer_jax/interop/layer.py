@@ -15,6 +15,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop.files import Tensors, read_json
 from deltaformer_jax.interop.mapping import flat, keys_of, nested
+from deltaformer_jax.interop.own import MODEL_TYPE
 from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.interop.sources.single_layers import LAYERS, Layer
 from deltaformer_jax.interop.tables import shapes, to_ours
@@ -61,7 +62,8 @@ def load_layer(
 def _layer_of(folder: Path, values: dict[str, Any], layer: int) -> Layer:
     kind = values.get("model_type")
     if kind not in LAYERS:
-        hint = "; load_pretrained reads it" if kind in SOURCES else did_you_mean(str(kind), LAYERS)
+        whole = kind in (*SOURCES, MODEL_TYPE)
+        hint = "; load_pretrained reads it" if whole else did_you_mean(str(kind), LAYERS)
         raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(LAYERS)}{hint}")
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):

@@ -204,6 +204,9 @@ def test_errors_are_one_line(tmp_path):
         load_layer(FOLDERS / "hf_kimi_linear", 2)
     with pytest.raises(ValueError, match=r"model_type = 'llama' is not one of qwen3_next, .*; load_pretrained reads"):
         load_layer(FOLDERS.parent / "pretrained" / "hf_llama", 0)
+    (tmp_path / "config.json").write_text('{"model_type": "deltaformer_jax", "hidden_size": 8}')
+    with pytest.raises(ValueError, match=r"'deltaformer_jax' is not one of .*; load_pretrained reads it"):
+        load_layer(tmp_path, 0)
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "config.json").write_text((FOLDERS / "hf_kimi_linear" / "config.json").read_text())
