@@ -9,49 +9,36 @@ from __future__ import annotations
 import re
 
 import jax
-from jax.experimental import topologies
 from measure import report
 
+from deltaformer_jax.compiled.launches import Launch, Loop, launches
 from deltaformer_jax.config import Config
-from deltaformer_jax.training.watch.peak import peak_flops
+from deltaformer_jax.training.ahead_of_time.chips import CHIPS
+from deltaformer_jax.training.ahead_of_time.flops import model_flops
+from deltaformer_jax.training.ahead_of_time.topologies import find_topology
 from training_step.compiled import SMALLER, Step, compile_step
-from training_step.hlo_bytes import Launch, Loop, launches
-from training_step.parts import kernel_passes, model_flops, part_of, roofline, short
+from training_step.parts import kernel_passes, part_of, roofline, short
 
-# What XLA asks of a device, for an H100 80GB HBM3 (SXM).
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-MEMORY = 84_929_347_584  # bytes
-BANDWIDTH = 3.35e12  # bytes a second, from the data sheet
+H100 = CHIPS["h100"]
 LISTED = 15  # launches
 
 
 def prepare(config: Config) -> Step:
     """Compile the step. Raises ValueError if it needs more memory than the card has."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    step = compile_step(config, topology.devices[0])
-    if step.memory > MEMORY:
-        raise ValueError(
-            f"{step.title}: the step takes {step.memory / 1e9:.1f} GB, and the card has {MEMORY / 1e9:.1f}; {SMALLER}"
-        )
+    step = compile_step(config, find_topology("h100").devices[0])
+    if step.memory > H100.memory:
+        needs = f"the step takes {step.memory / 1e9:.1f} GB, and the card has {H100.memory / 1e9:.1f}"
+        raise ValueError(f"{step.title}: {needs}; {SMALLER}")
     return step
 
 
 def show(step: Step, json: str | None):
     """Print the loops, the launches that move most, and the parts. If `json` is given, write them there too."""
     found, loops = launches(step.compiled.as_text())
-    peak = peak_flops(step.device.device_kind)
-    asked, ops = model_flops(step.program.parts, step.config.data.sequence_length)
-    rows = roofline(found, ops * step.tokens * kernel_passes(found), BANDWIDTH, peak)
+    peak = H100.flops
+    flops = model_flops(step.program.parts, step.config.data.sequence_length)
+    asked, ops = flops.model, flops.ops
+    rows = roofline(found, ops * step.tokens * kernel_passes(found), H100.bandwidth, peak)
     seconds = sum(row.seconds for row in rows)
     table = [
         {
@@ -76,7 +63,7 @@ def show(step: Step, json: str | None):
     report("the launches that move most", of_launches(found), None)
     title = f"{step.title}: counted from the program compiled for an H100, not measured"
     report(title, table, json, **bound, loops=of_loops(found, loops), most=of_launches(found))
-    print(f"jax {jax.__version__}; {step.memory / 1e9:.1f} GB of the card's {MEMORY / 1e9:.1f}")
+    print(f"jax {jax.__version__}; {step.memory / 1e9:.1f} GB of the card's {H100.memory / 1e9:.1f}")
     print(f"the model asks for {bound['TFLOP of the model']:.1f} TFLOP a step, {3 * asked / 1e9:.3g} GFLOP a token")
     print(f"at most {bound['tokens/s at most']:,.0f} tokens a second, MFU {bound['MFU at most']:.1%}: an upper bound")
 

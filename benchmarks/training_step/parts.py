@@ -18,10 +18,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
-
-from deltaformer_jax.model_parts import ModelParts, merge
-from training_step.hlo_bytes import Launch
+from deltaformer_jax.compiled.launches import Launch
 
 PARTS = ("mixers", "products", "elementwise", "logits", "optimiser", "rest")
 RECOMPUTED = "rematted_computation"
@@ -42,22 +39,6 @@ def part_of(launch: Launch) -> str:
     if "jvp(" in name:
         return "logits"
     return "optimiser" if name.startswith("jit(step)/") and "/while/" not in name else "rest"
-
-
-def model_flops(parts: ModelParts, length: int) -> tuple[float, float]:
-    """(the model's FLOPs per token, forward, in closed form; those of them inside the mixers' ops).
-
-    The ops' are what the products with the layers' kernels and the logits leave.
-    """
-    model = merge(parts, parts.params)
-    axes = jax.tree.leaves(parts.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
-    kernels = sum(
-        2.0 * leaf.size
-        for leaf, names in zip(jax.tree.leaves(parts.params["blocks"]), axes, strict=True)
-        if len(names) > 1
-    )
-    whole = model.flops_per_token(length)
-    return whole, whole - kernels - model.embedding.flops_per_token(length)
 
 
 class Row(NamedTuple):

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import jax
 from measure import report
 
+from deltaformer_jax.compiled.launches import launches
 from deltaformer_jax.config import Config
+from deltaformer_jax.training.ahead_of_time.flops import model_flops
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.peak import utilisation
 from training_step.compiled import SMALLER, Step, compile_step, random_batch
-from training_step.hlo_bytes import launches
-from training_step.parts import measured, model_flops, part_of, short
+from training_step.parts import measured, part_of, short
 from training_step.profile import device_events
 
 STEPS, PROFILED = 20, 3
@@ -89,7 +90,7 @@ def take_times(running: Running, steps: int = STEPS, profiled: int = PROFILED) -
     parts["idle"] = seconds - sum(parts.values())
     parts["all"] = seconds
     table = [{"part": name, "ms": 1e3 * x, "share": x / seconds} for name, x in parts.items()]
-    asked, _ = model_flops(step.program.parts, step.config.data.sequence_length)
+    asked = model_flops(step.program.parts, step.config.data.sequence_length).model
     rate = step.tokens / seconds
     return Times(table, slowest(events, found, profiled), rate, utilisation(rate, 3 * asked, [step.device]))
 

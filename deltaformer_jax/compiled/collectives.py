@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from math import prod
 from typing import NamedTuple
+
+import numpy as np
 
 from deltaformer_jax.compiled.hlo import (
     Computation,
@@ -25,6 +26,7 @@ from deltaformer_jax.compiled.hlo import (
     called_by,
     op_name_of,
     parse,
+    sizes_of,
     trip_count,
 )
 
@@ -45,12 +47,16 @@ class Collective(NamedTuple):
 
     kind: str  # one of KINDS
     shape: str  # of its result, as printed; for several arrays at once a tuple
-    group: int  # how many devices take part together
+    members: tuple[int, ...]  # the devices of one group that take part together, by number; of a permutation one pair
     operand: int  # bytes on a device
     sent: int  # bytes that a device sends in one turn
     turns: int
     op_name: str  # the JAX functions that it comes from, or ""
     loops: tuple[str, ...]  # the op_names of the loops around it, the outermost first
+
+    @property
+    def group(self) -> int:
+        return len(self.members)
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -99,8 +105,9 @@ def _collective(
     operand = sum(bytes_of(computation.instructions[name].shape) for name in x.operands)
     if kind == "all-reduce" and _only_sliced(computation, x):
         kind = "reduce-scatter"
-    group = _group(x.rest, devices)
-    return Collective(kind, x.shape, group, operand, _SENT[kind](operand, group), turns, op_name_of(x.rest), loops)
+    members = _members(x.rest, devices)
+    sent = _SENT[kind](operand, len(members))
+    return Collective(kind, x.shape, members, operand, sent, turns, op_name_of(x.rest), loops)
 
 
 def _only_sliced(computation: Computation, x: Instruction) -> bool:
@@ -108,18 +115,28 @@ def _only_sliced(computation: Computation, x: Instruction) -> bool:
     return bool(users) and all(user.op == "dynamic-slice" for user in users)
 
 
-def _group(rest: str, devices: int) -> int:
-    """The number of devices in one of an instruction's groups, printed in one of three ways.
+def _members(rest: str, devices: int) -> tuple[int, ...]:
+    """The devices of an instruction's first group, by their numbers in the mesh's order.
 
-    {{0,1},{2,3}} lists them; [2,4]<=[8] says 2 groups of 4; mesh['a'=2,'b'=4] {'b'} names axes of a mesh, of which
-    'b':(1)2 is a part of size 2. No groups, or {}: all devices.
+    Groups are printed in one of three ways. {{0,1},{2,3}} lists them; [2,4]<=[4,2]T(1,0) says 2 groups of 4, the
+    numbers 0 to 7 as an array of shape [4,2], transposed; mesh['a'=2,'b'=4] {'b'} names axes of a mesh, of which
+    'b':(1)2 is a part of size 2 behind a part of size 1. No groups, or {}: all devices. A permutation names pairs.
     """
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return int(found[1]), int(found[2])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-        named = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])
-        return prod(int(part) if part else sizes[name] for name, part in named)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(found[1])
+        places, stride, strides = np.zeros(1, int), 1, {}
+        for name, size in reversed(sizes.items()):
+            strides[name], stride = stride, stride * size
+        for name, behind, part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", found[2]):
+            number = int(part) if part else sizes[name]
+            step = strides[name] * (sizes[name] // (int(behind) * number) if part else 1)
+            places = (places[:, None] + step * np.arange(number)).ravel()
+        return tuple(places.tolist())
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        order = np.arange(devices).reshape(sizes_of(found[3]))
+        return tuple(order.transpose(sizes_of(found[4]) if found[4] else None).ravel()[: int(found[2])].tolist())
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return found[1].count(",") + 1
-    return devices
+        return tuple(sizes_of(found[1]))
+    return tuple(range(devices))

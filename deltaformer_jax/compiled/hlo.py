@@ -67,7 +67,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def bytes_of(shape: str) -> int:
     """The bytes of a printed shape, which may be a tuple."""
-    return sum(size * _width(kind) // 8 for kind, size in _arrays(shape))
+    return sum(size * _width(kind) // 8 for kind, size, _ in _arrays(shape))
+
+
+def bytes_in_memory(shape: str) -> int:
+    """As `bytes_of`, without the arrays in a TPU's own memory on the chip, which have S(1) in their layout."""
+    return sum(size * _width(kind) // 8 for kind, size, layout in _arrays(shape) if "S(1)" not in layout)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -95,10 +100,10 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
 
 
-def _arrays(shape: str) -> Iterator[tuple[str, int]]:
-    """(element type, number of elements) of the arrays in a printed shape."""
-    for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
-        yield kind, math.prod(sizes_of(sizes))
+def _arrays(shape: str) -> Iterator[tuple[str, int, str]]:
+    """(element type, number of elements, layout) of the arrays in a printed shape."""
+    for kind, sizes, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
+        yield kind, math.prod(sizes_of(sizes)), layout
 
 
 def sizes_of(text: str) -> list[int]:

@@ -16,6 +16,7 @@ from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
 from deltaformer_jax.training.optimiser import matrix_sides, muon_matrix
+from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch, load_data
 
 
@@ -30,7 +31,15 @@ def dry_run(config: Config) -> None:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     program = fitting_program(full, mesh, say_aside)
-    parts, abstract = program.parts, program.abstract
+    print_sizes(full, program)
+    with waiting("compiling", say_aside):
+        compiled = program.compile_train_step(full.data)
+    print_memory(program, compiled)
+
+
+def print_sizes(full: Config, program: Program) -> None:
+    """The mesh, the model, the batch, and a line for each parameter. The config has its vocabulary size."""
+    mesh, parts, abstract = program.mesh, program.parts, program.abstract
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)
     print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
@@ -58,13 +67,14 @@ def dry_run(config: Config) -> None:
     for line in lines:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
 
-    with waiting("compiling", say_aside):
-        compiled = program.compile_train_step(full.data)
+
+def print_memory(program: Program, compiled: jax.stages.Compiled) -> None:
+    """What the compiled step needs on each device."""
     total = step_bytes(compiled)
     if total is None:
         print(f"memory      not reported by the {jax.devices()[0].platform} compiler")
         return
-    memory = compiled.memory_analysis()
+    memory, abstract = compiled.memory_analysis(), program.abstract
     print("memory of the compiled step, per device:")
     print(f"  parameters        {size_text(_bytes(abstract.params))}")
     print(f"  optimiser         {size_text(_bytes(abstract.opt_state))}")

@@ -74,13 +74,16 @@ class Program:
             self._lowered[key] = self.train_step.lower(self.abstract, abstract_batch(data, self.mesh))
         return self._lowered[key]
 
-    def compile_train_step(self, data: DataConfig) -> jax.stages.Compiled:
-        """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape."""
+    def compile_train_step(self, data: DataConfig, options: dict | None = None) -> jax.stages.Compiled:
+        """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape.
+
+        options: the compiler's; those of the first call for a shape count.
+        """
         key = (data.batch_size, data.sequence_length, has_loss_mask(data.path))
         if key not in self._compiled:
             lowered = self.lower_train_step(data)
             with without_alarm():
-                self._compiled[key] = lowered.compile()
+                self._compiled[key] = lowered.compile(compiler_options=options)
         return self._compiled[key]
 
     @functools.cached_property

@@ -12,13 +12,14 @@ import pytest
 from jax.profiler import ProfileData
 from training_step import counted
 from training_step.compiled import compile_step, random_batch
-from training_step.hlo_bytes import Launch, launches
-from training_step.parts import PARTS, kernel_passes, measured, model_flops, part_of, roofline
+from training_step.parts import PARTS, kernel_passes, measured, part_of, roofline
 from training_step.profile import device_events
 
+from deltaformer_jax.compiled.launches import Launch, launches
 from deltaformer_jax.config import DataConfig, ModelConfig
 from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.model_parts import model_parts
+from deltaformer_jax.training.ahead_of_time.flops import model_flops
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train.py"
 
@@ -103,7 +104,7 @@ def test_products_of_a_compiled_step_are_those_of_the_closed_form():
     flops = dict.fromkeys(PARTS, 0)
     for x in found:
         flops[part_of(x)] += x.turns * x.flops
-    asked, ops = model_flops(step.program.parts, 16)
+    asked, ops, _ = model_flops(step.program.parts, 16)
     products = asked - ops - 2 * 32 * 128
     # The product that ends a layer is not needed again: the feed-forward layer's last.
     assert flops["products"] == 64 * (4 * products - 2 * 2 * 64 * 32)
@@ -124,7 +125,7 @@ def test_products_of_a_compiled_step_are_those_of_the_closed_form():
 )
 def test_flops_of_the_mixers_ops(mixer, settings, ops):
     model = dataclasses.replace(small("none").model, mixers=(mixer,), implementation=None, **settings)
-    assert model_flops(model_parts(model), 100)[1] == pytest.approx(model.num_layers * ops)
+    assert model_flops(model_parts(model), 100).ops == pytest.approx(model.num_layers * ops)
 
 
 def test_a_profile_is_matched_by_the_instructions_names(tmp_path):
@@ -180,7 +181,7 @@ def test_packages_that_are_missing_are_named_with_the_command(monkeypatch):
 def test_a_step_that_does_not_fit_is_refused(monkeypatch):
     step = SimpleNamespace(title="64 x 2048 tokens", memory=90_000_000_000)
     topology = SimpleNamespace(devices=[None])
-    monkeypatch.setattr(counted.topologies, "get_topology_desc", lambda **_: topology)
+    monkeypatch.setattr(counted, "find_topology", lambda _: topology)
     monkeypatch.setattr(counted, "compile_step", lambda *_: step)
     with pytest.raises(ValueError, match=r"64 x 2048 tokens: the step takes 90.0 GB, .* 84.9; give a smaller --batch"):
         counted.prepare(None)

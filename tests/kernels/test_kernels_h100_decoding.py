@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from training_step.hlo_bytes import launches
 
 from deltaformer_jax import LanguageModel, ModelConfig
+from deltaformer_jax.compiled.launches import launches
 from deltaformer_jax.decoding.generate import decode_step
 from pallas_kernels.triton import packages
 

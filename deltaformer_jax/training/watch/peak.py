@@ -27,7 +27,7 @@ PEAKS = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v6": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # half of a chip's 2307: JAX shows each of its two TensorCores as a device
 }
 
 

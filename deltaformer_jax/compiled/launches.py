@@ -25,7 +25,7 @@ from deltaformer_jax.compiled.hlo import (
     Computation,
     Instruction,
     attribute,
-    bytes_of,
+    bytes_in_memory,
     called_by,
     dimensions,
     op_name_of,
@@ -112,8 +112,8 @@ def _inner_op_name(body: Computation) -> str:
 
 
 def _moved(computation: Computation, x: Instruction) -> int:
-    size = lambda name: bytes_of(computation.instructions[name].shape)
-    output = bytes_of(x.shape)
+    size = lambda name: bytes_in_memory(computation.instructions[name].shape)
+    output = bytes_in_memory(x.shape)
     if x.op in ("slice", "dynamic-slice"):
         return 2 * output
     if x.op == "gather":
@@ -132,23 +132,25 @@ def _moved_by_fusion(outside: Computation, x: Instruction, body: Computation) ->
     read: dict[str, int] = {}
     for number, parameter in body.parameters().items():
         operand = x.operands[number]
-        whole = bytes_of(outside.instructions[operand].shape)
+        whole = bytes_in_memory(outside.instructions[operand].shape)
         touched = sum(_touched(body, user, name, whole) for user, name in body.users(parameter))
         read[operand] = min(whole, read.get(operand, 0) + touched)
     root = body.source(body.root)
     outputs = [body.source(name) for name in root.operands] if root.op == "tuple" else [root]
-    return sum(read.values()) + sum(_written(body, output) for output in outputs)
+    # Inside a fusion the layouts do not say where the arrays lie.
+    written = sum(_written(body, output) for output in outputs)
+    return sum(read.values()) + min(written, bytes_in_memory(x.shape))
 
 
 def _touched(body: Computation, user: Instruction, name: str, whole: int) -> int:
     """How many bytes of a parameter, `whole` in all, an instruction inside a fusion reads of its operand `name`."""
     if name == user.operands[0] and name not in user.operands[1:]:
         if user.op in ("slice", "dynamic-slice", "gather"):
-            return bytes_of(user.shape)
+            return bytes_in_memory(user.shape)
         if user.op == "dynamic-update-slice":
             return 0
         if user.op == "scatter":
-            return bytes_of(body.instructions[_updates(user)].shape)
+            return bytes_in_memory(body.instructions[_updates(user)].shape)
     return whole
 
 
@@ -156,8 +158,8 @@ def _written(body: Computation, output: Instruction) -> int:
     """How many bytes of an output of a fusion are written. In place, only what is updated."""
     if output.op in ("dynamic-update-slice", "scatter") and body.source(output.operands[0]).op == "parameter":
         update = output.operands[1] if output.op == "dynamic-update-slice" else _updates(output)
-        return bytes_of(body.instructions[update].shape)
-    return bytes_of(output.shape)
+        return bytes_in_memory(body.instructions[update].shape)
+    return bytes_in_memory(output.shape)
 
 
 def _updates(scatter: Instruction) -> str:

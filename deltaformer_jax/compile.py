@@ -1,0 +1,78 @@
+"""A config's training step compiled for devices that are not at hand:
+
+    python -m deltaformer_jax.compile --config NAME --topology v5e:16x16 --mesh fsdp=256
+                                      [--config.section.field=value ...] [--json FILE]
+
+--config    as for train.py: the name of a packaged config, or a Python file. Default: tiny
+--topology  the devices: CHIP:SHAPE, CHIP-COUNT as a cloud names its slices, or SLICES*CHIP:SHAPE. The chips are v4,
+            v5e, v5p, v6e, tpu7x and h100 (h100:2x8 is two hosts of eight cards). TPUs need the extra tpu, h100 the
+            extra cuda; no device is needed
+--mesh      sizes of mesh axes, such as fsdp=64,tensor=4; the same as --config.mesh.fsdp=64 --config.mesh.tensor=4
+--json      also write the report there
+
+Prints memory of a device by kind, what devices send each other by mesh axis, the step's arithmetic, and the least time
+that a step can take, with what bounds it. Exit code 1 if the step does not fit; then the largest arrays are named.
+Nothing is allocated or run. Compiling takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from deltaformer_jax.config.errors import one_line_errors
+
+PROGRAM = "deltaformer_jax.compile"
+OWN = ("topology", "mesh", "json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    with one_line_errors(PROGRAM):
+        own, rest = _split(arguments)
+        from deltaformer_jax.config.command_line import parse
+        from deltaformer_jax.config.files import config_folder
+        from deltaformer_jax.host.waiting import say_aside, waiting
+
+        command = parse([PROGRAM, *rest], str(config_folder() / "tiny.py"))
+        # The program is compiled for other devices; those of this machine, if it has any, stay free.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        with waiting("importing jax", say_aside):
+            from deltaformer_jax.training.ahead_of_time.plan import make_plan
+            from deltaformer_jax.training.ahead_of_time.report import print_plan, write_plan
+            from deltaformer_jax.training.ahead_of_time.topologies import find_topology
+        plan = make_plan(command.config, find_topology(own["topology"]))
+        print_plan(plan)
+        if "json" in own:
+            write_plan(plan, own["json"])
+    return 0 if plan.fits else 1
+
+
+def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """(this program's own flags, the rest with --mesh as fields of the config)."""
+    own, rest, left = {}, [], list(arguments)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name.removeprefix("--") not in OWN or not name.startswith("--"):
+            rest.append(name + equals + value)
+            continue
+        if not equals:
+            if not left:
+                raise ValueError(f"{name}: give a value")
+            value = left.pop(0)
+        own[name.removeprefix("--")] = value
+    if "topology" not in own:
+        raise ValueError("--topology: give the devices to compile for, such as v5e:16x16 or h100:2x8")
+    for part in own.get("mesh", "").split(",") if own.get("mesh") else []:
+        axis, equals, size = part.partition("=")
+        if not equals or not size.lstrip("-").isdigit():
+            raise ValueError(f"--mesh {own['mesh']!r}: give sizes of axes, such as fsdp=64,tensor=4")
+        rest.append(f"--config.mesh.{axis.strip()}={size}")
+    return own, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
