@@ -29,20 +29,21 @@ def largest_buffers(folder: str, number: int) -> list[Buffer]:
     if not described:
         return []
     peak = described[-1].read_text(encoding="utf-8").partition("(peak):")[2].partition("Stack trace")[0]
-    found = re.findall(r"^\s+([\w.\-]+)\{[\d,]*\}: (\d+) bytes", peak, re.MULTILINE)
-    largest = sorted(((int(size), name) for name, size in found), reverse=True)[:number]
+    found = re.findall(r"^\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", peak, re.MULTILINE)
+    largest = sorted(((int(size), name, index) for name, index, size in found), reverse=True)[:number]
     text = Path(str(described[-1]).replace("-live-range", "")).read_text(encoding="utf-8")
-    return [Buffer(size, *_described(text, name)) for size, name in largest]
+    return [Buffer(size, *_described(text, name, index)) for size, name, index in largest]
 
 
-def _described(text: str, name: str) -> tuple[str, str]:
-    """(shape, origin) of the instruction `name` of an HLO module's text."""
+def _described(text: str, name: str, index: str) -> tuple[str, str]:
+    """(shape, origin) of the instruction `name` of an HLO module's text; of a tuple the shape of element `index`."""
     line = re.search(rf"^\s+(?:ROOT )?%?{re.escape(name)} = (.*)$", text, re.MULTILINE)
     if not line:
         return "?", name
-    shape = re.match(r"\(?(\w+\[[\d,]*\])", line[1])
+    shapes = re.findall(r"\w+\[[\d,]*\]", line[1].partition(", metadata=")[0])
     origin = re.search(r'op_name="((?:[^"\\]|\\.)*)"', line[1])
-    return shape[1] if shape else "?", origin[1] if origin else name
+    shape = shapes[min(int(index.partition(",")[0] or 0), len(shapes) - 1)]
+    return shape, origin[1].replace("\\'", "'") if origin else f"{name}{{{index}}}"
 
 
 def program_text(folder: str) -> str:

@@ -31,7 +31,7 @@ GIB = 2**30
 # By the name before the colon of a topology.
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.228e12, 100e9, 6.25e9, 4),
-    "v5e": Chip("TPU v5e", 197e12, 16e9, 0.859e12, 100e9, 3.125e9, 16),
+    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 0.859e12, 100e9, 3.125e9, 16),
     "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2.765e12, 200e9, 6.25e9, 4),
     "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1.638e12, 200e9, 12.5e9, 16),
     "tpu7x": Chip("TPU7x", 2307e12, 192 * GIB, 7.380e12, 200e9, 12.5e9, 4),

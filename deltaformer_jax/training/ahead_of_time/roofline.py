@@ -86,4 +86,4 @@ def axes_bandwidth(axes: tuple[str, ...], mesh: Mesh, topology: Topology) -> flo
         1.0 if used == size and size % chip.wraps == 0 else 0.5 for size, used in zip(topology.shape, sizes) if used > 1
     )
     # Two devices of one chip, which differ in no dimension, exchange by the chip itself, faster than by one link.
-    return chip.link * max(rings, 1.0) / share
+    return chip.link * (rings or 1.0) / share
