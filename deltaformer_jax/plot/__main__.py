@@ -7,6 +7,11 @@ bits per byte or, of a synthetic task, accuracy, norm of the gradient, learning 
 DIR/metrics.jsonl; a run may still be going on. A mean stands at the middle of its N steps: the thick line begins N/2
 logged steps after the first and ends as many before the last. Without --out: curves.png in the first DIR. DIRs may be
 gs:// paths. Bad input: one line, exit code 2.
+
+    python -m deltaformer_jax.plot DIR... --time
+
+draws where the time of the runs went, from DIR/time.jsonl: steps, waiting for data, evaluation, checkpoints, compiling,
+start-up, and work lost to restarts. Without --out: time.png in the first DIR.
 """
 
 import io
@@ -39,23 +44,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--names", metavar="NAME,NAME", help="names of the runs in the legend (default: the folders' names)"
     )
+    parser.add_argument("--time", action="store_true", help="draw where the time went, in place of the curves")
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.plot"):
+        from deltaformer_jax.plot import picture, time_spent
         from deltaformer_jax.plot.curves import names, read_curves
-        from deltaformer_jax.plot.picture import figure
+        from deltaformer_jax.training.watch.ledger import read_ledger
 
         if flags.smooth < 1:
             raise ValueError(f"--smooth {flags.smooth}: give 1 (no smoothing) or more")
         labels = names(flags.workdirs, flags.names)
-        runs = [read_curves(workdir)._replace(name=name) for workdir, name in zip(flags.workdirs, labels)]
-        out = epath.Path(flags.out) if flags.out else epath.Path(flags.workdirs[0]) / "curves.png"
+        if flags.time:
+            drawn = time_spent.figure(time_spent.spent_by(labels, [*map(read_ledger, flags.workdirs)], flags.workdirs))
+        else:
+            runs = [read_curves(workdir)._replace(name=name) for workdir, name in zip(flags.workdirs, labels)]
+            drawn = picture.figure(runs, flags.x, flags.smooth)
+        name = "time.png" if flags.time else "curves.png"
+        out = epath.Path(flags.out) if flags.out else epath.Path(flags.workdirs[0]) / name
         if out.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"--out {out}: end it in .png, .pdf or .svg")
-        picture = io.BytesIO()
-        figure(runs, flags.x, flags.smooth).savefig(picture, format=out.suffix[1:], dpi=150)
+        written = io.BytesIO()
+        drawn.savefig(written, format=out.suffix[1:], dpi=150)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(picture.getvalue())
+        out.write_bytes(written.getvalue())
         print(out)
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # of its own. docs/architecture.md says what each is for.
 FLOORS = [
     ["deltaformer_jax.host"],
+    ["deltaformer_jax.compiled"],
     ["pallas_kernels"],
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],
@@ -35,7 +36,7 @@ FLOORS = [
     ["deltaformer_jax.plot"],
     ["deltaformer_jax.reproduce"],
     ["deltaformer_jax.help_config"],
-    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "convert")],
+    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "convert", "compile")],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
 # Beside the one order: in pallas_kernels the accelerators do not know each other, nor DeltaFormer's kernels the gated

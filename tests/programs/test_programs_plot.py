@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from support.object_store import bucket
 
 from deltaformer_jax.plot import __main__ as plot
-from deltaformer_jax.plot import picture
+from deltaformer_jax.plot import picture, time_spent
 from deltaformer_jax.plot.curves import names, read_curves, smoothed
 from deltaformer_jax.plot.picture import PANELS
+from deltaformer_jax.training.watch.ledger import read_ledger
 
 TITLES = [title for name, title in PANELS if "accuracy" not in name]
 
@@ -177,6 +178,28 @@ def test_an_object_store(tmp_path):
     with bucket(tmp_path):
         plot.main(["gs://bucket/run"])
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+def test_where_the_time_went(tmp_path, capsys):
+    """A bar's parts lie end to end, in seconds; work that a restart lost is among them."""
+    run = make_run(tmp_path / "run", 20)
+    seconds = {"start-up": 2.0, "compiling": 6.0, "data wait": 1.0, "steps": 30.0, "evaluation": 1.0}
+    first = {"started": 100.0, "time": 140.0, "step": 10, "seconds": {**seconds, "checkpoints": 0.0, "sample": 0.0}}
+    start = {"started": 150.0, "time": 152.0, "step": 5, "seconds": {**dict.fromkeys(first["seconds"], 0.0)}}
+    start["seconds"]["start-up"] = 2.0
+    early = {**first, "step": 5, "time": 120.0, "seconds": {**first["seconds"], "steps": 10.0}}
+    (run / "time.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (early, first, start)))
+    spent = {"run": read_ledger(run)}
+    panel = time_spent.figure(spent).axes[0]
+    bars = {bar.get_label(): bar.patches[0] for bar in panel.containers}
+    assert bars["steps"].get_width() == 10 and bars["lost to restarts"].get_width() == 20
+    ends = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in bars.values()]
+    assert [end for _, end in ends[:-1]] == [begin for begin, _ in ends[1:]] and ends[-1][1] == spent["run"].running
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["run\n2 starts, 10 s not running"]
+    plot.main([str(run), "--time"])
+    assert (run / "time.png").stat().st_size > 10_000
+    (run / "time.jsonl").unlink()
+    assert "run: has no time.jsonl" in error(capsys, run, "--time")
 
 
 def error(capsys, *arguments):
