@@ -88,7 +88,8 @@ def read(flags) -> None:
     saved.write(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints")
     with waiting(f"writing {workdir}", say_aside):
-        checkpoints.save(new_state(params_of(model), optimiser), {**Position().as_record(), **saved.as_json()})
+        state = new_state(parts, params_of(model), optimiser)
+        checkpoints.save(state, {**Position().as_record(), **saved.as_json()})
         checkpoints.wait()
     checkpoints.close()
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))

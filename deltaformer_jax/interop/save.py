@@ -19,10 +19,11 @@ from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import SHARD_BYTES, read_json, write
-from deltaformer_jax.interop.mapping import flat, mapping
+from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
-from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.model_parts import flat, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -47,6 +48,8 @@ def save_pretrained(
     `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
     byte; its end-of-text becomes the config's bos and eos token. card: the text of README.md; "": a short one.
 
+    Adapters (`optimizer.lora_rank`) are added to their kernels.
+
     Raises ValueError if the named model type cannot say the config, with the fields that it cannot say, and for numbers
     that float16 cannot hold; FileExistsError if the folder holds weights already.
     """
@@ -56,7 +59,7 @@ def save_pretrained(
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     source, said = choose(config, model_type)
-    params = dict(flat(params_of(model)))
+    params = dict(flat(params_of(merged(model))))
     _check_range(params, dtype)
     if source is None:
         writer = _OwnWriter(params, DTYPES[dtype])
