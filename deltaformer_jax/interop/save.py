@@ -13,6 +13,7 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.data.chat import ChatFormat
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
@@ -37,6 +38,7 @@ def save_pretrained(
     model_type: str | None = None,
     dtype: str = "float32",
     tokenizer: str | os.PathLike | None = None,
+    chat: ChatFormat | None = None,
     card: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
@@ -46,7 +48,9 @@ def save_pretrained(
 
     model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
     `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
-    byte; its end-of-text becomes the config's bos and eos token. card: the text of README.md; "": a short one.
+    byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
+    template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
+    none. card: the text of README.md; "": a short one.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
@@ -76,6 +80,9 @@ def save_pretrained(
     (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
+    if chat is not None and chat.template is not None:
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", **chat.variables, "chat_template": chat.template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return kind
 
 
