@@ -1,5 +1,6 @@
 """A run that was trained on conversations: `sample --chat` asks it in their form, and its export has the template."""
 
+import functools
 import json
 
 import numpy as np
@@ -38,7 +39,8 @@ def test_a_prompt_is_what_training_has_before_the_answer(form, tmp_path):
         assert tokens == [tokenizer.eot, *whole.tokens[: len(tokens) - 1]]
         rest = whole.mask[len(tokens) - 1 :]
         assert rest[0] and not np.any(np.diff(rest.astype(int)) > 0)  # the last answer, and what may follow it
-        assert tokenizer.decode(tokens[1:]) == text
+        names = ("<|im_start|>", "<|im_end|>") if form.template else ()  # decoding leaves special tokens out
+        assert tokenizer.decode(tokens[1:]) == functools.reduce(lambda left, name: left.replace(name, ""), names, text)
     end = "<|im_end|>" if form.template else None
     assert encoder.end == (tokenizer.special_tokens[end].id if end else tokenizer.eot)
     with pytest.raises(Unreadable, match=r"ends with a message of role 'assistant'; leave that one out"):
@@ -48,19 +50,8 @@ def test_a_prompt_is_what_training_has_before_the_answer(form, tmp_path):
 def test_sampling_in_the_runs_form(trained, tmp_path, capsys):
     folder, _ = trained
     (tmp_path / "more.jsonl").write_text(json_lines([conversation("one", "two", "what is")]))
-    main(
-        [
-            "--workdir",
-            str(folder),
-            "--chat",
-            "what is",
-            "--chats",
-            str(tmp_path / "more.jsonl"),
-            "--tokens",
-            "3",
-            "--json",
-        ]
-    )
+    flags = ["--chat", "what is", "--chats", str(tmp_path / "more.jsonl"), "--tokens", "3", "--json"]
+    main(["--workdir", str(folder), *flags])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     asked = "<|im_start|>user\nwhat is<|im_end|>\n<|im_start|>assistant\n"
     assert [record["prompt"] for record in records] == [
@@ -85,7 +76,7 @@ def test_the_export_has_the_template(trained, tmp_path):
 def test_what_is_refused(trained, tmp_path, capsys):
     folder, _ = trained
     plain = tmp_path / "plain"
-    cases.run_training(cases.small_config(cases.make_corpus(tmp_path), run__steps=0, run__eval_every=0), plain)
+    cases.run_training(cases.small_config(cases.make_corpus(tmp_path), run__steps=1, run__eval_every=0), plain)
     assert not (plain / "chat.json").exists() and read_chat(plain) is None
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -94,7 +85,7 @@ def test_what_is_refused(trained, tmp_path, capsys):
         (["--workdir", str(folder), "--chat", "Hi", "--prompt", "x"], "--chat: the same call continues no --prompt"),
         (
             ["--workdir", str(folder), "--chats", str(tmp_path / "bad.jsonl")],
-            "line 1: field 'messages' is an empty list",
+            "line 1: field 'messages' is an empty",
         ),
         (["--workdir", str(folder), "--chats", str(tmp_path / "empty.jsonl")], "it holds no conversation"),
         (["--workdir", str(folder), "--chats", "nowhere"], "--chats nowhere: No such file"),
