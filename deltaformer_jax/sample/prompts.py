@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltaformer_jax.config.lines import lines
-from deltaformer_jax.data.sources.conversation import Conversation, conversation_of
-from deltaformer_jax.data.sources.record import field_of
+
+if TYPE_CHECKING:  # the program's --help imports this file, and must not import numpy
+    from deltaformer_jax.data.sources import Conversation
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -40,6 +42,9 @@ def read_chats(texts: list[str], file: str | None) -> list[Conversation]:
     A line of the file is {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are left out. Raises
     ValueError or OSError, naming the flag or the line.
     """
+    from deltaformer_jax.data.sources.conversation import Conversation, conversation_of
+    from deltaformer_jax.data.sources.record import field_of
+
     talks = [
         Conversation([{"role": "user", "content": text}], f"--chat {number}") for number, text in enumerate(texts, 1)
     ]
