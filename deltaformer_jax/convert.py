@@ -88,7 +88,8 @@ def read(flags) -> None:
     saved.write(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints")
     with waiting(f"writing {workdir}", say_aside):
-        checkpoints.save(new_state(params_of(model), optimiser), {**Position().as_record(), **saved.as_json()})
+        state = new_state(parts, params_of(model), optimiser)
+        checkpoints.save(state, {**Position().as_record(), **saved.as_json()})
         checkpoints.wait()
     checkpoints.close()
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
@@ -103,7 +104,7 @@ def write(flags) -> None:
 
         from deltaformer_jax.interop import save_pretrained
         from deltaformer_jax.model_parts import merge
-        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore
+        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
         run = restore(flags.workdir, flags.step, say_aside)
@@ -115,6 +116,7 @@ def write(flags) -> None:
             model_type=flags.model_type,
             dtype=flags.dtype,
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
+            chat=read_chat(flags.workdir),
             card=_card(run, flags),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")

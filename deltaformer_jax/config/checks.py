@@ -33,6 +33,11 @@ def check(config: Config) -> None:
             f"{optimizer.decay_steps}, the length of the schedule, warm-up included"
         )
     _check_read(optimizer)
+    if optimizer.lora_rank and not config.run.init_from:
+        raise ValueError(
+            f"optimizer.lora_rank = {optimizer.lora_rank}: LoRA adapts a trained model; name its folder in "
+            "run.init_from"
+        )
     if batch % optimizer.accumulation_steps:
         raise ValueError(
             f"optimizer.accumulation_steps = {optimizer.accumulation_steps} doesn't divide data.batch_size = {batch}"

@@ -30,6 +30,7 @@ class Rule:
     importable                  the string may be "package.module:NAME". It stands for that object or, if the object is
                                 a class, for an instance made without arguments. If the config is not written to a
                                 config.json, the object itself is allowed too
+    mixers                      entries of the tuple may be a Mixer, not only names
     must_be_used                a value other than the default is refused if no mixer of the model takes the field
     """
 
@@ -44,6 +45,7 @@ class Rule:
     zero_is_none: bool = False
     is_true: str | None = None
     importable: bool = False
+    mixers: bool = False
     must_be_used: bool = False
 
     @property
@@ -135,8 +137,9 @@ def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = 
     if value is None and rule.takes_none:
         return
     if expected is tuple:
-        if not isinstance(value, tuple) or not value or not all(isinstance(part, str | Mixer) for part in value):
-            raise ValueError(f"{name} = {value!r}: must be a tuple of names or Mixer(name, ...), at least one")
+        allowed, said = (str | Mixer, "names or Mixer(name, ...)") if rule.mixers else (str, "names")
+        if not isinstance(value, tuple) or not value or not all(isinstance(part, allowed) for part in value):
+            raise ValueError(f"{name} = {value!r}: must be a tuple of {said}, at least one")
         return
     if rule.importable and not strict and not isinstance(value, str):
         return  # the op checks that it is a similarity

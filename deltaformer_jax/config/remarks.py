@@ -25,6 +25,8 @@ def remarks(config: Config) -> list[str]:
             optimizer.schedule != "constant",
             "optimizer.schedule = 'constant' never decays",
         ),
+        ("optimizer.lora_alpha", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
+        ("optimizer.lora_kernels", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
         ("data.eval_tail", not is_task, "a task draws examples for its evaluation"),
         ("run.sample_prompt", not is_task, "a task has no text to continue"),
         ("run.sample_tokens", not is_task, "a task has no text to continue"),

@@ -14,13 +14,13 @@ from flax import nnx
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop.files import Tensors, read_json
-from deltaformer_jax.interop.mapping import flat, keys_of, nested
+from deltaformer_jax.interop.mapping import keys_of
 from deltaformer_jax.interop.own import MODEL_TYPE
 from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.interop.sources.single_layers import LAYERS, Layer
 from deltaformer_jax.interop.tables import shapes, to_ours
 from deltaformer_jax.layers.mixers.build import build_mixer
-from deltaformer_jax.model_parts import merge, model_parts
+from deltaformer_jax.model_parts import flat, merge, model_parts, nested
 
 # What holds a mixer's tensors in a layer.
 _MODULES = ("self_attn.", "linear_attn.", "attention.")

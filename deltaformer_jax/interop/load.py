@@ -18,11 +18,11 @@ from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import FLOATS, Tensors, read_json
-from deltaformer_jax.interop.mapping import Correspondence, flat, mapping, nested
+from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_ours
 from deltaformer_jax.model import LanguageModel
-from deltaformer_jax.model_parts import ModelParts, merge, model_parts
+from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, nested
 
 # What a multimodal file holds besides the text model.
 _SKIPPED = ("model.visual.", "mtp.")

@@ -5,17 +5,14 @@ A parameter of ours is stacked over the periods of the pattern; layer n is entry
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.interop.sources import Source
 from deltaformer_jax.interop.tables import Row, shapes
 from deltaformer_jax.model import LanguageModel
-from deltaformer_jax.model_parts import ModelParts, model_parts
-
-Path = tuple[Any, ...]
+from deltaformer_jax.model_parts import ModelParts, Path, flat, model_parts
 
 
 class Place(NamedTuple):
@@ -35,26 +32,6 @@ class Correspondence(NamedTuple):
     table: tuple[Path, str]
     norm: tuple[Path, str]
     head: tuple[Path, str] | None
-
-
-def flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of every leaf of nested dicts."""
-    for key, child in tree.items():
-        if isinstance(child, dict):
-            yield from flat(child, (*path, key))
-        else:
-            yield (*path, key), child
-
-
-def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for (*outer, last), leaf in leaves.items():
-        level = tree
-        for key in outer:
-            level = level.setdefault(key, {})
-        level[last] = leaf
-    return tree
 
 
 def mapping(config: ModelConfig, source: Source) -> Correspondence:

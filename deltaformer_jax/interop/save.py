@@ -13,16 +13,18 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.data.chat import ChatFormat
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import SHARD_BYTES, read_json, write
-from deltaformer_jax.interop.mapping import flat, mapping
+from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
-from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.model_parts import flat, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -36,6 +38,7 @@ def save_pretrained(
     model_type: str | None = None,
     dtype: str = "float32",
     tokenizer: str | os.PathLike | None = None,
+    chat: ChatFormat | None = None,
     card: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
@@ -45,7 +48,11 @@ def save_pretrained(
 
     model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
     `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
-    byte; its end-of-text becomes the config's bos and eos token. card: the text of README.md; "": a short one.
+    byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
+    template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
+    none. card: the text of README.md; "": a short one.
+
+    Adapters (`optimizer.lora_rank`) are added to their kernels.
 
     Raises ValueError if the named model type cannot say the config, with the fields that it cannot say, and for numbers
     that float16 cannot hold; FileExistsError if the folder holds weights already.
@@ -56,7 +63,7 @@ def save_pretrained(
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     source, said = choose(config, model_type)
-    params = dict(flat(params_of(model)))
+    params = dict(flat(params_of(merged(model))))
     _check_range(params, dtype)
     if source is None:
         writer = _OwnWriter(params, DTYPES[dtype])
@@ -73,6 +80,9 @@ def save_pretrained(
     (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
+    if chat is not None and chat.template is not None:
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", **chat.variables, "chat_template": chat.template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return kind
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product
+from deltaformer_jax.layers.linear import kernel, product, product_flops
 
 
 class SwiGLU(nnx.Module):
@@ -37,4 +37,4 @@ class SwiGLU(nnx.Module):
     def flops_per_token(self, length: int) -> float:
         """6 d_model mlp_dim forward FLOPs, for three products; a multiply-add counts 2. `length` has no influence."""
         del length
-        return 6.0 * self.d_model * self.mlp_dim
+        return product_flops(self.gate, self.up, self.down)

@@ -17,6 +17,8 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 # The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
+# The sides that a matrix of a layer may have, by the names of its axes. The heads' side is all heads together.
+SIDES = (("embed",), ("mlp",), ("rank",), ("heads", "head_dim"), ("kv_heads", "head_dim"))
 
 
 def kernel(
@@ -36,6 +38,15 @@ def wide_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, 
     return nnx.Param(truncated_normal(rngs, shape, 1 / math.sqrt(shape[0])), axes=axes)
 
 
+def input_axes(axes: tuple[str | None, ...]) -> int | None:
+    """The number of dimensions *in of a kernel [*in, *out] with these axis names; None if it is no matrix of a layer.
+
+    A matrix has two of SIDES, such as ("embed", "heads", "head_dim"): d_model x (heads * head_dim). No matrix:
+    embedding and head ("vocab"), short convolutions ("conv"), gates with one number per head, norms, biases.
+    """
+    return next((cut for cut in range(1, len(axes)) if axes[:cut] in SIDES and axes[cut:] in SIDES), None)
+
+
 def cast_kernels(module, dtype):
     """`module` with the parameters that are only used in the compute dtype in `dtype`; the others as they are."""
 
@@ -52,12 +63,15 @@ def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float):
     return std / _TRUNCATED_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
 
 
-def product(x, weight: nnx.Param, dtype, axes: int = 1, precision=None):
+def product(x, weight: nnx.Param | AdaptedKernel, dtype, axes: int = 1, precision=None):
     """x [..., *in] times a kernel [*in, *out] -> [..., *out]; `axes` is the number of dimensions *in.
 
     Operands and result are in `dtype`. Computed as a product of two matrices: of arrays with more dimensions, XLA's
     gradient on a CPU first makes transposed copies, which in a small model cost as much as the products.
     """
+    if isinstance(weight, AdaptedKernel):
+        low = product(x, weight.down, dtype, axes, precision) * weight.scale
+        return product(x, weight.kernel, dtype, axes, precision) + product(low, weight.up, dtype, 1, precision)
     numbers = weight[...].astype(dtype)
     width = math.prod(numbers.shape[:axes])
     rows = x.astype(dtype).reshape(-1, width)
@@ -84,12 +98,46 @@ def along(parameter, x):
     return numbers.reshape((1,) * (x.ndim - numbers.ndim) + numbers.shape)
 
 
-def product_flops(*kernels: nnx.Param | None) -> float:
+class Adapter(nnx.Param):
+    """A parameter of low rank beside a kernel. A model that has any trains these alone."""
+
+
+class AdaptedKernel(nnx.Module):
+    """A kernel W [*in, *out] that is not trained, and beside it a change of rank r that is:
+
+        x W + s (x A) B,    A [*in, r],    B [r, *out]
+
+    It stands in a module in W's place (`layers.adapters.adapt`). `product` computes the formula, so that W needs no
+    gradient. A mixer that reads its kernel itself, as kernel[...], gets W + s A B.
+    Source: Hu et al., "LoRA", arXiv 2106.09685, section 4.1.
+    """
+
+    def __init__(self, kernel: nnx.Param, down: Adapter, up: Adapter, scale: float):
+        self.kernel, self.down, self.up, self.scale = kernel, down, up, scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    def __getitem__(self, index):
+        return self.merged()[index]
+
+    def merged(self):
+        """W + s A B in W's dtype, with the axes over stacked layers that W has."""
+        numbers, rank = self.kernel[...], self.down.shape[-1]
+        layers = numbers.shape[: numbers.ndim - len(self.kernel.get_metadata("axes"))]
+        down, up = self.down[...].reshape(*layers, -1, rank), self.up[...].reshape(*layers, rank, -1)
+        return numbers + self.scale * jnp.matmul(down, up, precision="highest").reshape(numbers.shape)
+
+
+def product_flops(*kernels: nnx.Param | AdaptedKernel | None) -> float:
     """FLOPs per token of products with these kernels: 2 for each number of one layer's kernel. None counts 0.
 
-    A kernel may be stacked over layers; only its named axes are counted.
+    A kernel may be stacked over layers; only its named axes are counted. Adapters beside a kernel are counted too.
     """
-    return 2.0 * sum(math.prod(x.shape[-len(x.get_metadata("axes")) :]) for x in kernels if x is not None)
+    found = [part for part in kernels if part is not None and not isinstance(part, AdaptedKernel)]
+    found += [part for each in kernels if isinstance(each, AdaptedKernel) for part in (each.kernel, each.down, each.up)]
+    return 2.0 * sum(math.prod(part.shape[-len(part.get_metadata("axes")) :]) for part in found)
 
 
 class Gate(nnx.Module):

@@ -3,13 +3,15 @@
     python -m deltaformer_jax.sample --workdir DIR [--prompt TEXT ...] [--prompts FILE] [--samples 1]
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
                                      [--seed 0] [--step N] [--weights bfloat16] [--batch_size 32] [--json]
-                                     [--logprobs]
+                                     [--logprobs] [--chat TEXT ...] [--chats FILE]
 
-Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
-or where the model ends the document. Texts go to stdout in the order of the prompts, in whole characters: the first
-unfinished one while it is generated, the others after it. Messages go to stderr. The prompts, of any lengths and any
-number, are continued in --batch_size rows: a row whose text ends takes the next prompt. A text depends on its prompt,
-on --seed and on its number, not on its neighbours. Wrong input gives one line on stderr and exit code 2.
+--chat and --chats ask a run that was trained on conversations for an answer, in the form of its conversations: its chat
+template or the plain form. Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens
+tokens, before a --stop string, or where the model ends the document or its answer. Texts go to stdout in the order of
+the prompts, in whole characters: the first unfinished one while it is generated, the others after it. Messages go to
+stderr. The prompts, of any lengths and any number, are continued in --batch_size rows: a row whose text ends takes the
+next prompt. A text depends on its prompt, on --seed and on its number, not on its neighbours. Wrong input gives one
+line on stderr and exit code 2.
 """
 
 import os
@@ -23,7 +25,7 @@ from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.waiting import begun, say_aside, waiting
 from deltaformer_jax.sample.output import Output
-from deltaformer_jax.sample.prompts import read_prompts
+from deltaformer_jax.sample.prompts import read_chats, read_prompts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,6 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="text to continue; may be empty, and may be repeated (default: the run's run.sample_prompt)",
     )
     parser.add_argument("--prompts", type=expand, metavar="FILE", help="file with one more prompt per line; -: stdin")
+    parser.add_argument(
+        "--chat", action="append", default=[], metavar="TEXT", help="what the user says; may be repeated, one talk each"
+    )
+    parser.add_argument(
+        "--chats", type=expand, metavar="FILE", help='file with one more conversation per line, {"messages": [...]}'
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens per text (default: 200)")
     parser.add_argument(
@@ -86,11 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("deltaformer_jax.sample"):
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
+            from deltaformer_jax.data.chat import Encoder
             from deltaformer_jax.decoding import stream
             from deltaformer_jax.decoding.generate import with_weights_in
             from deltaformer_jax.decoding.requests import check_sampling
             from deltaformer_jax.model_parts import merge
-            from deltaformer_jax.training.checkpoints.restore import restore
+            from deltaformer_jax.training.checkpoints.restore import CHAT_FILE, read_chat, restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
@@ -99,25 +108,38 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--batch_size {flags.batch_size}: give 1 or more")
         if flags.logprobs and not flags.json:
             raise ValueError("--logprobs: only the records of --json have room for them; give both")
-        prompts = read_prompts(flags.prompt, flags.prompts)
+        prompts, talks = read_prompts(flags.prompt, flags.prompts), read_chats(flags.chat, flags.chats)
+        if talks and prompts:
+            raise ValueError("--chat: the same call continues no --prompt; give one or the other")
+        form = read_chat(flags.workdir)
+        if talks and form is None:
+            raise ValueError(
+                f"--chat: the run in {flags.workdir} has no {CHAT_FILE}: it was not trained on conversations "
+                "(data.prepare --chat); give a --prompt"
+            )
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
         with waiting(f"restoring the model of {flags.workdir}", say_aside):
             run = restore(flags.workdir, flags.step, say_aside)
-        if not prompts:
+        if not prompts and not talks:
             prompts = [run.config.run.sample_prompt]
             say_aside(f"after the run's own prompt, {prompts[0]!r}; --prompt TEXT gives another")
+        asked, ends = [(prompt, prompt) for prompt in prompts], ()
+        if talks:
+            encoder = Encoder(run.tokenizer, form)
+            asked, ends = [encoder.prompt(talk) for talk in talks], (encoder.end,)
         model = merge(run.program.parts, run.params)
         if flags.weights != "float32":
             model = with_weights_in(model, flags.weights)
-        prompts = [prompt for prompt in prompts for _ in range(flags.samples)]
-        output = Output(prompts, flags.json)
+        asked = [one for one in asked for _ in range(flags.samples)]
+        output = Output([text for _, text in asked], flags.json)
         pieces = stream(
             model,
-            prompts,
+            [prompt for prompt, _ in asked],
             max_tokens=flags.tokens,
             tokenizer=run.tokenizer,
             stop=flags.stop,
+            stop_tokens=ends,
             temperature=flags.temperature,
             top_k=flags.top_k,
             top_p=flags.top_p,

@@ -1,9 +1,15 @@
 """The prompts of a sample, from the flags --prompt and --prompts."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltaformer_jax.config.lines import lines
+
+if TYPE_CHECKING:  # the program's --help imports this file, and must not import numpy
+    from deltaformer_jax.data.sources import Conversation
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -28,3 +34,30 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
         except UnicodeEncodeError:
             raise ValueError(f"--prompt {prompt!a}: not UTF-8") from None
     return prompts
+
+
+def read_chats(texts: list[str], file: str | None) -> list[Conversation]:
+    """The conversations of --chat, each one message of the user, then those of the file of --chats.
+
+    A line of the file is {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are left out. Raises
+    ValueError or OSError, naming the flag or the line.
+    """
+    from deltaformer_jax.data.sources.conversation import Conversation, conversation_of
+    from deltaformer_jax.data.sources.record import field_of
+
+    talks = [
+        Conversation([{"role": "user", "content": text}], f"--chat {number}") for number, text in enumerate(texts, 1)
+    ]
+    if file is None:
+        return talks
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise OSError(f"--chats {file}: {error.strerror}") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        where = f"--chats {file}, line {number}"
+        if line.strip():
+            talks.append(conversation_of(field_of(line, "messages", where), "messages", where))
+    if not talks:
+        raise ValueError(f"--chats {file}: it holds no conversation")
+    return talks

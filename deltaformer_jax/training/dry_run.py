@@ -11,7 +11,7 @@ from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
 from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.model import num_parameters
-from deltaformer_jax.model_parts import merge
+from deltaformer_jax.model_parts import flat, merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
@@ -43,11 +43,14 @@ def print_sizes(full: Config, program: Program) -> None:
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)
     print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
+    training = program.training_flops(length)
     print(f"parameters  {num_parameters(parts.params):,}")
-    print(f"FLOPs       {forward:,.0f} per token forward, {3 * forward:,.0f} with backward, at length {length}")
+    if adapters := program.adapters_text():
+        print(f"LoRA        {adapters}")
+    print(f"FLOPs       {forward:,.0f} per token forward, {training:,.0f} with backward, at length {length}")
     tokens, steps, parts_of_batch = full.data.batch_size * length, full.run.steps, full.optimizer.accumulation_steps
     print(f"batch       {full.data.batch_size} x {length} = {tokens:,} tokens per step, in {parts_of_batch} part(s)")
-    print(f"run         {steps:,} steps, {steps * tokens:,} tokens, {3 * forward * steps * tokens:.3g} FLOPs")
+    print(f"run         {steps:,} steps, {steps * tokens:,} tokens, {training * steps * tokens:.3g} FLOPs")
 
     lines = [("parameter", "shape", "sharded over", "on one device", "weight decay")]
     by_muon = full.optimizer.name == "muon"
@@ -55,13 +58,16 @@ def print_sizes(full: Config, program: Program) -> None:
         lines = [(*lines[0], "muon's matrix")]
     names_of_axes = jax.tree.leaves(parts.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
-    for (path, leaf), decay, named in zip(leaves, jax.tree.leaves(parts.decay), names_of_axes):
-        name = ".".join(str(getattr(key, "key", key)) for key in path)
+    decayed = {True: "yes", False: "no", None: "frozen"}
+    decays = dict(flat(parts.divided(parts.decay)[0]))
+    for (path, leaf), named in zip(leaves, names_of_axes):
+        keys = tuple(key.key for key in path)
+        name, decay = ".".join(map(str, keys)), decays.get(keys)
         axes = [axis for axis in leaf.sharding.spec if axis and mesh.shape[axis] > 1]
         shard = leaf.sharding.shard_shape(leaf.shape)
-        lines.append((name, _shape(leaf.shape), ", ".join(axes) or "-", _shape(shard), "yes" if decay else "no"))
+        lines.append((name, _shape(leaf.shape), ", ".join(axes) or "-", _shape(shard), decayed[decay]))
         if by_muon:
-            matrix = muon_matrix(named)
+            matrix = None if decay is None else muon_matrix(named)
             lines[-1] += ("-" if matrix is None else _shape(matrix_sides(leaf.shape, matrix)),)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:

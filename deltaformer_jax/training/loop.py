@@ -91,7 +91,7 @@ def train(
 
 
 def describe(run: Run, position: Position) -> str:
-    config, corpus, parts = run.config, run.corpus, run.program.parts
+    config, corpus = run.config, run.corpus
     tokens = config.data.batch_size * config.data.sequence_length
     if isinstance(corpus, TaskData):
         material = "drawn anew for every batch"
@@ -99,19 +99,15 @@ def describe(run: Run, position: Position) -> str:
         entry = corpus.manifest["splits"]["train"]
         material = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents to train on"
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
+    adapters = run.program.adapters_text()
+    flops = run.program.training_flops(config.data.sequence_length)
     return (
-        f"{num_parameters(parts.params):,} parameters ({mixers}), {training_flops(run) / 1e6:,.1f} MFLOP per token "
-        "trained on\n"
+        f"{num_parameters(run.program.parts.params):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token "
+        f"trained on{adapters and '; '}{adapters}\n"
         f"{corpus.path}: {material}\n"
         f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {position.step}, "
         f"up to {config.run.steps}; in {run.workdir}"
     )
-
-
-def training_flops(run: Run) -> float:
-    """FLOPs of a token that is trained on: the backward pass counts as two forward passes."""
-    parts = run.program.parts
-    return 3 * merge(parts, parts.params).flops_per_token(run.config.data.sequence_length)
 
 
 def run_steps(
@@ -126,7 +122,7 @@ def run_steps(
 ) -> Ending:
     """The loop itself. The state that it returns is saved."""
     settings, sharding = run.config.run, batch_sharding(run.program.mesh)
-    reader = LateReader(run.config, run.metrics, display, training_flops(run))
+    reader = LateReader(run.config, run.metrics, display, run.program.training_flops(run.config.data.sequence_length))
     stream, rollbacks = number_batches(run.corpus, run.config, position), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
     while True:
@@ -255,7 +251,7 @@ def write_sample(run: Run, state: TrainState, display: Display, stop: Interrupti
     prompt = [tokenizer.eot, *tokenizer.encode(settings.sample_prompt)]
     stream = tokenizer.stream()
     display.note(f"\na sample of {settings.sample_tokens} tokens, after {settings.sample_prompt!r}:\n")
-    model = merge(model_parts(on_any_device(run.config.model)), state.params)
+    model = merge(model_parts(on_any_device(run.config.model), run.program.make_model), state.params)
     tokens = generate(model, prompt, settings.sample_tokens, seed=settings.seed)
     # The first token compiles the prompt's program, the second one that of a step.
     tokens = begun(tokens, 2, "compiling the model for this prompt", display.note)

@@ -8,6 +8,7 @@ import optax
 import optax.contrib
 
 from deltaformer_jax.config import OptimizerConfig
+from deltaformer_jax.layers.linear import input_axes
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -35,8 +36,6 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, *after], [warmup, *boundaries])
 
 
-# The sides that a matrix of a layer may have, by the names of its axes. The heads' side is all heads together.
-SIDES = (("embed",), ("mlp",), ("rank",), ("heads", "head_dim"), ("kv_heads", "head_dim"))
 # The root mean square of Muon's update of a matrix, in learning rates. AdamW's is about this, so one rate serves both.
 MUON_RMS = 0.2
 
@@ -44,15 +43,14 @@ MUON_RMS = 0.2
 def muon_matrix(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """The matrix [in, out] as which Muon sees a parameter with these axis names; None: it belongs to AdamW.
 
-    A matrix has two of SIDES, such as ("embed", "heads", "head_dim"): d_model x (heads * head_dim), all heads in one.
-    Axes are counted from the right, since stacked layers come first without a name: each layer is a matrix of its own.
-    No matrix: embedding and head ("vocab"), short convolutions ("conv"), gates with one number per head, norms, biases.
+    A matrix is what `layers.linear.input_axes` says is one; all heads are in one. Axes are counted from the right,
+    since stacked layers come first without a name: each layer is a matrix of its own.
     """
-    for cut in range(1, len(axes)):
-        if axes[:cut] in SIDES and axes[cut:] in SIDES:
-            places = tuple(range(-len(axes), 0))
-            return optax.contrib.MuonDimensionNumbers(places[:cut], places[cut:])
-    return None
+    cut = input_axes(axes)
+    if cut is None:
+        return None
+    places = tuple(range(-len(axes), 0))
+    return optax.contrib.MuonDimensionNumbers(places[:cut], places[cut:])
 
 
 def matrix_sides(shape: tuple[int, ...], matrix: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:

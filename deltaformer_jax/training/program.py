@@ -5,6 +5,7 @@ step is traced and compiled when it is first used.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,12 +14,14 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from deltaformer_jax.config import Config, DataConfig
+from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from deltaformer_jax.data import has_loss_mask
 from deltaformer_jax.host.compiler_alarm import without_alarm
 from deltaformer_jax.host.paths import expand
-from deltaformer_jax.model import LanguageModel
-from deltaformer_jax.model_parts import model_parts, new_params
+from deltaformer_jax.layers.adapters import adapt
+from deltaformer_jax.layers.linear import input_axes
+from deltaformer_jax.model import LanguageModel, num_parameters
+from deltaformer_jax.model_parts import flat, merge, model_parts, new_params
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
@@ -32,18 +35,21 @@ class Program:
 
     Reads only `config.model`, which must have its vocabulary size, and `config.optimizer`. Runs that differ in other
     settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which must have the
-    embedding, blocks and norm of a LanguageModel.
+    embedding, blocks and norm of a LanguageModel. With optimizer.lora_rank its model has adapters.
 
-    Attributes: mesh; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of shardings).
+    Attributes: mesh; make_model; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of
+    shardings).
     Raises the model's own ValueError for a bad config. Cost: the model's construction is traced, nothing is allocated.
     """
 
     def __init__(self, config: Config, mesh: Mesh, make_model: Callable[..., nnx.Module] = LanguageModel):
         self.mesh = mesh
-        self.parts = model_parts(config.model, make_model)
-        self._model, self._make_model, self._settings = config.model, make_model, config.optimizer
+        self.make_model = _with_adapters(make_model, config.optimizer) if config.optimizer.lora_rank else make_model
+        self.parts = model_parts(config.model, self.make_model)
+        self._model, self._settings = config.model, config.optimizer
         self._schedule = learning_rate_schedule(config.optimizer)
-        self._optimiser = make_optimiser(config.optimizer, self.parts.decay, self.parts.axes)
+        decay, axes = (self.parts.divided(tree)[0] for tree in (self.parts.decay, self.parts.axes))
+        self._optimiser = make_optimiser(config.optimizer, decay, axes)
         self.abstract, self.shardings = abstract_state(self.parts, self._optimiser, mesh)
         self._lowered: dict[tuple, jax.stages.Lowered] = {}
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
@@ -58,9 +64,28 @@ class Program:
     @functools.cached_property
     def _create(self) -> Callable:
         def create(key: jax.Array) -> TrainState:
-            return new_state(new_params(self._model, self._make_model, key), self._optimiser)
+            return new_state(self.parts, new_params(self._model, self.make_model, key), self._optimiser)
 
         return jax.jit(create, out_shardings=self.shardings)
+
+    def adapters_text(self) -> str:
+        """How many parameters are trained and how many are not, as a line; "" if all are trained."""
+        trained, frozen = map(num_parameters, self.parts.divided(self.parts.params))
+        return (
+            f"{trained:,} parameters trained, of rank {self._settings.lora_rank}; {frozen:,} frozen" if frozen else ""
+        )
+
+    def training_flops(self, length: int) -> float:
+        """FLOPs of a token that is trained on, in documents of `length` tokens.
+
+        The backward pass counts as two forward passes, one for the gradient of the activations and one for that of the
+        parameters. The second is not counted for the logits and the layers' matrices if these are not trained.
+        """
+        model, axes = merge(self.parts, self.parts.params), dict(flat(self.parts.axes))
+        _, frozen = self.parts.divided(self.parts.params)
+        idle = 2.0 * sum(math.prod(leaf.shape) for path, leaf in flat(frozen) if input_axes(axes[path]))
+        idle += model.embedding.flops_per_token(length) if frozen else 0.0
+        return 3 * model.flops_per_token(length) - idle
 
     @functools.cached_property
     def train_step(self) -> Callable:
@@ -93,6 +118,14 @@ class Program:
     @functools.cached_property
     def statistics_step(self) -> Callable:
         return make_statistics_step(self.parts, self.mesh, self._settings.accumulation_steps)
+
+
+def _with_adapters(make_model: Callable[..., nnx.Module], settings: OptimizerConfig) -> Callable[..., nnx.Module]:
+    def make(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+        model = make_model(config, rngs=rngs)  # draws first, so that it is the model without adapters
+        return adapt(model, settings.lora_rank, settings.lora_alpha, settings.lora_kernels, rngs=rngs)
+
+    return make
 
 
 def abstract_batch(data: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

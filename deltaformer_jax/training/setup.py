@@ -1,6 +1,7 @@
 """Setting up a run: everything it needs is made and checked, the cheapest checks first."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
-from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
+from deltaformer_jax.training.checkpoints.restore import CHAT_FILE, TOKENIZER_FILE, with_vocabulary
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.position import Position
@@ -160,6 +161,8 @@ def prepare(
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
+        if chat := _chat_settings(corpus):
+            (workdir / CHAT_FILE).write_text(json.dumps(chat) + "\n")
     with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
         train_step = program.compile_train_step(full.data)
     run = Run(
@@ -175,6 +178,12 @@ def prepare(
         resumed=resumed,
     )
     return Prepared(run, position, state)
+
+
+def _chat_settings(corpus: Corpus | Mixture | TaskData) -> dict[str, Any]:
+    """The form of the conversations, in a mixture of the first corpus of them; {} if there are none."""
+    parts = corpus.corpora if isinstance(corpus, Mixture) else () if isinstance(corpus, TaskData) else (corpus,)
+    return next((chat for part in parts if (chat := part.manifest["settings"].get("chat"))), {})
 
 
 def _beginning(config: Config, tokenizer: Tokenizer, note: Callable[[str], Any]) -> Callable[[Program], TrainState]:

@@ -15,8 +15,8 @@ from deltaformer_jax.training.guard import Guard, new_guard
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays. opt_state: optax's. step: int32 [], the number of batches seen, with their
-    updates made or skipped. guard: the statistics that decide which.
+    """params: nested dict of float32 arrays. opt_state: optax's, of the parameters that are trained. step: int32 [],
+    the number of batches seen, with their updates made or skipped. guard: the statistics that decide which.
     """
 
     params: Any
@@ -25,9 +25,10 @@ class TrainState(NamedTuple):
     guard: Guard
 
 
-def new_state(params: Any, optimiser: optax.GradientTransformation) -> TrainState:
+def new_state(parts: ModelParts, params: Any, optimiser: optax.GradientTransformation) -> TrainState:
     """The state before the first batch."""
-    return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32), new_guard())
+    trained, _ = parts.divided(params)
+    return TrainState(params, optimiser.init(trained), jnp.zeros((), jnp.int32), new_guard())
 
 
 def abstract_state(
@@ -39,10 +40,11 @@ def abstract_state(
     that of the axes left. The rest of the optimiser's state is replicated.
     """
     whole = replicated(mesh)
-    shapes = jax.eval_shape(lambda params: new_state(params, optimiser), parts.params)
+    shapes = jax.eval_shape(lambda params: new_state(parts, params, optimiser), parts.params)
     params_sharding = jax.tree.map(
         lambda leaf, axes: NamedSharding(mesh, partition(axes, leaf.shape, mesh)), parts.params, parts.axes
     )
+    trained, trained_sharding = parts.divided(parts.params)[0], parts.divided(params_sharding)[0]
 
     def like_parameter(kept: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
         if isinstance(kept, optax.MaskedNode):  # the parameter has another of Muon's two optimisers
@@ -53,7 +55,7 @@ def abstract_state(
         if not isinstance(node, optax.FactoredState):
             return found
         means = {
-            name: jax.tree.map(_of_means(place, whole), getattr(node, name), parts.params, params_sharding)
+            name: jax.tree.map(_of_means(place, whole), getattr(node, name), trained, trained_sharding)
             for name, place in (("v_row", -1), ("v_col", -2))
         }
         return found._replace(**means)
@@ -62,8 +64,8 @@ def abstract_state(
         optimiser,
         like_parameter,
         shapes.opt_state,
-        parts.params,
-        params_sharding,
+        trained,
+        trained_sharding,
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from deltaformer_jax.config import OptimizerConfig
-from deltaformer_jax.model_parts import ModelParts
+from deltaformer_jax.model_parts import ModelParts, joined
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
@@ -18,6 +18,8 @@ from deltaformer_jax.training.state import TrainState
 
 def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int):
     """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
+
+    The gradient is that of the trained parameters alone (`ModelParts.trained`); no other is computed.
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
@@ -28,7 +30,7 @@ def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], ac
     def part_sum(params, part):
         return summed_nats(parts.graphdef, params, part, **pieces), ()
 
-    nats, _, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    nats, _, gradient = _sums(part_sum, parts, params, batch, accumulation_steps)
     tokens = jnp.sum(counted(batch))
     share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
@@ -46,16 +48,17 @@ def loss_gradient_and_accuracy(
         nats, hits = batch_nats_and_hits(parts.graphdef, params, part, **pieces)
         return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
 
-    nats, hits, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    nats, hits, gradient = _sums(part_sum, parts, params, batch, accumulation_steps)
     share = 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), hits.astype(jnp.float32) * share
 
 
-def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_steps: int):
+def _sums(part_sum: Callable, parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int):
     """(nats, beside, gradient), each summed over the parts of the batch; part_sum(params, part) -> (nats, beside)."""
-    part_gradient = jax.value_and_grad(part_sum, has_aux=True)
+    trained, frozen = parts.divided(params)
+    part_gradient = jax.value_and_grad(lambda trained, part: part_sum(joined(trained, frozen), part), has_aux=True)
     if accumulation_steps == 1:
-        (nats, beside), gradient = part_gradient(params, batch)
+        (nats, beside), gradient = part_gradient(trained, batch)
     else:
         # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
         cut = jax.tree.map(
@@ -64,11 +67,11 @@ def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_
         )
 
         def add_part(total, part):
-            return jax.tree.map(jnp.add, total, part_gradient(params, part)), None
+            return jax.tree.map(jnp.add, total, part_gradient(trained, part)), None
 
         _, beside = jax.eval_shape(part_sum, params, jax.tree.map(lambda x: x[0], cut))
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
-        ((nats, beside), gradient), _ = jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, params)), cut)
+        ((nats, beside), gradient), _ = jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, trained)), cut)
     return nats, beside, gradient
 
 
@@ -104,8 +107,9 @@ def make_train_step(
             loss, gradient, _ = loss_and_gradient(*arguments, **pieces)
         norm = optax.tree.norm(gradient)
         ok = guard.good(state.guard, loss, norm, settings.skip_deviations)
+        trained, frozen = parts.divided(state.params)
         with _optax_promotes():
-            updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+            updates, opt_state = optimiser.update(gradient, state.opt_state, trained)
             rate = jnp.asarray(schedule(state.guard.made), jnp.float32)
         keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
         metrics = {
@@ -117,7 +121,7 @@ def make_train_step(
             **more,
         }
         new = TrainState(
-            keep(optax.apply_updates(state.params, updates), state.params),
+            joined(keep(optax.apply_updates(trained, updates), trained), frozen),
             keep(opt_state, state.opt_state),
             state.step + 1,
             guard.after(state.guard, ok, norm),

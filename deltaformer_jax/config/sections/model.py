@@ -55,6 +55,7 @@ class ModelConfig:
         "The mixers of successive layers, as a pattern that repeats until num_layers is reached. An entry is "
         'the name of a mixer, Mixer(name or class, **overrides), or "package.module:Class" for a class of '
         "your own.",
+        mixers=True,
     )
     tie_embeddings: bool = setting(
         True, "Whether the logits use the embedding table as their kernel. False: a kernel of their own."

@@ -93,6 +93,22 @@ class OptimizerConfig:
         "their batches.",
         least=1,
     )
+    lora_rank: int = setting(
+        0,
+        "LoRA: train only a change of this rank beside each kernel W of lora_kernels, x W + (x A) B * lora_alpha / "
+        "lora_rank. A is drawn and B is 0, so that the first step sees the model of run.init_from. 0: train all "
+        "parameters. docs/fine_tuning.md.",
+        least=0,
+    )
+    lora_alpha: float = setting(16.0, "LoRA: the change is multiplied by lora_alpha / lora_rank.", above=0, finite=True)
+    lora_kernels: tuple = setting(
+        ("mixer.*", "mlp.*"),
+        "LoRA: patterns of the names of kernels in a block, with * for anything: mixer.inputs.query, mlp.down. Only "
+        "matrices are adapted, never embeddings, norms, biases, convolutions or gates with one number per head.",
+    )
+
+    def __post_init__(self):
+        self.lora_kernels = tuple(self.lora_kernels) if isinstance(self.lora_kernels, list) else self.lora_kernels
 
 
 # The fields that only some of the updates read, and which. All other fields are read by each.

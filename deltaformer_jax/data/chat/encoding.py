@@ -43,35 +43,63 @@ class Encoder:
         This is also how a conversation is encoded that goes on from a prompt. Raises Unreadable, naming the line or
         row, for a conversation that cannot be rendered, has no answer, or names a special token in a message.
         """
-        if self._form.template is None:
-            pieces = _plain(conversation)
-            encode = self._tokenizer.encode_array
-        else:
-            specials = self._tokenizer.special_tokens
-            for message in conversation.messages:
-                if name := next((name for name in specials if name in message["content"]), None):
-                    raise Unreadable(
-                        f"{conversation.where}: a message of role {message['role']!r} holds {name!r}, which would "
-                        "become a special token; leave it out or write it in another way"
-                    )
-            pieces = self._template.pieces(conversation.messages, conversation.where, specials)
-            encode = self._tokenizer.encode_with_specials
-        eot = np.array([self._tokenizer.eot], np.int64)
-        try:
-            arrays = [eot if text is None else encode(text) for text, _ in pieces]
-        except UnicodeEncodeError:
-            raise Unreadable(f"{conversation.where}: holds half a surrogate pair, which is no character") from None
+        pieces = self._pieces(conversation)
+        arrays = self._arrays(pieces, conversation.where)
         mask = np.repeat([answer for _, answer in pieces], [len(array) for array in arrays])
         size = sum(len(text.encode()) for text, _ in pieces if text)
         return Encoded(np.concatenate(arrays), mask, json.dumps(pieces).encode(), size)
 
+    def prompt(self, conversation: Conversation) -> tuple[list[int], str]:
+        """(tokens, text) of a conversation up to the answer that is to come; the tokens begin with end-of-text.
 
-def _plain(conversation: Conversation) -> list[tuple[str | None, bool]]:
+        They are the tokens that training puts before such an answer. Raises as `encode`, and for a conversation whose
+        last message is an answer.
+        """
+        if conversation.messages[-1]["role"] == ASSISTANT:
+            raise Unreadable(f"{conversation.where}: ends with a message of role {ASSISTANT!r}; leave that one out")
+        pieces = self._pieces(conversation, prompt=True)
+        tokens = np.concatenate(self._arrays([(None, False), *pieces], conversation.where))
+        return tokens.tolist(), "".join(text or "" for text, _ in pieces)
+
+    @functools.cached_property
+    def end(self) -> int:
+        """The token that ends an answer: the last one of an answer if it is a special one, else end-of-text."""
+        talk = [{"role": "user", "content": "Hi"}, {"role": ASSISTANT, "content": "Hello"}]
+        found = self.encode(Conversation(talk, "a conversation of two messages"))
+        last = int(found.tokens[found.mask][-1])
+        special = {token.id for token in self._tokenizer.special_tokens.values()}
+        return last if last in special else self._tokenizer.eot
+
+    def _pieces(self, conversation: Conversation, prompt: bool = False) -> list[tuple[str | None, bool]]:
+        if self._form.template is None:
+            return _plain(conversation, prompt)
+        specials = self._tokenizer.special_tokens
+        for message in conversation.messages:
+            if name := next((name for name in specials if name in message["content"]), None):
+                raise Unreadable(
+                    f"{conversation.where}: a message of role {message['role']!r} holds {name!r}, which would "
+                    "become a special token; leave it out or write it in another way"
+                )
+        return self._template.pieces(conversation.messages, conversation.where, specials, prompt)
+
+    def _arrays(self, pieces: list[tuple[str | None, bool]], where: str) -> list[np.ndarray]:
+        plain = self._form.template is None
+        encode = self._tokenizer.encode_array if plain else self._tokenizer.encode_with_specials
+        eot = np.array([self._tokenizer.eot], np.int64)
+        try:
+            return [eot if text is None else encode(text) for text, _ in pieces]
+        except UnicodeEncodeError:
+            raise Unreadable(f"{where}: holds half a surrogate pair, which is no character") from None
+
+
+def _plain(conversation: Conversation, prompt: bool) -> list[tuple[str | None, bool]]:
     """Pieces of text, None for end-of-text, each with whether the assistant says it (`ChatFormat`)."""
     pieces: list[tuple[str | None, bool]] = []
     for message in conversation.messages:
         head, answer = f"{message['role']}:\n", message["role"] == ASSISTANT
         pieces += [(head, False), (message["content"], answer), (None, True) if answer else ("\n\n", False)]
-    if not any(answer for _, answer in pieces):
+    if prompt:
+        pieces.append((f"{ASSISTANT}:\n", False))
+    elif not any(answer for _, answer in pieces):
         raise Unreadable(f"{conversation.where}: has no message of role {ASSISTANT!r}; leave it out")
     return [(text, answer) for text, answer in pieces if text != ""]

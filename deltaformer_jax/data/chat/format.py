@@ -21,6 +21,11 @@ class ChatFormat:
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
     where: str = PLAIN
 
+    @classmethod
+    def of(cls, settings: dict[str, Any], where: str) -> ChatFormat:
+        """The inverse of `settings`."""
+        return cls(settings.get("template"), settings.get("variables", {}), where)
+
     def settings(self) -> dict[str, Any]:
         """What decides the tokens, for the manifest of a corpus."""
         return {"plain": 1} if self.template is None else {"template": self.template, "variables": self.variables}

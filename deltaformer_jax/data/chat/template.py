@@ -36,8 +36,11 @@ class Template:
             raise ValueError(f"{found.where}: not a chat template in Jinja: {error}") from None
         self._marks = "generation" in {name for _, kind, name in environment.lex(found.template) if kind == "name"}
 
-    def pieces(self, messages: list[dict[str, Any]], where: str, specials: Iterable[str]) -> list[tuple[str, bool]]:
-        """The rendered text in pieces, each with whether the assistant says it.
+    def pieces(
+        self, messages: list[dict[str, Any]], where: str, specials: Iterable[str], prompt: bool = False
+    ) -> list[tuple[str, bool]]:
+        """The rendered text in pieces, each with whether the assistant says it. `prompt`: the text up to the answer
+        that is to come, which `add_generation_prompt` begins.
 
         An answer is what a block `{% generation %}` contains. In a template without such blocks, the answer of message
         i is what rendering the messages up to i adds to the messages before it with `add_generation_prompt`; it ends
@@ -46,10 +49,10 @@ class Template:
         ValueError, naming the template, for a template whose answers cannot be found in this way.
         """
         if self._marks:
-            pieces = self._marked(messages, where)
+            pieces = self._marked(messages, where, prompt)
         else:
-            pieces = self._compared(messages, where, tuple(specials))
-        if not any(answer for _, answer in pieces):
+            pieces = self._compared(messages, where, tuple(specials), prompt)
+        if not prompt and not any(answer for _, answer in pieces):
             raise Unreadable(f"{where}: the chat template renders no answer of role {ASSISTANT!r}; leave it out")
         return pieces
 
@@ -59,8 +62,8 @@ class Template:
         except Exception as error:  # whatever the template's expressions raise
             raise Unreadable(f"{where}: the chat template {self._where} refuses it: {error}") from None
 
-    def _marked(self, messages: list[dict[str, Any]], where: str) -> list[tuple[str, bool]]:
-        first, *others = self._render(messages, where).split(self._begin)
+    def _marked(self, messages: list[dict[str, Any]], where: str, prompt: bool) -> list[tuple[str, bool]]:
+        first, *others = self._render(messages, where, prompt).split(self._begin)
         pieces = [(first, False)]
         for part in others:
             answer, end, rest = part.partition(self._end)
@@ -70,9 +73,9 @@ class Template:
         return [(text, answer) for text, answer in pieces if text]
 
     def _compared(
-        self, messages: list[dict[str, Any]], where: str, specials: tuple[str, ...]
+        self, messages: list[dict[str, Any]], where: str, specials: tuple[str, ...], asking: bool
     ) -> list[tuple[str, bool]]:
-        whole, pieces, done = self._render(messages, where), [], 0
+        whole, pieces, done = self._render(messages, where, asking), [], 0
         for i, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue

@@ -11,9 +11,9 @@ from etils import epath
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.interop import load_pretrained
 from deltaformer_jax.interop.files import is_pretrained
-from deltaformer_jax.interop.mapping import flat
 from deltaformer_jax.interop.own import name_of
-from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.model_parts import flat, merge, nested, params_of
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.state import TrainState
@@ -25,7 +25,7 @@ def initial_state(
     """The state before the first batch: the parameters of `init_from`, and an optimiser that has seen nothing.
 
     Raises ValueError, naming run.init_from, if its tokenizer is not `tokenizer`, or if its parameters are not those of
-    the model, with every difference.
+    the model, with every difference. Adapters are not read but begin anew: A drawn, B zero.
     """
     params, theirs = _read(init_from, note)
     if theirs is not None and theirs.hash != tokenizer.hash:
@@ -33,8 +33,15 @@ def initial_state(
             f"run.init_from = {init_from!r}: was trained with another tokenizer than data.path has; prepare the data "
             f"with --tokenizer {Path(init_from) / TOKENIZER_FILE}"
         )
-    _check(init_from, _shapes(program.parts.params), _shapes(params))
-    return program.create_state(seed)._replace(params=jax.device_put(params, program.shardings.params))
+    without_adapters = lambda params: params_of(merged(merge(program.parts, params)))
+    plain = jax.eval_shape(without_adapters, program.parts.params)
+    _check(init_from, _shapes(plain), _shapes(params))
+    state = program.create_state(seed)
+    leaves, shardings = dict(flat(state.params)), dict(flat(program.shardings.params))
+    for path, leaf in flat(params):
+        place = path if path in leaves else (*path, "kernel")  # of an AdaptedKernel
+        leaves[place] = jax.device_put(leaf, shardings[place])
+    return state._replace(params=nested(leaves))
 
 
 def _read(init_from: str, note: Callable[[str], Any]) -> tuple[Any, Tokenizer | None]:

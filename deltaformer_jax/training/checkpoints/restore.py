@@ -1,22 +1,28 @@
 """Restoring the model of a finished or running run, for programs that only read it."""
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
+from deltaformer_jax.data.chat import ChatFormat
+from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.model_parts import merge, params_of
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.checksums import CheckpointError, check_checksums
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.program import Program
 
 TOKENIZER_FILE = "tokenizer.json"
+CHAT_FILE = "chat.json"  # the form of the conversations that the run was trained on
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -34,7 +40,10 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 class Restored(NamedTuple):
-    """`config` has its vocabulary size filled in. `params`, of the checkpoint `step`, are arrays on `program.mesh`."""
+    """`config` has its vocabulary size filled in. `params`, of the checkpoint `step`, are arrays on `program.mesh`.
+
+    Adapters of the run are added to their kernels, and `program` is that of the model without them.
+    """
 
     config: Config
     tokenizer: Tokenizer
@@ -70,7 +79,24 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
             state, record = checkpoints.restore(step, program.abstract)
     finally:
         checkpoints.close()
-    return Restored(config, tokenizer, program, state.params, int(record["step"]))
+    params = state.params
+    if config.optimizer.lora_rank:
+        model = merged(merge(program.parts, params))
+        optimizer = dataclasses.replace(config.optimizer, lora_rank=0)
+        program = Program(dataclasses.replace(config, optimizer=optimizer), program.mesh)
+        params = jax.device_put(params_of(model), program.shardings.params)
+    return Restored(config, tokenizer, program, params, int(record["step"]))
+
+
+def read_chat(workdir: epath.PathLike) -> ChatFormat | None:
+    """The form of the run's conversations; None if it was trained on none. Raises ValueError, naming a damaged file."""
+    path = epath.Path(workdir) / CHAT_FILE
+    if not path.exists():
+        return None
+    try:
+        return ChatFormat.of(json.loads(path.read_text()), str(path))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not the form of a conversation: {error}") from None
 
 
 def read_tokenizer(workdir: epath.Path, saved: Saved) -> Tokenizer:
