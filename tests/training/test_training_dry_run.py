@@ -90,7 +90,7 @@ def test_every_large_config_is_in_the_table():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name in ("deltaformer_340m", "hybrid_340m") else pytest.mark.rare)
+        pytest.param(name, marks=pytest.mark.long if name == "deltaformer_340m" else pytest.mark.rare)
         for name in table()
     ],
 )

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     @property
     def model_tflop(self) -> float:
         """Of the whole step on all devices, without what is computed again."""
-        return 3 * self.flops.model * self.tokens / 1e12
+        return self.program.training_flops(self.config.data.sequence_length) * self.tokens / 1e12
 
     def utilisation(self, seconds: float) -> float:
         """The MFU of a step that takes that long."""
@@ -104,7 +104,8 @@ def _compiled(config: Config, topology: Topology, program: Program) -> Plan:
     rows = sent(collectives(text, program.mesh.size), program.mesh, topology)
     chip, devices = topology.chip, len(topology.devices)
     share = topology.devices_per_chip
-    per_token = 3 * flops.model + flops.recomputed(config.model.remat)
+    length = config.data.sequence_length
+    per_token = program.training_flops(length) + flops.recomputed(config.model.remat)
     tokens = config.data.batch_size * config.data.sequence_length
     moved = sum(x.turns * x.bytes for x in launches(text)[0])
     roofline = Roofline(
