@@ -28,6 +28,7 @@ from deltaformer_jax.processes.child import STACKS, VARIABLE
 from deltaformer_jax.processes.hub import Hub, Member, Verdict
 from deltaformer_jax.processes.lines import Lines
 from deltaformer_jax.processes.place import Place
+from deltaformer_jax.processes.relay import Relay
 
 # By a message: a launcher may send these to parent and child both, and the child counts them apart.
 TOLD = (signal.SIGTERM, signal.SIGINT)
@@ -36,7 +37,7 @@ SENT = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 TURN = 0.25  # seconds between two looks at the clock
 PAUSED = 5.0  # a turn that took longer: this process was stopped itself, and what it missed does not count
 STOPPED = 10.0  # seconds after which a child that was stopped (SIGSTOP) is lost
-HELD = 3.0  # seconds in which the end of a child may turn out to be the consequence of another one's
+HELD = 3.0  # seconds in which a child's abort may turn out to be jax's answer to the loss of another one
 STACKS_SECONDS = 3.0  # for writing the stacks
 FAREWELLS = 60.0  # seconds that the parent of process 0 stays for the others, once its child has ended
 
@@ -55,6 +56,8 @@ class _Supervisor:
         self._code: int | None = None  # of the child, once it has ended
         self._fault: tuple[float, Verdict] | None = None  # one of our own, and when it is told
         self._stopped_at: float | None = None
+        self._since = 0.0  # the child's silence counts from here: it was not stopped after that
+        self._left_at: float | None = None
         self._workdir = ""
 
     def run(self) -> int:
@@ -78,18 +81,23 @@ class _Supervisor:
                 if verdict is not None:
                     return self._end(verdict)
                 if self._code == 0 and self._farewell(last):
+                    self._stderr.let_go()
                     return 0
 
     def _start(self, board: int) -> None:
         ours, theirs = socket.socketpair()
         self._child = Lines(ours)
         handed = {"place": self._place, "board": board, "stacks": self._stacks.fileno(), "socket": theirs.fileno()}
+        reader, writer = os.pipe()
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, *sys.orig_argv[1:]],
                 env={**os.environ, VARIABLE: json.dumps({**handed, "parent": os.getpid()})},
                 pass_fds=(board, self._stacks.fileno(), theirs.fileno()),
+                stderr=writer,
             )
+        os.close(writer)
+        self._stderr = Relay(reader)
         self._pid = process.pid
         process.returncode = 0  # waited for below, also when it is stopped, which Popen does not do
 
@@ -97,6 +105,8 @@ class _Supervisor:
         sockets: list[Any] = [self._signals, *([] if self._hub is None else self._hub.sockets())]
         if self._child is not None:
             sockets.append(self._child)
+        if not self._stderr.ended:
+            sockets.append(self._stderr)
         poll = select.poll()
         for one in sockets:
             poll.register(one, select.POLLIN)
@@ -105,11 +115,13 @@ class _Supervisor:
     def _forgive(self) -> None:
         if self._hub is not None:
             self._hub.forgive()
+        self._since = time.monotonic()
         if self._stopped_at is not None:
-            self._stopped_at = time.monotonic()
+            self._stopped_at = self._since
 
     def _turn(self, ready: set[int]) -> Verdict | None:
         """The verdict, once there is one."""
+        self._stderr.turn()
         if self._signals.fileno() in ready:
             for number in self._signals.recv(64):
                 self._pass_on(number)
@@ -169,22 +181,23 @@ class _Supervisor:
         if pid and os.WIFSTOPPED(status):
             self._stopped_at = now
         elif pid and os.WIFCONTINUED(status):
-            self._stopped_at = None
+            self._stopped_at, self._since = None, now
         elif pid:
             self._code = os.waitstatus_to_exitcode(status)
             if self._code < 0:
                 number = -self._code
                 self._code = 128 + number
-                after = 0.0 if number == signal.SIGKILL else HELD
+                after = HELD if number == signal.SIGABRT else 0.0
                 self._blame(f"{self._name} was killed by {signal.Signals(number).name}", after=after)
             elif self._code > 0:
-                self._blame(f"{self._name} ended with code {self._code}", self._code, lost=False, after=HELD)
+                self._blame(f"{self._name} ended with code {self._code}", self._code, lost=False)
             return
         if self._stopped_at is not None:
             if now > self._stopped_at + STOPPED:
                 self._blame(f"{self._name} has been stopped (SIGSTOP) for {STOPPED:.0f} s")
             return
         doing, seconds, limit = self._board.read()
+        seconds = min(seconds, now - self._since)
         if limit and seconds > limit:
             if self._connected:
                 self._blame(f"{self._name} hangs: {doing}, without a sign of life for {seconds:.0f} s")
@@ -209,7 +222,8 @@ class _Supervisor:
     def _farewell(self, now: float) -> bool:
         """The child has ended well. Whether this process may go: the hub serves the others to their end."""
         if isinstance(self._hub, Hub) and self._connected and not self._hub.all_left:
-            self._left_at = getattr(self, "_left_at", now)
+            if self._left_at is None:
+                self._left_at = now
             if now < self._left_at + FAREWELLS:
                 return False
         if self._hub is not None:
@@ -233,6 +247,8 @@ class _Supervisor:
             said = f"; stacks of all threads: {written}" if written else ""
         else:
             said = ""
+        if own:
+            self._stderr.let_go()
         if not (own and self._words):  # the child has said it itself
             together = "" if own else "; this process is stopped with it"
             print(f"{self._program}: error: {verdict.line}{together}{said}", file=sys.stderr, flush=True)
@@ -250,7 +266,7 @@ class _Supervisor:
             if size and size == before:
                 break
         self._stacks.seek(0)
-        text = self._stacks.read()
+        text = self._stderr.held + self._stacks.read()
         if not text or not self._workdir:
             return None
         if "://" in self._workdir:

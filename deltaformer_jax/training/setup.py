@@ -218,8 +218,8 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
 
 
 def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:
-    """Raise ValueError, in every process of the run, unless all have the same data. None has written anything by then."""
-    hashes = {f"the hash of {corpus.path}": corpus.hash, "the hash of its tokenizer": corpus.tokenizer.hash}
+    """Raise ValueError, in every process of the run, unless all have the same data. By then none has written anything."""
+    hashes = {"hash of the data": corpus.hash, "hash of their tokenizer": corpus.tokenizer.hash}
     common.check_same("data", hashes, "data.path must hold the same files for every process")
 
 
