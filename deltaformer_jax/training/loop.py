@@ -31,6 +31,7 @@ from deltaformer_jax.processes.agreement import Alone, Together, agreement
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.sharding.rows import local_rows, to_devices
 from deltaformer_jax.training.checkpoints.rollback import LIMIT, roll_back
+from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.position import Position, number_batches
 from deltaformer_jax.training.setup import Run
@@ -78,7 +79,7 @@ def train(
     settings = run.config.run
     display = Display(settings.steps, position.step, quiet=quiet or jax.process_index() > 0)
     stop = agreement(stop, run.program.mesh)
-    with contextlib.closing(run.checkpoints), contextlib.closing(display):
+    with _closing(run.checkpoints), contextlib.closing(display):
         display.note(describe(run, position))
         with contextlib.closing(Instruments(run, position.step, display.note)) as instruments:
             ending = run_steps(run, position, state, stop, display, instruments, until, save_seconds)
@@ -94,6 +95,18 @@ def train(
             display.note(f"stopped at step {step} of {settings.steps}; saved in {where}")
             display.note(f"to go on: {called.command('deltaformer_jax.train')} {to_paste('--workdir', run.workdir)}")
     return ending
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Closes them at the end. After an error of one of several processes that would wait for the others for ever."""
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 def describe(run: Run, position: Position) -> str:

@@ -218,7 +218,7 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
 
 
 def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:
-    """Raise ValueError, in every process of the run, unless all have the same data. By then none has written anything."""
+    """Raise ValueError, in every process of the run, unless all have the same data. None has written anything yet."""
     hashes = {"hash of the data": corpus.hash, "hash of their tokenizer": corpus.tokenizer.hash}
     common.check_same("data", hashes, "data.path must hold the same files for every process")
 
