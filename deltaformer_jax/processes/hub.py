@@ -19,7 +19,7 @@ from deltaformer_jax.processes.place import Place
 
 BEAT = 2.0
 SILENT = 15.0
-JOINING = 60.0  # seconds in which the supervisors find the hub, once their children have met
+JOINING = 20.0  # seconds in which the supervisors find the hub, once their children have met
 SENDING = 2.0  # seconds that a message may take to leave
 
 

@@ -73,12 +73,16 @@ class Several:
         return [finish(process, max(1.0, end - time.monotonic())) for process in self.processes]
 
     def child(self, index):
-        """The process id of the program itself, the child of the one that was started."""
-        found = subprocess.run(
-            ["pgrep", "-P", str(self.processes[index].pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        assert len(found) == 1, found
-        return int(found[0])
+        """The process id of the program itself, the child of the one that was started; None if it has ended."""
+        found = subprocess.run(["pgrep", "-P", str(self.processes[index].pid)], capture_output=True, text=True)
+        return int(found.stdout.split()[0]) if found.stdout else None
+
+    def wait_for_line(self, text, index=0):
+        """Until this process prints a line with `text`, which finish() then lacks."""
+        for line in self.processes[index].stdout:
+            if text in line:
+                return
+        raise AssertionError(self.processes[index].communicate())
 
     def wait_for_step(self, workdir, step, seconds=300):
         """Until metrics.jsonl has the record of `step`."""
@@ -92,7 +96,3 @@ class Several:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
         raise AssertionError([process.communicate() for process in self.processes])
-
-
-def stderr_of(outcome):
-    return outcome[2]
