@@ -34,6 +34,8 @@ from deltaformer_jax.processes.relay import Relay
 TOLD = (signal.SIGTERM, signal.SIGINT)
 SENT = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
+STACKS_FOLDER = "stacks"  # of the workdir
+
 TURN = 0.25  # seconds between two looks at the clock
 PAUSED = 5.0  # a turn that took longer: this process was stopped itself, and what it missed does not count
 STOPPED = 10.0  # seconds after which a child that was stopped (SIGSTOP) is lost
@@ -273,7 +275,7 @@ class _Supervisor:
             from etils.epath import Path
         else:
             from pathlib import Path
-        path = Path(self._workdir) / "stacks" / f"process-{self._place.index}.txt"
+        path = Path(self._workdir) / STACKS_FOLDER / f"process-{self._place.index}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(text)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support import toy_program
-from support.several import free_port
+from support.processes import toy_program
+from support.processes.several import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import training_cases as cases
 from support.program_run import finish, ours, start
-from support.several import FLAGS, Several, environment, free_port
+from support.processes.several import FLAGS, Several, environment, free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -213,5 +213,5 @@ def test_one_process_that_can_not_save_ends_all(corpus, tmp_path):
     assert [(tmp_path / f"code{index}").read_text() for index in range(2)] == ["1\n", "1\n"], errors
     assert all(error.count("\n") == 1 and "No space left on device" in error for error in errors), errors
     with Several(2, [f"--workdir={kept}", "--config.run.steps=9"], tmp_path) as run:
-        code, out, err = run.finish()[0]
+        _, out, err = run.finish()[0]
     assert "resumed at step 7" in out or "has made" in err, (out, err)
