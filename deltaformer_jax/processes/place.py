@@ -116,7 +116,8 @@ def _of_cluster(environ: Mapping[str, str], found: dict[str, Any]) -> tuple[str 
     """(the cluster's name, what it tells of the fields not in `found`, the devices of this process)."""
     mpi = {field: int(environ[name]) for field, name in OPEN_MPI.items() if name in environ}
     if len(mpi) == len(OPEN_MPI) and (mpi["count"] == 1 or "coordinator" in found):
-        return "Open MPI", mpi, None
+        local = environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+        return "Open MPI", mpi, None if local is None or "JAX_LOCAL_DEVICE_IDS" in environ else (int(local),)
     if mpi and "OMPI_MCA_orte_hnp_uri" not in environ:  # from version 5 on
         raise ValueError(
             f"--coordinator: missing; Open MPI started {mpi.get('count')} processes, but does not tell where the first "

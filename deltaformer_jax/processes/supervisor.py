@@ -41,6 +41,7 @@ PAUSED = 5.0  # a turn that took longer: this process was stopped itself, and wh
 STOPPED = 10.0  # seconds after which a child that was stopped (SIGSTOP) is lost
 HELD = 3.0  # seconds in which a child's abort may turn out to be jax's answer to the loss of another one
 STACKS_SECONDS = 3.0  # for writing the stacks
+WORDS_SECONDS = 1.0  # in which the child may say the same as the one that failed, as when their settings differ
 FAREWELLS = 60.0  # seconds that the parent of process 0 stays for the others, once its child has ended
 
 
@@ -127,12 +128,7 @@ class _Supervisor:
         if self._signals.fileno() in ready:
             for number in self._signals.recv(64):
                 self._pass_on(number)
-        if self._child is not None and self._child.fileno() in ready:
-            messages = self._child.receive()
-            for message in messages or ():
-                self._hear(message)
-            if messages is None:
-                self._child = None
+        self._listen(ready)
         for verdict in () if self._hub is None else self._hub.turn(ready):
             return verdict  # of all, or one that is about another process
         if self._code is None:
@@ -140,6 +136,15 @@ class _Supervisor:
         if self._fault is not None and time.monotonic() > self._fault[0]:
             return self._fault[1]
         return None
+
+    def _listen(self, ready: set[int]) -> None:
+        if self._child is None or self._child.fileno() not in ready:
+            return
+        messages = self._child.receive()
+        for message in messages or ():
+            self._hear(message)
+        if messages is None:
+            self._child = None
 
     def _pass_on(self, number: int) -> None:
         if self._code is not None:
@@ -240,6 +245,10 @@ class _Supervisor:
             self._hub.tell(fault=verdict)
         own = verdict.index == self._place.index
         if self._code is None:
+            until = time.monotonic() + WORDS_SECONDS
+            while not (verdict.lost or self._words or time.monotonic() > until):
+                self._stderr.turn()
+                self._listen(self._wait())
             # The traces of jax and of its collectives, which miss the others now, go where the stacks go.
             self._tell_child(silence=True)
             written = self._write_stacks() if verdict.lost else None
@@ -251,7 +260,9 @@ class _Supervisor:
             said = ""
         if own:
             self._stderr.let_go()
-        if not (own and self._words):  # the child has said it itself
+        if self._words:  # the child has said it itself
+            self._stderr.turn()
+        else:
             together = "" if own else "; this process is stopped with it"
             print(f"{self._program}: error: {verdict.line}{together}{said}", file=sys.stderr, flush=True)
         return self._code if own and self._code else verdict.code

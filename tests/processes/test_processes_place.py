@@ -58,7 +58,7 @@ def test_flags_come_before_the_cluster(in_environment):
     found = find(["train.py", "--coordinator=b:7"], in_environment(SLURM))
     assert (found.coordinator, found.count, found.index) == ("b:7", 2, 1)
     # From version 5 on, Open MPI does not say where the first process is.
-    assert find(["train.py", "--coordinator=b:7"], OPEN_MPI) == Place("b:7", 4, 2, "flags and Open MPI")
+    assert find(["train.py", "--coordinator=b:7"], OPEN_MPI) == Place("b:7", 4, 2, "flags and Open MPI", (1,))
 
 
 def test_tpu_hosts_are_asked(monkeypatch, in_environment):

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import training_cases as cases
-from support.program_run import finish, ours, start
 from support.processes.several import FLAGS, Several, environment, free_port
+from support.program_run import finish, ours, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
