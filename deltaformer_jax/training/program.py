@@ -19,6 +19,7 @@ from deltaformer_jax.host.compiler_alarm import without_alarm
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import model_parts, new_params
+from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
@@ -53,14 +54,17 @@ class Program:
 
         The values depend on the seed alone, not on the mesh.
         """
-        return self._create(jax.random.key(seed))
+        create = self._create
+        # gloo, the CPUs' collectives, waits 30 s for the first meeting: compiling may take one process longer.
+        common.gather("creating the state", None)
+        return create(jax.random.key(seed))
 
     @functools.cached_property
-    def _create(self) -> Callable:
+    def _create(self) -> jax.stages.Compiled:
         def create(key: jax.Array) -> TrainState:
             return new_state(new_params(self._model, self._make_model, key), self._optimiser)
 
-        return jax.jit(create, out_shardings=self.shardings)
+        return jax.jit(create, out_shardings=self.shardings).lower(jax.random.key(0)).compile()
 
     @functools.cached_property
     def train_step(self) -> Callable:

@@ -164,6 +164,7 @@ def prepare(
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
     with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
         train_step = program.compile_train_step(full.data)
+        common.gather("compiling", None)  # so that the first step meets the others, as in create_state
     run = Run(
         config=full,
         workdir=workdir,
