@@ -11,6 +11,8 @@ import pytest
 from support.processes import toy_program
 from support.processes.several import free_port
 
+from deltaformer_jax.host.interruption import Interruption
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -241,3 +243,15 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
         # The toy has no coordinator of jax's: process 0 does not answer either.
         assert found.returncode == 1 and found.stderr.count("\n") == 1, found
         assert f"--coordinator {where}: no answer within 2 s" in found.stderr, words
+
+
+def test_a_signal_that_comes_to_parent_and_child_counts_once(monkeypatch, capfd):
+    """As Slurm and a terminal send it. The second of either way stops at once."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = Interruption()
+    stop.receive(signal.SIGTERM)
+    stop.receive(signal.SIGTERM, "the supervisor")
+    assert stop.requested and not ended and capfd.readouterr().err.count("finishing this step") == 1
+    stop.receive(signal.SIGTERM, "the supervisor")
+    assert ended == [128 + signal.SIGTERM]

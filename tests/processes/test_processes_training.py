@@ -179,7 +179,14 @@ def test_bad_batches_are_gone_back_from_together(corpus, tmp_path):
     """A guard so tight that it skips: all go back at the same step, and stop with the same line."""
     workdir = tmp_path / "run"
     tight = ["--config.optimizer.skip_deviations=0.0001", "--config.optimizer.rollback_after=2"]
-    flags = [corpus, f"--workdir={workdir}", "--config.mesh.fsdp=4", "--config.run.steps=300", *tight]
+    flags = [
+        corpus,
+        f"--workdir={workdir}",
+        "--config.mesh.fsdp=4",
+        "--config.run.steps=100",
+        "--config.run.eval_every=0",
+        *tight,
+    ]
     with Several(2, flags, tmp_path) as run:
         outcomes = run.finish()
     assert [code for code, _, _ in outcomes] == [1, 1], outcomes
