@@ -28,9 +28,9 @@ VARIABLE = "DELTAFORMER_SUPERVISED"  # what the parent hands down, as JSON
 STACKS = signal.SIGUSR2  # writes the stacks of all threads
 PR_SET_PDEATHSIG = 1
 
-# Seconds for which the main thread may stay at one place before it counts as hanging. Compiling, saving, evaluating and
-# waiting for the other processes have no limit.
-TRAINING, READING = 20.0, 300.0
+# Seconds for which the main thread may stay at one place before it counts as hanging: anywhere in the training loop, or
+# reading or writing a file there. Compiling, saving, evaluating and waiting for the other processes have no limit.
+TRAINING, FILES = 20.0, 300.0
 # How long an error that may come from the loss of another process waits for the verdict that names that process.
 VERDICT_SECONDS = 5.0
 

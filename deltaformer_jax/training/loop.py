@@ -83,8 +83,8 @@ def train(
         display.note(describe(run, position))
         with contextlib.closing(Instruments(run, position.step, display.note)) as instruments:
             ending = run_steps(run, position, state, stop, display, instruments, until, save_seconds)
+            child.at("ending", 0)
         display.close()
-        child.at("ending", 0)
         step = ending.position.step
         where = run.checkpoints.path(step)
         if ending.finished:
@@ -167,7 +167,8 @@ def run_steps(
                 if rollbacks > LIMIT:
                     raise RunError(_stuck(position, reader))
                 state = None  # frees its memory for the restored state
-                position, state = roll_back(run, position, reader.too_many, display.note)
+                with child.taking_time("going back"):
+                    position, state = roll_back(run, position, reader.too_many, display.note)
                 saved = position.step if run.checkpoints.steps() else None
                 instruments.cut(position.step)
                 reader.forget()
@@ -198,7 +199,7 @@ def run_steps(
                     run.checkpoints.wait()
                 return Ending(done, position, state)
 
-            child.at("reading a batch", child.READING)
+            child.at("reading a batch", child.FILES)
             number, batch = _next(stream, position)
             child.at("training", child.TRAINING)
             with child.taking_time("computing"):
@@ -206,8 +207,8 @@ def run_steps(
                 instruments.before_step(position.step, state, on_devices)
                 reader.before_step()
                 state, metrics = run.train_step(state, on_devices)
+                instruments.after_step(metrics)
             position = position.after(number)
-            instruments.after_step(metrics)
             run.checkpoints.poll()
             # Of several processes each reads a part of the batch: its tokens stand for all.
             tokens = int((batch["segment_ids"] > 0).sum()) * run.config.data.batch_size // len(batch["segment_ids"])

@@ -179,6 +179,7 @@ def test_bad_batches_are_gone_back_from_together(corpus, tmp_path):
     """A guard so tight that it skips: all go back at the same step, and stop with the same line."""
     workdir = tmp_path / "run"
     tight = ["--config.optimizer.skip_deviations=0.0001", "--config.optimizer.rollback_after=2"]
+    tight += ["--config.run.steps=100", "--config.run.eval_every=0"]
     flags = [
         corpus,
         f"--workdir={workdir}",

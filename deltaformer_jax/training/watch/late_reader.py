@@ -58,6 +58,7 @@ class LateReader:
         (step, number, metrics, tokens), self._waiting = self._waiting, None
         with child.taking_time("waiting for the devices"):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        child.at("writing the metrics", child.FILES)
         now = time.perf_counter()
         if self._last is not None:
             self._seconds += now - self._last
