@@ -32,8 +32,9 @@ from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.data import Corpus, batches
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
+from deltaformer_jax.sharding.rows import to_devices
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
-from deltaformer_jax.training.evaluation import evaluate, to_devices
+from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import load_data
 from deltaformer_jax.training.state import TrainState, abstract_state

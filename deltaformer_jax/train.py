@@ -2,6 +2,7 @@
 
     python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
                                     [--dry_run] [--help_config [WORD]]
+                                    [--coordinator HOST:PORT --processes N --process I]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
@@ -9,6 +10,10 @@
            it keeps its own config. Default: a new folder under runs/
 --resume   refuse a --workdir that holds no run, instead of starting a new run there
 --dry_run  print parameters, FLOPs per token, shapes, shardings and the memory of a step; allocate and write nothing
+--coordinator, --processes, --process
+           one of several processes that make up the run: where process 0 listens, how many there are, which this is.
+           Slurm, Open MPI, Cloud TPU, GKE and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID tell it too;
+           --processes 1 is a run of its own all the same (docs/clusters.md)
 --help_config  explain every setting (--config.section.field), or those whose name or meaning contains WORD
 
 The first line says whether the run is new or resumed, and at which step. Ctrl-C or SIGTERM finishes the current step,
@@ -16,6 +21,7 @@ saves and exits with code 0. A second one stops at once.
 """
 
 import contextlib
+import os
 import sys
 import textwrap
 from typing import Any
@@ -23,6 +29,8 @@ from typing import Any
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.host import called
 from deltaformer_jax.host.interruption import Interruption
+from deltaformer_jax.processes import child
+from deltaformer_jax.processes.place import Place, find
 
 MODULE = "deltaformer_jax.train"
 HELP_CONFIG = "--help_config"
@@ -37,15 +45,32 @@ def main() -> None:
         with one_line_errors(program):
             print(_settings(sys.argv[1:]))
         return
+    with one_line_errors(program):
+        place = child.supervised() or _place(sys.argv)
+    if place is not None and child.supervised() is None:
+        from deltaformer_jax.processes.supervisor import supervise
+
+        supervise(place, program)  # starts this program again, and never returns
+    with child.last_words():
+        _train(program, place)
+
+
+def _place(argv: list[str]) -> Place | None:
+    """Which of several processes this is; None if it is alone, as for a dry run, which looks at this host alone."""
+    return None if {"--dry_run", "-dry_run"} & set(argv) else find(argv, os.environ)
+
+
+def _train(program: str, place: Place | None) -> None:
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Interruption())
+        held.enter_context(child.forwarded(lambda number: stop.receive(number, "the supervisor")))
         with one_line_errors(program):
             from deltaformer_jax.config.command_line import parse
             from deltaformer_jax.config.files import config_folder
             from deltaformer_jax.config.remarks import remarks
             from deltaformer_jax.host.lock import alone
             from deltaformer_jax.host.waiting import say, say_aside, waiting
-            from deltaformer_jax.training.workdir import LOCK, new_workdir, standing
+            from deltaformer_jax.training.workdir import LOCK, Standing, new_workdir, standing
 
             with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
                 command = parse(sys.argv, str(config_folder() / "tiny.py"))
@@ -59,11 +84,30 @@ def main() -> None:
                     for line in _unused(command.config):
                         say_aside(line)
                 return dry_run(command.config)
+            if place is not None:
+                say(place.line)
+                with stop.aside(), waiting(f"waiting for the other processes, at {place.coordinator}", say):
+                    from deltaformer_jax.processes.connect import connect
+
+                    connect(place)
+                if place.index > 0:
+                    say = _nothing  # what there is to say, process 0 says
+            from deltaformer_jax.config.saved import everywhere_the_same
+            from deltaformer_jax.host.code import code
+            from deltaformer_jax.processes import common
+
             with waiting("importing jax, to find out whether this is the first of several processes", say):
                 workdir = command.workdir or new_workdir(command.name)
-                held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say))
+                child.tell(workdir=os.path.abspath(workdir) if "://" not in workdir else workdir)
+                common.first("lock", lambda: held.enter_context(alone(workdir, LOCK, f"--workdir {workdir}", say)))
             with waiting(f"looking at {workdir}", say):
-                stands = standing(workdir, command.config, command.resume)
+                looked = common.first("standing", lambda: standing(workdir, command.config, command.resume))
+                stands = Standing(*looked)
+            common.check_same(
+                "settings",
+                {"--workdir": workdir, **everywhere_the_same(command.config), **code()} if place is not None else {},
+                "start every process of a run with the same code and the same settings",
+            )
             say(stands.line)
             if stands.finished:
                 return None
@@ -78,8 +122,12 @@ def main() -> None:
             for line in noticed:
                 say(line)
             prepared = prepare(command.config, workdir, say)
-        with one_line_errors(program, (RunError, SaveError), code=1):
+        with one_line_errors(program, (RunError, SaveError), code=1), child.perhaps_of_another(SaveError):
             train(*prepared, stop)
+
+
+def _nothing(text: str) -> None:
+    pass
 
 
 def _unused(config: Any) -> list[str]:

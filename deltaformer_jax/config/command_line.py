@@ -15,13 +15,23 @@ from deltaformer_jax.config import Config, saved_config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
 from deltaformer_jax.config.saved import Saved, flatten
+from deltaformer_jax.host.arguments import value_of
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.spelling import did_you_mean, nearest
 
 # Flag -> whether it takes a value, for the flags that are not config fields.
-OWN = {"config": True, "workdir": True, "resume": False, "dry_run": False}
+OWN = {
+    "config": True,
+    "workdir": True,
+    "resume": False,
+    "dry_run": False,
+    "coordinator": True,
+    "processes": True,
+    "process": True,
+}
 LISTING = (
-    "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run, --help_config"
+    "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run, "
+    "--help_config, and for several processes --coordinator HOST:PORT, --processes N, --process I"
 )
 
 
@@ -41,8 +51,8 @@ def parse(argv: list[str], default_config: str) -> Command:
     Raises ValueError, OSError or absl's flags.Error with a one-line message.
     """
     _check_flags(argv)
-    workdir = _value_of("workdir", argv)
-    path = _value_of("config", argv)
+    workdir = value_of("workdir", argv)
+    path = value_of("config", argv)
     if workdir is not None:
         workdir = expand(workdir)
         argv = _with_value("workdir", workdir, argv)
@@ -52,7 +62,7 @@ def parse(argv: list[str], default_config: str) -> Command:
     elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
         Saved.read(epath.Path(workdir))  # only for its errors, which config_flags would bury in a traceback
         path = f"{saved_config.__file__}:{workdir}"
-    elif init_from := _value_of("config.run.init_from", argv):
+    elif init_from := value_of("config.run.init_from", argv):
         init_from = expand(init_from)
         argv = _with_value("config.run.init_from", init_from, argv)
         # A path, not an import: reading another project's config needs the model, and so jax.
@@ -65,6 +75,10 @@ def parse(argv: list[str], default_config: str) -> Command:
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
     flags.DEFINE_bool("resume", False, "refuse a --workdir that holds no run", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
+    # Read before this by processes/place.py, which says what they mean.
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=values)
     holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
@@ -86,20 +100,8 @@ def parse(argv: list[str], default_config: str) -> Command:
     if values.resume and not workdir:
         raise ValueError("--resume: give the run's folder too, --workdir DIR")
     check(config)
-    name = Path(path.partition(":")[0]).stem if _value_of("config", argv) or path == default_config else "resumed"
+    name = Path(path.partition(":")[0]).stem if value_of("config", argv) or path == default_config else "resumed"
     return Command(config, values.workdir, name, values.dry_run, values.resume)
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """The last value of --flag, or None. It is found before absl parses, since the default config depends on it."""
-    found = None
-    for i, argument in enumerate(argv[1:], 1):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == flag:
-            if not equals and i + 1 == len(argv):
-                raise ValueError(f"--{flag}: give a value")
-            found = value if equals else argv[i + 1]
-    return found
 
 
 def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:

@@ -15,6 +15,9 @@ from deltaformer_jax.config.sections import Config
 # Fields that may change when a run is resumed: intervals and length, devices, kernels, and where the data lies.
 FREE = ("run.", "mesh.", "data.path", "model.implementation")
 
+# Fields that may differ between the processes of a run.
+LOCAL = ("data.path", "run.compilation_cache")
+
 
 def flatten(config: Config) -> dict[str, Any]:
     """{"section.field": value} in the order in which the dataclasses define the fields."""
@@ -23,6 +26,14 @@ def flatten(config: Config) -> dict[str, Any]:
         for section in dataclasses.fields(config)
         for field in dataclasses.fields(getattr(config, section.name))
     }
+
+
+def everywhere_the_same(config: Config) -> dict[str, Any]:
+    """{"section.field": value as text}: the settings that all processes of a run must have in common.
+
+    Not data.path: the data themselves are compared, wherever they lie.
+    """
+    return {name: repr(value) for name, value in flatten(config).items() if name not in LOCAL}
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -25,14 +25,16 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
     num_threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batch n, for n = start_step, start_step + 1, ...: the packed rows n b .. (n + 1) b - 1, b = batch_size.
 
     A batch is a dict of int32 arrays [batch_size / process_count, sequence_length]: tokens, targets, segment_ids (0 is
     padding; every other position has a target). Of P processes, process p holds rows p b / P .. (p + 1) b / P - 1 of
-    the global batch. The global batch is a function of (corpus, sequence_length, batch_size, seed, n) alone, so n is
-    the whole position of a run in its data.
+    the global batch, or those with the numbers `rows`, an int array, where a mesh asks for others (`sharding.rows`).
+    The global batch is a function of (corpus, sequence_length, batch_size, seed, n) alone, so n is the whole position
+    of a run in its data.
 
     split "train"  endless; documents and rows are shuffled again in each epoch; a batch may span two epochs
     split "eval"   one pass in order, without the seed; the last batch is filled up with rows of padding
@@ -43,12 +45,17 @@ def batches(
     `num_threads` threads read ahead. An argument out of range or an empty split raises ValueError at the call.
     """
     _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
-    rows = _packing(corpus, split, sequence_length, seed if split == "train" else None)
-    count = _ENDLESS if split == "train" else -(-rows.rows_per_epoch // batch_size)
+    if rows is None:
+        part = batch_size // process_count
+        rows = np.arange(process_index * part, (process_index + 1) * part)
+    elif not (len(rows) and 0 <= min(rows) <= max(rows) < batch_size):
+        raise ValueError(f"rows {rows}: must be numbers in [0, batch_size), batch_size {batch_size}, and at least one")
+    packed = _packing(corpus, split, sequence_length, seed if split == "train" else None)
+    count = _ENDLESS if split == "train" else -(-packed.rows_per_epoch // batch_size)
     # Imported here, since grain imports jax, which the rest of this package does not need.
     import grain
 
-    source = _Batches(rows, batch_size, start_step, max(count - start_step, 0), process_index, process_count)
+    source = _Batches(packed, batch_size, start_step, max(count - start_step, 0), np.asarray(rows, np.int64))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -68,25 +75,23 @@ class _Batches:
 
     def __init__(
         self,
-        rows: Packing | WholePacking | MixedPacking | TaskRows,
+        packed: Packing | WholePacking | MixedPacking | TaskRows,
         batch_size: int,
         start: int,
         count: int,
-        process_index: int,
-        process_count: int,
+        mine: np.ndarray,
     ):
-        self._rows = rows
+        self._packed = packed
         self._batch_size = batch_size
         self._start = start
         self._count = count
-        part = batch_size // process_count
-        self._mine = np.arange(process_index * part, (process_index + 1) * part, dtype=np.int64)
+        self._mine = mine
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return self._rows.rows((self._start + i) * self._batch_size + self._mine)
+        return self._packed.rows((self._start + i) * self._batch_size + self._mine)
 
 
 def _packing(

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import replicated, rows
-from deltaformer_jax.training.evaluation import has_target, to_devices
+from deltaformer_jax.sharding.rows import to_devices
+from deltaformer_jax.training.evaluation import has_target
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 

@@ -30,5 +30,9 @@ def count() -> int:
     return jax.process_count()
 
 
+def has_tpus() -> bool:
+    return any(map(glob.glob, TPUS))
+
+
 def _is_surely_alone() -> bool:
-    return "jax" not in sys.modules and not any(map(glob.glob, TPUS))
+    return "jax" not in sys.modules and not has_tpus()

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.model_parts import ModelParts
-from deltaformer_jax.sharding.mesh import on_mesh, replicated, rows
+from deltaformer_jax.sharding.mesh import on_mesh, replicated
+from deltaformer_jax.sharding.mesh import rows as row_shards_of
+from deltaformer_jax.sharding.rows import LocalRows, to_devices
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 
@@ -38,18 +40,11 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "loss_mask" not in batch:
-            return {"nats": jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), axis=1)}
-        nats, hits = batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
+            return {"nats": jnp.sum(batch_nats(parts.graphdef, params, batch, row_shards=row_shards_of(mesh)), axis=1)}
+        nats, hits = batch_nats_and_hits(parts.graphdef, params, batch, row_shards=row_shards_of(mesh))
         return {"nats": jnp.sum(nats, axis=1), "hits": jnp.sum(hits, axis=1, dtype=jnp.int32)}
 
     return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))
-
-
-def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Global arrays of a batch, of which this process has its own rows."""
-    if sharding.is_fully_addressable:  # one process: the same result, with all arrays in one transfer
-        return jax.device_put(batch, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def evaluate(
@@ -59,10 +54,11 @@ def evaluate(
     *,
     token_bytes: np.ndarray,
     sharding: NamedSharding,
+    rows: LocalRows | None = None,
     limit: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """The loss over the batches: the first `limit`, or all for 0. Each host reads its own rows.
+    """The loss over the batches: the first `limit`, or all for 0. Each host reads its own `rows` (`sharding.rows`).
 
     token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
     count. Row sums are added in float64 in the order of the batches, so the result is the same number every time.
@@ -74,8 +70,10 @@ def evaluate(
         if stop():
             return None
         asked = has_target(batch)
+        if rows is not None:
+            asked &= rows.own[:, None]
         counts += (asked.sum(), token_bytes[batch["targets"][asked]].sum())
-        of_rows = evaluation_step(params, to_devices(batch, sharding))
+        of_rows = evaluation_step(params, to_devices(batch, sharding, rows))
         if waiting is not None:  # read one batch late, so that the devices are never idle
             _add(sums, waiting)
         waiting = of_rows

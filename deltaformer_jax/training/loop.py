@@ -26,9 +26,13 @@ from deltaformer_jax.host.paths import to_paste
 from deltaformer_jax.host.waiting import begun, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import merge, model_parts
+from deltaformer_jax.processes import child, common
+from deltaformer_jax.processes.agreement import Alone, Together, agreement
 from deltaformer_jax.sharding.mesh import batch_sharding
+from deltaformer_jax.sharding.rows import local_rows, to_devices
 from deltaformer_jax.training.checkpoints.rollback import LIMIT, roll_back
-from deltaformer_jax.training.evaluation import evaluate, to_devices
+from deltaformer_jax.training.checkpoints.store import Checkpoints
+from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.position import Position, number_batches
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.state import TrainState
@@ -74,20 +78,35 @@ def train(
     """
     settings = run.config.run
     display = Display(settings.steps, position.step, quiet=quiet or jax.process_index() > 0)
-    with contextlib.closing(run.checkpoints), contextlib.closing(display):
+    stop = agreement(stop, run.program.mesh)
+    with _closing(run.checkpoints), contextlib.closing(display):
         display.note(describe(run, position))
         with contextlib.closing(Instruments(run, position.step, display.note)) as instruments:
             ending = run_steps(run, position, state, stop, display, instruments, until, save_seconds)
+            child.at("ending", 0)
         display.close()
         step = ending.position.step
         where = run.checkpoints.path(step)
         if ending.finished:
             display.note(f"finished {step} steps; saved in {where}")
-            write_sample(run, ending.state, display, stop)
+            with child.taking_time("sampling"):
+                write_sample(run, ending.state, display, stop)
         else:
             display.note(f"stopped at step {step} of {settings.steps}; saved in {where}")
             display.note(f"to go on: {called.command('deltaformer_jax.train')} {to_paste('--workdir', run.workdir)}")
     return ending
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Closes them at the end. After an error of one of several processes that would wait for the others for ever."""
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 def describe(run: Run, position: Position) -> str:
@@ -114,7 +133,7 @@ def run_steps(
     run: Run,
     position: Position,
     state: TrainState,
-    stop: Interruption,
+    stop: Alone | Together,
     display: Display,
     instruments: Instruments,
     until: Callable[[dict[str, Any]], bool],
@@ -122,16 +141,20 @@ def run_steps(
 ) -> Ending:
     """The loop itself. The state that it returns is saved."""
     settings, sharding = run.config.run, batch_sharding(run.program.mesh)
+    rows = local_rows(sharding, run.config.data.batch_size, run.config.data.sequence_length)
+    mine = None if rows is None else rows.numbers
     reader = LateReader(run.config, run.metrics, display, run.program.training_flops(run.config.data.sequence_length))
-    stream, rollbacks = number_batches(run.corpus, run.config, position), 0
+    stream, rollbacks = number_batches(run.corpus, run.config, position, mine), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
     while True:
         try:
             # Decide what to do with this state. Before that, read the metrics of the step that made it.
+            child.at("training", child.TRAINING)
+            stop.vote(overdue=time.monotonic() > saved_at + save_seconds)
             done = position.step == settings.steps
             evaluating = (done or _due(position.step, settings.eval_every)) and not stop.requested
             evaluating = evaluating and settings.eval_every > 0
-            due = done or _due(position.step, settings.checkpoint_every) or time.monotonic() > saved_at + save_seconds
+            due = done or _due(position.step, settings.checkpoint_every) or stop.overdue
             if evaluating or due or stop.requested:
                 position = reader.read(position)
 
@@ -140,17 +163,19 @@ def run_steps(
                 if rollbacks > LIMIT:
                     raise RunError(_stuck(position, reader))
                 state = None  # frees its memory for the restored state
-                position, state = roll_back(run, position, reader.too_many, display.note)
+                with child.taking_time("going back"):
+                    position, state = roll_back(run, position, reader.too_many, display.note)
                 saved = position.step if run.checkpoints.steps() else None
                 instruments.cut(position.step)
                 reader.forget()
-                stream = number_batches(run.corpus, run.config, position)
+                stream = number_batches(run.corpus, run.config, position, mine)
                 continue
 
             if evaluating:
                 # A resumed run may have made this evaluation before it was stopped.
-                with waiting("evaluating", display.note):
-                    evaluation = run.metrics.evaluation(position.step) or _evaluate(run, position, state, display, stop)
+                with waiting("evaluating", display.note), child.taking_time("evaluating"):
+                    made = common.first("evaluation", lambda step=position.step: run.metrics.evaluation(step))
+                    evaluation = made or _evaluate(run, position, state, display, stop)
                 done = done or (evaluation is not None and until(evaluation))
                 reader.restart_clock()
 
@@ -161,23 +186,28 @@ def run_steps(
                     continue
             # Between skipped steps no scheduled checkpoint is made: going back to it would not help.
             if (done or stopping or (due and not position.streak)) and position.step != saved:
-                run.checkpoints.save(state, _record(run, position))
+                with child.taking_time("saving"):
+                    run.checkpoints.save(state, _record(run, position))
                 saved, saved_at, rollbacks = position.step, time.monotonic(), 0
                 reader.restart_clock()
             if done or (stop.requested and position.step == saved):
-                with waiting("saving", display.note):
+                with waiting("saving", display.note), child.taking_time("saving"):
                     run.checkpoints.wait()
                 return Ending(done, position, state)
 
+            child.at("reading a batch", child.FILES)
             number, batch = _next(stream, position)
-            on_devices = to_devices(batch, sharding)
-            instruments.before_step(position.step, state, on_devices)
-            reader.before_step()
-            state, metrics = run.train_step(state, on_devices)
+            child.at("training", child.TRAINING)
+            with child.taking_time("computing"):
+                on_devices = to_devices(batch, sharding, rows)
+                instruments.before_step(position.step, state, on_devices)
+                reader.before_step()
+                state, metrics = run.train_step(state, on_devices)
+                instruments.after_step(metrics)
             position = position.after(number)
-            instruments.after_step(metrics)
             run.checkpoints.poll()
-            tokens = int((batch["segment_ids"] > 0).sum()) * jax.process_count()
+            # Of several processes each reads a part of the batch: its tokens stand for all.
+            tokens = int((batch["segment_ids"] > 0).sum()) * run.config.data.batch_size // len(batch["segment_ids"])
             position = reader.after_step(position, number, metrics, tokens)
         except OSError as error:  # metrics.jsonl on a full disk, or a disk that is no longer there
             where, what = error.filename or run.workdir, error.strerror or error
@@ -209,26 +239,28 @@ def _record(run: Run, position: Position) -> dict[str, Any]:
 
 
 def _evaluate(
-    run: Run, position: Position, state: TrainState, display: Display, stop: Interruption
+    run: Run, position: Position, state: TrainState, display: Display, stop: Alone | Together
 ) -> dict[str, Any] | None:
     """The record that is written to metrics.jsonl; None if `stop` was requested during the evaluation."""
-    start = time.perf_counter()
+    start, length = time.perf_counter(), run.config.data.sequence_length
+    sharding = batch_sharding(run.program.mesh)
+    rows = local_rows(sharding, run.evaluation_batch_size, length)
     result = evaluate(
         run.program.evaluation_step,
         state.params,
         batches(
             run.corpus,
             "eval",
-            sequence_length=run.config.data.sequence_length,
+            sequence_length=length,
             batch_size=run.evaluation_batch_size,
             seed=0,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=None if rows is None else rows.numbers,
         ),
         token_bytes=run.corpus.tokenizer.token_bytes,
-        sharding=batch_sharding(run.program.mesh),
+        sharding=sharding,
+        rows=rows,
         limit=run.config.run.eval_batches,
-        stop=lambda: stop.requested,
+        stop=stop.ask,
     )
     if result is None:
         return None
@@ -237,13 +269,12 @@ def _evaluate(
         record["eval_bits_per_byte"] = result.bits_per_byte
     else:
         record["eval_accuracy"] = result.accuracy
-    if jax.process_index() == 0:
-        run.metrics.write(record)
+    run.metrics.write(record)
     display.evaluation(record, time.perf_counter() - start)
     return record
 
 
-def write_sample(run: Run, state: TrainState, display: Display, stop: Interruption) -> None:
+def write_sample(run: Run, state: TrainState, display: Display, stop: Alone | Together) -> None:
     """Continue run.sample_prompt and print the text as it is generated. Does nothing for a task, which has no text."""
     settings, tokenizer = run.config.run, run.corpus.tokenizer
     if not settings.sample_prompt or not settings.sample_tokens or isinstance(run.corpus, TaskData):
@@ -257,7 +288,7 @@ def write_sample(run: Run, state: TrainState, display: Display, stop: Interrupti
     tokens = begun(tokens, 2, "compiling the model for this prompt", display.note)
     display.write(settings.sample_prompt)
     for token in tokens:
-        if stop.requested or token == tokenizer.eot:
+        if stop.ask() or token == tokenizer.eot:
             break
         display.write(stream.push(token))
     display.note(stream.end())

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from deltaformer_jax.config import Config
@@ -39,9 +38,9 @@ class Position(NamedTuple):
 
 
 def number_batches(
-    corpus: Corpus | Mixture | TaskData, config: Config, position: Position
+    corpus: Corpus | Mixture | TaskData, config: Config, position: Position, rows: np.ndarray | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(number, this process's rows of that batch) from `position.next_batch` on, without the numbers in `passed`."""
+    """(number, the `rows` of that batch) from `position.next_batch` on, without the numbers in `passed`."""
     stream = batches(
         corpus,
         "train",
@@ -49,8 +48,7 @@ def number_batches(
         batch_size=config.data.batch_size,
         seed=config.run.seed,
         start_step=position.next_batch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
     passed = set(position.passed)
     for number, batch in enumerate(stream, position.next_batch):

@@ -22,6 +22,7 @@ from deltaformer_jax.layers.adapters import adapt
 from deltaformer_jax.layers.linear import input_axes
 from deltaformer_jax.model import LanguageModel, num_parameters
 from deltaformer_jax.model_parts import flat, merge, model_parts, new_params
+from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
@@ -59,14 +60,17 @@ class Program:
 
         The values depend on the seed alone, not on the mesh.
         """
-        return self._create(jax.random.key(seed))
+        create = self._create
+        # gloo, the CPUs' collectives, waits 30 s for the first meeting: compiling may take one process longer.
+        common.gather("creating the state", None)
+        return create(jax.random.key(seed))
 
     @functools.cached_property
-    def _create(self) -> Callable:
+    def _create(self) -> jax.stages.Compiled:
         def create(key: jax.Array) -> TrainState:
             return new_state(self.parts, new_params(self._model, self.make_model, key), self._optimiser)
 
-        return jax.jit(create, out_shardings=self.shardings)
+        return jax.jit(create, out_shardings=self.shardings).lower(jax.random.key(0)).compile()
 
     def adapters_text(self) -> str:
         """How many parameters are trained and how many are not, as a line; "" if all are trained."""

@@ -16,6 +16,7 @@ from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import CHAT_FILE, TOKENIZER_FILE, with_vocabulary
@@ -134,6 +135,7 @@ def prepare(
     check_batch(config, mesh)
     with waiting(_what_is_read(config), note):
         corpus = corpus or load_data(config)
+    _check_same_everywhere(corpus)
     if saved is not None:
         _check_same_data(saved, corpus, workdir)
     _check_evaluation(config, corpus)
@@ -165,6 +167,7 @@ def prepare(
             (workdir / CHAT_FILE).write_text(json.dumps(chat) + "\n")
     with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
         train_step = program.compile_train_step(full.data)
+        common.gather("compiling", None)  # so that the first step meets the others, as in create_state
     run = Run(
         config=full,
         workdir=workdir,
@@ -222,6 +225,12 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
             one = isinstance(corpus, Corpus)
             tail = ", or data.eval_tail=0.1 to keep the end of each document for evaluation" if one else ""
             raise ValueError(f"{error}; or set run.eval_every=0{tail}") from None
+
+
+def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:
+    """Raise ValueError, in every process of the run, unless all have the same data. None has written anything yet."""
+    hashes = {"hash of the data": corpus.hash, "hash of their tokenizer": corpus.tokenizer.hash}
+    common.check_same("data", hashes, "data.path must hold the same files for every process")
 
 
 def _check_same_data(saved: Saved, corpus: Corpus | Mixture | TaskData, workdir: epath.Path) -> None:

@@ -13,6 +13,7 @@ from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
 from deltaformer_jax.host.spelling import nearest
+from deltaformer_jax.processes.supervisor import STACKS_FOLDER
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
 LOCK = "train"  # the name of the lock that lets only one training at a time use a folder
@@ -38,7 +39,7 @@ def new_workdir(name: str) -> str:
 
 
 def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
-    """What the run in `workdir` was started with; None if there is no folder, or only a lock in it.
+    """What the run in `workdir` was started with; None if there is no folder, or only a lock or stacks in it.
 
     Raises ValueError if `config` differs from it in a setting that may not change, if `workdir` is a file, or if it
     holds files but no run.
@@ -48,7 +49,7 @@ def saved_run(config: Config, workdir: epath.Path) -> Saved | None:
     if not workdir.is_dir():
         raise ValueError(f"--workdir {workdir}: is a file; give a folder")
     if not (workdir / Saved.FILE).exists():
-        if any(path.name != lock_file(LOCK) for path in workdir.iterdir()):
+        if any(path.name not in (lock_file(LOCK), STACKS_FOLDER) for path in workdir.iterdir()):
             raise ValueError(
                 f"--workdir {workdir}: has files but no {Saved.FILE}, so it holds no run; give another folder"
             )

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     ["deltaformer_jax.host"],
     ["deltaformer_jax.compiled"],
+    ["deltaformer_jax.processes"],
     ["pallas_kernels"],
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],

@@ -1,5 +1,6 @@
 """Checkpoints: what is damaged is found, what is whole comes back bit for bit, on another mesh too."""
 
+import errno
 import random
 
 import jax
@@ -12,7 +13,7 @@ from support import training_cases as cases
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
-from deltaformer_jax.training.checkpoints.store import Checkpoints
+from deltaformer_jax.training.checkpoints.store import Checkpoints, SaveError
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.state import TrainState
 
@@ -149,6 +150,26 @@ def test_killed_before_the_checksums(saved, made):
     state, run, _ = newest(saved, made[1])
     assert run["step"] == 1
     cases.assert_same_bits(state, at_step(made[2], 1))
+
+
+def test_a_failed_save_is_said_once(saved, made, monkeypatch, tmp_path_factory):
+    """On a full disk orbax fails in its own thread, and again at every later call: the first time is enough."""
+    checkpoints = Checkpoints(saved, keep=3)
+
+    def fail(*_):
+        raise ValueError("a long story") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    checkpoints.save(at_step(made[2], 1), {"step": 4})
+    with pytest.raises(SaveError, match=r"4: not saved: No space left on device; the newest whole checkpoint is 3$"):
+        checkpoints.wait()
+    checkpoints.close()
+    # Nobody was told yet: then closing says it.
+    other = Checkpoints(tmp_path_factory.mktemp("other"), keep=3)
+    monkeypatch.setattr(other._manager, "wait_until_finished", fail)
+    other.save(at_step(made[2], 1), {"step": 5})
+    with pytest.raises(SaveError, match="5: not saved"):
+        other.close()
 
 
 def test_another_dtype_or_shape_is_refused(saved, made):

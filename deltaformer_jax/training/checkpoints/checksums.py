@@ -5,6 +5,9 @@ import json
 
 from etils import epath
 
+from deltaformer_jax.host import processes
+from deltaformer_jax.processes import common
+
 CHECKSUMS = "sha256.json"
 
 
@@ -13,15 +16,39 @@ class CheckpointError(ValueError):
 
 
 def write_checksums(folder: epath.Path) -> None:
-    """Write sha256.json: the SHA-256 of every file of a finished checkpoint."""
-    files = {name: _sha256(folder / name) for name in _files(folder)}
+    """Write sha256.json: the SHA-256 of every file of a finished checkpoint.
+
+    All processes of a run call this. Each reads its share of the files, and the first one writes.
+    """
+    names = common.first("files to hash", lambda: _files(folder))
+    parts = common.gather(
+        "hashes", {name: _sha256(folder / name) for name in names[processes.index() :: processes.count()]}
+    )
+    if processes.index() > 0:
+        return
+    digests = {name: digest for part in parts for name, digest in part.items()}
     draft = folder / f"{CHECKSUMS}.tmp"
-    draft.write_text(json.dumps(files, indent=1))
+    draft.write_text(json.dumps({name: digests[name] for name in names}, indent=1))
     draft.replace(folder / CHECKSUMS)
 
 
-def check_checksums(folder: epath.Path) -> None:
-    """Raise CheckpointError, naming the file, unless every file is present and has the SHA-256 that was recorded."""
+def check_checksums_together(folder: epath.Path) -> None:
+    """As check_checksums, for all processes of a run: each reads its share of the files, and all raise if one does."""
+    problem = None
+    try:
+        check_checksums(folder, (processes.index(), processes.count()))
+    except CheckpointError as error:
+        problem = str(error)
+    found = [problem for problem in common.gather("damage", problem) if problem]
+    if found:
+        raise CheckpointError(found[0])
+
+
+def check_checksums(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise CheckpointError, naming the file, unless every file is present and has the SHA-256 that was recorded.
+
+    share: (i, n), to compute the SHA-256 only of the i-th of n parts of the files.
+    """
     path = folder / CHECKSUMS
     if not path.exists():
         raise CheckpointError(f"{folder}: not a whole checkpoint ({CHECKSUMS} is missing: the save was cut short)")
@@ -32,9 +59,10 @@ def check_checksums(folder: epath.Path) -> None:
     found = set(_files(folder))
     if unlisted := sorted(found - expected.keys()):
         raise CheckpointError(f"{path}: does not list {unlisted[0]}, which is in the checkpoint")
-    for name, digest in expected.items():
+    for name in expected:
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing from the checkpoint")
+    for name, digest in list(expected.items())[share[0] :: share[1]]:
         if _sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name}: corrupt (its SHA-256 is not the one it was written with)")
 

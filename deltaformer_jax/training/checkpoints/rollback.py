@@ -7,8 +7,6 @@ went back ends bit for bit like a run that never had those batches.
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.setup import Run
@@ -37,7 +35,7 @@ def roll_back(
     passed = tuple(sorted({*before.passed, *position.passed, *bad}))
     run.metrics.cut(before.step)
     written: dict[str, Any] = {"step": before.step, "passed_batches": list(passed)}
-    if jax.process_index() == 0 and written not in run.metrics.records:  # killed after going back, it goes back again
+    if written not in run.metrics.records:  # killed after going back, it goes back again
         run.metrics.write(written)
     note(
         f"step {position.step}: {len(bad)} batches skipped in a row; going back to step {before.step}, "

@@ -14,7 +14,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums, write_checksums
+from deltaformer_jax.processes import common
+from deltaformer_jax.training.checkpoints.checksums import (
+    CHECKSUMS,
+    CheckpointError,
+    check_checksums_together,
+    write_checksums,
+)
 from deltaformer_jax.training.state import TrainState
 
 
@@ -39,6 +45,7 @@ class Checkpoints:
         )
         self._sealer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-sealer")
         self._sealing: concurrent.futures.Future | None = None
+        self._failed = False
 
     def _mark(self, step: int) -> epath.Path:
         return self._folder / f"saving-{step}"
@@ -75,8 +82,8 @@ class Checkpoints:
         # Runs in its own thread: hashing some gigabytes must not block training either.
         with self._named(step):
             self._manager.wait_until_finished()
+            write_checksums(self.path(step))
             if jax.process_index() == 0:
-                write_checksums(self.path(step))
                 self._mark(step).unlink()
 
     @contextlib.contextmanager
@@ -88,6 +95,7 @@ class Checkpoints:
             whole = [other for other in self.steps() if other != step and (self.path(other) / CHECKSUMS).exists()]
             left = f"the newest whole checkpoint is {whole[-1]}" if whole else "there is no whole checkpoint"
             reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            self._failed = True
             raise SaveError(f"{self.path(step)}: not saved: {reason}; {left}") from error
 
     def wait(self) -> None:
@@ -109,7 +117,7 @@ class Checkpoints:
         problems = []
         for step in reversed(self.steps()):
             try:
-                check_checksums(self.path(step))
+                check_checksums_together(self.path(step))
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
@@ -124,7 +132,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, `run` record) of `step`; the state has the shapes and shardings of `abstract`.
 
-        Call check_checksums before. Raises CheckpointError if dtypes or shapes differ.
+        Check its checksums before. Raises CheckpointError if dtypes or shapes differ.
         """
         run = self.run_record(step)
         expected = _signatures(abstract)
@@ -154,15 +162,24 @@ class Checkpoints:
         renames a folder only when it has written all of it. A checkpoint that is damaged for another reason stays, so
         that it is reported.
         """
+        common.gather("checkpoints", None)  # every process has read the folder before anything in it is removed
+        for step, delete, seal in common.first("settling", self._cut_short):
+            if delete:
+                self._manager.delete(step)
+            if seal:
+                write_checksums(self.path(step))
+            if jax.process_index() == 0:
+                self._mark(step).unlink()
+
+    def _cut_short(self) -> list[tuple[int, bool, bool]]:
+        """(step, whether to delete it, whether to write its checksums) of each save that was not finished."""
+        found = []
         for mark in self._folder.glob("saving-*"):
             step = int(mark.name.removeprefix("saving-"))
             sealed = [other for other in self.steps() if (self.path(other) / CHECKSUMS).exists()]
-            if step in self.steps() and step not in sealed:
-                if sealed:
-                    self._manager.delete(step)
-                else:
-                    write_checksums(self.path(step))
-            mark.unlink()
+            unfinished = step in self.steps() and step not in sealed
+            found.append((step, unfinished and bool(sealed), unfinished and not sealed))
+        return found
 
     def drop_after(self, step: int) -> None:
         """Delete the folders of later steps. A run that went back saves them again, and orbax never overwrites."""
@@ -171,9 +188,13 @@ class Checkpoints:
                 self._manager.delete(later)
 
     def close(self) -> None:
-        self.wait()
-        self._sealer.shutdown()
-        self._manager.close()
+        """Raises SaveError if a save has failed and nobody was told. If somebody was, orbax does not tell it again."""
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._manager.close()
 
 
 def _first_line(error: BaseException) -> str:

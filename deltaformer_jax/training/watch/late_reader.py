@@ -1,11 +1,11 @@
 """Reads the metrics of each step while the devices compute the next one, and measures the time."""
 
 import time
-from typing import Any
 
 import jax
 
 from deltaformer_jax.config import Config
+from deltaformer_jax.processes import child
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.watch.display import Display
 from deltaformer_jax.training.watch.metrics import MetricsFile
@@ -56,7 +56,9 @@ class LateReader:
         if self._waiting is None:
             return position
         (step, number, metrics, tokens), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with child.taking_time("waiting for the devices"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        child.at("writing the metrics", child.FILES)
         now = time.perf_counter()
         if self._last is not None:
             self._seconds += now - self._last
@@ -90,16 +92,12 @@ class LateReader:
             record["mfu"] = round(mfu, 4)
         if "accuracy" in values:
             record["accuracy"] = values["accuracy"]
-        self._write(record)
+        self._metrics.write(record)
         self._display.log(record, self._seconds / self._steps if self._steps else None)
         self._tokens = self._steps = self._seconds = 0
 
     def _write_skip(self, step: int, number: int, values: dict[str, float]) -> None:
         self.last_skip = f"loss {values['loss']:.4g}, gradient {values['grad_norm']:.4g}"
         # As text, since JSON has no NaN.
-        self._write({"step": step, "skipped_batch": number, "because": self.last_skip})
+        self._metrics.write({"step": step, "skipped_batch": number, "because": self.last_skip})
         self._display.note(f"step {step}/{self._config.run.steps}  skipped batch {number}: {self.last_skip}")
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
-            self._metrics.write(record)

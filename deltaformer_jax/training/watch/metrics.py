@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 
 from deltaformer_jax.config.lines import lines
@@ -14,6 +15,8 @@ class MetricsFile:
 
     Opening it for a run restored at `step` drops records of later steps and an incomplete last line. Records are
     appended. Object stores (gs://) cannot append: there the whole file is written again.
+
+    Of several processes only the first reads and writes the file; for the others this holds what they would write.
     """
 
     def __init__(self, path: epath.PathLike, step: int):
@@ -21,7 +24,8 @@ class MetricsFile:
         self._appends = "://" not in str(path)
         self.records = []
         self._followers: list[Callable[[dict[str, Any]], None]] = []
-        if self._path.exists():
+        self._mine = jax.process_index() == 0
+        if self._mine and self._path.exists():
             for line in lines(self._path.read_text()):
                 try:
                     record = json.loads(line)
@@ -33,6 +37,8 @@ class MetricsFile:
         self._rewrite()
 
     def _rewrite(self) -> None:
+        if not self._mine:
+            return
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         if self._appends:
             # Through a second file, so that a kill during the write loses nothing.
@@ -50,7 +56,7 @@ class MetricsFile:
         self.records.append(record)
         for follower in self._followers:
             follower(record)
-        if self._appends:
+        if self._appends and self._mine:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         else:

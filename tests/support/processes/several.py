@@ -1,0 +1,98 @@
+"""Starts the several processes of a run on this machine: each its own train.py with its own simulated devices."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from support.program_run import finish, start
+
+# Small enough that a test of several processes is about processes.
+FLAGS = (
+    "--config.data.sequence_length=32",
+    "--config.data.batch_size=8",
+    "--config.model.d_model=32",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.head_dim=16",
+    "--config.model.implementation=parallel",
+    "--config.run.log_every=1",
+    "--config.run.eval_every=10",
+    "--config.run.eval_batches=2",
+    "--config.run.checkpoint_every=7",
+    "--config.run.sample_prompt=",
+)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(devices, **more):
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **more}
+
+
+class Several:
+    """The processes of one run. `with Several(...) as run`: what still runs at the end is killed.
+
+    each: flags of single processes, {index: (flag, ...)}.
+    """
+
+    def __init__(self, count, flags, folder, devices=2, each=None, variables=None):
+        where = f"127.0.0.1:{free_port()}"
+        self.processes = [
+            start(
+                [
+                    *FLAGS,
+                    *flags,
+                    *(each or {}).get(index, ()),
+                    *(f"--coordinator={where}", f"--processes={count}", f"--process={index}"),
+                ],
+                environment(devices, **(variables or {}).get(index, {})),
+                folder,
+            )
+            for index in range(count)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+    def finish(self, timeout=400):
+        """[(code, stdout, stderr)] of all, the fastest way being to read them all at once."""
+        end = time.monotonic() + timeout
+        return [finish(process, max(1.0, end - time.monotonic())) for process in self.processes]
+
+    def child(self, index):
+        """The process id of the program itself, the child of the one that was started; None if it has ended."""
+        found = subprocess.run(["pgrep", "-P", str(self.processes[index].pid)], capture_output=True, text=True)
+        return int(found.stdout.split()[0]) if found.stdout else None
+
+    def wait_for_line(self, text, index=0):
+        """Until this process prints a line with `text`, which finish() then lacks."""
+        for line in self.processes[index].stdout:
+            if text in line:
+                return
+        raise AssertionError(self.processes[index].communicate())
+
+    def wait_for_step(self, workdir, step, seconds=300):
+        """Until metrics.jsonl has the record of `step`."""
+        end, path = time.monotonic() + seconds, Path(workdir) / "metrics.jsonl"
+        while time.monotonic() < end:
+            if path.exists() and f'{{"step": {step}, "loss"' in path.read_text():
+                return
+            if any(process.poll() for process in self.processes):
+                break
+            time.sleep(0.02)
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        raise AssertionError([process.communicate() for process in self.processes])
