@@ -24,6 +24,7 @@ import contextlib
 import os
 import sys
 import textwrap
+import time
 from typing import Any
 
 from deltaformer_jax.config.errors import one_line_errors
@@ -32,6 +33,7 @@ from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.processes import child
 from deltaformer_jax.processes.place import Place, find
 
+STARTED = time.time()  # before anything slow is imported
 MODULE = "deltaformer_jax.train"
 HELP_CONFIG = "--help_config"
 
@@ -121,7 +123,7 @@ def _train(program: str, place: Place | None) -> None:
                 noticed = _unused(command.config)
             for line in noticed:
                 say(line)
-            prepared = prepare(command.config, workdir, say)
+            prepared = prepare(command.config, workdir, say, started=STARTED)
         with one_line_errors(program, (RunError, SaveError), code=1), child.perhaps_of_another(SaveError):
             train(*prepared, stop)
 

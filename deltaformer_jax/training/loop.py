@@ -39,6 +39,7 @@ from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.display import Display
 from deltaformer_jax.training.watch.instruments import Instruments
 from deltaformer_jax.training.watch.late_reader import LateReader
+from deltaformer_jax.training.watch.ledger import read_ledger
 
 
 class RunError(RuntimeError):
@@ -85,15 +86,19 @@ def train(
             ending = run_steps(run, position, state, stop, display, instruments, until, save_seconds)
             child.at("ending", 0)
         display.close()
+        run.ledger.write(ending.position.step)
         step = ending.position.step
         where = run.checkpoints.path(step)
         if ending.finished:
             display.note(f"finished {step} steps; saved in {where}")
-            with child.taking_time("sampling"):
+            with child.taking_time("sampling"), run.ledger.within("sample"):
                 write_sample(run, ending.state, display, stop)
+            run.ledger.write(step)
         else:
             display.note(f"stopped at step {step} of {settings.steps}; saved in {where}")
             display.note(f"to go on: {called.command('deltaformer_jax.train')} {to_paste('--workdir', run.workdir)}")
+        if spent := read_ledger(run.workdir):
+            display.note(spent.line())
     return ending
 
 
@@ -146,6 +151,7 @@ def run_steps(
     reader = LateReader(run.config, run.metrics, display, run.program.training_flops(run.config.data.sequence_length))
     stream, rollbacks = number_batches(run.corpus, run.config, position, mine), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
+    run.ledger.enter("steps")
     while True:
         try:
             # Decide what to do with this state. Before that, read the metrics of the step that made it.
@@ -173,7 +179,8 @@ def run_steps(
 
             if evaluating:
                 # A resumed run may have made this evaluation before it was stopped.
-                with waiting("evaluating", display.note), child.taking_time("evaluating"):
+                spending = run.ledger.within("evaluation")
+                with waiting("evaluating", display.note), child.taking_time("evaluating"), spending:
                     made = common.first("evaluation", lambda step=position.step: run.metrics.evaluation(step))
                     evaluation = made or _evaluate(run, position, state, display, stop)
                 done = done or (evaluation is not None and until(evaluation))
@@ -186,17 +193,20 @@ def run_steps(
                     continue
             # Between skipped steps no scheduled checkpoint is made: going back to it would not help.
             if (done or stopping or (due and not position.streak)) and position.step != saved:
-                with child.taking_time("saving"):
+                with child.taking_time("saving"), run.ledger.within("checkpoints"):
                     run.checkpoints.save(state, _record(run, position))
+                run.ledger.write(position.step)
                 saved, saved_at, rollbacks = position.step, time.monotonic(), 0
                 reader.restart_clock()
             if done or (stop.requested and position.step == saved):
-                with waiting("saving", display.note), child.taking_time("saving"):
+                spending = run.ledger.within("checkpoints")
+                with waiting("saving", display.note), child.taking_time("saving"), spending:
                     run.checkpoints.wait()
                 return Ending(done, position, state)
 
             child.at("reading a batch", child.FILES)
-            number, batch = _next(stream, position)
+            with run.ledger.within("data wait"):
+                number, batch = _next(stream, position)
             child.at("training", child.TRAINING)
             with child.taking_time("computing"):
                 on_devices = to_devices(batch, sharding, rows)
@@ -205,10 +215,13 @@ def run_steps(
                 state, metrics = run.train_step(state, on_devices)
                 instruments.after_step(metrics)
             position = position.after(number)
-            run.checkpoints.poll()
+            with run.ledger.within("checkpoints"):
+                run.checkpoints.poll()
             # Of several processes each reads a part of the batch: its tokens stand for all.
             tokens = int((batch["segment_ids"] > 0).sum()) * run.config.data.batch_size // len(batch["segment_ids"])
             position = reader.after_step(position, number, metrics, tokens)
+            if _due(position.step, settings.log_every):
+                run.ledger.write(position.step)
         except OSError as error:  # metrics.jsonl on a full disk, or a disk that is no longer there
             where, what = error.filename or run.workdir, error.strerror or error
             raise RunError(f"step {position.step}: {where}: {what}") from error

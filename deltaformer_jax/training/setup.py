@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
+from deltaformer_jax.training.watch.ledger import FILE as TIME_FILE
+from deltaformer_jax.training.watch.ledger import Ledger
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
 from deltaformer_jax.training.watch.trackers import check_trackers
@@ -48,6 +51,7 @@ class Run:
     begin: Callable[[Program], TrainState]  # returns the state before the first batch
     checkpoints: Checkpoints
     metrics: MetricsFile
+    ledger: Ledger
     resumed: bool
 
 
@@ -108,11 +112,13 @@ def prepare(
     evaluation_batch_size: int | None = None,
     make_program: Callable[[Config, Mesh], Program] = Program,
     begin: Callable[[Program], TrainState] | None = None,
+    started: float | None = None,
 ) -> Prepared:
     """A new run in `workdir`, or the run in it, restored. Nothing is written before everything is checked.
 
     note                   called with a text about what is being done, if it takes long
     devices                default: all
+    started                `time.time()` at the start of the process, for time.jsonl; default: now
 
     An experiment may replace what the config says:
 
@@ -129,6 +135,7 @@ def prepare(
     check_trackers(config.run)
     use_compilation_cache(config.run.compilation_cache)
     workdir = epath.Path(workdir)
+    ledger = Ledger(workdir / TIME_FILE if jax.process_index() == 0 else None, started or time.time())
     saved = saved_run(config, workdir)
     with waiting("finding the devices", note):
         mesh = make_mesh(config.mesh, devices)
@@ -142,7 +149,8 @@ def prepare(
     full = with_vocabulary(config, corpus.tokenizer)
     begin = _said(begin or _beginning(full, corpus.tokenizer, note), full, note)
     # Traced before anything is written, since tracing the model checks the rest of the config.
-    program = fitting_program(full, mesh, note, make_program)
+    with ledger.within("compiling"):
+        program = fitting_program(full, mesh, note, make_program)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
 
     if jax.process_index() == 0:
@@ -165,7 +173,8 @@ def prepare(
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
         if chat := _chat_settings(corpus):
             (workdir / CHAT_FILE).write_text(json.dumps(chat) + "\n")
-    with waiting(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}", note):
+    what = f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}"
+    with waiting(what, note), ledger.within("compiling"):
         train_step = program.compile_train_step(full.data)
         common.gather("compiling", None)  # so that the first step meets the others, as in create_state
     run = Run(
@@ -178,8 +187,10 @@ def prepare(
         begin=begin,
         checkpoints=checkpoints,
         metrics=MetricsFile(workdir / "metrics.jsonl", position.step),
+        ledger=ledger,
         resumed=resumed,
     )
+    ledger.write(position.step)
     return Prepared(run, position, state)
 
 

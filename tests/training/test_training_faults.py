@@ -21,6 +21,7 @@ from deltaformer_jax.training import loop, setup
 from deltaformer_jax.training import program as programs
 from deltaformer_jax.training.checkpoints import store as checkpoint
 from deltaformer_jax.training.checkpoints.restore import restore
+from deltaformer_jax.training.watch.ledger import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 # A soak: DELTAFORMER_KILLS=20 takes three minutes on two cores.
@@ -164,10 +165,16 @@ def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
             break
         if process.returncode == 0:  # it got to the end: the kill comes too late; begin another run
             shutil.rmtree(tmp_path / "run")
-    code, _, err = finish(start([f"--workdir={tmp_path / 'run'}", *flags], variables, tmp_path))
+    code, out, err = finish(start([f"--workdir={tmp_path / 'run'}", *flags], variables, tmp_path))
     assert code == 0 and killed == KILLS, err
     assert cases.read_metrics(tmp_path / "run") == cases.read_metrics(tmp_path / "whole")
     assert cases.last_checkpoint(tmp_path / "run") == cases.last_checkpoint(tmp_path / "whole")
+    # The ledger's parts, what was lost and the time between the processes add up to the clock on the wall.
+    file, spent = tmp_path / "run" / "time.jsonl", read_ledger(tmp_path / "run")
+    began = json.loads(file.read_text().splitlines()[0])["started"]
+    assert sum(spent.seconds.values()) == pytest.approx(file.stat().st_mtime - began, rel=0.02)
+    assert all(seconds >= -0.01 for seconds in spent.seconds.values()) and spent.seconds["steps"] > 0
+    assert f"time        {spent.running:,.0f} s" in out
 
 
 @pytest.mark.long
