@@ -27,8 +27,15 @@ def strict():
         yield
 
 
-@pytest.mark.parametrize("settings", [strict, lambda: jax.enable_x64(True)], ids=["strict", "x64"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        pytest.param("bfloat16", strict, id="bfloat16-strict"),
+        pytest.param("float32", lambda: jax.enable_x64(True), id="float32-x64"),
+        pytest.param("float32", strict, id="float32-strict", marks=pytest.mark.rare),
+        pytest.param("bfloat16", lambda: jax.enable_x64(True), id="bfloat16-x64", marks=pytest.mark.rare),
+    ],
+)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_is_promoted_unsaid(mixer, dtype, settings):
     """The shapes and dtypes of logits, caches and gradients are those without the settings."""
@@ -81,8 +88,9 @@ def run_with(setting):
         return logits, gradients
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=pytest.mark.long if name == "x64" else pytest.mark.rare) for name in SETTINGS]
+)
 def test_every_mixer_runs_under_the_setting_with_the_same_values(setting):
     """A CPU multiplies in float32 at every precision. So nothing but the order of sums may differ."""
     expected = jax.tree.leaves(run_with(None))
