@@ -6,7 +6,6 @@ Without a supervisor, in a run of one process, every function here returns at on
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -26,6 +25,7 @@ from deltaformer_jax.processes.place import Place
 
 VARIABLE = "DELTAFORMER_SUPERVISED"  # what the parent hands down, as JSON
 STACKS = signal.SIGUSR2  # writes the stacks of all threads
+STACKS_FOLDER = "stacks"  # of the workdir; what a lost run leaves there
 PR_SET_PDEATHSIG = 1
 
 # Seconds for which the main thread may stay at one place before it counts as hanging: anywhere in the training loop, or
@@ -47,6 +47,8 @@ class _Link:
         self.listens: queue.SimpleQueue = queue.SimpleQueue()  # where the parent of process 0 does
         self.on_signal: Callable[[int], Any] = lambda number: os._exit(128 + number)
         if sys.platform == "linux":
+            import ctypes  # here, since a process without a supervisor does without
+
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != given["parent"]:  # it died before that
             os._exit(1)

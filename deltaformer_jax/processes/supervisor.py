@@ -24,7 +24,7 @@ import time
 from typing import Any, NoReturn
 
 from deltaformer_jax.processes.board import SIZE, Board
-from deltaformer_jax.processes.child import STACKS, VARIABLE
+from deltaformer_jax.processes.child import STACKS, STACKS_FOLDER, VARIABLE
 from deltaformer_jax.processes.hub import Hub, Member, Verdict
 from deltaformer_jax.processes.lines import Lines
 from deltaformer_jax.processes.place import Place
@@ -33,8 +33,6 @@ from deltaformer_jax.processes.relay import Relay
 # By a message: a launcher may send these to parent and child both, and the child counts them apart.
 TOLD = (signal.SIGTERM, signal.SIGINT)
 SENT = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-STACKS_FOLDER = "stacks"  # of the workdir
 
 TURN = 0.25  # seconds between two looks at the clock
 PAUSED = 5.0  # a turn that took longer: this process was stopped itself, and what it missed does not count

@@ -13,7 +13,7 @@ from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
 from deltaformer_jax.host.spelling import nearest
-from deltaformer_jax.processes.supervisor import STACKS_FOLDER
+from deltaformer_jax.processes.child import STACKS_FOLDER
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
 LOCK = "train"  # the name of the lock that lets only one training at a time use a folder

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -154,22 +155,31 @@ def test_killed_before_the_checksums(saved, made):
 
 def test_a_failed_save_is_said_once(saved, made, monkeypatch, tmp_path_factory):
     """On a full disk orbax fails in its own thread, and again at every later call: the first time is enough."""
-    checkpoints = Checkpoints(saved, keep=3)
-
-    def fail(*_):
-        raise ValueError("a long story") from OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+    checkpoints = full(Checkpoints(saved, keep=3), monkeypatch)
     checkpoints.save(at_step(made[2], 1), {"step": 4})
     with pytest.raises(SaveError, match=r"4: not saved: No space left on device; the newest whole checkpoint is 3$"):
         checkpoints.wait()
     checkpoints.close()
     # Nobody was told yet: then closing says it.
-    other = Checkpoints(tmp_path_factory.mktemp("other"), keep=3)
-    monkeypatch.setattr(other._manager, "wait_until_finished", fail)
+    other = full(Checkpoints(tmp_path_factory.mktemp("other"), keep=3), monkeypatch)
     other.save(at_step(made[2], 1), {"step": 5})
     with pytest.raises(SaveError, match="5: not saved"):
         other.close()
+
+
+def full(checkpoints, monkeypatch):
+    """`checkpoints`, as on a disk that is full once a save has begun."""
+    manager = checkpoints._manager
+    original, failed = manager.wait_until_finished, []
+
+    def fail():
+        original()
+        if failed or threading.current_thread() is not threading.main_thread():
+            failed.append(1)
+            raise ValueError("a long story") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manager, "wait_until_finished", fail)
+    return checkpoints
 
 
 def test_another_dtype_or_shape_is_refused(saved, made):
