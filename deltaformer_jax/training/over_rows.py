@@ -42,11 +42,16 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
     late = _gathered_late(merge(parts, parts.params))
     graphdef = _marked(parts, {path: cut for path, cut in _flat(cuts) if cut and path[0] in late})
 
+    flat_cuts = jax.tree.leaves(cuts)
+    is_late = [path[0].key in late for path, _ in jax.tree_util.tree_leaves_with_path(cuts)]
+
     def local(params, batch):
         def of_shards(params):  # what no layer gathers by itself is gathered before
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x, cut: all_shards(x, cut) if cut and path[0].key not in late else x, params, cuts
-            )
+            leaves, structure = jax.tree.flatten(params)
+            early = [i for i, cut in enumerate(flat_cuts) if cut and not is_late[i]]
+            for i, whole in zip(early, all_shards([leaves[i] for i in early], [flat_cuts[i] for i in early])):
+                leaves[i] = whole
+            return jax.tree.unflatten(structure, leaves)
 
         whole, pull = jax.vjp(of_shards, params)
         numbers, gradient = sums(graphdef, whole, batch)
