@@ -16,7 +16,8 @@ Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,8 @@ def gathered(module, dtype, *, all_in_dtype: bool = False):
 
     leaves, structure = jax.tree.flatten(module, is_leaf=_is_parameter)
     cut = [i for i, part in enumerate(leaves) if cut_of(part) is not None]
+    if not cut:
+        return module
     in_dtype = [all_in_dtype or leaves[i].get_metadata("compute", False) for i in cut]
     shards = [leaves[i][...].astype(dtype if narrow else leaves[i].dtype) for i, narrow in zip(cut, in_dtype)]
     for i, whole in zip(cut, all_shards(shards, [cut_of(leaves[i]) for i in cut])):
@@ -84,31 +87,37 @@ def _gather(axes: tuple[int, ...], shards: list[jax.Array]) -> list[jax.Array]:
 
 
 def _gather_forward(axes, shards):
-    return _gather(axes, shards), [jnp.zeros((0, *x.shape), x.dtype) for x in shards]  # the shapes alone
+    return _gather(axes, shards), None
 
 
-def _gather_backward(axes, likes, gradients):
-    devices, sums, before = lax.axis_size(SHARD_AXIS), [None] * len(gradients), ()
-    shards = [jax.ShapeDtypeStruct(like.shape[1:], like.dtype) for like in likes]
-    for members in _buffers(shards):
+def _gather_backward(axes, _, gradients):
+    return (sums_in_shards(gradients, axes, SHARD_AXIS),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def sums_in_shards(wholes: list[jax.Array], axes: Sequence[int], mesh_axis: str) -> list[jax.Array]:
+    """The sums of arrays over the devices of a mesh axis, of which a device gets its shards along dimensions `axes`."""
+    devices, sums, before = lax.axis_size(mesh_axis), [None] * len(wholes), ()
+    shapes = [(*x.shape[:axis], x.shape[axis] // devices, *x.shape[axis + 1 :]) for x, axis in zip(wholes, axes)]
+    for members in _buffers([jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, wholes)]):
         stacks = []
         for i in members:
-            shape, axis = shards[i].shape, axes[i]
-            stack = gradients[i].reshape(*shape[:axis], devices, *shape[axis:])
+            shape, axis = shapes[i], axes[i]
+            stack = wholes[i].reshape(*shape[:axis], devices, *shape[axis:])
             stacks.append(jnp.moveaxis(stack, axis, 0).reshape(devices, -1))
         lines = _padded(jnp.concatenate(stacks, axis=1)).reshape(-1)
         # One buffer waits for the last, or a TPU's compiler would sum both at once and whole. So it would if what
         # follows were part of the same fusion.
         lines, _ = lax.optimization_barrier((lines, before))
-        line = before = lax.optimization_barrier(lax.psum_scatter(lines, SHARD_AXIS, tiled=True))
+        line = before = lax.optimization_barrier(lax.psum_scatter(lines, mesh_axis, tiled=True))
         start = 0
         for i in members:
-            sums[i] = line[start : start + shards[i].size].reshape(shards[i].shape)
-            start += shards[i].size
-    return (sums,)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+            size = math.prod(shapes[i])
+            sums[i] = line[start : start + size].reshape(shapes[i])
+            start += size
+    return sums
 
 
 def _buffers(shards) -> list[list[int]]:

@@ -24,40 +24,51 @@ from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding import ROW_AXES
 from deltaformer_jax.sharding.mesh import BATCH, rows
-from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards
+from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards, sums_in_shards
 
 Sums = Callable[[nnx.GraphDef, Any, dict[str, jax.Array]], tuple[Any, Any]]
 
 
-def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Callable:
+def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, sums: Sums) -> Callable:
     """(params, batch) -> sums(graphdef, params, batch) = (numbers, gradient), summed over all rows of the batch.
 
     sums: called for a device's own rows, with the model's graphdef. Its numbers are a pytree of scalars, its gradient
-    one of the parameters' structure. `shardings`: the parameters' NamedShardings, which are the gradient's too.
+    one of the parameters' structure. `shardings`: the parameters' NamedShardings. `of_gradient`: the gradient's, which
+    may be cut over "data" too: it is then reduce-scattered over that axis.
     """
     if rows(mesh) == 1:
         return lambda params, batch: sums(parts.graphdef, params, batch)
     specs = jax.tree.map(_of_rows, shardings)
-    cuts = jax.tree.map(_cut, specs, parts.params)
+    cuts = jax.tree.map(_cut, specs, parts.params, is_leaf=_is_spec)
     late = _gathered_late(merge(parts, parts.params))
     graphdef = _marked(parts, {path: cut for path, cut in _flat(cuts) if cut and path[0] in late})
 
     flat_cuts = jax.tree.leaves(cuts)
+    gradient_specs = jax.tree.map(_of_rows, of_gradient)
+    over_data = [_dimension(spec, "data") for spec in jax.tree.leaves(gradient_specs, is_leaf=_is_spec)]
     is_late = [path[0].key in late for path, _ in jax.tree_util.tree_leaves_with_path(cuts)]
 
     def local(params, batch):
         def of_shards(params):  # what no layer gathers by itself is gathered before
             leaves, structure = jax.tree.flatten(params)
             early = [i for i, cut in enumerate(flat_cuts) if cut and not is_late[i]]
-            for i, whole in zip(early, all_shards([leaves[i] for i in early], [flat_cuts[i] for i in early])):
-                leaves[i] = whole
+            if early:
+                for i, whole in zip(early, all_shards([leaves[i] for i in early], [flat_cuts[i] for i in early])):
+                    leaves[i] = whole
             return jax.tree.unflatten(structure, leaves)
 
         whole, pull = jax.vjp(of_shards, params)
         numbers, gradient = sums(graphdef, whole, batch)
         (gradient,) = pull(gradient)
-        gradient = jax.tree.map(lambda g, cut: lax.psum(g, ("data",) if cut else ROW_AXES), gradient, cuts)
-        return jax.tree.map(lambda x: lax.psum(x, ROW_AXES), numbers), gradient
+        leaves, structure = jax.tree.flatten(gradient)
+        split = [i for i, axis in enumerate(over_data) if axis is not None]
+        sums_of_split = sums_in_shards([leaves[i] for i in split], [over_data[i] for i in split], "data")
+        for i, own in zip(split, sums_of_split):
+            leaves[i] = own
+        for i, cut in enumerate(flat_cuts):
+            left = [axis for axis in ROW_AXES if not (cut if axis == SHARD_AXIS else over_data[i] is not None)]
+            leaves[i] = lax.psum(leaves[i], left) if left else leaves[i]
+        return jax.tree.map(lambda x: lax.psum(x, ROW_AXES), numbers), jax.tree.unflatten(structure, leaves)
 
     # A kernel is only compiled where no axis is left to the compiler: axes of one device are not left to it.
     axes = {*ROW_AXES, *(name for name, size in mesh.shape.items() if size == 1)}
@@ -65,7 +76,7 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
         local,
         mesh=mesh,
         in_specs=(specs, BATCH),
-        out_specs=(PartitionSpec(), specs),
+        out_specs=(PartitionSpec(), gradient_specs),
         axis_names=axes,
         # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
         check_vma=False,
@@ -73,13 +84,23 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
 
 
 def _of_rows(sharding: NamedSharding) -> PartitionSpec:
-    """The part of a parameter's spec that shard_map is told: the axes that rows are split over."""
-    return PartitionSpec(*(axis if axis in ROW_AXES else None for axis in sharding.spec))
+    """The part of an array's spec that shard_map is told: the axes that rows are split over."""
+    return PartitionSpec(*(None if axes in (None, "tensor") else axes for axes in sharding.spec))
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _dimension(spec: PartitionSpec, axis: str) -> int | None:
+    """The dimension that is cut over a mesh axis."""
+    return next((i for i, axes in enumerate(spec) if axes == axis or (type(axes) is tuple and axis in axes)), None)
 
 
 def _cut(spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> int:
     """The dimension cut over SHARD_AXIS, counted from the last: −1, −2, ...; 0: none."""
-    return spec.index(SHARD_AXIS) - leaf.ndim if SHARD_AXIS in spec else 0
+    found = _dimension(spec, SHARD_AXIS)
+    return 0 if found is None else found - leaf.ndim
 
 
 def _gathered_late(model: nnx.Module) -> set[str]:
