@@ -2,9 +2,9 @@
 
     W = all_gather(W_shard),        dL/dW_shard = reduce_scatter(dL/dW)
 
-Inside a `shard_map` over the rows of a batch (`training/over_rows.py`), a parameter's array is the device's shard. A
-parameter that is cut says so by its metadata `cut`, the dimension counted from the last one: −1, −2, ... Outside, no
-parameter has it, and every function here returns its argument.
+Inside a `shard_map` over the rows of a batch (`training/on_mesh/over_rows.py`), a parameter's array is the device's
+shard. A parameter that is cut says so by its metadata `cut`, the dimension counted from the last one: −1, −2, ...
+Outside, no parameter has it, and every function here returns its argument.
 
 Written by hand because XLA, told only how arrays are cut, sums whole gradients on every device where shards are small.
 For the same reason the arrays are sent as lines of numbers, one buffer after another: a TPU's compiler turns a

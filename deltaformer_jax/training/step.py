@@ -15,7 +15,7 @@ from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
-from deltaformer_jax.training.over_rows import over_rows
+from deltaformer_jax.training.on_mesh.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
 
 
