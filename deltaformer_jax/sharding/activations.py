@@ -26,7 +26,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     Of the table's axes only those count that are left to the compiler: none inside a `shard_map` over them, and none
     without a mesh, where this is x. A dimension that its axes do not divide is whole.
     """
-    sizes = _sizes_left_to_the_compiler()
+    sizes = left_to_the_compiler()
     if not sizes:
         return x
     spec = PartitionSpec(*(_axes(name, size, sizes) for name, size in zip(names, x.shape, strict=True)))
@@ -39,7 +39,7 @@ def on_columns(products: Callable, x: jax.Array, kernels: list[jax.Array], colum
     A device computes its columns of each product. The gradients of x through all of them are added up on the device and
     summed over devices once; the compiler would sum each. A kernel whose columns the axis does not divide is whole.
     """
-    devices = _sizes_left_to_the_compiler().get("tensor", 1)
+    devices = left_to_the_compiler().get("tensor", 1)
     if devices == 1:
         return products(x, kernels)
     cut = [kernel.shape[column] % devices == 0 for kernel, column in zip(kernels, columns, strict=True)]
@@ -54,7 +54,8 @@ def on_columns(products: Callable, x: jax.Array, kernels: list[jax.Array], colum
     return mapped(x, kernels)
 
 
-def _sizes_left_to_the_compiler() -> dict[str, int]:
+def left_to_the_compiler() -> dict[str, int]:
+    """Axis of the current mesh -> its size, of those with several devices that no `shard_map` is over."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types)
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}

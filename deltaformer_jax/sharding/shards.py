@@ -3,8 +3,9 @@
     W = all_gather(W_shard),        dL/dW_shard = reduce_scatter(dL/dW)
 
 Inside a `shard_map` over the rows of a batch (`training/on_mesh/over_rows.py`), a parameter's array is the device's
-shard. A parameter that is cut says so by its metadata `cut`, the dimension counted from the last one: −1, −2, ...
-Outside, no parameter has it, and every function here returns its argument.
+shard. A parameter that is cut says so by its metadata `cut`, the dimension counted from the last one: −1, −2, ..., and
+by `columns` along which one the mesh axis "tensor" cuts it. Outside, no parameter has them, and `gathered` returns its
+argument.
 
 Written by hand because XLA, told only how arrays are cut, sums whole gradients on every device where shards are small.
 For the same reason the arrays are sent as lines of numbers, one buffer after another: a TPU's compiler turns a
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from deltaformer_jax.sharding.activations import left_to_the_compiler
 
 SHARD_AXIS = "fsdp"
 
@@ -58,17 +62,49 @@ def gathered(module, dtype, *, all_in_dtype: bool = False):
         return module
     in_dtype = [all_in_dtype or leaves[i].get_metadata("compute", False) for i in cut]
     shards = [leaves[i][...].astype(dtype if narrow else leaves[i].dtype) for i, narrow in zip(cut, in_dtype)]
-    for i, whole in zip(cut, all_shards(shards, [cut_of(leaves[i]) for i in cut])):
+    columns = [leaves[i].get_metadata("columns", None) for i in cut]
+    for i, whole in zip(cut, all_shards(shards, [cut_of(leaves[i]) for i in cut], columns)):
         leaves[i] = leaves[i].replace(whole.astype(leaves[i].dtype), cut=None)
     return jax.tree.unflatten(structure, leaves)
 
 
-def all_shards(shards: list[jax.Array], cuts: list[int]) -> list[jax.Array]:
+def all_shards(shards: list[jax.Array], cuts: list[int], columns: list[int | None]) -> list[jax.Array]:
     """The whole arrays, of which each device has shards along the dimensions `cuts`, counted from the last one.
 
-    Their gradients are reduce-scattered: a device gets its shards of the sums over devices.
+    Their gradients are reduce-scattered: a device gets its shards of the sums over devices. `columns`: the dimensions
+    that the mesh axis "tensor" cuts, so counted too, or None.
     """
-    return _gather(tuple(x.ndim + cut for x, cut in zip(shards, cuts, strict=True)), shards)
+    return _by_columns(_gather, shards, [x.ndim + cut for x, cut in zip(shards, cuts, strict=True)], columns)
+
+
+def sums_in_shards(
+    wholes: list[jax.Array], axes: list[int], mesh_axis: str, columns: list[int | None]
+) -> list[jax.Array]:
+    """The sums of arrays over the devices of a mesh axis, of which a device gets its shards along dimensions `axes`.
+
+    `columns`: as for `all_shards`.
+    """
+    return _by_columns(lambda axes, wholes: _scatter(axes, wholes, mesh_axis), wholes, axes, columns)
+
+
+def _by_columns(function: Callable, arrays: list[jax.Array], axes: list[int], columns: list[int | None]) -> list:
+    """function(axes, arrays), each device of the mesh axis "tensor" for its own columns.
+
+    Left to the compiler, an array that "tensor" cuts would be gathered before it is written as a line.
+    """
+    done = [None] * len(arrays)
+    devices = left_to_the_compiler().get("tensor", 1)
+    split = [i for i, column in enumerate(columns) if column is not None and devices > 1]
+    for own, is_split in (([i for i in range(len(arrays)) if i not in split], False), (split, True)):
+        if not own:
+            continue
+        apply = functools.partial(function, tuple(axes[i] for i in own))
+        if is_split:
+            specs = [PartitionSpec(*[None] * (arrays[i].ndim + columns[i]), "tensor") for i in own]
+            apply = jax.shard_map(apply, in_specs=(specs,), out_specs=specs, axis_names={"tensor"}, check_vma=False)
+        for i, result in zip(own, apply([arrays[i] for i in own])):
+            done[i] = result
+    return done
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,14 +127,13 @@ def _gather_forward(axes, shards):
 
 
 def _gather_backward(axes, _, gradients):
-    return (sums_in_shards(gradients, axes, SHARD_AXIS),)
+    return (_scatter(axes, gradients, SHARD_AXIS),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def sums_in_shards(wholes: list[jax.Array], axes: Sequence[int], mesh_axis: str) -> list[jax.Array]:
-    """The sums of arrays over the devices of a mesh axis, of which a device gets its shards along dimensions `axes`."""
+def _scatter(axes: tuple[int, ...], wholes: list[jax.Array], mesh_axis: str) -> list[jax.Array]:
     devices, sums, before = lax.axis_size(mesh_axis), [None] * len(wholes), ()
     shapes = [(*x.shape[:axis], x.shape[axis] // devices, *x.shape[axis + 1 :]) for x, axis in zip(wholes, axes)]
     for members in _buffers([jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, wholes)]):

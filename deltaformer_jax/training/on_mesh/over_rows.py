@@ -41,9 +41,10 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
     specs = jax.tree.map(_of_rows, shardings)
     cuts = jax.tree.map(_cut, specs, parts.params, is_leaf=_is_spec)
     late = _gathered_late(merge(parts, parts.params))
-    graphdef = _marked(parts, {path: cut for path, cut in _flat(cuts) if cut and path[0] in late})
+    columns = jax.tree.map(_columns, shardings, parts.params)
+    graphdef = _marked(parts, late, dict(_flat(cuts)), dict(_flat(columns)))
 
-    flat_cuts = jax.tree.leaves(cuts)
+    flat_cuts, flat_columns = jax.tree.leaves(cuts), [column or None for column in jax.tree.leaves(columns)]
     gradient_specs = jax.tree.map(_of_rows, of_gradient)
     over_data = [_dimension(spec, "data") for spec in jax.tree.leaves(gradient_specs, is_leaf=_is_spec)]
     is_late = [path[0].key in late for path, _ in jax.tree_util.tree_leaves_with_path(cuts)]
@@ -53,8 +54,9 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
             leaves, structure = jax.tree.flatten(params)
             early = [i for i, cut in enumerate(flat_cuts) if cut and not is_late[i]]
             if early:
-                for i, whole in zip(early, all_shards([leaves[i] for i in early], [flat_cuts[i] for i in early])):
-                    leaves[i] = whole
+                whole = all_shards(*([all_of[i] for i in early] for all_of in (leaves, flat_cuts, flat_columns)))
+                for i, array in zip(early, whole):
+                    leaves[i] = array
             return jax.tree.unflatten(structure, leaves)
 
         whole, pull = jax.vjp(of_shards, params)
@@ -62,8 +64,8 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
         (gradient,) = pull(gradient)
         leaves, structure = jax.tree.flatten(gradient)
         split = [i for i, axis in enumerate(over_data) if axis is not None]
-        sums_of_split = sums_in_shards([leaves[i] for i in split], [over_data[i] for i in split], "data")
-        for i, own in zip(split, sums_of_split):
+        wholes, axes, beside = ([all_of[i] for i in split] for all_of in (leaves, over_data, flat_columns))
+        for i, own in zip(split, sums_in_shards(wholes, axes, "data", beside)):
             leaves[i] = own
         for i, cut in enumerate(flat_cuts):
             left = [axis for axis in ROW_AXES if not (cut if axis == SHARD_AXIS else over_data[i] is not None)]
@@ -103,6 +105,12 @@ def _cut(spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> int:
     return 0 if found is None else found - leaf.ndim
 
 
+def _columns(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
+    """The dimension cut over "tensor", counted from the last; 0: none."""
+    found = _dimension(sharding.spec, "tensor")
+    return 0 if found is None else found - leaf.ndim
+
+
 def _gathered_late(model: nnx.Module) -> set[str]:
     """The parts of a model whose layers gather their parameters themselves, one layer at a time."""
     ours = {"blocks"} if type(model).hidden is LanguageModel.hidden else set()
@@ -110,12 +118,12 @@ def _gathered_late(model: nnx.Module) -> set[str]:
     return ours | {"embedding"} if plain else ours
 
 
-def _marked(parts: ModelParts, cuts: dict[tuple, int]) -> nnx.GraphDef:
-    """The model's graphdef with the metadata `cut` at the parameters of these paths."""
+def _marked(parts: ModelParts, late: set[str], cuts: dict[tuple, int], columns: dict[tuple, int]) -> nnx.GraphDef:
+    """The model's graphdef with the metadata `cut` and `columns` at the parameters that layers gather themselves."""
     model = merge(parts, parts.params)
     for path, parameter in nnx.to_flat_state(nnx.state(model)):
-        if path in cuts:
-            parameter.set_metadata(cut=cuts[path])
+        if cuts[path] and path[0] in late:
+            parameter.set_metadata(cut=cuts[path], columns=columns[path] or None)
     return nnx.split(model)[0]
 
 
