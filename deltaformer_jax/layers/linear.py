@@ -116,5 +116,7 @@ class Gate(nnx.Module):
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        logits = constrain(product(wide, self.kernel, wide.dtype, precision="highest"), "batch", "tokens", "gates")
+        # On a mesh every device computes the gates of all heads: the kernel is small, and the gradient of x is not.
+        whole = constrain(self.kernel[...].astype(wide.dtype), "embed", "gates")
+        logits = constrain(_product(wide, whole, wide.dtype, precision="highest"), "batch", "tokens", "gates")
         return logits if self.bias is None else logits + along(self.bias, logits)
