@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.sharding.activations import constrain, on_columns
 
 # The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
@@ -72,11 +73,25 @@ def product(x, weight: nnx.Param | AdaptedKernel, dtype, axes: int = 1, precisio
     if isinstance(weight, AdaptedKernel):
         low = product(x, weight.down, dtype, axes, precision) * weight.scale
         return product(x, weight.kernel, dtype, axes, precision) + product(low, weight.up, dtype, 1, precision)
-    numbers = weight[...].astype(dtype)
+    return _product(x, weight[...].astype(dtype), dtype, axes, precision)
+
+
+def _product(x, numbers, dtype, axes: int = 1, precision=None):
     width = math.prod(numbers.shape[:axes])
     rows = x.astype(dtype).reshape(-1, width)
     out = jnp.matmul(rows, numbers.reshape(width, -1), precision=precision)
     return out.reshape(*x.shape[: x.ndim - axes], *numbers.shape[axes:])
+
+
+def products(x, weights: list[nnx.Param | AdaptedKernel], dtype) -> list:
+    """`product` of x [..., in] with each of several kernels [in, *out].
+
+    On a mesh, x's gradient is summed once, if no kernel has adapters.
+    """
+    if any(isinstance(weight, AdaptedKernel) for weight in weights):
+        return [product(x, weight, dtype) for weight in weights]
+    numbers = [weight[...].astype(dtype) for weight in weights]
+    return on_columns(lambda x, numbers: [_product(x, w, dtype) for w in numbers], x, numbers, [1] * len(weights))
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -154,5 +169,7 @@ class Gate(nnx.Module):
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        logits = product(wide, self.kernel, wide.dtype, precision="highest")
+        # On a mesh every device computes the gates of all heads: the kernel is small, and the gradient of x is not.
+        whole = constrain(self.kernel[...].astype(wide.dtype), "embed", "gates")
+        logits = constrain(_product(wide, whole, wide.dtype, precision="highest"), "batch", "tokens", "gates")
         return logits if self.bias is None else logits + along(self.bias, logits)

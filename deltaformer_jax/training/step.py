@@ -1,7 +1,9 @@
 """The training step: one pure compiled function (state, batch) -> (state, metrics), which donates the old state."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,69 +12,99 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import OptimizerConfig
 from deltaformer_jax.model_parts import ModelParts, joined
-from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
+from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
+from deltaformer_jax.training.on_mesh.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
 
 
-def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int):
+def _here(parts: ModelParts, sums: Callable) -> Callable:
+    """(params, batch) -> the sums over all rows, with what is sent between devices left to the compiler."""
+    return functools.partial(sums, parts.graphdef)
+
+
+def loss_and_gradient(
+    parts: ModelParts,
+    params,
+    batch: dict[str, jax.Array],
+    accumulation_steps: int,
+    *,
+    over: Callable = _here,
+    **pieces: int,
+):
     """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
 
     The gradient is that of the trained parameters alone (`ModelParts.trained`); no other is computed.
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
-    tokens. `pieces`: row_shards, over how many groups of devices the rows of the batch are sharded, and max_logits, how
-    many logits a group may have at once (`loss.batch_nats`).
+    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: row_shards, over how
+    many groups of devices the rows of the batch are sharded (1 with `over`), and max_logits, how many logits a group
+    may have at once (`loss.batch_nats`).
     """
 
-    def part_sum(params, part):
-        return summed_nats(parts.graphdef, params, part, **pieces), ()
+    def part_sum(graphdef, params, part):
+        return summed_nats(graphdef, params, part, **pieces), ()
 
-    nats, _, gradient = _sums(part_sum, parts, params, batch, accumulation_steps)
+    sums = functools.partial(_sums, part_sum, accumulation_steps, parts)
+    (nats, _), gradient = over(parts, sums)(params, batch)
     tokens = jnp.sum(counted(batch))
     share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
 
 
 def loss_gradient_and_accuracy(
-    parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int
+    parts: ModelParts,
+    params,
+    batch: dict[str, jax.Array],
+    accumulation_steps: int,
+    *,
+    over: Callable = _here,
+    **pieces: int,
 ):
     """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
 
     accuracy: the fraction of counted tokens whose target has the largest logit.
     """
 
-    def part_sum(params, part):
-        nats, hits = batch_nats_and_hits(parts.graphdef, params, part, **pieces)
+    def part_sum(graphdef, params, part):
+        nats, hits = batch_nats_and_hits(graphdef, params, part, **pieces)
         return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
 
-    nats, hits, gradient = _sums(part_sum, parts, params, batch, accumulation_steps)
+    sums = functools.partial(_sums, part_sum, accumulation_steps, parts)
+    (nats, hits), gradient = over(parts, sums)(params, batch)
     share = 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), hits.astype(jnp.float32) * share
 
 
-def _sums(part_sum: Callable, parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int):
-    """(nats, beside, gradient), each summed over the parts of the batch; part_sum(params, part) -> (nats, beside)."""
+def _sums(
+    part_sum: Callable, accumulation_steps: int, parts: ModelParts, graphdef, params, batch: dict[str, jax.Array]
+):
+    """((nats, beside), gradient), each summed over the parts of the batch; the gradient of the trained parameters.
+
+    part_sum(graphdef, params, part) -> (nats, beside).
+    """
     trained, frozen = parts.divided(params)
-    part_gradient = jax.value_and_grad(lambda trained, part: part_sum(joined(trained, frozen), part), has_aux=True)
+
+    def of_trained(trained, part):
+        return part_sum(graphdef, joined(trained, frozen), part)
+
+    part_gradient = jax.value_and_grad(of_trained, has_aux=True)
     if accumulation_steps == 1:
-        (nats, beside), gradient = part_gradient(trained, batch)
-    else:
-        # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
-        cut = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
-            batch,
-        )
+        return part_gradient(trained, batch)
+    # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
+    cut = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
+        batch,
+    )
 
-        def add_part(total, part):
-            return jax.tree.map(jnp.add, total, part_gradient(trained, part)), None
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, part_gradient(trained, part)), None
 
-        _, beside = jax.eval_shape(part_sum, params, jax.tree.map(lambda x: x[0], cut))
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
-        ((nats, beside), gradient), _ = jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, trained)), cut)
-    return nats, beside, gradient
+    _, beside = jax.eval_shape(of_trained, trained, jax.tree.map(lambda x: x[0], cut))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
+    return jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, trained)), cut)[0]
 
 
 @contextlib.contextmanager
@@ -89,17 +121,20 @@ def make_train_step(
     parts: ModelParts,
     mesh: Mesh,
     shardings: TrainState,
+    of_gradient: Any,
 ) -> Callable:
-    """jit of (state, batch) -> (state, metrics). The old state is donated.
+    """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
     """
 
+    over = functools.partial(over_rows, mesh, shardings.params, of_gradient)
+
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (parts, state.params, batch, settings.accumulation_steps)
-        pieces = {"row_shards": rows(mesh), "max_logits": logits_at_once(mesh)}
+        pieces = {"over": over, "max_logits": logits_at_once(mesh)}
         more = {}
         if "loss_mask" in batch:
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)
