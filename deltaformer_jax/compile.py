@@ -7,7 +7,8 @@
 --topology  the devices: CHIP:SHAPE, CHIP-COUNT as a cloud names its slices, or SLICES*CHIP:SHAPE. The chips are v4,
             v5e, v5p, v6e, tpu7x and h100 (h100:2x8 is two hosts of eight cards). TPUs need the extra tpu, h100 the
             extra cuda; no device is needed
---mesh      sizes of mesh axes, such as fsdp=64,tensor=4; the same as --config.mesh.fsdp=64 --config.mesh.tensor=4
+--mesh      sizes of mesh axes, such as fsdp=64,tensor=4, as --config.mesh.fsdp=64 --config.mesh.tensor=4 gives them; or
+            the name of a recipe, such as fsdp, as --config.mesh.recipe=fsdp does
 --json      also write the report there
 
 Prints memory of a device by kind, what devices send each other by mesh axis, the step's arithmetic, and the least time
@@ -66,10 +67,15 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         own[name.removeprefix("--")] = value
     if "topology" not in own:
         raise ValueError("--topology: give the devices to compile for, such as v5e:16x16 or h100:2x8")
-    for part in own.get("mesh", "").split(",") if own.get("mesh") else []:
+    mesh = own.get("mesh", "")
+    if mesh and "=" not in mesh:
+        return own, [*rest, f"--config.mesh.recipe={mesh}"]
+    for part in mesh.split(",") if mesh else []:
         axis, equals, size = part.partition("=")
         if not equals or not size.lstrip("-").isdigit():
-            raise ValueError(f"--mesh {own['mesh']!r}: give sizes of axes, such as fsdp=64,tensor=4")
+            raise ValueError(
+                f"--mesh {mesh!r}: give sizes of axes, such as fsdp=64,tensor=4, or a recipe, such as fsdp"
+            )
         rest.append(f"--config.mesh.{axis.strip()}={size}")
     return own, rest
 

@@ -64,12 +64,13 @@ ENTRY %main (x: bf16[4096], y: bf16[64], z: f32[1000]) -> f32[1000] {
 
 def test_a_program_whose_figures_are_known():
     found = collectives(PROGRAM, 8)
-    assert [(x.kind, x.group, x.turns) for x in found] == [
-        ("reduce-scatter", 8, 6),
-        ("all-gather", 8, 6),
-        ("collective-permute", 8, 1),
-        ("all-to-all", 4, 1),
-        ("all-reduce", 2, 1),
+    everyone = tuple(range(8))
+    assert [(x.kind, x.members, x.turns) for x in found] == [
+        ("reduce-scatter", everyone, 6),
+        ("all-gather", everyone, 6),
+        ("collective-permute", (0, 1), 1),
+        ("all-to-all", (0, 1, 2, 3), 1),
+        ("all-reduce", (0, 1), 1),
     ]
     total = bytes_by_kind(found)
     assert total["reduce-scatter"] == 6 * 8192 * 7 // 8
@@ -95,6 +96,27 @@ def test_a_compiled_scan_counts_turns_and_groups():
     text = jax.jit(mapped).lower(jnp.asarray(np.ones((5, 256), np.float32))).compile().as_text()
     total = bytes_by_kind(collectives(text, 8))
     assert total["all-reduce"] == 5 * 2 * 1024 * 3 // 4 and total["all-gather"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("printed", "members"),
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", (0, 2, 4, 6)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+        ("source_target_pairs={{3,1},{1,3}}", (3, 1)),
+        ("replica_groups={}", tuple(range(8))),
+    ],
+)
+def test_the_devices_of_a_group(printed, members):
+    text = PROGRAM.replace("source_target_pairs={{0,1}}", printed)
+    (permuted,) = (x for x in collectives(text, 8) if x.kind == "collective-permute")
+    assert permuted.members == members
 
 
 def test_text_that_is_no_program():

@@ -26,6 +26,7 @@ from deltaformer_jax.training.ahead_of_time.roofline import Roofline, Sent, sent
 from deltaformer_jax.training.ahead_of_time.topologies import Topology
 from deltaformer_jax.training.dry_run import with_any_vocabulary
 from deltaformer_jax.training.memory import ORDER, step_bytes
+from deltaformer_jax.training.on_mesh.kept_whole import check_split
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch
 
@@ -81,7 +82,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     choices = ORDER if full.model.remat == "auto" else (full.model.remat,)
     for remat in choices:
         chosen = dataclasses.replace(full, model=dataclasses.replace(full.model, remat=remat))
-        plan = _compiled(chosen, topology, Program(chosen, mesh))
+        program = Program(chosen, mesh)
+        check_split(program.parts, mesh, chosen.mesh.strict, say_aside)
+        plan = _compiled(chosen, topology, program)
         if plan.fits:
             break
     return plan
