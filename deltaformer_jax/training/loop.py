@@ -233,10 +233,10 @@ def _evaluate(
     if result is None:
         return None
     record = {"step": position.step, "eval_loss": result.loss}
-    if result.accuracy is None:
-        record["eval_bits_per_byte"] = result.bits_per_byte
-    else:
+    if result.accuracy is not None:
         record["eval_accuracy"] = result.accuracy
+    if result.bits_per_byte is not None:
+        record["eval_bits_per_byte"] = result.bits_per_byte
     if jax.process_index() == 0:
         run.metrics.write(record)
     display.evaluation(record, time.perf_counter() - start)

@@ -192,7 +192,19 @@ def test_a_run_on_conversations_trains_and_evaluates_and_is_repeatable(corpus, t
     records = cases.read_metrics(tmp_path / "run")
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0] and run.step == 12
-    assert 0 <= records[-1]["eval_accuracy"] <= 1 and "eval_bits_per_byte" not in records[-1]
+    assert list(records[-1]) == ["step", "eval_loss", "eval_accuracy", "eval_bits_per_byte"]
+    assert 0 <= records[-1]["eval_accuracy"] <= 1
+    said, ends = answers_of_the_evaluation(corpus)
+    bits = records[-1]["eval_loss"] / np.log(2) * ends["tokens"] / said
+    assert records[-1]["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    capsys.readouterr()
+    evaluate.main(["--workdir", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["bytes"], result["tokens"]) == (said, ends["tokens"])
+    for name in ("loss", "accuracy", "bits_per_byte"):  # the same nats, each row's summed in float32 there
+        assert result[name] == pytest.approx(records[-1][f"eval_{name}"], rel=1e-6)
+    assert ["accuracy", "bits per byte"] == re.findall(r"accuracy|bits per byte", printed.err.splitlines()[-8])
     twice = cases.run_training(config, tmp_path / "again")
     for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(twice.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
