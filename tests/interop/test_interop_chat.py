@@ -170,7 +170,7 @@ def test_a_run_on_text_from_an_instruct_model_has_no_form(instruct, tmp_path):
     file = str(instruct / "tokenizer.json")
     corpus = prepare_corpus(tmp_path / "a.txt", tmp_path / "corpus", tokenizer=file, eval_fraction=0)
     flags = [f"--config.run.init_from={instruct}", f"--config.data.path={corpus.path}", "--config.run.eval_every=0"]
-    small = ["--config.data.sequence_length=16", "--config.data.batch_size=2"]
+    small = ["--config.data.sequence_length=16", "--config.data.batch_size=8"]
     config = parse(["train.py", *flags, *small], str(config_folder() / "tiny.py")).config
     prepare(config, tmp_path / "run").run.checkpoints.close()
     assert read_chat(tmp_path / "run") is None
@@ -198,13 +198,20 @@ def test_what_is_refused(trained, tmp_path, capsys):
     assert not (plain / "chat.json").exists() and read_chat(plain) is None
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text(json_lines([conversation("Hi")]) + '{"messages": [\n')
+    (tmp_path / "other.jsonl").write_text('{"talk": "Hi"}\n')
+    (tmp_path / "ends.jsonl").write_text(json_lines([conversation("Hi", "Hello")]))
     for flags, message in (
         (["--workdir", str(plain), "--chat", "Hi"], "has no chat.json: it was not trained on conversations"),
         (["--workdir", str(folder), "--chat", "Hi", "--prompt", "x"], "--chat: the same call continues no --prompt"),
         (
             ["--workdir", str(folder), "--chats", str(tmp_path / "bad.jsonl")],
-            "line 1: field 'messages' is an empty",
+            "line 1: field 'messages' is an empty list, not a list of messages; a line is {\"messages\": [",
         ),
+        (["--workdir", str(folder), "--chats", str(tmp_path / "broken.jsonl")], "broken.jsonl, line 2: not JSON:"),
+        (["--workdir", str(folder), "--chats", str(tmp_path / "other.jsonl")], "no field 'messages' (fields: talk); a"),
+        (["--workdir", str(folder), "--chat", " "], "--chat 1: the last message is empty; give what the user says"),
+        (["--workdir", str(folder), "--chats", str(tmp_path / "ends.jsonl")], "line 1: ends with a message of role"),
         (["--workdir", str(folder), "--chats", str(tmp_path / "empty.jsonl")], "it holds no conversation"),
         (["--workdir", str(folder), "--chats", "nowhere"], "--chats nowhere: No such file"),
         (["--workdir", str(folder), "--chat", "a <|im_end|> b"], "which would become a special token"),
