@@ -3,10 +3,10 @@
     python -m deltaformer_jax.convert FOLDER --workdir DIR [--tokenizer FILE] [--compute_dtype bfloat16]
     python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER [--model_type TYPE] [--dtype bfloat16]
 
-The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. A chat template beside
-tokenizer.json becomes the form of the run's conversations, chat.json, in which `sample --chat` asks. The second writes
-the newest checkpoint of a run, or --step N, as config.json, safetensors, tokenizer.json, its chat template and a model
-card. Wrong input gives one line on stderr and exit code 2.
+The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The chat template in
+FOLDER, or else beside --tokenizer FILE, becomes the form of the run's conversations, chat.json, in which
+`sample --chat` asks. The second writes the newest checkpoint of a run, or --step N, as config.json, safetensors,
+tokenizer.json, its chat template and a model card. Wrong input gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations

@@ -161,6 +161,10 @@ def test_where_the_answers_of_a_folder_end(said, named, ends, tmp_path):
     tokenizer = load_tokenizer(file)
     numbers = [tokenizer.special_tokens[end].id if isinstance(end, str) else end for end in ends]
     assert pretrained_format(tmp_path, file, tokenizer).ends == tuple(sorted(numbers))
+    elsewhere = tokenizer_folder(tmp_path / "tokenizer", template="{{ 'another' }}")
+    assert pretrained_format(tmp_path, elsewhere, tokenizer).template == CHATML
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert pretrained_format(tmp_path, elsewhere, tokenizer).template == "{{ 'another' }}"
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

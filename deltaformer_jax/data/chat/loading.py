@@ -46,14 +46,16 @@ def load_format(chat: str, tokenizer: str) -> ChatFormat:
 
 
 def pretrained_format(folder: Path, file: Path, tokenizer: Tokenizer) -> ChatFormat | None:
-    """The form of a model of the hub's format in `folder`: the chat template beside the `file` of its tokenizer.
+    """The form of a model of the hub's format: the chat template in its `folder`, or else beside its tokenizer, `file`.
 
     None if there is no template. It is taken as it stands, so that no extra is needed. Its answers end at eos_token_id
     of generation_config.json, or else of config.json, and at eos_token of tokenizer_config.json; if nothing is said,
     at end-of-text. Raises ValueError, naming the file, for one that is not JSON or not UTF-8.
     """
-    config = _json(file.parent / _CONFIG)
-    found = _beside(file.parent, config)
+    for place in (folder, file.parent):
+        config = _json(place / _CONFIG)
+        if found := _beside(place, config):
+            break
     if found is None or TRAINED_HERE.items() <= config.items():
         return found
     said = [_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
