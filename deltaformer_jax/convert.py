@@ -3,12 +3,15 @@
     python -m deltaformer_jax.convert FOLDER --workdir DIR [--tokenizer FILE] [--compute_dtype bfloat16]
     python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER [--model_type TYPE] [--dtype bfloat16]
 
-The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The second writes the newest
-checkpoint of a run, or --step N, as config.json, safetensors, tokenizer.json and a model card. Wrong input gives one
-line on stderr and exit code 2.
+The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The chat template in
+FOLDER, or else beside --tokenizer FILE, becomes the form of the run's conversations, chat.json, in which
+`sample --chat` asks. The second writes the newest checkpoint of a run, or --step N, as config.json, safetensors,
+tokenizer.json, its chat template and a model card. Wrong input gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
+
+import json
 
 from etils import epath
 
@@ -63,6 +66,7 @@ def read(flags) -> None:
 
         from deltaformer_jax.config import Config, DataConfig, RunConfig
         from deltaformer_jax.data import load_tokenizer
+        from deltaformer_jax.data.chat import CHAT_FILE, pretrained_format
         from deltaformer_jax.interop import load_pretrained
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
@@ -75,7 +79,9 @@ def read(flags) -> None:
     workdir = epath.Path(flags.workdir)
     if workdir.exists() and any(workdir.iterdir()):
         raise FileExistsError(f"--workdir {workdir}: is not empty; give a new folder")
-    tokenizer = load_tokenizer(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
+    file = Path(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(file)
+    form = pretrained_format(Path(flags.folder), file, tokenizer)
     with waiting(f"reading {flags.folder}", say_aside):
         model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
@@ -85,6 +91,8 @@ def read(flags) -> None:
     saved = Saved(config, tokenizer.hash, "")
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / TOKENIZER_FILE).write_text(tokenizer.file_text)
+    if form is not None:
+        (workdir / CHAT_FILE).write_text(json.dumps(form.settings()) + "\n")
     saved.write(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints")
     with waiting(f"writing {workdir}", say_aside):
@@ -124,8 +132,6 @@ def write(flags) -> None:
 
 def _card(run, flags) -> str:
     """README.md of the folder: what it is trained on, how, and its last evaluation."""
-    import json
-
     metrics = epath.Path(flags.workdir) / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     evaluations = [record for record in records if "eval_loss" in record and record["step"] <= run.step]
@@ -133,6 +139,8 @@ def _card(run, flags) -> str:
     if evaluations:
         last = evaluations[-1]
         score = f"loss {last['eval_loss']:.4f}"
+        if "eval_accuracy" in last:
+            score += f", accuracy {last['eval_accuracy']:.4f}"
         if "eval_bits_per_byte" in last:
             score += f", {last['eval_bits_per_byte']:.4f} bits per byte"
         score += f", at step {last['step']}"

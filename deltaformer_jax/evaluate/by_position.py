@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import replicated, rows
 from deltaformer_jax.sharding.rows import to_devices
-from deltaformer_jax.training.evaluation import has_target
+from deltaformer_jax.training.evaluation import bits_per_byte, has_target
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 
@@ -22,20 +22,23 @@ class PositionSums:
     The separator before a document counts as its first token. If a row begins in the middle of a document, positions
     start from 1 there, since the model sees nothing earlier.
 
-    Attributes, each [sequence_length]: nats float64; tokens and bytes int64; hits int64, or None if the data are not a
-    task.
+    Attributes, each [sequence_length]: nats float64; tokens and bytes int64; hits int64, or None if the data are
+    neither a task nor conversations.
     """
 
     def __init__(self, sequence_length: int):
         self.nats = np.zeros(sequence_length, np.float64)
         self.tokens = np.zeros(sequence_length, np.int64)
         self.bytes = np.zeros(sequence_length, np.int64)
-        self.hits: np.ndarray | None = None  # set for a task: int64 [sequence_length]
+        self.hits: np.ndarray | None = None  # set for a task or conversations: int64 [sequence_length]
 
     def add(
         self, nats: np.ndarray, batch: dict[str, np.ndarray], target_bytes: np.ndarray, hits: np.ndarray | None = None
     ) -> None:
-        """Add a batch: nats, bytes and, for a task, hits of its targets, each [B, T], at the places with a target."""
+        """Add a batch: nats, bytes and, for a task or conversations, hits of its targets, each [B, T].
+
+        Only places with a target count.
+        """
         asked = has_target(batch)
         places = positions(batch["segment_ids"])[asked]
         np.add.at(self.nats, places, nats[asked].astype(np.float64))
@@ -49,8 +52,8 @@ class PositionSums:
     def report(self, first: int = 1, last: int | None = None) -> dict[str, Any]:
         """loss (nats per token), perplexity (e^loss), bits_per_byte, tokens and bytes of positions first .. last.
 
-        For a task also accuracy: the fraction of targets that have the largest logit. A value is None if there are no
-        tokens, or no bytes, to divide by.
+        For a task or conversations also accuracy: the fraction of targets that have the largest logit. A value is None
+        if there are no tokens, or no bytes, to divide by.
         """
         nats, tokens, size = (float(values[first - 1 : last].sum()) for values in (self.nats, self.tokens, self.bytes))
         loss = nats / tokens if tokens else None
@@ -61,7 +64,7 @@ class PositionSums:
             **accuracy,
             "loss": loss,
             "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
-            "bits_per_byte": nats / math.log(2) / size if size else None,
+            "bits_per_byte": bits_per_byte(nats, int(size)),
             "tokens": int(tokens),
             "bytes": int(size),
         }
@@ -101,8 +104,8 @@ def evaluate_by_position(
 ) -> PositionSums:
     """The sums over the batches of this one process: the first `limit`, or all for 0. Calls `advance()` after each.
 
-    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
-    count. Raises ValueError if no target stands for text.
+    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator and other special
+    tokens, whose nats still count (`training.evaluation`). Raises ValueError if no target stands for text.
     """
 
     def scores(params, batch):

@@ -19,12 +19,12 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
     """A text table with one line per range of positions and a last line for all positions together."""
-    score = ("accuracy", "accuracy") if "accuracy" in whole else ("bits_per_byte", "bits per byte")
-    lines = [("position", "tokens", "loss", "perplexity", score[1])]
+    scores = [name for name in ("accuracy", "bits_per_byte") if whole.get(name) is not None]
+    lines = [("position", "tokens", "loss", "perplexity", *(name.replace("_", " ") for name in scores))]
     for report in [*by_position, whole]:
         first, last = report.get("from"), report.get("to")
         name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
-        numbers = [report[key] for key in ("loss", "perplexity", score[0])]
+        numbers = [report[key] for key in ("loss", "perplexity", *scores)]
         lines.append((name, f"{report['tokens']:,}", *("-" if n is None else f"{n:,.4f}" for n in numbers)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)

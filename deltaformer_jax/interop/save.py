@@ -13,7 +13,7 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
-from deltaformer_jax.data.chat import ChatFormat
+from deltaformer_jax.data.chat import TRAINED_HERE, ChatFormat
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
@@ -50,7 +50,7 @@ def save_pretrained(
     `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
     byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
-    none. card: the text of README.md; "": a short one.
+    none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
@@ -73,6 +73,8 @@ def save_pretrained(
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
     ids = _token_ids(tokenizer)
+    if chat is not None and chat.ends:
+        ids["eos_token_id"] = list(chat.ends)
     text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **said}
     generation = {"do_sample": True, **ids}
     for name, values in (("config.json", text), ("generation_config.json", generation)):
@@ -81,7 +83,13 @@ def save_pretrained(
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
     if chat is not None and chat.template is not None:
-        said = {"tokenizer_class": "PreTrainedTokenizerFast", **chat.variables, "chat_template": chat.template}
+        trained = {} if chat.ends else TRAINED_HERE
+        said = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **trained,
+            **chat.variables,
+            "chat_template": chat.template,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return kind
 
@@ -112,7 +120,7 @@ def choose(config: ModelConfig, model_type: str | None) -> tuple[Source | None, 
     raise ValueError("; ".join(reasons))
 
 
-def _token_ids(tokenizer: str | os.PathLike | None) -> dict[str, int | None]:
+def _token_ids(tokenizer: str | os.PathLike | None) -> dict[str, Any]:
     """The ids of special tokens. They are said even where there are none: a class's own may lie outside the vocabulary.
 
     End-of-text stands before a document and after it.

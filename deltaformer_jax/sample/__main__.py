@@ -6,12 +6,15 @@
                                      [--logprobs] [--chat TEXT ...] [--chats FILE]
 
 --chat and --chats ask a run that was trained on conversations for an answer, in the form of its conversations: its chat
-template or the plain form. Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens
-tokens, before a --stop string, or where the model ends the document or its answer. Texts go to stdout in the order of
-the prompts, in whole characters: the first unfinished one while it is generated, the others after it. Messages go to
-stderr. The prompts, of any lengths and any number, are continued in --batch_size rows: a row whose text ends takes the
-next prompt. A text depends on its prompt, on --seed and on its number, not on its neighbours. Wrong input gives one
-line on stderr and exit code 2.
+template or the plain form. A run that was converted from an instruct model is asked by that model's template.
+
+Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
+or where the model ends the document or its answer. Texts go to stdout in the order of the prompts, in whole characters:
+the first unfinished one while it is generated, the others after it. Messages go to stderr.
+
+The prompts, of any lengths and any number, are continued in --batch_size rows: a row whose text ends takes the next
+prompt. A text depends on its prompt, on --seed and on its number, not on its neighbours. Wrong input gives one line on
+stderr and exit code 2.
 """
 
 import os
@@ -94,12 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("deltaformer_jax.sample"):
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         with waiting("importing jax", say_aside):
-            from deltaformer_jax.data.chat import Encoder
+            from deltaformer_jax.data.chat import CHAT_FILE, Encoder
             from deltaformer_jax.decoding import stream
             from deltaformer_jax.decoding.generate import with_weights_in
             from deltaformer_jax.decoding.requests import check_sampling
             from deltaformer_jax.model_parts import merge
-            from deltaformer_jax.training.checkpoints.restore import CHAT_FILE, read_chat, restore
+            from deltaformer_jax.training.checkpoints.restore import read_chat, restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
         if flags.samples < 1:
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         if talks and form is None:
             raise ValueError(
                 f"--chat: the run in {flags.workdir} has no {CHAT_FILE}: it was not trained on conversations "
-                "(data.prepare --chat); give a --prompt"
+                "(data.prepare --chat), nor converted from a folder with a chat template; give a --prompt"
             )
         if not all(flags.stop):
             raise ValueError("--stop: an empty text; leave it out")
@@ -127,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         asked, ends = [(prompt, prompt) for prompt in prompts], ()
         if talks:
             encoder = Encoder(run.tokenizer, form)
-            asked, ends = [encoder.prompt(talk) for talk in talks], (encoder.end,)
+            asked, ends = [encoder.prompt(talk) for talk in talks], encoder.ends
         model = merge(run.program.parts, run.params)
         if flags.weights != "float32":
             model = with_weights_in(model, flags.weights)

@@ -11,6 +11,8 @@ from deltaformer_jax.config.lines import lines
 if TYPE_CHECKING:  # the program's --help imports this file, and must not import numpy
     from deltaformer_jax.data.sources import Conversation
 
+_LINE = 'a line is {"messages": [{"role": ..., "content": ...}, ...]}'
+
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     r"""The texts of --prompt, then the lines of the file of --prompts ("-": stdin); [] if neither is given.
@@ -40,13 +42,14 @@ def read_chats(texts: list[str], file: str | None) -> list[Conversation]:
     """The conversations of --chat, each one message of the user, then those of the file of --chats.
 
     A line of the file is {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are left out. Raises
-    ValueError or OSError, naming the flag or the line.
+    ValueError or OSError, naming the flag or the line, also if the last message is empty.
     """
     from deltaformer_jax.data.sources.conversation import Conversation, conversation_of
     from deltaformer_jax.data.sources.record import field_of
 
     talks = [
-        Conversation([{"role": "user", "content": text}], f"--chat {number}") for number, text in enumerate(texts, 1)
+        _asking(Conversation([{"role": "user", "content": text}], f"--chat {number}"))
+        for number, text in enumerate(texts, 1)
     ]
     if file is None:
         return talks
@@ -57,7 +60,14 @@ def read_chats(texts: list[str], file: str | None) -> list[Conversation]:
     for number, line in enumerate(content.split(b"\n"), 1):
         where = f"--chats {file}, line {number}"
         if line.strip():
-            talks.append(conversation_of(field_of(line, "messages", where), "messages", where))
+            messages = field_of(line, "messages", where, _LINE)
+            talks.append(_asking(conversation_of(messages, "messages", where, _LINE)))
     if not talks:
         raise ValueError(f"--chats {file}: it holds no conversation")
     return talks
+
+
+def _asking(talk: Conversation) -> Conversation:
+    if not talk.messages[-1]["content"].strip():
+        raise ValueError(f"{talk.where}: the last message is empty; give what the user says")
+    return talk

@@ -1,4 +1,9 @@
-"""bits per byte = total nats of the targets / ln 2 / their total bytes, over a whole split, not a mean of batches."""
+"""bits per byte = total nats of the targets / ln 2 / their total bytes, over a whole split, not a mean of batches.
+
+Of conversations the targets are the tokens of answers. A special token, such as the one that ends an answer, stands for
+no bytes of the text, but its nats count: where a text ends has to be said too. So it is with end-of-text after a
+document.
+"""
 
 import itertools
 import math
@@ -18,10 +23,9 @@ from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per token. bits_per_byte. tokens: number of targets. bytes: their length as text.
+    """loss: nats per token. bits_per_byte: None for a task. tokens: number of targets. bytes: their length as text.
 
-    For a task or conversations, accuracy takes the place of bits_per_byte: the fraction of targets that have the
-    largest logit.
+    accuracy: for a task or conversations, the fraction of targets that have the largest logit.
     """
 
     loss: float
@@ -47,6 +51,11 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))
 
 
+def bits_per_byte(nats: float, size: int) -> float | None:
+    """nats / ln 2 / size, the bits of targets of `size` bytes; None if they have none, as those of a task."""
+    return nats / math.log(2) / size if size else None
+
+
 def evaluate(
     evaluation_step: Callable,
     params,
@@ -60,8 +69,9 @@ def evaluate(
 ) -> Evaluation | None:
     """The loss over the batches: the first `limit`, or all for 0. Each host reads its own `rows` (`sharding.rows`).
 
-    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator, whose nats still
-    count. Row sums are added in float64 in the order of the batches, so the result is the same number every time.
+    token_bytes: int32 [vocab], the number of bytes of each token. It is 0 for the document separator and other special
+    tokens, whose nats still count. Row sums are added in float64 in the order of the batches, so the result is the same
+    number every time.
     Returns None if `stop()` became true. Raises ValueError if there is no target, or none that stands for text.
     """
     sums: dict[str, float] = {}
@@ -87,11 +97,10 @@ def evaluate(
     nats = sums.get("nats", 0.0)
     if tokens == 0:
         raise ValueError("data: the evaluation split has no target; give it more documents, or longer rows")
-    if "hits" in sums:
-        return Evaluation(nats / tokens, None, tokens, size, sums["hits"] / tokens)
-    if size == 0:
+    if size == 0 and "hits" not in sums:
         raise ValueError("data: the evaluation split holds no text; prepare a corpus with more documents")
-    return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size)
+    accuracy = sums["hits"] / tokens if "hits" in sums else None
+    return Evaluation(nats / tokens, bits_per_byte(nats, size), tokens, size, accuracy)
 
 
 def has_target(batch: dict[str, np.ndarray]) -> np.ndarray:

@@ -278,10 +278,10 @@ def _evaluate(
     if result is None:
         return None
     record = {"step": position.step, "eval_loss": result.loss}
-    if result.accuracy is None:
-        record["eval_bits_per_byte"] = result.bits_per_byte
-    else:
+    if result.accuracy is not None:
         record["eval_accuracy"] = result.accuracy
+    if result.bits_per_byte is not None:
+        record["eval_bits_per_byte"] = result.bits_per_byte
     run.metrics.write(record)
     display.evaluation(record, time.perf_counter() - start)
     return record

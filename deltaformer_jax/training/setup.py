@@ -15,12 +15,13 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
+from deltaformer_jax.data.chat import CHAT_FILE
 from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
-from deltaformer_jax.training.checkpoints.restore import CHAT_FILE, TOKENIZER_FILE, with_vocabulary
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.on_mesh.kept_whole import check_split

@@ -1,5 +1,8 @@
 """Conversations in rows: whole, apart, with the loss on the answers alone, from the file to the gradient and a run."""
 
+import json
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -10,8 +13,11 @@ from support.data.chat_cases import conversation, conversations, json_lines, tok
 
 from deltaformer_jax.data import batches, count_batches, has_loss_mask, load_data, prepare_corpus
 from deltaformer_jax.data.whole_packing import WholePacking
+from deltaformer_jax.evaluate.__main__ import main as evaluate
+from deltaformer_jax.evaluate.by_position import PositionSums
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import model_parts, new_params
+from deltaformer_jax.training import evaluation
 from deltaformer_jax.training.step import loss_and_gradient
 
 EOT = 100_000
@@ -186,16 +192,58 @@ def test_a_mixture_with_text_counts_every_token_of_the_text(corpus, tmp_path):
     assert (batch["loss_mask"][is_chat].sum(axis=1) < real[is_chat].sum(axis=1)).all()
 
 
-def test_a_run_on_conversations_trains_and_evaluates_and_is_repeatable(corpus, tmp_path):
+def test_a_run_on_conversations_trains_and_evaluates_and_is_repeatable(corpus, tmp_path, capsys):
     config = cases.small_config(corpus.path, data__sequence_length=64)
     run = cases.run_training(config, tmp_path / "run")
     records = cases.read_metrics(tmp_path / "run")
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0] and run.step == 12
-    assert 0 <= records[-1]["eval_accuracy"] <= 1 and "eval_bits_per_byte" not in records[-1]
+    assert list(records[-1]) == ["step", "eval_loss", "eval_accuracy", "eval_bits_per_byte"]
+    assert 0 <= records[-1]["eval_accuracy"] <= 1
+    # The bytes of the answers' text and the tokens that bear loss, from the conversations themselves.
+    split = corpus.split("eval")
+    whole = lambda talk: "".join(f"{message['role']}\n{message['content']}\n" for message in talk)
+    asked = {corpus.tokenizer.decode(split.read(i)) for i in range(split.documents)}
+    said = [message for talk in conversations(60) if whole(talk) in asked for message in talk]
+    size = sum(len(message["content"].encode()) for message in said if message["role"] == "assistant")
+    tokens = sum(split.read_with_mask(i)[1].sum() for i in range(split.documents))
+    bits = records[-1]["eval_loss"] * tokens / np.log(2) / size
+    assert records[-1]["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+    capsys.readouterr()
+    evaluate(["--workdir", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["bytes"], result["tokens"]) == (size, tokens)
+    for name in ("loss", "accuracy", "bits_per_byte"):  # the same nats, each row's summed in float32 there
+        assert result[name] == pytest.approx(records[-1][f"eval_{name}"], rel=1e-6)
+    assert "perplexity  accuracy  bits per byte" in printed.err
     twice = cases.run_training(config, tmp_path / "again")
     for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(twice.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_bits_per_byte_count_the_nats_of_special_tokens_and_no_bytes_of_them():
+    # Token 0 is end-of-text, 1 ends an answer, 2 and 3 have two bytes and three. Nats are sums of powers of two.
+    token_bytes = np.array([0, 0, 2, 3], np.int32)
+    batch = {
+        "tokens": np.array([[0, 3, 2, 1, 0], [0, 2, 3, 0, 0]]),
+        "targets": np.array([[3, 2, 1, 3, 0], [2, 3, 1, 0, 0]]),
+        "segment_ids": np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+        "loss_mask": np.array([[False, True, True, True, False], [False, True, True, False, False]]),
+    }
+    nats = np.where(batch["loss_mask"], np.array([[8, 0.5, 0.25, 1, 8], [8, 2, 0.125, 8, 8]]), 0)
+    hits = batch["loss_mask"] & (nats < 1)
+    step = lambda params, batch: {"nats": nats.sum(axis=1), "hits": hits.sum(axis=1)}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = evaluation.evaluate(step, None, [batch], token_bytes=token_bytes, sharding=sharding)
+    sums = PositionSums(5)
+    sums.add(nats, batch, token_bytes[batch["targets"]], hits)
+    bits = (0.5 + 0.25 + 1 + 2 + 0.125) / math.log(2) / (2 + 0 + 3 + 3 + 0)
+    assert found == (3.875 / 5, bits, 5, 8, 3 / 5)
+    assert {name: sums.report()[name] for name in found._fields} == found._asdict()
+    # Answers without text: there is nothing to divide by, as in a task.
+    empty = {**batch, "targets": np.ones_like(batch["targets"])}
+    assert evaluation.evaluate(step, None, [empty], token_bytes=token_bytes, sharding=sharding).bits_per_byte is None
 
 
 def test_a_batch_without_an_answer_changes_nothing(corpus, gradient):

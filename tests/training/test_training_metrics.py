@@ -49,12 +49,17 @@ def test_a_log_gets_one_line_per_record(capsys):
     record = {"step": 10, "loss": 2.34567, "tokens_per_second": 12345.6, "grad_norm": 0.5, "learning_rate": 1e-3}
     display.log(record, seconds_per_step=2.0)
     display.evaluation({"step": 10, "eval_loss": 1.5, "eval_bits_per_byte": 2.164}, seconds=3.0)
+    both = {"eval_accuracy": 0.5, "eval_bits_per_byte": 2.164}
+    display.evaluation({"step": 20, "eval_loss": 1.5, **both}, seconds=3.0)
+    display.evaluation({"step": 30, "eval_loss": 1.5, "eval_accuracy": 0.5}, seconds=3.0)
     display.note("[brackets] are text")
     display.close()
     out = capsys.readouterr().out.splitlines()
     assert out == [
         "step 10/1000  loss 2.3457  12.3k tokens/s  MFU -  eta 33:00  gradient 0.5",
         "step 10/1000  evaluation: 2.1640 bits per byte, loss 1.5000  (3.0 s)",
+        "step 20/1000  evaluation: accuracy 0.5000, 2.1640 bits per byte, loss 1.5000  (3.0 s)",
+        "step 30/1000  evaluation: accuracy 0.5000, loss 1.5000  (3.0 s)",
         "[brackets] are text",
     ]
 

@@ -50,13 +50,19 @@ class Encoder:
         return Encoded(np.concatenate(arrays), mask, json.dumps(pieces).encode(), size)
 
     def prompt(self, conversation: Conversation) -> tuple[list[int], str]:
-        """(tokens, text) of a conversation up to the answer that is to come; the tokens begin with end-of-text.
+        """(tokens, text) of a conversation up to the answer that is to come.
 
-        They are the tokens that training puts before such an answer. Raises as `encode`, and for a conversation whose
-        last message is an answer.
+        They are the tokens that training puts before such an answer, end-of-text first; or, for a model that was
+        trained elsewhere (`ChatFormat.ends`), the tokens of the text that its template renders. Raises as `encode`, and
+        for a conversation whose last message is an answer.
         """
         if conversation.messages[-1]["role"] == ASSISTANT:
             raise Unreadable(f"{conversation.where}: ends with a message of role {ASSISTANT!r}; leave that one out")
+        if self._form.ends:
+            self._check_specials(conversation)
+            text = self._template.prompt(conversation.messages, conversation.where)
+            (tokens,) = self._arrays([(text, False)], conversation.where)
+            return tokens.tolist(), text
         pieces = self._pieces(conversation, prompt=True)
         tokens = np.concatenate(self._arrays([(None, False), *pieces], conversation.where))
         return tokens.tolist(), "".join(text or "" for text, _ in pieces)
@@ -70,9 +76,19 @@ class Encoder:
         special = {token.id for token in self._tokenizer.special_tokens.values()}
         return last if last in special else self._tokenizer.eot
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self._form.ends or (self.end,)
+
     def _pieces(self, conversation: Conversation, prompt: bool = False) -> list[tuple[str | None, bool]]:
         if self._form.template is None:
             return _plain(conversation, prompt)
+        self._check_specials(conversation)
+        specials = self._tokenizer.special_tokens
+        return self._template.pieces(conversation.messages, conversation.where, specials, prompt)
+
+    def _check_specials(self, conversation: Conversation) -> None:
         specials = self._tokenizer.special_tokens
         for message in conversation.messages:
             if name := next((name for name in specials if name in message["content"]), None):
@@ -80,7 +96,6 @@ class Encoder:
                     f"{conversation.where}: a message of role {message['role']!r} holds {name!r}, which would "
                     "become a special token; leave it out or write it in another way"
                 )
-        return self._template.pieces(conversation.messages, conversation.where, specials, prompt)
 
     def _arrays(self, pieces: list[tuple[str | None, bool]], where: str) -> list[np.ndarray]:
         plain = self._form.template is None

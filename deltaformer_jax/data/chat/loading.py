@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from deltaformer_jax.data.chat.format import PLAIN, ChatFormat
+from deltaformer_jax.data.chat.format import CHAT_FILE, PLAIN, TRAINED_HERE, ChatFormat
 from deltaformer_jax.data.chat.template import Template
+from deltaformer_jax.data.tokenizer import Tokenizer
 from deltaformer_jax.host.paths import expand
 
 TEMPLATE = "template"
@@ -20,32 +22,67 @@ def load_format(chat: str, tokenizer: str) -> ChatFormat:
     """The form that `chat` names: "plain", "template", or the path of a Jinja file.
 
     tokenizer: the path of a tokenizer.json, "bytes" or "bpe:SIZE". "template" reads chat_template.jinja beside that
-    file or else `chat_template` of tokenizer_config.json; of several templates the one named "default". The names of
-    the special tokens (bos_token, ...) come from tokenizer_config.json, if it is there. Raises ValueError or
+    file or else `chat_template` of tokenizer_config.json; of several templates the one named "default". Beside the
+    tokenizer of a run it is the template in chat.json. The names of the special tokens (bos_token, ...) come from
+    tokenizer_config.json, if it is there. Raises ValueError or
     FileNotFoundError that names the file and the fix, and ModuleNotFoundError without the extra "chat".
     """
     if chat == PLAIN:
         return ChatFormat(None)
     folder = None if tokenizer == "bytes" or tokenizer.startswith("bpe:") else Path(expand(tokenizer)).parent
-    config = _config(folder / _CONFIG) if folder else {}
-    variables = {name: text for name in _TOKENS if isinstance(text := _text(config.get(name)), str)}
+    config = _json(folder / _CONFIG) if folder else {}
     if chat != TEMPLATE:
         path = Path(expand(chat))
         if not path.is_file():
             raise FileNotFoundError(f"{chat}: no such chat template; --chat is plain, template or a Jinja file")
-        return _checked(ChatFormat(_read(path), variables, str(path)))
+        return _checked(ChatFormat(_read(path), _variables(config), str(path)))
     fix = f"name another with --chat FILE, or take --chat {PLAIN}"
     if folder is None:
         raise ValueError(f"--chat {TEMPLATE}: tokenizer {tokenizer!r} has no chat template; {fix}")
+    found = _beside(folder, config)
+    if found is None:
+        raise ValueError(f"{folder / _CONFIG}: missing or without a chat_template; {fix}")
+    return _checked(found)
+
+
+def pretrained_format(folder: Path, file: Path, tokenizer: Tokenizer) -> ChatFormat | None:
+    """The form of a model of the hub's format: the chat template in its `folder`, or else beside its tokenizer, `file`.
+
+    None if there is no template. It is taken as it stands, so that no extra is needed. Its answers end at eos_token_id
+    of generation_config.json, or else of config.json, and at eos_token of tokenizer_config.json; if nothing is said,
+    at end-of-text. Raises ValueError, naming the file, for one that is not JSON or not UTF-8.
+    """
+    for place in (folder, file.parent):
+        config = _json(place / _CONFIG)
+        if found := _beside(place, config):
+            break
+    if found is None or TRAINED_HERE.items() <= config.items():
+        return found
+    said = [_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    ids = next((one for one in said if one is not None), [])
+    ids = {*ids} if isinstance(ids, list) else {ids}
+    if (name := found.variables.get("eos_token")) in tokenizer.special_tokens:
+        ids.add(tokenizer.special_tokens[name].id)
+    known = sorted(i for i in ids if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)
+    return dataclasses.replace(found, ends=tuple(known or [tokenizer.eot]))
+
+
+def _beside(folder: Path, config: dict[str, Any]) -> ChatFormat | None:
+    """The template in the folder of a tokenizer, whose tokenizer_config.json is `config`; None if there is none."""
     if (folder / _TEMPLATE_FILE).is_file():
-        return _checked(ChatFormat(_read(folder / _TEMPLATE_FILE), variables, str(folder / _TEMPLATE_FILE)))
+        return ChatFormat(_read(folder / _TEMPLATE_FILE), _variables(config), str(folder / _TEMPLATE_FILE))
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / _CONFIG}: missing or without a chat_template; {fix}")
-    return _checked(ChatFormat(template, variables, f"{folder / _CONFIG}, chat_template"))
+    if isinstance(template, str):
+        return ChatFormat(template, _variables(config), f"{folder / _CONFIG}, chat_template")
+    run = ChatFormat.of(_json(folder / CHAT_FILE), str(folder / CHAT_FILE))
+    return None if run.template is None else dataclasses.replace(run, ends=())
+
+
+def _variables(config: dict[str, Any]) -> dict[str, str]:
+    return {name: text for name in _TOKENS if isinstance(text := _text(config.get(name)), str)}
 
 
 def _checked(found: ChatFormat) -> ChatFormat:
@@ -53,7 +90,8 @@ def _checked(found: ChatFormat) -> ChatFormat:
     return found
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} if there is no file or no object."""
     if not path.is_file():
         return {}
     try:

@@ -56,6 +56,13 @@ class Template:
             raise Unreadable(f"{where}: the chat template renders no answer of role {ASSISTANT!r}; leave it out")
         return pieces
 
+    def prompt(self, messages: list[dict[str, Any]], where: str) -> str:
+        """The rendered text with `add_generation_prompt`, as transformers' apply_chat_template makes it.
+
+        Raises Unreadable, naming `where`, for a conversation that the template refuses.
+        """
+        return self._render(messages, where, prompt=True).replace(self._begin, "").replace(self._end, "")
+
     def _render(self, messages: list[dict[str, Any]], where: str, prompt: bool = False) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)

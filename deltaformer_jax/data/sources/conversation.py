@@ -18,14 +18,16 @@ class Conversation(NamedTuple):
         return sum(len(message["content"]) for message in self.messages)
 
 
-def conversation_of(value: Any, field: str, where: str) -> Conversation:
+def conversation_of(value: Any, field: str, where: str, fix: str = "choose --text_field") -> Conversation:
     """`value` if it is a list of messages. Otherwise raises Unreadable, naming `where`, the message and the fix.
+
+    fix: that of a field which is no list of messages.
 
     Entries of a message that are null are dropped: Parquet has every entry in every message.
     """
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else type(value).__name__
-        raise Unreadable(f"{where}: field {field!r} is {what}, not a list of messages; choose --text_field")
+        raise Unreadable(f"{where}: field {field!r} is {what}, not a list of messages; {fix}")
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):

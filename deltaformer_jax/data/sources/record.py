@@ -17,8 +17,8 @@ def document_reader(chat: bool) -> Callable[[Any, str, str], str | Conversation]
     return conversation_of if chat else text_of
 
 
-def field_of(line: bytes, field: str, where: str) -> Any:
-    """The value at `field` of the JSON object in `line`. Raises Unreadable, naming `where`.
+def field_of(line: bytes, field: str, where: str, fix: str = "name it with --text_field") -> Any:
+    """The value at `field` of the JSON object in `line`. Raises Unreadable, naming `where` and the `fix` of a field.
 
     A field of that very name comes first; else dots in it lead into objects.
     """
@@ -41,7 +41,7 @@ def field_of(line: bytes, field: str, where: str) -> Any:
             names = names if len(names) < 500 else f"{names[:500]}..."
             inside = f" of {at!r}" if at else ""
             hint = _CHAT_HINT if isinstance(record, dict) and isinstance(record.get("messages"), list) else ""
-            raise Unreadable(f"{where}: no field {field!r} (fields{inside}: {names}); name it with --text_field{hint}")
+            raise Unreadable(f"{where}: no field {field!r} (fields{inside}: {names}); {fix}{hint}")
         value, at = value[name], f"{at}.{name}" if at else name
     return value
 

@@ -13,7 +13,7 @@ from etils import epath
 from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
-from deltaformer_jax.data.chat import ChatFormat
+from deltaformer_jax.data.chat import CHAT_FILE, ChatFormat
 from deltaformer_jax.layers.adapters import merged
 from deltaformer_jax.model_parts import merge, params_of
 from deltaformer_jax.sharding.mesh import make_mesh
@@ -22,7 +22,6 @@ from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.program import Program
 
 TOKENIZER_FILE = "tokenizer.json"
-CHAT_FILE = "chat.json"  # the form of the conversations that the run was trained on
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -89,13 +88,16 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
 
 
 def read_chat(workdir: epath.PathLike) -> ChatFormat | None:
-    """The form of the run's conversations; None if it was trained on none. Raises ValueError, naming a damaged file."""
+    """The form of the run's conversations, those of its data or of the folder that it was converted from; or None.
+
+    Raises ValueError, naming a damaged file.
+    """
     path = epath.Path(workdir) / CHAT_FILE
     if not path.exists():
         return None
     try:
         return ChatFormat.of(json.loads(path.read_text()), str(path))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not the form of a conversation: {error}") from None
 
 

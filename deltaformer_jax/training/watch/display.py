@@ -45,13 +45,11 @@ class Display:
         self.note(f"step {record['step']}/{self._total}  {text}  gradient {record['grad_norm']:.3g}")
 
     def evaluation(self, record: dict[str, Any], seconds: float) -> None:
-        if "eval_accuracy" in record:
-            score = f"accuracy {record['eval_accuracy']:.4f}"
-        else:
-            score = f"{record['eval_bits_per_byte']:.4f} bits per byte"
+        score = f"accuracy {record['eval_accuracy']:.4f}, " if "eval_accuracy" in record else ""
+        if "eval_bits_per_byte" in record:
+            score += f"{record['eval_bits_per_byte']:.4f} bits per byte, "
         self.note(
-            f"step {record['step']}/{self._total}  evaluation: {score}, "
-            f"loss {record['eval_loss']:.4f}  ({seconds:.1f} s)"
+            f"step {record['step']}/{self._total}  evaluation: {score}loss {record['eval_loss']:.4f}  ({seconds:.1f} s)"
         )
 
     def note(self, text: str) -> None:
