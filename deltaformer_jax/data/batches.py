@@ -45,6 +45,8 @@ def batches(
     `num_threads` threads read ahead. An argument out of range or an empty split raises ValueError at the call.
     """
     _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
+    if rows is not None and process_count > 1:
+        raise ValueError(f"rows and process_count {process_count}: give one of them; both say which rows are held")
     if rows is None:
         part = batch_size // process_count
         rows = np.arange(process_index * part, (process_index + 1) * part)

@@ -58,6 +58,14 @@ def test_processes_hold_slices_of_the_global_batch(corpus, split, processes):
     assert_same(joined, whole)
 
 
+def test_any_rows_of_the_global_batch(corpus):
+    """As a mesh asks for them whose axes cross hosts: other numbers, and several processes the same."""
+    whole = take(batches(corpus, "train", **SIZES, seed=1), 10)
+    for rows in ([1], [0, 3], [1, 2], [0, 1, 2, 3]):
+        part = take(batches(corpus, "train", **SIZES, seed=1, rows=np.array(rows)), 10)
+        assert_same(part, [{name: x[rows] for name, x in batch.items()} for batch in whole])
+
+
 def test_threads_change_nothing(corpus):
     expected = take(batches(corpus, "train", **SIZES, seed=2, num_threads=0), 100)
     for threads in (1, 2, 8):
@@ -129,6 +137,10 @@ def test_an_epoch_longer_or_shorter_than_a_batch(corpus):
         ({"process_count": 3}, "batch_size 4 must be a multiple of process_count 3"),
         ({"process_count": 0}, "process_count 0"),
         ({"process_count": 2, "process_index": 2}, "process_index 2"),
+        ({"rows": np.array([0, 4])}, r"rows \[0 4\]: must be numbers in \[0, batch_size\), batch_size 4"),
+        ({"rows": np.array([-1])}, r"rows \[-1\]: must be"),
+        ({"rows": np.array([], int)}, r"rows \[\]: .* and at least one"),
+        ({"rows": np.array([0]), "process_count": 2}, "rows and process_count 2: give one of them"),
         ({"num_threads": -1}, "num_threads is -1"),
         ({"split": "test"}, "split 'test' is not one of 'train', 'eval'"),
     ],

@@ -39,24 +39,22 @@ def environment(devices, **more):
 class Several:
     """The processes of one run. `with Several(...) as run`: what still runs at the end is killed.
 
-    each: flags of single processes, {index: (flag, ...)}.
+    each: flags of single processes, {index: (flag, ...)}. by_variables: each is told its place so, not by flags.
     """
 
-    def __init__(self, count, flags, folder, devices=2, each=None, variables=None):
+    def __init__(self, count, more_flags, folder, devices=2, each=None, by_variables=False):
         where = f"127.0.0.1:{free_port()}"
-        self.processes = [
-            start(
-                [
-                    *FLAGS,
-                    *flags,
-                    *(each or {}).get(index, ()),
-                    *(f"--coordinator={where}", f"--processes={count}", f"--process={index}"),
-                ],
-                environment(devices, **(variables or {}).get(index, {})),
-                folder,
-            )
-            for index in range(count)
-        ]
+
+        def begin(index):
+            flags = [*FLAGS, *more_flags, *(each or {}).get(index, ())]
+            place = {"coordinator": where, "processes": count, "process": index}
+            if not by_variables:
+                flags += [f"--{name}={value}" for name, value in place.items()]
+                return start(flags, environment(devices), folder)
+            variables = dict(zip(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), place.values()))
+            return start(flags, environment(devices, **{name: str(value) for name, value in variables.items()}), folder)
+
+        self.processes = [begin(index) for index in range(count)]
 
     def __enter__(self):
         return self
@@ -68,7 +66,7 @@ class Several:
                 process.communicate()
 
     def finish(self, timeout=400):
-        """[(code, stdout, stderr)] of all, the fastest way being to read them all at once."""
+        """[(code, stdout, stderr)] of all, in their order."""
         end = time.monotonic() + timeout
         return [finish(process, max(1.0, end - time.monotonic())) for process in self.processes]
 
