@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltaformer_jax.compiled.hlo import (
+    FUSIONS,
     Computation,
     Instruction,
     attribute,
@@ -63,19 +64,20 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of the HLO module `text`, which is compiled for `devices` devices, in the order of the text.
 
     All branches of a conditional are counted, and a loop whose trip count the text does not say counts once. An
-    all-reduce of which only a slice is used, in one fusion, is how a TPU's program says reduce-scatter. One that runs
+    all-reduce of which only a slice is used, in one fusion, is how a TPU's program says reduce-scatter; a slice taken
+    after it, outside, is not. One that runs
     beside other work stands in each fusion that it runs beside, as links of one chain, and counts once, outside of the
     innermost loops. Raises ValueError if the text has no entry computation.
     """
     computations, entry = parse(text)
     found: dict[tuple, Collective] = {}
 
-    def walk(name: str, turns: int, loops: tuple[str, ...]):
+    def walk(name: str, turns: int, loops: tuple[str, ...], fused: bool = False):
         computation = computations[name]
         for x in computation.instructions.values():
             kind = x.op.removesuffix("-start")
             if kind in _SENT:
-                one = _collective(computation, x, kind, devices, turns, loops)
+                one = _collective(computation, x, kind, devices, turns, loops, fused)
                 chain = re.search(r'chain_id="\d+"', x.rest)
                 key = (chain[0], one.shape.partition("{")[0], one.op_name) if chain else (name, x.name)
                 if key not in found or turns < found[key].turns:
@@ -85,7 +87,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 walk(attribute(x, "body"), inside, (*loops, op_name_of(x.rest)))
             else:
                 for inner in called_by(x):
-                    walk(inner, turns, loops)
+                    walk(inner, turns, loops, fused or x.op in FUSIONS)
 
     walk(entry, 1, ())
     return list(found.values())
@@ -105,10 +107,16 @@ def in_layers(found: Iterable[Collective]) -> list[Collective]:
 
 
 def _collective(
-    computation: Computation, x: Instruction, kind: str, devices: int, turns: int, loops: tuple[str, ...]
+    computation: Computation,
+    x: Instruction,
+    kind: str,
+    devices: int,
+    turns: int,
+    loops: tuple[str, ...],
+    fused: bool,
 ) -> Collective:
     operand = sum(bytes_of(computation.instructions[name].shape) for name in x.operands)
-    if kind == "all-reduce" and _only_sliced(computation, x):
+    if kind == "all-reduce" and fused and _only_sliced(computation, x):
         kind = "reduce-scatter"
     members = _members(x.rest, devices)
     sent = _SENT[kind](operand, len(members))

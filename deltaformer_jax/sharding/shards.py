@@ -8,8 +8,8 @@ by `columns` along which one the mesh axis "tensor" cuts it. Outside, no paramet
 argument.
 
 Written by hand because XLA, told only how arrays are cut, sums whole gradients on every device where shards are small.
-For the same reason the arrays are sent as lines of numbers, one buffer after another: a TPU's compiler turns a
-reduce-scatter along a dimension that its memory is tiled over, and several small ones at once, into sums of everything
+For the same reason the arrays are sent as rows of whole tiles, one buffer after another, and in two stages over more
+than 32 devices: a TPU's compiler turns other reduce-scatters, and several small ones at once, into sums of everything
 on every device.
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 3.
 """
@@ -33,9 +33,13 @@ SHARD_AXIS = "fsdp"
 # What makes a gathered parameter, and what changes how its numbers are laid out or written on the way to a product.
 _NOT_KEPT = {"all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
 
-# Shards with fewer numbers are sent together. A buffer's length is a multiple of _LINE, the numbers in a TPU's tile.
+# Shards with fewer numbers are sent together. A buffer is written as rows of _LANES numbers, a multiple of 16 rows:
+# whole tiles of a TPU's memory in bfloat16 and float32.
 _SMALL = 2**16
-_LINE = 1024
+_LANES = 128
+_LINE = 16 * _LANES
+# With more devices a TPU's compiler sums arrays whole instead of scattering the sums in one stage.
+_ONE_STAGE = 32
 
 
 def cut_of(parameter) -> int | None:
@@ -142,17 +146,38 @@ def _scatter(axes: tuple[int, ...], wholes: list[jax.Array], mesh_axis: str) -> 
             shape, axis = shapes[i], axes[i]
             stack = wholes[i].reshape(*shape[:axis], devices, *shape[axis:])
             stacks.append(jnp.moveaxis(stack, axis, 0).reshape(devices, -1))
-        lines = _padded(jnp.concatenate(stacks, axis=1)).reshape(-1)
-        # One buffer waits for the last, or a TPU's compiler would sum both at once and whole. So it would if what
-        # follows were part of the same fusion.
+        lines = _padded(jnp.concatenate(stacks, axis=1))
+        # One buffer waits for the last, or a TPU's compiler would sum both at once and whole.
         lines, _ = lax.optimization_barrier((lines, before))
-        line = before = lax.optimization_barrier(lax.psum_scatter(lines, mesh_axis, tiled=True))
+        line = before = _scatter_lines(lines, mesh_axis)
         start = 0
         for i in members:
             size = math.prod(shapes[i])
             sums[i] = line[start : start + size].reshape(shapes[i])
             start += size
     return sums
+
+
+def _scatter_lines(lines: jax.Array, mesh_axis: str) -> jax.Array:
+    """The sum over devices of lines [devices, n], of which device d gets line d.
+
+    In two stages where there are many devices, with d = i · inner + j: first among the devices of equal i, then among
+    those of equal j. The first sends nearly all of the bytes.
+    """
+    devices = len(lines)
+    inner = next(k for k in range(math.isqrt(devices), 0, -1) if devices % k == 0) if devices > _ONE_STAGE else 1
+    outer = devices // inner
+    numbers = range(devices)
+    stages = [
+        [[*numbers[i * inner : (i + 1) * inner]] for i in range(outer)],
+        [[*numbers[j::inner]] for j in range(inner)],
+    ]
+    tiles = lines.reshape(outer, inner, -1).swapaxes(0, 1).reshape(-1, _LANES)
+    for groups in stages if inner > 1 else [None]:
+        # Apart from what follows, or it would be in the same fusion and the sum whole.
+        tiles = lax.psum_scatter(tiles, mesh_axis, tiled=True, axis_index_groups=groups)
+        tiles = lax.optimization_barrier(tiles)
+    return tiles.reshape(-1)
 
 
 def _buffers(shards) -> list[list[int]]:
