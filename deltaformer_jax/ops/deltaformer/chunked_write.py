@@ -40,6 +40,32 @@ def _product_dtype(similarity, dtype):
     return dtype if similarity.normalised else tiles.accumulation_dtype(dtype)
 
 
+def solve_chunk(similarity, running, scores, visible, target, beta):
+    """(u [B, h, C, V], lse [B, h, C]) of one chunk, from the running sums over all earlier chunks.
+
+    scores [B, h, C, C] are those of the chunk's own keys, `visible` is its strict mask, target = α v, beta may be None.
+    """
+    weights, running = tiles.absorb_weights(similarity, running, scores, visible)
+    # One factor per row: β divided by the softmax normaliser.
+    factor = _times(beta, tiles.inverse_normaliser(similarity, running))[..., None]
+    solved = solve_unit_lower(factor * weights, target - factor * running[2])
+    return solved, tiles.log_normaliser(similarity, running)
+
+
+def backward_tile(similarity, scale, rows, keys, values, visible, lse, grad, beta, row_dot):
+    """(A, G Uᵀ, dS) of one tile: rows w [B, h, R, K] with their lse, G = `grad`, beta and D = `row_dot` (read for
+    softmax only), columns keys [B, h, C, K] and values u [B, h, C, V]. dS is the cotangent of the unscaled scores."""
+    operand = _product_dtype(similarity, keys.dtype)
+    scores = tiles.dot(rows, keys.mT, keys.dtype) * scale
+    weights = tiles.weights_again(similarity, scores, lse, visible)
+    products = tiles.dot(grad, values.mT, operand)
+    dots = -_times(beta, products)
+    if similarity.normalised:
+        dots = dots - row_dot[..., None]
+    dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
+    return weights, products, dscores
+
+
 def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
     """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
     (`tiles.first_chunks`) -> u [B, h, T, V], lse [B, h, T] (the log-sum-exp of each row).
@@ -66,12 +92,9 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
 
         running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
-        weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
-        # One factor per row: β divided by the softmax normaliser.
-        factor = _times(tiles.take(beta, c, chunk), tiles.inverse_normaliser(similarity, running))
         target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
-        solved = solve_unit_lower(factor[..., None] * weights, target - factor[..., None] * running[2])
-        return (tiles.put(u, solved, c), tiles.put(lse, tiles.log_normaliser(similarity, running), c)), None
+        solved, normaliser = solve_chunk(similarity, running, scores(c), visible, target, tiles.take(beta, c, chunk))
+        return (tiles.put(u, solved, c), tiles.put(lse, normaliser, c)), None
 
     start = (tiles.zeros(v.shape, dtype, v), tiles.zeros(v.shape[:3], dtype, v))
     return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
@@ -87,17 +110,13 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
     operand = _product_dtype(similarity, k.dtype)
     strict = tiles.strictly_below(chunk)
 
-    def tile(i, j, keys, values, visible, grad):
-        """The tiles of A, G Uᵀ and dS for the rows of chunk i and the columns of chunk j; `grad` is the rows' G."""
-        scores = tiles.dot(tiles.take(w, i, chunk), keys.mT, k.dtype) * scale
-        weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk), visible)
-        products = tiles.dot(grad, values.mT, operand)
-        dots = -_times(tiles.take(beta, i, chunk), products)
+    def tile(i, keys, values, visible, grad):
+        """`backward_tile` for the rows of chunk i and the columns of `keys`; `grad` is the rows' G."""
+        row_dot = None
         if similarity.normalised:
             row_dot = -jnp.sum(grad * (_written(i) - tiles.take(u, i, chunk)), axis=-1)
-            dots = dots - row_dot[..., None]
-        dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
-        return weights, products, dscores
+        rows, lses, gate = (tiles.take(x, i, chunk) for x in (w, lse, beta))
+        return backward_tile(similarity, scale, rows, keys, values, visible, lses, grad, gate, row_dot)
 
     def _written(i):
         return _times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
@@ -111,7 +130,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
             dw, dbeta, rest, dkeys = inner
             grad = tiles.take(g, i, chunk)
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
-            weights, products, dscores = tile(i, j, keys, values, visible, grad)
+            weights, products, dscores = tile(i, keys, values, visible, grad)
             rest = rest - tiles.dot(weights.mT, _times(tiles.take(beta, i, chunk), grad), operand)
             dkeys = dkeys + tiles.dot(dscores.mT, tiles.take(w, i, chunk), operand)
             dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), i)
@@ -126,7 +145,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
         scores = tiles.dot(rows, keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, j, chunk), visible)
         grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), rest)
-        weights, products, dscores = tile(j, j, keys, values, visible, grad)
+        weights, products, dscores = tile(j, keys, values, visible, grad)
         dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
         dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
         dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), j)
