@@ -60,9 +60,7 @@ class Blocks:
         if self.layout == "dealt":
             cut = x.reshape(x.shape[0], -1, self.devices, self.rows, *x.shape[2:])
             return lax.all_to_all(cut, self.axis_name, split_axis=2, concat_axis=1, tiled=True).reshape(x.shape)
-        even, odd = (
-            lax.ppermute(half, self.axis_name, self._zigzag(parity)) for parity, half in enumerate(_halves(x))
-        )
+        even, odd = (lax.ppermute(half, self.axis_name, self._zigzag(parity)) for parity, half in enumerate(_halves(x)))
         return jnp.concatenate(self._by_parity(even, odd), axis=1)
 
     def unspread(self, x):

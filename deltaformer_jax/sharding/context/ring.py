@@ -13,6 +13,7 @@ import jax
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.hand_written import hand_written, made
+from deltaformer_jax.ops.common.padding import zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.softmax.api import checked, without_padding
 from deltaformer_jax.ops.softmax.chunked import with_sinks
@@ -54,7 +55,7 @@ def causal_attention_ring(
     if implementation not in (None, "chunked"):
         raise NotImplementedError(f"implementation={implementation!r}: attention over a ring has one form; use None")
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
-    _, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs, padding_is_zero)
+    real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs, padding_is_zero)
     tokens, devices = key.shape[1], jax.lax.axis_size(axis_name)
     steps = devices if window is None else min(devices, 1 + -(-(window - 1) // tokens))
     blocks = blocks_of("zigzag" if steps == devices > 1 else "contiguous", tokens, axis_name, plan.chunk)
@@ -64,7 +65,7 @@ def causal_attention_ring(
     arrays = [blocks.spread(x) for x in (query, key, value, log_decay, segment_ids)]
     out, lse = (blocks.unspread(x) for x in _attend(ring, *arrays, first))
     out = with_sinks(out, lse, sinks)
-    return out
+    return out if segment_ids is None else zero_gradient_at_padding(out, real)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
