@@ -50,9 +50,9 @@ class Blocks:
         return jnp.take(every, np.argsort(self.table().reshape(-1)), axis=2)
 
     def spread(self, x):
-        """x [B, T/P, ...] of contiguous tokens -> [B, T/P, ...], the device's blocks one after another. None stays None.
+        """x [B, T/P, ...] of contiguous tokens -> the device's blocks one after another; None stays None.
 
-        "dealt" sends each device (P − 1)/P of its numbers away by one all-to-all; "zigzag" sends all of them, but for
+        "dealt": each device sends (P − 1)/P of its numbers, by one all-to-all. "zigzag": it sends all of them, but for
         the halves that stay, by two permutations.
         """
         if x is None or self.layout == "contiguous":
@@ -75,7 +75,7 @@ class Blocks:
         return jnp.concatenate([lax.ppermute(y, self.axis_name, pairs) for y, pairs in zip(both, back)], axis=1)
 
     def _zigzag(self, parity):
-        """(from, to) of the halves number 2 d + parity, d = 0 … P − 1: half h of the 2 P is on device min(h, 2P−1−h)."""
+        """(from, to) of the halves number 2 d + parity, d = 0 … P − 1. Half h is on device min(h, 2P − 1 − h)."""
         halves = [(device, 2 * device + parity) for device in range(self.devices)]
         return [(device, min(half, 2 * self.devices - 1 - half)) for device, half in halves]
 
@@ -91,7 +91,7 @@ def _halves(x):
     return x[:, :half], x[:, half:]
 
 
-def blocks_of(layout: str, tokens: int, axis_name: str, at_most: int, argument: str = "query") -> Blocks:
+def blocks_of(layout: str, tokens: int, axis_name: str, at_most: int) -> Blocks:
     """The blocks of a sequence with `tokens` tokens on each device, of at most `at_most` tokens each.
 
     A device's tokens must be a multiple of the blocks that the layout needs: 2 for "zigzag", P for "dealt". Raises
@@ -101,8 +101,8 @@ def blocks_of(layout: str, tokens: int, axis_name: str, at_most: int, argument: 
     unit = {"contiguous": 1, "zigzag": 2, "dealt": devices}[layout]
     if tokens % unit:
         raise ValueError(
-            f"{argument} has {tokens} tokens on each of the {devices} devices of the mesh axis {axis_name!r}: that must "
-            f"be a multiple of {unit}, so make the sequence a multiple of {unit * devices} tokens"
+            f"query has {tokens} tokens on each of the {devices} devices of the mesh axis {axis_name!r}: that must be "
+            f"a multiple of {unit}, so make the sequence a multiple of {unit * devices} tokens"
         )
     rows = max(size for size in range(1, min(at_most, tokens // unit) + 1) if (tokens // unit) % size == 0)
     return Blocks(layout, axis_name, devices, tokens // rows, rows)

@@ -39,8 +39,8 @@ class Chain:
 
 
 class Streams(NamedTuple):
-    """The arrays of a device, 0 at padding: q [g, n, t·r, K], w, k [g, n, t, K], v [g, n, t, V], alpha, beta and segments
-    [g, n, t] or None."""
+    """The arrays of a device, 0 at padding: q [g, n, t·r, K], w, k [g, n, t, K], v [g, n, t, V], alpha, beta and
+    segments [g, n, t] or None."""
 
     q: jax.Array
     w: jax.Array

@@ -26,7 +26,7 @@ from jax import lax
 
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import backward_tile
-from deltaformer_jax.ops.common.score_decay import decay_inside, log_decay_gradient, totals_between
+from deltaformer_jax.ops.common.score_decay import decay_inside, totals_between
 from deltaformer_jax.ops.common.similarity import Similarity
 from deltaformer_jax.sharding.context.axis import rotated
 from deltaformer_jax.sharding.context.blocks import Blocks

@@ -20,7 +20,7 @@ SOLVE = 1.0
 def work(blocks: int, devices: int, groups: int, reads: float) -> np.ndarray:
     """[steps, P]: the work of each device at each step of the forward pass, in tiles of the write of all streams.
 
-    A row has `blocks` blocks. `reads`: query heads per write head; a tile of the read costs as much as one of the write.
+    A row has `blocks` blocks. `reads`: query heads per write head; a tile of the read costs as much as the write's.
     """
     numbers = np.arange(blocks).reshape(-1, devices).T  # [P, m]: the blocks of each device
     of_block = np.zeros((blocks, devices))

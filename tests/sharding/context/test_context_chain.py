@@ -16,9 +16,9 @@ LENGTH = 64
 
 
 def pair(**options):
-    form = functools.partial(delta_attention_pipeline, AXIS, **options)
-    options.pop("chunk_size", None)
-    return form, functools.partial(delta_attention, implementation="parallel", **options)
+    """(the form for a device's part, the op of one device)."""
+    op = functools.partial(delta_attention, **{**options, "implementation": "parallel"})
+    return functools.partial(delta_attention_pipeline, AXIS, **options), op
 
 
 def inputs(dtype, ids, heads=2, kv_heads=1, write_heads=None, gates=("alpha", "beta")):
@@ -68,7 +68,10 @@ def test_narrow_numbers():
 
 def test_refused():
     arrays = inputs(jnp.float32, None)
-    run = lambda arrays, **options: over(8, functools.partial(delta_attention_pipeline, AXIS, **options), arrays)
+
+    def run(arrays, **options):
+        return jax.eval_shape(functools.partial(over, 8, pair(**options)[0]), arrays)
+
     with pytest.raises(NotImplementedError, match="implementation='triton': the chain over devices has one form"):
         run(arrays, implementation="triton")
     odd = {name: x[:, :48] for name, x in arrays.items()}
@@ -78,8 +81,8 @@ def test_refused():
     with pytest.raises(NotImplementedError, match="a similarity that holds arrays"):
         run(arrays, write_similarity=held)
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        total = lambda query: jnp.sum(run({**arrays, "query": query}))
-        jax.grad(lambda query: jnp.sum(jax.grad(total)(query)))(arrays["query"])
+        total = lambda query: jnp.sum(over(8, pair()[0], {**arrays, "query": query}))
+        jax.eval_shape(jax.grad(lambda query: jnp.sum(jax.grad(total)(query))), arrays["query"])
 
 
 def test_the_schedule():

@@ -41,5 +41,5 @@ def test_shift_mix(devices):
 
 
 def test_a_halo_longer_than_a_device():
-    with pytest.raises(ValueError, match="2 tokens on each of the 8 devices .* but a token looks back 3"):
+    with pytest.raises(ValueError, match=r"2 tokens on each of the 8 devices .* but a token looks back 3"):
         over(8, lambda x: over_halo(lambda x, ids: x, x, None, 3, AXIS), draw(dict(x=(2, 3)), 16, jnp.float32))
