@@ -25,6 +25,7 @@ from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, chec
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.ops.cache.memory_order import in_order
+from deltaformer_jax.sharding.shards import gathered, is_cut, keep_all_but_gathered
 from pallas_kernels.transform import MADE
 
 _MADE = jax.checkpoint_policies.save_only_these_names(MADE)
@@ -37,6 +38,7 @@ _KEPT = {
     "kernels": _MADE,
     "block": None,
     "auto": None,
+    "none": keep_all_but_gathered,  # where parameters are cut over devices; elsewhere nothing is recomputed
 }
 
 
@@ -176,10 +178,11 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         positions = ops.token_positions(segment_ids, *tokens.shape, start)
 
     def apply(block, x, cache):
+        block = gathered(block, model.embedding.dtype)
         return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
 
     unrolled = model.unroll_layers and cache is None
-    if model.remat != "none":
+    if model.remat != "none" or is_cut(model.blocks):
         # Inside scan the recomputation is not merged with the forward pass, so the barrier against CSE is not needed.
         apply = jax.checkpoint(apply, prevent_cse=unrolled, policy=_KEPT[model.remat])
 

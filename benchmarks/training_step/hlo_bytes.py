@@ -15,11 +15,24 @@ for arrays that are still in a cache. What a custom call computes is not visible
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from deltaformer_jax.compiled.hlo import (
+    FUSIONS,
+    Computation,
+    Instruction,
+    attribute,
+    bytes_of,
+    called_by,
+    dimensions,
+    op_name_of,
+    parse,
+    sizes_of,
+    trip_count,
+)
 
 # Instructions that the device does not execute.
 FREE = {
@@ -35,42 +48,6 @@ FREE = {
     "replica-id",
     "tuple",
 }
-
-# The second is the asynchronous one: it starts here, and what follows need not wait for it before its "fusion-done".
-FUSIONS = ("fusion", "fusion-start")
-
-
-class Instruction(NamedTuple):
-    name: str
-    shape: str  # as printed: "f32[2,3]{1,0}", or a tuple "(f32[2], s32[])"
-    op: str
-    operands: tuple[str, ...]  # names
-    rest: str  # the printed attributes; for a parameter its number
-
-
-@dataclasses.dataclass
-class Computation:
-    instructions: dict[str, Instruction]
-    root: str = ""
-
-    def parameters(self) -> dict[int, str]:
-        return {int(x.rest.partition(")")[0]): x.name for x in self.instructions.values() if x.op == "parameter"}
-
-    def source(self, name: str) -> Instruction:
-        """The instruction `name`, or what it is a bitcast of."""
-        instruction = self.instructions[name]
-        while instruction.op == "bitcast":
-            instruction = self.instructions[instruction.operands[0]]
-        return instruction
-
-    def users(self, name: str) -> Iterator[tuple[Instruction, str]]:
-        """(user, the operand's name in it) for each instruction that reads `name`, also through bitcasts."""
-        for user in self.instructions.values():
-            if name in user.operands:
-                if user.op == "bitcast":
-                    yield from self.users(user.name)
-                else:
-                    yield user, name
 
 
 class Launch(NamedTuple):
@@ -107,19 +84,19 @@ def launches(text: str) -> tuple[list[Launch], list[Loop]]:
         for x in computation.instructions.values():
             if x.op in FREE or x.op.endswith(("-done", "-update")):
                 continue
-            called = _called(x)
+            inner = called_by(x)
             if x.op == "while":
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', x.rest)
-                inside = turns * (int(known[1]) if known else 1)
-                loops.append(Loop(x.name, _op_name(x.rest), inside, bool(known)))
-                walk(_attribute(x, "body"), inside, x.name)
+                trips = trip_count(computations, x)
+                inside = turns * (trips or 1)
+                loops.append(Loop(x.name, op_name_of(x.rest), inside, trips is not None))
+                walk(attribute(x, "body"), inside, x.name)
             elif x.op in ("call", "conditional", "async-start"):
-                for branch in called:
+                for branch in inner:
                     walk(branch, turns, loop)
             else:
-                body = computations[called[0]] if x.op in FUSIONS else None
-                dots = sum(_dots(computations, called[0])) if body else _product(computation, x)
-                op_name = _op_name(x.rest) or (_inner_op_name(body) if body else "")
+                body = computations[inner[0]] if x.op in FUSIONS else None
+                dots = sum(_dots(computations, inner[0])) if body else _product(computation, x)
+                op_name = op_name_of(x.rest) or (_inner_op_name(body) if body else "")
                 opaque = x.op == "custom-call" and not dots
                 moved = _moved_by_fusion(computation, x, body) if body else _moved(computation, x)
                 found.append(Launch(x.name, x.op, op_name, x.shape, turns, moved, dots, opaque, loop))
@@ -128,100 +105,9 @@ def launches(text: str) -> tuple[list[Launch], list[Loop]]:
     return found, loops
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(computations by name, the entry's name) of an HLO module's text."""
-    computations: dict[str, Computation] = {}
-    current, entry = None, ""
-    for line in text.splitlines():
-        if current is None:
-            if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-                current = computations[found[2]] = Computation({})
-                entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif instruction := _instruction(line):
-            current.instructions[instruction.name] = instruction
-            if line.lstrip().startswith("ROOT "):
-                current.root = instruction.name
-    if not entry:
-        raise ValueError("this is no HLO module: it has no ENTRY computation")
-    return computations, entry
-
-
-def bytes_of(shape: str) -> int:
-    """The bytes of a printed shape, which may be a tuple."""
-    return sum(size * _width(kind) // 8 for kind, size in _arrays(shape))
-
-
-def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
-        return None
-    # A line is long where the program of a kernel follows; long tuples number their elements in comments.
-    head = re.sub(r"/\*index=\d+\*/", "", line[found.end() :])
-    end = _closing(head, 0) if head.startswith("(") else head.index(" ")
-    shape, after = head[:end], head[end:].lstrip()
-    op, _, after = after.partition("(")
-    if op in ("parameter", "constant"):
-        return Instruction(found[1], shape, op, (), after)
-    end = _closing("(" + after, 0) - 1
-    return Instruction(found[1], shape, op, tuple(re.findall(r"%([\w.\-]+)", after[:end])), after[end:])
-
-
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
-        if not depth:
-            return found.end()
-    raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
-
-
-def _arrays(shape: str) -> Iterator[tuple[str, int]]:
-    """(element type, number of elements) of the arrays in a printed shape."""
-    for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
-        yield kind, math.prod(_sizes(sizes))
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",") if size]
-
-
-def _dimensions(shape: str) -> list[int]:
-    """The sizes of the first array in a printed shape."""
-    return _sizes(re.search(r"\[([\d,]*)\]", shape)[1])
-
-
-def _width(kind: str) -> int:
-    """Bits of an element: 16 for bf16, 8 for f8e4m3fn and pred, 0 for a token."""
-    if kind == "pred":
-        return 8
-    digits = re.search(r"\d+", kind)
-    return int(digits[0]) if digits else 0
-
-
-def _attribute(instruction: Instruction, name: str) -> str:
-    return re.search(rf"\b{name}=%?([\w.\-]+)", instruction.rest)[1]
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """The computations that a fusion, a call or a conditional executes."""
-    if instruction.op in (*FUSIONS, "async-start", "call", "conditional"):
-        keys = r"calls|to_apply|true_computation|false_computation|branch_computations"
-        found = re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.rest)
-        return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
-    return []
-
-
-def _op_name(rest: str) -> str:
-    found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', rest)
-    return found[1] if found else ""
-
-
 def _inner_op_name(body: Computation) -> str:
     """A fusion of several outputs has no name of its own: that of the last instruction inside which has one."""
-    names = (_op_name(x.rest) for x in reversed(body.instructions.values()))
+    names = (op_name_of(x.rest) for x in reversed(body.instructions.values()))
     return next(filter(None, names), "")
 
 
@@ -283,7 +169,7 @@ def _dots(computations: dict[str, Computation], name: str) -> Iterator[int]:
     computation = computations[name]
     for x in computation.instructions.values():
         yield _product(computation, x)
-        for inner in _called(x):
+        for inner in called_by(x):
             yield from _dots(computations, inner)
 
 
@@ -295,6 +181,6 @@ def _product(computation: Computation, x: Instruction) -> int:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', x.rest)
     else:
         return 0
-    left = _dimensions(computation.instructions[x.operands[0]].shape)
-    depth = math.prod(left[axis] for axis in _sizes(contracted[1].replace('"', "")))
-    return 2 * math.prod(_dimensions(x.shape)) * depth
+    left = dimensions(computation.instructions[x.operands[0]].shape)
+    depth = math.prod(left[axis] for axis in sizes_of(contracted[1].replace('"', "")))
+    return 2 * math.prod(dimensions(x.shape)) * depth

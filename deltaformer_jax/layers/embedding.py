@@ -22,6 +22,7 @@ from jax import lax
 from deltaformer_jax.layers.linear import truncated_normal
 from deltaformer_jax.ops.common.checks import as_int32
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.sharding.shards import cut_of, look_up_columns
 
 ROW_MULTIPLE = 128
 INITIAL_STD = 0.02
@@ -61,6 +62,9 @@ class Embedding(nnx.Module):
         if segment_ids is not None:
             tokens = jnp.where(segment_ids != 0, tokens, 0)
         row = jnp.where((tokens >= 0) & (tokens < self.vocab_size), tokens, self.rows)
+        return self._vectors(row) if cut_of(self.table) is None else look_up_columns(self._vectors, row)
+
+    def _vectors(self, row):
         vectors = self.table[...].at[row].get(mode="fill", fill_value=jnp.nan)
         return (vectors.astype(accumulation_dtype(vectors.dtype)) * self.scale).astype(self.dtype)
 

@@ -29,13 +29,15 @@ def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | Non
     device along these axes computes the same. Without a mesh, or with one device, this is op(**arrays).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    # Inside a shard_map over some axes, arrays are already a device's own along these.
+    axes = {name: mesh.shape[name] for name in set(mesh.axis_names) - set(mesh.manual_axes)}
+    if math.prod(axes.values()) == 1:
         return op(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
     heads = [x.shape[0] if name == "sinks" else x.shape[2] for name, x in given.items() if name != "segment_ids"]
     rows = [x.shape[0] for name, x in given.items() if name != "sinks"]
-    row_axes, head_axes = _used(mesh, ROW_AXES, rows), _used(mesh, HEAD_AXES, heads)
+    row_axes, head_axes = _used(axes, ROW_AXES, rows), _used(axes, HEAD_AXES, heads)
 
     def spec(name):
         if name == "sinks":
@@ -46,15 +48,16 @@ def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | Non
         lambda given: op(**given, **none),
         in_specs=({name: spec(name) for name in given},),
         out_specs=PartitionSpec(row_axes, None, head_axes),
+        axis_names=set(axes),
         # shard_map cannot tell over which mesh axes a kernel's output varies, so its check is switched off.
         check_vma=False,
     )
     return mapped(given)
 
 
-def _used(mesh, names, sizes):
-    """The mesh axes among `names` of size above 1; None if there are none, or if their product does not divide every
-    one of `sizes`."""
-    present = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
-    devices = math.prod(mesh.shape[name] for name in present)
+def _used(axes, names, sizes):
+    """Those of the mesh's `axes` among `names` that have several devices; None if there are none, or if the product of
+    their sizes does not divide every one of `sizes`."""
+    present = tuple(name for name in names if axes.get(name, 1) > 1)
+    devices = math.prod(axes[name] for name in present)
     return present if present and all(size % devices == 0 for size in sizes) else None

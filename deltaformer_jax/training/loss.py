@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.checks import as_int32
 from deltaformer_jax.sharding.mesh import memory_limit
+from deltaformer_jax.sharding.shards import gathered
 
 # How many logits may exist at once on a group of devices that shares rows: 256 MB of float32. With a vocabulary of 128k
 # that is 512 tokens, enough for the product with the embedding table to be bound by arithmetic and not by reading it.
@@ -176,6 +177,8 @@ def _before_logits(graphdef, params, batch, row_shards, max_logits):
     document and so follow from the segment ids."""
     model = nnx.merge(graphdef, nnx.State(params))
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+    # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
+    model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
     targets, mask = as_int32(batch["targets"]), counted(batch)
     pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
     return model, pieces, (hidden, targets, mask)

@@ -1,6 +1,7 @@
 """The training step: one pure compiled function (state, batch) -> (state, metrics), which donates the old state."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -10,66 +11,90 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import OptimizerConfig
 from deltaformer_jax.model_parts import ModelParts
-from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
+from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
+from deltaformer_jax.training.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
 
 
-def loss_and_gradient(parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int):
+def _here(parts: ModelParts, sums: Callable) -> Callable:
+    """(params, batch) -> the sums over all rows, with what is sent between devices left to the compiler."""
+    return functools.partial(sums, parts.graphdef)
+
+
+def loss_and_gradient(
+    parts: ModelParts,
+    params,
+    batch: dict[str, jax.Array],
+    accumulation_steps: int,
+    *,
+    over: Callable = _here,
+    **pieces: int,
+):
     """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
-    tokens. `pieces`: row_shards, over how many groups of devices the rows of the batch are sharded, and max_logits, how
-    many logits a group may have at once (`loss.batch_nats`).
+    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: row_shards, over how
+    many groups of devices the rows of the batch are sharded (1 with `over`), and max_logits, how many logits a group
+    may have at once (`loss.batch_nats`).
     """
 
-    def part_sum(params, part):
-        return summed_nats(parts.graphdef, params, part, **pieces), ()
+    def part_sum(graphdef, params, part):
+        return summed_nats(graphdef, params, part, **pieces), ()
 
-    nats, _, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    sums = functools.partial(_sums, part_sum, accumulation_steps)
+    (nats, _), gradient = over(parts, sums)(params, batch)
     tokens = jnp.sum(counted(batch))
     share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
 
 
 def loss_gradient_and_accuracy(
-    parts: ModelParts, params, batch: dict[str, jax.Array], accumulation_steps: int, **pieces: int
+    parts: ModelParts,
+    params,
+    batch: dict[str, jax.Array],
+    accumulation_steps: int,
+    *,
+    over: Callable = _here,
+    **pieces: int,
 ):
     """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
 
     accuracy: the fraction of counted tokens whose target has the largest logit.
     """
 
-    def part_sum(params, part):
-        nats, hits = batch_nats_and_hits(parts.graphdef, params, part, **pieces)
+    def part_sum(graphdef, params, part):
+        nats, hits = batch_nats_and_hits(graphdef, params, part, **pieces)
         return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
 
-    nats, hits, gradient = _sums(part_sum, params, batch, accumulation_steps)
+    sums = functools.partial(_sums, part_sum, accumulation_steps)
+    (nats, hits), gradient = over(parts, sums)(params, batch)
     share = 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
     return nats * share, jax.tree.map(lambda g: g * share, gradient), hits.astype(jnp.float32) * share
 
 
-def _sums(part_sum: Callable, params, batch: dict[str, jax.Array], accumulation_steps: int):
-    """(nats, beside, gradient), each summed over the parts of the batch; part_sum(params, part) -> (nats, beside)."""
-    part_gradient = jax.value_and_grad(part_sum, has_aux=True)
+def _sums(part_sum: Callable, accumulation_steps: int, graphdef, params, batch: dict[str, jax.Array]):
+    """((nats, beside), gradient), each summed over the parts of the batch.
+
+    part_sum(graphdef, params, part) -> (nats, beside).
+    """
+    part_gradient = jax.value_and_grad(functools.partial(part_sum, graphdef), has_aux=True)
     if accumulation_steps == 1:
-        (nats, beside), gradient = part_gradient(params, batch)
-    else:
-        # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
-        cut = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
-            batch,
-        )
+        return part_gradient(params, batch)
+    # Part a takes rows a, a + A, a + 2A, ...: each device divides its own rows, and none is sent to another device.
+    cut = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, accumulation_steps, *x.shape[1:]), 0, 1),
+        batch,
+    )
 
-        def add_part(total, part):
-            return jax.tree.map(jnp.add, total, part_gradient(params, part)), None
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, part_gradient(params, part)), None
 
-        _, beside = jax.eval_shape(part_sum, params, jax.tree.map(lambda x: x[0], cut))
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
-        ((nats, beside), gradient), _ = jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, params)), cut)
-    return nats, beside, gradient
+    _, beside = jax.eval_shape(part_sum, graphdef, params, jax.tree.map(lambda x: x[0], cut))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), beside))
+    return jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, params)), cut)[0]
 
 
 @contextlib.contextmanager
@@ -96,7 +121,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (parts, state.params, batch, settings.accumulation_steps)
-        pieces = {"row_shards": rows(mesh), "max_logits": logits_at_once(mesh)}
+        pieces = {"over": functools.partial(over_rows, mesh, shardings.params), "max_logits": logits_at_once(mesh)}
         more = {}
         if "loss_mask" in batch:
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from training_step.hlo_bytes import bytes_of, launches, parse
+from training_step.hlo_bytes import launches
+
+from deltaformer_jax.compiled.hlo import bytes_of, parse
 
 # A loop of three turns over a stack f32[3,8,8]: 256 bytes a layer, 768 the stack.
 PROGRAM = """HloModule jit_f, is_scheduled=true
