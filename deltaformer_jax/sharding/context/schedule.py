@@ -42,3 +42,18 @@ def choose_groups(streams: int, blocks: int, devices: int, reads: float) -> int:
     """The number of groups, a divisor of `streams` of at most P, with the shortest run."""
     divisors = [groups for groups in range(1, min(streams, devices) + 1) if streams % groups == 0]
     return min(divisors, key=lambda groups: work(blocks, devices, groups, reads).max(axis=1).sum())
+
+
+def ring_work(table: np.ndarray, seen: int | None = None) -> np.ndarray:
+    """[steps, P]: the tiles of each device at each step of a causal read over the ring (`ring_read.py`).
+
+    table: `Blocks.table()`, the numbers of each device's blocks. seen: how many blocks a row sees, its own included,
+    None: all before it. A device sees its own blocks at the first step.
+    """
+    devices = table.shape[0]
+    steps = np.zeros((devices, devices))
+    for ago in range(devices):
+        for device in range(devices):
+            between = table[device][:, None] - table[(device - ago) % devices][None]
+            steps[ago, device] = np.sum((between >= 0) & (between < (seen or table.size)))
+    return steps[steps.max(axis=1) > 0]
