@@ -3,8 +3,8 @@
     uv run python benchmarks/context.py [--devices 8] [--tokens 65536] [--heads 32] [--kv_heads 4] [--head_dim 128]
                                         [--block 512] [--json FILE]
 
-Takes a few minutes on two cores: it compiles each form, forward and with gradients, for simulated CPU devices in float32, and
-runs nothing. The ops are those of one row of --tokens tokens.
+Takes a few minutes on two cores: it compiles each form, forward and with gradients, for simulated CPU devices in
+float32, and runs nothing. The ops are those of one row of --tokens tokens.
 
 sent     MB that a device sends, by the collectives in the compiled program (`deltaformer_jax/compiled/collectives.py`)
 formula  MB by the formula in the form's docstring, forward; both leave out the segment ids

@@ -13,6 +13,7 @@ from flax import nnx
 
 from deltaformer_jax.layers.linear import bias, plus, wide_kernel
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.sharding import over_previous_tokens
 
 
 class ShortConvolution(nnx.Module):
@@ -34,8 +35,15 @@ class ShortConvolution(nnx.Module):
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
+        parameters = self.weight[...], None if self.bias is None else self.bias[...]
+        if tail is not None:
+            return self._convolve(x, segment_ids, *parameters, tail)
+        alone = lambda *arrays: self._convolve(*arrays)[0]
+        return over_previous_tokens(alone, self.width - 1, x, segment_ids, *parameters), None
+
+    def _convolve(self, x, segment_ids, weight, added, tail=None):
         wide = accumulation_dtype(x.dtype)
-        weight = self.weight[...].astype(wide)[:, None, None]
+        weight = weight.astype(wide)[:, None, None]
         time = x.shape[1]
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
         x = jnp.where(real[:, :, None, None], x, 0)
@@ -52,7 +60,7 @@ class ShortConvolution(nnx.Module):
                 older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
                 before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
             total = total + weight[j] * before.astype(wide)
-        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, self.bias)), 0).astype(x.dtype)
+        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, added)), 0).astype(x.dtype)
         return y, None if tail is None else self._next_tail(x, real, rank, tail)
 
     def empty_tail(self, batch: int, dtype):

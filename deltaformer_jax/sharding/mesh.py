@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.config import MeshConfig
-from deltaformer_jax.sharding import ROW_AXES
+from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -21,27 +21,21 @@ RULES = {
     "embed": "fsdp",
 }
 
-# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp".
-BATCH = PartitionSpec(ROW_AXES)
+# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp", its tokens over "context".
+BATCH = PartitionSpec(ROW_AXES, CONTEXT_AXIS)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with axes (data, fsdp, tensor, context) over `devices`, by default all devices of the run.
 
     `data = -1` takes the number of devices divided by the sizes of the other axes. Axes are of type Auto: the compiler
-    chooses shardings that are not given. Raises ValueError if the product of the sizes is not the number of devices, or
-    if context > 1.
+    chooses shardings that are not given. Raises ValueError if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in MESH_AXES}
     for name, size in sizes.items():
         if size < 1 and not (name == "data" and size == -1):
             raise ValueError(f"mesh.{name} = {size}: give a number of devices, 1 or more")
-    if sizes["context"] > 1:
-        raise ValueError(
-            f"mesh.context = {sizes['context']}: sharding a sequence over devices is not supported; "
-            "set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor"
-        )
     others = math.prod(sizes[name] for name in MESH_AXES[1:])
     if sizes["data"] == -1:
         sizes["data"] = max(1, len(devices) // others)
@@ -50,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         asked = " * ".join(f"{name} {sizes[name]}" for name in MESH_AXES)
         raise ValueError(
             f"mesh: {asked} = {wanted} devices, but there are {len(devices)} ({devices[0].platform}); set "
-            "mesh.data, mesh.fsdp and mesh.tensor so that their product is that number "
+            "mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number "
             "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
         )
     return jax.make_mesh(

@@ -23,7 +23,7 @@ from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding import ROW_AXES
-from deltaformer_jax.sharding.mesh import BATCH, rows
+from deltaformer_jax.sharding.mesh import rows
 from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards
 
 Sums = Callable[[nnx.GraphDef, Any, dict[str, jax.Array]], tuple[Any, Any]]
@@ -59,7 +59,7 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, BATCH),
+        in_specs=(specs, PartitionSpec(ROW_AXES)),
         out_specs=(PartitionSpec(), specs),
         axis_names=axes,
         # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
