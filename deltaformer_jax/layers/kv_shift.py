@@ -48,13 +48,14 @@ class KVShift(nnx.Module):
     def __call__(self, key, value, *, segment_ids=None, tail: ShiftTail | None = None):
         scalars = [x[...] for x in (self.current_key, self.previous_key, self.current_value, self.previous_value)]
         if tail is None:
-            return *over_previous_tokens(_mixed, 1, (key, value), segment_ids, *scalars), None
-        mixed = _mixed((key, value), segment_ids, *scalars, last=(tail.key, tail.value))
+            mixed = lambda both, segment_ids: _mixed(both, segment_ids, scalars)
+            return *over_previous_tokens(mixed, 1, (key, value), segment_ids), None
+        mixed = _mixed((key, value), segment_ids, scalars, last=(tail.key, tail.value))
         last = (last_real_token(x, segment_ids, old) for x, old in zip((key, value), (tail.key, tail.value)))
         return *mixed, ShiftTail(*last)
 
 
-def _mixed(key_and_value, segment_ids, *scalars, last=(None, None)):
+def _mixed(key_and_value, segment_ids, scalars, last=(None, None)):
     """(k', v') from (k, v) and the four scalars a₁, a₂, b₁, b₂ of each head."""
     pairs = zip(key_and_value, (scalars[:2], scalars[2:]), last)
     return tuple(ops.shift_mix(x, *pair, segment_ids=segment_ids, last=before) for x, pair, before in pairs)

@@ -35,15 +35,14 @@ class ShortConvolution(nnx.Module):
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
-        parameters = self.weight[...], None if self.bias is None else self.bias[...]
         if tail is not None:
-            return self._convolve(x, segment_ids, *parameters, tail)
-        alone = lambda *arrays: self._convolve(*arrays)[0]
-        return over_previous_tokens(alone, self.width - 1, x, segment_ids, *parameters), None
+            return self._convolve(x, segment_ids, tail)
+        alone = lambda x, segment_ids: self._convolve(x, segment_ids)[0]
+        return over_previous_tokens(alone, self.width - 1, x, segment_ids), None
 
-    def _convolve(self, x, segment_ids, weight, added, tail=None):
+    def _convolve(self, x, segment_ids, tail=None):
         wide = accumulation_dtype(x.dtype)
-        weight = weight.astype(wide)[:, None, None]
+        weight = self.weight[...].astype(wide)[:, None, None]
         time = x.shape[1]
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
         x = jnp.where(real[:, :, None, None], x, 0)
@@ -60,7 +59,7 @@ class ShortConvolution(nnx.Module):
                 older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
                 before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
             total = total + weight[j] * before.astype(wide)
-        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, added)), 0).astype(x.dtype)
+        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, self.bias)), 0).astype(x.dtype)
         return y, None if tail is None else self._next_tail(x, real, rank, tail)
 
     def empty_tail(self, batch: int, dtype):

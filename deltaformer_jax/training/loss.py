@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.checks import as_int32
-from deltaformer_jax.sharding import context_devices
 from deltaformer_jax.sharding.mesh import memory_limit
 from deltaformer_jax.sharding.shards import gathered
 
@@ -181,7 +180,7 @@ def _before_logits(graphdef, params, batch, row_shards, max_logits):
     # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
     model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
     targets, mask = as_int32(batch["targets"]), counted(batch)
-    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits, context_devices())
+    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
     return model, pieces, (hidden, targets, mask)
 
 
@@ -194,39 +193,28 @@ def _over_pieces(function, model, pieces, arrays):
 
 
 class _Pieces(NamedTuple):
-    """Arrays [B, T, ...] cut along T into `number` pieces, of `positions` tokens from each of the `devices` parts of a
-    sequence, the last one of a part padded with zeros.
+    """Arrays [B, T, ...] cut along T into `number` pieces of `positions` tokens, the last one padded with zeros.
 
-    Only the time axis is cut, so that every device has its own rows of every piece. If devices split a sequence, each
-    has its own tokens of every piece.
+    Only the time axis is cut, so that every device has its own rows of every piece.
     """
 
     length: int
     number: int
     positions: int
-    devices: int
 
     @classmethod
-    def of(
-        cls, rows: int, length: int, vocabulary: int, row_shards: int, max_logits: int, devices: int = 1
-    ) -> "_Pieces":
+    def of(cls, rows: int, length: int, vocabulary: int, row_shards: int, max_logits: int) -> "_Pieces":
         """So many that a group of devices has at most about `max_logits` logits of a piece."""
-        of_part = length // devices
         positions = max(1, max_logits // (-(-rows // row_shards) * vocabulary))
-        number = -(-of_part // min(positions, of_part))
-        return cls(length, number, -(-of_part // number), devices)
+        number = -(-length // min(positions, length))
+        return cls(length, number, -(-length // number))
 
     def cut(self, x):
-        """[B, T, ...] -> [number, B, devices · positions, ...]."""
-        x = x.reshape(x.shape[0], self.devices, self.length // self.devices, *x.shape[2:])
-        missing = self.number * self.positions - x.shape[2]
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3))
-        x = x.reshape(x.shape[0], self.devices, self.number, self.positions, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0).reshape(self.number, x.shape[0], self.devices * self.positions, *x.shape[4:])
+        """[B, T, ...] -> [number, B, positions, ...]."""
+        x = jnp.pad(x, [(0, 0), (0, self.number * self.positions - self.length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], self.number, self.positions, *x.shape[2:]), 1, 0)
 
     def join(self, x):
         """The inverse of `cut`."""
-        x = x.reshape(self.number, x.shape[1], self.devices, self.positions, *x.shape[3:])
-        x = jnp.moveaxis(x, 0, 2)
-        x = x.reshape(x.shape[0], self.devices, self.number * self.positions, *x.shape[4:])
-        return x[:, :, : self.length // self.devices].reshape(x.shape[0], self.length, *x.shape[3:])
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], self.number * self.positions, *x.shape[3:])[:, : self.length]

@@ -1,12 +1,14 @@
-"""Sums over a batch and their gradient, each device for its own rows: what is sent between devices is written here.
+"""Sums over a batch and their gradient, each device for its own part: what is sent between devices is written here.
 
-With r devices along the mesh axes "data" and "fsdp", and S_d the sum over the rows of device d,
+With devices along the mesh axes "data" and "fsdp", which split rows, and "context", which splits their tokens, and S_d
+the sum over the part of device d,
 
     S = Σ_d S_d,        dS/dW = Σ_d dS_d/dW
 
-Over "fsdp" a parameter's gradient is reduce-scattered where the layers use it (`sharding/shards.py`). Over "data", and
-over "fsdp" for a parameter that is not cut, it is summed once, when all parts of the batch have been added up. The mesh
-axes "tensor" and "context" are left to the compiler and to the ops.
+Over "fsdp" a parameter's gradient is reduce-scattered where the layers use it (`sharding/shards.py`). Over "data" and
+"context", and over "fsdp" for a parameter that is not cut, it is summed once, when all parts of the batch have been
+added up. The mesh axis "tensor" is left to the compiler and to the ops. S_d depends on the tokens of earlier devices of
+"context": their part of dS_d/dW is computed where they are, by the transposes of the ops' collectives.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, merge
-from deltaformer_jax.sharding import ROW_AXES
-from deltaformer_jax.sharding.mesh import rows
+from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
+from deltaformer_jax.sharding.mesh import BATCH, rows
 from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards
 
 Sums = Callable[[nnx.GraphDef, Any, dict[str, jax.Array]], tuple[Any, Any]]
@@ -35,8 +37,9 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
     sums: called for a device's own rows, with the model's graphdef. Its numbers are a pytree of scalars, its gradient
     one of the parameters' structure. `shardings`: the parameters' NamedShardings, which are the gradient's too.
     """
-    if rows(mesh) == 1:
+    if rows(mesh) * mesh.shape[CONTEXT_AXIS] == 1:
         return lambda params, batch: sums(parts.graphdef, params, batch)
+    summed, uncut = (*ROW_AXES, CONTEXT_AXIS), ("data", CONTEXT_AXIS)
     specs = jax.tree.map(_of_rows, shardings)
     cuts = jax.tree.map(_cut, specs, parts.params)
     late = _gathered_late(merge(parts, parts.params))
@@ -51,19 +54,33 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
         whole, pull = jax.vjp(of_shards, params)
         numbers, gradient = sums(graphdef, whole, batch)
         (gradient,) = pull(gradient)
-        gradient = jax.tree.map(lambda g, cut: lax.psum(g, ("data",) if cut else ROW_AXES), gradient, cuts)
-        return jax.tree.map(lambda x: lax.psum(x, ROW_AXES), numbers), gradient
+        gradient = jax.tree.map(lambda g, cut: lax.psum(g, uncut if cut else summed), gradient, cuts)
+        return jax.tree.map(lambda x: lax.psum(x, summed), numbers), gradient
 
     # A kernel is only compiled where no axis is left to the compiler: axes of one device are not left to it.
-    axes = {*ROW_AXES, *(name for name, size in mesh.shape.items() if size == 1)}
+    axes = {*summed, *(name for name, size in mesh.shape.items() if size == 1)}
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(specs, PartitionSpec(ROW_AXES)),
+        in_specs=(specs, BATCH),
         out_specs=(PartitionSpec(), specs),
         axis_names=axes,
         # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
         check_vma=False,
+    )
+
+
+def over_tokens(mesh: Mesh, function: Callable) -> Callable:
+    """function(params, batch) -> arrays [B, T], each device of the mesh axis "context" for its own tokens.
+
+    The other axes, and with them the parameters, are left to the compiler and to the ops.
+    """
+    if mesh.shape[CONTEXT_AXIS] == 1:
+        return function
+    part = PartitionSpec(None, CONTEXT_AXIS)
+    axes = {CONTEXT_AXIS, *(name for name, size in mesh.shape.items() if size == 1)}
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), part), out_specs=part, axis_names=axes, check_vma=False
     )
 
 

@@ -5,9 +5,27 @@ All functions here run inside `jax.shard_map`, on one device's part. `name` is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# The mesh axis over which training shards sequences.
+CONTEXT_AXIS = "context"
+
+
+def sequence_is_sharded() -> bool:
+    """Whether this is traced inside a shard_map over the devices of CONTEXT_AXIS, so that each has its own tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and CONTEXT_AXIS in mesh.manual_axes and mesh.shape[CONTEXT_AXIS] > 1
+
+
+def of_whole_rows(function: Callable, segment_ids: jax.Array, name: str) -> jax.Array:
+    """This device's part of function(segment_ids) [B, T], computed from all devices' ids. It sends B T integers."""
+    tokens = segment_ids.shape[1]
+    whole = function(whole_rows(segment_ids, name))
+    return lax.dynamic_slice_in_dim(whole, lax.axis_index(name) * tokens, tokens, axis=1)
 
 
 def from_previous(tree, name: str):

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.sharding.context.axis import from_previous
+from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, from_previous, sequence_is_sharded
+
+
+def over_previous_tokens(function: Callable, tokens: int, x, segment_ids: jax.Array | None):
+    """function(x, segment_ids), by `over_halo` if the sequence is sharded over CONTEXT_AXIS."""
+    if not sequence_is_sharded():
+        return function(x, segment_ids)
+    return over_halo(function, x, segment_ids, tokens, CONTEXT_AXIS)
 
 
 def over_halo(function: Callable, x, segment_ids: jax.Array | None, tokens: int, axis_name: str):
