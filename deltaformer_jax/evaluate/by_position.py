@@ -13,6 +13,7 @@ from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import replicated, rows
 from deltaformer_jax.training.evaluation import has_target, to_devices
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
+from deltaformer_jax.training.over_rows import over_tokens
 
 
 class PositionSums:
@@ -109,7 +110,7 @@ def evaluate_by_position(
             return batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
         return batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), None
 
-    step = jax.jit(scores, out_shardings=replicated(mesh))
+    step = jax.jit(over_tokens(mesh, scores), out_shardings=replicated(mesh))
     sums = PositionSums(sequence_length)
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):

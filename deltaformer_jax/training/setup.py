@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
+from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.sharding import CONTEXT_AXIS
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
@@ -98,6 +100,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     length, context = config.data.sequence_length, mesh.shape[CONTEXT_AXIS]
     if length % context:
         raise ValueError(f"data.sequence_length = {length}: not a multiple of mesh.context = {context}")
+    own = [mixer.name for mixer in map(entry, config.model.mixers) if mixer.name not in MIXERS]
+    if own and context > 1:
+        raise ValueError(
+            f"mesh.context = {context}: the mixer {own[0]} is your own and would take a device's tokens for the whole "
+            "row; set mesh.context=1"
+        )
 
 
 def prepare(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deltaformer_jax.ops.common.checks import renumbered
+
 # The mesh axis over which training shards sequences.
 CONTEXT_AXIS = "context"
 
@@ -44,6 +46,13 @@ def rotated(tree, name: str, by: int = 1):
 def whole_rows(x, name: str):
     """x [B, T/P, ...] of all devices: [B, T, ...]; None stays None."""
     return None if x is None else lax.all_gather(x, name, axis=1, tiled=True)
+
+
+def narrow_ids(segment_ids, name: str):
+    """Ids in at most 32 bits, as `checks.as_segment_ids` makes them, but numbered alike on all devices."""
+    if segment_ids is None or segment_ids.dtype.itemsize <= 4:
+        return segment_ids
+    return of_whole_rows(renumbered, segment_ids, name)
 
 
 def previous_ids(segment_ids, name: str):

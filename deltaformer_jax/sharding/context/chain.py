@@ -19,7 +19,7 @@ from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.padding import zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Similarity
 from deltaformer_jax.ops.deltaformer.api import checked, without_padding
-from deltaformer_jax.sharding.context.axis import whole_rows
+from deltaformer_jax.sharding.context.axis import narrow_ids, whole_rows
 from deltaformer_jax.sharding.context.blocks import blocks_of
 from deltaformer_jax.sharding.context.chain_backward import chain_backward
 from deltaformer_jax.sharding.context.chain_forward import Chain, Streams, chain_forward
@@ -57,14 +57,16 @@ def delta_attention_pipeline(
       ValueError, TypeError: as the op; also a number of tokens on a device that P does not divide.
       NotImplementedError: another implementation, a similarity that holds arrays, or a second derivative.
 
-    Cost: the op's, divided by P, and the time that `schedule.idle_share` gives; w = q takes two passes. Of the T/P
-      tokens' numbers, a device sends (P − 1)/P once to spread them over the devices and back. Around the chain it
-      receives (K + V) Hu T (P − 1)/P numbers, and P/g times as many if there are only g < P groups of heads; in the
-      backward pass twice 2 (K + V) Hu T (P − 1)/P for the read's columns, and 2 (K + V) Hu T (P − 1)/P for the chain's
-      rows. Memory: O(T/P (K + V)) a head, besides the segment ids of all tokens.
+    Cost: the op's, divided by P, and the time that `schedule.idle_share` gives; w = q takes two passes. Of the numbers
+      of its T/P tokens, a device sends (P − 1)/P once to spread them over the devices and back. Around the chain it
+      sends (K + V) Hu T (P − 1)/P numbers, and up to twice as many if there are g < P groups of heads (`exchange.py`).
+      In the backward pass it sends twice as many for the read's columns and their gradients, and as many for the
+      chain's rows, besides the sums of dW that go back. Memory: O(T/P (K + V)) a head, besides the segment ids of the
+      whole row.
     """
     if implementation not in (None, "chunked"):
         raise NotImplementedError(f"implementation={implementation!r}: the chain over devices has one form; use None")
+    segment_ids = narrow_ids(segment_ids, axis_name)
     gates, similarities = (alpha, beta, segment_ids), (write_similarity, read_similarity, write_scale, read_scale)
     plan, own_query, held, inputs = checked(
         query, key, value, write_query, *gates, *similarities, chunk_size, implementation

@@ -7,8 +7,8 @@ blocks after it:
 
 Blocks are taken from the last to the first, in the forward pass's schedule. Columns stay on their device, and solved
 rows travel: w, G, β, the log-sum-exp and D of the solved block. Each device subtracts their part from its own earlier
-columns and adds up dK. The block's own dW and dβ are sums over all columns: a reduce-scatter brings the devices' parts
-back to the block's device in the same step.
+columns and adds up dK. The block's own dW and dβ are sums over all columns, which go back to the block's device in the
+same step.
 
 dU comes from the read, whose gradients need no chain: `ring_read.py`.
 """
@@ -31,11 +31,11 @@ def chain_backward(chain: Chain, streams: Streams, first, u, lse, du):
     size, similarity, scale = chain.blocks.rows, chain.write_similarity, chain.write_scale
     dtype, dealt = tiles.accumulation_dtype(k.dtype), Dealt(chain, forward=False)
     operand = product_dtype(similarity, k.dtype)
-    devices, streams_of_group = chain.blocks.devices, k.shape[1]
 
     def step(carry, s):
         rest, g, dw, dk, dbeta = carry
-        j, i, live = dealt.turn(s)
+        turn = dealt.turn(s)
+        j, i, live = turn
         at = lambda x: take(x, j, i, size)
         rows, ids, gate, normaliser = at(w), at(segments), at(beta), at(lse)
 
@@ -55,11 +55,11 @@ def chain_backward(chain: Chain, streams: Streams, first, u, lse, du):
 
         skip = lambda *unchanged: (unchanged, jnp.zeros_like(normaliser))
         (g, dw, dk, dbeta), row_dot = lax.cond(live, solve, skip, g, dw, dk, dbeta)
-        messages = dealt.exchange((rows, at(g).astype(operand), gate, normaliser, row_dot, ids))
+        messages = dealt.exchange.to_all((rows, at(g).astype(operand), gate, normaliser, row_dot, ids), turn)
 
         def retreat(j, number, carry):
             rest, dk, parts = carry
-            rows, grad, gate, normaliser, row_dot, row_ids = dealt.of_owner(messages, number)
+            rows, grad, gate, normaliser, row_dot, row_ids = dealt.message(messages, j, number)
             part = tuple(tiles.zeros((1, *x.shape[2:]), dtype, v) for x in parts)
 
             def columns(i, carry):
@@ -76,15 +76,15 @@ def chain_backward(chain: Chain, streams: Streams, first, u, lse, du):
 
             bounds = dealt.own_before(first[number]), dealt.own_before(number)
             rest, dk, part = lax.fori_loop(*bounds, columns, (rest, dk, part))
-            owner = number % devices
-            parts = tuple(lax.dynamic_update_index_in_dim(x, y, owner, 0) for x, y in zip(parts, part))
+            slot = dealt.exchange.slot(j, number)
+            parts = tuple(lax.dynamic_update_index_in_dim(x, y, slot, 0) for x, y in zip(parts, part))
             return rest, dk, parts
 
-        # What goes back to each device: dW and dβ of the block that it has solved.
-        shape = (devices, 1, streams_of_group, size)
+        # What goes back to the devices: dW and dβ of the blocks that they have solved.
+        shape = (dealt.exchange.slots, 1, k.shape[1], size)
         parts = (tiles.zeros((*shape, k.shape[3]), dtype, v), tiles.zeros(shape, dtype, v))
         rest, dk, parts = dealt.over_groups(s, retreat, (rest, dk, parts))
-        own_dw, own_dbeta = (lax.psum_scatter(x, chain.blocks.axis_name) for x in parts)
+        own_dw, own_dbeta = dealt.exchange.to_owner(parts, turn)
         dw, dbeta = put(dw, at(dw) + own_dw, j, i), put(dbeta, at(dbeta) + own_dbeta, j, i)
         return (rest, g, dw, dk, dbeta), None
 

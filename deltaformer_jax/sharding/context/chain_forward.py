@@ -24,6 +24,7 @@ from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.similarity import Similarity
 from deltaformer_jax.ops.deltaformer.chunked_write import product_dtype, solve_chunk, times
 from deltaformer_jax.sharding.context.blocks import Blocks
+from deltaformer_jax.sharding.context.exchange import Exchange, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,6 @@ def _start(x, group, row):
     return tuple(jnp.asarray(index, jnp.int32) for index in (group, 0, row, *[0] * (x.ndim - 3)))
 
 
-class Turn(NamedTuple):
-    """A device's turn in a step: it solves block i of its own of group j, if `live`."""
-
-    j: jax.Array
-    i: jax.Array
-    live: jax.Array
-
-
 class Dealt:
     """Which blocks meet at a step. `forward` False: the blocks are taken from the last to the first."""
 
@@ -83,6 +76,7 @@ class Dealt:
         self.blocks, self.groups, self.forward = chain.blocks, chain.groups, forward
         self.devices, self.all = chain.blocks.devices, chain.blocks.devices * chain.blocks.number
         self.me = lax.axis_index(chain.blocks.axis_name)
+        self.exchange = Exchange(chain.blocks.axis_name, self.devices, chain.groups)
         self.steps = jnp.arange(self.all + chain.groups - 1, dtype=jnp.int32)
 
     def block(self, step, j):
@@ -102,13 +96,10 @@ class Dealt:
         """How many of this device's blocks have a smaller number."""
         return (number - self.me + self.devices - 1) // self.devices
 
-    def exchange(self, message):
-        """The messages of all devices, each of which solved a block; the owner's is at [number mod P]."""
-        return jax.tree.map(lambda x: lax.all_gather(x, self.blocks.axis_name), message)
-
-    def of_owner(self, messages, number):
-        pick = lambda x: lax.dynamic_index_in_dim(x, number % self.devices, keepdims=False)
-        return jax.tree.map(pick, messages)
+    def message(self, messages, j, number):
+        """The message about the block `number` of group j."""
+        slot = self.exchange.slot(j, number)
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False), messages)
 
     def over_groups(self, step, function, carry):
         """function(j, number, carry) for the groups that have a block at this step."""
@@ -153,7 +144,8 @@ def chain_forward(chain: Chain, streams: Streams, last):
 
     def step(carry, s):
         u, lse, sums, reads = carry
-        j, i, live = dealt.turn(s)
+        turn = dealt.turn(s)
+        j, i, live = turn
         at = lambda x: take(x, j, i, size)
         keys, ids = at(k), at(segments)
 
@@ -167,10 +159,10 @@ def chain_forward(chain: Chain, streams: Streams, last):
         u, lse, reads = lax.cond(live, solve, lambda *unchanged: unchanged, u, lse, reads)
         # u travels in the dtype in which it is multiplied.
         travels = jnp.promote_types(*operands)
-        messages = dealt.exchange((keys, at(u).astype(travels), ids))
+        messages = dealt.exchange.to_all((keys, at(u).astype(travels), ids), turn)
 
         def absorb(j, number, carry):
-            keys, values, ids = dealt.of_owner(messages, number)
+            keys, values, ids = dealt.message(messages, j, number)
 
             def rows(i, carry):
                 sums, reads = carry

@@ -17,7 +17,7 @@ from deltaformer_jax.ops.common.padding import zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.softmax.api import checked, without_padding
 from deltaformer_jax.ops.softmax.chunked import with_sinks
-from deltaformer_jax.sharding.context.axis import whole_rows
+from deltaformer_jax.sharding.context.axis import narrow_ids, whole_rows
 from deltaformer_jax.sharding.context.blocks import blocks_of
 from deltaformer_jax.sharding.context.ring_read import Ring, ring_read_backward, ring_read_forward
 
@@ -54,6 +54,7 @@ def causal_attention_ring(
     """
     if implementation not in (None, "chunked"):
         raise NotImplementedError(f"implementation={implementation!r}: attention over a ring has one form; use None")
+    segment_ids = narrow_ids(segment_ids, axis_name)
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
     real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs, padding_is_zero)
     tokens, devices = key.shape[1], jax.lax.axis_size(axis_name)

@@ -47,6 +47,11 @@ def test_several_blocks_on_a_device(x64, monkeypatch):
         compare(*pair(window=window), inputs(jnp.float64, ids, decay=True, sinks=True), ids, 4, 1e-12)
 
 
+def test_wide_ids(x64):
+    ids = packed(LENGTH).astype(jnp.int64)
+    compare(*pair(), inputs(jnp.float64, ids), ids + jnp.where(ids == 7, 1 << 32, 0), 4, 1e-12)
+
+
 def test_strong_decay_keeps_its_digits(x64):
     arrays = inputs(jnp.float64, None, decay=True)
     compare(*pair(), arrays | {"log_decay": 300 * arrays["log_decay"]}, None, 4, 1e-12)

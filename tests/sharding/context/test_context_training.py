@@ -83,3 +83,10 @@ def test_a_length_that_does_not_divide():
     config = cases.small_config("", data__sequence_length=30)
     with pytest.raises(ValueError, match=r"data.sequence_length = 30: not a multiple of mesh.context = 4"):
         check_batch(config, make_mesh(MeshConfig(data=2, context=4)))
+
+
+def test_a_mixer_of_your_own():
+    config = cases.small_config("", model__mixers=("delta_former", "somewhere:Mixer"))
+    with pytest.raises(ValueError, match=r"mesh.context = 4: the mixer somewhere:Mixer is your own"):
+        check_batch(config, make_mesh(MeshConfig(data=2, context=4)))
+    check_batch(config, make_mesh(MeshConfig(data=8)))
