@@ -21,7 +21,7 @@ MORE = ("gated_delta_net", "gated_linear_attention")
 
 def losses_on(mesh_config, devices, mixers=MIXERS, steps=3):
     fields = dict(num_heads=4, head_dim=8, implementation=None, vocab_size=64, mixers=mixers)
-    fields |= dict(kv_shift=True, conv_size=3, num_layers=len(mixers))
+    fields |= dict(kv_shift=mixers != MORE, conv_size=3, num_layers=len(mixers))
     config = cases.small_config("", **{f"model__{name}": value for name, value in fields.items()})
     config.data.sequence_length, config.mesh = LENGTH, mesh_config
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
