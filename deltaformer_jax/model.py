@@ -26,6 +26,7 @@ from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.ops.cache.memory_order import in_order
+from deltaformer_jax.sharding.activations import constrain
 from deltaformer_jax.sharding.shards import gathered, is_cut, keep_all_but_gathered
 from pallas_kernels.transform import MADE
 
@@ -192,12 +193,14 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         after = []
         for block, cache in zip(blocks, caches):
             x, cache = apply(block, x, in_order(cache))
+            x = constrain(x, "batch", "tokens", "embed")
             after.append(cache)
         return x, tuple(after)
 
     # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
-    x, blocks = model.embedding(tokens, segment_ids), tuple(model.blocks)
+    x = constrain(model.embedding(tokens, segment_ids), "batch", "tokens", "embed")
+    blocks = tuple(model.blocks)
     if unrolled:
         for i in range(model.periods):
             with jax.named_scope("layer"):

@@ -57,18 +57,23 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of the HLO module `text`, which is compiled for `devices` devices, in the order of the text.
 
     All branches of a conditional are counted, and a loop whose trip count the text does not say counts once. An
-    all-reduce of which only a slice is used, in one fusion, is how a TPU's program says reduce-scatter. Raises
-    ValueError if the text has no entry computation.
+    all-reduce of which only a slice is used, in one fusion, is how a TPU's program says reduce-scatter. One that runs
+    beside other work stands in each fusion that it runs beside, as links of one chain, and counts once, outside of the
+    innermost loops. Raises ValueError if the text has no entry computation.
     """
     computations, entry = parse(text)
-    found: list[Collective] = []
+    found: dict[tuple, Collective] = {}
 
     def walk(name: str, turns: int, loops: tuple[str, ...]):
         computation = computations[name]
         for x in computation.instructions.values():
             kind = x.op.removesuffix("-start")
             if kind in _SENT:
-                found.append(_collective(computation, x, kind, devices, turns, loops))
+                one = _collective(computation, x, kind, devices, turns, loops)
+                chain = re.search(r'chain_id="\d+"', x.rest)
+                key = (chain[0], one.shape.partition("{")[0], one.op_name) if chain else (name, x.name)
+                if key not in found or turns < found[key].turns:
+                    found[key] = one
             elif x.op == "while":
                 inside = turns * (trip_count(computations, x) or 1)
                 walk(attribute(x, "body"), inside, (*loops, op_name_of(x.rest)))
@@ -77,7 +82,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                     walk(inner, turns, loops)
 
     walk(entry, 1, ())
-    return found
+    return list(found.values())
 
 
 def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import replicated, rows
 from deltaformer_jax.training.evaluation import has_target, to_devices
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
-from deltaformer_jax.training.over_rows import over_tokens
+from deltaformer_jax.training.on_mesh.over_rows import over_tokens
 
 
 class PositionSums:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product
+from deltaformer_jax.layers.linear import kernel, product, products
 
 
 class SwiGLU(nnx.Module):
@@ -30,8 +30,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        gate = product(x, self.gate, self.dtype)
-        up = product(x, self.up, self.dtype)
+        gate, up = products(x, [self.gate, self.up], self.dtype)
         return product(jax.nn.silu(gate) * up, self.down, self.dtype)
 
     def flops_per_token(self, length: int) -> float:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.sharding.activations import constrain, on_columns
 
 # The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
@@ -58,11 +59,20 @@ def product(x, weight: nnx.Param, dtype, axes: int = 1, precision=None):
     Operands and result are in `dtype`. Computed as a product of two matrices: of arrays with more dimensions, XLA's
     gradient on a CPU first makes transposed copies, which in a small model cost as much as the products.
     """
-    numbers = weight[...].astype(dtype)
+    return _product(x, weight[...].astype(dtype), dtype, axes, precision)
+
+
+def _product(x, numbers, dtype, axes: int = 1, precision=None):
     width = math.prod(numbers.shape[:axes])
     rows = x.astype(dtype).reshape(-1, width)
     out = jnp.matmul(rows, numbers.reshape(width, -1), precision=precision)
     return out.reshape(*x.shape[: x.ndim - axes], *numbers.shape[axes:])
+
+
+def products(x, weights: list[nnx.Param], dtype) -> list:
+    """`product` of x [..., in] with each of several kernels [in, *out]. On a mesh, x's gradient is summed once."""
+    numbers = [weight[...].astype(dtype) for weight in weights]
+    return on_columns(lambda x, numbers: [_product(x, w, dtype) for w in numbers], x, numbers, [1] * len(weights))
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -106,5 +116,5 @@ class Gate(nnx.Module):
 
     def __call__(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        logits = product(wide, self.kernel, wide.dtype, precision="highest")
+        logits = constrain(product(wide, self.kernel, wide.dtype, precision="highest"), "batch", "tokens", "gates")
         return logits if self.bias is None else logits + along(self.bias, logits)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
-from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops
+from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops, products
 from deltaformer_jax.layers.norms import HeadNorm
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
@@ -57,7 +57,7 @@ class MemoryInputs(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, tails=None):
-        maps = [product(x, weight, self.dtype) for weight in (self.query, self.key, self.value)]
+        maps = products(x, [self.query, self.key, self.value], self.dtype)
         if self.convolutions is None:
             return *(map(jax.nn.silu, maps) if self.silu else maps), ()
         before = (None, None, None) if tails is None else tails

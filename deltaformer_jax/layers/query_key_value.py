@@ -18,7 +18,7 @@ from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
-from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops
+from deltaformer_jax.layers.linear import bias, kernel, plus, product_flops, products
 from deltaformer_jax.layers.norms import AllHeadsNorm, RMSNorm
 from deltaformer_jax.layers.rotary import check_rotary, rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
@@ -93,7 +93,8 @@ class QueryKeyValue(nnx.Module):
 
     def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None):
         biases = self.query_bias, self.key_bias, self.value_bias
-        maps = [plus(product(x, w, self.dtype), b) for w, b in zip((self.query, self.key, self.value), biases)]
+        mapped = products(x, [self.query, self.key, self.value], self.dtype)
+        maps = [plus(y, b) for y, b in zip(mapped, biases)]
         shift, convolutions = (None, (None,) * 3) if tail is None else (tail.shift, tail.convolutions)
         if self.convolutions is not None:
             done = [

@@ -5,9 +5,12 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.config.sections.mesh import RECIPES, REST, SLICES
 from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -28,28 +31,61 @@ BATCH = PartitionSpec(ROW_AXES, CONTEXT_AXIS)
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with axes (data, fsdp, tensor, context) over `devices`, by default all devices of the run.
 
-    `data = -1` takes the number of devices divided by the sizes of the other axes. Axes are of type Auto: the compiler
-    chooses shardings that are not given. Raises ValueError if the product of the sizes is not the number of devices.
+    `data = -1` takes the number of devices divided by the sizes of the other axes; `recipe` gives sizes by name. Axes
+    are of type Auto: the compiler chooses shardings that are not given. Raises ValueError if the product of the sizes
+    is not the number of devices, or if slices cannot be split over data and fsdp.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
-    for name, size in sizes.items():
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = _sizes(config, len(devices), slices)
+    return Mesh(_laid_out(sizes, devices, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _sizes(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
+    """Axis -> its number of devices."""
+    given = {name: getattr(config, name) for name in MESH_AXES}
+    for name, size in given.items():
         if size < 1 and not (name == "data" and size == -1):
             raise ValueError(f"mesh.{name} = {size}: give a number of devices, 1 or more")
-    others = math.prod(sizes[name] for name in MESH_AXES[1:])
-    if sizes["data"] == -1:
-        sizes["data"] = max(1, len(devices) // others)
-    wanted = sizes["data"] * others
-    if wanted != len(devices):
+    default = {name: getattr(MeshConfig(), name) for name in MESH_AXES}
+    recipe = RECIPES[config.recipe] if config.recipe else {}
+    sizes = {name: recipe.get(name, size) if size == default[name] else size for name, size in given.items()}
+    sizes = {name: slices if size == SLICES else size for name, size in sizes.items()}
+    others = math.prod(size for size in sizes.values() if size != REST)
+    sizes = {name: max(1, devices // others) if size == REST else size for name, size in sizes.items()}
+    wanted = math.prod(sizes.values())
+    if wanted != devices:
         asked = " * ".join(f"{name} {sizes[name]}" for name in MESH_AXES)
+        by = f" (by mesh.recipe = {config.recipe!r})" if config.recipe else ""
         raise ValueError(
-            f"mesh: {asked} = {wanted} devices, but there are {len(devices)} ({devices[0].platform}); set "
+            f"mesh: {asked} = {wanted} devices{by}, but there are {devices}; set "
             "mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number "
             "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    return sizes
+
+
+def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.ndarray:
+    """The devices as an array of these sizes: neighbours along an axis are neighbours in the network where it can be.
+
+    Only the axes of rows go over several slices, data before fsdp: what they send is sent once a layer or once a step.
+    """
+    shape = tuple(sizes.values())
+    if slices == 1:
+        try:
+            return mesh_utils.create_device_mesh(shape, devices)
+        except NotImplementedError:  # no axis of the mesh is a product of whole axes of the network
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    over = {"data": math.gcd(sizes["data"], slices)}
+    over["fsdp"] = math.gcd(sizes["fsdp"], slices // over["data"])
+    if math.prod(over.values()) != slices:
+        raise ValueError(
+            f"mesh.data * mesh.fsdp = {sizes['data']} * {sizes['fsdp']}: the {slices} slices of the devices cannot be "
+            "split over them; give one of them a multiple of the number of slices"
+        )
+    between = tuple(over.get(name, 1) for name in sizes)
+    inside = tuple(size // factor for size, factor in zip(shape, between))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def memory_limit(mesh: Mesh) -> int | None:
@@ -94,6 +130,29 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) 
         if axis is not None and axis not in spec and size % mesh.shape[axis] == 0:
             spec[i] = axis
     return PartitionSpec(*spec)
+
+
+def kept_whole(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> list[tuple[str, int, str]]:
+    """(name, size, mesh axis) of the dimensions that RULES would cut, and the mesh axis does not divide."""
+    named = zip(axes, shape[len(shape) - len(axes) :])
+    asked = [(name, size, RULES[name]) for name, size in named if name in RULES]
+    return [(name, size, axis) for name, size, axis in asked if size % mesh.shape[axis]]
+
+
+def also_over_data(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array of this shape, cut over the mesh axis "data" too.
+
+    Along the first dimension that is whole and that data divides, else along one cut over fsdp; where there is none, as
+    it was.
+    """
+    mesh, spec = sharding.mesh, [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for held in (None, "fsdp"):
+        parts = mesh.shape["data"] * (mesh.shape[held] if held else 1)
+        for i, size in enumerate(shape):
+            if spec[i] == held and size % parts == 0:
+                spec[i] = (held, "data") if held else "data"
+                return NamedSharding(mesh, PartitionSpec(*spec))
+    return sharding
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
@@ -30,10 +32,13 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         [h]. An array may be None.
 
     The rows are split over the mesh axes of ROW_AXES that the mesh has, if the product of their sizes divides the
-    number of rows; the heads over those of HEAD_AXES, if it divides every array's number of heads. Otherwise every
-    device along these axes computes the same. Without a mesh, or with one device, this is op(**arrays).
+    number of rows; the heads over those of HEAD_AXES, if it divides the largest number of heads. Of an array with fewer
+    heads, whose number it does not divide, a device takes the heads that its own largest ones belong to: with 8 query
+    heads and 2 key heads on 4 devices, 2 query heads and the one key head of their group. Otherwise every device along
+    these axes computes the same. Without a mesh, or with one device, this is op(**arrays). Inside a `shard_map`, arrays
+    are a device's own along its axes already, and only the other axes count.
 
-    Inside a shard_map over CONTEXT_AXIS, arrays hold a device's own tokens, and the op takes the form that
+    Inside a `shard_map` over CONTEXT_AXIS, arrays hold a device's own tokens, and the op takes the form that
     `over_context` chooses. A mesh that has this axis outside of one splits no sequence here.
     """
     sharded = sequence_is_sharded()
@@ -49,17 +54,28 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         return of_part(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
-    heads = [x.shape[0] if name == "sinks" else x.shape[2] for name, x in given.items() if name != "segment_ids"]
+    heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name != "segment_ids"}
     rows = [x.shape[0] for name, x in given.items() if name != "sinks"]
-    row_axes, head_axes = _used(axes, ROW_AXES, rows), _used(axes, HEAD_AXES, heads)
+    most = max(heads.values())
+    row_axes = _used(axes, ROW_AXES, rows)
+    head_axes = _used(axes, HEAD_AXES, [most]) if all(most % number == 0 for number in heads.values()) else None
+    devices = math.prod(axes[name] for name in head_axes or ())
+    shared = {name for name, number in heads.items() if number % devices}
 
     def spec(name):
+        own = None if name in shared else head_axes
         if name == "sinks":
-            return PartitionSpec(head_axes)
-        return PartitionSpec(row_axes) if name == "segment_ids" else PartitionSpec(row_axes, None, head_axes)
+            return PartitionSpec(own)
+        return PartitionSpec(row_axes) if name == "segment_ids" else PartitionSpec(row_axes, None, own)
+
+    def on_device(given):
+        mine = {
+            name: _own_heads(x, _heads_axis(name), head_axes, devices) for name, x in given.items() if name in shared
+        }
+        return of_part(**given | mine, **none)
 
     mapped = jax.shard_map(
-        lambda given: of_part(**given, **none),
+        on_device,
         in_specs=({name: spec(name) for name in given},),
         out_specs=PartitionSpec(row_axes, None, head_axes),
         axis_names=set(axes),
@@ -67,6 +83,21 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         check_vma=False,
     )
     return mapped(given)
+
+
+def _heads_axis(name: str) -> int:
+    return 0 if name == "sinks" else 2
+
+
+def _own_heads(x, axis: int, head_axes: tuple[str, ...], devices: int):
+    """Those of x's G heads that this device's largest heads belong to.
+
+    As if each head were repeated until there are lcm(G, devices) of them, and these were split evenly.
+    """
+    heads = x.shape[axis]
+    all_heads = math.lcm(heads, devices)
+    first = lax.axis_index(head_axes) * (all_heads // devices)
+    return jnp.take(x, (first + jnp.arange(all_heads // devices)) // (all_heads // heads), axis=axis)
 
 
 def _used(axes, names, sizes):

@@ -15,6 +15,7 @@ from deltaformer_jax.model_parts import merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
+from deltaformer_jax.training.on_mesh.kept_whole import check_split
 from deltaformer_jax.training.optimiser import matrix_sides, muon_matrix
 from deltaformer_jax.training.setup import check_batch, load_data
 
@@ -30,6 +31,7 @@ def dry_run(config: Config) -> None:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     program = fitting_program(full, mesh, say_aside)
+    check_split(program.parts, mesh, full.mesh.strict, say_aside)
     parts, abstract = program.parts, program.abstract
     length = full.data.sequence_length
     forward = merge(parts, parts.params).flops_per_token(length)

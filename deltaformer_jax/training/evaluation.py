@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import on_mesh, replicated, rows
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
-from deltaformer_jax.training.over_rows import over_tokens
+from deltaformer_jax.training.on_mesh.over_rows import over_tokens
 
 
 class Evaluation(NamedTuple):

@@ -22,7 +22,7 @@ from deltaformer_jax.model_parts import model_parts, new_params
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.state import TrainState, abstract_state, new_state
+from deltaformer_jax.training.state import TrainState, abstract_state, gradient_shardings, new_state
 from deltaformer_jax.training.step import make_train_step
 from deltaformer_jax.training.watch.statistics import make_statistics_step
 
@@ -30,9 +30,9 @@ from deltaformer_jax.training.watch.statistics import make_statistics_step
 class Program:
     """The compiled programs of a model, an optimiser and a mesh.
 
-    Reads only `config.model`, which must have its vocabulary size, and `config.optimizer`. Runs that differ in other
-    settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which must have the
-    embedding, blocks and norm of a LanguageModel.
+    Reads only `config.model`, which must have its vocabulary size, `config.optimizer` and `config.mesh.zero1`. Runs
+    that differ in other settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which
+    must have the embedding, blocks and norm of a LanguageModel.
 
     Attributes: mesh; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of shardings).
     Raises the model's own ValueError for a bad config. Cost: the model's construction is traced, nothing is allocated.
@@ -44,7 +44,8 @@ class Program:
         self._model, self._make_model, self._settings = config.model, make_model, config.optimizer
         self._schedule = learning_rate_schedule(config.optimizer)
         self._optimiser = make_optimiser(config.optimizer, self.parts.decay, self.parts.axes)
-        self.abstract, self.shardings = abstract_state(self.parts, self._optimiser, mesh)
+        self.abstract, self.shardings = abstract_state(self.parts, self._optimiser, mesh, zero1=config.mesh.zero1)
+        self._gradient = gradient_shardings(self.parts, self.shardings.params, zero1=config.mesh.zero1)
         self._lowered: dict[tuple, jax.stages.Lowered] = {}
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
@@ -65,7 +66,9 @@ class Program:
     @functools.cached_property
     def train_step(self) -> Callable:
         """The training step of `step.make_train_step`, a jitted function that compiles once per batch shape."""
-        return make_train_step(self._optimiser, self._schedule, self._settings, self.parts, self.mesh, self.shardings)
+        return make_train_step(
+            self._optimiser, self._schedule, self._settings, self.parts, self.mesh, self.shardings, self._gradient
+        )
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:
         """The training step traced for batches of this shape. Tracing runs the model's own checks of its config."""

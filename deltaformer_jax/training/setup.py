@@ -23,6 +23,7 @@ from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.memory import fitting_program
+from deltaformer_jax.training.on_mesh.kept_whole import check_split
 from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
@@ -152,6 +153,7 @@ def prepare(
     begin = _said(begin or _beginning(full, corpus.tokenizer, note), full, note)
     # Traced before anything is written, since tracing the model checks the rest of the config.
     program = fitting_program(full, mesh, note, make_program)
+    check_split(program.parts, mesh, full.mesh.strict, note)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
 
     if jax.process_index() == 0:

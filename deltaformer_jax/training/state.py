@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.model_parts import ModelParts
-from deltaformer_jax.sharding.mesh import partition, replicated
+from deltaformer_jax.sharding.mesh import also_over_data, partition, replicated
 from deltaformer_jax.training.guard import Guard, new_guard
 
 
@@ -31,12 +31,13 @@ def new_state(params: Any, optimiser: optax.GradientTransformation) -> TrainStat
 
 
 def abstract_state(
-    parts: ModelParts, optimiser: optax.GradientTransformation, mesh: Mesh
+    parts: ModelParts, optimiser: optax.GradientTransformation, mesh: Mesh, *, zero1: bool = False
 ) -> tuple[TrainState, TrainState]:
     """(the state as ShapeDtypeStructs with shardings, the shardings alone). Nothing is allocated.
 
     What the optimiser keeps of a parameter has the parameter's sharding, and Adafactor's means over one of its axes
-    that of the axes left. The rest of the optimiser's state is replicated.
+    that of the axes left. With `zero1` the former is cut over the mesh axis "data" too. The rest of the optimiser's
+    state is replicated.
     """
     whole = replicated(mesh)
     shapes = jax.eval_shape(lambda params: new_state(params, optimiser), parts.params)
@@ -47,7 +48,9 @@ def abstract_state(
     def like_parameter(kept: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
         if isinstance(kept, optax.MaskedNode):  # the parameter has another of Muon's two optimisers
             return kept
-        return sharding if kept.shape == param.shape else whole
+        if kept.shape != param.shape:
+            return whole
+        return also_over_data(sharding, param.shape) if zero1 else sharding
 
     def placed(node: Any, found: Any) -> Any:
         if not isinstance(node, optax.FactoredState):
@@ -75,6 +78,13 @@ def abstract_state(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
     return abstract, shardings
+
+
+def gradient_shardings(parts: ModelParts, of_params: Any, *, zero1: bool) -> Any:
+    """The shardings of a gradient: the parameters', or with `zero1` those of what the optimiser keeps of them."""
+    if not zero1:
+        return of_params
+    return jax.tree.map(lambda sharding, leaf: also_over_data(sharding, leaf.shape), of_params, parts.params)
 
 
 def _of_means(place: int, whole: NamedSharding) -> Callable:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.training import guard
 from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
-from deltaformer_jax.training.over_rows import over_rows
+from deltaformer_jax.training.on_mesh.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
 
 
@@ -111,17 +112,20 @@ def make_train_step(
     parts: ModelParts,
     mesh: Mesh,
     shardings: TrainState,
+    of_gradient: Any,
 ) -> Callable:
-    """jit of (state, batch) -> (state, metrics). The old state is donated.
+    """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
     """
 
+    over = functools.partial(over_rows, mesh, shardings.params, of_gradient)
+
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (parts, state.params, batch, settings.accumulation_steps)
-        pieces = {"over": functools.partial(over_rows, mesh, shardings.params), "max_logits": logits_at_once(mesh)}
+        pieces = {"over": over, "max_logits": logits_at_once(mesh)}
         more = {}
         if "loss_mask" in batch:
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)

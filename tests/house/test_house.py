@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # of its own. docs/architecture.md says what each is for.
 FLOORS = [
     ["deltaformer_jax.host"],
+    ["deltaformer_jax.compiled"],
     ["pallas_kernels"],
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],

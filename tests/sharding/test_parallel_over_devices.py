@@ -1,6 +1,7 @@
 """An op spread over eight simulated devices is the op."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from deltaformer_jax.sharding import over_devices
 
 
 def mesh(**sizes):
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def draw(rows=4, heads=4, kv_heads=2, dtype=jnp.float32):
@@ -32,6 +34,8 @@ CUBE = dict(data=2, fsdp=2, tensor=2, context=1)
         (CUBE, dict()),
         (CUBE, dict(rows=3)),  # rows that four devices don't divide
         (CUBE, dict(heads=3, kv_heads=1)),  # heads that two don't divide
+        (dict(tensor=4), dict(heads=8)),  # more devices than key heads: they share them
+        (dict(tensor=4), dict(heads=12, kv_heads=6)),  # of which none has a whole number
         (dict(rows_of_another_name=8), dict()),
     ],
 )
@@ -62,6 +66,20 @@ def test_every_device_has_its_own_rows_and_heads():
         out = jax.jit(lambda x: over_devices(op, {**x, "sinks": jnp.zeros(4), "log_decay": None}))(arrays)
     assert out.shape == (4, 40, 4, 8)
     assert seen == [dict(query=(1, 40, 2, 8), key=(1, 40, 1, 8), value=(1, 40, 1, 8), segment_ids=(1, 40), sinks=(2,))]
+
+
+def test_devices_share_the_key_heads_of_their_query_heads():
+    """8 query heads and 2 key heads on 4 devices: each has 2 query heads and one key head, and so half of β."""
+    seen = []
+
+    def op(**arrays):
+        seen.append({name: x.shape for name, x in arrays.items()})
+        return delta_attention(**arrays)
+
+    with jax.set_mesh(mesh(data=2, tensor=4)):
+        jax.jit(lambda x: over_devices(op, x))(draw(heads=8))
+    one = dict(key=(2, 40, 1, 8), value=(2, 40, 1, 8), beta=(2, 40, 1), segment_ids=(2, 40))
+    assert seen == [dict(query=(2, 40, 2, 8), **one)]
 
 
 def test_a_kernel_lowers_on_a_mesh_because_it_is_told():

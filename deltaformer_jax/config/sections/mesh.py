@@ -4,10 +4,31 @@ import dataclasses
 
 from deltaformer_jax.config.fields import setting
 
+# Sizes by name. REST: all devices that the other axes leave. SLICES: the number of slices.
+REST, SLICES = -1, -2
+RECIPES = {
+    "fsdp": {"data": 1, "fsdp": REST},
+    "data+fsdp": {"data": SLICES, "fsdp": REST},
+    "fsdp+tensor": {"data": 1, "fsdp": REST, "tensor": 4},
+    "fsdp+context": {"data": 1, "fsdp": REST, "context": 4},
+}
+
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Number of devices along each axis of the mesh. The product of the four is the number of devices."""
+    """Number of devices along each axis of the mesh. The product of the four is the number of devices.
+
+    `recipe` gives sizes by name. A field beside it that is not at its default overrides the recipe's size.
+    """
+
+    recipe: str = setting(
+        "",
+        'Sizes of the axes by name. "fsdp": all devices on fsdp. "data+fsdp": fsdp inside a slice (devices that a fast '
+        'network connects), data over the slices. "fsdp+tensor": tensor = 4, the rest on fsdp. "fsdp+context": '
+        "context = 4, the rest on fsdp. A field of this section that is set beside it overrides the recipe's size. "
+        '"": the fields alone.',
+        choices=("", *RECIPES),
+    )
 
     data: int = setting(
         -1,
@@ -28,4 +49,14 @@ class MeshConfig:
         1,
         "Number of devices that split the tokens of each row, for contexts longer than one device's memory holds "
         "(context parallelism).",
+    )
+    zero1: bool = setting(
+        False,
+        "Whether the devices along data split the optimiser's state too (ZeRO stage 1). Each updates its part of the "
+        "parameters and sends it to the others.",
+    )
+    strict: bool = setting(
+        False,
+        "Whether a parameter that an axis of the mesh cannot split evenly, and which every device along it therefore "
+        "holds whole, is an error. Otherwise it is said once.",
     )

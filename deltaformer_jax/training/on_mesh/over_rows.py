@@ -26,36 +26,55 @@ from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
 from deltaformer_jax.sharding.mesh import BATCH, rows
-from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards
+from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards, sums_in_shards
 
 Sums = Callable[[nnx.GraphDef, Any, dict[str, jax.Array]], tuple[Any, Any]]
 
 
-def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Callable:
+def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, sums: Sums) -> Callable:
     """(params, batch) -> sums(graphdef, params, batch) = (numbers, gradient), summed over all rows of the batch.
 
     sums: called for a device's own rows, with the model's graphdef. Its numbers are a pytree of scalars, its gradient
-    one of the parameters' structure. `shardings`: the parameters' NamedShardings, which are the gradient's too.
+    one of the parameters' structure. `shardings`: the parameters' NamedShardings. `of_gradient`: the gradient's, which
+    may be cut over "data" too: it is then reduce-scattered over that axis.
     """
     if rows(mesh) * mesh.shape[CONTEXT_AXIS] == 1:
         return lambda params, batch: sums(parts.graphdef, params, batch)
-    summed, uncut = (*ROW_AXES, CONTEXT_AXIS), ("data", CONTEXT_AXIS)
+    summed = (*ROW_AXES, CONTEXT_AXIS)
     specs = jax.tree.map(_of_rows, shardings)
-    cuts = jax.tree.map(_cut, specs, parts.params)
+    cuts = jax.tree.map(_cut, specs, parts.params, is_leaf=_is_spec)
     late = _gathered_late(merge(parts, parts.params))
-    graphdef = _marked(parts, {path: cut for path, cut in _flat(cuts) if cut and path[0] in late})
+    columns = jax.tree.map(_columns, shardings, parts.params)
+    graphdef = _marked(parts, late, dict(_flat(cuts)), dict(_flat(columns)))
+
+    flat_cuts, flat_columns = jax.tree.leaves(cuts), [column or None for column in jax.tree.leaves(columns)]
+    gradient_specs = jax.tree.map(_of_rows, of_gradient)
+    over_data = [_dimension(spec, "data") for spec in jax.tree.leaves(gradient_specs, is_leaf=_is_spec)]
+    is_late = [path[0].key in late for path, _ in jax.tree_util.tree_leaves_with_path(cuts)]
 
     def local(params, batch):
         def of_shards(params):  # what no layer gathers by itself is gathered before
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x, cut: all_shards(x, cut) if cut and path[0].key not in late else x, params, cuts
-            )
+            leaves, structure = jax.tree.flatten(params)
+            early = [i for i, cut in enumerate(flat_cuts) if cut and not is_late[i]]
+            if early:
+                whole = all_shards(*([all_of[i] for i in early] for all_of in (leaves, flat_cuts, flat_columns)))
+                for i, array in zip(early, whole):
+                    leaves[i] = array
+            return jax.tree.unflatten(structure, leaves)
 
         whole, pull = jax.vjp(of_shards, params)
         numbers, gradient = sums(graphdef, whole, batch)
         (gradient,) = pull(gradient)
-        gradient = jax.tree.map(lambda g, cut: lax.psum(g, uncut if cut else summed), gradient, cuts)
-        return jax.tree.map(lambda x: lax.psum(x, summed), numbers), gradient
+        leaves, structure = jax.tree.flatten(gradient)
+        split = [i for i, axis in enumerate(over_data) if axis is not None]
+        wholes, axes, beside = ([all_of[i] for i in split] for all_of in (leaves, over_data, flat_columns))
+        for i, own in zip(split, sums_in_shards(wholes, axes, "data", beside)):
+            leaves[i] = own
+        for i, cut in enumerate(flat_cuts):
+            done = {SHARD_AXIS: cut, "data": over_data[i] is not None}
+            left = [axis for axis in summed if not done.get(axis)]
+            leaves[i] = lax.psum(leaves[i], left) if left else leaves[i]
+        return jax.tree.map(lambda x: lax.psum(x, summed), numbers), jax.tree.unflatten(structure, leaves)
 
     # A kernel is only compiled where no axis is left to the compiler: axes of one device are not left to it.
     axes = {*summed, *(name for name, size in mesh.shape.items() if size == 1)}
@@ -63,7 +82,7 @@ def over_rows(mesh: Mesh, shardings: Any, parts: ModelParts, sums: Sums) -> Call
         local,
         mesh=mesh,
         in_specs=(specs, BATCH),
-        out_specs=(PartitionSpec(), specs),
+        out_specs=(PartitionSpec(), gradient_specs),
         axis_names=axes,
         # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
         check_vma=False,
@@ -85,13 +104,29 @@ def over_tokens(mesh: Mesh, function: Callable) -> Callable:
 
 
 def _of_rows(sharding: NamedSharding) -> PartitionSpec:
-    """The part of a parameter's spec that shard_map is told: the axes that rows are split over."""
-    return PartitionSpec(*(axis if axis in ROW_AXES else None for axis in sharding.spec))
+    """The part of an array's spec that shard_map is told: the axes that rows are split over."""
+    return PartitionSpec(*(None if axes in (None, "tensor") else axes for axes in sharding.spec))
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _dimension(spec: PartitionSpec, axis: str) -> int | None:
+    """The dimension that is cut over a mesh axis."""
+    return next((i for i, axes in enumerate(spec) if axes == axis or (type(axes) is tuple and axis in axes)), None)
 
 
 def _cut(spec: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> int:
     """The dimension cut over SHARD_AXIS, counted from the last: −1, −2, ...; 0: none."""
-    return spec.index(SHARD_AXIS) - leaf.ndim if SHARD_AXIS in spec else 0
+    found = _dimension(spec, SHARD_AXIS)
+    return 0 if found is None else found - leaf.ndim
+
+
+def _columns(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> int:
+    """The dimension cut over "tensor", counted from the last; 0: none."""
+    found = _dimension(sharding.spec, "tensor")
+    return 0 if found is None else found - leaf.ndim
 
 
 def _gathered_late(model: nnx.Module) -> set[str]:
@@ -101,12 +136,12 @@ def _gathered_late(model: nnx.Module) -> set[str]:
     return ours | {"embedding"} if plain else ours
 
 
-def _marked(parts: ModelParts, cuts: dict[tuple, int]) -> nnx.GraphDef:
-    """The model's graphdef with the metadata `cut` at the parameters of these paths."""
+def _marked(parts: ModelParts, late: set[str], cuts: dict[tuple, int], columns: dict[tuple, int]) -> nnx.GraphDef:
+    """The model's graphdef with the metadata `cut` and `columns` at the parameters that layers gather themselves."""
     model = merge(parts, parts.params)
     for path, parameter in nnx.to_flat_state(nnx.state(model)):
-        if path in cuts:
-            parameter.set_metadata(cut=cuts[path])
+        if cuts[path] and path[0] in late:
+            parameter.set_metadata(cut=cuts[path], columns=columns[path] or None)
     return nnx.split(model)[0]
 
 
