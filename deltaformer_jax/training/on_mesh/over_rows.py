@@ -92,9 +92,10 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
 def over_tokens(mesh: Mesh, function: Callable) -> Callable:
     """function(params, batch) -> arrays [B, T], each device of the mesh axis "context" for its own tokens.
 
-    The other axes, and with them the parameters, are left to the compiler and to the ops.
+    On a mesh that cuts parameters, over "fsdp" or "tensor", all is left to the compiler, and every device of "context"
+    computes whole rows: XLA aborts where a shard_map is over "context" and these axes are left to it (jaxlib 0.10.2).
     """
-    if mesh.shape[CONTEXT_AXIS] == 1:
+    if mesh.shape[CONTEXT_AXIS] == 1 or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         return function
     part = PartitionSpec(None, CONTEXT_AXIS)
     axes = {CONTEXT_AXIS, *(name for name, size in mesh.shape.items() if size == 1)}
