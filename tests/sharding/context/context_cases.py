@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 AXIS = "context"
-DEVICES = (2, 4, 8)
+LONG = pytest.mark.long
+DEVICES = (pytest.param(2, marks=LONG), 4, pytest.param(8, marks=LONG))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import AXIS, DEVICES, compare, draw, over, packed
+from context_cases import AXIS, DEVICES, LONG, compare, draw, over, packed
 
 from deltaformer_jax import delta_attention
 from deltaformer_jax.sharding.context.chain import delta_attention_pipeline
@@ -36,14 +36,16 @@ def test_packed_documents(devices):
     compare(*pair(), inputs(jnp.float32, ids), ids, devices, 1e-5)
 
 
-@pytest.mark.parametrize("kv_heads, write_heads", [(1, None), (2, 4), (3, 3)])
+@pytest.mark.parametrize(
+    "kv_heads, write_heads", [(1, None), pytest.param(2, 4, marks=LONG), pytest.param(3, 3, marks=LONG)]
+)
 def test_heads_in_float64(x64, kv_heads, write_heads):
     ids = packed(LENGTH)
     arrays = inputs(jnp.float64, ids, heads=2 * kv_heads, kv_heads=kv_heads, write_heads=write_heads)
     compare(*pair(chunk_size=2), arrays, ids, 4, 1e-12)
 
 
-@pytest.mark.parametrize("write", ["linear", "round", "relu"])
+@pytest.mark.parametrize("write", ["linear", *(pytest.param(name, marks=LONG) for name in ("round", "relu"))])
 def test_similarities_in_float64(x64, write):
     arrays = inputs(jnp.float64, None, gates=("beta",))
     form, op = pair(write_similarity=write, read_similarity="exp", write_scale=0.05, chunk_size=4, write_query="query")
@@ -51,11 +53,13 @@ def test_similarities_in_float64(x64, write):
     compare(form, op, arrays, None, 4, 1e-12)
 
 
+@pytest.mark.long
 def test_no_gates(x64):
     arrays = inputs(jnp.float64, None, gates=())
     compare(*pair(), arrays, None, 8, 1e-12)
 
 
+@pytest.mark.long
 def test_narrow_numbers():
     """bfloat16: the chain rounds what the one-device form rounds, and sums blocks in another order."""
     arrays = inputs(jnp.bfloat16, None)

@@ -26,6 +26,7 @@ def test_delta_attention(devices):
     compare(spread(op), op, arrays, ids, devices, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("similarity", ["linear", "round"])
 def test_delta_attention_in_float64(x64, similarity):
     arrays = draw(dict(query=(8, 4), key=(4, 4), value=(4, 3), beta=(4,)), LENGTH, jnp.float64)
@@ -44,6 +45,7 @@ def test_softmax_attention_with_sinks_and_decay():
     compare(spread(op), op, arrays, ids, 4, 1e-5)
 
 
+@pytest.mark.long
 def test_a_gated_op():
     ids = packed(LENGTH)
     arrays = draw(dict(query=(4, 4), key=(4, 4), value=(8, 3), log_decay=(8, 4)), LENGTH, jnp.float32, ids=ids)

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 import pytest
-from context_cases import AXIS, DEVICES, compare, draw, over, packed
+from context_cases import AXIS, DEVICES, LONG, compare, draw, over, packed
 
 from deltaformer_jax import causal_attention
 from deltaformer_jax.sharding.context.ring import causal_attention_ring
@@ -31,13 +31,16 @@ def test_packed_documents(devices):
     compare(*pair(), inputs(jnp.float32, ids), ids, devices, 1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 6, 13])  # at 4 devices: the whole ring, 1 and 2 earlier devices
+@pytest.mark.parametrize(
+    "window", [None, pytest.param(6, marks=LONG), 13]
+)  # at 4 devices: the whole ring, 1 and 2 earlier devices
 @pytest.mark.parametrize("options", [dict(), dict(decay=True, sinks=True)])
 def test_in_float64(x64, window, options):
     for ids in (None, packed(LENGTH)) if options else (packed(LENGTH),):
         compare(*pair(window=window), inputs(jnp.float64, ids, **options), ids, 4, 1e-12)
 
 
+@pytest.mark.long
 def test_several_blocks_on_a_device(x64, monkeypatch):
     from deltaformer_jax.ops.softmax import api
 
@@ -47,11 +50,13 @@ def test_several_blocks_on_a_device(x64, monkeypatch):
         compare(*pair(window=window), inputs(jnp.float64, ids, decay=True, sinks=True), ids, 4, 1e-12)
 
 
+@pytest.mark.long
 def test_wide_ids(x64):
     ids = packed(LENGTH).astype(jnp.int64)
     compare(*pair(), inputs(jnp.float64, ids), ids + jnp.where(ids == 7, 1 << 32, 0), 4, 1e-12)
 
 
+@pytest.mark.long
 def test_strong_decay_keeps_its_digits(x64):
     arrays = inputs(jnp.float64, None, decay=True)
     compare(*pair(), arrays | {"log_decay": 300 * arrays["log_decay"]}, None, 4, 1e-12)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import AXIS, DEVICES, compare, draw, mesh, packed
+from context_cases import AXIS, DEVICES, LONG, compare, draw, mesh, packed
 from jax.sharding import PartitionSpec
 
 from deltaformer_jax import gated_delta_rule, gated_linear_attention
@@ -41,7 +41,7 @@ def test_packed_documents(op, devices):
 
 
 @pytest.mark.parametrize("op", FORMS)
-@pytest.mark.parametrize("decay", [None, (4,), (4, 4)])
+@pytest.mark.parametrize("decay", [pytest.param(None, marks=LONG), pytest.param((4,), marks=LONG), (4, 4)])
 def test_the_definition_in_float64(x64, op, decay):
     for ids in (None, packed(LENGTH)):
         form = lambda **arrays: FORMS[op](AXIS, **arrays, implementation="recurrent")[0]
@@ -66,6 +66,7 @@ def test_the_final_state_is_on_every_device(op):
     np.testing.assert_allclose(last, np.broadcast_to(expected, last.shape), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_number_as_decay():
     arrays = inputs(gated_linear_attention, None, jnp.float32, None)
     form = functools.partial(gated_linear_attention_states, AXIS, log_decay=-0.1)
