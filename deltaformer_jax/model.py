@@ -24,6 +24,7 @@ from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
+from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.ops.cache.memory_order import in_order
 from deltaformer_jax.sharding.activations import constrain
 from deltaformer_jax.sharding.shards import gathered, is_cut, keep_all_but_gathered
@@ -176,7 +177,7 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
     if positions is None:
         # All layers have seen the same tokens, so the first layer's length is every layer's.
         start = None if cache is None else cache[0].length[0]
-        positions = ops.token_positions(segment_ids, *tokens.shape, start)
+        positions = token_positions(segment_ids, *tokens.shape, start)
 
     def apply(block, x, cache):
         block = gathered(block, model.embedding.dtype)

@@ -70,11 +70,15 @@ def strict_arithmetic(request):
         yield
 
 
+# Beside those in ops/ and kernels/.
+WITH_KERNELS = ("test_parallel_over_devices.py", "test_context_lowering.py")
+
+
 @pytest.fixture(autouse=True)
 def portable_forms(request, monkeypatch):
     """Where kernels are not the matter, an op that names none is traced in its portable form alone. Otherwise every
     trace would contain the kernels of all platforms, which takes several times as long and changes nothing on a CPU."""
-    about_kernels = {"ops", "kernels"} & set(request.path.parts) or request.path.name == "test_parallel_over_devices.py"
+    about_kernels = {"ops", "kernels"} & set(request.path.parts) or request.path.name in WITH_KERNELS
     if about_kernels:
         return
     from deltaformer_jax.ops.common import dispatch

@@ -14,6 +14,7 @@ from deltaformer_jax.sharding.mesh import replicated, rows
 from deltaformer_jax.sharding.rows import to_devices
 from deltaformer_jax.training.evaluation import bits_per_byte, has_target
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
+from deltaformer_jax.training.on_mesh.over_rows import over_tokens
 
 
 class PositionSums:
@@ -113,7 +114,7 @@ def evaluate_by_position(
             return batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
         return batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), None
 
-    step = jax.jit(scores, out_shardings=replicated(mesh))
+    step = jax.jit(over_tokens(mesh, scores), out_shardings=replicated(mesh))
     sums = PositionSums(sequence_length)
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):

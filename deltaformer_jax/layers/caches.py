@@ -67,6 +67,6 @@ def remember(op: Callable, arrays: dict[str, jax.Array | None], cache: StateCach
     `op(**arrays)` returns (o, final state). Without a cache the op runs on every device's own rows and heads.
     """
     if cache is None:
-        return over_devices(lambda **given: op(**given)[0], arrays), None
+        return over_devices(op, arrays), None
     o, state = op(**arrays, initial_state=cache.state)
     return o, cache.after(state, tails, arrays["segment_ids"], o.shape[1])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
+from deltaformer_jax.sharding import over_previous_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -45,25 +46,19 @@ class KVShift(nnx.Module):
         self.current_value, self.previous_value = scalars(value), scalars(1.0 - value)
 
     def __call__(self, key, value, *, segment_ids=None, tail: ShiftTail | None = None):
-        mixed_key = ops.shift_mix(
-            key,
-            self.current_key[...],
-            self.previous_key[...],
-            segment_ids=segment_ids,
-            last=None if tail is None else tail.key,
-        )
-        mixed_value = ops.shift_mix(
-            value,
-            self.current_value[...],
-            self.previous_value[...],
-            segment_ids=segment_ids,
-            last=None if tail is None else tail.value,
-        )
-        if tail is not None:
-            tail = ShiftTail(
-                last_real_token(key, segment_ids, tail.key), last_real_token(value, segment_ids, tail.value)
-            )
-        return mixed_key.astype(key.dtype), mixed_value.astype(value.dtype), tail
+        scalars = [x[...] for x in (self.current_key, self.previous_key, self.current_value, self.previous_value)]
+        if tail is None:
+            mixed = lambda both, segment_ids: _mixed(both, segment_ids, scalars)
+            return *over_previous_tokens(mixed, 1, (key, value), segment_ids), None
+        mixed = _mixed((key, value), segment_ids, scalars, last=(tail.key, tail.value))
+        last = (last_real_token(x, segment_ids, old) for x, old in zip((key, value), (tail.key, tail.value)))
+        return *mixed, ShiftTail(*last)
+
+
+def _mixed(key_and_value, segment_ids, scalars, last=(None, None)):
+    """(k', v') from (k, v) and the four scalars a₁, a₂, b₁, b₂ of each head."""
+    pairs = zip(key_and_value, (scalars[:2], scalars[2:]), last)
+    return tuple(ops.shift_mix(x, *pair, segment_ids=segment_ids, last=before) for x, pair, before in pairs)
 
 
 def last_real_token(x, segment_ids, otherwise):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from deltaformer_jax import ops
+from deltaformer_jax.sharding import CONTEXT_AXIS, of_whole_rows, sequence_is_sharded
 
 
 def clear_padding(x, segment_ids):
@@ -25,4 +26,14 @@ def clear_padding(x, segment_ids):
 def default_positions(x, segment_ids, cache):
     """int32 [B,T]: each token's index among the real tokens of its segment, counted on from the tokens in `cache`."""
     start = None if cache is None else cache.length
-    return ops.token_positions(segment_ids, x.shape[0], x.shape[1], start)
+    return token_positions(segment_ids, *x.shape[:2], start)
+
+
+def token_positions(segment_ids, batch, length, start=None):
+    """`ops.token_positions`, int32 [batch, length], also of a sequence that is sharded over devices."""
+    if not sequence_is_sharded():
+        return ops.token_positions(segment_ids, batch, length, start)
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    positions = lambda ids: ops.token_positions(ids, *ids.shape)
+    return of_whole_rows(positions, segment_ids, CONTEXT_AXIS)

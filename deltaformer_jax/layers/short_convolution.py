@@ -13,6 +13,7 @@ from flax import nnx
 
 from deltaformer_jax.layers.linear import bias, plus, wide_kernel
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.sharding import over_previous_tokens
 
 
 class ShortConvolution(nnx.Module):
@@ -34,6 +35,12 @@ class ShortConvolution(nnx.Module):
         self.width = width
 
     def __call__(self, x, *, segment_ids=None, tail=None):
+        if tail is not None:
+            return self._convolve(x, segment_ids, tail)
+        alone = lambda x, segment_ids: self._convolve(x, segment_ids)[0]
+        return over_previous_tokens(alone, self.width - 1, x, segment_ids), None
+
+    def _convolve(self, x, segment_ids, tail=None):
         wide = accumulation_dtype(x.dtype)
         weight = self.weight[...].astype(wide)[:, None, None]
         time = x.shape[1]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.config.sections.mesh import RECIPES, REST, SLICES
-from deltaformer_jax.sharding import ROW_AXES
+from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -24,8 +24,8 @@ RULES = {
     "embed": "fsdp",
 }
 
-# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp".
-BATCH = PartitionSpec(ROW_AXES)
+# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp", its tokens over "context".
+BATCH = PartitionSpec(ROW_AXES, CONTEXT_AXIS)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -33,16 +33,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
     `data = -1` takes the number of devices divided by the sizes of the other axes; `recipe` gives sizes by name. Axes
     are of type Auto: the compiler chooses shardings that are not given. Raises ValueError if the product of the sizes
-    is not the number of devices, if slices cannot be split over data and fsdp, or if context > 1.
+    is not the number of devices, or if slices cannot be split over data and fsdp.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = _sizes(config, len(devices), slices)
-    if sizes["context"] > 1:
-        raise ValueError(
-            f"mesh.context = {sizes['context']}: sharding a sequence over devices is not supported; "
-            "set mesh.context=1 and use mesh.data, mesh.fsdp or mesh.tensor"
-        )
     return Mesh(_laid_out(sizes, devices, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -64,7 +59,7 @@ def _sizes(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
         by = f" (by mesh.recipe = {config.recipe!r})" if config.recipe else ""
         raise ValueError(
             f"mesh: {asked} = {wanted} devices{by}, but there are {devices}; set "
-            "mesh.data, mesh.fsdp and mesh.tensor so that their product is that number "
+            "mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number "
             "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
         )
     return sizes

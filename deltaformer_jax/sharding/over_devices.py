@@ -1,4 +1,5 @@
-"""Run an op on a mesh, each device on its own rows and heads. Rows and heads are independent: no communication.
+"""Run an op on a mesh, each device on its own rows, heads and tokens. Rows and heads are independent: no communication.
+Tokens are not: `context/over_context.py` has the form of each op for sequences that are sharded over devices.
 
 The compiler partitions XLA operations by itself. It cannot partition a hand-written kernel; shard_map does that.
 """
@@ -13,16 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
+from deltaformer_jax.sharding.context.over_context import over_context
+
 # Mesh axes over which the rows of a batch are sharded, and those over which heads are.
 ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
-def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | None]) -> jax.Array:
+def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array:
     """op(**arrays) [B, T, H, V], computed on the current mesh (`jax.set_mesh`), each device for its rows and heads.
 
     Args:
-      op: takes the arrays by name; its other arguments are already bound.
+      op: takes the arrays by name; its other arguments are already bound. If it returns a pair (output, state), as the
+        gated ops do, the output is taken.
       arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" [B, T] and "sinks"
         [h]. An array may be None.
 
@@ -32,12 +37,21 @@ def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | Non
     heads and 2 key heads on 4 devices, 2 query heads and the one key head of their group. Otherwise every device along
     these axes computes the same. Without a mesh, or with one device, this is op(**arrays). Inside a `shard_map`, arrays
     are a device's own along its axes already, and only the other axes count.
+
+    Inside a `shard_map` over CONTEXT_AXIS, arrays hold a device's own tokens, and the op takes the form that
+    `over_context` chooses. A mesh that has this axis outside of one splits no sequence here.
     """
+    sharded = sequence_is_sharded()
+
+    def of_part(**arrays):
+        result = over_context(op, arrays, CONTEXT_AXIS) if sharded else op(**arrays)
+        return result[0] if isinstance(result, tuple) else result
+
     mesh = jax.sharding.get_abstract_mesh()
     # Inside a shard_map over some axes, arrays are already a device's own along these.
     axes = {name: mesh.shape[name] for name in set(mesh.axis_names) - set(mesh.manual_axes)}
     if math.prod(axes.values()) == 1:
-        return op(**arrays)
+        return of_part(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
     heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name != "segment_ids"}
@@ -58,7 +72,7 @@ def over_devices(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | Non
         mine = {
             name: _own_heads(x, _heads_axis(name), head_axes, devices) for name, x in given.items() if name in shared
         }
-        return op(**given | mine, **none)
+        return of_part(**given | mine, **none)
 
     mapped = jax.shard_map(
         on_device,

@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 from deltaformer_jax import data
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
+from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.data.chat import CHAT_FILE
 from deltaformer_jax.data.corpus import with_held_out_tail
 from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.processes import common
+from deltaformer_jax.sharding import CONTEXT_AXIS
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -95,12 +98,21 @@ def _load_data(config: Config) -> Corpus | Mixture | TaskData:
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError unless every device gets the same number of rows of every accumulation part of a batch."""
+    """Raise ValueError unless every device gets as many rows of each accumulation part of a batch, and tokens."""
     batch, parts, devices = config.data.batch_size, config.optimizer.accumulation_steps, rows(mesh)
     if batch % (parts * devices):
         raise ValueError(
             f"data.batch_size = {batch}: not a multiple of mesh.data * mesh.fsdp * optimizer.accumulation_steps = "
             f"{mesh.shape['data']} * {mesh.shape['fsdp']} * {parts} = {parts * devices}"
+        )
+    length, context = config.data.sequence_length, mesh.shape[CONTEXT_AXIS]
+    if length % context:
+        raise ValueError(f"data.sequence_length = {length}: not a multiple of mesh.context = {context}")
+    own = [mixer.name for mixer in map(entry, config.model.mixers) if mixer.name not in MIXERS]
+    if own and context > 1:
+        raise ValueError(
+            f"mesh.context = {context}: the mixer {own[0]} is your own and would take a device's tokens for the whole "
+            "row; set mesh.context=1"
         )
 
 

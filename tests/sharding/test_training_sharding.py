@@ -40,7 +40,7 @@ def test_mesh_takes_what_is_left():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(context=2), "mesh.context = 2.*set mesh.context=1"),
+        (MeshConfig(context=3), "context 3 = 6 devices, but there are 8"),
         (MeshConfig(data=3), "data 3 .* = 3 devices, but there are 8"),
         (MeshConfig(fsdp=16), "= 16 devices, but there are 8"),
         (MeshConfig(tensor=0), "mesh.tensor = 0"),

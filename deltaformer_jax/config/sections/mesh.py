@@ -45,7 +45,11 @@ class MeshConfig:
         "Number of devices that split the heads, the feed-forward layer's width and the vocabulary (tensor "
         "parallelism).",
     )
-    context: int = setting(1, "Number of devices that split a sequence. Only 1 is supported.")
+    context: int = setting(
+        1,
+        "Number of devices that split the tokens of each row, for contexts longer than one device's memory holds "
+        "(context parallelism).",
+    )
     zero1: bool = setting(
         False,
         "Whether the devices along data split the optimiser's state too (ZeRO stage 1). Each updates its part of the "

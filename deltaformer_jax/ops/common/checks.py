@@ -122,7 +122,7 @@ def as_segment_ids(segment_ids, key):
     concrete = concrete_value(segment_ids)
     if concrete is not None:
         _check_runs(concrete)
-    return as_int32(segment_ids) if segment_ids.dtype.itemsize <= 4 else _renumbered(segment_ids)
+    return as_int32(segment_ids) if segment_ids.dtype.itemsize <= 4 else renumbered(segment_ids)
 
 
 def as_int32(integers):
@@ -130,7 +130,7 @@ def as_int32(integers):
     return integers if integers.dtype == jnp.int32 else integers.astype(jnp.int32)
 
 
-def _renumbered(ids):
+def renumbered(ids):
     """64-bit ids as int32: each run of equal ids gets the number of changes before it, plus 1; 0 (padding) stays 0.
 
     A cast alone could make two different ids equal.

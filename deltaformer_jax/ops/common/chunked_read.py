@@ -36,6 +36,16 @@ def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
     return visible
 
 
+def backward_tile(similarity, scores, values, visible, lse, grad, row_dot, operand):
+    """(P, dS) of one tile: the scores, decay included, of rows with their lse, dO = `grad` and D = `row_dot` (None
+    unless softmax), and columns with u = `values`. dS is the cotangent of the scores."""
+    weights = tiles.weights_again(similarity, scores, lse, visible)
+    dots = tiles.dot(grad, values.mT, operand)
+    if row_dot is not None:
+        dots = dots - row_dot[..., None]
+    return weights, tiles.keep(visible, similarity.slope(scores, weights) * dots)
+
+
 def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None):
     """(o [B, h, T·r, V], lse [B, h, T·r]), both in the accumulation dtype; lse is the log-sum-exp of each row.
 
@@ -96,11 +106,8 @@ def read_backward(
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
             visible = _visible(i, j, group, chunk, segments, window, diagonal)
             scores = add_decay(tiles.dot(rows, keys.mT, k.dtype) * scale, decay, i, j, chunk, diagonal)
-            weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk * group), visible)
-            dots = tiles.dot(grad, values.mT, operand)
-            if row_dot is not None:
-                dots = dots - tiles.take(row_dot, i, chunk * group)[..., None]
-            dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots)
+            lses, dots = (tiles.take(x, i, chunk * group) for x in (lse, row_dot))
+            weights, dscores = backward_tile(similarity, scores, values, visible, lses, grad, dots, operand)
             if decay is not None:
                 by_token = dscores.reshape(batch, heads, chunk, group, chunk)
                 column_sums = column_sums + jnp.swapaxes(jnp.sum(by_token, axis=2), 2, 3)

@@ -47,7 +47,7 @@ def decay_between(log_decay):
     return jnp.cumsum(jnp.where(after, log_decay[:, None], 0), axis=0)
 
 
-def _between(log_decay):
+def decay_inside(log_decay):
     """`decay_between` for log_decay [B, G, N, r]: D [B, G, N, N, r]."""
     return jnp.moveaxis(decay_between(jnp.moveaxis(log_decay, 2, 0)), (0, 1), (2, 3))
 
@@ -61,14 +61,17 @@ def score_decay(log_decay, chunk) -> ScoreDecay | None:
     blocks = log_decay.reshape(batch, heads, -1, chunk, group)
     prefix = jnp.cumsum(blocks, axis=3)
     suffix = lax.cumsum(blocks, axis=3, reverse=True) - blocks
-    # between[i, j] sums the totals of the chunks after j and before i. It is D of the chunks' totals, shifted by one
-    # chunk, because chunk i's own total is not included.
-    totals = prefix[:, :, :, -1]
+    between = totals_between(prefix[:, :, :, -1])
+    return ScoreDecay(log_decay, prefix.reshape(log_decay.shape), suffix.reshape(log_decay.shape), between)
+
+
+def totals_between(totals):
+    """[B, G, n, n, r] from the chunks' sums of log decays [B, G, n, r]: entry [i, j] sums those of the chunks after j
+    and before i. It is D of the totals, shifted by one chunk, because chunk i's own total is not included."""
     index = jnp.arange(totals.shape[2], dtype=jnp.int32)
     before = (index[:, None] - 1 > index[None, :])[None, None, :, :, None]
     previous = jnp.concatenate([jnp.zeros_like(totals[:, :, :1]), totals[:, :, :-1]], axis=2)
-    between = jnp.cumsum(jnp.where(before, previous[:, :, :, None], 0), axis=2)
-    return ScoreDecay(log_decay, prefix.reshape(log_decay.shape), suffix.reshape(log_decay.shape), between)
+    return jnp.cumsum(jnp.where(before, previous[:, :, :, None], 0), axis=2)
 
 
 def add_decay(scores, decay: ScoreDecay | None, i, j, chunk, diagonal):
@@ -76,7 +79,7 @@ def add_decay(scores, decay: ScoreDecay | None, i, j, chunk, diagonal):
     if decay is None:
         return scores
     if diagonal:
-        bias = jnp.swapaxes(_between(tiles.take(decay.log_decay, i, chunk)), 3, 4)
+        bias = jnp.swapaxes(decay_inside(tiles.take(decay.log_decay, i, chunk)), 3, 4)
     else:
         at = lambda x, index: lax.dynamic_index_in_dim(x, index, axis=2, keepdims=False)
         rows = tiles.take(decay.prefix, i, chunk) + at(at(decay.between, i), j)[:, :, None]

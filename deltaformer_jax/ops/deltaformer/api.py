@@ -104,27 +104,17 @@ def delta_attention(
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
       caches, segments, the one-pass form and the backward pass are this project's.
     """
-    given = (write_query, alpha, beta, segment_ids)
-    write_query, alpha, beta, segment_ids = _checked(query, key, value, *given, chunk_size, implementation)
-    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
-    read_similarity, read_arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
-    plan = Plan(
-        write_similarity,
-        checks.check_scale("write_scale", write_scale, key.shape[3]),
-        read_similarity,
-        checks.check_scale("read_scale", read_scale, key.shape[3]),
-        tied=False,
-        chunk=_chunk(chunk_size, key),
+    gates = (alpha, beta, segment_ids)
+    similarities = (write_similarity, read_similarity, write_scale, read_scale)
+    plan, own_query, held, inputs = checked(
+        query, key, value, write_query, *gates, *similarities, chunk_size, implementation
     )
     if cache is not None or return_cache:
-        checks.check_one_document(segment_ids)
-    own_query = write_query is query
-    inputs = Inputs(query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
-    held = (write_arrays, read_arrays)
+        checks.check_one_document(inputs.segment_ids)
     if cache is not None:
-        write_heads = query.shape[2] if own_query else _write_heads(write_query, key)
+        write_heads = query.shape[2] if own_query else _write_heads(inputs.write_query, key)
         cache = check_cache(cache, KUCache, key, write_heads, value.shape[3])
-        check_room(cache, segment_ids, key.shape[1])
+        check_room(cache, inputs.segment_ids, key.shape[1])
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
@@ -174,10 +164,45 @@ def delta_values(
     return _write(plan, implementation, (write_arrays, ()), inputs)
 
 
+def checked(
+    query,
+    key,
+    value,
+    write_query,
+    alpha,
+    beta,
+    segment_ids,
+    write_similarity,
+    read_similarity,
+    write_scale,
+    read_scale,
+    chunk_size,
+    implementation,
+) -> tuple[Plan, bool, tuple[tuple, tuple], Inputs]:
+    """The arguments of `delta_attention` as (plan, whether the write query is the query itself, the arrays that the
+    similarities hold, inputs). The inputs' write query is then None, and also if it is the key. Raises for an argument
+    that does not fit."""
+    given = (write_query, alpha, beta, segment_ids)
+    write_query, alpha, beta, segment_ids = _checked(query, key, value, *given, chunk_size, implementation)
+    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
+    read_similarity, read_arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
+    plan = Plan(
+        write_similarity,
+        checks.check_scale("write_scale", write_scale, key.shape[3]),
+        read_similarity,
+        checks.check_scale("read_scale", read_scale, key.shape[3]),
+        tied=False,
+        chunk=_chunk(chunk_size, key),
+    )
+    own_query = write_query is query
+    inputs = Inputs(query, None if own_query else write_query, key, value, alpha, beta, segment_ids)
+    return plan, own_query, (write_arrays, read_arrays), inputs
+
+
 @compiled(5)
 def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs):
     """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
-    real, inputs = _without_padding(inputs, padding_is_zero)
+    real, inputs = without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
     if own_query:
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
@@ -196,7 +221,7 @@ def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held
 def _extend(plan, own_query, block, held, cache, inputs):
     """(output, cache): `delta_attention` continued from a given cache, `block` tokens at a time."""
     plan = whole_plan(plan, held)
-    real, (query, write_query, key, value, alpha, beta, _) = _without_padding(inputs)
+    real, (query, write_query, key, value, alpha, beta, _) = without_padding(inputs)
     w = query if own_query else key if write_query is None else write_query
     extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
     return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
@@ -205,7 +230,7 @@ def _extend(plan, own_query, block, held, cache, inputs):
 @compiled(2)
 def _write(plan, implementation, held, inputs):
     """The body of `delta_values`: u [B, T, Hu, V]."""
-    real, inputs = _without_padding(inputs)
+    real, inputs = without_padding(inputs)
     _, u = _compute(implementation, plan, held, inputs)
     return u if inputs.segment_ids is None else zero_gradient_at_padding(u, real)
 
@@ -256,7 +281,7 @@ def _chunk(chunk_size, key):
     return min(chunk_size or default_chunk(key.shape[1]), key.shape[1])
 
 
-def _without_padding(inputs, padding_is_zero=False):
+def without_padding(inputs, padding_is_zero=False):
     """(real, inputs): `real` [B, T] is False at padding, and the inputs are set to 0 there, where they are not yet. A
     NaN in the padding then reaches neither values nor gradients."""
     *arrays, alpha, beta, segment_ids = inputs

@@ -32,7 +32,7 @@ from jax import lax
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.triangular import solve_unit_lower, solve_unit_lower_transposed
-from deltaformer_jax.ops.deltaformer.chunked_write import _times
+from deltaformer_jax.ops.deltaformer.chunked_write import times
 
 _SOFTMAX = Softmax()
 
@@ -66,8 +66,8 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk):
         inverse = tiles.inverse_normaliser(_SOFTMAX, running)[..., None]
         past, weights = running[2] * inverse, weights * inverse
         gate = tiles.take(beta, c, chunk)
-        target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
-        solved = solve_unit_lower(_times(gate, weights), target - _times(gate, past))
+        target = times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
+        solved = solve_unit_lower(times(gate, weights), target - times(gate, past))
         summary = past + tiles.dot(weights, solved, dtype)
 
         # π = 1 / (1 + e^{lse1 − s_ii}); π = 1 in a row without earlier tokens.
@@ -104,8 +104,8 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
 
     def adjoints(i, grad):
         """H and c of the rows of chunk i, given their G."""
-        both_ways = tiles.take(read_share, i, chunk) - _times(tiles.take(beta, i, chunk), grad)
-        written = _times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
+        both_ways = tiles.take(read_share, i, chunk) - times(tiles.take(beta, i, chunk), grad)
+        written = times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
         write_dot = -jnp.sum(grad * (written - tiles.take(u, i, chunk)), axis=-1)
         return both_ways, tiles.take(rest * read_dot, i, chunk) + write_dot
 
@@ -132,7 +132,7 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
         weights = weights_of(j, keys, visible)
         incoming = incoming + tiles.dot(weights.mT, tiles.take(read_share, j, chunk), dtype)
-        grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), incoming)
+        grad = solve_unit_lower_transposed(times(tiles.take(beta, j, chunk), weights), incoming)
         both_ways, centre = adjoints(j, grad)
         dscores = weights * (tiles.dot(both_ways, values.mT, k.dtype) - centre[..., None])
         own = own_share * (jnp.sum(own_dout * values, axis=-1) - tiles.take(read_dot, j, chunk))
@@ -145,4 +145,4 @@ def tied_backward(q, k, v, alpha, beta, segments, last, u, summary, lse1, share,
     start = tuple(tiles.zeros(x.shape, dtype, v) for x in (v, q, k))
     (g, dq, dk), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
     dalpha = jnp.sum(v.astype(dtype) * g, axis=-1)
-    return dq, dk, _times(alpha, g), dalpha, -jnp.sum(g * summary, axis=-1)
+    return dq, dk, times(alpha, g), dalpha, -jnp.sum(g * summary, axis=-1)

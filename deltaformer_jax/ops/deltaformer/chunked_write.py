@@ -26,7 +26,7 @@ from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.triangular import solve_unit_lower, solve_unit_lower_transposed
 
 
-def _times(gate, x):
+def times(gate, x):
     """gate ⊙ x in x's dtype, with one gate per row: gate [B, h, T], x [B, h, T] or [B, h, T, V]. None means 1."""
     if gate is None:
         return x
@@ -34,10 +34,36 @@ def _times(gate, x):
     return gate[..., None] * x if x.ndim == 4 else gate * x
 
 
-def _product_dtype(similarity, dtype):
+def product_dtype(similarity, dtype):
     """The dtype of the operands of products with the weights. Softmax rows are convex combinations, so the inputs' own
     dtype is precise enough. Rows of the other similarities may grow, so these need the accumulation dtype."""
     return dtype if similarity.normalised else tiles.accumulation_dtype(dtype)
+
+
+def solve_chunk(similarity, running, scores, visible, target, beta):
+    """(u [B, h, C, V], lse [B, h, C]) of one chunk, from the running sums over all earlier chunks.
+
+    scores [B, h, C, C] are those of the chunk's own keys, `visible` is its strict mask, target = α v, beta may be None.
+    """
+    weights, running = tiles.absorb_weights(similarity, running, scores, visible)
+    # One factor per row: β divided by the softmax normaliser.
+    factor = times(beta, tiles.inverse_normaliser(similarity, running))[..., None]
+    solved = solve_unit_lower(factor * weights, target - factor * running[2])
+    return solved, tiles.log_normaliser(similarity, running)
+
+
+def backward_tile(similarity, scale, rows, keys, values, visible, lse, grad, beta, row_dot):
+    """(A, G Uᵀ, dS) of one tile: rows w [B, h, R, K] with their lse, G = `grad`, beta and D = `row_dot` (read for
+    softmax only), columns keys [B, h, C, K] and values u [B, h, C, V]. dS is the cotangent of the unscaled scores."""
+    operand = product_dtype(similarity, keys.dtype)
+    scores = tiles.dot(rows, keys.mT, keys.dtype) * scale
+    weights = tiles.weights_again(similarity, scores, lse, visible)
+    products = tiles.dot(grad, values.mT, operand)
+    dots = -times(beta, products)
+    if similarity.normalised:
+        dots = dots - row_dot[..., None]
+    dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
+    return weights, products, dscores
 
 
 def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
@@ -49,7 +75,7 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
     """
     batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
-    operand = _product_dtype(similarity, k.dtype)
+    operand = product_dtype(similarity, k.dtype)
     strict = tiles.strictly_below(chunk)
 
     def one_chunk(carry, c):
@@ -66,12 +92,9 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
 
         running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
-        weights, running = tiles.absorb_weights(similarity, running, scores(c), visible)
-        # One factor per row: β divided by the softmax normaliser.
-        factor = _times(tiles.take(beta, c, chunk), tiles.inverse_normaliser(similarity, running))
-        target = _times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
-        solved = solve_unit_lower(factor[..., None] * weights, target - factor[..., None] * running[2])
-        return (tiles.put(u, solved, c), tiles.put(lse, tiles.log_normaliser(similarity, running), c)), None
+        target = times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
+        solved, normaliser = solve_chunk(similarity, running, scores(c), visible, target, tiles.take(beta, c, chunk))
+        return (tiles.put(u, solved, c), tiles.put(lse, normaliser, c)), None
 
     start = (tiles.zeros(v.shape, dtype, v), tiles.zeros(v.shape[:3], dtype, v))
     return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
@@ -84,23 +107,19 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
     """
     length = k.shape[2]
     dtype = tiles.accumulation_dtype(k.dtype)
-    operand = _product_dtype(similarity, k.dtype)
+    operand = product_dtype(similarity, k.dtype)
     strict = tiles.strictly_below(chunk)
 
-    def tile(i, j, keys, values, visible, grad):
-        """The tiles of A, G Uᵀ and dS for the rows of chunk i and the columns of chunk j; `grad` is the rows' G."""
-        scores = tiles.dot(tiles.take(w, i, chunk), keys.mT, k.dtype) * scale
-        weights = tiles.weights_again(similarity, scores, tiles.take(lse, i, chunk), visible)
-        products = tiles.dot(grad, values.mT, operand)
-        dots = -_times(tiles.take(beta, i, chunk), products)
+    def tile(i, keys, values, visible, grad):
+        """`backward_tile` for the rows of chunk i and the columns of `keys`; `grad` is the rows' G."""
+        row_dot = None
         if similarity.normalised:
             row_dot = -jnp.sum(grad * (_written(i) - tiles.take(u, i, chunk)), axis=-1)
-            dots = dots - row_dot[..., None]
-        dscores = tiles.keep(visible, similarity.slope(scores, weights) * dots) * scale
-        return weights, products, dscores
+        rows, lses, gate = (tiles.take(x, i, chunk) for x in (w, lse, beta))
+        return backward_tile(similarity, scale, rows, keys, values, visible, lses, grad, gate, row_dot)
 
     def _written(i):
-        return _times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
+        return times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
 
     def one_chunk(carry, j):
         g, dw, dk, dbeta = carry
@@ -111,8 +130,8 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
             dw, dbeta, rest, dkeys = inner
             grad = tiles.take(g, i, chunk)
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
-            weights, products, dscores = tile(i, j, keys, values, visible, grad)
-            rest = rest - tiles.dot(weights.mT, _times(tiles.take(beta, i, chunk), grad), operand)
+            weights, products, dscores = tile(i, keys, values, visible, grad)
+            rest = rest - tiles.dot(weights.mT, times(tiles.take(beta, i, chunk), grad), operand)
             dkeys = dkeys + tiles.dot(dscores.mT, tiles.take(w, i, chunk), operand)
             dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), i)
             dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), i)
@@ -125,8 +144,8 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
         rows = tiles.take(w, j, chunk)
         scores = tiles.dot(rows, keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, j, chunk), visible)
-        grad = solve_unit_lower_transposed(_times(tiles.take(beta, j, chunk), weights), rest)
-        weights, products, dscores = tile(j, j, keys, values, visible, grad)
+        grad = solve_unit_lower_transposed(times(tiles.take(beta, j, chunk), weights), rest)
+        weights, products, dscores = tile(j, keys, values, visible, grad)
         dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
         dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
         dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), j)
@@ -139,4 +158,4 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
         tiles.zeros(v.shape[:3], dtype, v),
     )
     (g, dw, dk, dbeta), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
-    return dw, dk, _times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=-1), dbeta
+    return dw, dk, times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=-1), dbeta

@@ -91,18 +91,10 @@ def causal_attention(
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
     """
-    checks.check_heads(query, key, value)
-    check_implementation("softmax", implementation)
-    checks.check_size("window", window)
-    segment_ids = checks.as_segment_ids(segment_ids, key)
-    scale = checks.check_scale("scale", scale, key.shape[3])
-    shapes = [(*key.shape[:2], query.shape[2])]
-    log_decay = checks.as_log_decay(log_decay, "query heads", shapes, segment_ids, key)
-    checks.check_sinks(sinks, query.shape[2])
+    plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
+    log_decay, segment_ids = inputs.log_decay, inputs.segment_ids
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
-    inputs = Inputs(query, key, value, log_decay, sinks, segment_ids)
-    plan = Plan(scale, window, default_chunk(key.shape[1]))
     if cache is not None:
         decay_heads = None if log_decay is None else query.shape[2]
         cache = check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
@@ -116,10 +108,24 @@ def causal_attention(
     return _attend(plan, implementation, return_cache, padding_is_zero, inputs)
 
 
+def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation) -> tuple[Plan, Inputs]:
+    """The arguments of `causal_attention` as a plan and its inputs. Raises for an argument that does not fit."""
+    checks.check_heads(query, key, value)
+    check_implementation("softmax", implementation)
+    checks.check_size("window", window)
+    segment_ids = checks.as_segment_ids(segment_ids, key)
+    scale = checks.check_scale("scale", scale, key.shape[3])
+    shapes = [(*key.shape[:2], query.shape[2])]
+    log_decay = checks.as_log_decay(log_decay, "query heads", shapes, segment_ids, key)
+    checks.check_sinks(sinks, query.shape[2])
+    plan = Plan(scale, window, default_chunk(key.shape[1]))
+    return plan, Inputs(query, key, value, log_decay, sinks, segment_ids)
+
+
 @compiled(4)
 def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
     """`causal_attention` without a given cache."""
-    real, inputs = _without_padding(inputs, padding_is_zero)
+    real, inputs = without_padding(inputs, padding_is_zero)
     query, key, value, log_decay, *_ = inputs
     if implementation in _DEFINITIONS:
         out = _by_definition(_DEFINITIONS[implementation], inputs, plan.scale, plan.window)
@@ -139,7 +145,7 @@ def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
 @compiled(2)
 def _extend(plan, block, cache, inputs):
     """(output, cache): `causal_attention` continued from a given cache, `block` tokens at a time."""
-    real, (query, key, value, log_decay, sinks, _) = _without_padding(inputs)
+    real, (query, key, value, log_decay, sinks, _) = without_padding(inputs)
 
     def extend(cache, query, key, value, log_decay, real):
         return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, plan.scale, plan.window)
@@ -147,7 +153,7 @@ def _extend(plan, block, cache, inputs):
     return extend_in_blocks(extend, cache, (query, key, value, log_decay, real), block)
 
 
-def _without_padding(inputs, padding_is_zero=False):
+def without_padding(inputs, padding_is_zero=False):
     """(real, inputs): `real` [B, T] is False at padding; the inputs are set to 0 there, where they are not yet, and
     log_decay is cast to the accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs

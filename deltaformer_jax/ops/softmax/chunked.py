@@ -61,12 +61,16 @@ class Inputs(NamedTuple):
 def attention_chunked(plan: Plan, inputs: Inputs):
     """The output [B,T,H,V] in value's dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
-    out, lse = _without_sinks(plan, query, key, value, log_decay, segment_ids)
+    return with_sinks(*_without_sinks(plan, query, key, value, log_decay, segment_ids), sinks)
+
+
+def with_sinks(out, lse, sinks):
+    """The output with sinks [H] or None, from the output without them [B,T,H,V] and its log-sum-exps [B,T,H]."""
     if sinks is None:
         return out
     # The sink only adds e^b to the normaliser, so the output is o · e^lse / (e^lse + e^b).
     share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, None])
-    return (out.astype(lse.dtype) * share[..., None]).astype(value.dtype)
+    return (out.astype(lse.dtype) * share[..., None]).astype(out.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,12 +1,14 @@
-"""Sums over a batch and their gradient, each device for its own rows: what is sent between devices is written here.
+"""Sums over a batch and their gradient, each device for its own part: what is sent between devices is written here.
 
-With r devices along the mesh axes "data" and "fsdp", and S_d the sum over the rows of device d,
+With devices along the mesh axes "data" and "fsdp", which split rows, and "context", which splits their tokens, and S_d
+the sum over the part of device d,
 
     S = Σ_d S_d,        dS/dW = Σ_d dS_d/dW
 
-Over "fsdp" a parameter's gradient is reduce-scattered where the layers use it (`sharding/shards.py`). Over "data", and
-over "fsdp" for a parameter that is not cut, it is summed once, when all parts of the batch have been added up. The mesh
-axes "tensor" and "context" are left to the compiler and to the ops.
+Over "fsdp" a parameter's gradient is reduce-scattered where the layers use it (`sharding/shards.py`). Over "data" and
+"context", and over "fsdp" for a parameter that is not cut, it is summed once, when all parts of the batch have been
+added up. The mesh axis "tensor" is left to the compiler and to the ops. S_d depends on the tokens of earlier devices of
+"context": their part of dS_d/dW is computed where they are, by the transposes of the ops' collectives.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, flat, joined, merge, nested
-from deltaformer_jax.sharding import ROW_AXES
+from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
 from deltaformer_jax.sharding.mesh import BATCH, rows
 from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards, sums_in_shards
 
@@ -36,8 +38,9 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
     that of the trained parameters. `shardings`: the parameters' NamedShardings. `of_gradient`: the gradient's, which
     may be cut over "data" too: it is then reduce-scattered over that axis.
     """
-    if rows(mesh) == 1:
+    if rows(mesh) * mesh.shape[CONTEXT_AXIS] == 1:
         return lambda params, batch: sums(parts.graphdef, params, batch)
+    summed = (*ROW_AXES, CONTEXT_AXIS)
     specs = jax.tree.map(_of_rows, shardings)
     cuts = dict(flat(jax.tree.map(_cut, specs, parts.params, is_leaf=_is_spec)))
     late = _gathered_late(merge(parts, parts.params))
@@ -63,13 +66,13 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
         wholes, axes, beside = ([of[path] for path in split] for of in (leaves, over_data, columns))
         leaves |= zip(split, sums_in_shards(wholes, axes, "data", beside))
         for path in leaves:
-            summed = {SHARD_AXIS: bool(cuts[path]), "data": over_data[path] is not None}
-            left = [axis for axis in ROW_AXES if not summed[axis]]
+            done = {SHARD_AXIS: bool(cuts[path]), "data": over_data[path] is not None}
+            left = [axis for axis in summed if not done.get(axis)]
             leaves[path] = lax.psum(leaves[path], left) if left else leaves[path]
-        return jax.tree.map(lambda x: lax.psum(x, ROW_AXES), numbers), nested(leaves)
+        return jax.tree.map(lambda x: lax.psum(x, summed), numbers), nested(leaves)
 
     # A kernel is only compiled where no axis is left to the compiler: axes of one device are not left to it.
-    axes = {*ROW_AXES, *(name for name, size in mesh.shape.items() if size == 1)}
+    axes = {*summed, *(name for name, size in mesh.shape.items() if size == 1)}
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -78,6 +81,21 @@ def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, s
         axis_names=axes,
         # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
         check_vma=False,
+    )
+
+
+def over_tokens(mesh: Mesh, function: Callable) -> Callable:
+    """function(params, batch) -> arrays [B, T], each device of the mesh axis "context" for its own tokens.
+
+    On a mesh that cuts parameters, over "fsdp" or "tensor", all is left to the compiler, and every device of "context"
+    computes whole rows: XLA aborts where a shard_map is over "context" and these axes are left to it (jaxlib 0.10.2).
+    """
+    if mesh.shape[CONTEXT_AXIS] == 1 or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        return function
+    part = PartitionSpec(None, CONTEXT_AXIS)
+    axes = {CONTEXT_AXIS, *(name for name, size in mesh.shape.items() if size == 1)}
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), part), out_specs=part, axis_names=axes, check_vma=False
     )
 
 
