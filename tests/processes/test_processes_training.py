@@ -92,6 +92,7 @@ def test_a_signal_to_one_stops_all_with_the_state_saved(asked, corpus, tmp_path)
     assert json.loads((workdir / "checkpoints" / str(step) / "sha256.json").read_text())
 
 
+@pytest.mark.long
 def test_what_differs_is_refused_by_all_before_anything_is_written(corpus, tmp_path):
     other = cases.make_corpus(tmp_path / "other", words=("other", "words"))
     for flag, words in (
