@@ -18,7 +18,6 @@ Nothing is allocated or run. Compiling takes minutes.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from deltaformer_jax.config.errors import one_line_errors
@@ -39,17 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         from deltaformer_jax.host.waiting import say_aside, waiting
 
         command = parse([PROGRAM, *rest], str(config_folder() / "tiny.py"))
-        # The program is compiled for other devices; those of this machine, if it has any, stay free.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         with waiting("importing jax", say_aside):
-            from deltaformer_jax.training.ahead_of_time.plan import make_plan
-            from deltaformer_jax.training.ahead_of_time.report import print_plan, write_plan
-            from deltaformer_jax.training.ahead_of_time.topologies import find_topology
-        plan = make_plan(command.config, find_topology(own["topology"]))
-        print_plan(plan)
-        if "json" in own:
-            write_plan(plan, own["json"])
-    return 0 if plan.fits else 1
+            from deltaformer_jax.training.ahead_of_time.report import report
+        return report(command.config, own["topology"], own.get("json"))
 
 
 def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,7 +1,7 @@
 """Train a language model.
 
     python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
-                                    [--dry_run] [--help_config [WORD]]
+                                    [--dry_run [--for TOPOLOGY]] [--help_config [WORD]]
                                     [--coordinator HOST:PORT --processes N --process I]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
@@ -10,6 +10,7 @@
            it keeps its own config. Default: a new folder under runs/
 --resume   refuse a --workdir that holds no run, instead of starting a new run there
 --dry_run  print parameters, FLOPs per token, shapes, shardings and the memory of a step; allocate and write nothing
+--for      with --dry_run: devices that are not here, such as h100 or v5e:16x16, as deltaformer_jax.compile takes them
 --coordinator, --processes, --process
            one of several processes that make up the run: where process 0 listens, how many there are, which this is.
            Slurm, Open MPI, Cloud TPU, GKE and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID tell it too;
@@ -80,6 +81,10 @@ def _train(program: str, place: Place | None) -> None:
             if command.dry_run:
                 for line in noticed:
                     say_aside(line)
+                if command.topology:
+                    with waiting("importing jax", say_aside):
+                        from deltaformer_jax.training.ahead_of_time.report import report
+                    sys.exit(report(command.config, command.topology))
                 with waiting("importing jax", say_aside):
                     from deltaformer_jax.training.dry_run import dry_run
 

@@ -25,13 +25,15 @@ OWN = {
     "workdir": True,
     "resume": False,
     "dry_run": False,
+    "for": True,
     "coordinator": True,
     "processes": True,
     "process": True,
 }
 LISTING = (
-    "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, --dry_run, "
-    "--help_config, and for several processes --coordinator HOST:PORT, --processes N, --process I"
+    "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, "
+    "--dry_run [--for TOPOLOGY], --help_config, and for several processes --coordinator HOST:PORT, --processes N, "
+    "--process I"
 )
 
 
@@ -40,6 +42,7 @@ class Command(NamedTuple):
     workdir: str  # "": a new folder under runs/
     name: str  # the config file's name without .py; "resumed" if the config comes from the workdir
     dry_run: bool
+    topology: str  # what the dry run compiles for; "": the devices that are there
     resume: bool  # whether a workdir without a run is refused
 
 
@@ -75,6 +78,7 @@ def parse(argv: list[str], default_config: str) -> Command:
     flags.DEFINE_string("workdir", "", "the run's folder; may be gs://", flag_values=values)
     flags.DEFINE_bool("resume", False, "refuse a --workdir that holds no run", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print sizes, shapes and memory; allocate nothing", flag_values=values)
+    flags.DEFINE_string("for", "", "with --dry_run: devices that are not here, such as h100", flag_values=values)
     # Read before this by processes/place.py, which says what they mean.
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
@@ -101,7 +105,10 @@ def parse(argv: list[str], default_config: str) -> Command:
         raise ValueError("--resume: give the run's folder too, --workdir DIR")
     check(config)
     name = Path(path.partition(":")[0]).stem if value_of("config", argv) or path == default_config else "resumed"
-    return Command(config, values.workdir, name, values.dry_run, values.resume)
+    topology = values["for"].value
+    if topology and not values.dry_run:
+        raise ValueError(f"--for {topology}: is for --dry_run; give that too")
+    return Command(config, values.workdir, name, values.dry_run, topology, values.resume)
 
 
 def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:

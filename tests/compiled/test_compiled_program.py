@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from deltaformer_jax import compile as program
+from deltaformer_jax import train
 from deltaformer_jax.training.ahead_of_time.buffers import Buffer, largest_buffers, total_bytes
 from deltaformer_jax.training.ahead_of_time.chips import CHIPS
 from deltaformer_jax.training.ahead_of_time.flops import Flops
@@ -60,6 +61,21 @@ def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
 def test_bad_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--for=h100"], "--for h100: is for --dry_run; give that too"),
+        (["--dry_run", "--for", "h1"], "topology 'h1': not known; did you mean h100?"),
+    ],
+)
+def test_the_dry_run_for_other_devices(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
 

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from typing import Any
 
 import jax
 from etils import epath
 
+from deltaformer_jax.config import Config
 from deltaformer_jax.host.paths import expand
-from deltaformer_jax.training.ahead_of_time.plan import Plan
+from deltaformer_jax.training.ahead_of_time.plan import Plan, make_plan
+from deltaformer_jax.training.ahead_of_time.topologies import find_topology
 from deltaformer_jax.training.dry_run import print_memory, print_sizes
 from deltaformer_jax.training.memory import size_text
+
+
+def report(config: Config, topology: str, json: str | None = None) -> int:
+    """Compile the step of `config` for the devices that `topology` names; print the plan, and write it to `json`.
+
+    Returns 0, or 1 if the step does not fit.
+    """
+    # The program is compiled for other devices: those of this machine, if it has any, stay free.
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    plan = make_plan(config, find_topology(topology))
+    print_plan(plan)
+    if json is not None:
+        write_plan(plan, json)
+    return 0 if plan.fits else 1
 
 
 def print_plan(plan: Plan) -> None:

@@ -77,19 +77,19 @@ def find_topology(text: str) -> Topology:
     kind = found and found[2].replace("v5litepod", "v5e")
     if kind not in CHIPS:
         near = did_you_mean(kind or text, list(CHIPS), f"; the chips are {', '.join(CHIPS)}")
-        raise ValueError(f"--topology {text!r}: not known{near}; give for example {EXAMPLES}")
+        raise ValueError(f"topology {text!r}: not known{near}; give for example {EXAMPLES}")
     slices, shape = int(found[1] or 1), found[4] or ""
     if found[3] == "-":
         counted = COUNTED.get(kind, {})
         if int(shape) not in counted:
             known = ", ".join(f"{kind}-{count}" for count in counted) or "none"
-            raise ValueError(f"--topology {text!r}: no such counted name ({known}); give its shape, as in {EXAMPLES}")
+            raise ValueError(f"topology {text!r}: no such counted name ({known}); give its shape, as in {EXAMPLES}")
         shape = counted[int(shape)]
     if kind == "h100":
         sizes = tuple(map(int, shape.split("x"))) if shape else (1,)
         return _of_cards(text, slices, (1,) * (2 - len(sizes)) + sizes)
     if not shape:
-        raise ValueError(f"--topology {text!r}: give the shape of the slice too, as in {EXAMPLES}")
+        raise ValueError(f"topology {text!r}: give the shape of the slice too, as in {EXAMPLES}")
     return _of_tpus(text, kind, slices, shape)
 
 
@@ -107,7 +107,7 @@ def _of_tpus(text: str, kind: str, slices: int, shape: str) -> Topology:
 
 def _of_cards(text: str, slices: int, shape: tuple[int, ...]) -> Topology:
     if len(shape) != 2:
-        raise ValueError(f"--topology {text!r}: give HOSTSxCARDS, as in {EXAMPLES}")
+        raise ValueError(f"topology {text!r}: give HOSTSxCARDS, as in {EXAMPLES}")
     sizes = "x".join(map(str, (slices, *shape)))
     with _one_line(text, "cuda"):
         described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=sizes)
@@ -119,8 +119,8 @@ def _one_line(text: str, extra: str):
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology {text!r}: {str(error).splitlines()[0]}; give for example {EXAMPLES}") from None
+        raise ValueError(f"topology {text!r}: {str(error).splitlines()[0]}; give for example {EXAMPLES}") from None
     except (ImportError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         need = f"the compiler for it is missing ({reason}); install it: {install(extra)}"
-        raise NotImplementedError(f"--topology {text!r}: {need}") from None
+        raise NotImplementedError(f"topology {text!r}: {need}") from None
