@@ -82,6 +82,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 key = (chain[0], one.shape.partition("{")[0], one.op_name) if chain else (name, x.name)
                 if key not in found or turns < found[key].turns:
                     found[key] = one
+            elif x.op == "send" and "_xla_megascale_target" in x.rest:
+                found[name, x.name] = _between_slices(computation, x, devices, turns, loops)
             elif x.op == "while":
                 inside = turns * (trip_count(computations, x) or 1)
                 walk(attribute(x, "body"), inside, (*loops, op_name_of(x.rest)))
@@ -121,6 +123,20 @@ def _collective(
     members = _members(x.rest, devices)
     sent = _SENT[kind](operand, len(members))
     return Collective(kind, x.shape, members, operand, sent, turns, op_name_of(x.rest), loops)
+
+
+def _between_slices(
+    computation: Computation, x: Instruction, devices: int, turns: int, loops: tuple[str, ...]
+) -> Collective:
+    """A collective between TPU slices, which the program hands to the hosts: the device sends and receives there.
+
+    Slices follow each other in the mesh's order, so the first devices of all of them are `members`.
+    """
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', x.rest)[1].count(",") + 1
+    kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', x.rest)[1]
+    operand = bytes_of(computation.instructions[x.operands[0]].shape)
+    members = tuple(range(0, devices, devices // slices))
+    return Collective(kind, x.shape, members, operand, _SENT[kind](operand, slices), turns, op_name_of(x.rest), loops)
 
 
 def _only_sliced(computation: Computation, x: Instruction) -> bool:

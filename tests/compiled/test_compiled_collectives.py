@@ -119,6 +119,17 @@ def test_the_devices_of_a_group(printed, members):
     assert permuted.members == members
 
 
+def test_collectives_between_slices():
+    """A TPU's program hands them to the hosts, as a send and a receive; counted once, by their own kind."""
+    sent = """%moved = (f32[1000]{0}, u32[], token[]) send(%z, %i), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_target="{1,2}x{0:3}"}
+  %got = (f32[1000]{0}, u32[], token[]) recv(%i), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_target="{1,2}x{0:3}"}"""
+    old = "%moved = f32[1000]{0} collective-permute(%z), channel_id=3, source_target_pairs={{0,1}}"
+    (found,) = [x for x in collectives(PROGRAM.replace(old, sent), 8) if x.members == (0, 4)]
+    assert (found.kind, found.operand, found.sent) == ("all-reduce", 4000, 4000)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("", 8)
