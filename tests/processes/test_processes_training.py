@@ -54,9 +54,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[] if name == "parameters over hosts" else pytest.mark.long) for name in MESHES]
-)
+# In each run of the tests, in the long ones, and on demand.
+WHEN = {"parameters over hosts": [], "four hosts, heads over pairs of them": pytest.mark.long}
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=WHEN.get(name, pytest.mark.rare)) for name in MESHES])
 def test_they_train_as_one_process_does(case, corpus, alone, tmp_path):
     count, devices, mesh = MESHES[case]
     with Several(
@@ -146,7 +148,7 @@ def kill_at_random_moments(kills, corpus, folder):
     assert final(workdir) == final(folder / "whole")
 
 
-@pytest.mark.long
+@pytest.mark.rare
 def test_killed_at_two_random_moments(corpus, tmp_path):
     kill_at_random_moments(2, corpus, tmp_path)
 

@@ -61,11 +61,11 @@ def test_context_over_four_devices():
 @pytest.mark.parametrize(
     "mesh, mixers",
     [
-        (MeshConfig(data=2, context=4), MIXERS),
         (MeshConfig(data=2, context=4), MORE),
         (MeshConfig(fsdp=2, tensor=2, context=2), MIXERS),
-        (MeshConfig(fsdp=2, tensor=2, context=2), MORE),
-        (MeshConfig(context=8), MIXERS),
+        pytest.param(MeshConfig(data=2, context=4), MIXERS, marks=pytest.mark.rare),
+        pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), MORE, marks=pytest.mark.rare),
+        pytest.param(MeshConfig(context=8), MIXERS, marks=pytest.mark.rare),
     ],
 )
 def test_other_meshes_and_mixers(mesh, mixers):
