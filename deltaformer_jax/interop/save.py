@@ -24,7 +24,7 @@ from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
 from deltaformer_jax.layers.adapters import merged
-from deltaformer_jax.model_parts import flat, params_of
+from deltaformer_jax.model_parts import ModelParts, flat, model_parts, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -54,25 +54,31 @@ def save_pretrained(
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
-    Raises ValueError if the named model type cannot say the config, with the fields that it cannot say, and for numbers
-    that float16 cannot hold; FileExistsError if the folder holds weights already.
+    Raises ValueError if the named model type cannot say the config, with the fields that it cannot say; if the model is
+    not one of the config, with the parameters that differ; and for numbers that float16 cannot hold. Raises
+    FileExistsError if the folder holds weights already, and FileNotFoundError if there is no such tokenizer. All of
+    these are raised before anything is written.
     """
     folder = Path(folder).expanduser()
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise FileNotFoundError(f"tokenizer={str(tokenizer)!r}: no such file; give a tokenizer.json, or None")
+    ids = _token_ids(tokenizer)
     source, said = choose(config, model_type)
     params = dict(flat(params_of(merged(model))))
+    found = None if source is None else mapping(config, source)
+    _check_model(folder, model, params, config, model_parts(config) if found is None else found.parts)
     _check_range(params, dtype)
-    if source is None:
+    if found is None:
         writer = _OwnWriter(params, DTYPES[dtype])
     else:
-        writer = _Writer(mapping(config, source), params, DTYPES[dtype], config.vocab_size)
+        writer = _Writer(found, params, DTYPES[dtype], config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
-    ids = _token_ids(tokenizer)
     if chat is not None and chat.ends:
         ids["eos_token_id"] = list(chat.ends)
     text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **said}
@@ -131,6 +137,32 @@ def _token_ids(tokenizer: str | os.PathLike | None) -> dict[str, Any]:
         named = {token.get("content"): token.get("id") for token in said.get("added_tokens") or []}
         end = BYTES if said.get("deltaformer_jax") else next((named[name] for name in EOT_NAMES if name in named), None)
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+
+
+def _check_model(
+    folder: Path, model: nnx.Module, params: dict[tuple, Any], config: ModelConfig, parts: ModelParts
+) -> None:
+    """Raise ValueError if the model is not one that `config` makes. JAX would read past its last layer without a word."""
+    expected = {path: tuple(leaf.shape) for path, leaf in flat(parts.params)}
+    given = {path: tuple(array.shape) for path, array in params.items()}
+    problems = []
+    # The table is padded, so that two vocabularies may have one shape.
+    if (size := model.embedding.vocab_size) != config.vocab_size:
+        problems.append(f"vocab_size is {size} in the model and {config.vocab_size} in config")
+    for path in sorted({*expected, *given}, key=own.name_of):
+        ours, theirs = (_shape(shapes.get(path)) for shapes in (given, expected))
+        if ours != theirs:
+            problems.append(f"{own.name_of(path)} is {ours} in the model and {theirs} by config")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{folder}: the model is not one of this config: {'; '.join(problems[:3])}{more}; give the config that the "
+            "model was made from"
+        )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
 
 
 def _check_range(params: dict, dtype: str) -> None:

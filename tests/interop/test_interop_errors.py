@@ -1,5 +1,6 @@
 """Folders that do not fit: one error with everything that is wrong; and shards, other dtypes, older files."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -208,6 +209,33 @@ def test_what_a_model_type_cannot_say_is_listed(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="did you mean deltaformer"):
         save_pretrained(model, config, tmp_path / "out", model_type="deltaforme")
+
+
+@pytest.mark.parametrize("kind", [None, "deltaformer_jax"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(num_layers=4), r"blocks\.0\.\S+ is \[2, .*\] in the model and \[4, .*\] by config"),
+        (dict(num_layers=1), r"blocks\.0\.\S+ is \[2, .*\] in the model and \[1, .*\] by config"),
+        (dict(vocab_size=65), "vocab_size is 64 in the model and 65 in config"),  # padded to the same table
+        (dict(vocab_size=400), r"embedding\.head is \[48, 128\] in the model and \[48, 512\] by config"),
+        (dict(tie_embeddings=True), r"embedding\.head is \[48, 128\] in the model and absent by config"),
+    ],
+)
+def test_a_model_of_another_config_is_refused(tmp_path, kind, fields, message):
+    model, config = load_pretrained(PRETRAINED / "hf_llama")
+    other = dataclasses.replace(config, **fields)
+    with pytest.raises(ValueError, match=rf"out: the model is not one of this config: .*{message}.*; give") as error:
+        save_pretrained(model, other, tmp_path / "out", model_type=kind)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_missing_tokenizer_is_said_before_anything_is_written(tmp_path):
+    model, config = load_pretrained(PRETRAINED / "hf_llama")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer='nowhere/tokenizer\.json': no such file; give"):
+        save_pretrained(model, config, tmp_path / "out", tokenizer="nowhere/tokenizer.json")
+    assert not (tmp_path / "out").exists()
+    assert save_pretrained(model, config, tmp_path / "out") == "llama"
 
 
 def test_a_folder_with_weights_is_left_alone(tmp_path):
