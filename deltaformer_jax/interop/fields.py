@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaformer_jax.interop.kinds import misfits, unknown
+
 # Fields of every config of transformers that say nothing about the model's function.
 EVERYWHERE = frozenset(
     """_name_or_path architectures auto_map attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
@@ -12,13 +14,24 @@ EVERYWHERE = frozenset(
     torch_dtype transformers_version use_cache""".split()
 )
 
+# Fields of models that are not read here, or that do not exist any more. false says that they are switched off.
+_OFF = frozenset(
+    """add_cross_attention do_sample early_stopping output_scores remove_invalid_values
+    return_dict_in_generate rope_interleaved tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16""".split()
+)
+
 _REQUIRED = object()
 
 
 class Fields:
-    """The fields of one config.json. `finish` raises one ValueError with all that has no equivalent here."""
+    """The fields of one config.json. `finish` raises one ValueError with all that has no equivalent here.
+
+    Raises ValueError at once for values of another kind, such as a text for a number, all of them.
+    """
 
     def __init__(self, values: dict[str, Any], ignored: str = ""):
+        if wrong := misfits(values):
+            raise ValueError("config.json: " + "; ".join(wrong))
         self._values, self._rest = values, set(values) - EVERYWHERE - set(ignored.split())
         self._problems: list[str] = []
 
@@ -42,9 +55,16 @@ class Fields:
     def refuse(self, problem: str) -> None:
         self._problems.append(problem)
 
+    def take_object(self, name: str, known: str) -> dict[str, Any]:
+        """The fields of an object, without those that are null; {} if it is absent. known: those that it may have."""
+        given = self.take(name, {})
+        self._problems += misfits(given, f"{name}.") + unknown(given, known, f"{name}.")
+        return {key: value for key, value in given.items() if value is not None}
+
     def finish(self) -> None:
-        """Raise ValueError if a field was refused, or if one is left that nothing took and that is switched on."""
-        unknown = [name for name in sorted(self._rest) if self._values[name] not in (None, False)]
-        problems = self._problems + [f"{name} = {self._values[name]!r}: is not known here" for name in unknown]
+        """Raise ValueError if a field was refused, or if one is left that nothing took and that is not switched off."""
+        left = {name: self._values[name] for name in sorted(self._rest)}
+        off = {name for name, value in left.items() if value is False and name in _OFF}
+        problems = self._problems + unknown(left, " ".join(off))
         if problems:
             raise ValueError("config.json: " + "; ".join(problems))

@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOATS = ("F32", "BF16", "F16", "F64")
+_BLOCK_BYTES = 16 * 10**6
 
 
 def is_pretrained(folder: Any) -> bool:
@@ -74,11 +75,25 @@ class Tensors:
         return self._found[name][2]
 
     def __getitem__(self, name: str) -> np.ndarray:
+        return self._mapped(name).get_tensor(name)
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Write the tensor to `out`, of its shape and any dtype. Beside the mapped file this takes some megabytes."""
+        if not out.ndim:
+            out[...] = self[name]
+            return
+        part = self._mapped(name).get_slice(name)
+        rows = max(1, _BLOCK_BYTES * len(out) // max(1, out.nbytes))
+        for begin in range(0, len(out), rows):
+            end = min(begin + rows, len(out))
+            out[begin:end] = part[begin:end]
+
+    def _mapped(self, name: str) -> Any:
         path = self._found[name][0]
         if path != self._path:
             self.close()  # before the next is mapped
             self._path, self._file = path, _open(path)
-        return self._file.get_tensor(name)
+        return self._file
 
     def close(self) -> None:
         """Unmap the file that was read last."""
@@ -94,7 +109,10 @@ def _open(path: Path):
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        placed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must name the file of each tensor, not {placed!r:.80}")
+        shards = sorted(set(placed.values()))
         outside = [name for name in shards if Path(name).name != name]
         if outside:
             raise ValueError(f"{folder / INDEX}: names a file outside the folder: {outside[0]!r}")

@@ -14,6 +14,7 @@ from flax import nnx
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop.files import Tensors, read_json
+from deltaformer_jax.interop.kinds import misfits
 from deltaformer_jax.interop.mapping import keys_of
 from deltaformer_jax.interop.own import MODEL_TYPE
 from deltaformer_jax.interop.sources import SOURCES
@@ -56,6 +57,8 @@ def load_layer(
         tensors = source.prepare(_tensors(folder, layer))
     except KeyError as error:
         raise ValueError(f"{folder}: layer {layer}: missing {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: layer {layer}: {error}; its shapes are not those of config.json") from None
     return merge(parts, _params(folder, layer, dict(flat(parts.params)), source, tensors)), config
 
 
@@ -65,9 +68,12 @@ def _layer_of(folder: Path, values: dict[str, Any], layer: int) -> Layer:
         whole = kind in (*SOURCES, MODEL_TYPE)
         hint = "; load_pretrained reads it" if whole else did_you_mean(str(kind), LAYERS)
         raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(LAYERS)}{hint}")
-    count = values.get("num_hidden_layers")
-    if not isinstance(count, int):
-        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers: missing")
+    needed = [f"{name}: missing" for name in ("hidden_size", "num_hidden_layers") if values.get(name) is None]
+    if wrong := misfits(values) + needed:
+        raise ValueError(f"{folder / 'config.json'}: {'; '.join(wrong)}")
+    count, kinds = values["num_hidden_layers"], values.get("layer_types")
+    if kinds is not None and len(kinds) != count:
+        raise ValueError(f"{folder / 'config.json'}: layer_types names {len(kinds)} layers of {count}; name each")
     if not 0 <= layer < count:
         raise ValueError(f"layer={layer}: {folder} has layers 0 to {count - 1}")
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deltaformer_jax.config import ModelConfig
@@ -53,7 +52,10 @@ def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32"
         parts = model_parts(config)
         return merge(parts, _read_own(folder, files, parts)), config
     names = _names(files, source)
-    found = mapping(config, source.for_names(set(names)))
+    try:
+        found = mapping(config, source.for_names(set(names)))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     return merge(found.parts, read_params(folder, files, names, found)), config
 
 
@@ -84,7 +86,13 @@ def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
 def _read_own(folder: Path, files: Tensors, parts: ModelParts) -> dict[str, Any]:
     leaves = {own.name_of(path): (path, leaf.shape) for path, leaf in flat(parts.params)}
     _refuse(folder, _unlike(files, dict.fromkeys(files), {name: shape for name, (_, shape) in leaves.items()}))
-    return nested({path: jnp.asarray(_float(files[name])) for name, (path, _) in leaves.items()})
+    params = {}
+    for name, (path, shape) in leaves.items():
+        array = _zeros(shape)
+        files.read_into(name, array)
+        params[path] = jax.device_put(array)
+    files.close()
+    return nested(params)
 
 
 def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Correspondence) -> dict[str, Any]:
@@ -92,19 +100,18 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
     _check(folder, files, names, found)
     params = {path: _zeros(leaf.shape) for path, leaf in flat(found.parts.params)}
     for place in found.places:
-        arrays = [_float(files[names[_held(options, names)]]) for options in place.tensors]
-        parts = to_ours(place.row, arrays, place.shapes)
+        arrays = [files[names[_held(options, names)]] for options in place.tensors]
+        parts = to_ours(place.row, arrays, place.shapes)  # views; the next line makes them float32
         for path, part in zip(place.parameters, parts, strict=True):
             params[path][place.period] = part
     path, name = found.table
-    table = _float(files[names[name]])
-    params[path][: len(table)] = table
+    vocabulary = files.shape(names[name])[0]
+    files.read_into(names[name], params[path][:vocabulary])
     path, name = found.norm
-    params[path][:] = _float(files[names[name]])
+    files.read_into(names[name], params[path])
     if found.head is not None:
         path, name = found.head
-        head = _float(files[names[name]])
-        params[path][:, : len(head)] = head.T
+        files.read_into(names[name], params[path][:, :vocabulary].T)
     files.close()
     # Unlike jnp.asarray, which copies.
     return nested({path: jax.device_put(params.pop(path)) for path in list(params)})
@@ -128,10 +135,6 @@ def _zeros(shape: tuple[int, ...]) -> np.ndarray:
     return memory[begin : begin + size].view(np.float32).reshape(shape)
 
 
-def _float(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float32)
-
-
 def _check(folder: Path, files: Tensors, names: dict[str, str], found: Correspondence) -> None:
     """Raise ValueError with every tensor that is unknown, missing or of another shape or dtype."""
     expected: dict[str, tuple[int, ...] | None] = {}
@@ -143,8 +146,9 @@ def _check(folder: Path, files: Tensors, names: dict[str, str], found: Correspon
         for options, shape in zip(place.tensors, place.theirs, strict=True):
             name = _held(options, names)
             # The rows of several tensors are laid end to end, so only their sum is known.
-            expected[name] = None if several else shape
-        if several and all(_held(options, names) in names for options in place.tensors):
+            rest_fits = several and name in names and files.shape(names[name])[1:] == shape[1:]
+            expected[name] = None if rest_fits and files.shape(names[name]) else shape
+        if several and all(expected[_held(options, names)] is None for options in place.tensors):
             rows = sum(files.shape(names[_held(options, names)])[0] for options in place.tensors)
             if rows != sum(shape[0] for shape in place.theirs):
                 first = _held(place.tensors[0], names)

@@ -142,7 +142,7 @@ def _token_ids(tokenizer: str | os.PathLike | None) -> dict[str, Any]:
 def _check_model(
     folder: Path, model: nnx.Module, params: dict[tuple, Any], config: ModelConfig, parts: ModelParts
 ) -> None:
-    """Raise ValueError if the model is not one that `config` makes. JAX would read past its last layer without a word."""
+    """Raise ValueError if `config` does not make this model. JAX would read past its last layer without a word."""
     expected = {path: tuple(leaf.shape) for path, leaf in flat(parts.params)}
     given = {path: tuple(array.shape) for path, array in params.items()}
     problems = []

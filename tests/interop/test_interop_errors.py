@@ -47,6 +47,33 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(copy):
     assert "model.norm.weight: shape [5], not [48]" in text and "up_proj.weight: dtype I8" in text and "\n" not in text
 
 
+def test_misshapen_tensors_whose_rows_are_laid_end_to_end_are_named_with_the_others(copy):
+    prefix = "model.layers.0.linear_attn."
+
+    def spoil(tensors):
+        for name in "qk":
+            tensors[f"{prefix}{name}_conv1d.weight"] = tensors[f"{prefix}{name}_conv1d.weight"][:, :, :3].copy()
+        return tensors | {
+            f"{prefix}v_conv1d.weight": np.ones((), np.float32),
+            "model.norm.weight": np.zeros(5, np.float32),
+        }
+
+    with pytest.raises(ValueError) as error:
+        load_pretrained(copy("hf_olmo_hybrid", spoil))
+    text = str(error.value)
+    assert "q_conv1d.weight: shape [43, 1, 3], not [32, 1, 4]" in text and "k_conv1d.weight: shape [43, 1, 3]" in text
+    assert "v_conv1d.weight: shape [], not [64, 1, 4]" in text and "model.norm.weight: shape [5]" in text
+
+
+def test_rows_laid_end_to_end_are_counted(copy):
+    def shorten(tensors):
+        prefix = "model.layers.0.linear_attn."
+        return tensors | {f"{prefix}q_conv1d.weight": tensors[f"{prefix}q_conv1d.weight"][:3]}
+
+    with pytest.raises(ValueError, match=r"q_conv1d\.weight and its fellows: 88 rows, not 128"):
+        load_pretrained(copy("hf_olmo_hybrid", shorten))
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
@@ -60,11 +87,46 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(copy):
         ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),
         ("fla_deltaformer", dict(hidden_act="powlu", attnres_block_size=2), "'powlu'.*attnres_block_size = 2"),
         ("fla_forgetting_transformer", dict(qk_norm=True), "qk_norm = True"),
+        ("hf_llama", dict(moon_phase=False), "moon_phase = False: is not known here"),
+        ("hf_llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), r"rope_scaling\.rope_type = 'linear'"),
+        ("hf_llama", dict(rope_parameters={"factor": 2.0}), r"rope_parameters\.factor = 2\.0: is not known here"),
+        ("hf_llama", dict(rope_parameters={"mrope_section": [1]}), r"rope_parameters\.mrope_section = \[1\]: is not"),
+        ("hf_llama", dict(rope_parameters={"full_attention": {}}), r"rope_parameters\.full_attention = \{\}: is not"),
+        (
+            "hf_llama",
+            dict(rope_parameters={"rope_theta": 0}),
+            r"rope_parameters\.rope_theta = 0: give a number above 0",
+        ),
+        ("hf_llama", dict(rope_parameters=[1]), r"rope_parameters = \[1\]: give an object"),
+        ("hf_llama", dict(num_attention_heads=0), "num_attention_heads = 0: give a whole number above 0"),
+        ("hf_llama", dict(hidden_size="48", vocab_size=True), "hidden_size = '48': give .*vocab_size = True: give"),
+        ("hf_qwen3", dict(layer_types=3), "layer_types = 3: give a list of names"),
+        ("hf_qwen3_5", dict(attn_output_gate=False), "attn_output_gate = False: only True has"),
+        ("hf_qwen3_5", dict(mamba_ssm_dtype="bfloat16"), "mamba_ssm_dtype = 'bfloat16': only 'float32' has"),
+        ("hf_qwen3_5", dict(output_gate_type="sigmoid"), "output_gate_type = 'sigmoid': only 'swish' or 'silu' has"),
+        ("fla_gla", dict(attn=[3]), r"attn = \[3\]: give an object or a list of objects"),
+        ("fla_gla", dict(attn={"num_heads": 2}), r"attn\.layers: missing"),
+        ("fla_gla", dict(attn={"layers": [9], "num_heads": 2}), r"attn\.layers = \[9\]: the layers are 0 to 0"),
+        ("fla_gla", dict(attn={"layers": [0], "num_heads": 0}), r"attn\.num_heads = 0: give a whole number above 0"),
+        ("fla_gla", dict(attn={"layers": [0], "num_heads": 2, "sink": 1}), r"attn\.sink = 1: is not known here"),
     ],
 )
 def test_fields_without_an_equivalent_are_refused_by_name(copy, name, fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_pretrained(copy(name, **fields))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fields_of_released_files_that_change_nothing_are_accepted(copy):
+    said = dict(attn_output_gate=True, mamba_ssm_dtype="float32", output_gate_type="swish", mtp_num_hidden_layers=1)
+    said |= dict(mtp_use_dedicated_embeddings=False, full_attention_interval=4, mlp_only_layers=[])
+
+    def with_prediction(tensors):
+        return tensors | {"mtp.fc.weight": np.zeros((2, 2), np.float32)}
+
+    rope = json.loads((PRETRAINED / "hf_qwen3_5" / "config.json").read_text())["rope_parameters"]
+    folder = copy("hf_qwen3_5", with_prediction, **said, rope_parameters=rope | dict(mrope_interleaved=True))
+    assert load_pretrained(folder)[1] == load_pretrained(PRETRAINED / "hf_qwen3_5")[1]
 
 
 def test_pickles_and_empty_folders_are_refused(copy, tmp_path):
@@ -96,6 +158,10 @@ def test_shards_and_their_index(copy, tmp_path):
     index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="outside the folder"):
         load_pretrained(tmp_path / "out")
+    for wrong in (["x"], {"x": 3}, {}, None):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match=r"index\.json: weight_map must name the file of each tensor, not "):
+            load_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.interop.fields import Fields
+from deltaformer_jax.interop.kinds import misfits, unknown
 from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VECTOR
 from deltaformer_jax.interop.sources.base import Source, layers, pattern, setting
 from deltaformer_jax.interop.tables import Row
@@ -139,6 +140,16 @@ def _attention(heads: int, given: dict[str, Any]) -> dict[str, Any]:
     return taken | (dict(qk_norm_epsilon=QK_NORM_EPSILON) if taken["qk_norm"] else {})
 
 
+def _unfit_attn(part: dict[str, Any], common: dict[str, Any]) -> list[str]:
+    """What is wrong with an "attn"."""
+    wrong = misfits(part, "attn.") or [
+        f"attn.{name}: missing" for name in ("layers", "num_heads") if not part.get(name)
+    ]
+    if not wrong and max(part["layers"]) >= common["num_layers"]:
+        wrong = [f"attn.layers = {part['layers']!r}: the layers are 0 to {common['num_layers'] - 1}"]
+    return wrong + unknown(part, "layers num_heads num_kv_heads qkv_bias qk_norm window_size rope_theta", "attn.")
+
+
 def _hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, Any]) -> ModelConfig:
     """The model whose layers are `mixer`, but for those that "attn" says are softmax attention."""
     given = fields.take("attn", None)
@@ -147,6 +158,9 @@ def _hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, A
         return ModelConfig(mixers=(mixer,), **common, **own)
     entries = [Mixer(mixer)] * common["num_layers"]
     for part in given if isinstance(given, list) else [given]:
+        if wrong := _unfit_attn(part, common):
+            fields.refuse("; ".join(wrong))
+            continue
         taken = {k: v for k, v in _attention(part["num_heads"], part).items() if v}
         width = common["d_model"] // part["num_heads"]
         attention = Mixer("softmax_attention", head_dim=width, conv_size=0, output_gate="off", **taken)

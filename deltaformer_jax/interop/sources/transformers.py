@@ -117,13 +117,21 @@ def _say_common(config: ModelConfig, attention: Mixer) -> dict[str, Any]:
     )
 
 
-def _rope(fields: Fields) -> dict[str, Any]:
-    """{base, fraction} of the rotary embedding, by the names of transformers 5 or of before."""
-    given = fields.take("rope_parameters", None) or {}
-    before = fields.take("rope_scaling", None) or {}
-    kind = given.get("rope_type", before.get("rope_type", before.get("type", "default")))
-    if kind != "default":
-        fields.refuse(f"rope_type = {kind!r}: only 'default' has an equivalent here")
+def _rope(fields: Fields, text_only: str = "") -> dict[str, Any]:
+    """{base, fraction} of the rotary embedding, by the names of transformers 5 or of before.
+
+    text_only: names in rope_parameters that have no effect on a text's positions.
+    """
+    known = "rope_type type rope_theta partial_rotary_factor"
+    given = fields.take_object("rope_parameters", f"{known} {text_only}")
+    # An older kind of embedding brings settings of its own, which its refusal covers.
+    before = fields.take("rope_scaling", {})
+    for name, said in (("rope_parameters", given), ("rope_scaling", before)):
+        kind = said.get("rope_type", said.get("type", "default"))
+        if kind != "default":
+            fields.refuse(f"{name}.rope_type = {kind!r}: only 'default' has an equivalent here")
+        elif said is before:
+            fields.take_object(name, "rope_type type")
     base = given.get("rope_theta", fields.take("rope_theta", 10_000.0))
     fraction = given.get("partial_rotary_factor", fields.take("partial_rotary_factor", 1.0))
     return dict(rope_base=float(base)) | ({} if fraction == 1 else dict(rotary_fraction=float(fraction)))
@@ -224,10 +232,12 @@ def _read_qwen3_5(fields: Fields) -> ModelConfig:
         qk_norm=True,
         output_gate="on",
         **heads,
-        **_rope(fields),
+        **_rope(fields, "mrope_section mrope_interleaved"),
     )
     fields.only("attention_bias", False)
-    fields.take("full_attention_interval", None)
+    fields.only("attn_output_gate", True)
+    fields.only("output_gate_type", "swish", "silu")  # of the delta rule; that of attention is a sigmoid
+    fields.only("mamba_ssm_dtype", "float32")  # of the state
     entries = _by_type(
         fields, common["num_layers"], {"linear_attention": _delta(fields, 128), "full_attention": attention}
     )
@@ -286,7 +296,8 @@ SOURCES = [
         _say_qwen3_5,
         {"gated_delta_net": BLOCK + QWEN_DELTA, "softmax_attention": BLOCK + GATED_ATTENTION},
         OUTSIDE,
-        "mlp_only_layers",
+        # The tensors of its multi-token prediction are not read. layer_types says what the interval does.
+        "full_attention_interval mlp_only_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings",
     ),
     Source(
         "olmo_hybrid",
