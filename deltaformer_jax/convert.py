@@ -68,6 +68,7 @@ def read(flags) -> None:
         from deltaformer_jax.data import load_tokenizer
         from deltaformer_jax.data.chat import CHAT_FILE, pretrained_format
         from deltaformer_jax.interop import load_pretrained
+        from deltaformer_jax.interop.kept import KEPT_FILE, read_kept
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -84,6 +85,7 @@ def read(flags) -> None:
     form = pretrained_format(Path(flags.folder), file, tokenizer)
     with waiting(f"reading {flags.folder}", say_aside):
         model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
+    kept = read_kept(Path(flags.folder))
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
     config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)
     parts = model_parts(config.model)
@@ -93,6 +95,7 @@ def read(flags) -> None:
     (workdir / TOKENIZER_FILE).write_text(tokenizer.file_text)
     if form is not None:
         (workdir / CHAT_FILE).write_text(json.dumps(form.settings()) + "\n")
+    (workdir / KEPT_FILE).write_text(json.dumps(kept) + "\n")
     saved.write(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints")
     with waiting(f"writing {workdir}", say_aside):
@@ -111,6 +114,7 @@ def write(flags) -> None:
         from pathlib import Path
 
         from deltaformer_jax.interop import save_pretrained
+        from deltaformer_jax.interop.kept import kept_of_run
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
@@ -126,6 +130,7 @@ def write(flags) -> None:
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
             chat=read_chat(flags.workdir),
             card=_card(run, flags),
+            kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def save_pretrained(
     tokenizer: str | os.PathLike | None = None,
     chat: ChatFormat | None = None,
     card: str = "",
+    kept: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write config.json and safetensors that fla or transformers open; return the model type.
@@ -51,6 +53,7 @@ def save_pretrained(
     byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
     none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
+    kept: bos_token_id and max_position_embeddings of config.json, as `kept.read_kept` gives those of a folder.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
@@ -79,9 +82,14 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
+    kept = dict(kept or {})
+    if "bos_token_id" in kept:
+        ids["bos_token_id"] = kept.pop("bos_token_id")
+    if source is not None and not source.has_positions:
+        kept.pop("max_position_embeddings", None)
     if chat is not None and chat.ends:
         ids["eos_token_id"] = list(chat.ends)
-    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **said}
+    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **kept, **said}
     generation = {"do_sample": True, **ids}
     for name, values in (("config.json", text), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

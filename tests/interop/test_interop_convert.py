@@ -8,8 +8,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from deltaformer_jax import LanguageModel, ModelConfig, convert
+from deltaformer_jax.config import DataConfig
 from deltaformer_jax.data.tokenizer import ByteTokenizer
 from deltaformer_jax.interop import save_pretrained
+from deltaformer_jax.interop.kept import KEPT_FILE
 from deltaformer_jax.sample.__main__ import main as sample
 
 
@@ -49,6 +51,34 @@ def test_there_and_back(folder, tmp_path, capsys):
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     card = (out / "README.md").read_text()
     assert "2 layers of width 32" in card and "Evaluation on held-out data: none" in card
+
+
+def test_the_first_token_and_the_positions_come_back(folder, tmp_path, capsys):
+    """Those of an imported folder as they stand; those of a run of ours are its end-of-text and its rows' length."""
+
+    def converted(name, **said):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | said))
+        run, out = tmp_path / f"run_{name}", tmp_path / f"out_{name}"
+        convert.main([str(folder), "--workdir", str(run)])
+        return run, out
+
+    def written(run, out):
+        convert.main(["--to-hf", "--workdir", str(run), "--out", str(out)])
+        config, generation = (
+            json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")
+        )
+        assert config["bos_token_id"] == generation["bos_token_id"] and config["eos_token_id"] == 256
+        return config["bos_token_id"], config["max_position_embeddings"]
+
+    assert written(*converted("imported", bos_token_id=7, max_position_embeddings=96)) == (7, 96)
+    run, out = converted("without", bos_token_id=None)
+    assert written(run, out) == (None, 96)
+    (run / KEPT_FILE).unlink()  # as a run that was trained here
+    assert written(run, tmp_path / "own") == (256, DataConfig().sequence_length)
+    with pytest.raises(SystemExit):
+        converted("wrong", bos_token_id="<s>")
+    assert "config.json: bos_token_id = '<s>': give a whole number, 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

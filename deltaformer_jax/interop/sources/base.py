@@ -17,6 +17,7 @@ class Source(NamedTuple):
     rows: our mixer's name -> the rows of a layer that has it. outside: the names of the embedding, the final norm and
     the logits' kernel. class_name: for `architectures`. former: the rows of older files, from today's; `is_former`
     tells such a file by its names. dropped: ends of the names of tensors without a function.
+    has_positions: whether its config has max_position_embeddings.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Source(NamedTuple):
     former: Callable[[list[Row]], list[Row]] | None = None
     is_former: Callable[[set[str]], bool] | None = None
     dropped: tuple[str, ...] = ()
+    has_positions: bool = True
 
     def for_names(self, names: set[str]) -> Source:
         """The source of a file that has tensors of these names."""

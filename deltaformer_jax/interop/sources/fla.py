@@ -441,5 +441,5 @@ SOURCES = [
         _say_forgetting,
         "softmax_attention",
         ATTENTION,
-    ),
+    )._replace(has_positions=False),
 ]
