@@ -18,6 +18,7 @@ from deltaformer_jax.evaluate import __main__ as evaluate
 from deltaformer_jax.evaluate import by_position
 from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.model_parts import merge
+from deltaformer_jax.processes.agreement import Alone
 from deltaformer_jax.sample import __main__ as sample
 from deltaformer_jax.training import loop
 from deltaformer_jax.training.checkpoints import restore
@@ -81,7 +82,7 @@ def test_training_by_kernels_ends_with_a_sample(corpus, tmp_path, capsys):
     run = cases.run_training(cases.small_config(corpus, run__steps=1), tmp_path / "run")
     run.config.run.sample_prompt, run.config.run.sample_tokens = "def ", 5
     run.config.model.implementation = "triton"  # of which no CPU can do the training
-    loop.write_sample(run, run.state, Display(1, 1), Interruption())
+    loop.write_sample(run, run.state, Display(1, 1), Alone(Interruption()))
     assert "def " in capsys.readouterr().out.split("a sample of 5 tokens")[1]
 
 
