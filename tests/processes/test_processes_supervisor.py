@@ -149,7 +149,7 @@ def test_a_stopped_child_is_lost(tmp_path):
     assert not any(map(is_alive, children))
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.rare), pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_host_is_lost(lost, tmp_path):
     """Supervisor and child are both stopped, as by a host that hangs: nobody there says anything."""
     with Toys(tmp_path, "works", "works") as toys:
