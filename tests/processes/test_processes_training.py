@@ -72,7 +72,7 @@ def test_they_train_as_one_process_does(case, corpus, alone, tmp_path):
     # One writer: every step and every evaluation is there once.
     assert_same_losses(cases.read_metrics(tmp_path / "run"), alone)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("checkpoints", "config.json", "metrics.jsonl", "tokenizer.json")
+        *("checkpoints", "config.json", "metrics.jsonl", "time.jsonl", "tokenizer.json")
     }
 
 
