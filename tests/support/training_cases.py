@@ -17,6 +17,9 @@ from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.loop import train
 from deltaformer_jax.training.setup import prepare
 
+# What a run leaves in its folder.
+FILES = {"checkpoints", "config.json", "metrics.jsonl", "time.jsonl", "tokenizer.json"}
+
 
 def make_corpus(folder, words=("def", "return", "self", "import", "é", "for x in y:\n")):
     """The path of a prepared byte corpus of 60 documents of uneven lengths."""

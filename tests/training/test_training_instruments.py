@@ -137,7 +137,7 @@ def _events(content, kind):
 
 def test_by_default_there_is_nothing_of_it(plain):
     folder, _ = plain
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == cases.FILES
 
 
 def test_a_profile_longer_than_the_run_ends_with_it(corpus, tmp_path):

@@ -52,7 +52,7 @@ def test_the_metrics_file(whole):
 
 def test_what_a_run_leaves(whole):
     folder = whole[0]
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == cases.FILES
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"4", "8", "12"}
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["d_model"] == 32 and len(config["tokenizer_hash"]) == 64
