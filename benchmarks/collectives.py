@@ -30,8 +30,7 @@ def main():
     parser.add_argument("--topology", required=True)
     parser.add_argument("--json")
     flags, rest = parser.parse_known_args()
-    # Before jax is imported.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
     with one_line_errors(PROGRAM, (ValueError, OSError, NotImplementedError, absl_flags.Error)):
         config = parse([PROGRAM, *rest], str(config_folder() / "tiny.py")).config
         rows, title = counted(config, flags.topology)
@@ -42,16 +41,14 @@ def main():
 
 def counted(config, topology: str) -> tuple[list[dict], str]:
     """(a row for each kind that the step has: MiB that a device sends, in one layer and outside; title)."""
-    from jax.experimental import topologies
-
     from deltaformer_jax.compiled.collectives import bytes_by_kind, collectives, in_layers
     from deltaformer_jax.sharding.mesh import make_mesh
+    from deltaformer_jax.training.ahead_of_time.topologies import find_topology
     from deltaformer_jax.training.dry_run import with_any_vocabulary
     from deltaformer_jax.training.program import Program
     from deltaformer_jax.training.setup import check_batch
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(config.mesh, list(devices))
+    mesh = make_mesh(config.mesh, find_topology(topology).devices)
     check_batch(config, mesh)
     config = with_any_vocabulary(config)
     compiled = Program(config, mesh).compile_train_step(config.data)

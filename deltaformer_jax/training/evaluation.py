@@ -5,6 +5,7 @@ no bytes of the text, but its nats count: where a text ends has to be said too. 
 document.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -44,9 +45,7 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     """
 
     def of_tokens(function):
-        return over_tokens(
-            mesh, lambda params, batch: function(parts.graphdef, params, batch, row_shards=row_shards_of(mesh))
-        )
+        return over_tokens(mesh, functools.partial(function, parts.graphdef, row_shards=row_shards_of(mesh)))
 
     def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "loss_mask" not in batch:

@@ -6,6 +6,18 @@ from pathlib import Path
 
 WARNINGS = "error,ignore:the load_module() method is deprecated:DeprecationWarning"
 
+# A model so small that a test of the program is about the program.
+SMALL = (
+    "--config.data.sequence_length=32",
+    "--config.data.batch_size=8",
+    "--config.model.d_model=32",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.head_dim=16",
+    "--config.model.implementation=parallel",
+)
+
 PREAMBLE = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR"
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from support import training_cases as cases
-from support.program_run import WARNINGS, finish, ours, start
+from support.program_run import SMALL, WARNINGS, finish, ours, start
 
 from deltaformer_jax import train as program
 from deltaformer_jax.training import loop, setup
@@ -41,14 +41,7 @@ def corpus(tmp_path_factory):
 def flags_of(corpus, steps=40):
     return [
         f"--config.data.path={corpus}",
-        "--config.data.sequence_length=32",
-        "--config.data.batch_size=8",
-        "--config.model.d_model=32",
-        "--config.model.num_layers=2",
-        "--config.model.num_heads=2",
-        "--config.model.num_kv_heads=2",
-        "--config.model.head_dim=16",
-        "--config.model.implementation=parallel",
+        *SMALL,
         f"--config.run.steps={steps}",
         "--config.run.log_every=1",
         "--config.run.eval_every=10",

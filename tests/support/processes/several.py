@@ -7,18 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from support.program_run import finish, start
+from support.program_run import SMALL, finish, start
 
-# Small enough that a test of several processes is about processes.
 FLAGS = (
-    "--config.data.sequence_length=32",
-    "--config.data.batch_size=8",
-    "--config.model.d_model=32",
-    "--config.model.num_layers=2",
-    "--config.model.num_heads=2",
-    "--config.model.num_kv_heads=2",
-    "--config.model.head_dim=16",
-    "--config.model.implementation=parallel",
+    *SMALL,
     "--config.run.log_every=1",
     "--config.run.eval_every=10",
     "--config.run.eval_batches=2",
