@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.host.spelling import nearest
 
 PROGRAM = "deltaformer_jax.compile"
 OWN = ("topology", "mesh", "json")
@@ -49,6 +50,8 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     while left:
         name, equals, value = left.pop(0).partition("=")
         if name.removeprefix("--") not in OWN or not name.startswith("--"):
+            if name.startswith("--") and (near := nearest(name.removeprefix("--"), OWN)):
+                raise ValueError(f"{name}: no such flag; did you mean --{near}?")
             rest.append(name + equals + value)
             continue
         if not equals:

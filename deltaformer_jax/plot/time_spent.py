@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
 from deltaformer_jax.plot.style import COLOURS, GREY, explain, plain
 from deltaformer_jax.training.watch.ledger import DOWN, LOST, PARTS, Spent
 
@@ -68,8 +70,10 @@ def _title(spent: dict[str, Spent]) -> str:
 
 
 def spent_by(names: Sequence[str], found: Sequence[Spent | None], workdirs: Sequence[str]) -> dict[str, Spent]:
-    """The runs' ledgers by name. Raises ValueError for a run without one."""
+    """The runs' ledgers by name. Raises FileNotFoundError for no folder, ValueError for a run without a ledger."""
     for one, workdir in zip(found, workdirs):
+        if not epath.Path(workdir).exists():
+            raise FileNotFoundError(f"{workdir}: no such folder")
         if one is None:
             raise ValueError(f"{workdir}: has no time.jsonl; only runs that were trained since it is written have one")
     return dict(zip(names, found))

@@ -50,6 +50,7 @@ def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
     [
         ([], "--topology: give the devices to compile for"),
         (["--topology"], "--topology: give a value"),
+        (["--topolgy=v5e:2x2"], "--topolgy: no such flag; did you mean --topology?"),
         (["--topology=v5e:2x2", "--mesh", "fsdp=two"], "--mesh 'fsdp=two': give sizes of axes"),
         (["--topology=v5e:2x2", "--mesh=fsdb"], "mesh.recipe = 'fsdb'"),
         (

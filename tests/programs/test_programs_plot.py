@@ -200,6 +200,7 @@ def test_where_the_time_went(tmp_path, capsys):
     assert (run / "time.png").stat().st_size > 10_000
     (run / "time.jsonl").unlink()
     assert "run: has no time.jsonl" in error(capsys, run, "--time")
+    assert "none: no such folder" in error(capsys, tmp_path / "none", "--time")
 
 
 def error(capsys, *arguments):
