@@ -91,9 +91,10 @@ def test_a_batch_is_the_same_however_many_processes_read_it(corpora, length, see
         weights = range(1, len(splits) + 1)
         return MixedPacking(splits, weights, length, seed) if mixed else Packing(splits[0], length, seed)
 
-    whole = [_Batches(rows(), batch_size, start, 10, 0, 1)[i] for i in range(3)]
-    parts = [[_Batches(rows(), batch_size, start, 10, p, processes)[i] for i in range(3)] for p in range(processes)]
-    later = _Batches(rows(), batch_size, start + 2, 10, 0, 1)[0]
+    every = np.arange(batch_size)
+    whole = [_Batches(rows(), batch_size, start, 10, every)[i] for i in range(3)]
+    parts = [[_Batches(rows(), batch_size, start, 10, own)[i] for i in range(3)] for own in np.split(every, processes)]
+    later = _Batches(rows(), batch_size, start + 2, 10, every)[0]
     for name in ("tokens", "targets", "segment_ids"):
         for i in range(3):
             np.testing.assert_array_equal(np.concatenate([part[i][name] for part in parts]), whole[i][name])

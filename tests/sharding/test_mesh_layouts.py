@@ -17,6 +17,7 @@ from deltaformer_jax.sharding.mesh import make_mesh
     [
         (MeshConfig(recipe="fsdp"), (1, 8, 1, 1)),
         (MeshConfig(recipe="fsdp+tensor"), (1, 2, 4, 1)),
+        (MeshConfig(recipe="fsdp+context"), (1, 2, 1, 4)),
         (MeshConfig(recipe="data+fsdp"), (1, 8, 1, 1)),  # one slice
         (MeshConfig(recipe="fsdp", data=2), (2, 4, 1, 1)),  # a field that is set overrides the recipe
         (MeshConfig(recipe="fsdp+tensor", tensor=2, data=2), (2, 2, 2, 1)),
@@ -32,8 +33,6 @@ def test_recipes_that_cannot_be():
         ValueError, match=r"data 1 \* fsdp 2 \* tensor 3 .* = 6 devices \(by mesh.recipe = 'fsdp\+tenso"
     ):
         make_mesh(MeshConfig(recipe="fsdp+tensor", tensor=3))
-    with pytest.raises(ValueError, match=r"mesh.context = 4.*not supported"):
-        make_mesh(MeshConfig(recipe="fsdp+context"))
     with pytest.raises(ValueError, match=r"mesh.recipe = 'fsdb': must be one of.*did you mean fsdp"):
         check(Config(mesh=MeshConfig(recipe="fsdb")))
 
