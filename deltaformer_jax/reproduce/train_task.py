@@ -35,12 +35,14 @@ from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.stages import Cell, Progress, Stage, accuracy
 from deltaformer_jax.training.loop import train
 
-# The defaults as plain JSON.
-MODEL = {
-    field: list(value) if isinstance(value, tuple) else value
-    for field, value in dataclasses.asdict(ModelConfig()).items()
-    if field != "vocab_size"
-}
+
+def _plain(config: ModelConfig | OptimizerConfig) -> dict[str, Any]:
+    """The fields of a config as plain JSON, in which a tuple is a list."""
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(config).items()}
+
+
+# vocab_size is the task's.
+MODEL = {field: value for field, value in _plain(ModelConfig()).items() if field != "vocab_size"}
 
 
 def settings_of(
@@ -81,7 +83,7 @@ def settings_of(
         "task": task,
         "lengths": lengths,
         "model": {**MODEL, **model},
-        "optimizer": {**dataclasses.asdict(OptimizerConfig()), **chosen, **optimizer},
+        "optimizer": {**_plain(OptimizerConfig()), **chosen, **optimizer},
         "batch_size": batch_size,
         "steps": steps,
         "eval_every": eval_every,

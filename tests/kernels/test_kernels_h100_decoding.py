@@ -8,6 +8,7 @@ from flax import nnx
 from deltaformer_jax import LanguageModel, ModelConfig
 from deltaformer_jax.compiled.launches import launches
 from deltaformer_jax.decoding.generate import decode_step
+from deltaformer_jax.training.ahead_of_time.topologies import find_topology
 from pallas_kernels.triton import packages
 
 pytestmark = [
@@ -22,9 +23,6 @@ BATCH, CAPACITY = 16, 8192  # so that the caches are most of what is read
 @pytest.mark.parametrize("mixer, reads", [("delta_former", 2), ("softmax_attention", 2)])
 def test_a_step_copies_no_cache_and_reads_each_once(mixer, reads):
     """`reads`: of an array of keys or values of all layers, how many: the keys, and the values."""
-    from jax.experimental import topologies
-    from training_step.counted import H100
-
     config = ModelConfig(
         vocab_size=256,
         d_model=128,
@@ -41,7 +39,7 @@ def test_a_step_copies_no_cache_and_reads_each_once(mixer, reads):
         return *nnx.split(model), model.init_cache(BATCH, CAPACITY)
 
     graphdef, params, cache = nnx.eval_shape(parts)
-    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    device = find_topology("h100").devices[0]
     there = jax.sharding.SingleDeviceSharding(device)
     on = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
     number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=there)

@@ -86,8 +86,8 @@ class Compiling:
     def lower(self, *arguments):
         return Compiling(self._program.lower(*arguments), self._signals)
 
-    def compile(self):
-        return after(1, self._program.compile, self._signals)()
+    def compile(self, **options):
+        return after(1, self._program.compile, self._signals)(**options)
 
 
 STAGES = {
@@ -167,7 +167,8 @@ def test_killed_at_random_moments(corpus, tmp_path, tmp_path_factory):
     began = json.loads(file.read_text().splitlines()[0])["started"]
     assert sum(spent.seconds.values()) == pytest.approx(file.stat().st_mtime - began, rel=0.02)
     assert all(seconds >= -0.01 for seconds in spent.seconds.values()) and spent.seconds["steps"] > 0
-    assert f"time        {spent.running:,.0f} s" in out
+    if "nothing to do" not in out:  # killed between its last checkpoint and its last line, a run has nothing left
+        assert f"time        {spent.running:,.0f} s" in out
 
 
 @pytest.mark.long
