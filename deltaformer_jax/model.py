@@ -26,6 +26,7 @@ from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.ops.cache.memory_order import in_order
+from deltaformer_jax.ops.common.kept import KEPT, kept
 from deltaformer_jax.sharding.activations import constrain
 from deltaformer_jax.sharding.shards import gathered, is_cut, keep_all_but_gathered
 from pallas_kernels.transform import MADE
@@ -34,6 +35,10 @@ _MADE = jax.checkpoint_policies.save_only_these_names(MADE)
 # What `ModelConfig.remat` keeps of a block for the backward pass; None: nothing. Products of activations with kernels
 # have no batch dimensions, unlike those of activations with each other.
 _KEPT = {
+    "operands": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MADE, KEPT),
+    ),
     "products": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _MADE
     ),
@@ -67,9 +72,9 @@ class Block(nnx.Module):
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
         if self.norms_after:
-            x = x + self.mixer_norm(mixed)
+            x = kept(x + self.mixer_norm(mixed))
             return x + self.mlp_norm(self.mlp(x)), cache
-        x = x + mixed
+        x = kept(x + mixed)
         return x + self.mlp(self.mlp_norm(x)), cache
 
     def flops_per_token(self, length: int) -> float:

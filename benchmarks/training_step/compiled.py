@@ -38,7 +38,9 @@ class Step(NamedTuple):
 def compile_step(config: Config, device: jax.Device) -> Step:
     """The step compiled for `device`. Raises what training raises for a config that it refuses."""
     if config.model.remat == "auto":
-        raise ValueError("model.remat = 'auto': one step is compiled; give --remat none, products, kernels or block")
+        raise ValueError(
+            "model.remat = 'auto': one step is compiled; give --remat none, operands, products, kernels or block"
+        )
     mesh = make_mesh(config.mesh, [device])
     check_batch(config, mesh)
     config = with_any_vocabulary(config)

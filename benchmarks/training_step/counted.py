@@ -13,6 +13,7 @@ from measure import report
 
 from deltaformer_jax.compiled.launches import Launch, Loop, launches
 from deltaformer_jax.config import Config
+from deltaformer_jax.sharding.mesh import planned_memory
 from deltaformer_jax.training.ahead_of_time.chips import CHIPS
 from deltaformer_jax.training.ahead_of_time.flops import model_flops
 from deltaformer_jax.training.ahead_of_time.topologies import find_topology
@@ -25,7 +26,9 @@ LISTED = 15  # launches
 
 def prepare(config: Config) -> Step:
     """Compile the step. Raises ValueError if it needs more memory than the card has."""
-    step = compile_step(config, find_topology("h100").devices[0])
+    card = find_topology("h100")
+    with planned_memory(card.device_memory):
+        step = compile_step(config, card.devices[0])
     if step.memory > H100.memory:
         needs = f"the step takes {step.memory / 1e9:.1f} GB, and the card has {H100.memory / 1e9:.1f}"
         raise ValueError(f"{step.title}: {needs}; {SMALLER}")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import kernel, product, product_flops, products
+from deltaformer_jax.ops.common.kept import kept
 
 
 class SwiGLU(nnx.Module):
@@ -29,9 +30,9 @@ class SwiGLU(nnx.Module):
         self.d_model, self.mlp_dim = d_model, mlp_dim
 
     def __call__(self, x):
-        x = x.astype(self.dtype)
+        x = kept(x.astype(self.dtype))
         gate, up = products(x, [self.gate, self.up], self.dtype)
-        return product(jax.nn.silu(gate) * up, self.down, self.dtype)
+        return product(kept(jax.nn.silu(gate) * up), self.down, self.dtype)
 
     def flops_per_token(self, length: int) -> float:
         """6 d_model mlp_dim forward FLOPs, for three products; a multiply-add counts 2. `length` has no influence."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import along
+from deltaformer_jax.ops.common.kept import kept
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 ACTIVATIONS = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -22,7 +23,7 @@ def rms_normalize(x, epsilon: float = 1e-6):
     """
     wide = x.astype(accumulation_dtype(x.dtype))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+    return (wide * kept(jax.lax.rsqrt(mean_square + epsilon))).astype(x.dtype)
 
 
 def l2_normalize(x, epsilon: float = 1e-6):
@@ -86,4 +87,4 @@ class HeadNorm(nnx.Module):
         wide = self.norm(o.astype(accumulation_dtype(o.dtype)))
         if gate is not None:
             wide = wide * ACTIVATIONS[self.activation](gate.astype(wide.dtype))
-        return wide.astype(o.dtype)
+        return kept(wide.astype(o.dtype))

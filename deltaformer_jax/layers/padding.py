@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from deltaformer_jax import ops
+from deltaformer_jax.ops.common.kept import kept
 from deltaformer_jax.sharding import CONTEXT_AXIS, of_whole_rows, sequence_is_sharded
 
 
@@ -17,10 +18,10 @@ def clear_padding(x, segment_ids):
     if x.ndim != 3:
         raise ValueError(f"x must be [batch, length, d_model]; its shape is {x.shape}")
     if segment_ids is None:
-        return x
+        return kept(x)
     if segment_ids.shape != x.shape[:2]:
         raise ValueError(f"segment_ids must be [batch, length] = {x.shape[:2]}; its shape is {segment_ids.shape}")
-    return jnp.where(segment_ids[:, :, None] != 0, x, 0)
+    return kept(jnp.where(segment_ids[:, :, None] != 0, x, 0))
 
 
 def default_positions(x, segment_ids, cache):

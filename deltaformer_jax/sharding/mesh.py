@@ -1,5 +1,7 @@
 """The mesh of devices, and the table that maps parameters' axis names to mesh axes."""
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -88,16 +90,33 @@ def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> 
     return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
+# What `planned_memory` says.
+_PLANNED: contextvars.ContextVar[int | None] = contextvars.ContextVar("planned memory of a device", default=None)
+
+
+@contextlib.contextmanager
+def planned_memory(limit: float):
+    """In its body `memory_limit` is `limit` for devices that cannot say, since they are only compiled for.
+
+    The compiled program is then the one that runs there: the training step makes pieces of logits by the memory.
+    """
+    token = _PLANNED.set(int(limit))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
 def memory_limit(mesh: Mesh) -> int | None:
     """The bytes that JAX may use on the smallest of the mesh's devices that this process sees.
 
-    None if they do not say: CPUs, and devices that are only compiled for.
+    None if they do not say: CPUs, and devices that are only compiled for, without `planned_memory`.
     """
     try:
         limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
     except jax.errors.JaxRuntimeError:
-        return None
-    return min(limits) if limits and all(limits) else None
+        return _PLANNED.get()
+    return min(limits) if limits and all(limits) else _PLANNED.get()
 
 
 def rows(mesh: Mesh) -> int:

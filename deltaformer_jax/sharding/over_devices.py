@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from deltaformer_jax.ops.common.kept import kept
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
 from deltaformer_jax.sharding.context.over_context import over_context
 
@@ -42,6 +43,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
     `over_context` chooses. A mesh that has this axis outside of one splits no sequence here.
     """
     sharded = sequence_is_sharded()
+    arrays = {name: None if x is None else kept(x) for name, x in arrays.items()}
 
     def of_part(**arrays):
         result = over_context(op, arrays, CONTEXT_AXIS) if sharded else op(**arrays)

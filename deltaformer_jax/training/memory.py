@@ -16,7 +16,7 @@ from deltaformer_jax.sharding.mesh import memory_limit
 from deltaformer_jax.training.program import Program
 
 # From the least recomputation, and the most memory, to the most recomputation.
-ORDER = ("none", "products", "kernels", "block")
+ORDER = ("none", "operands", "products", "kernels", "block")
 # The share of a device's memory that a step may need. The allocator cannot use the gaps between arrays.
 USABLE = 0.95
 

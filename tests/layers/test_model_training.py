@@ -52,7 +52,7 @@ def test_remat_changes_no_gradient():
     tokens, ids = random_tokens((ROWS, LENGTH)), np.ones((ROWS, LENGTH), np.int32)
     fields = dict(mixers=("delta_former",), num_layers=2, implementation="chunked", chunk_size=8)
     plain = loss_and_gradient(make_model(**fields), tokens, ids)
-    for remat in ("products", "kernels"):
+    for remat in ("operands", "products", "kernels"):
         again = loss_and_gradient(make_model(**fields, remat=remat), tokens, ids)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *_leaves(plain, again))
 
@@ -66,8 +66,8 @@ def test_remat_from_none_to_block_keeps_less_and_less():
         pullback = jax.eval_shape(lambda model: jax.vjp(lambda model: mean_loss(model, tokens), model)[1], model)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    none, products, kernels, block = map(kept, ("none", "products", "kernels", "block"))
-    assert block < kernels < products < none and block < 0.5 * none
+    none, operands, products, kernels, block = map(kept, ("none", "operands", "products", "kernels", "block"))
+    assert block < kernels < products < operands < none and block < 0.5 * none
     assert kept("auto") == block
 
 
@@ -90,7 +90,7 @@ def test_remat_kernels_never_runs_an_op_forward_again(fields):
         lowered = jax.jit(jax.grad(mean_loss)).lower(model, random_tokens((2, 32)))
         return lowered.as_text().count("stablehlo.while")
 
-    assert loops("none") == loops("products") == loops("kernels") < loops("block")
+    assert loops("none") == loops("operands") == loops("products") == loops("kernels") < loops("block")
 
 
 def test_layers_follow_the_pattern():

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig
-from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.sharding.mesh import make_mesh, planned_memory
 from deltaformer_jax.training import memory
 from deltaformer_jax.training.loss import logits_at_once
 from deltaformer_jax.training.memory import ORDER, device_bytes, fitting_program, size_text, step_bytes
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
-NEEDS = dict(zip(ORDER, (100, 80, 60, 40)))
+NEEDS = dict(zip(ORDER, (100, 90, 80, 60, 40)))
 
 
 class FakeProgram:
@@ -39,7 +39,7 @@ def chosen(monkeypatch, limit, remat="auto"):
 
 
 @pytest.mark.parametrize(
-    "limit, remat", [(1000, "none"), (106, "none"), (104, "products"), (84, "kernels"), (43, "block")]
+    "limit, remat", [(1000, "none"), (106, "none"), (104, "operands"), (94, "products"), (84, "kernels"), (43, "block")]
 )
 def test_auto_takes_the_least_recomputation_that_fits(monkeypatch, limit, remat):
     name, said = chosen(monkeypatch, limit)
@@ -56,20 +56,23 @@ def test_auto_takes_block_where_nothing_fits_and_says_so(monkeypatch):
 def test_auto_goes_on_where_the_compiler_says_nothing(monkeypatch):
     monkeypatch.setitem(NEEDS, "none", None)
     name, said = chosen(monkeypatch, 1000)
-    assert name == "products" and "none needs an unknown amount" in said[0]
+    assert name == "operands" and "none needs an unknown amount" in said[0]
 
 
 def test_auto_goes_on_where_the_compiler_refuses_a_program_that_does_not_fit(monkeypatch):
     compile_step = FakeProgram.compile_train_step
 
     def refuse(self, data):
-        if self.remat in ("none", "products"):
+        if self.remat in ("none", "operands", "products"):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom")
         return compile_step(self, data)
 
     monkeypatch.setattr(FakeProgram, "compile_train_step", refuse)
     name, said = chosen(monkeypatch, 1000)
-    assert name == "kernels" and "(none does not fit; products does not fit; kernels needs 60 B)" in said[0]
+    assert (
+        name == "kernels"
+        and "(none does not fit; operands does not fit; products does not fit; kernels needs 60 B)" in said[0]
+    )
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
     monkeypatch.setattr(FakeProgram, "compile_train_step", lambda *_: (_ for _ in ()).throw(other))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
@@ -86,6 +89,9 @@ def test_logits_at_once_grow_with_the_devices_memory():
     mesh = lambda *limits: SimpleNamespace(local_devices=[device(limit) for limit in limits])
     assert logits_at_once(MESH) == logits_at_once(mesh(None)) == logits_at_once(mesh(2**30)) == 2**26  # a CPU, 1 GiB
     assert logits_at_once(mesh(2**36, 2**37)) == 2**28  # the smaller of 64 and 128 GiB
+    with planned_memory(2**35):  # of a device that is only compiled for; one that says what it has is asked
+        assert logits_at_once(mesh(None)) == 2**27 and logits_at_once(mesh(2**36)) == 2**28
+    assert logits_at_once(mesh(None)) == 2**26
 
 
 def test_bytes_of_this_machine_and_of_a_step():

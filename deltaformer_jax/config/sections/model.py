@@ -88,11 +88,12 @@ class ModelConfig:
     remat: str = setting(
         "none",
         'Which activations of a block the backward pass computes again, to save memory. "none": none; all are kept. '
+        '"operands": what is elementwise between products and attention ops, whose operands are kept. '
         '"products": all but the results of products with kernels and of the attention ops. "kernels": all but the '
         'results of the attention ops, which cost most to compute and least to keep. "block": all. "auto": in '
         "training, the first of these with which the step fits the device's memory, found by compiling them in turn; "
         'elsewhere "block".',
-        choices=("none", "products", "kernels", "block", "auto"),
+        choices=("none", "operands", "products", "kernels", "block", "auto"),
     )
     unroll_layers: bool = setting(
         False,

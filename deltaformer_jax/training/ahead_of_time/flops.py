@@ -25,7 +25,7 @@ class Flops(NamedTuple):
     def recomputed(self, remat: str) -> float:
         """What the backward pass computes again under `model.remat`."""
         layers = self.model - self.head
-        return {"none": 0.0, "products": 0.0, "kernels": layers - self.ops, "block": layers}[remat]
+        return {"none": 0.0, "operands": 0.0, "products": 0.0, "kernels": layers - self.ops, "block": layers}[remat]
 
 
 def model_flops(parts: ModelParts, length: int) -> Flops:

@@ -13,7 +13,7 @@ from deltaformer_jax.compiled.launches import launches
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.host.waiting import say_aside, waiting
-from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.sharding.mesh import make_mesh, planned_memory
 from deltaformer_jax.training.ahead_of_time.buffers import (
     Buffer,
     dump_options,
@@ -80,13 +80,14 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     choices = ORDER if full.model.remat == "auto" else (full.model.remat,)
-    for remat in choices:
-        chosen = dataclasses.replace(full, model=dataclasses.replace(full.model, remat=remat))
-        program = Program(chosen, mesh)
-        check_split(program.parts, mesh, chosen.mesh.strict, say_aside)
-        plan = _compiled(chosen, topology, program)
-        if plan.fits:
-            break
+    with planned_memory(topology.device_memory):
+        for remat in choices:
+            chosen = dataclasses.replace(full, model=dataclasses.replace(full.model, remat=remat))
+            program = Program(chosen, mesh)
+            check_split(program.parts, mesh, chosen.mesh.strict, say_aside)
+            plan = _compiled(chosen, topology, program)
+            if plan.fits:
+                break
     return plan
 
 
@@ -116,4 +117,4 @@ def _compiled(config: Config, topology: Topology, program: Program) -> Plan:
         memory=moved / (chip.bandwidth / share),
         communication=sum(row.seconds for row in rows),
     )
-    return Plan(config, topology, program, compiled, needed, chip.memory / share, largest, rows, flops, roofline)
+    return Plan(config, topology, program, compiled, needed, topology.device_memory, largest, rows, flops, roofline)

@@ -57,6 +57,11 @@ class Topology(NamedTuple):
         return len(self.devices) // self.chips
 
     @property
+    def device_memory(self) -> float:
+        """The bytes of one device."""
+        return self.chip.memory / self.devices_per_chip
+
+    @property
     def of_cards(self) -> bool:
         return self.chip is CHIPS["h100"]
 

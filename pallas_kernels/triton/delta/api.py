@@ -141,8 +141,8 @@ def backward(settings: Settings, residuals, dout, du, run=launching.run):
 class _Written(NamedTuple):
     """u in the forms in which the write kernel stored it (form.py, `operands`).
 
-    exact: u in float32, or None for operands "pair". operand: u as the products take it, in the arrays' dtype; for
-    "pair" its high part; None for "exact". residue: for "pair" the low part, else None.
+    exact: u in float32, or None if nothing takes it again. operand: u as the products take it, in the arrays' dtype;
+    for "pair" its high part; None for "exact". residue: for "pair" the low part, else None.
     """
 
     exact: jax.Array | None
@@ -184,10 +184,12 @@ def _forward(settings, run, query, write_query, key, value, alpha, beta, segment
     u, operand, residue, lse_write, _, summary, *tied = run_launch(launch, run, settings)
     softmax = settings.write.name == "softmax"
     taken = operands(settings.write, value.dtype)
-    written = _Written(
-        u if taken != "pair" else None, operand if taken != "exact" else None, residue if taken == "pair" else None
-    )
     summary = summary if launch.constants["FORM"].has_summary else None
+    written = _Written(
+        u if launch.constants["FORM"].wide_u else None,
+        operand if taken != "exact" else None,
+        residue if taken == "pair" else None,
+    )
     made = {"u": written, "summary": summary, "lse_write": lse_write if softmax else None}
     if settings.tied:
         out, own_share, past_share = tied

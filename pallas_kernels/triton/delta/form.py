@@ -28,7 +28,8 @@ class Form:
     heads: heads of the kernel's query: q for a read, w for a write. u_heads: heads of u; for a write the same as heads.
     kv_heads: heads of keys and values. key_width, value_width: K and V. similarity: "linear", "relu", "exp", "softmax"
     or "round". power: 10 to the number of decimals of "round". operands: see the function `operands`. tied: one softmax
-    writes and reads. has_…: the optional array is present.
+    writes and reads. has_…: the optional array is present. wide_u: a later launch takes u in float32, so that the write
+    stores it.
     """
 
     heads: int
@@ -43,6 +44,7 @@ class Form:
     has_alpha: bool = False
     has_beta: bool = False
     has_segments: bool = False
+    wide_u: bool = True
 
     @property
     def queries(self) -> Layout:

@@ -42,6 +42,14 @@ def _chosen(settings, name, key, value) -> Tile:
     return choose(name, capability, width, operands(kappa, key.dtype))
 
 
+def _wide_u(settings, dtype, beta) -> bool:
+    """`Form.wide_u`: of softmax's backward pass if there is no β, of a tied one, and of a read with other operands."""
+    taken = operands(settings.write, dtype)
+    if taken != "narrow":
+        return taken == "exact"
+    return settings.tied or beta is None or (settings.read is not None and operands(settings.read, dtype) != taken)
+
+
 def _form(kappa, key, value, heads: int, u_heads: int, alpha=None, beta=None, segment_ids=None, tied=False) -> Form:
     return Form(
         heads=heads,
@@ -122,8 +130,8 @@ def invert_blocks_launch(settings, name, w, key, value, beta, segment_ids) -> La
 def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inverse=(None, None)) -> Launch:
     """`inverse`: the outputs of `invert_blocks_launch` if operands are "pair".
 
-    Outputs: u in float32 (for "pair", scratch); operand and residue, u as products take it; log-sum-exps; counters
-    (order.py); s, if there is a β or tied; out, π and ρ, if tied. An output that is not needed has one element.
+    Outputs: u in float32 (scratch, unless FORM.wide_u); operand and residue, u as products take it; log-sum-exps;
+    counters (order.py); s, if there is a β or tied; out, π and ρ, if tied. What is not needed has one element.
     """
     batch, time, heads, _ = w.shape
     taken = operands(settings.write, value.dtype)
@@ -132,6 +140,7 @@ def write_forward_launch(settings, w, key, value, alpha, beta, segment_ids, inve
     tall, row, nothing = (batch, time, heads, value.shape[3]), (batch, heads, time), (1,)
     tied = lambda shape: shape if settings.tied else nothing
     form = _form(settings.write, key, value, heads, heads, alpha, beta, segment_ids, settings.tied)
+    form = dataclasses.replace(form, wide_u=_wide_u(settings, value.dtype, beta))
     return Launch(
         write_forward,
         (
@@ -211,7 +220,7 @@ def read_backward_launch(settings, query, key, u, residue, dout, lse, row_dot, s
 def write_backward_launch(
     settings, w, key, value, alpha, beta, segment_ids, inverse, u, operand, residue, summary, lse, du, tied=None
 ) -> Launch:
-    """`inverse`: as in `write_forward_launch`. u: in float32, or None if the similarity is not softmax. operand,
+    """`inverse`: as in `write_forward_launch`. u: in float32, read only for a softmax without β. operand,
     residue: u as products take it. summary: s, or None if there is no β. tied: (dout, ρ, dO·o) or None.
 
     Outputs: dw and dk, not yet multiplied by the scale; dv; dalpha; dbeta; then scratch arrays of the kernel.
@@ -238,7 +247,7 @@ def write_backward_launch(
             dataclasses.replace(wide(width), zeroed=True),
             wide(width),
             wide(value.shape[3]),
-            Output(row, jnp.float32),
+            Output(row if alpha is not None else (1,), jnp.float32),
             Output(row if beta is not None else (1,), jnp.float32),
             Output((batch, time, heads, value.shape[3]), operand.dtype),
             Output((batch, time, heads, value.shape[3]) if residue is not None else (1,), operand.dtype),

@@ -65,22 +65,30 @@ def store_adjoint(inverse, incoming, given, saved, gradients, n, start, FORM: tl
         store_rows(dv, start, T, load_row(given.alpha + row, start, T, ROWS)[:, None] * grad, U, ROWS)
     else:
         store_rows(dv, start, T, grad, U, ROWS)
-    v = head_of(given.v, n, T, FORM.heads, VALUES)
-    row_dot = tl.sum(load_rows(v, start, T, VALUES, ROWS).to(tl.float32) * grad, 1)
-    store_row(gradients.dalpha + row, start, T, row_dot, ROWS)
-    if FORM.softmax:
+    if FORM.has_alpha or not FORM.has_beta:
+        v = head_of(given.v, n, T, FORM.heads, VALUES)
+        alpha_dot = tl.sum(load_rows(v, start, T, VALUES, ROWS).to(tl.float32) * grad, 1)
         if FORM.has_alpha:
-            row_dot *= load_row(given.alpha + row, start, T, ROWS)
-        u = load_rows(head_of(saved.u, n, T, FORM.heads, U), start, T, U, ROWS)
-        centre = tl.sum(grad * u, 1) - row_dot
+            store_row(gradients.dalpha + row, start, T, alpha_dot, ROWS)
+    # D = −G·(α v − u) = −β G·s = β dβ: with a β, u itself is not read.
+    if FORM.has_beta:
+        past = load_rows(head_of(saved.summary, n, T, FORM.heads, U), start, T, U, ROWS).to(tl.float32)
+        beta_dot = -tl.sum(grad * past, 1)
+        store_row(gradients.dbeta + row, start, T, beta_dot, ROWS)
+        beta = load_row(given.beta + row, start, T, ROWS)
+        centre = beta * beta_dot
+        left = -beta[:, None] * grad
+    else:
+        if FORM.softmax:
+            u = load_rows(head_of(saved.u, n, T, FORM.heads, U), start, T, U, ROWS)
+            if FORM.has_alpha:
+                alpha_dot *= load_row(given.alpha + row, start, T, ROWS)
+            centre = tl.sum(grad * u, 1) - alpha_dot
+        left = -grad
+    if FORM.softmax:
         if FORM.tied:
             centre += load_row(saved.past_share + row, start, T, ROWS) * load_row(saved.read_dot + row, start, T, ROWS)
         store_row(gradients.centre + padded(n, T), start, T, centre, ROWS)
-    if FORM.has_beta:
-        past = load_rows(head_of(saved.summary, n, T, FORM.heads, U), start, T, U, ROWS).to(tl.float32)
-        store_row(gradients.dbeta + row, start, T, -tl.sum(grad * past, 1), ROWS)
-        grad *= load_row(given.beta + row, start, T, ROWS)[:, None]
-    left = -grad
     if FORM.tied:
         dout = head_of(saved.dout, n, T, FORM.heads, U)
         left += kept_gradient(dout, saved.past_share + row, start, T, U, ROWS)
@@ -111,11 +119,10 @@ def store_adjoint_in_parts(given, saved, gradients, n, start, FORM: tl.constexpr
         incoming += load_columns(du, start, T, column, U.stride, U.width, ROWS, WIDTH)
         high, low = parts(incoming)
         grad = product_of_parts(tl.trans(inverse), tl.trans(inverse_low), high, low, FORM)
-        alpha_dot += tl.sum(
-            load_columns(v, start, T, column, VALUES.stride, VALUES.width, ROWS, WIDTH).to(tl.float32) * grad, 1
-        )
         dvalue = grad
         if FORM.has_alpha:
+            value = load_columns(v, start, T, column, VALUES.stride, VALUES.width, ROWS, WIDTH).to(tl.float32)
+            alpha_dot += tl.sum(value * grad, 1)
             dvalue *= load_row(given.alpha + row, start, T, ROWS)[:, None]
         store_columns(dv, start, T, column, dvalue, U.stride, U.width, ROWS, WIDTH)
         if FORM.has_beta:
@@ -125,6 +132,7 @@ def store_adjoint_in_parts(given, saved, gradients, n, start, FORM: tl.constexpr
         high, low = parts(-grad)
         store_columns(adjoint, start, T, column, high, U.stride, U.width, ROWS, WIDTH)
         store_columns(adjoint_residue, start, T, column, low, U.stride, U.width, ROWS, WIDTH)
-    store_row(gradients.dalpha + row, start, T, alpha_dot, ROWS)
+    if FORM.has_alpha:
+        store_row(gradients.dalpha + row, start, T, alpha_dot, ROWS)
     if FORM.has_beta:
         store_row(gradients.dbeta + row, start, T, -beta_dot, ROWS)

@@ -158,9 +158,10 @@ def write_backward(
     head (order.py).
 
     Reads the inputs of `write_forward`, with inverses of blocks of TILE.columns / TILE.halves rows; last [B,blocks],
-    one more than the last row that sees a block's last column; u in float32 (softmax only); operand and residue, u as
-    products take it; lse; du [B,T,heads,V] float32, with π dO added if tied; with β, summary (s) [B,T,heads,V]; if
-    tied, dout [B,T,heads,V], past_share (ρ) and read_dot (dO·o) [B,heads,T]. `scale` includes log2(e) for softmax.
+    one more than the last row that sees a block's last column; u in float32 (for a softmax without β only);
+    operand and residue, u as products take it; lse; du [B,T,heads,V] float32, with π dO added if tied; with β, summary
+    (s) [B,T,heads,V]; if tied, dout [B,T,heads,V], past_share (ρ) and read_dot (dO·o) [B,heads,T]. `scale` includes
+    log2(e) for softmax.
     Writes dw, dk [B,T,heads,K], dv [B,T,heads,V], dalpha, dbeta [B,heads,T], all float32. dw starts at 0 and is added
     to. dw and dk are not multiplied by the scale.
     Scratch that later programs read: adjoint, H in operand's dtype, and for "pair" adjoint_residue, its low part;

@@ -92,7 +92,7 @@ def write_forward(
     [B,blocks] (the first column that a block's first row sees), and, for operands "pair", inverse and inverse_low, the
     outputs of invert_blocks.py for blocks of TILE.rows / TILE.halves rows. `scale` includes log2(e) for softmax.
     Writes
-    * u [B,T,heads,V] float32; for "pair" this array is only scratch, for the sums of the rows;
+    * u [B,T,heads,V] float32, if FORM.wide_u; otherwise this array is only scratch, for the sums of the rows;
     * u as products take it: operand, in the arrays' dtype for "narrow", or for "pair" the high part, with the low part
       in residue;
     * for softmax, lse [B,heads,padded T], the log-sum-exps in base 2, which starts at 0;

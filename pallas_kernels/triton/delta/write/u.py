@@ -135,9 +135,10 @@ def write_rows_in_parts(given, written, n, start, FORM: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def store_u(given, written, n, start, tile, FORM: tl.constexpr, ROWS: tl.constexpr):
-    """Stores `tile`, u of the ROWS rows at `start`, in float32 and, for "narrow", as products take it."""
+    """Stores `tile`, u of the ROWS rows at `start`: in float32 if FORM.wide_u; for "narrow" as products take it."""
     U: tl.constexpr = FORM.u
-    store_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, tile, U, ROWS)
+    if FORM.wide_u:
+        store_rows(head_of(written.u, n, given.T, FORM.heads, U), start, given.T, tile, U, ROWS)
     if FORM.narrow:
         store_rows(head_of(written.operand, n, given.T, FORM.heads, U), start, given.T, tile, U, ROWS)
 
