@@ -14,11 +14,12 @@ STEPS, PROFILED = 6, 2
 TRAIN = (
     ("deltaformer_340m", 64, "kernels", False),
     ("deltaformer_340m", 32, "products", True),
+    ("deltaformer_340m", 16, "operands", True),
     ("transformer_340m", 64, "kernels", False),
     ("deltaformer_1b3", 8, "kernels", False),
     ("deltaformer_340m", 64, "block", False),
 )
-QUICK_TRAIN = 2  # the first ones
+QUICK_TRAIN = 3  # the first ones
 # Config, rows, slots of the caches, dtype of the weights.
 DECODE = (
     ("deltaformer_340m", 1, 2048, "bfloat16"),

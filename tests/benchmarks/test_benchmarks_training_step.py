@@ -180,7 +180,7 @@ def test_packages_that_are_missing_are_named_with_the_command(monkeypatch):
 
 def test_a_step_that_does_not_fit_is_refused(monkeypatch):
     step = SimpleNamespace(title="64 x 2048 tokens", memory=90_000_000_000)
-    topology = SimpleNamespace(devices=[None])
+    topology = SimpleNamespace(devices=[None], device_memory=8e10)
     monkeypatch.setattr(counted, "find_topology", lambda _: topology)
     monkeypatch.setattr(counted, "compile_step", lambda *_: step)
     with pytest.raises(ValueError, match=r"64 x 2048 tokens: the step takes 90.0 GB, .* 84.9; give a smaller --batch"):

@@ -117,7 +117,7 @@ def test_fields_a_mixer_may_override():
             dict(compute_dtype="bf16"),
             "model.compute_dtype = 'bf16': must be one of .*; did you mean bfloat16",
         ),
-        (dict(remat="all"), "model.remat = 'all': must be one of none, products, kernels, block, auto"),
+        (dict(remat="all"), "model.remat = 'all': must be one of none, operands, products, kernels, block, auto"),
         (dict(mixers=()), r"model.mixers = \(\): must be a tuple"),
         (dict(mixers="delta_former"), "model.mixers = 'delta_former': must be a tuple"),
         (dict(mixers=(3,)), r"model.mixers = \(3,\): must be a tuple of names or Mixer"),
