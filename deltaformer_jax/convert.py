@@ -68,7 +68,7 @@ def read(flags) -> None:
         from deltaformer_jax.data import load_tokenizer
         from deltaformer_jax.data.chat import CHAT_FILE, pretrained_format
         from deltaformer_jax.interop import load_pretrained
-        from deltaformer_jax.interop.kept import KEPT_FILE, read_kept
+        from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -85,7 +85,7 @@ def read(flags) -> None:
     form = pretrained_format(Path(flags.folder), file, tokenizer)
     with waiting(f"reading {flags.folder}", say_aside):
         model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
-    kept = read_kept(Path(flags.folder))
+    kept = to_keep(Path(flags.folder), tokenizer, file)
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
     config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)
     parts = model_parts(config.model)
@@ -114,7 +114,7 @@ def write(flags) -> None:
         from pathlib import Path
 
         from deltaformer_jax.interop import save_pretrained
-        from deltaformer_jax.interop.kept import kept_of_run
+        from deltaformer_jax.interop.kept import kept_of_run, tokenizer_config_of_run
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
@@ -129,6 +129,7 @@ def write(flags) -> None:
             dtype=flags.dtype,
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
             chat=read_chat(flags.workdir),
+            tokenizer_config=tokenizer_config_of_run(flags.workdir, run.tokenizer),
             card=_card(run, flags),
             kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )

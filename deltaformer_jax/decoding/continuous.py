@@ -137,8 +137,9 @@ def stream(
     """Yield every token of every text as it is drawn, with the row that it belongs to.
 
     Args:
-      prompts: lists of token ids, each beginning with the document separator; or texts, which the tokenizer encodes
-        after its end-of-text. They may have any lengths, and there may be any number of them.
+      prompts: lists of token ids, each beginning as the model knows texts to begin; or texts, which the tokenizer
+        encodes after its prefix: end-of-text, or what a folder's own tokenizer puts there (`pretrained_tokenizer`).
+        They may have any lengths, and there may be any number of them.
       max_tokens: the most tokens of a text; one number, or one per prompt.
       tokenizer: makes the texts. Its end-of-text ends a text. Without it pieces have tokens only.
       stop: a text ends before the first of these strings. A string may lie across tokens. It needs the tokenizer.

@@ -154,7 +154,7 @@ def make_requests(
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError(f"prompts[{row}] is text: give tokenizer=, or token ids")
-            prompt = [tokenizer.eot, *tokenizer.encode(prompt)]
+            prompt = tokenizer.encode_prompt(prompt)
         ids = check_prompt(prompt, row, vocabulary)
         request = Request(row, ids, limits[row], seeds[row], row if shared else 0)
         requests.append(request.ends_at(tokenizer, stop, frozenset(map(int, stop_tokens))))

@@ -1,13 +1,16 @@
-"""What a folder says that is not its model's function, and that goes back with it: `FIELDS` of its config.json."""
+"""What a folder says that is not its model's function, and that goes back with it: `FIELDS` of its config.json, and its
+tokenizer_config.json. A run that was imported has both in KEPT_FILE, with the prefix of its tokenizer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.data import Tokenizer
+from deltaformer_jax.data.tokenizer.prefix import Prefix
+from deltaformer_jax.data.tokenizer.pretrained import TRAINED_HERE, prefix_of, pretrained_config, pretrained_prefix
 from deltaformer_jax.interop.files import read_json
 from deltaformer_jax.interop.kinds import misfits
 
@@ -36,5 +39,39 @@ def read_kept(folder: Path) -> dict[str, Any]:
 
 def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]:
     """Those of FIELDS of a run: those of the folder that it was imported from, or else the length of its rows."""
+    said = _of_run(workdir)
+    if said is None:
+        return {"max_position_embeddings": sequence_length}
+    return {field: said[field] for field in FIELDS if field in said}
+
+
+def to_keep(folder: Path, tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
+    """The content of KEPT_FILE of a run that is imported from `folder`, whose tokenizer is in `file`."""
+    config = pretrained_config(folder, file)
+    config.pop("auto_map", None)  # names programs that are not copied
+    prefix = pretrained_prefix(folder, tokenizer, file).settings()
+    return {**read_kept(folder), "prefix": prefix, "tokenizer_config": config}
+
+
+def prefix_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> Prefix:
+    """What the run's model reads before a text: end-of-text, or what the folder that it was imported from says."""
+    said = _of_run(workdir)
+    if said is None:
+        return tokenizer.prefix
+    return Prefix.of(said["prefix"]) if "prefix" in said else prefix_of({}, said, tokenizer)
+
+
+def tokenizer_config_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json of a run: that of the folder that it was imported from, or one by which transformers reads
+    a BPE as it is and this package sees that the model was trained here. {}: there is no need of any."""
+    said = _of_run(workdir)
+    if said is not None:
+        return said.get("tokenizer_config", {})
+    names = [name for name, token in tokenizer.special_tokens.items() if token.id == tokenizer.eot]
+    end = {"bos_token": names[0], "eos_token": names[0]} if names else {}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **TRAINED_HERE, **end} if end else {}
+
+
+def _of_run(workdir: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(workdir) / KEPT_FILE
-    return json.loads(path.read_text()) if path.exists() else {"max_position_embeddings": sequence_length}
+    return read_json(path) if path.exists() else None

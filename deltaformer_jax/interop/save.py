@@ -14,8 +14,9 @@ from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
-from deltaformer_jax.data.chat import TRAINED_HERE, ChatFormat
+from deltaformer_jax.data.chat import ChatFormat
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES
+from deltaformer_jax.data.tokenizer.pretrained import CONFIG, TRAINED_HERE
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
@@ -42,6 +43,7 @@ def save_pretrained(
     chat: ChatFormat | None = None,
     card: str = "",
     kept: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write config.json and safetensors that fla or transformers open; return the model type.
@@ -54,6 +56,7 @@ def save_pretrained(
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
     none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
     kept: bos_token_id and max_position_embeddings of config.json, as `kept.read_kept` gives those of a folder.
+    tokenizer_config: the fields of tokenizer_config.json, beside those of `chat`.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
@@ -96,16 +99,20 @@ def save_pretrained(
     (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
-    if chat is not None and chat.template is not None:
-        trained = {} if chat.ends else TRAINED_HERE
-        said = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **trained,
-            **chat.variables,
-            "chat_template": chat.template,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    if said := _tokenizer_config(chat, tokenizer_config or {}):
+        (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return kind
+
+
+def _tokenizer_config(chat: ChatFormat | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    if chat is None or chat.template is None:
+        return dict(given)
+    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat.template}
+    if chat.ends:
+        return usual | dict(given) | chat.variables
+    # A template that names another token would render another text than in training.
+    rest = {name: value for name, value in given.items() if name not in ("bos_token", "eos_token")}
+    return usual | rest | TRAINED_HERE | chat.variables
 
 
 def choose(config: ModelConfig, model_type: str | None) -> tuple[Source | None, dict[str, Any]]:

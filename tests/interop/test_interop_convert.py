@@ -1,6 +1,8 @@
 """`python -m deltaformer_jax.convert`: a folder as a run that sample and evaluate read, and back."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ from safetensors.numpy import load_file
 
 from deltaformer_jax import LanguageModel, ModelConfig, convert
 from deltaformer_jax.config import DataConfig
-from deltaformer_jax.data.tokenizer import ByteTokenizer
+from deltaformer_jax.data.tokenizer import ByteTokenizer, pretrained_tokenizer
 from deltaformer_jax.interop import save_pretrained
 from deltaformer_jax.interop.kept import KEPT_FILE
 from deltaformer_jax.sample.__main__ import main as sample
+from deltaformer_jax.training.checkpoints.restore import restore
+
+HARNESS = Path(__file__).parents[1] / "fixtures" / "harness"
 
 
 @pytest.fixture
@@ -79,6 +84,31 @@ def test_the_first_token_and_the_positions_come_back(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         converted("wrong", bos_token_id="<s>")
     assert "config.json: bos_token_id = '<s>': give a whole number, 0 or more" in capsys.readouterr().err
+
+
+def test_what_a_text_begins_with_comes_along(tmp_path):
+    """An imported model is prompted as by its own tokenizer, one that was trained here after end-of-text; and each
+    folder that is written says so."""
+    spec = importlib.util.spec_from_file_location("with_bos", HARNESS / "with_bos.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    folder = module.with_bos(tmp_path / "folder")
+    own = pretrained_tokenizer(folder).prefix
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def there_and_back(folder, name):
+        run, out = tmp_path / f"run_{name}", tmp_path / f"out_{name}"
+        convert.main([str(folder), "--workdir", str(run)])
+        convert.main(["--to-hf", "--workdir", str(run), "--out", str(out)])
+        return run, restore(run).tokenizer.prefix, json.loads((out / "tokenizer_config.json").read_text())
+
+    run, prefix, said = there_and_back(folder, "imported")
+    assert prefix == own and own.ids == own.ids[:1] == (384,) and said == config
+    (run / KEPT_FILE).unlink()  # as a run that was trained here
+    assert restore(run).tokenizer.prefix.ids == (restore(run).tokenizer.eot,)
+    convert.main(["--to-hf", "--workdir", str(run), "--out", str(tmp_path / "trained")])
+    _, prefix, said = there_and_back(tmp_path / "trained", "trained")
+    assert prefix.ids == (restore(run).tokenizer.eot,) and not prefix.elsewhere
+    assert said["bos_token"] == said["eos_token"] == "<|endoftext|>" and said["trained_by"] == "deltaformer_jax"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Tasks of lm-evaluation-harness: the scores that its own class for transformers gives to the same weights.
 
 tests/fixtures/harness/record.json has what lm-eval, transformers and torch answered for tests/fixtures/harness/model
-(record.py there), once as they do by default and once with end-of-text before every context. These tests ask
-`Answers` the same, without lm-eval, which brings some fifty packages; the adapter over it is tested where it is there.
+(record.py there), once as they do by default, once with end-of-text before every context, and by default for a
+tokenizer that begins texts with a token (with_bos.py there). These tests ask `Answers` the same, without lm-eval, which
+brings some fifty packages; the adapter over it is tested where it is there.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from deltaformer_jax.data import ByteTokenizer, load_tokenizer
+from deltaformer_jax.data import ByteTokenizer, load_tokenizer, pretrained_tokenizer
 from deltaformer_jax.evaluate.harness.answers import Answers
 from deltaformer_jax.evaluate.harness.windows import Window, encode_pair, last_window, rolling_windows
 from deltaformer_jax.interop import load_pretrained
@@ -20,6 +22,9 @@ from deltaformer_jax.interop import load_pretrained
 HARNESS = Path(__file__).parents[1] / "fixtures" / "harness"
 RECORD = json.loads((HARNESS / "record.json").read_text(encoding="utf-8"))
 BYTES = ByteTokenizer()
+_spec = importlib.util.spec_from_file_location("with_bos", HARNESS / "with_bos.py")
+with_bos = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(with_bos)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +32,17 @@ def parts():
     return load_pretrained(HARNESS / "model")[0], load_tokenizer(HARNESS / "model" / "tokenizer.json")
 
 
-@pytest.fixture(params=["plain", "separated"])
-def case(request, parts):
+@pytest.fixture(scope="module")
+def parts_with_bos(tmp_path_factory):
+    folder = with_bos.with_bos(tmp_path_factory.mktemp("bos") / "model")
+    return load_pretrained(folder)[0], pretrained_tokenizer(folder)
+
+
+@pytest.fixture(params=["plain", "separated", "bos"])
+def case(request, parts, parts_with_bos):
     """(our answers, the record of the same)"""
-    separator = request.param == "separated"
-    return Answers(*parts, length=RECORD["length"], batch_size=8, separator=separator), RECORD[request.param]
+    separator, chosen = request.param != "plain", parts_with_bos if request.param == "bos" else parts
+    return Answers(*chosen, length=RECORD["length"], batch_size=8, separator=separator), RECORD[request.param]
 
 
 def asked(record, task):
