@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the tensors that --to-hf writes (default: float32)",
+        help="of the tensors that --to-hf writes (default: those of the folder that was read, else float32)",
     )
     flags = parser.parse_args(arguments)
     with one_line_errors("deltaformer_jax.convert"):
@@ -114,7 +113,7 @@ def write(flags) -> None:
         from pathlib import Path
 
         from deltaformer_jax.interop import save_pretrained
-        from deltaformer_jax.interop.kept import kept_of_run, tokenizer_config_of_run
+        from deltaformer_jax.interop.kept import dtypes_of_run, kept_of_run, tokenizer_config_of_run
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
@@ -126,7 +125,7 @@ def write(flags) -> None:
             run.config.model,
             flags.out,
             model_type=flags.model_type,
-            dtype=flags.dtype,
+            dtype=flags.dtype or dtypes_of_run(flags.workdir),
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
             chat=read_chat(flags.workdir),
             tokenizer_config=tokenizer_config_of_run(flags.workdir, run.tokenizer),

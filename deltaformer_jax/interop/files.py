@@ -20,6 +20,7 @@ SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOATS = ("F32", "BF16", "F16", "F64")
 _BLOCK_BYTES = 16 * 10**6
+_OF_TEXT = "model.language_model."
 
 
 def is_pretrained(folder: Any) -> bool:
@@ -42,6 +43,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
     return found
+
+
+def usual_name(name: str) -> str:
+    """A tensor's name in a model of text alone, from that in a multimodal file."""
+    return "model." + name.removeprefix(_OF_TEXT) if name.startswith(_OF_TEXT) else name
 
 
 class Tensors:

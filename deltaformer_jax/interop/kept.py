@@ -1,8 +1,10 @@
 """What a folder says that is not its model's function, and that goes back with it: `FIELDS` of its config.json, and its
-tokenizer_config.json. A run that was imported has both in KEPT_FILE, with the prefix of its tokenizer."""
+tokenizer_config.json and the dtypes of its tensors. A run that was imported has them in KEPT_FILE, with the prefix of
+its tokenizer."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from etils import epath
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.data.tokenizer.prefix import Prefix
 from deltaformer_jax.data.tokenizer.pretrained import TRAINED_HERE, prefix_of, pretrained_config, pretrained_prefix
-from deltaformer_jax.interop.files import read_json
+from deltaformer_jax.interop.files import Tensors, read_json, usual_name
 from deltaformer_jax.interop.kinds import misfits
 
 FIELDS = ("bos_token_id", "max_position_embeddings")
 # Where the folder of an imported run has them.
 KEPT_FILE = "pretrained.json"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
@@ -45,12 +48,26 @@ def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]
     return {field: said[field] for field in FIELDS if field in said}
 
 
+def read_dtypes(folder: Path) -> dict[str, str]:
+    """The dtypes of a folder's tensors by their usual names, as `save_pretrained` takes them: "" for most of them, then
+    the others. A float64 is read as float32, and comes back as such."""
+    files = Tensors(folder)
+    found = {usual_name(name): _DTYPES[files.dtype(name)] for name in files if files.dtype(name) in _DTYPES}
+    most = Counter(found.values()).most_common(1)[0][0] if found else "float32"
+    return {"": most} | {name: dtype for name, dtype in found.items() if dtype != most}
+
+
+def dtypes_of_run(workdir: epath.PathLike) -> dict[str, str]:
+    """`read_dtypes` of the folder that the run was imported from; float32 for a run of ours."""
+    return (_of_run(workdir) or {}).get("dtypes", {"": "float32"})
+
+
 def to_keep(folder: Path, tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     """The content of KEPT_FILE of a run that is imported from `folder`, whose tokenizer is in `file`."""
     config = pretrained_config(folder, file)
     config.pop("auto_map", None)  # names programs that are not copied
     prefix = pretrained_prefix(folder, tokenizer, file).settings()
-    return {**read_kept(folder), "prefix": prefix, "tokenizer_config": config}
+    return {**read_kept(folder), "dtypes": read_dtypes(folder), "prefix": prefix, "tokenizer_config": config}
 
 
 def prefix_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> Prefix:

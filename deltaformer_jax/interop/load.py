@@ -16,7 +16,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import FLOATS, Tensors, read_json
+from deltaformer_jax.interop.files import FLOATS, Tensors, read_json, usual_name
 from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_ours
@@ -25,7 +25,6 @@ from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, ne
 
 # What a multimodal file holds besides the text model.
 _SKIPPED = ("model.visual.", "mtp.")
-_PREFIX = "model.language_model."
 
 
 def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32") -> tuple[LanguageModel, ModelConfig]:
@@ -120,7 +119,7 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
 def _names(files: Tensors, source: Source) -> dict[str, str]:
     """Their usual name -> the name in the file, without what belongs to no text model or has no function."""
     kept = [name for name in files if not name.startswith(_SKIPPED) and not name.endswith(source.dropped)]
-    return {("model." + name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name): name for name in kept}
+    return {usual_name(name): name for name in kept}
 
 
 def _held(options: tuple[str, ...], names: dict[str, str]) -> str:

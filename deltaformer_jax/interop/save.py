@@ -38,7 +38,7 @@ def save_pretrained(
     folder: str | os.PathLike,
     *,
     model_type: str | None = None,
-    dtype: str = "float32",
+    dtype: str | Mapping[str, str] = "float32",
     tokenizer: str | os.PathLike | None = None,
     chat: ChatFormat | None = None,
     card: str = "",
@@ -51,7 +51,8 @@ def save_pretrained(
         save_pretrained(model, config, "out")
 
     model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
-    `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
+    `load_pretrained` reads and nothing else does. dtype: of the tensors; or of each by its name, where "" stands for
+    all that are not named, as `kept.read_dtypes` gives those of a folder. tokenizer: a tokenizer.json, copied byte for
     byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
     none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
@@ -66,8 +67,7 @@ def save_pretrained(
     these are raised before anything is written.
     """
     folder = Path(folder).expanduser()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    dtypes = _Dtypes(dtype)
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     if tokenizer is not None and not Path(tokenizer).is_file():
@@ -77,11 +77,11 @@ def save_pretrained(
     params = dict(flat(params_of(merged(model))))
     found = None if source is None else mapping(config, source)
     _check_model(folder, model, params, config, model_parts(config) if found is None else found.parts)
-    _check_range(params, dtype)
+    _check_range(params, dtypes)
     if found is None:
-        writer = _OwnWriter(params, DTYPES[dtype])
+        writer = _OwnWriter(params, dtypes)
     else:
-        writer = _Writer(found, params, DTYPES[dtype], config.vocab_size)
+        writer = _Writer(found, params, dtypes, config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
@@ -92,7 +92,7 @@ def save_pretrained(
         kept.pop("max_position_embeddings", None)
     if chat is not None and chat.ends:
         ids["eos_token_id"] = list(chat.ends)
-    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **kept, **said}
+    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtypes.most, **ids, **kept, **said}
     generation = {"do_sample": True, **ids}
     for name, values in (("config.json", text), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -180,8 +180,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _check_range(params: dict, dtype: str) -> None:
-    if dtype != "float16":
+def _check_range(params: dict, dtypes: _Dtypes) -> None:
+    if not dtypes.have("float16"):
         return
     most = float(np.finfo(np.float16).max)
     for path, array in params.items():
@@ -189,32 +189,52 @@ def _check_range(params: dict, dtype: str) -> None:
             raise ValueError(f"dtype='float16' cannot hold {largest:.3g} of {own.name_of(path)}; use bfloat16")
 
 
+class _Dtypes:
+    """The dtype of each tensor by its name."""
+
+    def __init__(self, said: str | Mapping[str, str]):
+        self._named = dict(said) if isinstance(said, Mapping) else {"": said}
+        for name, dtype in self._named.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype={dtype!r}{name and f' of {name}'} must be one of {', '.join(DTYPES)}")
+        self.most = self._named.setdefault("", "float32")
+
+    def have(self, dtype: str) -> bool:
+        return dtype in self._named.values()
+
+    def of(self, *names: str) -> np.dtype:
+        """That of the first of the names that is known."""
+        return DTYPES[next((self._named[name] for name in names if name in self._named), self.most)]
+
+
 class _OwnWriter:
     """The tensors of a file of our own by name."""
 
-    def __init__(self, params, dtype: np.dtype):
-        self._params, self._dtype = {own.name_of(path): array for path, array in params.items()}, dtype
+    def __init__(self, params, dtypes: _Dtypes):
+        self._params, self._dtypes = {own.name_of(path): array for path, array in params.items()}, dtypes
         self.names = list(self._params)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._params[name]).astype(self._dtype)
+        return np.asarray(self._params[name]).astype(self._dtypes.of(name))
 
     def bytes_of(self, name: str) -> int:
-        return int(np.prod(self._params[name].shape)) * self._dtype.itemsize
+        return int(np.prod(self._params[name].shape)) * self._dtypes.of(name).itemsize
 
 
 class _Writer:
     """The tensors of a file by name, each made when it is asked for."""
 
-    def __init__(self, found, params, dtype: np.dtype, vocabulary: int):
-        self._params, self._dtype, self._vocabulary = params, dtype, vocabulary
-        self._places = {}
+    def __init__(self, found, params, dtypes: _Dtypes, vocabulary: int):
+        self._params, self._vocabulary = params, vocabulary
+        self._places, self._dtypes = {}, {}
         for place in found.places:
             for index, options in enumerate(place.tensors):
                 self._places[options[0]] = (place, index)
+                self._dtypes[options[0]] = dtypes.of(*options)
         self._outside = {name: (key, path) for key in ("table", "norm") for path, name in [getattr(found, key)]}
         if found.head is not None:
             self._outside[found.head[1]] = ("head", found.head[0])
+        self._dtypes |= {name: dtypes.of(name) for name in self._outside}
         self.names = [*self._outside, *self._places]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -222,16 +242,16 @@ class _Writer:
             key, path = self._outside[name]
             array = np.asarray(self._params[path])
             array = array.T if key == "head" else array
-            return (array if key == "norm" else array[: self._vocabulary]).astype(self._dtype)
+            return (array if key == "norm" else array[: self._vocabulary]).astype(self._dtypes[name])
         place, index = self._places[name]
         arrays = [np.asarray(self._params[path][place.period]) for path in place.parameters]
-        return to_theirs(place.row, arrays)[index].astype(self._dtype)
+        return to_theirs(place.row, arrays)[index].astype(self._dtypes[name])
 
     def bytes_of(self, name: str) -> int:
         if name in self._outside:
-            return int(np.prod(self._params[self._outside[name][1]].shape)) * self._dtype.itemsize
+            return int(np.prod(self._params[self._outside[name][1]].shape)) * self._dtypes[name].itemsize
         place, index = self._places[name]
-        return int(np.prod(place.theirs[index])) * self._dtype.itemsize
+        return int(np.prod(place.theirs[index])) * self._dtypes[name].itemsize
 
 
 def _card(kind: str, config: ModelConfig) -> str:

@@ -4,10 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from deltaformer_jax import LanguageModel, ModelConfig, convert
 from deltaformer_jax.config import DataConfig
@@ -86,7 +88,7 @@ def test_the_first_token_and_the_positions_come_back(folder, tmp_path, capsys):
     assert "config.json: bos_token_id = '<s>': give a whole number, 0 or more" in capsys.readouterr().err
 
 
-def test_what_a_text_begins_with_comes_along(tmp_path):
+def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
     """An imported model is prompted as by its own tokenizer, one that was trained here after end-of-text; and each
     folder that is written says so."""
     spec = importlib.util.spec_from_file_location("with_bos", HARNESS / "with_bos.py")
@@ -101,7 +103,14 @@ def test_what_a_text_begins_with_comes_along(tmp_path):
         convert.main(["--to-hf", "--workdir", str(run), "--out", str(out)])
         return run, restore(run).tokenizer.prefix, json.loads((out / "tokenizer_config.json").read_text())
 
+    mixed = load_file(folder / "model.safetensors")
+    mixed = {n: x if "norm" in n or "q_proj" in n else x.astype(ml_dtypes.bfloat16) for n, x in mixed.items()}
+    save_file(mixed | {"lm_head.weight": mixed["lm_head.weight"].astype(np.float16)}, folder / "model.safetensors")
     run, prefix, said = there_and_back(folder, "imported")
+    back = safe_open(tmp_path / "out_imported" / "model.safetensors", "numpy")
+    for name, x in load_file(folder / "model.safetensors").items():  # each in its own dtype
+        assert back.get_tensor(name).dtype == x.dtype
+        np.testing.assert_array_equal(back.get_tensor(name), x)
     assert prefix == own and own.ids == own.ids[:1] == (384,) and said == config
     (run / KEPT_FILE).unlink()  # as a run that was trained here
     assert restore(run).tokenizer.prefix.ids == (restore(run).tokenizer.eot,)
