@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,7 +19,10 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-FLOATS = ("F32", "BF16", "F16", "F64")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# The dtypes of files that are read, and as which of DTYPES they come back.
+NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
+FLOATS = tuple(NAMES)
 _BLOCK_BYTES = 16 * 10**6
 _OF_TEXT = "model.language_model."
 

@@ -13,13 +13,12 @@ from etils import epath
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.data.tokenizer.prefix import Prefix
 from deltaformer_jax.data.tokenizer.pretrained import TRAINED_HERE, prefix_of, pretrained_config, pretrained_prefix
-from deltaformer_jax.interop.files import Tensors, read_json, usual_name
+from deltaformer_jax.interop.files import NAMES, Tensors, read_json, usual_name
 from deltaformer_jax.interop.kinds import misfits
 
 FIELDS = ("bos_token_id", "max_position_embeddings")
 # Where the folder of an imported run has them.
 KEPT_FILE = "pretrained.json"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def read_dtypes(folder: Path) -> dict[str, str]:
     """The dtypes of a folder's tensors by their usual names, as `save_pretrained` takes them: "" for most of them, then
     the others. A float64 is read as float32, and comes back as such."""
     files = Tensors(folder)
-    found = {usual_name(name): _DTYPES[files.dtype(name)] for name in files if files.dtype(name) in _DTYPES}
+    found = {usual_name(name): NAMES[files.dtype(name)] for name in files if files.dtype(name) in NAMES}
     most = Counter(found.values()).most_common(1)[0][0] if found else "float32"
     return {"": most} | {name: dtype for name, dtype in found.items() if dtype != most}
 

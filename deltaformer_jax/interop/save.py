@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -21,7 +20,7 @@ from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import SHARD_BYTES, read_json, write
+from deltaformer_jax.interop.files import DTYPES, SHARD_BYTES, read_json, write
 from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
@@ -29,7 +28,6 @@ from deltaformer_jax.layers.adapters import merged
 from deltaformer_jax.model_parts import ModelParts, flat, model_parts, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
 def save_pretrained(
