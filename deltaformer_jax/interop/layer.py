@@ -132,8 +132,8 @@ def _parts(folder: Path, layer: int, compute_dtype: str) -> tuple[Layer, ModelCo
 
 def _layer_of(folder: Path, values: dict[str, Any], layer: int) -> Layer:
     kind = values.get("model_type")
-    if kind not in LAYERS:
-        whole = kind in (*SOURCES, MODEL_TYPE)
+    if not isinstance(kind, str) or kind not in LAYERS:
+        whole = kind in [*SOURCES, MODEL_TYPE]
         hint = "; load_pretrained reads it" if whole else did_you_mean(str(kind), LAYERS)
         raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(LAYERS)}{hint}")
     needed = [f"{name}: missing" for name in ("hidden_size", "num_hidden_layers") if values.get(name) is None]

@@ -70,7 +70,7 @@ def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
     if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
         values = values["text_config"]
         kind = values.get("model_type", "qwen3_5_text")
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         raise ValueError(
             f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}"
             f"{did_you_mean(str(kind), SOURCES)}"

@@ -82,6 +82,7 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("hf_llama", dict(moon_phase=3), "moon_phase = 3: is not known here"),
         ("hf_llama", dict(model_type="lama"), "model_type = 'lama' is not one of .*; did you mean llama"),
         ("hf_llama", dict(vocab_size=None), "vocab_size: missing"),
+        ("hf_llama", dict(model_type={"a": 1}), "model_type = {'a': 1} is not one of"),
         ("hf_qwen3_5", dict(layer_types=["full_attention"]), "must name linear_attention or full_attention"),
         ("fla_delta_net", dict(qk_norm="sum", qk_activation="elu"), "qk_norm = 'sum'.*qk_activation = 'elu'"),
         ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),

@@ -278,6 +278,7 @@ def test_errors_of_saving_are_one_line(tmp_path):
         ),
         ("hf_kimi_linear", dict(linear_num_heads=None, linear_attn_config=None), "linear_num_heads: missing"),
         ("hf_qwen3_next", dict(rope_parameters={"rope_theta": "x"}), r"rope_parameters\.rope_theta = 'x': give a"),
+        ("hf_qwen3_next", dict(model_type=[1]), r"model_type = \[1\] is not one of"),
         ("hf_qwen3_next", dict(rope_parameters=3), "rope_parameters = 3: give an object"),
         ("hf_qwen3_next", dict(linear_num_value_heads=3), "3"),
     ],
@@ -318,9 +319,10 @@ def test_errors_are_one_line(tmp_path):
     assert "self_attn.o_norm.weight: shape [3], not [16]" in said
 
 
-def test_the_example_of_the_docs():
+def test_the_examples_of_the_docs(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^``` python\n(.*?)^```", text, re.M | re.S)
-    names = {"FOLDER": FOLDERS / "hf_kimi_linear", "x": jnp.ones((2, 5, 48))}
-    exec(code, names)
-    assert names["y"].shape == (2, 5, 48)
+    load, save = re.findall(r"^``` python\n(.*?)^```", text, re.M | re.S)
+    names = {"FOLDER": FOLDERS / "hf_kimi_linear", "OUT": tmp_path / "out", "x": jnp.ones((2, 5, 48))}
+    exec(load, names)
+    exec(save, names)
+    assert names["y"].shape == (2, 5, 48) and (tmp_path / "out" / "layer-00000.safetensors").exists()
