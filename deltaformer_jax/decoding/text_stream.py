@@ -14,6 +14,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        if isinstance(stops, str) or not all(isinstance(stop, str) for stop in stops):
+            raise TypeError(f"stop = {stops!r:.60}: give a list of texts")
         if not all(stops):
             raise ValueError("stop: an empty text; leave it out")
         self._decoder = tokenizer.stream()
