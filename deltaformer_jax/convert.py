@@ -6,7 +6,8 @@
 The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The chat template in
 FOLDER, or else beside --tokenizer FILE, becomes the form of the run's conversations, chat.json, in which
 `sample --chat` asks. The second writes the newest checkpoint of a run, or --step N, as config.json, safetensors,
-tokenizer.json, its chat template and a model card. Wrong input gives one line on stderr and exit code 2.
+tokenizer.json, its chat template and a model card: what the model began from, its data, its settings, and its scores,
+those of `evaluate --tasks --out DIR/tasks` too. Wrong input gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def write(flags) -> None:
         from deltaformer_jax.interop import save_pretrained
         from deltaformer_jax.interop.kept import dtypes_of_run, kept_of_run, tokenizer_config_of_run
         from deltaformer_jax.model_parts import merge
+        from deltaformer_jax.training.checkpoints.model_card import model_card
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
@@ -129,44 +131,10 @@ def write(flags) -> None:
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
             chat=read_chat(flags.workdir),
             tokenizer_config=tokenizer_config_of_run(flags.workdir, run.tokenizer),
-            card=_card(run, flags),
+            card=model_card(run, flags.workdir),
             kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")
-
-
-def _card(run, flags) -> str:
-    """README.md of the folder: what it is trained on, how, and its last evaluation."""
-    metrics = epath.Path(flags.workdir) / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    evaluations = [record for record in records if "eval_loss" in record and record["step"] <= run.step]
-    score = "none"
-    if evaluations:
-        last = evaluations[-1]
-        score = f"loss {last['eval_loss']:.4f}"
-        if "eval_accuracy" in last:
-            score += f", accuracy {last['eval_accuracy']:.4f}"
-        if "eval_bits_per_byte" in last:
-            score += f", {last['eval_bits_per_byte']:.4f} bits per byte"
-        score += f", at step {last['step']}"
-    model = run.config.model
-    return "\n".join(
-        [
-            "---",
-            "tags: [deltaformer_jax]",
-            "---",
-            "",
-            "# A language model trained with deltaformer_jax",
-            "",
-            f"- Model: {model.num_layers} layers of width {model.d_model}, mixers {model.mixers}.",
-            f"- Training data: {run.config.data.path or 'the Python standard library'}.",
-            f"- Training: {run.step} steps of {run.config.data.batch_size} rows of {run.config.data.sequence_length} "
-            f"tokens, seed {run.config.run.seed}.",
-            f"- Evaluation on held-out data: {score}.",
-            "- Written by: `python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER`.",
-            "",
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -61,12 +61,25 @@ def dtypes_of_run(workdir: epath.PathLike) -> dict[str, str]:
     return (_of_run(workdir) or {}).get("dtypes", {"": "float32"})
 
 
+def source_of_run(workdir: epath.PathLike) -> str | None:
+    """The folder that the run was imported from; None for a run of ours."""
+    said = _of_run(workdir)
+    return None if said is None else str(said.get("source", "a folder of weights"))
+
+
 def to_keep(folder: Path, tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     """The content of KEPT_FILE of a run that is imported from `folder`, whose tokenizer is in `file`."""
     config = pretrained_config(folder, file)
     config.pop("auto_map", None)  # names programs that are not copied
     prefix = pretrained_prefix(folder, tokenizer, file).settings()
-    return {**read_kept(folder), "dtypes": read_dtypes(folder), "prefix": prefix, "tokenizer_config": config}
+    source = str(folder.resolve())
+    return {
+        **read_kept(folder),
+        "source": source,
+        "dtypes": read_dtypes(folder),
+        "prefix": prefix,
+        "tokenizer_config": config,
+    }
 
 
 def prefix_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> Prefix:

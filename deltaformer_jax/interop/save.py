@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -25,6 +26,7 @@ from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
 from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.layers.linear import AdaptedKernel
 from deltaformer_jax.model_parts import ModelParts, flat, model_parts, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
@@ -53,7 +55,8 @@ def save_pretrained(
     all that are not named, as `kept.read_dtypes` gives those of a folder. tokenizer: a tokenizer.json, copied byte for
     byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
-    none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
+    none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one, which says
+    that the training data and the scores are not stated. `convert --to-hf` writes those of a run.
     kept: bos_token_id and max_position_embeddings of config.json, as `kept.read_kept` gives those of a folder.
     tokenizer_config: the fields of tokenizer_config.json, beside those of `chat`.
 
@@ -94,7 +97,7 @@ def save_pretrained(
     generation = {"do_sample": True, **ids}
     for name, values in (("config.json", text), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
+    (folder / "README.md").write_text(card or _card(kind, config, model), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
     if said := _tokenizer_config(chat, tokenizer_config or {}):
@@ -252,10 +255,14 @@ class _Writer:
         return int(np.prod(place.theirs[index])) * self._dtypes[name].itemsize
 
 
-def _card(kind: str, config: ModelConfig) -> str:
+def _card(kind: str, config: ModelConfig, model: nnx.Module) -> str:
     mixers = ", ".join(dict.fromkeys(entry(mixer).name for mixer in config.mixers))
+    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, AdaptedKernel))
+    ranks = sorted({part.down.shape[-1] for part in parts if isinstance(part, AdaptedKernel)})
+    adapted = f"- LoRA: adapters of rank {', '.join(map(str, ranks))}, added to their kernels.\n" if ranks else ""
     return (
         "---\ntags: [deltaformer_jax]\n---\n\n# A language model\n\n"
-        f"{config.num_layers} layers of {mixers}, width {config.d_model}, {config.vocab_size} tokens.\n"
-        f"Written by `deltaformer_jax.interop.save_pretrained` as a `{kind}`.\n"
+        f"- Model: {config.num_layers} layers of width {config.d_model}, {mixers}; {config.vocab_size} tokens.\n"
+        f"{adapted}- Base model, training data, command and scores: not stated by the program that wrote the folder.\n"
+        f"- Written by: `deltaformer_jax.interop.save_pretrained`, as a `{kind}`.\n"
     )

@@ -57,7 +57,9 @@ def test_there_and_back(folder, tmp_path, capsys):
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     card = (out / "README.md").read_text()
-    assert "2 layers of width 32" in card and "Evaluation on held-out data: none" in card
+    assert "converted with" in card and "2 layers of width 32" in card and "Evaluation on held-out data: none" in card
+    assert f"- Base model: `{folder}`. Its parameters were not trained further here." in card
+    assert "- Training data: that of the base model" in card and "deltaformer_jax.train" not in card
 
 
 def test_the_first_token_and_the_positions_come_back(folder, tmp_path, capsys):
