@@ -68,6 +68,7 @@ def read(flags) -> None:
         from deltaformer_jax.data import load_tokenizer
         from deltaformer_jax.data.chat import CHAT_FILE, pretrained_format
         from deltaformer_jax.interop import load_pretrained
+        from deltaformer_jax.interop.files import check_folder
         from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
@@ -78,9 +79,11 @@ def read(flags) -> None:
         from deltaformer_jax.training.state import new_state
 
     workdir = epath.Path(flags.workdir)
-    if workdir.exists() and any(workdir.iterdir()):
-        raise FileExistsError(f"--workdir {workdir}: is not empty; give a new folder")
+    _check_new("--workdir", workdir)
+    check_folder(Path(flags.folder))
     file = Path(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; give a tokenizer.json with --tokenizer FILE")
     tokenizer = load_tokenizer(file)
     form = pretrained_format(Path(flags.folder), file, tokenizer)
     with waiting(f"reading {flags.folder}", say_aside):
@@ -110,6 +113,7 @@ def read(flags) -> None:
 def write(flags) -> None:
     """The run in --workdir -> --out."""
     Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
+    _check_new("--out", epath.Path(flags.out))
     with waiting("importing jax", say_aside):
         from pathlib import Path
 
@@ -135,6 +139,13 @@ def write(flags) -> None:
             kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")
+
+
+def _check_new(flag: str, folder: epath.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{flag} {folder}: is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{flag} {folder}: is not empty; give a new folder")
 
 
 if __name__ == "__main__":

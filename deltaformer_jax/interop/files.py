@@ -43,10 +43,22 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; give a folder with config.json and safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
     return found
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FileNotFoundError, NotADirectoryError or ValueError, naming the folder, if it has no weights to read."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file; give a folder with config.json and safetensors")
+    read_json(folder / "config.json")
+    _files(folder)
 
 
 def usual_name(name: str) -> str:
@@ -115,6 +127,8 @@ def _open(path: Path):
         return safe_open(path, "numpy")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {'a folder' if path.is_dir() else error}") from None
 
 
 def _files(folder: Path) -> list[Path]:

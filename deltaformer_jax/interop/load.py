@@ -19,6 +19,7 @@ from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.files import FLOATS, Tensors, read_json, usual_name
 from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
+from deltaformer_jax.interop.sources.single_layers import LAYERS
 from deltaformer_jax.interop.tables import to_ours
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, nested
@@ -71,10 +72,9 @@ def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
         values = values["text_config"]
         kind = values.get("model_type", "qwen3_5_text")
     if not isinstance(kind, str) or kind not in SOURCES:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}"
-            f"{did_you_mean(str(kind), SOURCES)}"
-        )
+        layers = isinstance(kind, str) and kind in LAYERS
+        hint = "; load_layer reads layers of it" if layers else did_you_mean(str(kind), SOURCES)
+        raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}{hint}")
     source = SOURCES[kind]
     try:
         return source, source.read(Fields(values, source.ignored))

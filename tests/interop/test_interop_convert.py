@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -128,7 +129,7 @@ def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
         (["--workdir", "run"], "give the FOLDER to read and --workdir DIR"),
         (["--to-hf", "--workdir", "run"], "--to-hf: give --workdir DIR and --out FOLDER"),
         (["--to-hf", "--workdir", "nowhere", "--out", "x"], "--workdir nowhere: no such folder"),
-        (["nowhere", "--workdir", "run"], "nowhere/tokenizer.json: no such tokenizer file"),
+        (["nowhere", "--workdir", "run"], "nowhere: no such folder"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, capsys, monkeypatch, tmp_path):
@@ -140,9 +141,54 @@ def test_wrong_flags_are_one_line(flags, message, capsys, monkeypatch, tmp_path)
     assert message in error and error.count("\n") == 1
 
 
-def test_a_folder_in_use_is_refused(folder, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "file").write_text("")
-    with pytest.raises(SystemExit):
-        convert.main([str(folder), "--workdir", str(tmp_path / "run")])
-    assert "is not empty; give a new folder" in capsys.readouterr().err
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+# What is changed in a good folder: files' contents, None to remove one.
+BROKEN = [
+    (dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json"]), "config.json: no such file; give a folder"),
+    ({"model.safetensors": None, "pytorch_model.bin": "x"}, "pytorch_model.bin is a pickle, which can run any program"),
+    ({"model.safetensors": None}, "holds neither model.safetensors nor model.safetensors.index.json"),
+    ({"model.safetensors": "abc"}, "model.safetensors: not a safetensors file: "),
+    ({"model.safetensors": 1000}, "model.safetensors: not a safetensors file: "),
+    ({"model.safetensors": None, "model.safetensors.index.json": INDEX}, "are missing: model-00001-of-00002.safetens"),
+    ({"model.safetensors": None, "model.safetensors.index.json": "{"}, "index.json: not JSON: "),
+    ({"config.json": '{"model_type": "bert"}'}, "model_type = 'bert' is not one of llama, "),
+    ({"config.json": '{"model_type": "qwen3_next"}'}, "; load_layer reads layers of it"),
+    ({"config.json": "{"}, "config.json: not JSON: "),
+    ({"tokenizer.json": None}, "tokenizer.json: no such file; give a tokenizer.json with --tokenizer FILE"),
+    ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON: "),
+]
+
+
+def test_a_broken_folder_is_one_line(folder, tmp_path, capsys):
+    for number, (files, message) in enumerate(BROKEN):
+        broken = tmp_path / str(number)
+        shutil.copytree(folder, broken)
+        for name, content in files.items():
+            whole = (broken / name).read_bytes() if (broken / name).exists() else b""
+            if content is None:
+                (broken / name).unlink()
+            else:
+                (broken / name).write_bytes(content.encode() if isinstance(content, str) else whole[:-content])
+        with pytest.raises(SystemExit) as exit:
+            convert.main([str(broken), "--workdir", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        said = [line for line in error.splitlines() if not line.startswith("importing jax")]
+        assert exit.value.code == 2 and len(said) == 1 and message in said[0] and str(broken) in said[0], error
+        assert not (tmp_path / "run").exists()
+
+
+def test_folders_in_use_are_refused(folder, tmp_path, capsys):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").write_text("")
+    convert.main([str(folder), "--workdir", str(tmp_path / "run")])
+    for flags, message in (
+        ([str(folder), "--workdir", str(used)], f"--workdir {used}: is not empty; give a new folder"),
+        ([str(folder), "--workdir", str(used / "file")], f"--workdir {used / 'file'}: is a file; give a new folder"),
+        (["--to-hf", "--workdir", str(tmp_path / "run"), "--out", str(used)], f"--out {used}: is not empty; give"),
+        (["--to-hf", "--workdir", str(tmp_path / "run"), "--out", str(folder)], f"--out {folder}: is not empty; give"),
+    ):
+        with pytest.raises(SystemExit):
+            convert.main(flags)
+        assert message in capsys.readouterr().err
+    assert [path.name for path in used.iterdir()] == ["file"]
