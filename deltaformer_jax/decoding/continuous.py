@@ -151,7 +151,7 @@ def stream(
         encodes after its prefix: end-of-text, or what a folder's own tokenizer puts there (`pretrained_tokenizer`).
         They may have any lengths, and there may be any number of them.
       max_tokens: the most tokens of a text; one number, or one per prompt.
-      tokenizer: makes the texts. Its end-of-text ends a text. Without it pieces have tokens only.
+      tokenizer: makes the texts. Its end-of-text and other `ends` end a text. Without it pieces have tokens only.
       stop: a text ends before the first of these strings. A string may lie across tokens. It needs the tokenizer.
       stop_tokens: a text ends at the first of these ids, and does not show it.
       temperature, top_k, top_p: see `choose`.

@@ -80,7 +80,7 @@ class Request:
         text = ""
         if self._text is not None:
             ends = token in self._stop_tokens  # such a token is no part of the text
-            text = self._text.push(token) if not ends or token == self._text.eot else self._text.end()
+            text = self._text.push(token) if not ends or token in self._text.ends else self._text.end()
             self.finish = self._text.finish
         if self.finish is None and token in self._stop_tokens:
             self.finish = "stop"

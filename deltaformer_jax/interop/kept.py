@@ -12,19 +12,26 @@ from etils import epath
 
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.data.tokenizer.prefix import Prefix
-from deltaformer_jax.data.tokenizer.pretrained import TRAINED_HERE, prefix_of, pretrained_config, pretrained_prefix
+from deltaformer_jax.data.tokenizer.pretrained import (
+    TRAINED_HERE,
+    prefix_of,
+    pretrained_config,
+    pretrained_ends,
+    pretrained_prefix,
+)
 from deltaformer_jax.interop.files import NAMES, Tensors, read_json, usual_name
 from deltaformer_jax.interop.kinds import misfits
 
-FIELDS = ("bos_token_id", "max_position_embeddings")
+FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 # Where the folder of an imported run has them.
 KEPT_FILE = "pretrained.json"
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
-    """Those of FIELDS that a folder of the hub's format says, null included; the first token also in
-    generation_config.json. Raises ValueError, naming the file, for one of another kind."""
+    """Those of FIELDS that a folder of the hub's format says, null included; tokens also in generation_config.json,
+    whose eos_token_id counts. Raises ValueError, naming the file, for one of another kind."""
     found: dict[str, Any] = {}
+    ends = None
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if name != "config.json" and not path.exists():
@@ -35,8 +42,9 @@ def read_kept(folder: Path) -> dict[str, Any]:
         said = {field: said[field] for field in FIELDS if field in said}
         if wrong := misfits(said):
             raise ValueError(f"{path}: {'; '.join(wrong)}")
+        ends = ends if ends is not None else said.get("eos_token_id")
         found |= said
-    return found
+    return found if ends is None else found | {"eos_token_id": ends}
 
 
 def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]:
@@ -72,10 +80,10 @@ def to_keep(folder: Path, tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     config = pretrained_config(folder, file)
     config.pop("auto_map", None)  # names programs that are not copied
     prefix = pretrained_prefix(folder, tokenizer, file).settings()
-    source = str(folder.resolve())
     return {
         **read_kept(folder),
-        "source": source,
+        "source": str(folder.resolve()),
+        "ends": pretrained_ends(folder, tokenizer, file),
         "dtypes": read_dtypes(folder),
         "prefix": prefix,
         "tokenizer_config": config,
@@ -88,6 +96,11 @@ def prefix_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> Prefix:
     if said is None:
         return tokenizer.prefix
     return Prefix.of(said["prefix"]) if "prefix" in said else prefix_of({}, said, tokenizer)
+
+
+def ends_of_run(workdir: epath.PathLike) -> list[int]:
+    """The ids that end a text beside end-of-text: those of the folder that the run was imported from."""
+    return (_of_run(workdir) or {}).get("ends", [])
 
 
 def tokenizer_config_of_run(workdir: epath.PathLike, tokenizer: Tokenizer) -> dict[str, Any]:

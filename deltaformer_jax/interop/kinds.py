@@ -41,6 +41,11 @@ _KINDS = {
     _SWITCH: """tie_word_embeddings attention_bias mlp_bias qkv_bias conv_bias use_short_conv use_gate use_beta
         use_output_gate use_sliding_window safe_gate kda_safe_gate allow_neg_eigval linear_allow_neg_eigval
         attn_output_gate""",
+    Kind("a whole number", lambda value: _whole(value, -1)): "pad_token_id",
+    Kind(
+        "a whole number, 0 or more, or a list of them",
+        lambda value: _whole(value, 0) or _list_of(lambda part: _whole(part, 0))(value),
+    ): "eos_token_id",
     _OBJECT: "rope_parameters rope_scaling linear_attn_config",
     Kind("a list of names", _list_of(lambda value: isinstance(value, str))): "layer_types",
     Kind("a list of layers' numbers", _list_of(lambda value: _whole(value, 0))): "layers kda_layers full_attn_layers",

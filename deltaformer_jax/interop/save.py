@@ -57,7 +57,8 @@ def save_pretrained(
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
     none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one, which says
     that the training data and the scores are not stated. `convert --to-hf` writes those of a run.
-    kept: bos_token_id and max_position_embeddings of config.json, as `kept.read_kept` gives those of a folder.
+    kept: the ids of special tokens and max_position_embeddings of config.json, as `kept.read_kept` gives those of a
+    folder.
     tokenizer_config: the fields of tokenizer_config.json, beside those of `chat`.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
@@ -87,8 +88,7 @@ def save_pretrained(
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
     kept = dict(kept or {})
-    if "bos_token_id" in kept:
-        ids["bos_token_id"] = kept.pop("bos_token_id")
+    ids |= {name: kept.pop(name) for name in list(ids) if name in kept}
     if source is not None and not source.has_positions:
         kept.pop("max_position_embeddings", None)
     if chat is not None and chat.ends:

@@ -135,6 +135,10 @@ def test_whole_characters_and_the_ends_of_texts(model, says):
     assert [piece.text for piece in by_row[2]] == ["a", "b", ""]
     assert [row[-1].finish for row in by_row] == ["length", "length", "stop", "end_of_text"]
     assert by_row[3][-1].text == ""
+    imported = ByteTokenizer()
+    imported.ends |= {7}  # as eos_token_id of a folder says
+    (ended,) = decoding.generate(model, [""], max_tokens=5, tokenizer=imported, seed=[2])
+    assert (ended.text, ended.tokens, ended.finish) == ("ab", [97, 98, 7], "end_of_text")
     without = decoding.generate(model, [[256]], max_tokens=5, stop_tokens=[7], seed=[2])
     assert without[0].tokens == [97, 98, 7] and without[0].finish == "stop"
 

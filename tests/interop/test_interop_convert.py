@@ -16,7 +16,7 @@ from deltaformer_jax import LanguageModel, ModelConfig, convert
 from deltaformer_jax.config import DataConfig
 from deltaformer_jax.data.tokenizer import ByteTokenizer, pretrained_tokenizer
 from deltaformer_jax.interop import save_pretrained
-from deltaformer_jax.interop.kept import KEPT_FILE
+from deltaformer_jax.interop.kept import KEPT_FILE, read_kept
 from deltaformer_jax.sample.__main__ import main as sample
 from deltaformer_jax.training.checkpoints.restore import restore
 
@@ -98,6 +98,7 @@ def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     folder = module.with_bos(tmp_path / "folder")
     own = pretrained_tokenizer(folder).prefix
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 383]}')
     config = json.loads((folder / "tokenizer_config.json").read_text())
 
     def there_and_back(folder, name):
@@ -114,6 +115,8 @@ def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
     for name, x in load_file(folder / "model.safetensors").items():  # each in its own dtype
         assert back.get_tensor(name).dtype == x.dtype
         np.testing.assert_array_equal(back.get_tensor(name), x)
+    assert restore(run).tokenizer.ends == {5, 383, restore(run).tokenizer.eot}
+    assert read_kept(tmp_path / "out_imported") == {"pad_token_id": None} | read_kept(folder)
     assert prefix == own and own.ids == own.ids[:1] == (384,) and said == config
     (run / KEPT_FILE).unlink()  # as a run that was trained here
     assert restore(run).tokenizer.prefix.ids == (restore(run).tokenizer.eot,)

@@ -10,7 +10,7 @@ from typing import Any
 from deltaformer_jax.data.chat.format import CHAT_FILE, PLAIN, ChatFormat
 from deltaformer_jax.data.chat.template import Template
 from deltaformer_jax.data.tokenizer import Tokenizer
-from deltaformer_jax.data.tokenizer.pretrained import CONFIG, TRAINED_HERE, read_object
+from deltaformer_jax.data.tokenizer.pretrained import CONFIG, TRAINED_HERE, pretrained_ends, read_object
 from deltaformer_jax.host.paths import expand
 
 TEMPLATE = "template"
@@ -58,13 +58,7 @@ def pretrained_format(folder: Path, file: Path, tokenizer: Tokenizer) -> ChatFor
             break
     if found is None or TRAINED_HERE.items() <= config.items():
         return found
-    said = [read_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-    ids = next((one for one in said if one is not None), [])
-    ids = {*ids} if isinstance(ids, list) else {ids}
-    if (name := found.variables.get("eos_token")) in tokenizer.special_tokens:
-        ids.add(tokenizer.special_tokens[name].id)
-    known = sorted(i for i in ids if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)
-    return dataclasses.replace(found, ends=tuple(known or [tokenizer.eot]))
+    return dataclasses.replace(found, ends=tuple(pretrained_ends(folder, tokenizer, file) or [tokenizer.eot]))
 
 
 def _beside(folder: Path, config: dict[str, Any]) -> ChatFormat | None:

@@ -49,6 +49,7 @@ class Tokenizer(abc.ABC):
       space_before: the space that the file's own rules put before a text, which `encode` does not (`Prefix.space`).
       prefix: what a model reads before a text. End-of-text, unless `pretrained_tokenizer` or a run that was imported
         sets it.
+      ends: the ids that end a text: end-of-text, and those of an imported model.
     """
 
     switched_off: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Tokenizer(abc.ABC):
         self.vocab_size = len(pieces)
         self.eot = eot
         self.prefix = Prefix((eot,), eot)
+        self.ends = frozenset([eot])
         self.pieces = pieces
         self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
         self.file_text = file_text

@@ -48,6 +48,20 @@ def prefix_of(said: dict[str, Any], model: dict[str, Any], tokenizer: Tokenizer)
     return Prefix(tuple(ids), next(known, tokenizer.eot), tokenizer.space_before, elsewhere=True)
 
 
+def pretrained_ends(folder: Path, tokenizer: Tokenizer, file: Path | None = None) -> list[int]:
+    """The ids that end a text of a model of the hub's format, in order; [] if nothing is said.
+
+    They are eos_token_id of generation_config.json, or else of config.json, and eos_token of tokenizer_config.json.
+    """
+    model = read_object(folder / "config.json")
+    text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
+    said = [one.get("eos_token_id") for one in (read_object(folder / "generation_config.json"), text, model)]
+    ids = next((one for one in said if one is not None), [])
+    found = {*ids} if isinstance(ids, list) else {ids}
+    found.add(_id(pretrained_config(folder, file).get("eos_token"), tokenizer))
+    return sorted(i for i in found if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no file or no object. Raises ValueError, naming the file."""
     if not path.is_file():
