@@ -6,7 +6,8 @@
 The first writes a run with one checkpoint, of step 0, which `sample` and `evaluate` read. The chat template in
 FOLDER, or else beside --tokenizer FILE, becomes the form of the run's conversations, chat.json, in which
 `sample --chat` asks. The second writes the newest checkpoint of a run, or --step N, as config.json, safetensors,
-tokenizer.json, its chat template and a model card. Wrong input gives one line on stderr and exit code 2.
+tokenizer.json, its chat template and a model card: what the model began from, its data, its settings, and its scores,
+those of `evaluate --tasks --out DIR/tasks` too. Wrong input gives one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the tensors that --to-hf writes (default: float32)",
+        help="of the tensors that --to-hf writes (default: those of the folder that was read, else float32)",
     )
     flags = parser.parse_args(arguments)
     with one_line_errors("deltaformer_jax.convert"):
@@ -68,7 +68,8 @@ def read(flags) -> None:
         from deltaformer_jax.data import load_tokenizer
         from deltaformer_jax.data.chat import CHAT_FILE, pretrained_format
         from deltaformer_jax.interop import load_pretrained
-        from deltaformer_jax.interop.kept import KEPT_FILE, read_kept
+        from deltaformer_jax.interop.files import check_folder
+        from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -78,14 +79,16 @@ def read(flags) -> None:
         from deltaformer_jax.training.state import new_state
 
     workdir = epath.Path(flags.workdir)
-    if workdir.exists() and any(workdir.iterdir()):
-        raise FileExistsError(f"--workdir {workdir}: is not empty; give a new folder")
+    _check_new("--workdir", workdir)
+    check_folder(Path(flags.folder))
     file = Path(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; give a tokenizer.json with --tokenizer FILE")
     tokenizer = load_tokenizer(file)
     form = pretrained_format(Path(flags.folder), file, tokenizer)
     with waiting(f"reading {flags.folder}", say_aside):
         model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
-    kept = read_kept(Path(flags.folder))
+    kept = to_keep(Path(flags.folder), tokenizer, file)
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
     config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)
     parts = model_parts(config.model)
@@ -110,12 +113,14 @@ def read(flags) -> None:
 def write(flags) -> None:
     """The run in --workdir -> --out."""
     Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
+    _check_new("--out", epath.Path(flags.out))
     with waiting("importing jax", say_aside):
         from pathlib import Path
 
         from deltaformer_jax.interop import save_pretrained
-        from deltaformer_jax.interop.kept import kept_of_run
+        from deltaformer_jax.interop.kept import dtypes_of_run, kept_of_run, tokenizer_config_of_run
         from deltaformer_jax.model_parts import merge
+        from deltaformer_jax.training.checkpoints.model_card import model_card
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
@@ -126,47 +131,21 @@ def write(flags) -> None:
             run.config.model,
             flags.out,
             model_type=flags.model_type,
-            dtype=flags.dtype,
+            dtype=flags.dtype or dtypes_of_run(flags.workdir),
             tokenizer=Path(flags.workdir) / TOKENIZER_FILE,
             chat=read_chat(flags.workdir),
-            card=_card(run, flags),
+            tokenizer_config=tokenizer_config_of_run(flags.workdir, run.tokenizer),
+            card=model_card(run, flags.workdir),
             kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")
 
 
-def _card(run, flags) -> str:
-    """README.md of the folder: what it is trained on, how, and its last evaluation."""
-    metrics = epath.Path(flags.workdir) / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    evaluations = [record for record in records if "eval_loss" in record and record["step"] <= run.step]
-    score = "none"
-    if evaluations:
-        last = evaluations[-1]
-        score = f"loss {last['eval_loss']:.4f}"
-        if "eval_accuracy" in last:
-            score += f", accuracy {last['eval_accuracy']:.4f}"
-        if "eval_bits_per_byte" in last:
-            score += f", {last['eval_bits_per_byte']:.4f} bits per byte"
-        score += f", at step {last['step']}"
-    model = run.config.model
-    return "\n".join(
-        [
-            "---",
-            "tags: [deltaformer_jax]",
-            "---",
-            "",
-            "# A language model trained with deltaformer_jax",
-            "",
-            f"- Model: {model.num_layers} layers of width {model.d_model}, mixers {model.mixers}.",
-            f"- Training data: {run.config.data.path or 'the Python standard library'}.",
-            f"- Training: {run.step} steps of {run.config.data.batch_size} rows of {run.config.data.sequence_length} "
-            f"tokens, seed {run.config.run.seed}.",
-            f"- Evaluation on held-out data: {score}.",
-            "- Written by: `python -m deltaformer_jax.convert --to-hf --workdir DIR --out FOLDER`.",
-            "",
-        ]
-    )
+def _check_new(flag: str, folder: epath.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{flag} {folder}: is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{flag} {folder}: is not empty; give a new folder")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from deltaformer_jax.data.tokenizer import (
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
+    pretrained_tokenizer,
     train_bpe,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_data",
     "load_tokenizer",
     "prepare_corpus",
+    "pretrained_tokenizer",
     "stdlib_corpus",
     "train_bpe",
 ]

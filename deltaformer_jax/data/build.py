@@ -46,6 +46,7 @@ def prepare_corpus(
     chat: str = "",
     subset: str = "",
     split: str = "",
+    held_out: bool = False,
     on_error: str = "stop",
     force: bool = False,
     progress: bool = False,
@@ -65,7 +66,9 @@ def prepare_corpus(
     chat           documents are conversations, lists of messages with role and content, of which the answers alone
                    bear loss. "template": rendered by the chat template beside the tokenizer's file; "plain", or the
                    path of a Jinja file (see `load_format`)
-    subset, split  which part to read of a folder that is a dataset of the Hugging Face hub (see `chosen_shards`)
+    subset, split  which part to read of a folder that is a dataset of the Hugging Face hub (see `chosen_shards`). Of
+                   several splits the one for training is read if none is named, and a warning says so
+    held_out       if none is named, read the first of its splits that is not for training
     on_error       what to do about a document or file that cannot be read. "stop": raise an error that names it.
                    "skip": leave it out, count it in the manifest ("left_out_on_error") and name it in left_out.txt of
                    the folder, which also names the files that are not text
@@ -99,7 +102,7 @@ def prepare_corpus(
         raise ValueError("separator divides text files, and with chat documents are conversations; leave it out")
     form = load_format(chat, tokenizer) if chat else None
     text_field = text_field or ("messages" if chat else "text")
-    opened = open_source(source, text_field, separator, chat=bool(chat), subset=subset, split=split)
+    opened = open_source(source, text_field, separator, chat=bool(chat), subset=subset, split=split, held_out=held_out)
     if opened.description["kind"] == "files" and folder.resolve().is_relative_to(opened.description["path"]):
         raise ValueError(f"{folder}: lies in the source and would be read as a part of it; choose another folder")
     if size and opened.is_pipe:
@@ -118,6 +121,8 @@ def prepare_corpus(
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not a corpus; choose another folder")
 
+    if opened.note:
+        warnings.warn(opened.note, stacklevel=2)
     if given and given.switched_off:
         off = ", ".join(given.switched_off)
         warnings.warn(f"{tokenizer}: switched off, so that a text has the bytes of its tokens: {off}", stacklevel=2)

@@ -94,6 +94,11 @@ def has_loss_mask(spec: str | os.PathLike) -> bool:
     return any(holds_conversations(folder) for folder, _ in _mixed(text) or [(text, 1.0)] if folder)
 
 
+def parts_of_mixture(spec: str) -> list[str]:
+    """The folders of `load_data(spec)`; none for a task and for ""."""
+    return [] if not spec or is_task(spec) else [folder for folder, _ in _mixed(spec) or [(spec, 1.0)]]
+
+
 def _mixed(text: str) -> list[tuple[str, float]] | None:
     """The folders and weights of a mixture, None if `text` is one folder."""
     if Path(expand(text)).exists() or not ("," in text or "=" in text):

@@ -8,7 +8,7 @@ SOURCE           a folder, or a file, of text or code, .jsonl (each also .gz, .z
 --text_field     the field of JSON lines, or the column of Parquet, that holds the text; meta.text is a field of a field
 --chat           documents are conversations: plain, template (the tokenizer's own) or a Jinja file
 --subset         which subset to read of a folder that is a dataset of the Hugging Face hub
---split          which split of it
+--split          which split of it, by its name in the files' names (default: train, where there are several)
 --separator      divides text files into documents
 --on_error       what to do about a document or file that cannot be read: stop, naming it, or skip it
 --force          replace a corpus that DIR already holds
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="read conversations and train on the answers: plain, template (the tokenizer's) or a Jinja file",
     )
     parser.add_argument("--subset", default="", help="subset of a dataset of the Hugging Face hub")
-    parser.add_argument("--split", default="", help="split of a dataset of the Hugging Face hub")
+    parser.add_argument("--split", default="", help="split of such a dataset (default: the only one, or train)")
     parser.add_argument("--separator", default="", help="divides text files into documents (\\n: new line)")
     parser.add_argument(
         "--on_error",

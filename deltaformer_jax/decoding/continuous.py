@@ -20,7 +20,16 @@ from flax import nnx
 
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.choose import choose, power_of_two
-from deltaformer_jax.decoding.requests import Completion, Piece, Request, check_sampling, make_requests
+from deltaformer_jax.decoding.requests import (
+    Completion,
+    Piece,
+    Request,
+    check_sampling,
+    items,
+    make_requests,
+    vocabulary_of,
+    whole,
+)
 from deltaformer_jax.model import LanguageModel
 
 PROMPT_TOKENS = 8192  # of one call of `_admit`, padding included; a longer prompt is read alone
@@ -113,6 +122,7 @@ def generate(model: LanguageModel, prompts: Sequence[Sequence[int] | str], **opt
 
     texts = generate(model, ["def ", "class "], max_tokens=50, tokenizer=tokenizer, stop=["\\n\\n"], seed=[1, 2])
     """
+    prompts = items("prompts", prompts, "a list of prompts")
     completions = [Completion() for _ in prompts]
     for piece in stream(model, prompts, **options):
         completions[piece.row].add(piece)
@@ -137,10 +147,11 @@ def stream(
     """Yield every token of every text as it is drawn, with the row that it belongs to.
 
     Args:
-      prompts: lists of token ids, each beginning with the document separator; or texts, which the tokenizer encodes
-        after its end-of-text. They may have any lengths, and there may be any number of them.
+      prompts: lists of token ids, each beginning as the model knows texts to begin; or texts, which the tokenizer
+        encodes after its prefix: end-of-text, or what a folder's own tokenizer puts there (`pretrained_tokenizer`).
+        They may have any lengths, and there may be any number of them.
       max_tokens: the most tokens of a text; one number, or one per prompt.
-      tokenizer: makes the texts. Its end-of-text ends a text. Without it pieces have tokens only.
+      tokenizer: makes the texts. Its end-of-text and other `ends` end a text. Without it pieces have tokens only.
       stop: a text ends before the first of these strings. A string may lie across tokens. It needs the tokenizer.
       stop_tokens: a text ends at the first of these ids, and does not show it.
       temperature, top_k, top_p: see `choose`.
@@ -153,21 +164,20 @@ def stream(
 
     Prompts are padded on the right to a power of two, several are read in one call (PROMPT_TOKENS), and the capacity of
     the caches is a power of two, so that few compiled programs serve all lengths. Raises at the call: ValueError naming
-    the argument that is out of range, TypeError for ids that are not integers.
+    the argument that is out of range, TypeError naming one of another kind.
     """
     check_sampling(1, temperature, top_k, top_p, 0)
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: give 1 or more")
+    batch_size = whole("batch_size", batch_size, 1)
     requests = make_requests(
         prompts,
-        model.embedding.vocab_size,
+        vocabulary_of(model),
         max_tokens=max_tokens,
         seed=seed,
         tokenizer=tokenizer,
         stop=stop,
         stop_tokens=stop_tokens,
     )
-    how = How(jnp.float32(temperature), None if top_p == 1 else jnp.float32(top_p), top_k, logprobs)
+    how = How(jnp.float32(temperature), None if top_p == 1 else jnp.float32(top_p), int(top_k), bool(logprobs))
     return _pieces(_Batch(model, requests, how, batch_size)) if requests else iter(())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deltaformer_jax.decoding.choose import choose, power_of_two
-from deltaformer_jax.decoding.requests import check_prompt, check_sampling
+from deltaformer_jax.decoding.requests import check_prompt, check_sampling, items, vocabulary_of
 from deltaformer_jax.layers.linear import cast_kernels
 from deltaformer_jax.model import LanguageModel
 
@@ -79,11 +79,12 @@ def generate_batch(
     Prompts are padded on the right to a common power of two, and the cache's capacity is a power of two, so that few
     compiled programs serve all lengths. Padding has segment id 0: nothing attends to it and it is not stored in the
     cache. Raises ValueError, at the call, for an empty prompt or an argument out of range, and TypeError for ids that
-    are not integers.
+    are not integers and arguments of another kind.
     """
-    if not len(prompts):
+    vocabulary, prompts = vocabulary_of(model), items("prompts", prompts, "a list of lists of token ids")
+    if not prompts:
         raise ValueError("prompt: has no token; begin it with the document separator")
-    prompts = [check_prompt(prompt, number, model.embedding.vocab_size) for number, prompt in enumerate(prompts)]
+    prompts = [check_prompt(prompt, row, vocabulary) for row, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Request:
         text = ""
         if self._text is not None:
             ends = token in self._stop_tokens  # such a token is no part of the text
-            text = self._text.push(token) if not ends or token == self._text.eot else self._text.end()
+            text = self._text.push(token) if not ends or token in self._text.ends else self._text.end()
             self.finish = self._text.finish
         if self.finish is None and token in self._stop_tokens:
             self.finish = "stop"
@@ -91,35 +92,79 @@ class Request:
         return Piece(self.row, token, logprob, text, self.finish)
 
 
-def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Raise ValueError, naming the argument, if an argument of a generation is out of range."""
-    if tokens < 1:
-        raise ValueError(f"tokens = {tokens}: give 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: give 0 (always the likeliest token) or more")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: give 0 (all tokens) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: give a probability above 0, at most 1 (all tokens)")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: give 0 to 2^32 - 1")
+def check_sampling(tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:
+    """Raise ValueError or TypeError, naming the argument, if one of a generation is out of range or of another kind."""
+    whole("tokens", tokens, 1)
+    whole("top_k", top_k, 0, "0 (all tokens) or more")
+    whole("seed", seed, 0, _SEEDS, below=2**32)
+    if not 0 <= number("temperature", temperature, _TEMPERATURE) < float("inf"):
+        raise ValueError(f"temperature = {temperature}: give {_TEMPERATURE}")
+    if not 0 < number("top_p", top_p, _TOP_P) <= 1:
+        raise ValueError(f"top_p = {top_p}: give {_TOP_P}")
 
 
-def check_prompt(prompt: Any, number: int, vocabulary: int) -> np.ndarray:
-    """Prompt `number` as checked int64 ids. In a narrow dtype, comparing them with `vocabulary` would overflow.
+_SEEDS = "0 to 2^32 - 1"
+_TEMPERATURE = "0 (always the likeliest token) or more"
+_TOP_P = "a probability above 0, at most 1 (all tokens)"
+
+
+def whole(name: str, value: Any, least: int, give: str = "", below: int | None = None) -> int:
+    """`value` as a whole number of at least `least`. Raises TypeError or ValueError that say what to `give`."""
+    give = give or f"{least} or more"
+    try:
+        found = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r:.60}: give a whole number, {give}") from None
+    if found < least or (below is not None and found >= below):
+        raise ValueError(f"{name} = {found}: give {give}")
+    return found
+
+
+def number(name: str, value: Any, give: str) -> float:
+    """`value` as a number. Raises TypeError that says what to `give`."""
+    try:
+        return float(None if isinstance(value, bool | str | bytes) else value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r:.60}: give a number, {give}") from None
+
+
+def items(name: str, value: Any, give: str) -> list[Any]:
+    """The items of a list, an array or another iterable, not of one text. Raises TypeError that says what to `give`."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name} is one text, {value[:40]!r}: give {give}, [{value[:40]!r}]")
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r:.60}: give {give}") from None
+
+
+def check_prompt(prompt: Any, row: int, vocabulary: int) -> np.ndarray:
+    """Prompt `row` as checked int64 ids. In a narrow dtype, comparing them with `vocabulary` would overflow.
 
     Raises ValueError for an empty prompt or an id outside the vocabulary, TypeError for ids that are not integers.
     """
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        raise TypeError(f"prompts[{row}] = {prompt!r:.60}: give a list of integers") from None
     if not ids.size:
         raise ValueError("prompt: has no token; begin it with the document separator")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"prompts[{number}] must be a list of integers; it is {ids.dtype}{list(ids.shape)}")
+        what = f"{ids.dtype}{list(ids.shape)}" if ids.ndim else f"{prompt!r:.60}"
+        raise TypeError(f"prompts[{row}] must be a list of integers; it is {what}")
     ids = ids.astype(np.int64)
     outside = ids[(ids < 0) | (ids >= vocabulary)]
     if outside.size:
-        raise ValueError(f"prompts[{number}] has the id {outside[0]}: ids must be from 0 to {vocabulary - 1}")
+        raise ValueError(f"prompts[{row}] has the id {outside[0]}: ids must be from 0 to {vocabulary - 1}")
     return ids
+
+
+def vocabulary_of(model: Any) -> int:
+    """The model's number of tokens. Raises TypeError for what is no LanguageModel."""
+    size = getattr(getattr(model, "embedding", None), "vocab_size", None)
+    if size is None:
+        raise TypeError(f"model is a {type(model).__name__}: give a LanguageModel")
+    return size
 
 
 def make_requests(
@@ -133,37 +178,38 @@ def make_requests(
     stop_tokens: Sequence[int],
 ) -> list[Request]:
     """The requests of `decoding.stream`, checked; its docstring says what the arguments mean and what they raise."""
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts is one text, {prompts[:40]!r}: give a list of prompts, [{prompts[:40]!r}]")
-    if isinstance(stop, str):
-        raise TypeError(f"stop is one text, {stop!r}: give a list, [{stop!r}]")
+    prompts = items("prompts", prompts, "a list of prompts")
+    stop = items("stop", stop, "a list of texts, or leave it out")
+    if wrong := [text for text in stop if not isinstance(text, str)]:
+        raise TypeError(f"stop has {wrong[0]!r:.60}: give texts; ids of tokens belong into stop_tokens")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer = {tokenizer!r:.60}: give one of deltaformer_jax.data, as load_tokenizer(FILE) does"
+        )
     if stop and tokenizer is None:
-        raise ValueError(f"stop = {list(stop)}: strings need the tokenizer; give tokenizer=, or stop_tokens")
-    for token in stop_tokens:
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"stop_tokens has the id {token}: ids must be from 0 to {vocabulary - 1}")
-    limits = _per_row("max_tokens", max_tokens, len(prompts))
+        raise ValueError(f"stop = {stop}: strings need the tokenizer; give tokenizer=, or stop_tokens")
+    ends = frozenset(
+        whole(f"stop_tokens[{i}]", token, 0, f"an id from 0 to {vocabulary - 1}", below=vocabulary)
+        for i, token in enumerate(items("stop_tokens", stop_tokens, "a list of ids, or leave it out"))
+    )
+    limits = _per_row("max_tokens", max_tokens, len(prompts), 1, "1 or more")
     shared = np.ndim(seed) == 0
-    seeds = _per_row("seed", seed, len(prompts))
+    seeds = _per_row("seed", seed, len(prompts), 0, _SEEDS, below=2**32)
     requests = []
     for row, prompt in enumerate(prompts):
-        if limits[row] < 1:
-            raise ValueError(f"max_tokens = {limits[row]}: give 1 or more")
-        if not 0 <= seeds[row] < 2**32:
-            raise ValueError(f"seed = {seeds[row]}: give 0 to 2^32 - 1")
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError(f"prompts[{row}] is text: give tokenizer=, or token ids")
-            prompt = [tokenizer.eot, *tokenizer.encode(prompt)]
+            prompt = tokenizer.encode_prompt(prompt)
         ids = check_prompt(prompt, row, vocabulary)
         request = Request(row, ids, limits[row], seeds[row], row if shared else 0)
-        requests.append(request.ends_at(tokenizer, stop, frozenset(map(int, stop_tokens))))
+        requests.append(request.ends_at(tokenizer, stop, ends))
     return requests
 
 
-def _per_row(name, value, rows):
+def _per_row(name: str, value: Any, rows: int, least: int, give: str, below: int | None = None) -> list[int]:
     if np.ndim(value) == 0:
-        return [int(value)] * rows
+        return [whole(name, value, least, give, below)] * rows
     if len(value) != rows:
         raise ValueError(f"{name} has {len(value)} numbers for {rows} prompts: give one number, or one per prompt")
-    return [int(x) for x in value]
+    return [whole(f"{name}[{row}]", one, least, give, below) for row, one in enumerate(value)]

@@ -6,7 +6,8 @@ from deltaformer_jax.data import Tokenizer
 
 
 class TextStream:
-    """Decodes token ids pushed one at a time. The text ends at the end-of-text token or before the first stop string.
+    """Decodes token ids pushed one at a time. The text ends at one of the tokenizer's `ends` or before the first stop
+    string.
 
     `push(token)` returns the new text that is final. It holds back the bytes of an incomplete character, and a tail of
     the text that may be the beginning of a stop string. `finish` is None while the text goes on, then "end_of_text" or
@@ -14,10 +15,12 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        if isinstance(stops, str) or not all(isinstance(stop, str) for stop in stops):
+            raise TypeError(f"stop = {stops!r:.60}: give a list of texts")
         if not all(stops):
             raise ValueError("stop: an empty text; leave it out")
         self._decoder = tokenizer.stream()
-        self.eot = tokenizer.eot
+        self.ends = tokenizer.ends
         self._stops = tuple(stops)
         self._held = ""
         self.finish: str | None = None
@@ -25,7 +28,7 @@ class TextStream:
     def push(self, token: int) -> str:
         if self.finish:
             return ""
-        if token == self.eot:
+        if token in self.ends:
             rest = self.end()
             self.finish = self.finish or "end_of_text"
             return rest

@@ -109,7 +109,7 @@ def _add_task_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no_separator",
         action="store_true",
-        help="no end-of-text before contexts, as lm-evaluation-harness does it for transformers' models",
+        help="nothing before contexts: neither end-of-text, nor what an imported model's tokenizer begins texts with",
     )
     parser.add_argument(
         "--lengths",

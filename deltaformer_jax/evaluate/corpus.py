@@ -1,6 +1,9 @@
 """The data that a run is evaluated on."""
 
+import warnings
 from pathlib import Path
+
+from deltaformer_jax.host.waiting import say_aside
 
 
 def check_same_kind(data: str | None, trained: str) -> None:
@@ -20,7 +23,8 @@ def check_same_kind(data: str | None, trained: str) -> None:
 def evaluation_corpus(run, data: str | None, folder: Path):
     """The corpus to evaluate on, from --data, or from the run's config if `data` is None.
 
-    Plain text is prepared in `folder` with the run's tokenizer; all of it is used for evaluation. Raises ValueError or
+    Plain text is prepared in `folder` with the run's tokenizer; all of it is used for evaluation, or of a dataset with
+    several splits a held-out one. Raises ValueError or
     FileNotFoundError, naming --data.
     """
     from deltaformer_jax import data as library
@@ -39,7 +43,12 @@ def evaluation_corpus(run, data: str | None, folder: Path):
         raise FileNotFoundError(f"--data {data}: no such file or folder")
     else:
         run.tokenizer.save(folder / "tokenizer.json")
-        whole = prepare_corpus(data, folder / "corpus", tokenizer=str(folder / "tokenizer.json"), eval_fraction=0.0)
+        tokenizer = str(folder / "tokenizer.json")
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            whole = prepare_corpus(data, folder / "corpus", tokenizer=tokenizer, eval_fraction=0.0, held_out=True)
+        for note in notes:
+            say_aside(f"note: {note.message}")
         text = whole.split("train")
         corpus = Corpus(whole.path, whole.manifest, whole.tokenizer, {"train": text, "eval": text})
     if corpus.tokenizer.hash != run.tokenizer.hash and library.is_task(str(data or corpus.path)):

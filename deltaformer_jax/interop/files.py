@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,8 +19,12 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-FLOATS = ("F32", "BF16", "F16", "F64")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# The dtypes of files that are read, and as which of DTYPES they come back.
+NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
+FLOATS = tuple(NAMES)
 _BLOCK_BYTES = 16 * 10**6
+_OF_TEXT = "model.language_model."
 
 
 def is_pretrained(folder: Any) -> bool:
@@ -38,10 +43,27 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; give a folder with config.json and safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
     return found
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FileNotFoundError, NotADirectoryError or ValueError, naming the folder, if it has no weights to read."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file; give a folder with config.json and safetensors")
+    read_json(folder / "config.json")
+    _files(folder)
+
+
+def usual_name(name: str) -> str:
+    """A tensor's name in a model of text alone, from that in a multimodal file."""
+    return "model." + name.removeprefix(_OF_TEXT) if name.startswith(_OF_TEXT) else name
 
 
 class Tensors:
@@ -105,6 +127,8 @@ def _open(path: Path):
         return safe_open(path, "numpy")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {'a folder' if path.is_dir() else error}") from None
 
 
 def _files(folder: Path) -> list[Path]:

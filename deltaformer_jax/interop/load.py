@@ -16,16 +16,16 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import FLOATS, Tensors, read_json
+from deltaformer_jax.interop.files import FLOATS, Tensors, read_json, usual_name
 from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
+from deltaformer_jax.interop.sources.single_layers import LAYERS
 from deltaformer_jax.interop.tables import to_ours
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, nested
 
 # What a multimodal file holds besides the text model.
 _SKIPPED = ("model.visual.", "mtp.")
-_PREFIX = "model.language_model."
 
 
 def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32") -> tuple[LanguageModel, ModelConfig]:
@@ -71,11 +71,10 @@ def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
     if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
         values = values["text_config"]
         kind = values.get("model_type", "qwen3_5_text")
-    if kind not in SOURCES:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}"
-            f"{did_you_mean(str(kind), SOURCES)}"
-        )
+    if not isinstance(kind, str) or kind not in SOURCES:
+        layers = isinstance(kind, str) and kind in LAYERS
+        hint = "; load_layer reads layers of it" if layers else did_you_mean(str(kind), SOURCES)
+        raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r} is not one of {', '.join(SOURCES)}{hint}")
     source = SOURCES[kind]
     try:
         return source, source.read(Fields(values, source.ignored))
@@ -120,7 +119,7 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
 def _names(files: Tensors, source: Source) -> dict[str, str]:
     """Their usual name -> the name in the file, without what belongs to no text model or has no function."""
     kept = [name for name in files if not name.startswith(_SKIPPED) and not name.endswith(source.dropped)]
-    return {("model." + name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name): name for name in kept}
+    return {usual_name(name): name for name in kept}
 
 
 def _held(options: tuple[str, ...], names: dict[str, str]) -> str:

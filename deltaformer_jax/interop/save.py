@@ -8,27 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
 import numpy as np
 from flax import nnx
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.config.mixer import entry
-from deltaformer_jax.data.chat import TRAINED_HERE, ChatFormat
+from deltaformer_jax.data.chat import ChatFormat
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES
+from deltaformer_jax.data.tokenizer.pretrained import CONFIG, TRAINED_HERE
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.compare import differences
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import SHARD_BYTES, read_json, write
+from deltaformer_jax.interop.files import DTYPES, SHARD_BYTES, read_json, write
 from deltaformer_jax.interop.mapping import mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.tables import to_theirs
 from deltaformer_jax.layers.adapters import merged
+from deltaformer_jax.layers.linear import AdaptedKernel
 from deltaformer_jax.model_parts import ModelParts, flat, model_parts, params_of
 
 BYTES = 256  # end-of-text of the tokenizer whose other tokens are bytes
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
 def save_pretrained(
@@ -37,11 +38,12 @@ def save_pretrained(
     folder: str | os.PathLike,
     *,
     model_type: str | None = None,
-    dtype: str = "float32",
+    dtype: str | Mapping[str, str] = "float32",
     tokenizer: str | os.PathLike | None = None,
     chat: ChatFormat | None = None,
     card: str = "",
     kept: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write config.json and safetensors that fla or transformers open; return the model type.
@@ -49,11 +51,15 @@ def save_pretrained(
         save_pretrained(model, config, "out")
 
     model_type: None: the first of `interop.sources` that can say the config; else our own, "deltaformer_jax", which
-    `load_pretrained` reads and nothing else does. dtype: of the tensors. tokenizer: a tokenizer.json, copied byte for
+    `load_pretrained` reads and nothing else does. dtype: of the tensors; or of each by its name, where "" stands for
+    all that are not named, as `kept.read_dtypes` gives those of a folder. tokenizer: a tokenizer.json, copied byte for
     byte; its end-of-text becomes the config's bos and eos token. chat: the form of the model's conversations, whose
     template becomes tokenizer_config.json, by which transformers' apply_chat_template renders them; the plain form has
-    none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one.
-    kept: bos_token_id and max_position_embeddings of config.json, as `kept.read_kept` gives those of a folder.
+    none. Its `ends`, if it has them, become the eos tokens. card: the text of README.md; "": a short one, which says
+    that the training data and the scores are not stated. `convert --to-hf` writes those of a run.
+    kept: the ids of special tokens and max_position_embeddings of config.json, as `kept.read_kept` gives those of a
+    folder.
+    tokenizer_config: the fields of tokenizer_config.json, beside those of `chat`.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
 
@@ -63,8 +69,7 @@ def save_pretrained(
     these are raised before anything is written.
     """
     folder = Path(folder).expanduser()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    dtypes = _Dtypes(dtype)
     if folder.exists() and any(folder.glob("*.safetensors")):
         raise FileExistsError(f"{folder}: holds weights already; give another folder")
     if tokenizer is not None and not Path(tokenizer).is_file():
@@ -74,38 +79,41 @@ def save_pretrained(
     params = dict(flat(params_of(merged(model))))
     found = None if source is None else mapping(config, source)
     _check_model(folder, model, params, config, model_parts(config) if found is None else found.parts)
-    _check_range(params, dtype)
+    _check_range(params, dtypes)
     if found is None:
-        writer = _OwnWriter(params, DTYPES[dtype])
+        writer = _OwnWriter(params, dtypes)
     else:
-        writer = _Writer(found, params, DTYPES[dtype], config.vocab_size)
+        writer = _Writer(found, params, dtypes, config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, writer, list(writer.names), writer.bytes_of, shard_bytes)
     kind, made = (own.MODEL_TYPE, "LanguageModel") if source is None else (source.model_type, source.class_name)
     kept = dict(kept or {})
-    if "bos_token_id" in kept:
-        ids["bos_token_id"] = kept.pop("bos_token_id")
+    ids |= {name: kept.pop(name) for name in list(ids) if name in kept}
     if source is not None and not source.has_positions:
         kept.pop("max_position_embeddings", None)
     if chat is not None and chat.ends:
         ids["eos_token_id"] = list(chat.ends)
-    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtype, **ids, **kept, **said}
+    text = {"architectures": [made], "model_type": kind, "torch_dtype": dtypes.most, **ids, **kept, **said}
     generation = {"do_sample": True, **ids}
     for name, values in (("config.json", text), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card or _card(kind, config), encoding="utf-8")
+    (folder / "README.md").write_text(card or _card(kind, config, model), encoding="utf-8")
     if tokenizer is not None:
         (folder / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
-    if chat is not None and chat.template is not None:
-        trained = {} if chat.ends else TRAINED_HERE
-        said = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **trained,
-            **chat.variables,
-            "chat_template": chat.template,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    if said := _tokenizer_config(chat, tokenizer_config or {}):
+        (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return kind
+
+
+def _tokenizer_config(chat: ChatFormat | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    if chat is None or chat.template is None:
+        return dict(given)
+    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat.template}
+    if chat.ends:
+        return usual | dict(given) | chat.variables
+    # A template that names another token would render another text than in training.
+    rest = {name: value for name, value in given.items() if name not in ("bos_token", "eos_token")}
+    return usual | rest | TRAINED_HERE | chat.variables
 
 
 def choose(config: ModelConfig, model_type: str | None) -> tuple[Source | None, dict[str, Any]]:
@@ -173,8 +181,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _check_range(params: dict, dtype: str) -> None:
-    if dtype != "float16":
+def _check_range(params: dict, dtypes: _Dtypes) -> None:
+    if not dtypes.have("float16"):
         return
     most = float(np.finfo(np.float16).max)
     for path, array in params.items():
@@ -182,32 +190,52 @@ def _check_range(params: dict, dtype: str) -> None:
             raise ValueError(f"dtype='float16' cannot hold {largest:.3g} of {own.name_of(path)}; use bfloat16")
 
 
+class _Dtypes:
+    """The dtype of each tensor by its name."""
+
+    def __init__(self, said: str | Mapping[str, str]):
+        self._named = dict(said) if isinstance(said, Mapping) else {"": said}
+        for name, dtype in self._named.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype={dtype!r}{name and f' of {name}'} must be one of {', '.join(DTYPES)}")
+        self.most = self._named.setdefault("", "float32")
+
+    def have(self, dtype: str) -> bool:
+        return dtype in self._named.values()
+
+    def of(self, *names: str) -> np.dtype:
+        """That of the first of the names that is known."""
+        return DTYPES[next((self._named[name] for name in names if name in self._named), self.most)]
+
+
 class _OwnWriter:
     """The tensors of a file of our own by name."""
 
-    def __init__(self, params, dtype: np.dtype):
-        self._params, self._dtype = {own.name_of(path): array for path, array in params.items()}, dtype
+    def __init__(self, params, dtypes: _Dtypes):
+        self._params, self._dtypes = {own.name_of(path): array for path, array in params.items()}, dtypes
         self.names = list(self._params)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._params[name]).astype(self._dtype)
+        return np.asarray(self._params[name]).astype(self._dtypes.of(name))
 
     def bytes_of(self, name: str) -> int:
-        return int(np.prod(self._params[name].shape)) * self._dtype.itemsize
+        return int(np.prod(self._params[name].shape)) * self._dtypes.of(name).itemsize
 
 
 class _Writer:
     """The tensors of a file by name, each made when it is asked for."""
 
-    def __init__(self, found, params, dtype: np.dtype, vocabulary: int):
-        self._params, self._dtype, self._vocabulary = params, dtype, vocabulary
-        self._places = {}
+    def __init__(self, found, params, dtypes: _Dtypes, vocabulary: int):
+        self._params, self._vocabulary = params, vocabulary
+        self._places, self._dtypes = {}, {}
         for place in found.places:
             for index, options in enumerate(place.tensors):
                 self._places[options[0]] = (place, index)
+                self._dtypes[options[0]] = dtypes.of(*options)
         self._outside = {name: (key, path) for key in ("table", "norm") for path, name in [getattr(found, key)]}
         if found.head is not None:
             self._outside[found.head[1]] = ("head", found.head[0])
+        self._dtypes |= {name: dtypes.of(name) for name in self._outside}
         self.names = [*self._outside, *self._places]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -215,22 +243,26 @@ class _Writer:
             key, path = self._outside[name]
             array = np.asarray(self._params[path])
             array = array.T if key == "head" else array
-            return (array if key == "norm" else array[: self._vocabulary]).astype(self._dtype)
+            return (array if key == "norm" else array[: self._vocabulary]).astype(self._dtypes[name])
         place, index = self._places[name]
         arrays = [np.asarray(self._params[path][place.period]) for path in place.parameters]
-        return to_theirs(place.row, arrays)[index].astype(self._dtype)
+        return to_theirs(place.row, arrays)[index].astype(self._dtypes[name])
 
     def bytes_of(self, name: str) -> int:
         if name in self._outside:
-            return int(np.prod(self._params[self._outside[name][1]].shape)) * self._dtype.itemsize
+            return int(np.prod(self._params[self._outside[name][1]].shape)) * self._dtypes[name].itemsize
         place, index = self._places[name]
-        return int(np.prod(place.theirs[index])) * self._dtype.itemsize
+        return int(np.prod(place.theirs[index])) * self._dtypes[name].itemsize
 
 
-def _card(kind: str, config: ModelConfig) -> str:
+def _card(kind: str, config: ModelConfig, model: nnx.Module) -> str:
     mixers = ", ".join(dict.fromkeys(entry(mixer).name for mixer in config.mixers))
+    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, AdaptedKernel))
+    ranks = sorted({part.down.shape[-1] for part in parts if isinstance(part, AdaptedKernel)})
+    adapted = f"- LoRA: adapters of rank {', '.join(map(str, ranks))}, added to their kernels.\n" if ranks else ""
     return (
         "---\ntags: [deltaformer_jax]\n---\n\n# A language model\n\n"
-        f"{config.num_layers} layers of {mixers}, width {config.d_model}, {config.vocab_size} tokens.\n"
-        f"Written by `deltaformer_jax.interop.save_pretrained` as a `{kind}`.\n"
+        f"- Model: {config.num_layers} layers of width {config.d_model}, {mixers}; {config.vocab_size} tokens.\n"
+        f"{adapted}- Base model, training data, command and scores: not stated by the program that wrote the folder.\n"
+        f"- Written by: `deltaformer_jax.interop.save_pretrained`, as a `{kind}`.\n"
     )

@@ -69,7 +69,7 @@ def print_sizes(full: Config, program: Program) -> None:
         shard = leaf.sharding.shard_shape(leaf.shape)
         lines.append((name, _shape(leaf.shape), ", ".join(axes) or "-", _shape(shard), decayed[decay]))
         if by_muon:
-            matrix = None if decay is None else muon_matrix(named)
+            matrix = None if decay is None else muon_matrix(named, full.optimizer.muon_per_head)
             lines[-1] += ("-" if matrix is None else _shape(matrix_sides(leaf.shape, matrix)),)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:

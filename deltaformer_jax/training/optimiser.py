@@ -38,19 +38,27 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 # The root mean square of Muon's update of a matrix, in learning rates. AdamW's is about this, so one rate serves both.
 MUON_RMS = 0.2
+# The axes over heads, which `optimizer.muon_per_head` takes apart.
+HEADS = ("heads", "kv_heads")
 
 
-def muon_matrix(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+def muon_matrix(axes: tuple[str | None, ...], per_head: bool = False) -> optax.contrib.MuonDimensionNumbers | None:
     """The matrix [in, out] as which Muon sees a parameter with these axis names; None: it belongs to AdamW.
 
-    A matrix is what `layers.linear.input_axes` says is one; all heads are in one. Axes are counted from the right,
-    since stacked layers come first without a name: each layer is a matrix of its own.
+    A matrix is what `layers.linear.input_axes` says is one. Whole, always: the maps of the feed-forward layer
+    ("embed" x "mlp"), and the first factor of a low rank ("embed" x "rank"). With an axis over heads: queries, keys,
+    values and output gates, "embed" x ("heads", "head_dim"); the output of a mixer, ("heads", "head_dim") x "embed";
+    the second factor of a low rank, "rank" x ("heads", "head_dim"). These are one matrix with all heads, or with
+    `per_head` a matrix for each head, such as "embed" x "head_dim", with an axis over key heads ("kv_heads") too. Axes
+    are counted from the right, since stacked layers come first without a name: each layer is a matrix of its own.
     """
     cut = input_axes(axes)
     if cut is None:
         return None
-    places = tuple(range(-len(axes), 0))
-    return optax.contrib.MuonDimensionNumbers(places[:cut], places[cut:])
+    apart = HEADS if per_head else ()
+    places = [place for place in range(-len(axes), 0) if axes[place] not in apart]
+    inputs = tuple(place for place in places if place < cut - len(axes))
+    return optax.contrib.MuonDimensionNumbers(inputs, tuple(places[len(inputs) :]))
 
 
 def matrix_sides(shape: tuple[int, ...], matrix: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
@@ -59,9 +67,9 @@ def matrix_sides(shape: tuple[int, ...], matrix: optax.contrib.MuonDimensionNumb
     return rows, columns
 
 
-def muon_matrices(axes: Any) -> Any:
+def muon_matrices(axes: Any, per_head: bool = False) -> Any:
     """`muon_matrix` of each parameter. `axes`: ModelParts.axes."""
-    return jax.tree.map(muon_matrix, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map(lambda one: muon_matrix(one, per_head), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def make_optimiser(config: OptimizerConfig, decay_mask: Any, axes: Any) -> optax.GradientTransformation:
@@ -69,7 +77,8 @@ def make_optimiser(config: OptimizerConfig, decay_mask: Any, axes: Any) -> optax
 
       adamw      m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   w -= rate (m' / (sqrt(v') + epsilon) + decay w)
       muon       m = c m + (1 - c) g, c = muon_momentum;             w -= rate (0.2 sqrt(max(in, out)) O + decay w)
-                 for each matrix of `muon_matrix`, [in, out]; all other parameters by adamw, with the same rate
+                 for each matrix of `muon_matrix`, [in, out], where all heads are one matrix, or with muon_per_head
+                 each head is one; all other parameters by adamw, with the same rate
       lion       u = sign(b1 m + (1 - b1) g);   m = b2 m + (1 - b2) g;                      w -= rate (u + decay w)
       adafactor  v = d v + (1 - d) g^2, d = 1 - n^-0.8, n = 1, 2, ...; u = g / sqrt(v) / max(1, rms(g / sqrt(v)))
                                                                     w -= rate (max(rms(w), 0.001) u + decay w)
@@ -109,7 +118,7 @@ def _muon(
 ) -> optax.GradientTransformation:
     # optax.contrib.muon decays every parameter that is no matrix and gives its Adam Nesterov's form, so its parts are
     # put together here.
-    found = muon_matrices(axes)
+    found = muon_matrices(axes, config.muon_per_head)
     is_matrix = lambda leaf: leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
     labels = jax.tree.map(lambda matrix: "adamw" if matrix is None else "muon", found, is_leaf=is_matrix)
     matrices = jax.tree.map(lambda m: optax.MaskedNode() if m is None else m, found, is_leaf=is_matrix)

@@ -260,6 +260,11 @@ def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:
 
 
 def _check_same_data(saved: Saved, corpus: Corpus | Mixture | TaskData, workdir: epath.Path) -> None:
+    if not saved.corpus_hash:
+        raise ValueError(
+            f"--workdir {workdir}: was converted from a folder of weights and never trained; start a run from it in "
+            f"another folder, --config.run.init_from={workdir}"
+        )
     if saved.corpus_hash != corpus.hash and isinstance(corpus, TaskData):
         raise ValueError(
             f"data.path = {corpus.path!r}: not the data of the run in {workdir}; set data.path to what the run was "

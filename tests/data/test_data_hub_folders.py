@@ -1,12 +1,13 @@
 """Folders as they are on the Hugging Face hub: one subset and split of them; texts that lie in nested fields."""
 
+import gzip
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.data import load_corpus, prepare_corpus
 from deltaformer_jax.data.prepare import main
 from deltaformer_jax.data.sources import open_source
 
@@ -15,6 +16,8 @@ def write(path, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -63,9 +66,15 @@ def test_a_subset_and_a_split_are_chosen(several):
 
 
 def test_what_is_not_named_is_listed_in_one_error(several, one_subset, tmp_path, capsys):
+    odd, mixed = tmp_path / "odd", tmp_path / "mixed"
+    for name in ("clean", "other"):
+        write(odd / f"{name}-00000-of-00001.jsonl", ["x"])
+    for name in ("c4-train.00000-of-00001.json.gz", "c4-validation.00000-of-00001.json.gz", "more.jsonl"):
+        write(mixed / name, ["x"])
     cases = [
         (several, [], "several: has 5 subsets; choose one with --subset: de, default, en, fr, it"),
-        (several, ["--subset", "en"], "several: has 2 splits; choose one with --split: test, train"),
+        (odd, [], "odd: has 2 splits; choose one with --split: clean, other"),
+        (mixed, [], "mixed: holds the splits train, validation and files of other names, such as more.jsonl; choose"),
         (several, ["--subset", "es"], "several: has no subset 'es'; --subset is one of: de, default, en, fr, it"),
         (several, ["--subset", "de", "--split", "dev"], "several: has no split 'dev'; --split is one of: train"),
         (several / "de" / "train-00000-of-00001.jsonl", ["--split", "x"], "is a file; --subset and --split are for"),
@@ -77,6 +86,44 @@ def test_what_is_not_named_is_listed_in_one_error(several, one_subset, tmp_path,
     write(tmp_path / "other" / "texts.parquet", ["x"])
     with pytest.raises(ValueError, match="other: --subset and --split are for folders of shards"):
         open_source(tmp_path / "other", split="train")
+
+
+C4 = ["en/c4-train.00000-of-00002.json.gz", "en/c4-train.00001-of-00002.json.gz"]
+LAYOUTS = [
+    (C4, ["en/c4-validation.00000-of-00001.json.gz"], "validation"),
+    (["data/train-00000-of-00001.parquet"], ["data/validation-00000-of-00001.parquet"], "validation"),
+    (["train/00.jsonl.gz", "train/01.jsonl.gz"], ["val.jsonl.gz", "test.jsonl.gz"], "val"),
+    (["train.jsonl"], ["test.jsonl"], "test"),
+    (["my_train.parquet"], ["my_dev.parquet"], "dev"),
+    (["x/train/chunk1/a_0.jsonl"], ["x/validation/chunk1/a_train_0.jsonl"], "validation"),
+]
+
+
+@pytest.mark.parametrize(("train", "held_out", "split"), LAYOUTS)
+def test_what_is_held_out_is_not_trained_on(tmp_path, capsys, train, held_out, split):
+    root = tmp_path / "root"
+    for name in [*train, *held_out]:
+        write(root / name, [f"text of {name}"])
+    write(root / "README.jsonl.md", ["about"])
+    assert main([str(root), "--out", str(tmp_path / "out"), "--eval_fraction", "0"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("root: read split train, left out ") == 1 and split in said and "--split takes another" in said
+    corpus = load_corpus(tmp_path / "out")
+    texts = [corpus.tokenizer.decode(corpus.split("train").read(i)) for i in range(len(train))]
+    assert texts == [f"text of {name}" for name in train] and corpus.split("train").documents == len(train)
+    chosen = open_source(root, held_out=True)
+    assert [path.relative_to(root).as_posix() for path in chosen.files] == [n for n in held_out if split in n]
+    assert [path.name for path in open_source(root, split=split).files] == [path.name for path in chosen.files]
+    assert f"read split {split}, left out " in chosen.note and not open_source(root, split=split).note
+
+
+def test_one_word_in_names_is_chance(tmp_path):
+    for name in ("test.jsonl", "more/test_a.jsonl"):
+        write(tmp_path / name, [name])
+    assert texts_of(tmp_path) == ["more/test_a.jsonl", "test.jsonl"] and not open_source(tmp_path).description.get(
+        "split"
+    )
+    assert texts_of(tmp_path, split="test", subset="more") == ["more/test_a.jsonl"]
 
 
 def test_a_folder_with_files_of_other_names_is_read_whole_as_ever(one_subset):

@@ -1,5 +1,6 @@
 """Tokenizers with byte fallback, BPE and Unigram: every text comes back; what would lose text is refused."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, trainers
 
-from deltaformer_jax.data import load_tokenizer
+from deltaformer_jax.data import load_tokenizer, pretrained_tokenizer, train_bpe
+from deltaformer_jax.data.tokenizer import Prefix
 from deltaformer_jax.data.tokenizer import pieces as module
 from deltaformer_jax.data.tokenizer.pieces import PieceTokenizer
 
@@ -181,3 +183,68 @@ def test_what_would_lose_text_is_refused_with_the_reason(reason, tmp_path):
     with pytest.raises(ValueError) as caught:
         load_tokenizer(file)
     assert "t.json: " in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+# What a model reads before a text: what its folder's own tokenizer puts there, or end-of-text.
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(content of tokenizer.json, tokenizer_config, config): (the tokenizer of that folder, the library's)"""
+
+    def write(content, config=None, model=None):
+        for name, said in (("tokenizer", content), ("tokenizer_config", config), ("config", model or {})):
+            if said is not None:
+                (tmp_path / f"{name}.json").write_text(json.dumps(said), encoding="utf-8")
+        return pretrained_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    return write
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("processor", [TEMPLATE, {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}])
+def test_prompts_are_what_the_files_own_rules_make(kind, processor, written):
+    """Llama 2's and Mistral's: <s> and a space come before a text. The library's ids are the reference."""
+    ours, theirs = written(copy.deepcopy(FILES[kind]) | {"post_processor": processor})
+    for text in ("the cat sat", " the cat", "  x", "x  y", "größer\nrain", ""):
+        assert ours.encode_prompt(text) == theirs.encode(text).ids
+        assert ours.encode_text(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.prefix.elsewhere and ours.prefix.ids == (1,)
+    assert Prefix.of(json.loads(json.dumps(ours.prefix.settings()))) == ours.prefix
+    assert ours.encode("the cat") == TOKENIZERS[kind].encode("the cat")  # a corpus has no such space
+
+
+def test_without_a_post_processor_the_config_decides(written):
+    file = FILES["bpe"]
+    added = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+    cases = [
+        (file, added, {}, (1,), 1),
+        (file, added | {"add_bos_token": False}, {}, (), 1),
+        (file | {"post_processor": TEMPLATE}, added | {"add_bos_token": False}, {}, (1,), 1),  # as transformers 5 does
+        (file, {"eos_token": {"content": "</s>"}}, {"bos_token_id": 1}, (), 2),
+        (file, {}, {"bos_token_id": 1}, (), 1),
+        (file, {}, {"bos_token_id": 10**6}, (), 2),
+        (file, added | {"trained_by": "deltaformer_jax"}, {}, (2,), 2),
+        (file, added, {"model_type": "deltaformer_jax"}, (2,), 2),
+    ]
+    for content, config, model, ids, first in cases:
+        tokenizer, _ = written(content, config, model)
+        assert (tokenizer.prefix.ids, tokenizer.prefix.first) == (ids, first), (config, model)
+        assert tokenizer.encode_prompt("") == list(ids or [first])
+
+
+def test_a_tokenizer_by_itself_begins_with_end_of_text(tmp_path):
+    own = train_bpe(["the cat. the dog. " * 50], 280)
+    own.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.encode_prompt(" x") == [own.eot, *own.encode(" x")] and not loaded.prefix.elsewhere
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
+        pretrained_tokenizer(tmp_path)

@@ -10,6 +10,7 @@ from deltaformer_jax.config import Mixer
 from deltaformer_jax.data import ByteTokenizer, train_bpe
 from deltaformer_jax.decoding import continuous
 from deltaformer_jax.decoding.generate import generate_batch
+from deltaformer_jax.decoding.requests import check_sampling, make_requests
 
 BYTES = ByteTokenizer()
 SIZES = dict(vocab_size=257, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
@@ -134,6 +135,10 @@ def test_whole_characters_and_the_ends_of_texts(model, says):
     assert [piece.text for piece in by_row[2]] == ["a", "b", ""]
     assert [row[-1].finish for row in by_row] == ["length", "length", "stop", "end_of_text"]
     assert by_row[3][-1].text == ""
+    imported = ByteTokenizer()
+    imported.ends |= {7}  # as eos_token_id of a folder says
+    (ended,) = decoding.generate(model, [""], max_tokens=5, tokenizer=imported, seed=[2])
+    assert (ended.text, ended.tokens, ended.finish) == ("ab", [97, 98, 7], "end_of_text")
     without = decoding.generate(model, [[256]], max_tokens=5, stop_tokens=[7], seed=[2])
     assert without[0].tokens == [97, 98, 7] and without[0].finish == "stop"
 
@@ -173,8 +178,31 @@ def test_rows_stay_full_and_few_programs_are_compiled(model, monkeypatch):
         ({"batch_size": 0}, ValueError, "batch_size = 0"),
         ({"stop": ["x"]}, ValueError, "strings need the tokenizer"),
         ({"stop": "x", "tokenizer": BYTES}, TypeError, "stop is one text"),
+        ({"stop": None}, TypeError, "stop = None: give a list of texts, or leave it out"),
+        ({"stop": [3], "tokenizer": BYTES}, TypeError, "stop has 3: give texts; ids of tokens belong into stop_tokens"),
+        ({"stop_tokens": None}, TypeError, "stop_tokens = None: give a list of ids, or leave it out"),
+        ({"stop_tokens": 5}, TypeError, "stop_tokens = 5: give a list of ids, or leave it out"),
+        ({"stop_tokens": [1.5]}, TypeError, r"stop_tokens\[0\] = 1\.5: give a whole number, an id from 0 to 256"),
+        ({"prompts": None}, TypeError, "prompts = None: give a list of prompts"),
+        ({"prompts": 3}, TypeError, "prompts = 3: give a list of prompts"),
+        ({"prompts": [None]}, TypeError, r"prompts\[0\] must be a list of integers; it is None"),
+        ({"prompts": [1, 2]}, TypeError, r"prompts\[0\] must be a list of integers; it is 1"),
+        ({"prompts": [[1], [[1], [1, 2]]]}, TypeError, r"prompts\[1\] = .*: give a list of integers"),
+        ({"prompts": [[1.0]]}, TypeError, r"prompts\[0\] must be a list of integers; it is float64\[1\]"),
+        ({"top_k": 2.5}, TypeError, r"top_k = 2\.5: give a whole number, 0 \(all tokens\) or more"),
+        ({"top_k": None}, TypeError, "top_k = None: give a whole number"),
+        ({"top_k": True}, TypeError, "top_k = True: give a whole number"),
+        ({"top_p": "0.9"}, TypeError, r"top_p = '0\.9': give a number, a probability"),
+        ({"temperature": None}, TypeError, "temperature = None: give a number, 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature = nan: give 0"),
+        ({"seed": 1.5}, TypeError, r"seed = 1\.5: give a whole number, 0 to 2\^32 - 1"),
+        ({"seed": ["a"]}, TypeError, r"seed\[0\] = 'a': give a whole number"),
+        ({"max_tokens": None}, TypeError, "max_tokens = None: give a whole number, 1 or more"),
+        ({"max_tokens": [2.5]}, TypeError, r"max_tokens\[0\] = 2\.5: give a whole number, 1 or more"),
+        ({"batch_size": 2.5}, TypeError, r"batch_size = 2\.5: give a whole number, 1 or more"),
+        ({"tokenizer": "bytes"}, TypeError, "tokenizer = 'bytes': give one of deltaformer_jax.data"),
         ({"stop": [""], "tokenizer": BYTES}, ValueError, "stop: an empty text"),
-        ({"stop_tokens": [257]}, ValueError, "stop_tokens has the id 257: ids must be from 0 to 256"),
+        ({"stop_tokens": [257]}, ValueError, r"stop_tokens\[0\] = 257: give an id from 0 to 256"),
         ({"prompts": ["a"]}, ValueError, r"prompts\[0\] is text: give tokenizer="),
         ({"prompts": "a", "tokenizer": BYTES}, TypeError, "prompts is one text"),
         ({"prompts": [[]]}, ValueError, "prompt: has no token"),
@@ -183,8 +211,31 @@ def test_rows_stay_full_and_few_programs_are_compiled(model, monkeypatch):
 )
 def test_errors_come_at_the_call(model, options, error, message):
     options = {"prompts": [[1]], "max_tokens": 3, **options}
-    with pytest.raises(error, match=message):
-        decoding.stream(model, options.pop("prompts"), **options)
+    prompts = options.pop("prompts")
+    for call in (decoding.stream, decoding.generate):
+        with pytest.raises(error, match=message) as caught:
+            call(model, prompts, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_errors_of_prompts_in_step_and_of_the_model(model):
+    with pytest.raises(TypeError, match="prompts = None: give a list of lists of token ids"):
+        generate_batch(model, None, 3)
+    with pytest.raises(TypeError, match=r"tokens = 2\.5: give a whole number, 1 or more"):
+        generate_batch(model, [[1]], 2.5)
+    for call in (lambda: decoding.stream(None, [[1]], max_tokens=1), lambda: generate_batch("x", [[1]], 1)):
+        with pytest.raises(TypeError, match=r"model is a .*: give a LanguageModel"):
+            call()
+
+
+def test_arrays_are_numbers_and_lists_too(prompts):
+    options = dict(vocabulary=257, tokenizer=None, stop=(), stop_tokens=np.array([3]))
+    given = (np.array(prompt) for prompt in prompts[:2])
+    found = make_requests(given, max_tokens=np.array([3, 4]), seed=np.uint32(7), **options)
+    assert [request.ids.tolist() for request in found] == prompts[:2]
+    assert [(r.max_tokens, r.seed, r.stream) for r in found] == [(3, 7, 0), (4, 7, 1)]
+    assert make_requests(prompts[:1], max_tokens=np.int64(3), seed=jax.numpy.array([5]), **options)[0].seed == 5
+    check_sampling(1, np.float32(0.5), np.int8(5), jax.numpy.float32(1), np.uint32(7))
 
 
 def test_no_prompts_are_no_texts(model):

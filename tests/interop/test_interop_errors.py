@@ -82,6 +82,7 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("hf_llama", dict(moon_phase=3), "moon_phase = 3: is not known here"),
         ("hf_llama", dict(model_type="lama"), "model_type = 'lama' is not one of .*; did you mean llama"),
         ("hf_llama", dict(vocab_size=None), "vocab_size: missing"),
+        ("hf_llama", dict(model_type={"a": 1}), "model_type = {'a': 1} is not one of"),
         ("hf_qwen3_5", dict(layer_types=["full_attention"]), "must name linear_attention or full_attention"),
         ("fla_delta_net", dict(qk_norm="sum", qk_activation="elu"), "qk_norm = 'sum'.*qk_activation = 'elu'"),
         ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),
@@ -195,6 +196,8 @@ DELTA = dict(beta_bias=False, value_dim=16, conv_size=4, output_gate="on")
 ATTENTION = Mixer(
     "softmax_attention", num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, conv_size=0, output_gate="off"
 )
+# Layers of several kinds of attention, "attn" as a list.
+WINDOWED = Mixer(ATTENTION.name, **dict(ATTENTION.overrides) | dict(window=4, qkv_bias=False, num_kv_heads=1))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +206,8 @@ ATTENTION = Mixer(
         ("delta_net", dict(mixers=("delta_net",), **HEADS, **DELTA | dict(conv_size=0, input_silu=True))),
         ("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA | dict(conv_bias=True))),
         ("delta_net", dict(mixers=(Mixer("delta_net", num_heads=2, head_dim=16, **DELTA), ATTENTION))),
+        ("delta_net", dict(mixers=("delta_net", ATTENTION, WINDOWED, ATTENTION), **HEADS, **DELTA)),
+        ("delta_net", dict(mixers=(WINDOWED, ATTENTION))),
         (
             "gated_deltanet",
             dict(mixers=("gated_delta_net",), **HEADS, **DELTA, num_value_heads=4, output_gate_activation="sigmoid"),
@@ -233,7 +238,10 @@ def test_other_shapes_and_depths_there_and_back(tmp_path, kind, fields):
     numbers = np.random.default_rng(0)
     model = jax.tree.map(lambda x: x + numbers.normal(0, 0.1, x.shape).astype(np.float32), model)
     assert save_pretrained(model, config, tmp_path / "out", model_type=kind) == kind
-    again, _ = load_pretrained(tmp_path / "out")
+    again, read = load_pretrained(tmp_path / "out")
+    assert save_pretrained(again, read, tmp_path / "back") == kind
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     tokens = numbers.integers(0, 70, (2, 12))
     np.testing.assert_array_equal(model(tokens)[0], again(tokens)[0])
     logits, cache = again(tokens[:, :8], cache=again.init_cache(2, 12))

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from support import training_cases as cases
 
-from deltaformer_jax import LanguageModel
+from deltaformer_jax import LanguageModel, convert
 from deltaformer_jax.config.command_line import parse
 from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.data.tokenizer import TaskVocabulary
@@ -60,6 +60,11 @@ def test_from_a_folder(first, corpus, tmp_path):
     flags = [f"--config.run.init_from={tmp_path / 'out'}", f"--config.data.path={corpus}"]
     _, prepared = start(flags, tmp_path / "second")
     same(prepared.state.params, params_of(load_pretrained(tmp_path / "out")[0]))
+    convert.main([str(tmp_path / "out"), "--workdir", str(tmp_path / "run")])
+    with pytest.raises(
+        ValueError, match=r"was converted from .*; start a run from it in another folder, --config\.run"
+    ):
+        start([f"--config.data.path={corpus}"], tmp_path / "run")
 
 
 def test_another_model_and_another_tokenizer_are_refused(first, corpus, tmp_path):

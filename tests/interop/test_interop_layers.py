@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deltaformer_jax.interop import load_layer
+from deltaformer_jax.interop import load_layer, save_layer
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "layers"
 
@@ -197,6 +198,101 @@ def test_bounded_gates(kind, tmp_path):
     assert config.num_layers == 1 and config.d_model == SIZE
 
 
+@pytest.mark.parametrize(
+    "name, layers", [("hf_qwen3_next", None), ("hf_kimi_linear", [0]), ("glm5_next", [1]), ("bailing_hybrid", [1])]
+)
+def test_saved_layers_are_the_loaded_ones(name, layers, tmp_path):
+    """Names, shapes, dtypes and bits; also from a config.json alone, in float32 and by the released files' names."""
+    folder = FOLDERS / name
+    if not folder.exists():
+        bounded_folder(folder := tmp_path / name, name)
+    source, mixers = load_file(folder / "model.safetensors"), {}
+    rounded = {key: x.astype(ml_dtypes.bfloat16) if "proj" in key else x for key, x in source.items()}
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "config.json").write_bytes((folder / "config.json").read_bytes())
+    count = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    layers = layers or range(count)
+    for n in layers:
+        mixers[n], _ = load_layer(folder, n)
+        save_layer(mixers[n], tmp_path / "alone", n, like=like)
+    save_file(rounded, like / "model.safetensors")
+    for n in layers:
+        save_layer(load_layer(like, n)[0], tmp_path / "out", n, like=like)
+        for x, y in zip(jax.tree.leaves(mixers[n]), jax.tree.leaves(load_layer(tmp_path / "alone", n)[0]), strict=True):
+            np.testing.assert_array_equal(x, y)
+    for out, expected in (("out", rounded), ("alone", source)):
+        found = {}
+        for n in layers:
+            found |= load_file(tmp_path / out / f"layer-{n:05d}.safetensors")
+        places = [f"layers.{n}.{module}." for n in layers for module in ("self_attn", "linear_attn", "attention")]
+        expected = {key: x for key, x in expected.items() if any(place in key for place in places)}
+        if out == "alone":  # a file of text alone has no prefix
+            expected = {key.replace("language_model.", ""): x for key, x in expected.items()}
+        assert set(found) == set(expected) and len(found) > 8
+        for key, x in expected.items():
+            assert found[key].shape == x.shape and found[key].dtype == x.dtype, key
+            np.testing.assert_array_equal(found[key], x)
+
+
+def test_a_gate_that_was_trained_becomes_one_product(tmp_path):
+    bounded_folder(tmp_path / "in", "bailing_hybrid")
+    layer, _ = load_layer(tmp_path / "in", 1)
+    layer.decay.down[...] = layer.decay.down[...] * 1.5 + 0.1
+    save_layer(layer, tmp_path / "out", 1, like=tmp_path / "in")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, SIZE)), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(load_layer(tmp_path / "out", 1)[0](x)[0], layer(x)[0], rtol=0, atol=1e-5)
+
+
+def test_errors_of_saving_are_one_line(tmp_path):
+    folder = FOLDERS / "hf_kimi_linear"
+    layer, _ = load_layer(folder, 0)
+    save_layer(layer, tmp_path / "out", 0, like=folder)
+    cases = [
+        (dict(layer=0), FileExistsError, "out: holds layer 0 already; give another folder"),
+        (dict(layer=1), ValueError, "layer 1 of kimi_linear is full_attention"),
+        (dict(layer=0, like=FOLDERS / "hf_qwen3_next"), ValueError, "not one of layer 0: .* is absent in the mixer"),
+        (dict(layer=0, dtype="int8"), ValueError, "dtype='int8' must be one of float32"),
+        (dict(layer=0, like=tmp_path / "nowhere"), FileNotFoundError, "no such file"),
+    ]
+    for given, error, message in cases:
+        place = tmp_path / ("out" if error is FileExistsError else "other")
+        with pytest.raises(error, match=message) as caught:
+            save_layer(layer, place, **{"like": folder} | given)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("hf_kimi_linear", dict(linear_attn_config=[1]), r"linear_attn_config = \[1\]: give an object"),
+        ("hf_kimi_linear", dict(linear_attn_config={"num_heads": "2"}), r"linear_attn_config\.num_heads = '2': give a"),
+        ("hf_kimi_linear", dict(linear_attn_config={"head_dim": 1.5}), r"linear_attn_config\.head_dim = 1\.5: give a"),
+        ("hf_kimi_linear", dict(linear_attn_config={"kda_layers": 3}), r"linear_attn_config\.kda_layers = 3: give a"),
+        (
+            "hf_kimi_linear",
+            dict(linear_attn_config={"num_heads": 2, "head_dim": 16}, layer_types=None),
+            "layer_types or linear_attn_config.kda_layers: missing",
+        ),
+        ("hf_kimi_linear", dict(linear_num_heads=None, linear_attn_config=None), "linear_num_heads: missing"),
+        ("hf_qwen3_next", dict(rope_parameters={"rope_theta": "x"}), r"rope_parameters\.rope_theta = 'x': give a"),
+        ("hf_qwen3_next", dict(model_type=[1]), r"model_type = \[1\] is not one of"),
+        ("hf_qwen3_next", dict(rope_parameters=3), "rope_parameters = 3: give an object"),
+        ("hf_qwen3_next", dict(linear_num_value_heads=3), "3"),
+    ],
+)
+def test_fields_of_another_kind_are_named(name, fields, message, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((FOLDERS / name / file).read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as error:
+        load_layer(tmp_path, 0)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="layer 1 of kimi_linear is full_attention: only 'linear_attention' has"):
         load_layer(FOLDERS / "hf_kimi_linear", 1)
@@ -223,9 +319,10 @@ def test_errors_are_one_line(tmp_path):
     assert "self_attn.o_norm.weight: shape [3], not [16]" in said
 
 
-def test_the_example_of_the_docs():
+def test_the_examples_of_the_docs(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^``` python\n(.*?)^```", text, re.M | re.S)
-    names = {"FOLDER": FOLDERS / "hf_kimi_linear", "x": jnp.ones((2, 5, 48))}
-    exec(code, names)
-    assert names["y"].shape == (2, 5, 48)
+    load, save = re.findall(r"^``` python\n(.*?)^```", text, re.M | re.S)
+    names = {"FOLDER": FOLDERS / "hf_kimi_linear", "OUT": tmp_path / "out", "x": jnp.ones((2, 5, 48))}
+    exec(load, names)
+    exec(save, names)
+    assert names["y"].shape == (2, 5, 48) and (tmp_path / "out" / "layer-00000.safetensors").exists()

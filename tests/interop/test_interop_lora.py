@@ -1,11 +1,13 @@
 """LoRA (`optimizer.lora_rank`): the loaded model at first, adapters alone trained, and the merged model afterwards."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from support import training_cases as cases
 
@@ -13,8 +15,9 @@ from deltaformer_jax import LanguageModel, convert
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.remarks import remarks
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import batches
-from deltaformer_jax.interop import load_pretrained
+from deltaformer_jax.interop import load_pretrained, save_pretrained
 from deltaformer_jax.layers.adapters import adapt, merged
 from deltaformer_jax.layers.linear import AdaptedKernel, Adapter, product
 from deltaformer_jax.model_parts import flat, merge, params_of
@@ -123,7 +126,14 @@ def test_merged_on_reading_and_on_export(base, tuned, tmp_path):
     logits, _ = merge(program.parts, run.state.params)(tokens)
     read = restore(folder)
     assert jax.tree.structure(read.params) == jax.tree.structure(restore(base).params)
+    (folder / "tasks").mkdir()
+    found = {"step": 12, "tasks": {"some_task": {"acc": 0.5, "alias": "x"}}}
+    found["long_context"] = [{"task": "needle", "length": 256, "depth": 0.5, "examples": 2, "accuracy": 1.0}]
+    (folder / "tasks" / "tasks.json").write_text(json.dumps(found))
     convert.main(["--to-hf", "--workdir", str(folder), "--out", str(tmp_path / "out")])
+    card_says((tmp_path / "out" / "README.md").read_text(), base, folder)
+    save_pretrained(merge(program.parts, run.state.params), read.config.model, tmp_path / "saved")
+    assert "- LoRA: adapters of rank 2, added to their kernels." in (tmp_path / "saved" / "README.md").read_text()
     exported, config = load_pretrained(tmp_path / "out")
     assert config.mixers and (tmp_path / "out" / "config.json").read_text().count('"model_type": "llama"') == 1
     # A sum of n products in float32 is off by at most n 2^-24 of the sum of their sizes, and the sizes of x W and x A B
@@ -131,6 +141,20 @@ def test_merged_on_reading_and_on_export(base, tuned, tmp_path):
     bound = 2 * 7 * 64 * 2.0**-24 * 8
     for model in (merge(read.program.parts, read.params), exported):
         np.testing.assert_allclose(model(tokens)[0], logits, rtol=0, atol=bound)
+
+
+def card_says(card, base, folder):
+    """The base model, the data, the adapters, the scores, and a config file that is the run's."""
+    saved = Saved.read(epath.Path(folder)).config
+    assert f"- Base model: `{base}`.\n" in card and f"- Training data: `{saved.data.path}`." in card
+    assert "rank 2, alpha 16, on the kernels `mixer.*`, `mlp.*`; the change is added" in card
+    assert "documents, " in card and "12 steps of 8 rows of 32 tokens, seed 0, by adamw" in card
+    assert (
+        "| some_task | acc | 0.5000 | 12 |\n" in card and "needle | accuracy at 256 tokens, depth 0.5 | 1.0000" in card
+    )
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code, names := {})
+    assert names["get_config"]() == saved
 
 
 def test_resumes_bit_for_bit(corpus, base, tuned, tmp_path):

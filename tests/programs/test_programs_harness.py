@@ -1,25 +1,34 @@
 """Tasks of lm-evaluation-harness: the scores that its own class for transformers gives to the same weights.
 
 tests/fixtures/harness/record.json has what lm-eval, transformers and torch answered for tests/fixtures/harness/model
-(record.py there), once as they do by default and once with end-of-text before every context. These tests ask
-`Answers` the same, without lm-eval, which brings some fifty packages; the adapter over it is tested where it is there.
+(record.py there), once as they do by default, once with end-of-text before every context, and by default for a
+tokenizer that begins texts with a token (with_bos.py there). These tests ask `Answers` the same, without lm-eval, which
+brings some fifty packages; the adapter over it is tested where it is there.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from deltaformer_jax.data import ByteTokenizer, load_tokenizer
+from deltaformer_jax import LanguageModel, Mixer, ModelConfig
+from deltaformer_jax.data import ByteTokenizer, load_tokenizer, pretrained_tokenizer
+from deltaformer_jax.decoding.choose import power_of_two
 from deltaformer_jax.evaluate.harness.answers import Answers
+from deltaformer_jax.evaluate.harness.score import packed, score
 from deltaformer_jax.evaluate.harness.windows import Window, encode_pair, last_window, rolling_windows
 from deltaformer_jax.interop import load_pretrained
 
 HARNESS = Path(__file__).parents[1] / "fixtures" / "harness"
 RECORD = json.loads((HARNESS / "record.json").read_text(encoding="utf-8"))
 BYTES = ByteTokenizer()
+_spec = importlib.util.spec_from_file_location("with_bos", HARNESS / "with_bos.py")
+with_bos = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(with_bos)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +36,17 @@ def parts():
     return load_pretrained(HARNESS / "model")[0], load_tokenizer(HARNESS / "model" / "tokenizer.json")
 
 
-@pytest.fixture(params=["plain", "separated"])
-def case(request, parts):
+@pytest.fixture(scope="module")
+def parts_with_bos(tmp_path_factory):
+    folder = with_bos.with_bos(tmp_path_factory.mktemp("bos") / "model")
+    return load_pretrained(folder)[0], pretrained_tokenizer(folder)
+
+
+@pytest.fixture(params=["plain", "separated", "bos"])
+def case(request, parts, parts_with_bos):
     """(our answers, the record of the same)"""
-    separator = request.param == "separated"
-    return Answers(*parts, length=RECORD["length"], batch_size=8, separator=separator), RECORD[request.param]
+    separator, chosen = request.param != "plain", parts_with_bos if request.param == "bos" else parts
+    return Answers(*chosen, length=RECORD["length"], batch_size=8, separator=separator), RECORD[request.param]
 
 
 def asked(record, task):
@@ -79,6 +94,39 @@ def test_generated_texts_are_the_harnesss(case):
     right = [example["answer"] for example in examples("offline_copy")]
     matches = np.mean([text.strip() == answer for text, answer in zip(found, right)])
     assert matches == record["metrics"]["offline_copy"]["exact_match"]
+
+
+def test_packed_windows_score_as_they_do_alone(monkeypatch):
+    """Several windows share a row, in a model with layers of every kind of memory; each sees no other."""
+    mixers = (Mixer("delta_former", kv_shift=True), Mixer("softmax_attention", window=8), "gated_delta_net")
+    sizes = dict(vocab_size=257, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
+    model = LanguageModel(
+        ModelConfig(mixers=mixers, num_layers=3, implementation="recurrent", **sizes), rngs=nnx.Rngs(0)
+    )
+    draw = np.random.default_rng(0)
+    windows = [Window(draw.integers(0, 257, n).tolist(), int(draw.integers(1, n))) for n in (3, 20, 2, 9, 15, 12)]
+    monkeypatch.setattr("deltaformer_jax.evaluate.harness.score.ROW", 64)
+    (whole,) = packed([len(window.tokens) - 1 for window in windows], 2)
+    assert whole == (64, [[1, 4, 5, 3, 0, 2]])
+    together = score(model, windows, batch_size=1)
+    alone = [score(model, [window], batch_size=1)[0] for window in windows]
+    # 20 numbers in float32, each off by some units in the last place of a log-probability of about 6.
+    np.testing.assert_allclose([x for x, _ in together], [x for x, _ in alone], rtol=2e-6, atol=2e-5)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_packing_places_each_window_once(batch_size):
+    sizes = np.random.default_rng(1).integers(1, 700, 200).tolist()
+    batches = list(packed(sizes, batch_size))
+    rows = [(width, row) for width, group in batches for row in group]
+    assert sorted(i for _, row in rows for i in row) == list(range(200))
+    assert all(row and sum(sizes[i] for i in row) <= width for width, row in rows)
+    assert all(len(group) <= batch_size for _, group in batches)
+    assert [width for width, _ in batches] == sorted((width for width, _ in batches), reverse=True)
+    # No row has room for the shortest window of a later batch, so that rows are nearly full.
+    assert sum(width for width, _ in rows) < 1.2 * sum(sizes) < sum(power_of_two(size) for size in sizes)
+    assert list(packed([], 2)) == []
 
 
 def examples(task):

@@ -1,5 +1,7 @@
 """The schedules' values, what weight decay and clipping touch, and each update by name: values, runs, shardings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,31 @@ def test_muons_first_update_by_hand():
         np.testing.assert_allclose(updates["w"][layer], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_muon_of_each_head_by_hand():
+    """Each head of each layer is a matrix of its own, d_model x head_dim, and head_dim x d_model on the way out; what
+    has no heads is as ever."""
+    draw = np.random.default_rng(0)
+    shapes = {"in": (2, 8, 3, 4), "out": (2, 3, 4, 8), "mlp": (2, 8, 12)}  # [layers, ...]
+    axes = {"in": ("embed", "kv_heads", "head_dim"), "out": ("heads", "head_dim", "embed"), "mlp": ("embed", "mlp")}
+    g = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    config = OptimizerConfig(name="muon", learning_rate=0.1, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+
+    def updated(**fields):
+        optimiser = make_optimiser(dataclasses.replace(config, **fields), dict.fromkeys(g, True), axes)
+        return optimiser.update(g, optimiser.init(g), g)[0]
+
+    updates, whole = updated(muon_per_head=True), updated()
+    step = lambda g, width: (
+        -0.1 * 0.2 * np.sqrt(width) * (newton_schulz(g) if g.shape[0] <= g.shape[1] else newton_schulz(g.T).T)
+    )
+    for layer in range(2):
+        for head in range(3):
+            for name, place in (("in", np.s_[layer, :, head]), ("out", np.s_[layer, head])):
+                np.testing.assert_allclose(updates[name][place], step(g[name][place], 8), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(updates["mlp"], whole["mlp"])
+    assert np.abs(updates["in"] - whole["in"]).max() > 0.01
+
+
 def test_muon_updates_all_else_as_adamw():
     shape = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64)
     parts = model_parts(shape)
@@ -287,7 +314,8 @@ def test_names_and_fields_that_do_not_fit(fields, message):
 
 def test_every_field_that_an_update_does_not_read_is_refused():
     """Changing a field that the check lets through changes the update."""
-    params, axes = {"w": jnp.ones((1, 4, 4)), "b": jnp.ones((1, 4))}, {"w": ("embed", "mlp"), "b": ("embed",)}
+    params = {"w": jnp.ones((1, 4, 2, 2)), "b": jnp.ones((1, 4))}
+    axes = {"w": ("embed", "heads", "head_dim"), "b": ("embed",)}
     gradients = [
         jax.tree.map(lambda p, s=s: jnp.sin(s * jnp.arange(1.0, p.size + 1)).reshape(p.shape), params) for s in (1, 2)
     ]
@@ -300,7 +328,7 @@ def test_every_field_that_an_update_does_not_read_is_refused():
             now = optax.apply_updates(now, updates)
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(now)])
 
-    changed = {"b1": 0.1, "b2": 0.3, "epsilon": 0.1, "muon_momentum": 0.1, "weight_decay": 0.9}
+    changed = {"b1": 0.1, "b2": 0.3, "epsilon": 0.1, "muon_momentum": 0.1, "muon_per_head": True, "weight_decay": 0.9}
     for name in NAMES:
         plain = after(OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, decay_steps=20))
         for field, value in changed.items():

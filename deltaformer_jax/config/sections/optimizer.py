@@ -64,6 +64,11 @@ class OptimizerConfig:
     muon_momentum: float = setting(
         0.95, "Muon's decay of the running mean of a matrix's gradients, per update.", least=0, below=1
     )
+    muon_per_head: bool = setting(
+        False,
+        "Whether Muon takes the kernel of each head as a matrix of its own, in queries, keys, values, output gates and "
+        "the output of a mixer. If not, all heads are one matrix. docs/optimizers.md.",
+    )
     weight_decay: float = setting(
         0.1,
         "Weight decay, multiplied by the learning rate; lion's usual rate is smaller and its decay larger. Norm gains, "
@@ -117,4 +122,5 @@ READ_BY = {
     "b2": ("adamw", "muon", "lion"),
     "epsilon": ("adamw", "muon"),
     "muon_momentum": ("muon",),
+    "muon_per_head": ("muon",),
 }

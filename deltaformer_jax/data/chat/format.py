@@ -8,8 +8,6 @@ from typing import Any
 PLAIN = "plain"
 ASSISTANT = "assistant"  # the role whose messages are answers
 CHAT_FILE = "chat.json"  # the form of a run's conversations, in its folder
-# What tokenizer_config.json says of a model that was trained here.
-TRAINED_HERE = {"trained_by": "deltaformer_jax"}
 
 
 @dataclasses.dataclass(frozen=True)

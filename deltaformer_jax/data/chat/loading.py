@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from deltaformer_jax.data.chat.format import CHAT_FILE, PLAIN, TRAINED_HERE, ChatFormat
+from deltaformer_jax.data.chat.format import CHAT_FILE, PLAIN, ChatFormat
 from deltaformer_jax.data.chat.template import Template
 from deltaformer_jax.data.tokenizer import Tokenizer
+from deltaformer_jax.data.tokenizer.pretrained import CONFIG, TRAINED_HERE, pretrained_ends, read_object
 from deltaformer_jax.host.paths import expand
 
 TEMPLATE = "template"
-_CONFIG, _TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+_TEMPLATE_FILE = "chat_template.jinja"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,7 +30,7 @@ def load_format(chat: str, tokenizer: str) -> ChatFormat:
     if chat == PLAIN:
         return ChatFormat(None)
     folder = None if tokenizer == "bytes" or tokenizer.startswith("bpe:") else Path(expand(tokenizer)).parent
-    config = _json(folder / _CONFIG) if folder else {}
+    config = read_object(folder / CONFIG) if folder else {}
     if chat != TEMPLATE:
         path = Path(expand(chat))
         if not path.is_file():
@@ -41,7 +41,7 @@ def load_format(chat: str, tokenizer: str) -> ChatFormat:
         raise ValueError(f"--chat {TEMPLATE}: tokenizer {tokenizer!r} has no chat template; {fix}")
     found = _beside(folder, config)
     if found is None:
-        raise ValueError(f"{folder / _CONFIG}: missing or without a chat_template; {fix}")
+        raise ValueError(f"{folder / CONFIG}: missing or without a chat_template; {fix}")
     return _checked(found)
 
 
@@ -53,18 +53,12 @@ def pretrained_format(folder: Path, file: Path, tokenizer: Tokenizer) -> ChatFor
     at end-of-text. Raises ValueError, naming the file, for one that is not JSON or not UTF-8.
     """
     for place in (folder, file.parent):
-        config = _json(place / _CONFIG)
+        config = read_object(place / CONFIG)
         if found := _beside(place, config):
             break
     if found is None or TRAINED_HERE.items() <= config.items():
         return found
-    said = [_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-    ids = next((one for one in said if one is not None), [])
-    ids = {*ids} if isinstance(ids, list) else {ids}
-    if (name := found.variables.get("eos_token")) in tokenizer.special_tokens:
-        ids.add(tokenizer.special_tokens[name].id)
-    known = sorted(i for i in ids if isinstance(i, int) and 0 <= i < tokenizer.vocab_size)
-    return dataclasses.replace(found, ends=tuple(known or [tokenizer.eot]))
+    return dataclasses.replace(found, ends=tuple(pretrained_ends(folder, tokenizer, file) or [tokenizer.eot]))
 
 
 def _beside(folder: Path, config: dict[str, Any]) -> ChatFormat | None:
@@ -76,8 +70,8 @@ def _beside(folder: Path, config: dict[str, Any]) -> ChatFormat | None:
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     if isinstance(template, str):
-        return ChatFormat(template, _variables(config), f"{folder / _CONFIG}, chat_template")
-    run = ChatFormat.of(_json(folder / CHAT_FILE), str(folder / CHAT_FILE))
+        return ChatFormat(template, _variables(config), f"{folder / CONFIG}, chat_template")
+    run = ChatFormat.of(read_object(folder / CHAT_FILE), str(folder / CHAT_FILE))
     return None if run.template is None else dataclasses.replace(run, ends=())
 
 
@@ -88,17 +82,6 @@ def _variables(config: dict[str, Any]) -> dict[str, str]:
 def _checked(found: ChatFormat) -> ChatFormat:
     Template(found)
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} if there is no file or no object."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
 
 
 def _read(path: str | os.PathLike) -> str:

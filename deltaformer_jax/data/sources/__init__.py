@@ -19,7 +19,7 @@ from deltaformer_jax.data.sources import units
 from deltaformer_jax.data.sources.content import is_compressed
 from deltaformer_jax.data.sources.conversation import Conversation
 from deltaformer_jax.data.sources.folder import files_below, no_file
-from deltaformer_jax.data.sources.hub_folder import chosen_shards
+from deltaformer_jax.data.sources.hub_folder import HELD_OUT, TRAINING, chosen_shards
 from deltaformer_jax.data.sources.json_lines import JSONLinesUnit, jsonl_units
 from deltaformer_jax.data.sources.parquet import ParquetUnit, parquet_units
 from deltaformer_jax.data.sources.stdlib import STDLIB, stdlib_files
@@ -52,6 +52,7 @@ class Source:
     separator: str = ""  # between the documents in a text file
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (file, why it is not read)
     chat: bool = False  # documents are conversations
+    note: str = ""  # which of several splits was chosen
 
     @property
     def size(self) -> int:
@@ -94,12 +95,14 @@ def open_source(
     chat: bool = False,
     subset: str = "",
     split: str = "",
+    held_out: bool = False,
 ) -> Source:
     """The files of `source`: a folder (with subfolders, without hidden names, see `files_below`), a file, or "stdlib".
 
     In a folder, files other than text or code, JSON lines and Parquet are left out, and so are pipes, sockets, devices
     and files that cannot be opened. `Source.left_out` names them. A pipe is read if `source` is the pipe itself.
-    Of a dataset of the Hugging Face hub one `subset` and `split` is read (see `chosen_shards`). With `chat` documents
+    Of a dataset of the Hugging Face hub one `subset` and `split` is read (see `chosen_shards`); of several splits, if
+    none is named, the one for training, or with `held_out` the first that is not. With `chat` documents
     are conversations, and text files are left out.
     Raises FileNotFoundError or ValueError if no file is left, or if a single file is of another kind.
     """
@@ -118,14 +121,16 @@ def open_source(
     kind = _chat_kind if chat else _kind
     texts = "" if chat else "text or code (.txt, .md, .py.gz, ...), "
     kinds = f"{texts}{', '.join(JSONL_SUFFIXES)}, {PARQUET_SUFFIX}"
-    part: dict[str, str] = {}
+    part, note = {}, ""
     left_out: list[tuple[str, str]] = []
     if root.is_dir():
         names, left_out = files_below(root, kind)
         if not names:
             first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
             raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}")
-        shards, part = chosen_shards(root, names, subset, split)
+        shards, part, others = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
+        if others and not split:
+            note = f"{root}: read split {part['split']}, left out {', '.join(others)}; --split takes another"
         why = f"not of subset {part['subset']}, split {part['split']}" if part else ""
         left_out = sorted([*left_out, *((name, why) for name in sorted(set(names) - set(shards)))])
         files = {name: root / name for name in shards}
@@ -146,7 +151,7 @@ def open_source(
         listing.update(f"{name}\0{stats.st_size}\0{stats.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     description = {"kind": "files", "path": str(root.resolve()), "files": len(files), "hash": listing.hexdigest()}
     description |= part
-    return Source(list(files.values()), sizes, text_field, description, separator, left_out, chat)
+    return Source(list(files.values()), sizes, text_field, description, separator, left_out, chat, note)
 
 
 def _kind(path: Path) -> str | None:

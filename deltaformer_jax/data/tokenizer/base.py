@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deltaformer_jax.data.tokenizer.prefix import Prefix
+
 # The names of the end-of-text token in published byte-level tokenizers, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<s>")
 BYTES_FILE = json.dumps({"deltaformer_jax": {"tokenizer": "bytes", "version": 1}}, sort_keys=True) + "\n"
@@ -44,15 +46,22 @@ class Tokenizer(abc.ABC):
       hash: sha256, hexadecimal, of the file that `save` writes.
       switched_off: names of components of the file that change texts or are random, and so are not used.
       special_tokens: name -> SpecialToken, the tokens that `encode` never makes and `encode_with_specials` does.
+      space_before: the space that the file's own rules put before a text, which `encode` does not (`Prefix.space`).
+      prefix: what a model reads before a text. End-of-text, unless `pretrained_tokenizer` or a run that was imported
+        sets it.
+      ends: the ids that end a text: end-of-text, and those of an imported model.
     """
 
     switched_off: tuple[str, ...] = ()
     special_tokens: Mapping[str, SpecialToken] = types.MappingProxyType({})
+    space_before = ""
 
     def __init__(self, kind: str, pieces: list[bytes], eot: int, file_text: str):
         self.kind = kind
         self.vocab_size = len(pieces)
         self.eot = eot
+        self.prefix = Prefix((eot,), eot)
+        self.ends = frozenset([eot])
         self.pieces = pieces
         self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
         self.file_text = file_text
@@ -66,6 +75,14 @@ class Tokenizer(abc.ABC):
         """As `encode`, as an integer array [number of tokens]."""
         arrays = list(self.encode_stream([text]))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def encode_text(self, text: str) -> list[int]:
+        """As `encode`, after the space that the prefix may have: the ids of a text as the model knows its beginning."""
+        return self.encode(self.prefix.spaced(text))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of the prefix and of `text`, at least one."""
+        return [*self.prefix.ids, *self.encode_text(text)] or [self.prefix.first]
 
     def encode_with_specials(self, text: str) -> np.ndarray:
         """As `encode_array`, but the name of a special token in `text` becomes that token, as in chat templates.

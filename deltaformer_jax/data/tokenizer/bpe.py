@@ -17,6 +17,7 @@ from deltaformer_jax.data.tokenizer.base import (
     slices,
     special_tokens_of,
 )
+from deltaformer_jax.data.tokenizer.prefix import IF_NONE
 
 SMALLEST_BPE = 257  # 256 bytes and end-of-text; merges start above
 
@@ -69,6 +70,7 @@ class BPETokenizer(Tokenizer):
         super().__init__("bpe", pieces, eot, file_text)
         self.special_tokens = special_tokens_of(added)
         self.switched_off = tuple(switched_off)
+        self.space_before = IF_NONE if "add_prefix_space" in switched_off else ""
         self._encoder = encoder
         words = [token.content for token in added.values() if not token.special]
         self._margin = max([_MARGIN_BYTES, *(2 * len(word.encode()) for word in words)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from deltaformer_jax.data.tokenizer.base import BYTES_FILE, ByteTokenizer, TaskVocabulary, Tokenizer
 from deltaformer_jax.data.tokenizer.bpe import BPETokenizer
 from deltaformer_jax.data.tokenizer.pieces import PieceTokenizer, is_of_pieces
+from deltaformer_jax.data.tokenizer.pretrained import pretrained_ends, pretrained_prefix
 from deltaformer_jax.host.paths import expand
 
 
@@ -35,6 +36,21 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{path}: neither this package's byte tokenizer nor a Hugging Face tokenizer.json")
     return (PieceTokenizer if is_of_pieces(content) else BPETokenizer)(text, str(path))
+
+
+def pretrained_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """The tokenizer.json in a folder of the Hugging Face hub's format, with the folder's own `prefix` and `ends`.
+
+    tokenizer = pretrained_tokenizer("Llama-3.2-1B")
+    generate(model, ["Hello"], tokenizer=tokenizer, max_tokens=20)  # after <|begin_of_text|>
+
+    Raises as `load_tokenizer`.
+    """
+    folder = Path(expand(folder))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tokenizer.prefix = pretrained_prefix(folder, tokenizer)
+    tokenizer.ends |= set(pretrained_ends(folder, tokenizer))
+    return tokenizer
 
 
 def _task_vocabulary(content: object) -> TaskVocabulary | None:

@@ -19,12 +19,14 @@ import numpy as np
 
 from deltaformer_jax.data.byte_level import byte_exact, check_probe, parts_of
 from deltaformer_jax.data.tokenizer.base import EOT_NAMES, Tokenizer, read_encoder, slices, special_tokens_of
+from deltaformer_jax.data.tokenizer.prefix import ALWAYS, IF_NONE
 
 SPACE = "▁"  # U+2581
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_IN_TEXT = r"<0x[0-9A-F]{2}>"
 _BLOCK_CHARACTERS = 2**16
 _LONGEST_WORD = 2**20
+_SPACE_OFF = "the space before a text"
 _PRE_TOKENIZERS = ("Metaspace", "Digits", "Punctuation", "Split")
 _USE = "use the file of a byte-level BPE or of one with byte fallback such as Llama 2's, or --tokenizer bpe:SIZE"
 
@@ -80,6 +82,8 @@ class PieceTokenizer(Tokenizer):
         super().__init__("pieces", pieces, eot, file_text)
         self.special_tokens = special_tokens_of(added)
         self.switched_off = tuple(switched_off)
+        spaces = {"normalizer Prepend": ALWAYS, "pre-tokenizer Metaspace": IF_NONE}
+        self.space_before = next((s for name, s in spaces.items() if f"{_SPACE_OFF} ({name})" in switched_off), "")
         self._encoder = encoder
         names = [name for name in [*specials, *vocabulary] if vocabulary[name] == unknown or name in specials]
         self._names = self._taken_by_name(set(names), unknown)
@@ -148,7 +152,7 @@ def _exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         if part["type"] == "NFC":
             off.append("normalizer NFC")
         elif part["type"] == "Prepend" and part.get("prepend") == SPACE:
-            off.append("the space before a text (normalizer Prepend)")
+            off.append(f"{_SPACE_OFF} (normalizer Prepend)")
         elif part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == SPACE:
             kept.append(part)
         else:
@@ -162,7 +166,7 @@ def _exact(content: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         if part["type"] == "Metaspace":
             known &= part.get("replacement") == SPACE
             if part.get("prepend_scheme", "always") != "never" or part.get("add_prefix_space"):
-                off.append("the space before a text (pre-tokenizer Metaspace)")
+                off.append(f"{_SPACE_OFF} (pre-tokenizer Metaspace)")
             part = {
                 "type": "Metaspace",
                 "replacement": SPACE,

@@ -22,8 +22,9 @@ class Answers:
       model, tokenizer: of one run.
       length: the most tokens that the model reads at once. Longer contexts lose their beginning, as in the harness.
       batch_size: rows of a batch.
-      separator: put end-of-text before every context, as before every document in training. False leaves it out, which
-        is what the harness's own class for transformers does; then scores can be compared with published ones.
+      separator: begin every context with the tokenizer's prefix: end-of-text, as every document in training, or what
+        the own tokenizer of an imported model puts there, as the harness's class for transformers does. False leaves it
+        out, which that class does with add_bos_token=False, and for a tokenizer that puts nothing there.
       advance: called with the number of answers that a batch has brought.
     """
 
@@ -40,14 +41,14 @@ class Answers:
         if length < 1:
             raise ValueError(f"length = {length}: give 1 token or more")
         self.model, self.tokenizer, self.length, self.batch_size = model, tokenizer, length, batch_size
-        self._prefix = [tokenizer.eot] if separator else []
+        self._prefix, self._first = list(tokenizer.prefix.ids) if separator else [], tokenizer.prefix.first
         self._advance = advance
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): (log p(continuation | context) in nats, whether it is the greedy one)."""
         windows = [
             last_window(
-                *encode_pair(context, continuation, self.tokenizer.encode, self._prefix, self.tokenizer.eot),
+                *encode_pair(context, continuation, self.tokenizer.encode_text, self._prefix, self._first),
                 self.length,
             )
             for context, continuation in pairs
@@ -57,8 +58,11 @@ class Answers:
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """For each text: log p(text) in nats, every token given as much before it as its window holds."""
         windows, owner = [], []
+        # The harness scores what a tokenizer puts before a text as a part of it, after one more beginning.
+        before = self._prefix if self.tokenizer.prefix.elsewhere else []
         for i, text in enumerate(texts):
-            for window in rolling_windows(self.tokenizer.encode(text), self.tokenizer.eot, self.length):
+            ids = [*before, *self.tokenizer.encode_text(text)]
+            for window in rolling_windows(ids, self._first, self.length):
                 windows.append(window)
                 owner.append(i)
         totals = [0.0] * len(texts)
@@ -92,10 +96,12 @@ class Answers:
                 answers[places[piece.row]] += piece.text
                 if piece.finish:
                     self._advance(1)
+        if self.tokenizer.prefix.space:  # such a tokenizer decodes a text without the space before it
+            answers = [answer.removeprefix(" ") for answer in answers]
         return answers
 
     def _context(self, text: str) -> list[int]:
-        return [*self._prefix, *self.tokenizer.encode(text)] or [self.tokenizer.eot]
+        return [*self._prefix, *self.tokenizer.encode_text(text)] or [self._first]
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

@@ -18,24 +18,24 @@ class Window(NamedTuple):
 
 
 def encode_pair(
-    context: str, continuation: str, encode: Callable[[str], list[int]], prefix: list[int], eot: int
+    context: str, continuation: str, encode: Callable[[str], list[int]], prefix: list[int], first: int
 ) -> tuple[list[int], list[int]]:
     """(ids of the context, ids of the continuation), which together are the ids of the whole text.
 
     Spaces at the context's end go to the continuation, since tokenizers join them with the word after them. `prefix`
-    comes before the ids of a context. An empty context is end-of-text alone.
+    comes before the ids of a context. An empty context is `first` alone.
 
     Raises ValueError if nothing is left of the continuation to be scored.
     """
     if context == "":
-        before, after = [eot], encode(continuation)
+        before, after = [first], encode(continuation)
     else:
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         before = [*prefix, *encode(context)]
         after = [*prefix, *encode(context + continuation)][len(before) :]
-        before = before or [eot]  # a context of spaces alone
+        before = before or [first]  # a context of spaces alone
     if not after:
         raise ValueError(f"the continuation {continuation!r} has no token after its context: nothing can be scored")
     return before, after
@@ -54,15 +54,15 @@ def last_window(before: list[int], after: list[int], length: int) -> Window:
     return Window([*before, *after][-(length + 1) :], len(after))
 
 
-def rolling_windows(tokens: list[int], eot: int, length: int) -> Iterator[Window]:
-    """Windows in which each of `tokens` is predicted once, the first after end-of-text, for a whole text's score.
+def rolling_windows(tokens: list[int], first: int, length: int) -> Iterator[Window]:
+    """Windows in which each of `tokens` is predicted once, the first after the token `first`, for a whole text's score.
 
     Each window reads at most `length` tokens. The last is moved to the left, so that it has a full context: it scores
     only the tokens that are left.
     """
     done = min(length, len(tokens))
     if tokens:
-        yield Window([eot, *tokens[:done]], done)
+        yield Window([first, *tokens[:done]], done)
     while done < len(tokens):
         new = min(length, len(tokens) - done)
         done += new

@@ -118,7 +118,7 @@ def _fitted(text: Callable[[int], str], unit: str, tokenizer, length, answers, d
     Raises ValueError if not even the text without filler fits.
     """
     room = len(tokenizer.encode(" " + (written or ", ".join(answers)))) + ANSWER_TOKENS
-    size = lambda count: 1 + len(tokenizer.encode(text(count))) + room  # 1: the document separator
+    size = lambda count: len(tokenizer.encode_prompt(text(count))) + room
     if size(0) > length:
         raise ValueError(f"--lengths {length}: this task takes {size(0)} tokens without any filler; give more")
     count = (length - size(0)) // len(tokenizer.encode(" " + unit))

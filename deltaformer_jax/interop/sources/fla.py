@@ -10,17 +10,15 @@ from typing import Any
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.kinds import misfits, unknown
 from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VECTOR
-from deltaformer_jax.interop.sources.base import Source, layers, pattern, setting
+from deltaformer_jax.interop.sources.base import Source, layers
+from deltaformer_jax.interop.sources.fla_hybrids import attention, hybrid, say_hybrid
 from deltaformer_jax.interop.tables import Row
 from deltaformer_jax.model import mlp_dim
 
 IGNORED = """fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp attn_mode
     rope_max_position_embeddings hidden_ratio intermediate_size"""
 OUTSIDE = {"table": "model.embeddings.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-# The epsilon of its attention's qk-norm, whatever norm_eps is.
-QK_NORM_EPSILON = 1e-5
 
 BLOCK = [
     Row("attn_norm.weight", "mixer_norm.scale", VECTOR),
@@ -127,73 +125,13 @@ def _say_common(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _attention(heads: int, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a softmax attention layer, from a config with fla's names."""
-    taken = dict(
-        num_heads=heads,
-        num_kv_heads=given.get("num_kv_heads") or heads,
-        qkv_bias=bool(given.get("qkv_bias")),
-        qk_norm=bool(given.get("qk_norm")),
-        rope_base=float(given.get("rope_theta") or 10_000.0),
-        window=given.get("window_size") or 0,
-    )
-    return taken | (dict(qk_norm_epsilon=QK_NORM_EPSILON) if taken["qk_norm"] else {})
-
-
-def _unfit_attn(part: dict[str, Any], common: dict[str, Any]) -> list[str]:
-    """What is wrong with an "attn"."""
-    wrong = misfits(part, "attn.") or [
-        f"attn.{name}: missing" for name in ("layers", "num_heads") if not part.get(name)
-    ]
-    if not wrong and max(part["layers"]) >= common["num_layers"]:
-        wrong = [f"attn.layers = {part['layers']!r}: the layers are 0 to {common['num_layers'] - 1}"]
-    return wrong + unknown(part, "layers num_heads num_kv_heads qkv_bias qk_norm window_size rope_theta", "attn.")
-
-
-def _hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, Any]) -> ModelConfig:
-    """The model whose layers are `mixer`, but for those that "attn" says are softmax attention."""
-    given = fields.take("attn", None)
-    if not given:
-        fields.finish()
-        return ModelConfig(mixers=(mixer,), **common, **own)
-    entries = [Mixer(mixer)] * common["num_layers"]
-    for part in given if isinstance(given, list) else [given]:
-        if wrong := _unfit_attn(part, common):
-            fields.refuse("; ".join(wrong))
-            continue
-        taken = {k: v for k, v in _attention(part["num_heads"], part).items() if v}
-        width = common["d_model"] // part["num_heads"]
-        attention = Mixer("softmax_attention", head_dim=width, conv_size=0, output_gate="off", **taken)
-        for n in part["layers"]:
-            entries[n] = attention
-    fields.finish()
-    return ModelConfig(mixers=pattern(entries), **common, **own)
-
-
-def _say_hybrid(config: ModelConfig) -> dict[str, Any]:
-    every = layers(config)
-    numbers = [n for n, mixer in enumerate(every) if mixer.name == "softmax_attention"]
-    if not numbers or len(numbers) == len(every):
-        return {"attn": None}
-    one = every[numbers[0]]
-    said = dict(
-        layers=numbers,
-        num_heads=setting(config, one, "num_heads"),
-        num_kv_heads=setting(config, one, "num_kv_heads"),
-        qkv_bias=setting(config, one, "qkv_bias"),
-        window_size=setting(config, one, "window") or None,
-        rope_theta=setting(config, one, "rope_base"),
-    )
-    return {"attn": said | ({"qk_norm": True} if setting(config, one, "qk_norm") else {})}
-
-
 # Each model_type: its config read, and said again.
 
 
 def _read_transformer(fields: Fields, **own: Any) -> ModelConfig:
     common, heads = _common(fields), fields.take("num_heads")
     names = ("num_kv_heads", "qkv_bias", "qk_norm", "rope_theta", "window_size")
-    taken = _attention(heads, {name: fields.take(name, None) for name in names})
+    taken = attention(heads, {name: fields.take(name, None) for name in names})
     fields.only("attnres_block_size", None)
     fields.finish()
     return ModelConfig(head_dim=common["d_model"] // heads, **common, **taken | own)
@@ -264,13 +202,13 @@ def _read_delta_net(fields: Fields) -> ModelConfig:
         negative_eigenvalues=fields.take("allow_neg_eigval", False),
         beta_bias=False,
     )
-    return _hybrid(fields, common, "delta_net", own | _convolutions(fields))
+    return hybrid(fields, common, "delta_net", own | _convolutions(fields))
 
 
 def _say_delta_net(config: ModelConfig) -> dict[str, Any]:
     return (
         _say_common(config)
-        | _say_hybrid(config)
+        | say_hybrid(config)
         | _say_convolutions(config)
         | dict(
             num_heads=config.num_heads,
@@ -307,7 +245,7 @@ def _gated(fields: Fields) -> dict[str, Any]:
 def _say_gated(config: ModelConfig) -> dict[str, Any]:
     return (
         _say_common(config)
-        | _say_hybrid(config)
+        | say_hybrid(config)
         | _say_convolutions(config)
         | dict(
             num_heads=config.num_heads,
@@ -325,7 +263,7 @@ def _read_gated_deltanet(fields: Fields) -> ModelConfig:
     fields.only("output_gate_activation", "swish", "silu", "sigmoid")
     own |= dict(output_gate="on" if fields.take("use_gate", True) else "off")
     own |= dict(output_gate_activation="sigmoid") if activation == "sigmoid" else {}
-    return _hybrid(fields, common, "gated_delta_net", own)
+    return hybrid(fields, common, "gated_delta_net", own)
 
 
 def _say_gated_deltanet(config: ModelConfig) -> dict[str, Any]:
@@ -338,7 +276,7 @@ def _read_kda(fields: Fields) -> ModelConfig:
     bound = fields.take("lower_bound", -5.0)
     own |= dict(output_gate="on", output_gate_bias=True, gate_rank=own["value_dim"])
     own |= dict(decay_lower_bound=float(bound)) if fields.take("safe_gate", False) else {}
-    return _hybrid(fields, common, "kimi_delta_attention", own)
+    return hybrid(fields, common, "kimi_delta_attention", own)
 
 
 def _say_kda(config: ModelConfig) -> dict[str, Any]:
@@ -371,7 +309,7 @@ def _linear_memory(fields: Fields, ratio: int, expand: tuple[float, float]) -> t
 def _say_linear_memory(config: ModelConfig) -> dict[str, Any]:
     return (
         _say_common(config)
-        | _say_hybrid(config)
+        | say_hybrid(config)
         | dict(
             num_heads=config.num_heads,
             expand_k=config.num_heads * config.head_dim / config.d_model,
@@ -384,12 +322,12 @@ def _say_linear_memory(config: ModelConfig) -> dict[str, Any]:
 
 def _read_gla(fields: Fields) -> ModelConfig:
     common, own = _linear_memory(fields, 4, (0.5, 1.0))
-    return _hybrid(fields, common, "gated_linear_attention", own)
+    return hybrid(fields, common, "gated_linear_attention", own)
 
 
 def _read_retnet(fields: Fields) -> ModelConfig:
     common, own = _linear_memory(fields, 2, (1.0, 2.0))
-    return _hybrid(fields, common, "retention", own)
+    return hybrid(fields, common, "retention", own)
 
 
 def _source(model_type: str, class_name: str, read: Any, write: Any, mixer: str, rows: list[Row]) -> Source:

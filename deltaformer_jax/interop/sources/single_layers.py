@@ -32,12 +32,21 @@ KDA = [
 ]
 
 
+Tensors = dict[str, np.ndarray]
+
+
 class Layer(NamedTuple):
-    """One layer: its mixer, with every setting as an override; its rows; and what its tensors must first become."""
+    """One layer: its mixer, with every setting as an override, and its rows.
+
+    prepare: what the tensors of a file must first become; restore: the inverse. shapes: those in a file where they are
+    not those of the rows.
+    """
 
     mixer: Mixer
     rows: list[Row]
-    prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    prepare: Callable[[Tensors], Tensors] = dict
+    restore: Callable[[Tensors], Tensors] = dict
+    shapes: Mapping[str, tuple[int, ...]] = {}
 
 
 def qwen3_next(values: Mapping[str, Any], layer: int) -> Layer:
@@ -70,10 +79,15 @@ def qwen3_next(values: Mapping[str, Any], layer: int) -> Layer:
         beta_bias=False,
         norm_epsilon=norms["norm_epsilon"],
     )
-    return Layer(mixer, QWEN_DELTA, lambda tensors: _ungrouped(tensors, keys, rows, *sizes))
+    return Layer(
+        mixer,
+        QWEN_DELTA,
+        lambda tensors: _ungrouped(tensors, keys, rows, *sizes),
+        lambda tensors: _grouped(tensors, keys, rows, *sizes),
+    )
 
 
-def _ungrouped(tensors: dict[str, np.ndarray], keys: int, values: int, width: int, value_width: int):
+def _ungrouped(tensors: Tensors, keys: int, values: int, width: int, value_width: int) -> Tensors:
     """qwen3_next's projections, whose rows are [q, k, v, z] and [b, a] of one key head after the other, by type as
     qwen3_5 has them."""
     tensors, each = dict(tensors), values // keys
@@ -86,6 +100,21 @@ def _ungrouped(tensors: dict[str, np.ndarray], keys: int, values: int, width: in
     rows = tensors.pop("linear_attn.in_proj_ba.weight")
     b, a = np.split(rows.reshape(keys, 2 * each, rows.shape[-1]), 2, axis=1)
     return tensors | {"linear_attn.in_proj_b.weight": flat(b), "linear_attn.in_proj_a.weight": flat(a)}
+
+
+def _grouped(tensors: Tensors, keys: int, values: int, width: int, value_width: int) -> Tensors:
+    """The inverse of `_ungrouped`."""
+    tensors = dict(tensors)
+    by_head = lambda x: x.reshape(keys, -1, x.shape[-1])
+    joined = lambda parts: np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[-1])
+    rows = tensors.pop("linear_attn.in_proj_qkv.weight")
+    parts = np.split(rows, np.cumsum([keys * width, keys * width]))
+    parts.append(tensors.pop("linear_attn.in_proj_z.weight"))
+    gates = [tensors.pop(f"linear_attn.in_proj_{name}.weight") for name in "ba"]
+    return tensors | {
+        "linear_attn.in_proj_qkvz.weight": joined([by_head(part) for part in parts]),
+        "linear_attn.in_proj_ba.weight": joined([by_head(gate) for gate in gates]),
+    }
 
 
 def _kda(values: Mapping[str, Any], heads: int, width: int, taps: int, **own: Any) -> Mixer:
@@ -104,19 +133,24 @@ def _kda(values: Mapping[str, Any], heads: int, width: int, taps: int, **own: An
 def _linear_config(values: Mapping[str, Any]) -> tuple[int, int, int, Mapping[str, Any]]:
     """(heads, width, taps, what else a released config says of its linear layers), by the names of either form."""
     said = values.get("linear_attn_config") or {}
-    heads = said.get("num_heads", values.get("linear_num_heads"))
-    width = said.get("head_dim", values.get("linear_head_dim"))
-    return heads, width, said.get("short_conv_kernel_size", values.get("linear_conv_kernel_dim", 4)), said
+    found = []
+    for inside, outside in (("num_heads", "linear_num_heads"), ("head_dim", "linear_head_dim")):
+        if said.get(inside, values.get(outside)) is None:
+            raise KeyError(f"linear_attn_config.{inside}" if said else outside)
+        found.append(said.get(inside, values.get(outside)))
+    return *found, said.get("short_conv_kernel_size") or values.get("linear_conv_kernel_dim", 4), said
 
 
 def kimi_linear(values: Mapping[str, Any], layer: int) -> Layer:
     heads, width, taps, said = _linear_config(values)
-    # The released config numbers its layers from 1.
-    kinds = values.get("layer_types") or [
-        LINEAR_LAYER if n + 1 in said["kda_layers"] else FULL_LAYER for n in range(values["num_hidden_layers"])
-    ]
+    if (kinds := values.get("layer_types")) is None:
+        if said.get("kda_layers") is None:
+            raise KeyError("layer_types or linear_attn_config.kda_layers")
+        # The released config numbers its layers from 1.
+        count = values["num_hidden_layers"]
+        kinds = [LINEAR_LAYER if n + 1 in said["kda_layers"] else FULL_LAYER for n in range(count)]
     _only_linear("kimi_linear", kinds[layer], layer)
-    return Layer(_kda(values, heads, width, taps), KDA)
+    return Layer(_kda(values, heads, width, taps), KDA, shapes={"self_attn.A_log": (1, 1, heads, 1)})
 
 
 def glm5_next(values: Mapping[str, Any], layer: int) -> Layer:
@@ -144,21 +178,31 @@ def bailing_hybrid(values: Mapping[str, Any], layer: int) -> Layer:
         decay_lower_bound=float(bound),
         gate_rank=rank,
     )
-    return Layer(mixer, KDA, lambda tensors: _of_full_rank(tensors, rank))
+    return Layer(mixer, KDA, lambda tensors: _of_full_rank(tensors, rank), _of_one_product)
 
 
-def _of_full_rank(tensors: dict[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+def _renamed(tensors: Tensors, before: str, after: str) -> Tensors:
+    return {after + name.removeprefix(before) if name.startswith(before) else name: x for name, x in tensors.items()}
+
+
+def _of_full_rank(tensors: Tensors, rank: int) -> Tensors:
     """bailing_hybrid's tensors by kimi_linear's names. Its gates are one product of full rank, here the second of two:
     the first is the identity."""
-    renamed = {"attention.": "self_attn.", "self_attn.dense.": "self_attn.o_proj."}
-    for before, after in renamed.items():
-        tensors = {
-            after + name.removeprefix(before) if name.startswith(before) else name: x for name, x in tensors.items()
-        }
+    tensors = _renamed(_renamed(tensors, "attention.", "self_attn."), "self_attn.dense.", "self_attn.o_proj.")
     for gate in "fg":
         tensors[f"self_attn.{gate}_b_proj.weight"] = tensors.pop(f"self_attn.{gate}_proj.weight")
         tensors[f"self_attn.{gate}_a_proj.weight"] = np.eye(rank, dtype=np.float32)
     return tensors
+
+
+def _of_one_product(tensors: Tensors) -> Tensors:
+    """The inverse of `_of_full_rank`. A first product that was trained is multiplied into the second."""
+    tensors = dict(tensors)
+    for gate in "fg":
+        first, second = (tensors.pop(f"self_attn.{gate}_{part}_proj.weight") for part in "ab")
+        whole = np.array_equal(first, np.eye(len(first)))
+        tensors[f"self_attn.{gate}_proj.weight"] = second if whole else second @ first
+    return _renamed(_renamed(tensors, "self_attn.o_proj.", "self_attn.dense."), "self_attn.", "attention.")
 
 
 def _only_linear(model: str, kind: str, layer: int) -> None:

@@ -14,6 +14,7 @@ from deltaformer_jax.config import Config, MeshConfig, on_any_device
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.data.chat import CHAT_FILE, ChatFormat
+from deltaformer_jax.interop.kept import ends_of_run, prefix_of_run
 from deltaformer_jax.layers.adapters import merged
 from deltaformer_jax.model_parts import merge, params_of
 from deltaformer_jax.sharding.mesh import make_mesh
@@ -60,6 +61,8 @@ def restore(workdir: epath.PathLike, step: int | None = None, note: Callable[[st
     workdir = epath.Path(workdir)
     saved = Saved.read(workdir)
     tokenizer = read_tokenizer(workdir, saved)
+    tokenizer.prefix = prefix_of_run(workdir, tokenizer)
+    tokenizer.ends |= set(ends_of_run(workdir))
     config = with_vocabulary(saved.config, tokenizer)
     config = dataclasses.replace(config, model=on_any_device(config.model))
     program = Program(config, make_mesh(MeshConfig()))  # not the run's mesh: this machine may have other devices
