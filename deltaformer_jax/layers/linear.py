@@ -94,6 +94,15 @@ def products(x, weights: list[nnx.Param | AdaptedKernel], dtype) -> list:
     return on_columns(lambda x, numbers: [_product(x, w, dtype) for w in numbers], x, numbers, [1] * len(weights))
 
 
+def product_of_heads(x, weight: nnx.Param):
+    """x [B,T,d_model] times a kernel [d_model, heads] of one number per head -> [B,T,heads], in x's dtype.
+
+    On a mesh every device computes those of all heads: the kernel is small, and the gradient of x is not.
+    """
+    whole = constrain(weight[...].astype(x.dtype), "embed", "gates")
+    return constrain(_product(x, whole, x.dtype, precision="highest"), "batch", "tokens", "gates")
+
+
 def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 bias that starts at 0 and gets no weight decay."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, decay=False)
@@ -168,8 +177,5 @@ class Gate(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x):
-        wide = x.astype(accumulation_dtype(x.dtype))
-        # On a mesh every device computes the gates of all heads: the kernel is small, and the gradient of x is not.
-        whole = constrain(self.kernel[...].astype(wide.dtype), "embed", "gates")
-        logits = constrain(_product(wide, whole, wide.dtype, precision="highest"), "batch", "tokens", "gates")
+        logits = product_of_heads(x.astype(accumulation_dtype(x.dtype)), self.kernel)
         return logits if self.bias is None else logits + along(self.bias, logits)

@@ -83,13 +83,18 @@ class GatedLinearAttention(nnx.Module):
         are not used.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
+        query, key, value, tails, mapped = self.inputs(
+            x,
+            segment_ids=segment_ids,
+            tails=None if cache is None else cache.tails,
+            beside=self.output.beside,
+        )
         rule = functools.partial(
             ops.gated_linear_attention, chunk_size=self.chunk_size, implementation=self.implementation
         )
         arrays = dict(query=query, key=key, value=value, log_decay=self._log_decay(x), segment_ids=segment_ids)
         read, cache = remember(rule, arrays, cache, tails)
-        return self.output(read, x), cache
+        return self.output(read, x, mapped), cache
 
     def _log_decay(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))

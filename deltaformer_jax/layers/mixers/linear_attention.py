@@ -63,7 +63,7 @@ class LinearAttention(nnx.Module):
         are not used.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x)
+        query, key, value, tails, _ = self.inputs(x)
         # Sums of positive features grow with the length. They are kept in float32 and divided before rounding to dtype.
         wide = accumulation_dtype(self.dtype)
         feature = lambda x: jax.nn.elu(x.astype(wide)) + 1

@@ -123,7 +123,10 @@ class SoftmaxAttention(nnx.Module):
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
         tail = None if cache is None else cache.tail
-        query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
+        beside = [] if self.output_gate is None else [self.output_gate.kernel]
+        query, key, value, tail, gates = self.inputs(
+            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside
+        )
         attend = functools.partial(
             ops.causal_attention,
             window=self.window,
@@ -141,7 +144,7 @@ class SoftmaxAttention(nnx.Module):
             read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
             cache = AttentionCache(memory, tail)
         if self.output_gate is not None:
-            read = self.output_gate(read, x)
+            read = self.output_gate(read, *gates)
         return product(read, self.output, self.dtype, axes=2), cache
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
