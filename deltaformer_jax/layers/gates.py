@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import along, kernel, product, product_flops, product_of_heads, wide_kernel
+from deltaformer_jax.layers.linear import (
+    along,
+    kernel,
+    product,
+    product_flops,
+    product_of_heads,
+    product_of_low_rank,
+    wide_kernel,
+)
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -88,7 +96,7 @@ class ChannelDecay(nnx.Module):
         self.lower_bound = lower_bound
 
     def __call__(self, x):
-        low = product(_wide(x), self.down, _wide(x).dtype, precision="highest")
+        low = product_of_low_rank(_wide(x), self.down, _wide(x).dtype, precision="highest")
         step = product(low, self.up, low.dtype, precision="highest")
         step, rate = step + along(self.bias, step), jnp.exp(along(self.log_rate, low))[..., None]
         if self.lower_bound:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
-from deltaformer_jax.sharding.activations import constrain, on_columns
+from deltaformer_jax.sharding.activations import constrain, into_stream, on_columns, on_own_tokens
 
 # The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
@@ -94,13 +94,29 @@ def products(x, weights: list[nnx.Param | AdaptedKernel], dtype) -> list:
     return on_columns(lambda x, numbers: [_product(x, w, dtype) for w in numbers], x, numbers, [1] * len(weights))
 
 
+def product_into_stream(x, weight: nnx.Param | AdaptedKernel, dtype, axes: int = 1):
+    """`product` of x [B,T,*in] with a kernel [*in, d_model] that ends a residual branch: [B,T,d_model]."""
+    if isinstance(weight, AdaptedKernel):
+        return product(x, weight, dtype, axes)
+    return into_stream(lambda x, numbers: _product(x, numbers, dtype, axes), x, weight[...].astype(dtype))
+
+
+def product_of_low_rank(x, weight: nnx.Param | AdaptedKernel, dtype, precision=None):
+    """`product` of x [B,T,d_model] with a kernel [d_model, rank], which no mesh axis but "fsdp" cuts."""
+    if isinstance(weight, AdaptedKernel):
+        return product(x, weight, dtype, precision=precision)
+    multiply = lambda x, numbers: _product(x, numbers, dtype, precision=precision)
+    return on_own_tokens(multiply, x, weight[...].astype(dtype))
+
+
 def product_of_heads(x, weight: nnx.Param):
     """x [B,T,d_model] times a kernel [d_model, heads] of one number per head -> [B,T,heads], in x's dtype.
 
     On a mesh every device computes those of all heads: the kernel is small, and the gradient of x is not.
     """
     whole = constrain(weight[...].astype(x.dtype), "embed", "gates")
-    return constrain(_product(x, whole, x.dtype, precision="highest"), "batch", "tokens", "gates")
+    multiply = lambda x, numbers: _product(x, numbers, x.dtype, precision="highest")
+    return constrain(on_own_tokens(multiply, x, whole), "batch", "tokens", "gates")
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
-from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops, products
+from deltaformer_jax.layers.linear import (
+    bias,
+    kernel,
+    plus,
+    product,
+    product_flops,
+    product_into_stream,
+    product_of_low_rank,
+    products,
+)
 from deltaformer_jax.layers.norms import HeadNorm
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
@@ -131,12 +140,12 @@ class MemoryOutput(nnx.Module):
     def __call__(self, o, x, mapped: Sequence):
         gate = None
         if self.gate_down is not None:
-            low = product(x, self.gate_down, self.dtype)
+            low = product_of_low_rank(x, self.gate_down, self.dtype)
             gate = plus(product(low, self.gate, self.dtype), self.gate_bias)
         elif self.gate is not None:
             gate = plus(mapped[0], self.gate_bias)
         read = self.norm(o.astype(self.dtype), gate)
-        return product(read, self.output, self.dtype, axes=2)
+        return product_into_stream(read, self.output, self.dtype, axes=2)
 
     def flops_per_token(self) -> float:
         """The products with the kernels of the gate and of the output."""

@@ -121,8 +121,11 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     of_gradient: Any,
+    *,
+    sequence_parallel: bool = False,
 ) -> Callable:
     """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
+    `sequence_parallel`: as of `on_mesh`.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
@@ -163,7 +166,7 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(
-        on_mesh(mesh, step),
+        on_mesh(mesh, step, sequence_parallel=sequence_parallel),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

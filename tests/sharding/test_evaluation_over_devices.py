@@ -16,7 +16,7 @@ from deltaformer_jax.sharding.mesh import MESH_AXES, batch_sharding, make_mesh
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.watch.statistics import as_record
 
-LENGTH = 32
+LENGTH = 64
 CUT = (1, 2, 2, 2)  # data, fsdp, tensor, context
 EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 # Two key heads on two devices of "tensor" are one on each, which two of "context" cannot divide: a ring and a chain.
@@ -40,8 +40,8 @@ def batch_on(program, **more):
     draw = np.random.default_rng(0)
     tokens, targets = draw.integers(0, 64, (2, 8, LENGTH), dtype=np.int32)
     # Documents that cross devices, one that begins at a device's first token, and padding on both sides.
-    segments = np.repeat([[1, 2, 3, 0]], 8, axis=0).repeat([8, 5, 16, 3], axis=1).astype(np.int32)
-    segments[0, :17] = 0
+    segments = np.repeat([[1, 2, 3, 0]], 8, axis=0).repeat([16, 5, 40, 3], axis=1).astype(np.int32)
+    segments[0, :35] = 0
     batch = {"tokens": tokens, "targets": targets, "segment_ids": segments, **more}
     return jax.device_put(batch, batch_sharding(program.mesh))
 

@@ -43,7 +43,7 @@ def plain(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [pytest.param(1, {}, marks=pytest.mark.long), (2, {"data": 1, "fsdp": 2, "context": 2})],
+    [pytest.param(1, {}, marks=pytest.mark.long), (2, {"data": 2, "fsdp": 2, "tensor": 1})],
 )
 def test_statistics_are_those_of_the_step(corpus, accumulation, mesh):
     mixers = ("delta_former", Mixer("softmax_attention", window=8))

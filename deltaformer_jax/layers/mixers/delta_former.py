@@ -21,7 +21,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
-from deltaformer_jax.layers.linear import Gate, kernel, product, product_flops
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
@@ -221,7 +221,7 @@ class DeltaFormer(nnx.Module):
             cache = AttentionCache(memory, tail, write_tail)
         if self.output_gate is not None:
             read = self.output_gate(read, mapped[-1])
-        return product(read, self.output, self.dtype, axes=2), cache
+        return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
     def _write_query(self, mapped, query, positions, segment_ids, tail):
         """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None).

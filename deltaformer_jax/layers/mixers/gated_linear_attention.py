@@ -16,7 +16,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import along, product, product_flops, wide_kernel
+from deltaformer_jax.layers.linear import along, product, product_flops, product_of_low_rank, wide_kernel
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
@@ -98,7 +98,7 @@ class GatedLinearAttention(nnx.Module):
 
     def _log_decay(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        low = product(wide, self.decay_down, wide.dtype, precision="highest")
+        low = product_of_low_rank(wide, self.decay_down, wide.dtype, precision="highest")
         gate = product(low, self.decay_up, wide.dtype, precision="highest")
         return jax.nn.log_sigmoid(gate + along(self.decay_bias, gate)) / TEMPERATURE
 
