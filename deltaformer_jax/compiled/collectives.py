@@ -132,8 +132,10 @@ def _between_slices(
 
     Slices follow each other in the mesh's order, so the first devices of all of them are `members`.
     """
-    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', x.rest)[1].count(",") + 1
-    kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', x.rest)[1]
+    # Slices by number, "{1,2}x{0:3}", or devices, {{100000,200000},{100001,200001}} and {{100000->200000}}.
+    slices = len(re.search(r'_xla_megascale_target="?\{+([\d,>-]+)\}', x.rest)[1].replace("->", ",").split(","))
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)[1].lower().replace("_", "-")
+    kind = "collective-permute" if kind == "one-to-one" else kind
     operand = bytes_of(computation.instructions[x.operands[0]].shape)
     members = tuple(range(0, devices, devices // slices))
     return Collective(kind, x.shape, members, operand, _SENT[kind](operand, slices), turns, op_name_of(x.rest), loops)
