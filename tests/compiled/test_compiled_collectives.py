@@ -142,6 +142,30 @@ _xla_megascale_transfer_type="KIND"}"""
     assert (found.kind, found.operand, found.sent) == (written, 4000, sent)
 
 
+def test_collectives_that_a_tpu7x_hands_to_its_sparse_cores():
+    text = """HloModule jit_step
+
+%gathered (p0: bf16[64]) -> bf16[512] {
+  %p0 = bf16[64]{0} parameter(0)
+  ROOT %all = bf16[512]{0} all-gather(%p0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%offloaded (p0: bf16[64]) -> bf16[512] {
+  %p0 = bf16[64]{0} parameter(0)
+  ROOT %call = bf16[512]{0} custom-call(%p0), custom_call_target="X", called_computations={%gathered}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[64]) -> bf16[512] {
+  %x = bf16[64]{0} parameter(0)
+  %begun = ((), (), (s32[8]{0:S(8)}, /*index=5*/s32[1]{0})) async-start(), calls=%offloaded
+  %going = ((bf16[64]{0}), bf16[512]{0}, (s32[8]{0:S(8)})) async-update(%begun, %x)
+  ROOT %got = bf16[512]{0} async-done(%going)
+}
+"""
+    (found,) = collectives(text, 8)
+    assert (found.kind, found.group, found.sent) == ("all-gather", 8, 128 * 7)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("", 8)
