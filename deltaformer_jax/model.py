@@ -183,6 +183,9 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         # All layers have seen the same tokens, so the first layer's length is every layer's.
         start = None if cache is None else cache[0].length[0]
         positions = token_positions(segment_ids, *tokens.shape, start)
+    # Otherwise the compiler splits them as the residual stream is, and gathers what follows from them: rotations.
+    positions = constrain(positions, "batch", "tokens")
+    segment_ids = None if segment_ids is None else constrain(segment_ids, "batch", "tokens")
 
     def apply(block, x, cache):
         block = gathered(block, model.embedding.dtype)
@@ -198,22 +201,23 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         after = []
         for block, cache in zip(blocks, caches):
             x, cache = apply(block, x, in_order(cache))
-            x = constrain(x, "batch", "tokens", "embed")
+            x = constrain(x, "batch", "stream", "embed")
             after.append(cache)
         return x, tuple(after)
 
     # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
-    x = constrain(model.embedding(tokens, segment_ids), "batch", "tokens", "embed")
+    x = constrain(model.embedding(tokens, segment_ids), "batch", "stream", "embed")
     blocks = tuple(model.blocks)
     if unrolled:
         for i in range(model.periods):
             with jax.named_scope("layer"):
                 x, _ = period(x, (jax.tree.map(lambda stack, i=i: stack[i], blocks), (None,) * len(blocks)))
-        return model.final_norm(x), None
+        return constrain(model.final_norm(x), "batch", "tokens", "embed"), None
     caches = (None,) * len(blocks) if cache is None else ops.read_only(cache)
     x, after = jax.lax.scan(period, x, (blocks, caches))
-    return model.final_norm(x), None if cache is None else ops.written(cache, after, axes=1)
+    x = constrain(model.final_norm(x), "batch", "tokens", "embed")
+    return x, None if cache is None else ops.written(cache, after, axes=1)
 
 
 def num_parameters(model) -> int:

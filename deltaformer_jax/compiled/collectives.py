@@ -88,7 +88,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 inside = turns * (trip_count(computations, x) or 1)
                 walk(attribute(x, "body"), inside, (*loops, op_name_of(x.rest)))
             else:
-                for inner in called_by(x):
+                for inner in [*called_by(x), *_offloaded(x)]:
                     walk(inner, turns, loops, fused or x.op in FUSIONS)
 
     walk(entry, 1, ())
@@ -132,11 +132,19 @@ def _between_slices(
 
     Slices follow each other in the mesh's order, so the first devices of all of them are `members`.
     """
-    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', x.rest)[1].count(",") + 1
-    kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', x.rest)[1]
+    # Slices by number, "{1,2}x{0:3}", or devices, {{100000,200000},{100001,200001}} and {{100000->200000}}.
+    slices = len(re.search(r'_xla_megascale_target="?\{+([\d,>-]+)\}', x.rest)[1].replace("->", ",").split(","))
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)[1].lower().replace("_", "-")
+    kind = "collective-permute" if kind == "one-to-one" else kind
     operand = bytes_of(computation.instructions[x.operands[0]].shape)
     members = tuple(range(0, devices, devices // slices))
     return Collective(kind, x.shape, members, operand, _SENT[kind](operand, slices), turns, op_name_of(x.rest), loops)
+
+
+def _offloaded(x: Instruction) -> list[str]:
+    """The computations of a custom call by which a TPU7x hands a collective to its sparse cores."""
+    found = re.search(r"\bcalled_computations=\{([^}]*)\}", x.rest) if x.op == "custom-call" else None
+    return re.findall(r"[\w.\-]+", found[1]) if found else []
 
 
 def _only_sliced(computation: Computation, x: Instruction) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.model_parts import ModelParts
-from deltaformer_jax.sharding.mesh import replicated, rows
+from deltaformer_jax.sharding.mesh import on_mesh, replicated
 from deltaformer_jax.sharding.rows import to_devices
 from deltaformer_jax.training.evaluation import bits_per_byte, has_target
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
@@ -109,12 +109,12 @@ def evaluate_by_position(
     tokens, whose nats still count (`training.evaluation`). Raises ValueError if no target stands for text.
     """
 
-    def scores(params, batch):
+    def scores(graphdef, params, batch):
         if "loss_mask" in batch:
-            return batch_nats_and_hits(parts.graphdef, params, batch, row_shards=rows(mesh))
-        return batch_nats(parts.graphdef, params, batch, row_shards=rows(mesh)), None
+            return batch_nats_and_hits(graphdef, params, batch)
+        return batch_nats(graphdef, params, batch), None
 
-    step = jax.jit(over_tokens(mesh, scores), out_shardings=replicated(mesh))
+    step = jax.jit(on_mesh(mesh, over_tokens(mesh, parts, scores)), out_shardings=replicated(mesh))
     sums = PositionSums(sequence_length)
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import kernel, product, product_flops, products
+from deltaformer_jax.layers.linear import kernel, product_flops, product_into_stream, products
 from deltaformer_jax.ops.common.kept import kept
 
 
@@ -32,7 +32,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x):
         x = kept(x.astype(self.dtype))
         gate, up = products(x, [self.gate, self.up], self.dtype)
-        return product(kept(jax.nn.silu(gate) * up), self.down, self.dtype)
+        return product_into_stream(kept(jax.nn.silu(gate) * up), self.down, self.dtype)
 
     def flops_per_token(self, length: int) -> float:
         """6 d_model mlp_dim forward FLOPs, for three products; a multiply-add counts 2. `length` has no influence."""

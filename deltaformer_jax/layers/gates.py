@@ -15,25 +15,34 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaformer_jax.layers.linear import along, kernel, product, product_flops, wide_kernel
+from deltaformer_jax.layers.linear import (
+    along,
+    kernel,
+    product,
+    product_flops,
+    product_of_heads,
+    product_of_low_rank,
+    wide_kernel,
+)
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 class OutputGate(nnx.Module):
     """o ⊙ sigmoid(x W_g): a gate on the output of attention, one number per head and feature.
 
-    (o [B,T,H,K], x [B,T,d_model]) -> [B,T,H,K] in `dtype`; the sigmoid and the product with it are float32. Softmax
-    weights add up to 1; with the gate a token can still read almost nothing. Source: Qiu et al., "Gated Attention for
-    Large Language Models", arXiv 2505.06708, section 2 (the elementwise sigmoid gate after attention).
+    (o [B,T,H,K], x W_g [B,T,H,K]) -> [B,T,H,K] in `dtype`; the sigmoid and the product with it are float32. The mixer
+    computes x W_g with its other products of x (`linear.products`). Softmax weights add up to 1; with the gate a token
+    can still read almost nothing. Source: Qiu et al., "Gated Attention for Large Language Models", arXiv 2505.06708,
+    section 2 (the elementwise sigmoid gate after attention).
     """
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, *, dtype, rngs: nnx.Rngs):
         self.kernel = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, o, x):
+    def __call__(self, o, mapped):
         wide = accumulation_dtype(self.dtype)
-        gate = jax.nn.sigmoid(product(x, self.kernel, self.dtype).astype(wide))
+        gate = jax.nn.sigmoid(mapped.astype(wide))
         return (o.astype(wide) * gate).astype(self.dtype)
 
     def flops_per_token(self) -> float:
@@ -66,7 +75,7 @@ class HeadDecay(nnx.Module):
         self.bias = _step_bias(rngs, (heads,), ("heads",))
 
     def __call__(self, x):
-        step = product(_wide(x), self.kernel, _wide(x).dtype, precision="highest")
+        step = product_of_heads(_wide(x), self.kernel)
         return -jnp.exp(along(self.log_rate, step)) * jax.nn.softplus(step + along(self.bias, step))
 
     def flops_per_token(self) -> float:
@@ -87,7 +96,7 @@ class ChannelDecay(nnx.Module):
         self.lower_bound = lower_bound
 
     def __call__(self, x):
-        low = product(_wide(x), self.down, _wide(x).dtype, precision="highest")
+        low = product_of_low_rank(_wide(x), self.down, _wide(x).dtype, precision="highest")
         step = product(low, self.up, low.dtype, precision="highest")
         step, rate = step + along(self.bias, step), jnp.exp(along(self.log_rate, low))[..., None]
         if self.lower_bound:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
-from deltaformer_jax.sharding.activations import constrain, on_columns
+from deltaformer_jax.sharding.activations import constrain, into_stream, on_columns, on_own_tokens
 
 # The standard deviation of a standard normal truncated at ±2.
 _TRUNCATED_STD = 0.87962566103423978
@@ -94,6 +94,31 @@ def products(x, weights: list[nnx.Param | AdaptedKernel], dtype) -> list:
     return on_columns(lambda x, numbers: [_product(x, w, dtype) for w in numbers], x, numbers, [1] * len(weights))
 
 
+def product_into_stream(x, weight: nnx.Param | AdaptedKernel, dtype, axes: int = 1):
+    """`product` of x [B,T,*in] with a kernel [*in, d_model] that ends a residual branch: [B,T,d_model]."""
+    if isinstance(weight, AdaptedKernel):
+        return product(x, weight, dtype, axes)
+    return into_stream(lambda x, numbers: _product(x, numbers, dtype, axes), x, weight[...].astype(dtype))
+
+
+def product_of_low_rank(x, weight: nnx.Param | AdaptedKernel, dtype, precision=None):
+    """`product` of x [B,T,d_model] with a kernel [d_model, rank], which no mesh axis but "fsdp" cuts."""
+    if isinstance(weight, AdaptedKernel):
+        return product(x, weight, dtype, precision=precision)
+    multiply = lambda x, numbers: _product(x, numbers, dtype, precision=precision)
+    return on_own_tokens(multiply, x, weight[...].astype(dtype))
+
+
+def product_of_heads(x, weight: nnx.Param):
+    """x [B,T,d_model] times a kernel [d_model, heads] of one number per head -> [B,T,heads], in x's dtype.
+
+    On a mesh every device computes those of all heads: the kernel is small, and the gradient of x is not.
+    """
+    whole = constrain(weight[...].astype(x.dtype), "embed", "gates")
+    multiply = lambda x, numbers: _product(x, numbers, x.dtype, precision="highest")
+    return constrain(on_own_tokens(multiply, x, whole), "batch", "tokens", "gates")
+
+
 def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 bias that starts at 0 and gets no weight decay."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, decay=False)
@@ -168,8 +193,5 @@ class Gate(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((heads,), jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x):
-        wide = x.astype(accumulation_dtype(x.dtype))
-        # On a mesh every device computes the gates of all heads: the kernel is small, and the gradient of x is not.
-        whole = constrain(self.kernel[...].astype(wide.dtype), "embed", "gates")
-        logits = constrain(_product(wide, whole, wide.dtype, precision="highest"), "batch", "tokens", "gates")
+        logits = product_of_heads(x.astype(accumulation_dtype(x.dtype)), self.kernel)
         return logits if self.bias is None else logits + along(self.bias, logits)

@@ -6,19 +6,31 @@ y = (HeadNorm(o) ⊙ activation(x W_g)) W_o                 the gate activation(
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
-from deltaformer_jax.layers.linear import bias, kernel, plus, product, product_flops, products
+from deltaformer_jax.layers.linear import (
+    bias,
+    kernel,
+    plus,
+    product,
+    product_flops,
+    product_into_stream,
+    product_of_low_rank,
+    products,
+)
 from deltaformer_jax.layers.norms import HeadNorm
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
 
 class MemoryInputs(nnx.Module):
-    """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, and the convolutions' tails for the next call.
+    """x [B,T,d_model] -> q, k [B,T,H,K], v [B,T,Hv,V] in `dtype`, the convolutions' tails, and a list.
 
+    The tails are for the next call. The list holds the products of x with the kernels `beside`, as of `QueryKeyValue`.
     `conv_size=0`: no convolutions, and tails are (). `conv_bias`: the convolutions have biases. `silu`: SiLU also where
     there is no convolution. Raises ValueError, naming the argument, for sizes that don't fit.
     """
@@ -56,16 +68,17 @@ class MemoryInputs(nnx.Module):
         self.silu = silu and not conv_size  # a convolution has its own
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x, *, segment_ids=None, tails=None):
-        maps = products(x, [self.query, self.key, self.value], self.dtype)
+    def __call__(self, x, *, segment_ids=None, tails=None, beside: Sequence = ()):
+        mapped = products(x, [self.query, self.key, self.value, *beside], self.dtype)
+        maps, others = mapped[:3], mapped[3:]
         if self.convolutions is None:
-            return *(map(jax.nn.silu, maps) if self.silu else maps), ()
+            return *(map(jax.nn.silu, maps) if self.silu else maps), (), others
         before = (None, None, None) if tails is None else tails
         done = [
-            convolution(mapped, segment_ids=segment_ids, tail=tail)
-            for convolution, mapped, tail in zip(self.convolutions, maps, before)
+            convolution(y, segment_ids=segment_ids, tail=tail)
+            for convolution, y, tail in zip(self.convolutions, maps, before)
         ]
-        return *(mapped for mapped, _ in done), tuple(tail for _, tail in done)
+        return *(y for y, _ in done), tuple(tail for _, tail in done), others
 
     def empty_tails(self, batch: int):
         """The convolutions' tails before the first token."""
@@ -80,8 +93,10 @@ class MemoryInputs(nnx.Module):
 
 
 class MemoryOutput(nnx.Module):
-    """y = (HeadNorm(o) ⊙ activation(x W_g)) W_o: (o [B,T,Hv,V], x [B,T,d_model]) -> [B,T,d_model] in `dtype`.
+    """y = (HeadNorm(o) ⊙ activation(x W_g)) W_o: (o [B,T,Hv,V], x [B,T,d_model], [x W_g]) -> [B,T,d_model] in `dtype`.
 
+    The list holds the products of x with the kernels of `beside`, which the mixer computes with its other products of x
+    (`MemoryInputs`): x W_g, unless W_g has a low rank.
     `gate`: the activation, "swish" or "sigmoid"; "": no gate. `gate_rank` above 0: W_g is a product of two kernels,
     d_model × gate_rank and gate_rank × (Hv V). `gate_bias`: a bias [Hv, V] is added to x W_g.
     """
@@ -117,15 +132,20 @@ class MemoryOutput(nnx.Module):
         )
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, o, x):
+    @property
+    def beside(self) -> list:
+        """The kernels whose products with x are computed with the mixer's others."""
+        return [self.gate] if self.gate is not None and self.gate_down is None else []
+
+    def __call__(self, o, x, mapped: Sequence):
         gate = None
-        if self.gate is not None:
-            rows = x.astype(self.dtype)
-            if self.gate_down is not None:
-                rows = product(rows, self.gate_down, self.dtype)
-            gate = plus(product(rows, self.gate, self.dtype), self.gate_bias)
+        if self.gate_down is not None:
+            low = product_of_low_rank(x, self.gate_down, self.dtype)
+            gate = plus(product(low, self.gate, self.dtype), self.gate_bias)
+        elif self.gate is not None:
+            gate = plus(mapped[0], self.gate_bias)
         read = self.norm(o.astype(self.dtype), gate)
-        return product(read, self.output, self.dtype, axes=2)
+        return product_into_stream(read, self.output, self.dtype, axes=2)
 
     def flops_per_token(self) -> float:
         """The products with the kernels of the gate and of the output."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from deltaformer_jax import ops
 from deltaformer_jax.ops.common.kept import kept
 from deltaformer_jax.sharding import CONTEXT_AXIS, of_whole_rows, sequence_is_sharded
+from deltaformer_jax.sharding.activations import constrain
 
 
 def clear_padding(x, segment_ids):
@@ -21,7 +22,8 @@ def clear_padding(x, segment_ids):
         return kept(x)
     if segment_ids.shape != x.shape[:2]:
         raise ValueError(f"segment_ids must be [batch, length] = {x.shape[:2]}; its shape is {segment_ids.shape}")
-    return kept(jnp.where(segment_ids[:, :, None] != 0, x, 0))
+    real = constrain(segment_ids != 0, "batch", "stream")
+    return kept(jnp.where(real[:, :, None], x, 0))
 
 
 def default_positions(x, segment_ids, cache):

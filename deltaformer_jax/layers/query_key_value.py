@@ -11,6 +11,7 @@ shifting arXiv 2411.19574; the convolutions as in DeltaNet, arXiv 2406.06484.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,10 @@ class InputTail:
 
 
 class QueryKeyValue(nnx.Module):
-    """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, and the tail for the next call.
+    """x [B,T,d_model] -> q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], all in `dtype`, the tail for the next call, and a list.
+
+    The list holds the products of x with the kernels `beside`. Computed with the others, so that on a mesh the gradient
+    of x through all of them is summed over devices once.
 
     `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. `rotary_fraction`: how much of a head is
     rotated. `qkv_bias`: biases on the three maps. The gains of qk-norm are [K] and shared by all heads;
@@ -91,17 +95,17 @@ class QueryKeyValue(nnx.Module):
         self.rope_base, self.rotary_fraction = rope_base, rotary_fraction
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None):
+    def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None, beside: Sequence = ()):
         biases = self.query_bias, self.key_bias, self.value_bias
-        mapped = products(x, [self.query, self.key, self.value], self.dtype)
-        maps = [plus(y, b) for y, b in zip(mapped, biases)]
+        mapped = products(x, [self.query, self.key, self.value, *beside], self.dtype)
+        maps = [plus(y, b) for y, b in zip(mapped[:3], biases)]
         shift, convolutions = (None, (None,) * 3) if tail is None else (tail.shift, tail.convolutions)
         if self.convolutions is not None:
             done = [
-                convolution(mapped, segment_ids=segment_ids, tail=before)
-                for convolution, mapped, before in zip(self.convolutions, maps, convolutions)
+                convolution(y, segment_ids=segment_ids, tail=before)
+                for convolution, y, before in zip(self.convolutions, maps, convolutions)
             ]
-            maps, convolutions = [mapped for mapped, _ in done], tuple(after for _, after in done)
+            maps, convolutions = [y for y, _ in done], tuple(after for _, after in done)
         query, key, value = maps
         if self.shift is not None:
             key, value, shift = self.shift(key, value, segment_ids=segment_ids, tail=shift)
@@ -109,7 +113,7 @@ class QueryKeyValue(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_base is not None:
             query, key = (rotate(y, positions, self.rope_base, self.rotary_fraction) for y in (query, key))
-        return query, key, value, None if tail is None else InputTail(shift, convolutions)
+        return query, key, value, None if tail is None else InputTail(shift, convolutions), mapped[3:]
 
     def empty_tail(self, batch: int) -> InputTail:
         """The tail before the first token: zeros for each of the options that are in use."""

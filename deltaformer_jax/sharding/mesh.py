@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.config.sections.mesh import RECIPES, REST, SLICES
-from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
+from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES, activations
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -124,12 +124,15 @@ def rows(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, traced with `mesh` as the abstract mesh. `over_devices`, which the mixers call, reads that mesh."""
+def on_mesh(mesh: Mesh, function: Callable, *, sequence_parallel: bool = False) -> Callable:
+    """`function`, traced with `mesh` as the abstract mesh. `over_devices`, which the mixers call, reads that mesh.
+
+    sequence_parallel: whether devices along "tensor" split the tokens of the residual stream (`activations.py`).
+    """
 
     @functools.wraps(function)
     def traced(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), activations.sequence_parallel(sequence_parallel):
             return function(*arguments)
 
     return traced

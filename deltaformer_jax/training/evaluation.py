@@ -5,7 +5,6 @@ no bytes of the text, but its nats count: where a text ends has to be said too. 
 document.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -18,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import on_mesh, replicated
-from deltaformer_jax.sharding.mesh import rows as row_shards_of
 from deltaformer_jax.sharding.rows import LocalRows, to_devices
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
 from deltaformer_jax.training.on_mesh.over_rows import over_tokens
@@ -44,13 +42,10 @@ def make_evaluation_step(parts: ModelParts, mesh: Mesh) -> Callable:
     Results are replicated to every host.
     """
 
-    def of_tokens(function):
-        return over_tokens(mesh, functools.partial(function, parts.graphdef, row_shards=row_shards_of(mesh)))
-
     def step(params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "loss_mask" not in batch:
-            return {"nats": jnp.sum(of_tokens(batch_nats)(params, batch), axis=1)}
-        nats, hits = of_tokens(batch_nats_and_hits)(params, batch)
+            return {"nats": jnp.sum(over_tokens(mesh, parts, batch_nats)(params, batch), axis=1)}
+        nats, hits = over_tokens(mesh, parts, batch_nats_and_hits)(params, batch)
         return {"nats": jnp.sum(nats, axis=1), "hits": jnp.sum(hits, axis=1, dtype=jnp.int32)}
 
     return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))

@@ -73,14 +73,13 @@ def batch_nats(
     params: dict,
     batch: dict[str, jax.Array],
     *,
-    row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> jax.Array:
     """-log p(target) in nats of every counted token. batch: tokens, targets, segment_ids[, loss_mask], each [B, T].
 
     Returns float32 [B, T], 0 where a token is not counted. Cost: see `over_logits`.
     """
-    return over_logits(token_nats, graphdef, params, batch, row_shards, max_logits)
+    return over_logits(token_nats, graphdef, params, batch, max_logits)
 
 
 def batch_nats_and_hits(
@@ -88,7 +87,6 @@ def batch_nats_and_hits(
     params: dict,
     batch: dict[str, jax.Array],
     *,
-    row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats as `batch_nats`, hits bool [B, T]): a hit is a counted token whose target has the largest logit."""
@@ -96,7 +94,7 @@ def batch_nats_and_hits(
     def scores(logits, targets, mask):
         return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
 
-    return over_logits(scores, graphdef, params, batch, row_shards, max_logits)
+    return over_logits(scores, graphdef, params, batch, max_logits)
 
 
 def summed_nats(
@@ -104,7 +102,6 @@ def summed_nats(
     params: dict,
     batch: dict[str, jax.Array],
     *,
-    row_shards: int = 1,
     max_logits: int = MAX_LOGITS,
 ) -> jax.Array:
     """S = Σ_t nats_t, the sum of `batch_nats`, for training. With p_t = softmax(E h_t) and y_t the one-hot target,
@@ -119,7 +116,7 @@ def summed_nats(
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     Source: gradients of a loss made in its forward pass, chunk by chunk: Hsu et al., Liger Kernel, arXiv 2410.10989.
     """
-    model, pieces, arrays = _before_logits(graphdef, params, batch, row_shards, max_logits)
+    model, pieces, arrays = _before_logits(graphdef, params, batch, max_logits)
     # A model with logits of its own computes more than its embedding's product.
     if pieces.number == 1 or type(model).logits is not LanguageModel.logits:
         return jnp.sum(_over_pieces(token_nats, model, pieces, arrays))
@@ -158,21 +155,19 @@ def over_logits(
     graphdef: nnx.GraphDef,
     params: dict,
     batch: dict[str, jax.Array],
-    row_shards: int,
     max_logits: int,
 ):
     """function(logits, targets, mask) for the model's logits of a batch: arrays [B, T].
 
-    The rows of the batch are sharded over `row_shards` groups of devices.
-
-    Memory: at most about `max_logits` logits at once on a group of devices, instead of tokens · vocabulary. If there
+    Memory: at most about `max_logits` logits at once on a group of devices that shares rows, instead of tokens ·
+    vocabulary. If there
     would be more, they are computed for some positions at a time and recomputed in the backward pass. That adds a third
     to the work on the logits, 2 d_model V FLOPs per token.
     """
-    return _over_pieces(function, *_before_logits(graphdef, params, batch, row_shards, max_logits))
+    return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits))
 
 
-def _before_logits(graphdef, params, batch, row_shards, max_logits):
+def _before_logits(graphdef, params, batch, max_logits):
     """(model, pieces, (hidden states, targets, mask)). The model gets no positions, since they restart at every
     document and so follow from the segment ids."""
     model = nnx.merge(graphdef, nnx.State(params))
@@ -180,7 +175,7 @@ def _before_logits(graphdef, params, batch, row_shards, max_logits):
     # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
     model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
     targets, mask = as_int32(batch["targets"]), counted(batch)
-    pieces = _Pieces.of(*targets.shape, model.embedding.rows, row_shards, max_logits)
+    pieces = _Pieces.of(*targets.shape, model.embedding.rows, max_logits)
     return model, pieces, (hidden, targets, mask)
 
 
@@ -203,9 +198,9 @@ class _Pieces(NamedTuple):
     positions: int
 
     @classmethod
-    def of(cls, rows: int, length: int, vocabulary: int, row_shards: int, max_logits: int) -> "_Pieces":
+    def of(cls, rows: int, length: int, vocabulary: int, max_logits: int) -> "_Pieces":
         """So many that a group of devices has at most about `max_logits` logits of a piece."""
-        positions = max(1, max_logits // (-(-rows // row_shards) * vocabulary))
+        positions = max(1, max_logits // (rows * vocabulary))
         number = -(-length // min(positions, length))
         return cls(length, number, -(-length // number))
 

@@ -34,9 +34,10 @@ from deltaformer_jax.training.watch.statistics import make_statistics_step
 class Program:
     """The compiled programs of a model, an optimiser and a mesh.
 
-    Reads only `config.model`, which must have its vocabulary size, `config.optimizer` and `config.mesh.zero1`. Runs
-    that differ in other settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which
-    must have the embedding, blocks and norm of a LanguageModel. With optimizer.lora_rank its model has adapters.
+    Reads only `config.model`, which must have its vocabulary size, `config.optimizer`, `config.mesh.zero1` and
+    `config.mesh.sequence_parallel`. Runs that differ in other settings may share a Program. `make_model(config.model,
+    rngs=rngs)` constructs the model, which must have the embedding, blocks and norm of a LanguageModel. With
+    optimizer.lora_rank its model has adapters.
 
     Attributes: mesh; make_model; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of
     shardings).
@@ -48,6 +49,7 @@ class Program:
         self.make_model = _with_adapters(make_model, config.optimizer) if config.optimizer.lora_rank else make_model
         self.parts = model_parts(config.model, self.make_model)
         self._model, self._settings = config.model, config.optimizer
+        self._sequence_parallel = config.mesh.sequence_parallel
         self._schedule = learning_rate_schedule(config.optimizer)
         decay, axes = (self.parts.divided(tree)[0] for tree in (self.parts.decay, self.parts.axes))
         self._optimiser = make_optimiser(config.optimizer, decay, axes)
@@ -96,7 +98,14 @@ class Program:
     def train_step(self) -> Callable:
         """The training step of `step.make_train_step`, a jitted function that compiles once per batch shape."""
         return make_train_step(
-            self._optimiser, self._schedule, self._settings, self.parts, self.mesh, self.shardings, self._gradient
+            self._optimiser,
+            self._schedule,
+            self._settings,
+            self.parts,
+            self.mesh,
+            self.shardings,
+            self._gradient,
+            sequence_parallel=self._sequence_parallel,
         )
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:

@@ -108,6 +108,17 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     length, context = config.data.sequence_length, mesh.shape[CONTEXT_AXIS]
     if length % context:
         raise ValueError(f"data.sequence_length = {length}: not a multiple of mesh.context = {context}")
+    tensor = mesh.shape["tensor"]
+    if config.mesh.sequence_parallel and tensor == 1:
+        raise ValueError(
+            "mesh.sequence_parallel = True: splits tokens over the devices of mesh.tensor, which is 1; set mesh.tensor "
+            "to 2 or more, or mesh.sequence_parallel=False"
+        )
+    if config.mesh.sequence_parallel and length % (context * tensor):
+        raise ValueError(
+            f"data.sequence_length = {length}: not a multiple of mesh.context * mesh.tensor = {context} * {tensor}, as "
+            "mesh.sequence_parallel needs"
+        )
     own = [mixer.name for mixer in map(entry, config.model.mixers) if mixer.name not in MIXERS]
     if own and context > 1:
         raise ValueError(

@@ -42,9 +42,7 @@ def abstract_state(
     """
     whole = replicated(mesh)
     shapes = jax.eval_shape(lambda params: new_state(parts, params, optimiser), parts.params)
-    params_sharding = jax.tree.map(
-        lambda leaf, axes: NamedSharding(mesh, partition(axes, leaf.shape, mesh)), parts.params, parts.axes
-    )
+    params_sharding = parameter_shardings(parts, mesh)
     trained, trained_sharding = parts.divided(parts.params)[0], parts.divided(params_sharding)[0]
 
     def like_parameter(kept: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
@@ -80,6 +78,13 @@ def abstract_state(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
     return abstract, shardings
+
+
+def parameter_shardings(parts: ModelParts, mesh: Mesh) -> Any:
+    """The NamedSharding of each parameter."""
+    return jax.tree.map(
+        lambda leaf, axes: NamedSharding(mesh, partition(axes, leaf.shape, mesh)), parts.params, parts.axes
+    )
 
 
 def gradient_shardings(parts: ModelParts, of_params: Any, *, zero1: bool) -> Any:

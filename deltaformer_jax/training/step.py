@@ -39,9 +39,8 @@ def loss_and_gradient(
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
-    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: row_shards, over how
-    many groups of devices the rows of the batch are sharded (1 with `over`), and max_logits, how many logits a group
-    may have at once (`loss.batch_nats`).
+    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: max_logits, how many
+    logits a group of devices that shares rows may have at once (`loss.batch_nats`).
     """
 
     def part_sum(graphdef, params, part):
@@ -122,15 +121,18 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     of_gradient: Any,
+    *,
+    sequence_parallel: bool = False,
 ) -> Callable:
     """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
+    `sequence_parallel`: as of `on_mesh`.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
     """
 
-    over = functools.partial(over_rows, mesh, shardings.params, of_gradient)
+    over = functools.partial(over_rows, mesh, of_gradient)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         arguments = (parts, state.params, batch, settings.accumulation_steps)
@@ -164,7 +166,7 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(
-        on_mesh(mesh, step),
+        on_mesh(mesh, step, sequence_parallel=sequence_parallel),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -119,15 +119,51 @@ def test_the_devices_of_a_group(printed, members):
     assert permuted.members == members
 
 
-def test_collectives_between_slices():
+@pytest.mark.parametrize(
+    ("target", "kind", "written", "sent"),
+    [
+        ('"{1,2}x{0:3}"', "ALL_REDUCE", "all-reduce", 4000),
+        ('"{1,2}x{0:3}"', "REDUCE_SCATTER", "reduce-scatter", 2000),
+        ("{{100000,200000},{100001,200001}}", "ALL_TO_ALL", "all-to-all", 2000),
+        ("{{100000->200000},{200000->100000}}", "ONE_TO_ONE", "collective-permute", 4000),
+    ],
+)
+def test_collectives_between_slices(target, kind, written, sent):
     """A TPU's program hands them to the hosts, as a send and a receive; counted once, by their own kind."""
-    sent = """%moved = (f32[1000]{0}, u32[], token[]) send(%z, %i), channel_id=3, is_host_transfer=true, \
-frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_target="{1,2}x{0:3}"}
+    text = """%moved = (f32[1000]{0}, u32[], token[]) send(%z, %i), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="psum.7_0",_xla_megascale_target=TARGET,\
+_xla_megascale_transfer_type="KIND"}
   %got = (f32[1000]{0}, u32[], token[]) recv(%i), channel_id=4, is_host_transfer=true, \
-frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_target="{1,2}x{0:3}"}"""
+frontend_attributes={_xla_host_transfer_rendezvous="psum.7_0",_xla_megascale_target=TARGET,\
+_xla_megascale_transfer_type="KIND"}"""
+    text = text.replace("TARGET", target).replace("KIND", kind)
     old = "%moved = f32[1000]{0} collective-permute(%z), channel_id=3, source_target_pairs={{0,1}}"
-    (found,) = [x for x in collectives(PROGRAM.replace(old, sent), 8) if x.members == (0, 4)]
-    assert (found.kind, found.operand, found.sent) == ("all-reduce", 4000, 4000)
+    (found,) = [x for x in collectives(PROGRAM.replace(old, text), 8) if x.members == (0, 4)]
+    assert (found.kind, found.operand, found.sent) == (written, 4000, sent)
+
+
+def test_collectives_that_a_tpu7x_hands_to_its_sparse_cores():
+    text = """HloModule jit_step
+
+%gathered (p0: bf16[64]) -> bf16[512] {
+  %p0 = bf16[64]{0} parameter(0)
+  ROOT %all = bf16[512]{0} all-gather(%p0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%offloaded (p0: bf16[64]) -> bf16[512] {
+  %p0 = bf16[64]{0} parameter(0)
+  ROOT %call = bf16[512]{0} custom-call(%p0), custom_call_target="X", called_computations={%gathered}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[64]) -> bf16[512] {
+  %x = bf16[64]{0} parameter(0)
+  %begun = ((), (), (s32[8]{0:S(8)}, /*index=5*/s32[1]{0})) async-start(), calls=%offloaded
+  %going = ((bf16[64]{0}), bf16[512]{0}, (s32[8]{0:S(8)})) async-update(%begun, %x)
+  ROOT %got = bf16[512]{0} async-done(%going)
+}
+"""
+    (found,) = collectives(text, 8)
+    assert (found.kind, found.group, found.sent) == ("all-gather", 8, 128 * 7)
 
 
 def test_text_that_is_no_program():

@@ -43,8 +43,13 @@ def one():
         # A size that fsdp does not divide: the parameters are whole, and their gradients summed over all rows.
         (MeshConfig(data=2, fsdp=4), {"model__d_model": 30}),
         (MeshConfig(recipe="fsdp+tensor", tensor=2), {"model__num_heads": 4, "model__num_kv_heads": 1}),
+        (MeshConfig(recipe="fsdp+tensor", tensor=2, sequence_parallel=True), {"model__remat": "block"}),
+        (
+            MeshConfig(data=1, fsdp=2, tensor=2, context=2, sequence_parallel=True),
+            {"model__num_kv_heads": 1, "model__implementation": "chunked"},
+        ),
     ],
-    ids=["fsdp", "zero1", "whole", "tensor"],
+    ids=["fsdp", "zero1", "whole", "tensor", "sequence", "sequence+context"],
 )
 @pytest.mark.long
 def test_it_is_one_devices_step(one, mesh, fields):

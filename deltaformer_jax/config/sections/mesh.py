@@ -50,6 +50,12 @@ class MeshConfig:
         "Number of devices that split the tokens of each row, for contexts longer than one device's memory holds "
         "(context parallelism).",
     )
+    sequence_parallel: bool = setting(
+        False,
+        "Whether the devices along tensor split each row's tokens between the products of a layer, in a training step "
+        "(sequence parallelism): norms and the residual stream, which every device would otherwise compute and hold "
+        "whole. They send as many bytes.",
+    )
     zero1: bool = setting(
         False,
         "Whether the devices along data split the optimiser's state too (ZeRO stage 1). Each updates its part of the "

@@ -21,7 +21,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
-from deltaformer_jax.layers.linear import Gate, kernel, product, product_flops
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
@@ -189,7 +189,11 @@ class DeltaFormer(nnx.Module):
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
         tail, write_tail = (None, None) if cache is None else (cache.tail, cache.write_tail)
-        query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
+        gate = None if self.output_gate is None else self.output_gate.kernel
+        beside = [kernel for kernel in (self.write_kernel, gate) if kernel is not None]
+        query, key, value, tail, mapped = self.inputs(
+            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside
+        )
         if self.unit_keys:
             key = rms_normalize(key)
         attend = functools.partial(
@@ -205,7 +209,7 @@ class DeltaFormer(nnx.Module):
         arrays = dict(
             query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
         )
-        write_query, write_tail = self._write_query(x, query, positions, segment_ids, write_tail)
+        write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
         if isinstance(write_query, str):
             attend = functools.partial(attend, write_query=write_query)
         else:
@@ -216,16 +220,19 @@ class DeltaFormer(nnx.Module):
             read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
             cache = AttentionCache(memory, tail, write_tail)
         if self.output_gate is not None:
-            read = self.output_gate(read, x)
-        return product(read, self.output, self.dtype, axes=2), cache
+            read = self.output_gate(read, mapped[-1])
+        return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
-    def _write_query(self, x, query, positions, segment_ids, tail):
-        """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None)."""
+    def _write_query(self, mapped, query, positions, segment_ids, tail):
+        """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None).
+
+        A projected w is made of the first of `mapped`, x W_w.
+        """
         if self.write_query == "key":
             return "key", None  # if the write's keys are normalised, `__call__` has done it
         if self.write_query == "query":
             return rms_normalize(query) if self.unit_keys else "query", None
-        write_query = product(x, self.write_kernel, self.dtype)
+        write_query = mapped[0]
         if self.write_convolution is not None:
             write_query, tail = self.write_convolution(write_query, segment_ids=segment_ids, tail=tail)
         if self.write_norm is not None:

@@ -49,7 +49,12 @@ class DeltaRuleMixer(nnx.Module):
         are not used: the recurrence itself depends on the order of the tokens.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
+        query, key, value, tails, mapped = self.inputs(
+            x,
+            segment_ids=segment_ids,
+            tails=None if cache is None else cache.tails,
+            beside=self.output.beside,
+        )
         rule = functools.partial(ops.gated_delta_rule, chunk_size=self.chunk_size, implementation=self.implementation)
         arrays = dict(
             query=l2_normalize(query),
@@ -61,7 +66,7 @@ class DeltaRuleMixer(nnx.Module):
         if self.decay is not None:
             arrays["log_decay"] = self.decay(x)
         read, cache = remember(rule, arrays, cache, tails)
-        return self.output(read, x), cache
+        return self.output(read, x, mapped), cache
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
         """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""

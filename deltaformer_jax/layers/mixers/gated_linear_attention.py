@@ -16,7 +16,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import along, product, product_flops, wide_kernel
+from deltaformer_jax.layers.linear import along, product, product_flops, product_of_low_rank, wide_kernel
 from deltaformer_jax.layers.memory_inputs import MemoryInputs, MemoryOutput
 from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
@@ -83,17 +83,22 @@ class GatedLinearAttention(nnx.Module):
         are not used.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x, segment_ids=segment_ids, tails=None if cache is None else cache.tails)
+        query, key, value, tails, mapped = self.inputs(
+            x,
+            segment_ids=segment_ids,
+            tails=None if cache is None else cache.tails,
+            beside=self.output.beside,
+        )
         rule = functools.partial(
             ops.gated_linear_attention, chunk_size=self.chunk_size, implementation=self.implementation
         )
         arrays = dict(query=query, key=key, value=value, log_decay=self._log_decay(x), segment_ids=segment_ids)
         read, cache = remember(rule, arrays, cache, tails)
-        return self.output(read, x), cache
+        return self.output(read, x, mapped), cache
 
     def _log_decay(self, x):
         wide = x.astype(accumulation_dtype(x.dtype))
-        low = product(wide, self.decay_down, wide.dtype, precision="highest")
+        low = product_of_low_rank(wide, self.decay_down, wide.dtype, precision="highest")
         gate = product(low, self.decay_up, wide.dtype, precision="highest")
         return jax.nn.log_sigmoid(gate + along(self.decay_bias, gate)) / TEMPERATURE
 

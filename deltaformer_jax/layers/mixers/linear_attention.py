@@ -16,7 +16,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.layers.caches import StateCache, remember
-from deltaformer_jax.layers.linear import kernel, product, product_flops
+from deltaformer_jax.layers.linear import kernel, product_flops, product_into_stream
 from deltaformer_jax.layers.memory_inputs import MemoryInputs
 from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
@@ -63,7 +63,7 @@ class LinearAttention(nnx.Module):
         are not used.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x)
+        query, key, value, tails, _ = self.inputs(x)
         # Sums of positive features grow with the length. They are kept in float32 and divided before rounding to dtype.
         wide = accumulation_dtype(self.dtype)
         feature = lambda x: jax.nn.elu(x.astype(wide)) + 1
@@ -76,7 +76,7 @@ class LinearAttention(nnx.Module):
         # The normaliser is positive at real tokens and 0 at padding.
         total = jnp.where(read[..., -1:] > 0, read[..., -1:], 1)
         read = (read[..., :-1] / total).astype(self.dtype)
-        return product(read, self.output, self.dtype, axes=2), cache
+        return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
         """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""

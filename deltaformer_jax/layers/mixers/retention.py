@@ -72,7 +72,7 @@ class Retention(nnx.Module):
         tokens in the cache.
         """
         x = clear_padding(x, segment_ids)
-        query, key, value, tails = self.inputs(x)
+        query, key, value, tails, mapped = self.inputs(x, beside=self.output.beside)
         if self.rope_base is not None:
             positions = default_positions(x, segment_ids, cache) if positions is None else positions
             query, key = rotate(query, positions, self.rope_base), rotate(key, positions, self.rope_base)
@@ -82,7 +82,7 @@ class Retention(nnx.Module):
         decays = jnp.broadcast_to(log_decays(self.state_shape[0]), (*x.shape[:2], self.state_shape[0]))
         arrays = dict(query=query, key=key, value=value, log_decay=decays, segment_ids=segment_ids)
         read, cache = remember(rule, arrays, cache, tails)
-        return self.output(read, x), cache
+        return self.output(read, x, mapped), cache
 
     def init_cache(self, batch: int, capacity: int) -> StateCache:
         """An empty cache. Its size is fixed and it serves any number of tokens; `capacity` is ignored."""

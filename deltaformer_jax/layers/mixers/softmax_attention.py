@@ -24,7 +24,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
-from deltaformer_jax.layers.linear import Gate, kernel, product, product_flops
+from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.sharding import over_devices
@@ -123,7 +123,10 @@ class SoftmaxAttention(nnx.Module):
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
         tail = None if cache is None else cache.tail
-        query, key, value, tail = self.inputs(x, positions=positions, segment_ids=segment_ids, tail=tail)
+        beside = [] if self.output_gate is None else [self.output_gate.kernel]
+        query, key, value, tail, gates = self.inputs(
+            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside
+        )
         attend = functools.partial(
             ops.causal_attention,
             window=self.window,
@@ -141,8 +144,8 @@ class SoftmaxAttention(nnx.Module):
             read, memory = attend(**arrays, cache=cache.memory, return_cache=True)
             cache = AttentionCache(memory, tail)
         if self.output_gate is not None:
-            read = self.output_gate(read, x)
-        return product(read, self.output, self.dtype, axes=2), cache
+            read = self.output_gate(read, *gates)
+        return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""

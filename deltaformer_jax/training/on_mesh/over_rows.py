@@ -13,6 +13,7 @@ added up. The mesh axis "tensor" is left to the compiler and to the ops. S_d dep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,78 +26,101 @@ from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts, flat, joined, merge, nested
 from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES
-from deltaformer_jax.sharding.mesh import BATCH, rows
+from deltaformer_jax.sharding.mesh import BATCH
 from deltaformer_jax.sharding.shards import SHARD_AXIS, all_shards, sums_in_shards
+from deltaformer_jax.training.state import parameter_shardings
 
 Sums = Callable[[nnx.GraphDef, Any, dict[str, jax.Array]], tuple[Any, Any]]
 
 
-def over_rows(mesh: Mesh, shardings: Any, of_gradient: Any, parts: ModelParts, sums: Sums) -> Callable:
+def over_rows(mesh: Mesh, of_gradient: Any, parts: ModelParts, sums: Sums) -> Callable:
     """(params, batch) -> sums(graphdef, params, batch) = (numbers, gradient), summed over all rows of the batch.
 
     sums: called for a device's own rows, with the model's graphdef. Its numbers are a pytree of scalars, its gradient
-    that of the trained parameters. `shardings`: the parameters' NamedShardings. `of_gradient`: the gradient's, which
-    may be cut over "data" too: it is then reduce-scattered over that axis.
+    that of the trained parameters. `of_gradient`: the gradient's NamedShardings, which may be cut over "data" too: it
+    is then reduce-scattered over that axis.
     """
-    if rows(mesh) * mesh.shape[CONTEXT_AXIS] == 1:
-        return lambda params, batch: sums(parts.graphdef, params, batch)
-    summed = (*ROW_AXES, CONTEXT_AXIS)
-    specs = jax.tree.map(_of_rows, shardings)
-    cuts = dict(flat(jax.tree.map(_cut, specs, parts.params, is_leaf=_is_spec)))
-    late = _gathered_late(merge(parts, parts.params))
-    columns = {path: column or None for path, column in flat(jax.tree.map(_columns, shardings, parts.params))}
-    graphdef = _marked(parts, late, cuts, columns)
+    summed = axes_of_tokens(mesh)
+    if not summed:
+        return functools.partial(sums, parts.graphdef)
+    own = _Own(mesh, parts)
     gradient_specs = jax.tree.map(_of_rows, of_gradient)
     over_data = {path: _dimension(spec, "data") for path, spec in flat(gradient_specs)}
 
-    def of_shards(params):  # what no layer gathers by itself is gathered before
-        leaves = dict(flat(params))
-        early = [path for path in leaves if cuts[path] and path[0] not in late]
-        if early:
-            leaves |= zip(early, all_shards(*([of[path] for path in early] for of in (leaves, cuts, columns))))
-        return nested(leaves)
-
     def local(params, batch):
         trained, frozen = parts.divided(params)
-        whole, pull = jax.vjp(of_shards, trained)
-        numbers, gradient = sums(graphdef, joined(whole, of_shards(frozen)), batch)
+        whole, pull = jax.vjp(own.gathered_early, trained)
+        numbers, gradient = sums(own.graphdef, joined(whole, own.gathered_early(frozen)), batch)
         (gradient,) = pull(gradient)
         leaves = dict(flat(gradient))
         split = [path for path, axis in over_data.items() if axis is not None]
-        wholes, axes, beside = ([of[path] for path in split] for of in (leaves, over_data, columns))
+        wholes, axes, beside = ([of[path] for path in split] for of in (leaves, over_data, own.columns))
         leaves |= zip(split, sums_in_shards(wholes, axes, "data", beside))
         for path in leaves:
-            done = {SHARD_AXIS: bool(cuts[path]), "data": over_data[path] is not None}
+            done = {SHARD_AXIS: bool(own.cuts[path]), "data": over_data[path] is not None}
             left = [axis for axis in summed if not done.get(axis)]
             leaves[path] = lax.psum(leaves[path], left) if left else leaves[path]
         return jax.tree.map(lambda x: lax.psum(x, summed), numbers), nested(leaves)
 
-    # A kernel is only compiled where no axis is left to the compiler: axes of one device are not left to it.
-    axes = {*summed, *(name for name, size in mesh.shape.items() if size == 1)}
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs, BATCH),
-        out_specs=(PartitionSpec(), gradient_specs),
-        axis_names=axes,
-        # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
-        check_vma=False,
-    )
+    return own.mapped(local, (PartitionSpec(), gradient_specs))
 
 
-def over_tokens(mesh: Mesh, function: Callable) -> Callable:
-    """function(params, batch) -> arrays [B, T], each device of the mesh axis "context" for its own tokens.
+def over_tokens(mesh: Mesh, parts: ModelParts, function: Callable, out: PartitionSpec = BATCH) -> Callable:
+    """(params, batch) -> function(graphdef, params, batch), each device for its own rows and tokens. No gradient.
 
-    On a mesh that cuts parameters, over "fsdp" or "tensor", all is left to the compiler, and every device of "context"
-    computes whole rows: XLA aborts where a shard_map is over "context" and these axes are left to it (jaxlib 0.10.2).
+    function: returns a pytree of arrays, [B, T] of a device's own tokens by default; with out = PartitionSpec() arrays
+    that it has made equal on all devices along `axes_of_tokens`.
     """
-    if mesh.shape[CONTEXT_AXIS] == 1 or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-        return function
-    part = PartitionSpec(None, CONTEXT_AXIS)
-    axes = {CONTEXT_AXIS, *(name for name, size in mesh.shape.items() if size == 1)}
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=(PartitionSpec(), part), out_specs=part, axis_names=axes, check_vma=False
-    )
+    if not axes_of_tokens(mesh):
+        return functools.partial(function, parts.graphdef)
+    own = _Own(mesh, parts)
+    return own.mapped(lambda params, batch: function(own.graphdef, own.gathered_early(params), batch), out)
+
+
+def axes_of_tokens(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split a batch, its rows or their tokens, and have several devices."""
+    return tuple(axis for axis in (*ROW_AXES, CONTEXT_AXIS) if mesh.shape[axis] > 1)
+
+
+class _Own:
+    """A model's parameters as each device has them in a shard_map over the axes that split a batch.
+
+    graphdef: the model's, whose layers gather their parameters themselves where they can. cuts, columns: path -> the
+    dimensions cut over "fsdp" and "tensor", counted from the last one: −1, −2, ...; 0 and None: none.
+    """
+
+    def __init__(self, mesh: Mesh, parts: ModelParts):
+        shardings = parameter_shardings(parts, mesh)
+        self._mesh = mesh
+        self._specs = jax.tree.map(_of_rows, shardings)
+        self._late = _gathered_late(merge(parts, parts.params))
+        self.cuts = dict(flat(jax.tree.map(_cut, self._specs, parts.params, is_leaf=_is_spec)))
+        self.columns = {path: column or None for path, column in flat(jax.tree.map(_columns, shardings, parts.params))}
+        self.graphdef = _marked(parts, self._late, self.cuts, self.columns)
+
+    def gathered_early(self, params: Any) -> Any:
+        """`params`, or a part of them, with the whole arrays of those that no layer gathers by itself."""
+        leaves = dict(flat(params))
+        early = [path for path in leaves if self.cuts[path] and path[0] not in self._late]
+        if early:
+            leaves |= zip(
+                early, all_shards(*([of[path] for path in early] for of in (leaves, self.cuts, self.columns)))
+            )
+        return nested(leaves)
+
+    def mapped(self, local: Callable, out: Any) -> Callable:
+        # XLA aborts where a mesh that cuts parameters is left to it and "context" is not (jaxlib 0.10.2), so that the
+        # map is over all axes that split a batch. A kernel is only compiled where no axis is left to the compiler: axes
+        # of one device are not left to it.
+        return jax.shard_map(
+            local,
+            mesh=self._mesh,
+            in_specs=(self._specs, BATCH),
+            out_specs=out,
+            axis_names={*self._mesh.axis_names} - ({"tensor"} if self._mesh.shape["tensor"] > 1 else set()),
+            # The gradient is that of a device's own sum; shard_map's check would sum it over devices at every use.
+            check_vma=False,
+        )
 
 
 def _of_rows(sharding: NamedSharding) -> PartitionSpec:

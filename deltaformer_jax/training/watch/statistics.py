@@ -3,18 +3,23 @@
 They are computed by a separate program, only on request. The training step is the same with and without it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
-from deltaformer_jax import ops
+from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.model import LanguageModel
-from deltaformer_jax.model_parts import ModelParts, merge
-from deltaformer_jax.sharding.mesh import replicated, rows
+from deltaformer_jax.model_parts import ModelParts
+from deltaformer_jax.sharding.mesh import on_mesh, replicated
+from deltaformer_jax.sharding.shards import gathered
+from deltaformer_jax.training.on_mesh.over_rows import axes_of_tokens, over_rows, over_tokens
+from deltaformer_jax.training.state import gradient_shardings, parameter_shardings
 from deltaformer_jax.training.step import loss_and_gradient
 
 
@@ -28,33 +33,46 @@ def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int)
     Cost: a forward and a backward pass, and one more forward pass.
     """
 
-    def step(params, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        _, gradient, _ = loss_and_gradient(parts, params, batch, accumulation_steps, row_shards=rows(mesh))
+    of_gradient = gradient_shardings(parts, parameter_shardings(parts, mesh), zero1=False)
+    over = functools.partial(over_rows, mesh, of_gradient)
+
+    def sizes(graphdef, params, batch):
         part = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:])[:, 0], batch)
-        _, sizes = activations(merge(parts, params), part["tokens"], part["segment_ids"])
-        return {"parameter_norm": _norms(params), "gradient_norm": _norms(gradient), "activation": sizes}
+        model = nnx.merge(graphdef, nnx.State(params))
+        return activations(model, part["tokens"], part["segment_ids"], over=axes_of_tokens(mesh))[1]
 
-    return jax.jit(step, out_shardings=replicated(mesh))
+    def step(params, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        _, gradient, _ = loss_and_gradient(parts, params, batch, accumulation_steps, over=over)
+        activation = over_tokens(mesh, parts, sizes, PartitionSpec())(params, batch)
+        return {"parameter_norm": _norms(params), "gradient_norm": _norms(gradient), "activation": activation}
+
+    return jax.jit(on_mesh(mesh, step), out_shardings=replicated(mesh))
 
 
-def activations(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def activations(
+    model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array, *, over: tuple[str, ...] = ()
+) -> tuple[jax.Array, dict[str, Any]]:
     """(output of the last block [B, T, d_model], sizes): the forward pass, with the size of each block's output.
 
-    sizes: {"embedding": (rms, max), "layers": (rms, max) with axes [periods, blocks of a period]}.
+    sizes: {"embedding": (rms, max), "layers": (rms, max) with axes [periods, blocks of a period]}. `over`: the mesh
+    axes over whose devices the tokens are split, inside a shard_map over them; the sizes are those of all tokens.
     """
+    summed = lambda x: jax.lax.psum(x, over) if over else x
     real = (segment_ids > 0)[..., None]
 
     def size(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jnp.where(real, x.astype(jnp.float32), 0.0)
-        count = jnp.maximum(jnp.sum(real), 1) * x.shape[-1]
-        return jnp.sqrt(jnp.sum(x * x) / count), jnp.max(jnp.abs(x))
+        count = jnp.maximum(summed(jnp.sum(real)), 1) * x.shape[-1]
+        most = jnp.max(jnp.abs(x))
+        return jnp.sqrt(summed(jnp.sum(x * x)) / count), jax.lax.pmax(most, over) if over else most
 
-    positions = ops.token_positions(segment_ids, *tokens.shape, None)
+    positions = token_positions(segment_ids, *tokens.shape)
     embedded = model.embedding(tokens, segment_ids)
 
     def period(x, blocks):
         seen = []
         for block in blocks:
+            block = gathered(block, model.embedding.dtype)
             x, _ = block(x, segment_ids=segment_ids, positions=positions)
             seen.append(size(x))
         return x, tuple(jnp.stack(values) for values in zip(*seen))
