@@ -73,7 +73,7 @@ def _train(program: str, place: Place | None) -> None:
             from deltaformer_jax.config.remarks import remarks
             from deltaformer_jax.host.lock import alone
             from deltaformer_jax.host.waiting import say, say_aside, waiting
-            from deltaformer_jax.training.workdir import LOCK, Standing, new_workdir, standing
+            from deltaformer_jax.training.workdir import LOCK, Standing, check_shared, new_workdir, standing
 
             with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
                 command = parse(sys.argv, str(config_folder() / "tiny.py"))
@@ -115,6 +115,7 @@ def _train(program: str, place: Place | None) -> None:
                 {"--workdir": workdir, **everywhere_the_same(command.config), **code()} if place is not None else {},
                 "start every process of a run with the same code and the same settings",
             )
+            check_shared(workdir)
             say(stands.line)
             if stands.finished:
                 return None

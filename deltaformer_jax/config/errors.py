@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from deltaformer_jax.host.called import install
 
+_OURS = ("deltaformer_jax", "pallas_kernels")
+
 
 @contextlib.contextmanager
 def one_line_errors(
@@ -24,9 +26,13 @@ def one_line_errors(
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(code)
     except ImportError as error:
-        if "gcsfs" not in str(error):
+        if "gcsfs" in str(error):
+            line = f"gs:// needs gcsfs: {install('gcs')}"
+        elif isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in _OURS:
+            line = f"this Python has no module {error.name}: install the package that has it, or this one again"
+        else:
             raise
-        print(f"{program}: error: gs:// needs gcsfs: {install('gcs')}", file=sys.stderr)
+        print(f"{program}: error: {line}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from deltaformer_jax.data.packing import Packing
 from deltaformer_jax.data.task_data import TaskData, TaskRows
 from deltaformer_jax.data.whole_packing import WholePacking
 
+THREADS, REMOTE_THREADS = 2, 16
 _ENDLESS = 2**48  # batches: grain asks for a length, and no run is that long
 
 
@@ -26,7 +27,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     rows: np.ndarray | None = None,
-    num_threads: int = 2,
+    num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batch n, for n = start_step, start_step + 1, ...: the packed rows n b .. (n + 1) b - 1, b = batch_size.
 
@@ -42,8 +43,11 @@ def batches(
     conversations  one more array, bool: loss_mask, True where the target is a token of an answer (`WholePacking`)
     a TaskData     the examples n b .. (n + 1) b - 1, and loss_mask, the positions with a target
 
-    `num_threads` threads read ahead. An argument out of range or an empty split raises ValueError at the call.
+    `num_threads` threads read ahead; None: THREADS, or REMOTE_THREADS of an object store, which takes its time for each
+    range that is read. An argument out of range or an empty split raises ValueError at the call.
     """
+    if num_threads is None:
+        num_threads = REMOTE_THREADS if not isinstance(corpus, TaskData) and corpus.remote else THREADS
     _check(sequence_length, batch_size, seed, start_step, process_index, process_count, num_threads)
     if rows is not None and process_count > 1:
         raise ValueError(f"rows and process_count {process_count}: give one of them; both say which rows are held")

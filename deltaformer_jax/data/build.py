@@ -22,7 +22,7 @@ from deltaformer_jax.data import corpus as layout
 from deltaformer_jax.data import shards
 from deltaformer_jax.data.chat import ChatFormat, load_format
 from deltaformer_jax.data.corpus import Corpus, load_corpus, local_folder
-from deltaformer_jax.data.remote import cache_folder
+from deltaformer_jax.data.remote.store import cache_folder
 from deltaformer_jax.data.shards import JOURNAL, Journal, NotAsLeft, SplitWriter
 from deltaformer_jax.data.sources import STDLIB, LongUnit, Source, Unreadable, open_source
 from deltaformer_jax.data.sources.left_out import LeftOut

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from deltaformer_jax.data.remote import fetch
+from deltaformer_jax.data.remote.ranges import READERS, RemoteShard, open_local
+from deltaformer_jax.data.remote.store import Store, fetch
 from deltaformer_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deltaformer_jax.host.paths import expand
 
@@ -35,11 +35,17 @@ TOKENIZER_FILE = "tokenizer.json"
 class Split:
     """The documents of one split. `lengths`: int64 [documents], their tokens without end-of-text, all above 0.
 
+    shards: (path or address, records, RemoteShard or None) of each shard; None: it is opened at its path.
     masked: whether the documents are conversations, of which only some tokens bear loss.
     """
 
     def __init__(
-        self, lengths: np.ndarray, shards: list[tuple[Path, int]], dtype: np.dtype, eot: int, masked: bool = False
+        self,
+        lengths: np.ndarray,
+        shards: list[tuple[Path | str, int, RemoteShard | None]],
+        dtype: np.dtype,
+        eot: int,
+        masked: bool = False,
     ):
         self.masked = masked
         self.lengths = lengths
@@ -51,9 +57,9 @@ class Split:
         # Records are numbered over all shards. Document i has the records _first_record[i] .. _first_record[i + 1] - 1,
         # which are all in one shard.
         self._first_record = np.concatenate([[0], np.cumsum(-(-lengths // PIECE))])
-        self._shard_ends = np.cumsum([records for _, records in shards], dtype=np.int64)
+        self._shard_ends = np.cumsum([records for _, records, _ in shards], dtype=np.int64)
         # Threads may share readers. The limit is a number of files that any process can have open.
-        self._reader = functools.lru_cache(maxsize=256)(self._open)
+        self._reader = functools.lru_cache(maxsize=READERS)(self._open)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start .. stop - 1 of a document (default: all), an array [stop - start] of the stored dtype.
@@ -72,7 +78,7 @@ class Split:
             return np.zeros(0, self._dtype), np.zeros(0, bool)
         first, last = start // PIECE, -(-stop // PIECE)
         shard = int(np.searchsorted(self._shard_ends, self._first_record[document], side="right"))
-        path, records = self._shards[shard]
+        path, records, _ = self._shards[shard]
         begin = int(self._first_record[document] - self._shard_ends[shard]) + records
         try:
             # A range takes the same time in any shard; a list of records takes time for each record of the shard.
@@ -96,10 +102,8 @@ class Split:
         return np.frombuffer(content, self._dtype)[here], mask[here]
 
     def _open(self, shard: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-        return ArrayRecordReader(str(self._shards[shard][0]), options, file_reader_buffer_size=2**15)
+        path, _, remote = self._shards[shard]
+        return open_local(path) if remote is None else remote
 
 
 def record_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -138,10 +142,19 @@ class Corpus:
       manifest: the content of manifest.json.
       tokenizer: the Tokenizer that it was prepared with.
       hash: sha256 of what decides every token: tokenizer, documents, their order and split. Independent of path.
+      remote: whether its shards are in an object store.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: Tokenizer, splits: dict[str, Split]):
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        tokenizer: Tokenizer,
+        splits: dict[str, Split],
+        remote: bool = False,
+    ):
         self.path = path
+        self.remote = remote
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.hash: str = manifest["content_hash"]
@@ -156,20 +169,23 @@ class Corpus:
 def load_corpus(path: str | os.PathLike) -> Corpus:
     """The corpus in folder `path`. Cost: reads the document lengths and the size of each shard, but no tokens.
 
-    A corpus at an address such as gs://bucket/corpus is first copied to this host, once (see `remote.fetch`).
+    Of a corpus at an address such as gs://bucket/corpus the lengths and the tokenizer are copied to this host, once
+    (`remote.store.fetch`), and the shards are read by ranges (`remote.ranges`).
 
     Raises FileNotFoundError for a missing folder or file. Raises ValueError for a file that is not part of a corpus,
     was edited or cut short, or is another tokenizer than the manifest says. Both errors name the file.
     """
-    folder = fetch(os.fspath(path), MANIFEST_FILE) if "://" in os.fspath(path) else local_folder(path)
+    store = Store(os.fspath(path)) if "://" in os.fspath(path) else None
+    small = [TOKENIZER_FILE, *map(lengths_file, SPLITS)]
+    folder = local_folder(path) if store is None else fetch(store, MANIFEST_FILE, small)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; make it with python -m deltaformer_jax.data.prepare")
     manifest = _read_manifest(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.hash != manifest["tokenizer"]["hash"]:
         raise ValueError(f"{folder / TOKENIZER_FILE}: not the tokenizer that the corpus was made with")
-    splits = {name: _load_split(folder, name, manifest, tokenizer) for name in SPLITS}
-    return Corpus(folder, manifest, tokenizer, splits)
+    splits = {name: _load_split(folder, name, manifest, tokenizer, store) for name in SPLITS}
+    return Corpus(folder, manifest, tokenizer, splits, store is not None)
 
 
 def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
@@ -192,14 +208,15 @@ def with_held_out_tail(corpus: Corpus, share: float) -> Corpus:
         name: {**corpus.manifest["splits"][name], "tokens": part.tokens, "documents": part.documents}
         for name, part in splits.items()
     }
-    return Corpus(corpus.path, {**corpus.manifest, "splits": counts}, corpus.tokenizer, splits)
+    return Corpus(corpus.path, {**corpus.manifest, "splits": counts}, corpus.tokenizer, splits, corpus.remote)
 
 
 def holds_conversations(path: str | os.PathLike) -> bool:
     """Whether the corpus in folder `path` is of conversations. Reads its manifest only; False if it has none."""
     try:
-        file = epath.Path(path) if "://" in os.fspath(path) else Path(expand(path))
-        manifest = json.loads((file / MANIFEST_FILE).read_text())
+        remote = "://" in os.fspath(path)
+        read = Store(os.fspath(path)).read if remote else lambda name: (Path(expand(path)) / name).read_bytes()
+        manifest = json.loads(read(MANIFEST_FILE))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     return isinstance(manifest, dict) and bool(manifest.get("loss_mask"))
@@ -242,22 +259,29 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _load_split(folder: Path, name: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> Split:
+def _load_split(
+    folder: Path, name: str, manifest: dict[str, Any], tokenizer: Tokenizer, store: Store | None = None
+) -> Split:
     entry = manifest["splits"][name]
     path = folder / lengths_file(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; prepare the corpus again")
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry["lengths_hash"]:
         raise ValueError(f"{path}: was changed or damaged since it was written; prepare the corpus again")
+    where, repair = (folder, "prepare the corpus again") if store is None else (store.address, "copy the corpus again")
+    sizes = (
+        {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        if store is None
+        else (store.sizes())
+    )
     shards = []
     for shard in entry["shards"]:
-        file = folder / shard["file"]
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing; prepare the corpus again")
-        if file.stat().st_size != shard["size"]:
-            raise ValueError(
-                f"{file}: {file.stat().st_size} bytes where the manifest says {shard['size']}; prepare the corpus again"
-            )
-        shards.append((file, shard["records"]))
+        file, size = shard["file"], sizes.get(shard["file"])
+        if size is None:
+            raise FileNotFoundError(f"{where}/{file}: missing; {repair}")
+        if size != shard["size"]:
+            raise ValueError(f"{where}/{file}: {size} bytes where the manifest says {shard['size']}; {repair}")
+        remote = None if store is None else RemoteShard(store, file, size)
+        shards.append((f"{where}/{file}", shard["records"], remote))
     masked = manifest.get("loss_mask", False)
     return Split(np.load(path), shards, np.dtype(manifest["token_dtype"]), tokenizer.eot, masked)

@@ -32,7 +32,7 @@ class Mixture:
     their rows spread evenly among each other.
 
     Attributes: corpora; weights; path (what it was loaded from); tokenizer; hash (of the corpora and weights, not of
-    their paths); manifest (as of a Corpus, with the counts of the splits summed).
+    their paths); manifest (as of a Corpus, with the counts of the splits summed); remote (of any corpus).
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], path: str = "mixture"):
@@ -50,6 +50,7 @@ class Mixture:
         self.corpora = tuple(corpora)
         self.weights = tuple(map(float, weights))
         self.path = path
+        self.remote = any(corpus.remote for corpus in corpora)
         self.tokenizer = corpora[0].tokenizer
         quotas(self.weights)
         parts = [f"{corpus.hash} {weight!r}" for corpus, weight in zip(corpora, self.weights)]

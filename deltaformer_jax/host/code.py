@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -17,5 +17,12 @@ def code() -> dict[str, str]:
     for package in ("deltaformer_jax", "pallas_kernels"):
         for path in sorted((_ROOT / package).rglob("*.py")):
             digest.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode() + path.read_bytes())
-    versions = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    versions = {f"version of {name}": _version(name) for name in PACKAGES}
     return {"version of Python": platform.python_version(), **versions, "hash of the code": digest.hexdigest()[:12]}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none: it is not installed"

@@ -3,6 +3,7 @@
     place       which of how many processes this is: from flags, from variables, or from the cluster
     supervisor  the parent process on each host, which starts the program as its child and watches it
     hub         what these parents tell one another
+    coordinator the port where they meet, watched until they have
     child       the child's side: where it is in its work, last words, stacks
     board       where the child is in its work, in memory that both see
     lines       messages over a socket

@@ -65,6 +65,15 @@ def check_same(name: str, mine: Mapping[str, Any], fix: str) -> None:
         raise ValueError(f"{found[0]}{others}; {fix}")
 
 
+def tell_all(name: str, value: Any) -> None:
+    """Process 0 tells `value`, once; `told` is what it told. Neither asks how many processes there are."""
+    _set(f"deltaformer/{name}", value)
+
+
+def told(name: str) -> Any:
+    return _get(f"deltaformer/{name}")
+
+
 def _key(name: str) -> str:
     _calls[name] += 1
     return f"deltaformer/{name}/{_calls[name]}"

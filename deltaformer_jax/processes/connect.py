@@ -14,7 +14,8 @@ _FOREVER = 10 * 24 * 3600  # jax's own limits end a process with the trace of a 
 def connect(place: Place) -> None:
     """Wait until all processes of the run have come. Nothing may have used a device before.
 
-    If they do not come within SECONDS, the supervisor ends this process with one line.
+    If they do not come within SECONDS, the supervisor ends this process with one line. Raises ValueError if this
+    process was told another number of processes than process 0.
     """
     # It would take SIGTERM away from us; `agreement` does what it is for.
     jax.config.update("jax_enable_preemption_service", False)
@@ -28,4 +29,13 @@ def connect(place: Place) -> None:
         initialization_timeout=_FOREVER,
     )
     child.at("starting", 0)
-    child.connected(common.first("supervisor", child.where_the_parent_listens))
+    # Told without `first`, which needs the devices of as many processes as this one was told of.
+    if place.index == 0:
+        common.tell_all("place", {"count": place.count, "hub": child.where_the_parent_listens()})
+    told = common.told("place")
+    child.connected(told["hub"])
+    if told["count"] != place.count:
+        raise ValueError(
+            f"--processes {place.count}: process 0 was started with --processes {told['count']}; start every process "
+            "with the same number"
+        )

@@ -69,10 +69,13 @@ class Hub:
                 self._strangers.append(Lines(connection))
         for lines in [lines for lines in self._strangers if lines.fileno() in ready]:
             self._strangers.remove(lines)
-            for message in lines.receive() or []:
-                if message.get("token") == self.token and message.get("index") in self._awaited:
-                    self._members[message["index"]] = lines, message["host"]
-                    self._heard[message["index"]] = time.monotonic()
+            hello, *rest = lines.receive() or [{}]
+            if hello.get("token") == self.token and hello.get("index") in self._awaited:
+                index, host = hello["index"], hello["host"]
+                self._members[index] = lines, host
+                yield from self._hear(index, rest)
+            else:
+                lines.close()
         for index, (lines, host) in list(self._members.items()):
             if lines.fileno() in ready:
                 yield from self._read(index, lines, host)
@@ -84,6 +87,9 @@ class Hub:
             self._leave(index)
             yield Verdict(f"process {index} on {host} is gone: it was killed, or its host is down", 1, index)
             return
+        yield from self._hear(index, messages)
+
+    def _hear(self, index: int, messages: list[dict[str, Any]]) -> Iterator[Verdict]:
         self._heard[index] = time.monotonic()
         for message in messages:
             if "fault" in message:
@@ -94,7 +100,7 @@ class Hub:
     def _leave(self, index: int) -> None:
         self._awaited.discard(index)
         self._heard.pop(index, None)
-        del self._members[index]
+        self._members.pop(index)[0].close()
 
     def _look(self) -> Iterator[Verdict]:
         now = time.monotonic()
@@ -177,5 +183,8 @@ class Member:
         self._heard = max(self._heard, time.monotonic())
 
     def tell(self, **message: Any) -> None:
+        if self._lines is None:  # it has hardly begun
+            self._tried = 0.0
+            list(self._join(time.monotonic()))
         if self._lines is not None:
             self._lines.send(**message)

@@ -33,7 +33,11 @@ class Lines:
         if not read:
             return None
         *whole, self._read = (self._read + read).split(b"\n")
-        return [json.loads(line) for line in whole]
+        try:
+            messages = [json.loads(line) for line in whole]
+        except ValueError:  # a stranger, such as a scanner of ports
+            return None
+        return messages if all(isinstance(message, dict) for message in messages) else None
 
     def close(self) -> None:
         self.socket.close()

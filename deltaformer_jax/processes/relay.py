@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 
-_FATAL = re.compile(rb"^(F\d{4} |E\d{4} .*coordination_service_agent)", re.MULTILINE)
+_FATAL = re.compile(rb"^(F\d{4} |[EW]\d{4} .*coordination_service)", re.MULTILINE)
+# What jax's coordinator says, and then the process itself, if another one comes with the number of one that is there.
+_TWICE = re.compile(rb"\b(\d+) unexpectedly tried to connect with a different incarnation|( barrier call .*same task)")
 
 
 class Relay:
@@ -39,6 +41,11 @@ class Relay:
                 self.held += read[cut:]
                 read = read[:cut]
             _write(read)
+
+    def came_twice(self, index: int) -> int | None:
+        """The number that two processes have, if that is why the child of process `index` was aborted."""
+        found = _TWICE.search(self.held)
+        return found and int(found.group(1) or index)
 
     def let_go(self) -> None:
         """What was held is passed on."""

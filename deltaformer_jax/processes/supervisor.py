@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from deltaformer_jax.processes.board import SIZE, Board
 from deltaformer_jax.processes.child import STACKS, STACKS_FOLDER, VARIABLE
+from deltaformer_jax.processes.coordinator import Coordinator
 from deltaformer_jax.processes.hub import Hub, Member, Verdict
 from deltaformer_jax.processes.lines import Lines
 from deltaformer_jax.processes.place import Place
@@ -52,6 +53,7 @@ class _Supervisor:
     def __init__(self, place: Place, program: str):
         self._place, self._program, self._host = place, program, socket.gethostname()
         self._hub: Hub | Member | None = Hub(place) if place.index == 0 else None
+        self._coordinator = Coordinator(place.coordinator)
         self._connected = False
         self._words: tuple[str, int] | None = None  # what a failing child said, and its code
         self._code: int | None = None  # of the child, once it has ended
@@ -71,6 +73,9 @@ class _Supervisor:
         with tempfile.TemporaryFile() as board, tempfile.TemporaryFile() as stacks:
             board.truncate(SIZE)
             self._board, self._stacks = Board(board.fileno()), stacks
+            if self._place.index == 0 and (line := self._coordinator.take_port()):
+                print(f"{self._program}: error: {line}", file=sys.stderr)
+                return 2
             self._start(board.fileno())
             last = time.monotonic()
             while True:
@@ -192,6 +197,12 @@ class _Supervisor:
             if self._code < 0:
                 number = -self._code
                 self._code = 128 + number
+                self._stderr.turn()
+                twice = self._stderr.came_twice(self._place.index)
+                if twice is not None:
+                    self._stderr.held = b""
+                    numbers = f"0 to {self._place.count - 1}"
+                    self._blame(f"--process {twice}: two processes were started with it; give each its own, {numbers}")
                 after = HELD if number == signal.SIGABRT else 0.0
                 self._blame(f"{self._name} was killed by {signal.Signals(number).name}", after=after)
             elif self._code > 0:
@@ -201,6 +212,8 @@ class _Supervisor:
             if now > self._stopped_at + STOPPED:
                 self._blame(f"{self._name} has been stopped (SIGSTOP) for {STOPPED:.0f} s")
             return
+        if not self._connected and self._place.index > 0 and (line := self._coordinator.look(now)):
+            self._blame(line, lost=False)
         doing, seconds, limit = self._board.read()
         seconds = min(seconds, now - self._since)
         if limit and seconds > limit:
@@ -211,9 +224,8 @@ class _Supervisor:
 
     def _unmet(self, seconds: float) -> str:
         address = self._place.coordinator
-        host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            self._coordinator.reach(5)
         except OSError as error:
             return (
                 f"--coordinator {address}: no answer within {seconds:.0f} s ({error}); start process 0 there, and see "
@@ -256,7 +268,7 @@ class _Supervisor:
             said = f"; stacks of all threads: {written}" if written else ""
         else:
             said = ""
-        if own:
+        if own and not said:  # else it is in the file of the stacks
             self._stderr.let_go()
         if self._words:  # the child has said it itself
             self._stderr.turn()

@@ -1,6 +1,9 @@
 """A run's folder, examined before jax is imported: does it hold a run, at which step, and is that run finished?"""
 
+import contextlib
 import json
+import os
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +16,12 @@ from deltaformer_jax.config.saved import Saved, check_resumable
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.lock import lock_file
 from deltaformer_jax.host.spelling import nearest
+from deltaformer_jax.processes import common
 from deltaformer_jax.processes.child import STACKS_FOLDER
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 
 LOCK = "train"  # the name of the lock that lets only one training at a time use a folder
+SHARED_SECONDS = 15.0  # in which the others see a file that process 0 wrote
 
 
 class Standing(NamedTuple):
@@ -85,6 +90,35 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
     if step is None:
         return Standing(f"going on at step 0 of {steps}: the run in {workdir}, which has saved no checkpoint yet")
     return Standing(f"going on at step {step} of {steps}: the run in {workdir}")
+
+
+def check_shared(workdir: str) -> None:
+    """Raise ValueError, in every process of a run, unless all see the lock file that the first one holds.
+
+    An address such as gs://bucket/run is the same for all. A disk of a network may take a while to show a new file.
+    """
+    if processes.count() == 1 or "://" in workdir:
+        return
+    path = Path(workdir, lock_file(LOCK))
+    text = common.first("text of the lock", path.read_text)
+    seen = common.gather("workdir", _appears(path, text))
+    if not all(seen):
+        raise ValueError(
+            f"--workdir {workdir}: process {seen.index(False)} does not see the file {path.name} that process 0 wrote "
+            "there; give the full path of a folder on a disk that all hosts share, or gs://..."
+        )
+
+
+def _appears(path: Path, text: str) -> bool:
+    end = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent.parent)  # so that NFS looks for new files
+            if path.read_text() == text:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
 
 
 def _newest_whole(checkpoints: epath.Path) -> int | None:

@@ -3,13 +3,11 @@
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import object_store
 
 import deltaformer_jax.data
 from deltaformer_jax.data import ByteTokenizer, batches, load_corpus, prepare_corpus, stdlib_corpus, train_bpe
@@ -85,54 +83,6 @@ def test_a_damaged_corpus_is_not_taken_for_made(folder, tmp_path):
 def test_no_place_for_a_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder; make it with python -m deltaformer"):
         load_corpus(tmp_path / "none")
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket is a folder; what is opened in it is noted. The cache is another."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with object_store.bucket(tmp_path / "bucket") as opened:
-        yield opened
-
-
-def test_a_corpus_in_an_object_store_is_copied_once(folder, tmp_path, bucket):
-    local = load_corpus(folder)
-    folder.rename(tmp_path / "bucket")
-    corpus = load_corpus("gs://bucket")
-    assert corpus.hash == local.hash and corpus.path.is_relative_to(tmp_path / "cache")
-    assert next(batches(corpus, "train", sequence_length=8, batch_size=2, seed=0))["tokens"].shape == (2, 8)
-    assert len(bucket) == 7  # the manifest twice
-    load_corpus("gs://bucket")
-    assert len(bucket) == 8
-    assert len(list(corpus.path.parent.iterdir())) == 1
-
-
-def test_a_copy_that_was_cut_short_goes_on(folder, tmp_path, bucket, monkeypatch):
-    folder.rename(tmp_path / "bucket")
-    really, copies = shutil.copyfileobj, []
-
-    def third_fails(*arguments):
-        copies.append(arguments)
-        if len(copies) == 3:
-            raise OSError("no space left on device")
-        really(*arguments)
-
-    monkeypatch.setattr(shutil, "copyfileobj", third_fails)
-    with pytest.raises(OSError, match="no space left"):
-        load_corpus("gs://bucket")
-    corpus = load_corpus("gs://bucket")
-    assert corpus.split("train").documents and len(copies) == 3 + 4
-    assert [path.name for path in corpus.path.parent.iterdir()] == [corpus.path.name]
-    assert {path.name for path in corpus.path.iterdir()} == {path.name for path in (tmp_path / "bucket").iterdir()}
-
-
-def test_no_corpus_in_an_object_store(tmp_path, bucket):
-    (tmp_path / "bucket").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"gs://bucket/none: no corpus there \(no manifest.json\)"):
-        load_corpus("gs://bucket/none")
-    (tmp_path / "bucket" / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"gs://bucket/manifest.json: not the manifest of a corpus"):
-        load_corpus("gs://bucket")
 
 
 def test_flipped_bytes_in_a_shard_are_found_in_reading(folder):

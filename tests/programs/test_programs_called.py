@@ -104,6 +104,11 @@ def test_errors_advise_it(call, monkeypatch, capsys):
     with pytest.raises(SystemExit), one_line_errors("train.py"):
         raise ImportError("Please install gcsfs")
     assert capsys.readouterr().err == "train.py: error: gs:// needs gcsfs: uv run --extra gcs train.py ...\n"
+    with pytest.raises(SystemExit), one_line_errors("train.py"):
+        import grain_of_salt  # noqa: F401
+    assert "train.py: error: this Python has no module grain_of_salt: install the" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), one_line_errors("train.py"):  # a bug of ours keeps its traceback
+        import deltaformer_jax.nothing  # noqa: F401
 
 
 def test_the_kernels_requirements_are_the_projects():

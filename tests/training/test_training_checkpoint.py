@@ -1,5 +1,6 @@
 """Checkpoints: what is damaged is found, what is whole comes back bit for bit, on another mesh too."""
 
+import concurrent.futures
 import errno
 import random
 import threading
@@ -13,6 +14,7 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints import checksums
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 from deltaformer_jax.training.checkpoints.store import Checkpoints, SaveError
 from deltaformer_jax.training.program import Program
@@ -220,3 +222,49 @@ def test_drop_after(saved):
     checkpoints.drop_after(1)
     assert checkpoints.steps() == [1]
     checkpoints.close()
+
+
+def test_each_process_hashes_what_it_wrote(tmp_path, monkeypatch):
+    """Together each file once, at saving and at restoring, also if fewer or more processes go on."""
+    folder, here = epath.Path(tmp_path / "7"), threading.local()
+    mine = [f"state/ocdbt.process_{i}/d/{name}" for i in range(4) for name in ("a", "b")]
+    names = [*mine, "state/_METADATA", "state/d/c", "run/metadata", "state/manifest.ocdbt", "commit_success.txt"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    hashed = []
+    really = checksums._sha256
+    monkeypatch.setattr(checksums, "_sha256", lambda path: (hashed.append((here.index, path)), really(path))[1])
+    monkeypatch.setattr(checksums.processes, "index", lambda: here.index)
+
+    def together(count, function):
+        """function(folder) of `count` processes at once. Returns who hashed which file."""
+        told, barrier = [None] * count, threading.Barrier(count)
+
+        def gather(_, value):
+            told[here.index] = value
+            barrier.wait(10)
+            return told
+
+        monkeypatch.setattr(checksums.processes, "count", lambda: count)
+        monkeypatch.setattr(checksums.common, "gather", gather)
+        monkeypatch.setattr(checksums.common, "first", lambda _, function: function())
+        hashed.clear()
+
+        def process(index):
+            here.index = index
+            function(folder)
+
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            list(pool.map(process, range(count)))
+        assert sorted(str(path) for _, path in hashed) == sorted(str(folder / name) for name in names)
+        return {path.relative_to(folder).as_posix(): index for index, path in hashed}
+
+    written = together(4, checksums.write_checksums)
+    assert {name: written[name] for name in mine} == {name: i // 2 for i, name in enumerate(mine)}
+    for count in (1, 2, 3, 4, 6):
+        read = together(count, checksums.check_checksums_together)
+        assert {name: read[name] for name in mine} == {name: i // 2 % count for i, name in enumerate(mine)}
+    (folder / mine[5]).write_text("damaged")
+    with pytest.raises(CheckpointError, match=f"{mine[5]}: corrupt"):  # all raise, whoever has read it
+        together(2, checksums.check_checksums_together)

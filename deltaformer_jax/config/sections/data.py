@@ -12,7 +12,7 @@ class DataConfig:
     path: str = setting(
         "",
         'What to train on. "": the running Python\'s standard library. "FOLDER": a corpus that '
-        "deltaformer_jax.data.prepare made; a gs:// folder is copied to this machine once. "
+        "deltaformer_jax.data.prepare made; from a gs:// folder each host reads what its rows need. "
         '"FOLDER=WEIGHT,FOLDER=WEIGHT": several corpora, mixed so that each gives its weight\'s share of the '
         'rows. "task:NAME,option=value": a synthetic task of deltaformer_jax.tasks; each row is one example.',
     )

@@ -1,7 +1,9 @@
 """sha256.json: the checksums that tell whether a checkpoint is whole. Importing this module does not import jax."""
 
 import hashlib
+import itertools
 import json
+import re
 
 from etils import epath
 
@@ -18,12 +20,11 @@ class CheckpointError(ValueError):
 def write_checksums(folder: epath.Path) -> None:
     """Write sha256.json: the SHA-256 of every file of a finished checkpoint.
 
-    All processes of a run call this. Each reads its share of the files, and the first one writes.
+    All processes of a run call this. Each reads what it wrote (`_share`), and the first one writes.
     """
     names = common.first("files to hash", lambda: _files(folder))
-    parts = common.gather(
-        "hashes", {name: _sha256(folder / name) for name in names[processes.index() :: processes.count()]}
-    )
+    mine = _share(names, processes.index(), processes.count())
+    parts = common.gather("hashes", {name: _sha256(folder / name) for name in mine})
     if processes.index() > 0:
         return
     digests = {name: digest for part in parts for name, digest in part.items()}
@@ -47,7 +48,7 @@ def check_checksums_together(folder: epath.Path) -> None:
 def check_checksums(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> None:
     """Raise CheckpointError, naming the file, unless every file is present and has the SHA-256 that was recorded.
 
-    share: (i, n), to compute the SHA-256 only of the i-th of n parts of the files.
+    share: (i, n), to compute the SHA-256 only of the files of process i of n (`_share`).
     """
     path = folder / CHECKSUMS
     if not path.exists():
@@ -62,9 +63,22 @@ def check_checksums(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> None
     for name in expected:
         if name not in found:
             raise CheckpointError(f"{folder / name}: missing from the checkpoint")
-    for name, digest in list(expected.items())[share[0] :: share[1]]:
-        if _sha256(folder / name) != digest:
+    for name in _share(list(expected), *share):
+        if _sha256(folder / name) != expected[name]:
             raise CheckpointError(f"{folder / name}: corrupt (its SHA-256 is not the one it was written with)")
+
+
+def _share(names: list[str], index: int, count: int) -> list[str]:
+    """The files whose SHA-256 process `index` of `count` computes: all processes together take each file once.
+
+    Orbax names the folders of arrays by the process that wrote them. Such a folder is read by that process, or by
+    process number modulo `count` if fewer go on. The few other files are dealt out in turn.
+    """
+    owners = [re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name) for name in names]
+    turns = itertools.count()
+    return [
+        name for name, owner in zip(names, owners) if (int(owner.group(1)) if owner else next(turns)) % count == index
+    ]
 
 
 def _files(folder: epath.Path) -> list[str]:

@@ -32,19 +32,22 @@ class Several:
     """The processes of one run. `with Several(...) as run`: what still runs at the end is killed.
 
     each: flags of single processes, {index: (flag, ...)}. by_variables: each is told its place so, not by flags.
+    variables: more of them, of all.
     """
 
-    def __init__(self, count, more_flags, folder, devices=2, each=None, by_variables=False):
+    def __init__(self, count, more_flags, folder, devices=2, each=None, by_variables=False, variables=None):
         where = f"127.0.0.1:{free_port()}"
 
         def begin(index):
             flags = [*FLAGS, *more_flags, *(each or {}).get(index, ())]
+            flags.sort(key=lambda flag: not flag.startswith("--config="))  # it is read before its fields
             place = {"coordinator": where, "processes": count, "process": index}
             if not by_variables:
                 flags += [f"--{name}={value}" for name, value in place.items()]
-                return start(flags, environment(devices), folder)
-            variables = dict(zip(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), place.values()))
-            return start(flags, environment(devices, **{name: str(value) for name, value in variables.items()}), folder)
+                return start(flags, environment(devices, **variables or {}), folder)
+            names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            told = {name: str(value) for name, value in zip(names, place.values())}
+            return start(flags, environment(devices, **told, **variables or {}), folder)
 
         self.processes = [begin(index) for index in range(count)]
 

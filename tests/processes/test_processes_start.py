@@ -1,0 +1,150 @@
+"""Processes that were started wrongly: the pieces that find out, each by itself. Nothing here trains."""
+
+import json
+import os
+import select
+import socket
+import threading
+import types
+
+import pytest
+from support.processes.several import free_port
+
+from deltaformer_jax.processes import common, connect, coordinator
+from deltaformer_jax.processes.coordinator import Coordinator
+from deltaformer_jax.processes.hub import Hub, Member, Verdict
+from deltaformer_jax.processes.place import Place
+from deltaformer_jax.processes.relay import Relay
+from deltaformer_jax.training import workdir
+
+
+def turned(hub, until=50):
+    """The first verdict of a few turns of the hub, each after whatever can be read."""
+    for _ in range(until):
+        ready, _, _ = select.select(hub.sockets(), [], [], 0.02)
+        for verdict in hub.turn({one.fileno() for one in ready}):
+            return verdict
+    return None
+
+
+def test_a_fault_that_comes_with_the_hello_is_heard():
+    """A process may fail as soon as all have met, before its supervisor has joined."""
+    place, fault = Place("127.0.0.1:1", 2, 1, "flags"), Verdict("what is wrong", 2, 1, False)
+    hub = Hub(place._replace(index=0))
+    hub.begin()
+    with socket.create_connection(("127.0.0.1", hub.port)) as scanner, socket.socket() as silent:
+        scanner.sendall(b"GET / HTTP/1.1\n\n")
+        assert turned(hub, 3) is None
+        silent.connect(("127.0.0.1", hub.port))
+        member = Member(place, "host", hub.port, hub.token)
+        member.tell(fault=fault)
+        assert turned(hub) == fault
+    ours = [*hub._strangers, *(lines for lines, _ in hub._members.values()), member._lines, hub._server]
+    for lines in ours:
+        lines.close()
+
+
+def test_the_port_of_the_coordinator_is_taken_once():
+    address = f"127.0.0.1:{free_port()}"
+    first = Coordinator(address)
+    assert first.take_port() is None
+    assert f"--coordinator {address}: port" in Coordinator(address).take_port()
+    # gRPC's way of listening is still open, and so is that of a coordinator of before.
+    with socket.socket() as grpc:
+        grpc.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        grpc.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        grpc.listen()
+        first._held.close()
+        assert "cannot be used" in Coordinator(address).take_port()
+
+
+def test_a_coordinator_that_was_there_is_missed(monkeypatch):
+    monkeypatch.setattr(coordinator, "LOOK", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        seen = Coordinator(f"127.0.0.1:{server.getsockname()[1]}")
+        assert seen.look(100.0) is None
+    assert seen.look(101.0) is None
+    assert "process 0 was there, and has ended" in seen.look(100.5 + coordinator.GONE)
+    assert Coordinator(f"127.0.0.1:{free_port()}").look(1000.0) is None  # it may still come
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "number"),
+    [
+        ("E1128 15:21:33.07 4801 coordination_service.cc:518] [1] 3 unexpectedly tried to connect with a different "
+         "incarnation. It has likely restarted.\nF1128 client.h:80] Terminating\n", 0, 3),
+        ("W1128 15:20:30.35 3525 coordination_service.cc:388] [1] ConnectAfterBarrierPasses: CANCELLED: Cancelled "
+         "because there's a more recent barrier call for [Init] from the same task.\n", 2, 2),
+        ("E1128 15:21:33.07 4809 coordination_service_agent.cc:289] Polled an error\n", 0, None),
+    ],
+)  # fmt: skip
+def test_a_number_that_two_have_is_named(text, index, number):
+    reader, writer = os.pipe()
+    os.write(writer, text.encode())
+    os.close(writer)
+    relay = Relay(reader)
+    relay.turn()
+    os.close(reader)
+    assert relay.held == text.encode() and relay.came_twice(index) == number
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_another_number_of_processes_than_process_0_was_told(index, monkeypatch):
+    store, told = {"deltaformer/place": json.dumps({"count": 2, "hub": [1, "token"]})}, []
+    client = types.SimpleNamespace(key_value_set=store.__setitem__, blocking_key_value_get=lambda key, _: store[key])
+    monkeypatch.setattr(common, "_client", lambda: client)
+    monkeypatch.setattr(connect.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(connect.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(connect.child, "where_the_parent_listens", lambda: [1, "token"])
+    monkeypatch.setattr(connect.child, "connected", told.append)
+    connect.connect(Place("a:1", 2, index, "flags"))
+    if index == 1:
+        with pytest.raises(ValueError, match="--processes 3: process 0 was started with --processes 2; start every"):
+            connect.connect(Place("a:1", 3, 1, "flags"))
+        assert told == [[1, "token"]] * 2  # the parents are connected before, so that all hear of it
+
+
+def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
+    """Both processes are told so, and neither if it is the same folder, or an address."""
+    here, barrier, gathered = threading.local(), threading.Barrier(2), {}
+
+    def gather(_, value):
+        gathered[here.index] = value
+        barrier.wait(10)
+        return [gathered[0], gathered[1]]
+
+    def first(_, function):
+        if here.index == 0:
+            gathered["text"] = function()
+        barrier.wait(10)
+        return gathered["text"]
+
+    monkeypatch.setattr(workdir, "SHARED_SECONDS", 0.3)
+    monkeypatch.setattr(workdir.processes, "count", lambda: 2)
+    monkeypatch.setattr(workdir.common, "gather", gather)
+    monkeypatch.setattr(workdir.common, "first", first)
+    for name, text in (("a", "process 0"), ("b", "an older one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.lock").write_text(text)
+    said = {}
+
+    def process(index, folder):
+        here.index = index
+        try:
+            workdir.check_shared(folder)
+        except ValueError as error:
+            said[index] = str(error)
+
+    def both(*folders):
+        said.clear()
+        threads = [threading.Thread(target=process, args=pair) for pair in enumerate(folders)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        return said
+
+    assert both(str(tmp_path / "a"), str(tmp_path / "a")) == {} == both("gs://bucket/a", "gs://bucket/a")
+    for folder in ("b", "missing/folder"):
+        found = both(str(tmp_path / "a"), str(tmp_path / folder))
+        assert len(found) == 2 and all("process 1 does not see the file train.lock" in text for text in found.values())
