@@ -56,10 +56,11 @@ class Fields:
         self._problems.append(problem)
 
     def take_object(self, name: str, known: str) -> dict[str, Any]:
-        """The fields of an object, without those that are null; {} if it is absent. known: those that it may have."""
+        """The fields of an object, without those that are null or refused; {} if it is absent. known: those that it may
+        have."""
         given = self.take(name, {})
         self._problems += misfits(given, f"{name}.") + unknown(given, known, f"{name}.")
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: value for key, value in given.items() if value is not None and not misfits({key: value})}
 
     def finish(self) -> None:
         """Raise ValueError if a field was refused, or if one is left that nothing took and that is not switched off."""

@@ -25,7 +25,7 @@ def test_there_are_examples():
     assert {name: count for name, count in need_files.items() if count} == {
         "checkpoints.md": 2,
         "own_mixers.md": 1,
-        "weights.md": 1,
+        "weights.md": 2,
     }
 
 

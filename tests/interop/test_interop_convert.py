@@ -60,6 +60,7 @@ def test_there_and_back(folder, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "converted with" in card and "2 layers of width 32" in card and "Evaluation on held-out data: none" in card
     assert f"- Base model: `{folder}`. Its parameters were not trained further here." in card
+    assert f"- Written by: `python -m deltaformer_jax.convert {folder} --workdir DIR`, then `python" in card
     assert "- Training data: that of the base model" in card and "deltaformer_jax.train" not in card
 
 

@@ -41,9 +41,15 @@ def model_card(run: Restored, workdir: epath.PathLike) -> str:
             f"- Training: {run.step} steps of {config.data.batch_size} rows of {config.data.sequence_length} tokens, "
             f"seed {config.run.seed}, by {config.optimizer.name}."
         )
-    lines += [f"- Evaluation on held-out data: {_evaluation(workdir, run.step)}.", ""]
+    lines += [f"- Evaluation on held-out data: {_evaluation(workdir, run.step)}.", *_written(source), ""]
     lines += [*_tasks(workdir), *([] if source else _command(config))]
     return "\n".join(lines)
+
+
+def _written(source: str | None) -> Iterator[str]:
+    program = "python -m deltaformer_jax.convert"
+    read = f"`{program} {source} --workdir DIR`, then " if source else ""
+    yield f"- Written by: {read}`{program} --to-hf --workdir DIR --out FOLDER`."
 
 
 def _base(config: Config, source: str | None) -> Iterator[str]:
