@@ -10,6 +10,7 @@ depth.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -134,8 +135,28 @@ class LanguageModel(nnx.Module):
         x, cache = self.hidden(tokens, segment_ids=segment_ids, positions=positions, cache=cache)
         return self.logits(x), cache
 
-    def hidden(self, tokens, *, segment_ids=None, positions=None, cache=None):
-        """tokens [B,T] -> (the final norm's output [B,T,d_model] in the compute dtype, cache or None)."""
+    def hidden(self, tokens, *, segment_ids=None, positions=None, cache=None, active=None):
+        """tokens [B,T] -> (the final norm's output [B,T,d_model] in the compute dtype, cache or None).
+
+        `active`: bool [num_layers]. x_{l+1} = x_l where it is False, as if layer l had been removed
+        (`surgery.remove_layers`); its cache stays as it is. One compiled program serves all choices, at the cost of all
+        layers.
+        """
+        self._check(tokens, segment_ids, positions, active)
+        return _hidden(self, tokens, segment_ids, positions, cache, active)[:2]
+
+    def look(self, tokens, see, *, segment_ids=None, positions=None, active=None):
+        """(the final norm's output [B,T,d_model], what `see` returned for each layer).
+
+        see(x_l, x_{l+1}, real) -> a pytree of arrays: x_l and x_{l+1} [B,T,d_model], the residual stream before and
+        after layer l; real bool [B,T], False at padding. Each leaf gets a leading axis over the layers. `active`: see
+        `hidden`. Each function `see` is compiled for anew.
+        """
+        self._check(tokens, segment_ids, positions, active)
+        x, _, seen = _hidden(self, tokens, segment_ids, positions, None, active, see)
+        return x, seen
+
+    def _check(self, tokens, segment_ids, positions, active):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, length]; they are {tokens.dtype}{list(tokens.shape)}")
         for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
@@ -145,7 +166,11 @@ class LanguageModel(nnx.Module):
                 raise ValueError(f"{name} must have tokens' shape {tokens.shape}; it has {ids.shape}")
             if not jnp.issubdtype(ids.dtype, jnp.integer):
                 raise TypeError(f"{name} must be integers; it has dtype {ids.dtype}")
-        return _hidden(self, tokens, segment_ids, positions, cache)
+        layers = self.periods * len(self.blocks)
+        if active is not None and (active.shape != (layers,) or active.dtype != bool):
+            raise ValueError(
+                f"active must be booleans [{layers}], one for each layer; it is {active.dtype}{list(active.shape)}"
+            )
 
     def logits(self, x):
         """x [B,T,d_model] from `hidden` -> float32 [B,T,vocab_size]."""
@@ -177,11 +202,14 @@ class LanguageModel(nnx.Module):
 
 
 # Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
-@jax.jit
-def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
+@functools.partial(jax.jit, static_argnames="see")
+def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None):
+    """(the final norm's output, cache or None, what `see` returned or None)."""
     if positions is None:
-        # All layers have seen the same tokens, so the first layer's length is every layer's.
+        # All layers have seen the same tokens, but for those that were not active.
         start = None if cache is None else cache[0].length[0]
+        if start is not None and active is not None:
+            start = functools.reduce(jnp.maximum, (jnp.max(layer.length, axis=0) for layer in cache))
         positions = token_positions(segment_ids, *tokens.shape, start)
     # Otherwise the compiler splits them as the residual stream is, and gathers what follows from them: rotations.
     positions = constrain(positions, "batch", "tokens")
@@ -196,28 +224,55 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache):
         # Inside scan the recomputation is not merged with the forward pass, so the barrier against CSE is not needed.
         apply = jax.checkpoint(apply, prevent_cse=unrolled, policy=_KEPT[model.remat])
 
+    real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+
     def period(x, layers):
-        blocks, caches = layers
-        after = []
-        for block, cache in zip(blocks, caches):
-            x, cache = apply(block, x, in_order(cache))
-            x = constrain(x, "batch", "stream", "embed")
+        blocks, caches, switches = layers
+        after, seen = [], []
+        for i, (block, cache) in enumerate(zip(blocks, caches)):
+            y, cache = apply(block, x, in_order(cache))
+            y = constrain(y, "batch", "stream", "embed")
+            before, x = x, y if switches is None else jnp.where(switches[i], y, x)
             after.append(cache)
-        return x, tuple(after)
+            seen.append(None if see is None else see(before, x, real))
+        return x, (tuple(after), tuple(seen))
 
     # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
     x = constrain(model.embedding(tokens, segment_ids), "batch", "stream", "embed")
     blocks = tuple(model.blocks)
+    switches = None if active is None else active.reshape(model.periods, len(blocks))
     if unrolled:
+        found = []
         for i in range(model.periods):
             with jax.named_scope("layer"):
-                x, _ = period(x, (jax.tree.map(lambda stack, i=i: stack[i], blocks), (None,) * len(blocks)))
-        return constrain(model.final_norm(x), "batch", "tokens", "embed"), None
+                own, on = jax.tree.map(lambda stack, i=i: stack[i], (blocks, switches))
+                x, (_, seen) = period(x, (own, (None,) * len(blocks), on))
+                found.append(seen)
+        seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+        return constrain(model.final_norm(x), "batch", "tokens", "embed"), None, _by_layer(seen)
     caches = (None,) * len(blocks) if cache is None else ops.read_only(cache)
-    x, after = jax.lax.scan(period, x, (blocks, caches))
+    x, (after, seen) = jax.lax.scan(period, x, (blocks, caches, switches))
     x = constrain(model.final_norm(x), "batch", "tokens", "embed")
-    return x, None if cache is None else ops.written(cache, after, axes=1)
+    if cache is None:
+        return x, None, _by_layer(seen)
+    after = ops.written(cache, after, axes=1)
+    if switches is not None:
+        after = tuple(_where(switches[:, i], *pair) for i, pair in enumerate(zip(after, cache)))
+    return x, after, None
+
+
+def _by_layer(seen):
+    """Pytrees of arrays [periods, ...], one for each entry of the pattern -> one of arrays [num_layers, ...]."""
+    if seen[0] is None:
+        return None
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *seen)
+
+
+def _where(condition, chosen, other):
+    """`chosen` where condition [periods], else `other`: two pytrees of arrays [periods, ...]."""
+    pick = lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    return jax.tree.map(pick, chosen, other)
 
 
 def num_parameters(model) -> int:

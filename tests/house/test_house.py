@@ -33,6 +33,7 @@ FLOORS = [
     ["deltaformer_jax.data"],
     ["deltaformer_jax.decoding"],
     ["deltaformer_jax.interop"],
+    ["deltaformer_jax.surgery"],
     ["deltaformer_jax.training"],
     ["deltaformer_jax.plot"],
     ["deltaformer_jax.reproduce"],
