@@ -50,12 +50,24 @@ MESHES = {
     "parameters over hosts": (2, 2, ("--config.mesh.fsdp=4",)),
     # Every process needs every row: the shards of one row lie on both.
     "heads over hosts": (2, 1, ("--config.mesh.tensor=2",)),
+    # Every process needs every row here too, of which it computes a part of the tokens.
+    "tokens over hosts, by heads": (2, 1, ("--config.mesh.context=2",)),
+    "tokens over four hosts, by the chain": (
+        4,
+        1,
+        ("--config.mesh.context=4", "--config.model.implementation=chunked"),
+    ),
+    "parameters and tokens over hosts": (2, 2, ("--config.mesh.fsdp=2", "--config.mesh.context=2")),
     "four hosts, heads over pairs of them": (4, 1, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")),
 }
 
 
 # In each run of the tests, in the long ones, and on demand.
-WHEN = {"parameters over hosts": [], "four hosts, heads over pairs of them": pytest.mark.long}
+WHEN = {
+    "parameters over hosts": [],
+    "four hosts, heads over pairs of them": pytest.mark.long,
+    "tokens over hosts, by heads": pytest.mark.long,
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=WHEN.get(name, pytest.mark.rare)) for name in MESHES])
