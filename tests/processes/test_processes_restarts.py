@@ -51,8 +51,10 @@ def assert_losses(found, expected):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("packing", ["one corpus", "a mixture"])
+# What a mixture does each of its corpora does alone: that is tried on demand.
+@pytest.mark.parametrize(
+    "packing", [pytest.param("one corpus", marks=pytest.mark.rare), pytest.param("a mixture", marks=pytest.mark.long)]
+)
 def test_on_8_4_2_and_8_devices(packing, mixture, tmp_path, monkeypatch):
     """Stopped twice, and then killed two steps after the checkpoint: these are made again, the others once."""
     path, noted = mixture if packing == "a mixture" else mixture.split("=")[0], []

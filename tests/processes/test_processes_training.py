@@ -50,12 +50,24 @@ MESHES = {
     "parameters over hosts": (2, 2, ("--config.mesh.fsdp=4",)),
     # Every process needs every row: the shards of one row lie on both.
     "heads over hosts": (2, 1, ("--config.mesh.tensor=2",)),
+    # Every process needs every row here too, of which it computes a part of the tokens.
+    "tokens over hosts, by heads": (2, 1, ("--config.mesh.context=2",)),
+    "tokens over four hosts, by the chain": (
+        4,
+        1,
+        ("--config.mesh.context=4", "--config.model.implementation=chunked"),
+    ),
+    "parameters and tokens over hosts": (2, 2, ("--config.mesh.fsdp=2", "--config.mesh.context=2")),
     "four hosts, heads over pairs of them": (4, 1, ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")),
 }
 
 
 # In each run of the tests, in the long ones, and on demand.
-WHEN = {"parameters over hosts": [], "four hosts, heads over pairs of them": pytest.mark.long}
+WHEN = {
+    "parameters over hosts": [],
+    "four hosts, heads over pairs of them": pytest.mark.long,
+    "tokens over hosts, by heads": pytest.mark.long,
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=WHEN.get(name, pytest.mark.rare)) for name in MESHES])
@@ -123,10 +135,16 @@ def kill_at_random_moments(kills, corpus, folder):
         length = time.monotonic() - begin
     draw, workdir, killed, said = random.Random(0), folder / "run", 0, set()
     while killed < kills:
+        saved = max(
+            (int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0
+        )
+        if saved > 45:  # what is left takes less time than a start
+            shutil.rmtree(workdir)
+            saved = 0
         with Several(2, [*flags, f"--workdir={workdir}"], folder) as run:
             run.wait_for_line(" run in")
             victim, child = draw.randrange(2), None
-            time.sleep(draw.uniform(0.0, 0.9) * length)
+            time.sleep(draw.uniform(0.0, 0.9) * length * (1 - saved / 60))
             child = run.child(victim)
             if child is not None:
                 os.kill(child, signal.SIGKILL)

@@ -6,11 +6,11 @@ rows of this host need.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import secrets
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -31,6 +31,7 @@ class Store:
         import fsspec  # here, since most corpora are local
 
         self.address = address.rstrip("/")
+        self._lock, self._held = threading.Lock(), None
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.address)
         except ValueError as error:
@@ -54,15 +55,17 @@ class Store:
         with _errors(f"{self.address}/{name}"):
             self._files.get_file(f"{self._root}/{name}", str(target))
 
-    @functools.cached_property
+    @property
     def pages(self) -> Path:
         """A folder of this process for what it reads of the shards. It is removed with the process, or by a later."""
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        held = None
-        while held is None:  # None: a sweep of another process came between its making and its lock
-            held = try_open(cache_folder() / f".corpus.partial-{os.getpid()}-{secrets.token_hex(4)}")
-        weakref.finalize(self, _let_go, held)
-        return held.path
+        with self._lock:
+            if self._held is None:
+                cache_folder().mkdir(parents=True, exist_ok=True)
+            while self._held is None:  # after try_open: a sweep of another process came between its making and its lock
+                self._held = try_open(cache_folder() / f".corpus.partial-{os.getpid()}-{secrets.token_hex(4)}")
+                if self._held is not None:
+                    weakref.finalize(self, _let_go, self._held)
+            return self._held.path
 
 
 def _let_go(held: Unfinished) -> None:

@@ -23,6 +23,8 @@ from deltaformer_jax.training.checkpoints.checksums import (
 )
 from deltaformer_jax.training.state import TrainState
 
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax is writing
+
 
 class SaveError(RuntimeError):
     """A save that failed, for example on a full disk. The message is one line."""
@@ -172,7 +174,12 @@ class Checkpoints:
                 self._mark(step).unlink()
 
     def _cut_short(self) -> list[tuple[int, bool, bool]]:
-        """(step, whether to delete it, whether to write its checksums) of each save that was not finished."""
+        """(step, whether to delete it, whether to write its checksums) of each save that was not finished.
+
+        Deletes what orbax itself had not finished; it would warn, in a line of its own, when it saves that step again.
+        """
+        for half in self._folder.glob(f"*{UNFINISHED}*"):
+            half.rmtree()
         found = []
         for mark in self._folder.glob("saving-*"):
             step = int(mark.name.removeprefix("saving-"))
