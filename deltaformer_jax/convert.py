@@ -71,15 +71,12 @@ def read(flags) -> None:
         from deltaformer_jax.interop.files import check_folder
         from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
         from deltaformer_jax.model import num_parameters
-        from deltaformer_jax.model_parts import model_parts, params_of
+        from deltaformer_jax.model_parts import params_of
+        from deltaformer_jax.training.checkpoints.new_run import check_new, write_run
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
-        from deltaformer_jax.training.checkpoints.store import Checkpoints
-        from deltaformer_jax.training.optimiser import make_optimiser
-        from deltaformer_jax.training.position import Position
-        from deltaformer_jax.training.state import new_state
 
     workdir = epath.Path(flags.workdir)
-    _check_new("--workdir", workdir)
+    check_new("--workdir", workdir)
     check_folder(Path(flags.folder))
     file = Path(flags.tokenizer or Path(flags.folder) / TOKENIZER_FILE)
     if not file.exists():
@@ -91,21 +88,11 @@ def read(flags) -> None:
     kept = to_keep(Path(flags.folder), tokenizer, file)
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
     config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)
-    parts = model_parts(config.model)
-    optimiser = make_optimiser(config.optimizer, parts.decay, parts.axes)
-    saved = Saved(config, tokenizer.hash, "")
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / TOKENIZER_FILE).write_text(tokenizer.file_text)
+    files = {KEPT_FILE: json.dumps(kept) + "\n"}
     if form is not None:
-        (workdir / CHAT_FILE).write_text(json.dumps(form.settings()) + "\n")
-    (workdir / KEPT_FILE).write_text(json.dumps(kept) + "\n")
-    saved.write(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+        files[CHAT_FILE] = json.dumps(form.settings()) + "\n"
     with waiting(f"writing {workdir}", say_aside):
-        state = new_state(parts, params_of(model), optimiser)
-        checkpoints.save(state, {**Position().as_record(), **saved.as_json()})
-        checkpoints.wait()
-    checkpoints.close()
+        write_run(workdir, Saved(config, tokenizer.hash, ""), params_of(model), tokenizer, files)
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
     say(f"{num_parameters(model):,} parameters ({mixers}) in {workdir}")
 
@@ -113,7 +100,6 @@ def read(flags) -> None:
 def write(flags) -> None:
     """The run in --workdir -> --out."""
     Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
-    _check_new("--out", epath.Path(flags.out))
     with waiting("importing jax", say_aside):
         from pathlib import Path
 
@@ -121,8 +107,10 @@ def write(flags) -> None:
         from deltaformer_jax.interop.kept import dtypes_of_run, kept_of_run, tokenizer_config_of_run
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.model_card import model_card
+        from deltaformer_jax.training.checkpoints.new_run import check_new
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_chat, restore
 
+    check_new("--out", epath.Path(flags.out))
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
         run = restore(flags.workdir, flags.step, say_aside)
     with waiting(f"writing {flags.out}", say_aside):
@@ -139,13 +127,6 @@ def write(flags) -> None:
             kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
         )
     say(f"{flags.out}: a {kind}, from step {run.step}")
-
-
-def _check_new(flag: str, folder: epath.Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{flag} {folder}: is a file; give a new folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{flag} {folder}: is not empty; give a new folder")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Changes of a trained model: layers measured and removed. Pure functions of a config and its parameters."""
+"""Changes of a trained model: layers measured, ranked and removed. Pure functions of a config and its parameters."""
 
 from deltaformer_jax.surgery.influence import block_influence
 from deltaformer_jax.surgery.layers import remove_layers
+from deltaformer_jax.surgery.rankings import losses, measure, ranking
 
-__all__ = ["block_influence", "remove_layers"]
+__all__ = ["block_influence", "losses", "measure", "ranking", "remove_layers"]

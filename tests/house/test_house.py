@@ -33,12 +33,13 @@ FLOORS = [
     ["deltaformer_jax.data"],
     ["deltaformer_jax.decoding"],
     ["deltaformer_jax.interop"],
-    ["deltaformer_jax.surgery"],
     ["deltaformer_jax.training"],
+    ["deltaformer_jax.surgery"],
+    ["deltaformer_jax.evaluate.corpus"],
     ["deltaformer_jax.plot"],
     ["deltaformer_jax.reproduce"],
     ["deltaformer_jax.help_config"],
-    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "convert", "compile")],
+    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "convert", "compile", "prune")],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
 # Beside the one order: in pallas_kernels the accelerators do not know each other, nor DeltaFormer's kernels the gated
