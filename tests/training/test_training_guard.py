@@ -65,7 +65,12 @@ def skipped(workdir):
 
 @pytest.mark.parametrize(
     ("number", "factor"),
-    [(0, np.nan), pytest.param(2, np.nan, marks=pytest.mark.long), (10, np.nan), (5, np.inf)],
+    [
+        pytest.param(0, np.nan, marks=pytest.mark.rare),
+        pytest.param(2, np.nan, marks=pytest.mark.rare),
+        (10, np.nan),
+        pytest.param(5, np.inf, marks=pytest.mark.long),
+    ],
     ids=["first", "early", "late", "inf"],
 )
 def test_one_bad_batch_is_one_skipped_step(corpus, poison, tmp_path, number, factor):
@@ -95,7 +100,7 @@ def test_a_gradient_50_deviations_out_is_one_skipped_step(corpus, poison, tmp_pa
     [
         (5, 6, 7),
         pytest.param((0, 1, 2), marks=pytest.mark.long),
-        pytest.param((9, 10, 11), marks=pytest.mark.long),
+        pytest.param((9, 10, 11), marks=pytest.mark.rare),
     ],
     ids=["middle", "before any checkpoint", "end"],
 )
@@ -110,7 +115,9 @@ def test_several_in_a_row_are_gone_back_from(corpus, poison, tmp_path, numbers):
     assert sum("passed_batches" in record for record in here) == 1
 
 
-@pytest.mark.parametrize("name", ["muon", pytest.param("lion", marks=pytest.mark.long), "adafactor"])
+@pytest.mark.parametrize(
+    "name", ["muon", *(pytest.param(name, marks=pytest.mark.rare) for name in ("lion", "adafactor"))]
+)
 def test_each_update_goes_back(corpus, poison, tmp_path, name):
     """Parameters and what the update keeps of them come from the checkpoint."""
     poison(dict.fromkeys((5, 6, 7), np.nan))
@@ -121,7 +128,7 @@ def test_each_update_goes_back(corpus, poison, tmp_path, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at", [6, 7, 10])
+@pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.rare), 7, pytest.param(10, marks=pytest.mark.long)])
 def test_stopped_among_bad_batches_and_resumed(corpus, poison, tmp_path, at):
     """Stopped after one or two of three bad batches, or after going back: the same as never stopped."""
     poison(dict.fromkeys((5, 6, 7), np.nan))

@@ -58,7 +58,7 @@ def test_what_a_run_leaves(whole):
     assert config["model"]["d_model"] == 32 and len(config["tokenizer_hash"]) == 64
 
 
-@pytest.mark.parametrize("step", [1, 5, 7])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.rare), 5, pytest.param(7, marks=pytest.mark.rare)])
 def test_stopped_and_resumed(corpus, whole, tmp_path, step):
     config = cases.small_config(corpus)
     run = cases.run_training(config, tmp_path / "run", stop=lambda steps: cases.StopAt(steps, step))
@@ -69,7 +69,7 @@ def test_stopped_and_resumed(corpus, whole, tmp_path, step):
     cases.assert_same_bits(again.state, whole[1])
 
 
-@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.rare), 7])
 def test_died_and_resumed(corpus, whole, tmp_path, step):
     """Nothing is saved at the death; lines after the last checkpoint, and half a line, are cut away."""
     config = cases.small_config(corpus)

@@ -200,7 +200,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("muon", "adafactor") else pytest.mark.rare) for name in NAMES]
+    "name", [pytest.param(name, marks=[] if name == "muon" else pytest.mark.rare) for name in NAMES]
 )
 def test_trains_on_a_mesh_and_resumes_bit_for_bit(name, corpus, tmp_path):
     config = cases.small_config(

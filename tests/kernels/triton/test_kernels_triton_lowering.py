@@ -47,7 +47,9 @@ def arguments(*batch):
     return x, x, x, _array(*batch, 256, 4), ids, x
 
 
-@pytest.mark.parametrize("settings, calls", [(SEPARATE, 4), (TIED, 2)], ids=["separate", "tied"])
+@pytest.mark.parametrize(
+    "settings, calls", [(SEPARATE, 4), pytest.param(TIED, 2, marks=pytest.mark.long)], ids=["separate", "tied"]
+)
 def test_lowers_for_cuda(settings, calls):
     needs_the_plugin()
     assert lowered_calls(both(settings), *arguments(2)) == calls
