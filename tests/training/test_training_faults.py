@@ -92,7 +92,9 @@ class Compiling:
 
 STAGES = {
     "compiling": lambda patch, signals: patch(
-        programs, "make_train_step", lambda *a, make=programs.make_train_step: Compiling(make(*a), signals)
+        programs,
+        "make_train_step",
+        lambda *a, make=programs.make_train_step, **named: Compiling(make(*a, **named), signals),
     ),
     "stepping": lambda patch, signals: patch(loop, "to_devices", after(13, loop.to_devices, signals)),
     "evaluating": lambda patch, signals: patch(loop, "evaluate", after(2, loop.evaluate, signals)),

@@ -21,7 +21,9 @@ def new_program(**options):
 def test_each_shape_of_a_batch_is_traced_and_compiled_once(monkeypatch):
     made = []
     original = programs.make_train_step
-    monkeypatch.setattr(programs, "make_train_step", lambda *arguments: made.append(1) or original(*arguments))
+    monkeypatch.setattr(
+        programs, "make_train_step", lambda *given, **named: made.append(1) or original(*given, **named)
+    )
     program = new_program()
     assert not made  # shapes and shardings are known without a step
     short, long = (DataConfig(sequence_length=length, batch_size=2) for length in (8, 16))
