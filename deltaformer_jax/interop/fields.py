@@ -46,6 +46,10 @@ class Fields:
             return default
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the config has the field, be it null."""
+        return name in self._values
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a value other than these. The first is the one that an absent field stands for."""
         value = self.take(name, allowed[0])
