@@ -264,20 +264,31 @@ def _say_qwen3_5(config: ModelConfig) -> dict[str, Any]:
     return _say_common(config, one) | _say_delta(config) | dict(rope_parameters=rope)
 
 
+def _rope_or_none(fields: Fields) -> dict[str, Any]:
+    """As `_rope`, where a rope_theta that is null within rope_parameters, or rope_parameters that are null and no field
+    of before, say that there is no rotary embedding."""
+    given = fields.take("rope_parameters", None)
+    if isinstance(given, dict) and given.get("rope_theta", 1) is None:
+        fields.take_object("rope_parameters", "rope_type type rope_theta")
+        return dict(rope_base=0.0)
+    before = [name for name in ("rope_theta", "rope_scaling") if fields.take(name, None)]
+    if given is None and fields.has("rope_parameters") and not before:
+        return dict(rope_base=0.0)
+    return _rope(fields)
+
+
 def _read_olmo_hybrid(fields: Fields) -> ModelConfig:
     common = _common(fields)
     heads = dict(num_heads=common.pop("num_heads"), num_kv_heads=common.pop("num_kv_heads"))
     fields.only("attention_bias", False)
-    if fields.take("rope_parameters", None):
-        fields.refuse("rope_parameters: a rotary embedding in olmo_hybrid has no equivalent here")
     attention = Mixer(
         "softmax_attention",
         head_dim=fields.take("head_dim", common["d_model"] // heads["num_heads"]),
         qk_norm=True,
         qk_norm_over="all_heads",
-        rope_base=0.0,
         norm_placement="post",
         **heads,
+        **_rope_or_none(fields),
     )
     every = heads["num_heads"]
     width = int(0.75 * common["d_model"] / fields.take("linear_num_key_heads", every))
@@ -301,8 +312,12 @@ def _read_olmo_hybrid(fields: Fields) -> ModelConfig:
 def _say_olmo_hybrid(config: ModelConfig) -> dict[str, Any]:
     every = layers(config)
     delta = next(mixer for mixer in every if mixer.name == "gated_delta_net")
-    said = _say_common(config, _attention_of(config)) | _say_delta(config)
-    return said | dict(rope_parameters=None, linear_allow_neg_eigval=setting(config, delta, "negative_eigenvalues"))
+    attention = _attention_of(config)
+    said = _say_common(config, attention) | _say_delta(config)
+    # transformers 5.24 reads rope_parameters that are null as its default rotary embedding.
+    none = dict(rope_type="default", rope_theta=None)
+    rope = _say_rope(config, attention) if setting(config, attention, "rope_base") else none
+    return said | dict(rope_parameters=rope, linear_allow_neg_eigval=setting(config, delta, "negative_eigenvalues"))
 
 
 _OLMO_IGNORED = "linear_a_log_max linear_a_log_min linear_dt_init_floor linear_dt_max linear_dt_min"
