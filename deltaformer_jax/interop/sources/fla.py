@@ -12,7 +12,7 @@ from typing import Any
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VECTOR
-from deltaformer_jax.interop.sources.base import Source, layers
+from deltaformer_jax.interop.sources.base import Shapes, Source, layers
 from deltaformer_jax.interop.sources.fla_hybrids import attention, hybrid, say_hybrid
 from deltaformer_jax.interop.tables import Row
 from deltaformer_jax.model import mlp_dim
@@ -365,9 +365,10 @@ def _source(model_type: str, class_name: str, read: Any, write: Any, mixer: str,
     )
 
 
-def _is_former(names: set[str]) -> bool:
+def _is_former(shapes: Shapes) -> bool:
     """Files from before 2025-02-09 hold the feed-forward layer's gate over its up map in one tensor."""
-    return "model.layers.0.mlp.up_proj.weight" not in names
+    gate, up, down = (shapes.get(f"model.layers.0.mlp.{name}_proj.weight", ()) for name in ("gate", "up", "down"))
+    return not up and len(gate) == len(down) == 2 and gate[0] == 2 * down[1]
 
 
 def _former(rows: list[Row]) -> list[Row]:
