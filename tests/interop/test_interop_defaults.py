@@ -8,6 +8,7 @@ import pytest
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.interop.sources.base import layers
+from deltaformer_jax.interop.sources.single_layers import LAYERS
 from deltaformer_jax.layers.mixers.build import resolved_fields
 from deltaformer_jax.model import mlp_dim
 
@@ -67,6 +68,23 @@ def test_absent_fields_of_memories(kind, given, expected):
     config = read(kind, **given)
     found = resolved_fields(config, layers(config)[0])
     assert {name: found[name] for name in expected} == expected
+
+
+def test_absent_fields_of_single_layers():
+    sizes = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    of = lambda kind, **given: dict(LAYERS[kind](sizes | given, 1).mixer.overrides)
+    full = of("qwen3_next", layer_types=["linear_attention", "full_attention"])
+    assert (full["rope_base"], full["rotary_fraction"], full["norm_epsilon"]) == (1e4, 0.25, 1e-6)
+    both = of(
+        "qwen3_next", layer_types=["x", "full_attention"], rope_theta=1e7, rope_parameters={"rope_type": "default"}
+    )
+    assert both["rope_base"] == 1e7
+    with pytest.raises(ValueError, match="rope_type = 'yarn': only 'default' has"):
+        of("qwen3_next", layer_types=["x", "full_attention"], rope_scaling={"type": "yarn", "factor": 4.0})
+    found = of("bailing_hybrid")
+    assert (found["norm_epsilon"], found["decay_lower_bound"], found["head_dim"]) == (1e-6, -5, 16)
+    found = of("kimi_linear", layer_types=["linear_attention"] * 2, linear_num_heads=4, linear_head_dim=8)
+    assert (found["norm_epsilon"], found["conv_size"]) == (1e-5, 4)
 
 
 def test_absent_layer_types_and_feed_forward_widths():
