@@ -63,8 +63,6 @@ def open_all(out: Path, package: str) -> int:
                 continue
             kind = getattr(transformers, said["architectures"][0])
             config = transformers.AutoConfig.from_pretrained(folder)
-            if said.get("rope_parameters", "") is None:
-                config.rope_parameters = None  # transformers 5.24 reads null as its default rotary embedding
             model, info = kind.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
             wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
             if wrong:

@@ -105,6 +105,7 @@ def write(flags) -> None:
 
         from deltaformer_jax.interop import save_pretrained
         from deltaformer_jax.interop.kept import dtypes_of_run, kept_of_run, tokenizer_config_of_run
+        from deltaformer_jax.interop.save import choose
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.model_card import model_card
         from deltaformer_jax.training.checkpoints.new_run import check_new
@@ -113,6 +114,8 @@ def write(flags) -> None:
     check_new("--out", epath.Path(flags.out))
     with waiting(f"restoring the model of {flags.workdir}", say_aside):
         run = restore(flags.workdir, flags.step, say_aside)
+    kept = kept_of_run(flags.workdir, run.config.data.sequence_length)
+    *_, why = choose(run.config.model, flags.model_type, kept.get("model_type"))
     with waiting(f"writing {flags.out}", say_aside):
         kind = save_pretrained(
             merge(run.program.parts, run.params),
@@ -124,8 +127,10 @@ def write(flags) -> None:
             chat=read_chat(flags.workdir),
             tokenizer_config=tokenizer_config_of_run(flags.workdir, run.tokenizer),
             card=model_card(run, flags.workdir),
-            kept=kept_of_run(flags.workdir, run.config.data.sequence_length),
+            kept=kept,
         )
+    if why:
+        say(f"a {kind}, which no other program opens: {why}")
     say(f"{flags.out}: a {kind}, from step {run.step}")
 
 

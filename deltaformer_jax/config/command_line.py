@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from deltaformer_jax.config import Config, saved_config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
+from deltaformer_jax.config.mixer import with_given
 from deltaformer_jax.config.saved import Saved, flatten
 from deltaformer_jax.host.arguments import value_of
 from deltaformer_jax.host.paths import expand
@@ -50,12 +51,14 @@ def parse(argv: list[str], default_config: str) -> Command:
     """Parse the command line `argv` (argv[0] is the program) into a checked Config and the other flags.
 
     Without --config the config comes from the run in --workdir if there is one, else from the folder in
-    --config.run.init_from, and from `default_config` otherwise.
+    --config.run.init_from, and from `default_config` otherwise. With init_from, a field of the model that is given
+    holds for every layer that has it, also where an entry of the folder's `mixers` has a value of its own.
     Raises ValueError, OSError or absl's flags.Error with a one-line message.
     """
     _check_flags(argv)
     workdir = value_of("workdir", argv)
     path = value_of("config", argv)
+    of_weights = False  # whether the model is that of run.init_from
     if workdir is not None:
         workdir = expand(workdir)
         argv = _with_value("workdir", workdir, argv)
@@ -70,6 +73,7 @@ def parse(argv: list[str], default_config: str) -> Command:
         argv = _with_value("config.run.init_from", init_from, argv)
         # A path, not an import: reading another project's config needs the model, and so jax.
         path = f"{Path(saved_config.__file__).parents[1] / 'interop' / 'as_config.py'}:{init_from}"
+        of_weights = True
     else:
         path = default_config
     # ml_collections loads every config file into the same module, where get_config of an earlier file would remain.
@@ -103,12 +107,25 @@ def parse(argv: list[str], default_config: str) -> Command:
         raise ValueError(f"{rest[1]!r}: not a flag; {LISTING}")
     if values.resume and not workdir:
         raise ValueError("--resume: give the run's folder too, --workdir DIR")
+    if of_weights:
+        config = _in_every_entry(config, argv)
     check(config)
     name = Path(path.partition(":")[0]).stem if value_of("config", argv) or path == default_config else "resumed"
     topology = values["for"].value
     if topology and not values.dry_run:
         raise ValueError(f"--for {topology}: is for --dry_run; give that too")
     return Command(config, values.workdir, name, values.dry_run, topology, values.resume)
+
+
+def _in_every_entry(config: Config, argv: list[str]) -> Config:
+    """The config with the fields of the model that are given also in the entries of `mixers` that have their own."""
+    prefix = "config.model."
+    fields = {flag.removeprefix("no").removeprefix(prefix) for flag in _flags(argv) if prefix in flag}
+    if "mixers" in fields or not fields:
+        return config
+    given = {field: getattr(config.model, field) for field in fields}
+    mixers = tuple(with_given(mixer, given) for mixer in config.model.mixers)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixers=mixers))
 
 
 def _with_value(flag: str, value: str, argv: list[str]) -> list[str]:

@@ -35,6 +35,14 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
+def with_given(mixer: str | Mixer, given: dict[str, Any]) -> str | Mixer:
+    """The entry with the values of `given` for those fields that it has values of its own for."""
+    if not isinstance(mixer, Mixer):
+        return mixer
+    own = dict(mixer.overrides)
+    return Mixer(mixer.given or mixer.name, **own | {name: value for name, value in given.items() if name in own})
+
+
 def entry(mixer: str | Mixer) -> Mixer:
     """An entry of `model.mixers` as a Mixer."""
     return mixer if isinstance(mixer, Mixer) else Mixer(mixer)

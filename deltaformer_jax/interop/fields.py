@@ -6,12 +6,12 @@ from typing import Any
 
 from deltaformer_jax.interop.kinds import misfits, unknown
 
-# Fields of every config of transformers that say nothing about the model's function.
+# Fields of every config of transformers, and of programs around it, that say nothing about the model's function.
 EVERYWHERE = frozenset(
-    """_name_or_path architectures auto_map attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
+    """architectures auto_map attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
     id2label initializer_range is_decoder is_encoder_decoder label2id max_position_embeddings model_type
     output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type return_dict
-    torch_dtype transformers_version use_cache""".split()
+    torch_dtype transformers_version use_cache is_llama_config transformers.js_config unsloth_version""".split()
 )
 
 # Fields of models that are not read here, or that do not exist any more. false says that they are switched off.
@@ -23,6 +23,16 @@ _OFF = frozenset(
 _REQUIRED = object()
 
 
+def of_text(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text model in config.json, which those of a multimodal qwen3_5 hold apart. Its class ties the
+    embeddings by the outer field."""
+    text = values.get("text_config")
+    if values.get("model_type") != "qwen3_5" or not isinstance(text, dict):
+        return values
+    outer = {name: values[name] for name in ("tie_word_embeddings",) if values.get(name) is not None}
+    return {"model_type": "qwen3_5_text"} | text | outer
+
+
 class Fields:
     """The fields of one config.json. `finish` raises one ValueError with all that has no equivalent here.
 
@@ -32,7 +42,8 @@ class Fields:
     def __init__(self, values: dict[str, Any], ignored: str = ""):
         if wrong := misfits(values):
             raise ValueError("config.json: " + "; ".join(wrong))
-        self._values, self._rest = values, set(values) - EVERYWHERE - set(ignored.split())
+        ours = {name for name in values if not name.startswith("_")}  # not a package's notes to itself
+        self._values, self._rest = values, ours - EVERYWHERE - set(ignored.split())
         self._problems: list[str] = []
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -45,6 +56,10 @@ class Fields:
                 return 1
             return default
         return value
+
+    def has(self, name: str) -> bool:
+        """Whether the config has the field, be it null."""
+        return name in self._values
 
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a value other than these. The first is the one that an absent field stands for."""

@@ -24,6 +24,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 FLOATS = tuple(NAMES)
 _BLOCK_BYTES = 16 * 10**6
+# How the names of tensors end that older files hold, and that classes compute from their configs.
+BUFFER = "rotary_emb.inv_freq"
 _OF_TEXT = "model.language_model."
 
 
@@ -104,11 +106,19 @@ class Tensors:
         if not out.ndim:
             out[...] = self[name]
             return
+        for rows, part in self._blocks(name, out):
+            out[rows] = part
+
+    def equals(self, name: str, array: np.ndarray) -> bool:
+        """Whether the tensor has the values of an array of its shape. This takes memory as `read_into` does."""
+        return all(np.array_equal(part, array[rows], equal_nan=True) for rows, part in self._blocks(name, array))
+
+    def _blocks(self, name: str, like: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         part = self._mapped(name).get_slice(name)
-        rows = max(1, _BLOCK_BYTES * len(out) // max(1, out.nbytes))
-        for begin in range(0, len(out), rows):
-            end = min(begin + rows, len(out))
-            out[begin:end] = part[begin:end]
+        rows = max(1, _BLOCK_BYTES * len(like) // max(1, like.nbytes))
+        for begin in range(0, len(like), rows):
+            end = min(begin + rows, len(like))
+            yield slice(begin, end), part[begin:end].astype(like.dtype, copy=False)
 
     def _mapped(self, name: str) -> Any:
         path = self._found[name][0]

@@ -1,6 +1,6 @@
-"""What a folder says that is not its model's function, and that goes back with it: `FIELDS` of its config.json, and its
-tokenizer_config.json and the dtypes of its tensors. A run that was imported has them in KEPT_FILE, with the prefix of
-its tokenizer."""
+"""What a folder says that is not its model's function, and that goes back with it: `FIELDS` of its config.json, its
+model_type, its tokenizer_config.json and the dtypes of its tensors. A run that was imported has them in KEPT_FILE, with
+the prefix of its tokenizer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ from deltaformer_jax.data.tokenizer.pretrained import (
     pretrained_ends,
     pretrained_prefix,
 )
+from deltaformer_jax.interop.fields import of_text
 from deltaformer_jax.interop.files import NAMES, Tensors, read_json, usual_name
 from deltaformer_jax.interop.kinds import misfits
+from deltaformer_jax.interop.own import MODEL_TYPE
+from deltaformer_jax.interop.sources import SOURCES
 
 FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+# What save_pretrained(kept=) takes. Beside those: the folder's model_type, and whether its file holds the table of a
+# tied model a second time, as lm_head.weight.
+KEPT = (*FIELDS, "model_type", "tied_head")
 # Where the folder of an imported run has them.
 KEPT_FILE = "pretrained.json"
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
-    """Those of FIELDS that a folder of the hub's format says, null included; tokens also in generation_config.json,
+    """Those of KEPT that a folder of the hub's format says, null included; tokens also in generation_config.json,
     whose eos_token_id counts. Raises ValueError, naming the file, for one of another kind."""
     found: dict[str, Any] = {}
     ends = None
@@ -44,15 +50,20 @@ def read_kept(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {'; '.join(wrong)}")
         ends = ends if ends is not None else said.get("eos_token_id")
         found |= said
+    text = of_text(whole)
+    if text.get("model_type") in (*SOURCES, MODEL_TYPE):
+        found["model_type"] = text["model_type"]
+    if text.get("tie_word_embeddings") and "lm_head.weight" in Tensors(folder):
+        found["tied_head"] = True
     return found if ends is None else found | {"eos_token_id": ends}
 
 
 def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]:
-    """Those of FIELDS of a run: those of the folder that it was imported from, or else the length of its rows."""
+    """Those of KEPT of a run: those of the folder that it was imported from, or else the length of its rows."""
     said = _of_run(workdir)
     if said is None:
         return {"max_position_embeddings": sequence_length}
-    return {field: said[field] for field in FIELDS if field in said}
+    return {field: said[field] for field in KEPT if field in said}
 
 
 def read_dtypes(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -34,7 +35,7 @@ _KINDS = {
     _COUNT: """hidden_size intermediate_size num_hidden_layers vocab_size num_attention_heads num_key_value_heads
         num_heads num_kv_heads num_v_heads head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim
         linear_value_head_dim linear_num_heads linear_head_dim linear_conv_kernel_dim conv_size short_conv_kernel_size
-        layer_group_size max_position_embeddings""",
+        layer_group_size max_position_embeddings full_attention_interval""",
     _SIZE: "bos_token_id window_size sliding_window mtp_num_hidden_layers",
     _POSITIVE: """hidden_ratio expand_k expand_v rms_norm_eps norm_eps rope_theta partial_rotary_factor""",
     _NUMBER: "lower_bound linear_lower_bound kda_lower_bound gate_lower_bound",

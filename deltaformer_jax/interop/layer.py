@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
-from deltaformer_jax.interop.files import DTYPES, INDEX, NAMES, ONE, Tensors, read_json
+from deltaformer_jax.interop.files import BUFFER, DTYPES, INDEX, NAMES, ONE, Tensors, read_json
 from deltaformer_jax.interop.kinds import misfits
 from deltaformer_jax.interop.mapping import keys_of
 from deltaformer_jax.interop.own import MODEL_TYPE, name_of
@@ -145,7 +145,7 @@ def _layer_of(folder: Path, values: dict[str, Any], layer: int) -> Layer:
     count, kinds = values["num_hidden_layers"], values.get("layer_types")
     if kinds is not None and len(kinds) != count:
         raise ValueError(f"{folder / 'config.json'}: layer_types names {len(kinds)} layers of {count}; name each")
-    if not isinstance(layer, int) or not 0 <= layer < count:
+    if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
         raise ValueError(f"layer={layer!r}: {folder} has layers 0 to {count - 1}")
     try:
         return LAYERS[kind](values, layer)
@@ -159,7 +159,7 @@ def _names(files: Tensors, layer: int) -> dict[str, str]:
     """The names of the tensors of the layer's mixer within the layer -> those in the files."""
     place = re.compile(rf"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.{layer}\.(.*)")
     named = {found[1]: name for name in files if (found := place.fullmatch(name))}
-    return {short: name for short, name in named.items() if short.startswith(_MODULES)}
+    return {short: n for short, n in named.items() if short.startswith(_MODULES) and not short.endswith(BUFFER)}
 
 
 def _rows(source: Layer, ours: dict) -> Iterator[tuple[Row, list[tuple]]]:

@@ -15,8 +15,8 @@ import numpy as np
 from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
-from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.files import FLOATS, Tensors, read_json, usual_name
+from deltaformer_jax.interop.fields import Fields, of_text
+from deltaformer_jax.interop.files import BUFFER, FLOATS, Tensors, read_json, usual_name
 from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.sources.single_layers import LAYERS
@@ -26,6 +26,7 @@ from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, ne
 
 # What a multimodal file holds besides the text model.
 _SKIPPED = ("model.visual.", "mtp.")
+_TIED = "lm_head.weight"  # what a tied model's file may hold beside the table
 
 
 def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32") -> tuple[LanguageModel, ModelConfig]:
@@ -51,9 +52,9 @@ def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32"
     if source is None:
         parts = model_parts(config)
         return merge(parts, _read_own(folder, files, parts)), config
-    names = _names(files, source)
+    names = _names(folder, files, source)
     try:
-        found = mapping(config, source.for_names(set(names)))
+        found = mapping(config, source.for_shapes({name: files.shape(given) for name, given in names.items()}))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     return merge(found.parts, read_params(folder, files, names, found)), config
@@ -68,9 +69,8 @@ def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
             return None, own.read(values)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-    if kind == "qwen3_5" and isinstance(values.get("text_config"), dict):
-        values = values["text_config"]
-        kind = values.get("model_type", "qwen3_5_text")
+    values = of_text(values)
+    kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in SOURCES:
         layers = isinstance(kind, str) and kind in LAYERS
         hint = "; load_layer reads layers of it" if layers else did_you_mean(str(kind), SOURCES)
@@ -106,6 +106,11 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
     path, name = found.table
     vocabulary = files.shape(names[name])[0]
     files.read_into(names[name], params[path][:vocabulary])
+    if found.head is None and _TIED in names and not files.equals(names[_TIED], params[path][:vocabulary]):
+        raise ValueError(
+            f"{folder}: tie_word_embeddings = true, but {names[_TIED]} is not {names[name]}; set it to false in "
+            f"config.json, or leave {names[_TIED]} out"
+        )
     path, name = found.norm
     files.read_into(names[name], params[path])
     if found.head is not None:
@@ -116,10 +121,17 @@ def read_params(folder: Path, files: Tensors, names: dict[str, str], found: Corr
     return nested({path: jax.device_put(params.pop(path)) for path in list(params)})
 
 
-def _names(files: Tensors, source: Source) -> dict[str, str]:
-    """Their usual name -> the name in the file, without what belongs to no text model or has no function."""
-    kept = [name for name in files if not name.startswith(_SKIPPED) and not name.endswith(source.dropped)]
-    return {usual_name(name): name for name in kept}
+def _names(folder: Path, files: Tensors, source: Source) -> dict[str, str]:
+    """Their usual name -> the name in the file, without what belongs to no text model or has no function. Raises
+    ValueError, naming both, for two tensors of one usual name."""
+    found: dict[str, str] = {}
+    for name in files:
+        if name.startswith(_SKIPPED) or name.endswith((*source.dropped, BUFFER)):
+            continue
+        other = found.setdefault(usual_name(name), name)
+        if other != name:
+            raise ValueError(f"{folder}: {other} and {name} are the same tensor of a text model; leave one of them out")
+    return found
 
 
 def _held(options: tuple[str, ...], names: dict[str, str]) -> str:
@@ -156,10 +168,9 @@ def _check(folder: Path, files: Tensors, names: dict[str, str], found: Correspon
     expected[found.norm[1]] = (width,)
     if found.head is not None:
         expected[found.head[1]] = (vocabulary, width)
-    # A tied model's file may hold the table twice.
-    tied = {"lm_head.weight"} if found.head is None else set()
-    known = {name: given for name, given in names.items() if name not in tied - set(expected)}
-    _refuse(folder, _unlike(files, known, expected) + missing)
+    elif _TIED in names:
+        expected[_TIED] = (vocabulary, width)
+    _refuse(folder, _unlike(files, names, expected) + missing)
 
 
 def _unlike(files: Tensors, names: dict[str, str | None], expected: Mapping[str, tuple[int, ...] | None]) -> list[str]:

@@ -100,6 +100,9 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ),
         ("hf_llama", dict(rope_parameters={"rope_theta": [1]}), r"rope_parameters\.rope_theta = \[1\]: give a number"),
         ("hf_qwen3_5", dict(rope_parameters={"partial_rotary_factor": {}}), r"partial_rotary_factor = \{\}: give a n"),
+        ("hf_qwen3_5", dict(rope_parameters={"partial_rotary_factor": "x"}), r"partial_rotary_factor = 'x': give a n"),
+        ("hf_llama", dict(rope_theta=float("inf")), "rope_theta = inf: give a number above 0"),
+        ("fla_gla", dict(attn={"layers": [0], "num_heads": 2, "rope_theta": "x"}), r"attn\.rope_theta = 'x': give a n"),
         ("hf_llama", dict(eos_token_id="</s>"), "eos_token_id = '</s>': give a whole number, 0 or more, or a list"),
         ("hf_llama", dict(rope_parameters=[1]), r"rope_parameters = \[1\]: give an object"),
         ("hf_llama", dict(num_attention_heads=0), "num_attention_heads = 0: give a whole number above 0"),
@@ -131,6 +134,53 @@ def test_fields_of_released_files_that_change_nothing_are_accepted(copy):
     rope = json.loads((PRETRAINED / "hf_qwen3_5" / "config.json").read_text())["rope_parameters"]
     folder = copy("hf_qwen3_5", with_prediction, **said, rope_parameters=rope | dict(mrope_interleaved=True))
     assert load_pretrained(folder)[1] == load_pretrained(PRETRAINED / "hf_qwen3_5")[1]
+
+
+def test_fields_and_buffers_without_a_function_are_left_out(copy):
+    """Of the programs that wrote the folder; and angles that older files hold and classes compute."""
+    said = dict(is_llama_config=True, _attn_implementation_autoset=True, unsloth_version="2024.9", _notes=[1])
+    said |= {"transformers.js_config": {"dtype": "q4"}}
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    folder = copy("hf_llama", lambda tensors: tensors | angles, **said)
+    assert load_pretrained(folder)[1] == load_pretrained(PRETRAINED / "hf_llama")[1]
+
+
+def test_a_head_beside_a_tied_table_is_the_table_or_refused(copy):
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    folder = copy("hf_llama", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=rf"tie_word_embeddings = true, but {head} is not {table}; set it to false in"):
+        load_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {head: tensors[table]}, folder / "model.safetensors")
+    assert load_pretrained(folder)[1].tie_embeddings
+    save_file(tensors | {head: tensors[table][1:]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{head}: shape \[63, 48\], not \[64, 48\]"):
+        load_pretrained(folder)
+
+
+def test_a_multimodal_file(copy):
+    """Its outer field ties the embeddings, whatever the inner one says; no tensor may be there under two names."""
+
+    def inside(tensors):
+        del tensors["lm_head.weight"]
+        return {name.replace("model.", "model.language_model.", 1): array for name, array in tensors.items()}
+
+    folder = copy("hf_qwen3_5", inside)
+    text = json.loads((folder / "config.json").read_text())
+    outer = dict(model_type="qwen3_5", tie_word_embeddings=True, text_config=text | dict(tie_word_embeddings=False))
+    (folder / "config.json").write_text(json.dumps(outer))
+    assert load_pretrained(folder)[1].tie_embeddings
+    tensors = load_file(folder / "model.safetensors")
+    both = {"model.norm.weight": tensors["model.language_model.norm.weight"]}
+    save_file(tensors | both, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.\S*norm\.weight and model\.\S*norm\.weight are the same tensor of"):
+        load_pretrained(folder)
+
+
+def test_a_missing_up_map_is_missing(copy):
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=f"fla_delta_net: missing {name}$"):
+        load_pretrained(copy("fla_delta_net", lambda tensors: {k: v for k, v in tensors.items() if k != name}))
 
 
 def test_pickles_and_empty_folders_are_refused(copy, tmp_path):

@@ -1,5 +1,7 @@
 """`run.init_from`: a run that starts from weights, with another schedule, context and rope base."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -81,3 +83,13 @@ def test_another_model_and_another_tokenizer_are_refused(first, corpus, tmp_path
         start(flags, tmp_path / "third")
     with pytest.raises((ValueError, OSError), match="nowhere"):
         start(["--config.run.init_from=nowhere"], tmp_path / "fourth")
+
+
+def test_a_given_field_holds_where_a_hybrids_entries_have_their_own(tmp_path):
+    folder = Path(__file__).parents[1] / "fixtures" / "pretrained" / "hf_qwen3_5"
+    flags = [f"--config.run.init_from={folder}", "--config.model.rope_base=5000000", "--config.model.window=16"]
+    parsed = lambda flags: [dict(m.overrides) for m in parse(["train.py", *flags], TINY).config.model.mixers]
+    before, after = parsed(flags[:1]), parsed(flags)
+    assert after == [one | ({"rope_base": 5_000_000.0} if "rope_base" in one else {}) for one in before] != before
+    # Heads of all layers, with which the shapes are not the folder's: refused later, by name.
+    assert {one["num_heads"] for one in parsed([*flags, "--config.model.num_heads=8"])} == {8}

@@ -296,8 +296,9 @@ def test_fields_of_another_kind_are_named(name, fields, message, tmp_path):
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="layer 1 of kimi_linear is full_attention: only 'linear_attention' has"):
         load_layer(FOLDERS / "hf_kimi_linear", 1)
-    with pytest.raises(ValueError, match=r"layer=2: .* has layers 0 to 1"):
-        load_layer(FOLDERS / "hf_kimi_linear", 2)
+    for wrong in (2, True):
+        with pytest.raises(ValueError, match=rf"layer={wrong}: .* has layers 0 to 1"):
+            load_layer(FOLDERS / "hf_kimi_linear", wrong)
     with pytest.raises(ValueError, match=r"model_type = 'llama' is not one of qwen3_next, .*; load_pretrained reads"):
         load_layer(FOLDERS.parent / "pretrained" / "hf_llama", 0)
     (tmp_path / "config.json").write_text('{"model_type": "deltaformer_jax", "hidden_size": 8}')

@@ -10,13 +10,15 @@ from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.tables import Row
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 class Source(NamedTuple):
     """read: Fields -> our ModelConfig. write: ModelConfig -> their config.json, as far as it can say it.
 
     rows: our mixer's name -> the rows of a layer that has it. outside: the names of the embedding, the final norm and
     the logits' kernel. class_name: for `architectures`. former: the rows of older files, from today's; `is_former`
-    tells such a file by its names. dropped: ends of the names of tensors without a function.
+    tells such a file by the shapes of its tensors. dropped: ends of the names of tensors without a function.
     has_positions: whether its config has max_position_embeddings.
     """
 
@@ -28,13 +30,13 @@ class Source(NamedTuple):
     outside: Mapping[str, str]
     ignored: str = ""
     former: Callable[[list[Row]], list[Row]] | None = None
-    is_former: Callable[[set[str]], bool] | None = None
+    is_former: Callable[[Shapes], bool] | None = None
     dropped: tuple[str, ...] = ()
     has_positions: bool = True
 
-    def for_names(self, names: set[str]) -> Source:
-        """The source of a file that has tensors of these names."""
-        if self.is_former is None or not self.is_former(names):
+    def for_shapes(self, shapes: Shapes) -> Source:
+        """The source of a file that has tensors of these names and shapes."""
+        if self.is_former is None or not self.is_former(shapes):
             return self
         return self._replace(rows={mixer: self.former(rows) for mixer, rows in self.rows.items()})
 

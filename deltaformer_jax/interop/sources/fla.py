@@ -6,12 +6,13 @@ Read from the package fla-core 0.6.0. A layer of an "attn" hybrid is a layer of 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VECTOR
-from deltaformer_jax.interop.sources.base import Source, layers
+from deltaformer_jax.interop.sources.base import Shapes, Source, layers
 from deltaformer_jax.interop.sources.fla_hybrids import attention, hybrid, say_hybrid
 from deltaformer_jax.interop.tables import Row
 from deltaformer_jax.model import mlp_dim
@@ -99,7 +100,8 @@ GLA = [
 def _common(fields: Fields, ratio: int = 4) -> dict[str, Any]:
     """The fields of ModelConfig that all of its models have."""
     width = fields.take("hidden_size")
-    inner = int(width * fields.take("hidden_ratio", ratio) * 2 / 3)
+    # null stands for 4 in every class.
+    inner = int(width * fields.take("hidden_ratio", 4 if fields.has("hidden_ratio") else ratio) * 2 / 3)
     fields.only("hidden_act", "swish", "silu")
     fields.only("elementwise_affine", True)
     return dict(
@@ -187,7 +189,7 @@ def _conv_size(config: ModelConfig) -> int:
 
 def _read_delta_net(fields: Fields) -> ModelConfig:
     common, heads = _common(fields), fields.take("num_heads")
-    keys, values = (int(common["d_model"] * fields.take(name, 1.0)) for name in ("expand_k", "expand_v"))
+    keys, values = (_width(fields, common["d_model"], name, 1.0, heads) for name in ("expand_k", "expand_v"))
     fields.only("use_beta", True)
     fields.only("use_output_norm", True)
     fields.only("qk_norm", "l2")
@@ -196,8 +198,8 @@ def _read_delta_net(fields: Fields) -> ModelConfig:
     own = dict(
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=keys // heads,
-        value_dim=values // heads,
+        head_dim=keys,
+        value_dim=values,
         output_gate="on" if fields.take("use_gate", False) else "off",
         negative_eigenvalues=fields.take("allow_neg_eigval", False),
         beta_bias=False,
@@ -212,8 +214,8 @@ def _say_delta_net(config: ModelConfig) -> dict[str, Any]:
         | _say_convolutions(config)
         | dict(
             num_heads=config.num_heads,
-            expand_k=config.num_heads * config.head_dim / config.d_model,
-            expand_v=config.num_heads * _value_dim(config) / config.d_model,
+            expand_k=_ratio(config.num_heads * config.head_dim, config.d_model),
+            expand_v=_ratio(config.num_heads * _value_dim(config), config.d_model),
             use_gate=config.output_gate == "on",
             allow_neg_eigval=config.negative_eigenvalues,
             use_beta=True,
@@ -227,16 +229,33 @@ def _value_dim(config: ModelConfig) -> int:
     return config.value_dim or config.head_dim
 
 
-def _gated(fields: Fields) -> dict[str, Any]:
-    """What gated_deltanet and kda have in common."""
-    heads, width = fields.take("num_heads"), fields.take("head_dim", 256)
+def _width(fields: Fields, base: int, name: str, default: float, heads: int = 1) -> int:
+    """The features of a head: base * ratio / heads, for the ratio in the field `name`."""
+    ratio = fields.take(name, default)
+    whole = round(base * ratio)
+    if not math.isclose(base * ratio, whole, rel_tol=1e-5) or not whole or whole % heads:
+        each = f" for each of {heads} heads" if heads > 1 else ""
+        fields.refuse(f"{name} = {ratio!r}: {base} * {ratio!r} = {base * ratio:g} is no whole number of features{each}")
+        return 1
+    return whole // heads
+
+
+def _ratio(whole: int, base: int) -> float:
+    """The ratio by which fla's classes come to `whole`; some of them cut base * ratio, others round it."""
+    ratio = whole / base
+    return ratio if int(base * ratio) == whole else math.nextafter(ratio, math.inf)
+
+
+def _gated(fields: Fields, width: int, expand: float) -> dict[str, Any]:
+    """What gated_deltanet and kda have in common. width, expand: what head_dim and expand_v are if absent."""
+    heads, width = fields.take("num_heads"), fields.take("head_dim", width)
     fields.only("attnres_block_size", None)
     return dict(
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width,
         num_value_heads=fields.take("num_v_heads", heads),
-        value_dim=int(width * fields.take("expand_v", 1.0)),
+        value_dim=_width(fields, width, "expand_v", expand),
         negative_eigenvalues=fields.take("allow_neg_eigval", False),
         beta_bias=False,
     ) | _convolutions(fields)
@@ -251,14 +270,14 @@ def _say_gated(config: ModelConfig) -> dict[str, Any]:
             num_heads=config.num_heads,
             head_dim=config.head_dim,
             num_v_heads=config.num_value_heads or config.num_heads,
-            expand_v=_value_dim(config) / config.head_dim,
+            expand_v=_ratio(_value_dim(config), config.head_dim),
             allow_neg_eigval=config.negative_eigenvalues,
         )
     )
 
 
 def _read_gated_deltanet(fields: Fields) -> ModelConfig:
-    common, own = _common(fields), _gated(fields)
+    common, own = _common(fields), _gated(fields, 256, 2.0)
     activation = fields.take("output_gate_activation", "swish")
     fields.only("output_gate_activation", "swish", "silu", "sigmoid")
     own |= dict(output_gate="on" if fields.take("use_gate", True) else "off")
@@ -272,16 +291,20 @@ def _say_gated_deltanet(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_kda(fields: Fields) -> ModelConfig:
-    common, own = _common(fields), _gated(fields)
-    bound = fields.take("lower_bound", -5.0)
+    common, own = _common(fields), _gated(fields, 128, 1.0)
     own |= dict(output_gate="on", output_gate_bias=True, gate_rank=own["value_dim"])
-    own |= dict(decay_lower_bound=float(bound)) if fields.take("safe_gate", False) else {}
+    # Its kernels go by the bound; safe_gate says that they may count on it, and needs one.
+    bound, safe = fields.take("lower_bound", None), fields.take("safe_gate", False)
+    if (bound is not None and not bound < 0) or (safe and bound is None):
+        fields.refuse(f"lower_bound = {bound!r}: give a number below 0{'; safe_gate needs one' * safe}")
+    elif bound is not None:
+        own |= dict(decay_lower_bound=float(bound))
     return hybrid(fields, common, "kimi_delta_attention", own)
 
 
 def _say_kda(config: ModelConfig) -> dict[str, Any]:
     return _say_gated(config) | dict(
-        safe_gate=config.decay_lower_bound < 0, lower_bound=config.decay_lower_bound or None
+        safe_gate=-5 <= config.decay_lower_bound < 0, lower_bound=config.decay_lower_bound or None
     )
 
 
@@ -289,7 +312,7 @@ def _linear_memory(fields: Fields, ratio: int, expand: tuple[float, float]) -> t
     """What gla and retnet have in common: (the common fields, the mixer's)."""
     common, heads = _common(fields, ratio), fields.take("num_heads")
     keys, values = (
-        int(common["d_model"] * fields.take(name, default)) for name, default in zip(("expand_k", "expand_v"), expand)
+        _width(fields, common["d_model"], name, ratio, heads) for name, ratio in zip(("expand_k", "expand_v"), expand)
     )
     for name, allowed in (
         ("num_kv_heads", (None, heads)),
@@ -302,7 +325,7 @@ def _linear_memory(fields: Fields, ratio: int, expand: tuple[float, float]) -> t
     ):
         fields.only(name, *allowed)
     fields.take("conv_size", None)
-    own = dict(num_heads=heads, num_kv_heads=heads, head_dim=keys // heads, value_dim=values // heads)
+    own = dict(num_heads=heads, num_kv_heads=heads, head_dim=keys, value_dim=values)
     return common, own | dict(output_gate="on" if fields.take("use_output_gate", True) else "off")
 
 
@@ -312,8 +335,8 @@ def _say_linear_memory(config: ModelConfig) -> dict[str, Any]:
         | say_hybrid(config)
         | dict(
             num_heads=config.num_heads,
-            expand_k=config.num_heads * config.head_dim / config.d_model,
-            expand_v=config.num_heads * _value_dim(config) / config.d_model,
+            expand_k=_ratio(config.num_heads * config.head_dim, config.d_model),
+            expand_v=_ratio(config.num_heads * _value_dim(config), config.d_model),
             use_output_gate=config.output_gate != "off",
             use_short_conv=False,
         )
@@ -342,9 +365,10 @@ def _source(model_type: str, class_name: str, read: Any, write: Any, mixer: str,
     )
 
 
-def _is_former(names: set[str]) -> bool:
+def _is_former(shapes: Shapes) -> bool:
     """Files from before 2025-02-09 hold the feed-forward layer's gate over its up map in one tensor."""
-    return "model.layers.0.mlp.up_proj.weight" not in names
+    gate, up, down = (shapes.get(f"model.layers.0.mlp.{name}_proj.weight", ()) for name in ("gate", "up", "down"))
+    return not up and len(gate) == len(down) == 2 and gate[0] == 2 * down[1]
 
 
 def _former(rows: list[Row]) -> list[Row]:

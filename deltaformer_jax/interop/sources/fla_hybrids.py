@@ -27,13 +27,13 @@ def attention(heads: int, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unfit_attn(part: dict[str, Any], common: dict[str, Any]) -> list[str]:
-    """What is wrong with an "attn"."""
+    """What is wrong with an "attn". It has no qk_norm: the layers that fla makes of it never have one."""
     wrong = misfits(part, "attn.") or [
         f"attn.{name}: missing" for name in ("layers", "num_heads") if not part.get(name)
     ]
     if not wrong and max(part["layers"]) >= common["num_layers"]:
         wrong = [f"attn.layers = {part['layers']!r}: the layers are 0 to {common['num_layers'] - 1}"]
-    return wrong + unknown(part, "layers num_heads num_kv_heads qkv_bias qk_norm window_size rope_theta", "attn.")
+    return wrong + unknown(part, "layers num_heads num_kv_heads qkv_bias window_size rope_theta", "attn.")
 
 
 def hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, Any]) -> ModelConfig:
@@ -71,7 +71,7 @@ def say_hybrid(config: ModelConfig) -> dict[str, Any]:
 
 
 def _say_attention(config: ModelConfig, one: Mixer, numbers: list[int]) -> dict[str, Any]:
-    said = dict(
+    return dict(
         layers=numbers,
         num_heads=setting(config, one, "num_heads"),
         num_kv_heads=setting(config, one, "num_kv_heads"),
@@ -79,4 +79,3 @@ def _say_attention(config: ModelConfig, one: Mixer, numbers: list[int]) -> dict[
         window_size=setting(config, one, "window") or None,
         rope_theta=setting(config, one, "rope_base"),
     )
-    return said | ({"qk_norm": True} if setting(config, one, "qk_norm") else {})

@@ -53,16 +53,18 @@ def qwen3_next(values: Mapping[str, Any], layer: int) -> Layer:
     kinds = values["layer_types"]
     norms = dict(norm_epsilon=values.get("rms_norm_eps", 1e-6), norm_gain="one_plus_scale")
     if kinds[layer] == FULL_LAYER:
-        rope = values.get("rope_parameters") or values
-        fraction = rope.get("partial_rotary_factor", 0.25)
+        said = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope = dict(values) | {name: value for name, value in said.items() if value is not None}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"config.json: rope_type = {kind!r}: only 'default' has an equivalent here")
         heads = dict(num_heads=values["num_attention_heads"], num_kv_heads=values["num_key_value_heads"])
         mixer = Mixer(
             "softmax_attention",
             head_dim=values["head_dim"],
             qk_norm=True,
             output_gate="on",
-            rope_base=float(rope.get("rope_theta", 1e7)),
-            rotary_fraction=fraction,
+            rope_base=float(rope.get("rope_theta", 10_000.0)),
+            rotary_fraction=float(rope.get("partial_rotary_factor", 0.25)),
             **heads,
             **norms,
         )
@@ -117,7 +119,8 @@ def _grouped(tensors: Tensors, keys: int, values: int, width: int, value_width: 
     }
 
 
-def _kda(values: Mapping[str, Any], heads: int, width: int, taps: int, **own: Any) -> Mixer:
+def _kda(values: Mapping[str, Any], heads: int, width: int, taps: int, epsilon: float = 1e-5, **own: Any) -> Mixer:
+    """epsilon: what rms_norm_eps is if absent."""
     return Mixer(
         "kimi_delta_attention",
         num_heads=heads,
@@ -125,7 +128,7 @@ def _kda(values: Mapping[str, Any], heads: int, width: int, taps: int, **own: An
         value_dim=width,
         conv_size=taps,
         beta_bias=False,
-        norm_epsilon=values.get("rms_norm_eps", 1e-5),
+        norm_epsilon=values.get("rms_norm_eps", epsilon),
         **own,
     )
 
@@ -175,6 +178,7 @@ def bailing_hybrid(values: Mapping[str, Any], layer: int) -> Layer:
         values["num_attention_heads"],
         values.get("linear_head_dim", values.get("head_dim", 128)),
         taps,
+        1e-6,
         decay_lower_bound=float(bound),
         gate_rank=rank,
     )

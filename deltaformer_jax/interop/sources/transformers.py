@@ -85,7 +85,10 @@ OLMO_ATTENTION = [
 ]
 
 
-def _common(fields: Fields) -> dict[str, Any]:
+def _common(fields: Fields, kv_heads: int | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig that all have. kv_heads: what an absent num_key_value_heads stands for, if it is not
+    num_attention_heads."""
+    heads = fields.take("num_attention_heads")
     fields.only("hidden_act", "silu", "swish")
     fields.only("mlp_bias", False)
     return dict(
@@ -96,8 +99,10 @@ def _common(fields: Fields) -> dict[str, Any]:
         norm_epsilon=fields.take("rms_norm_eps", 1e-6),
         tie_embeddings=fields.take("tie_word_embeddings", False),
         embedding_scale="one",
-        num_heads=fields.take("num_attention_heads"),
-        num_kv_heads=fields.take("num_key_value_heads", fields.take("num_attention_heads")),
+        num_heads=heads,
+        num_kv_heads=fields.take(
+            "num_key_value_heads", heads if fields.has("num_key_value_heads") else kv_heads or heads
+        ),
     )
 
 
@@ -117,10 +122,11 @@ def _say_common(config: ModelConfig, attention: Mixer) -> dict[str, Any]:
     )
 
 
-def _rope(fields: Fields, text_only: str = "") -> dict[str, Any]:
+def _rope(fields: Fields, text_only: str = "", part: float | None = None) -> dict[str, Any]:
     """{base, fraction} of the rotary embedding, by the names of transformers 5 or of before.
 
-    text_only: names in rope_parameters that have no effect on a text's positions.
+    text_only: names in rope_parameters that have no effect on a text's positions. part: the fraction that is rotated if
+    no field says it; None: the class rotates whole heads, and knows no fraction.
     """
     known = "rope_type type rope_theta partial_rotary_factor"
     given = fields.take_object("rope_parameters", f"{known} {text_only}")
@@ -133,7 +139,9 @@ def _rope(fields: Fields, text_only: str = "") -> dict[str, Any]:
         elif said is before:
             fields.take_object(name, "rope_type type")
     base = given.get("rope_theta", fields.take("rope_theta", 10_000.0))
-    fraction = given.get("partial_rotary_factor", fields.take("partial_rotary_factor", 1.0))
+    fraction = given.get("partial_rotary_factor", fields.take("partial_rotary_factor", part or 1.0))
+    if part is None and fraction != 1:
+        fields.refuse(f"partial_rotary_factor = {fraction!r}: this model type rotates whole heads; only 1 fits")
     return dict(rope_base=float(base)) | ({} if fraction == 1 else dict(rotary_fraction=float(fraction)))
 
 
@@ -166,7 +174,7 @@ def _say_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3(fields: Fields) -> ModelConfig:
-    common = _common(fields)
+    common = _common(fields, 32)
     own = dict(head_dim=fields.take("head_dim", 128), qk_norm=True, **_rope(fields), **_window(fields))
     fields.only("attention_bias", False)
     if set(fields.take("layer_types", [])) - {"full_attention"}:
@@ -180,24 +188,28 @@ def _say_qwen3(config: ModelConfig) -> dict[str, Any]:
     return _say_common(config, one) | dict(rope_parameters=_say_rope(config, one), attention_bias=False)
 
 
-def _by_type(fields: Fields, count: int, kinds: dict[str, Mixer]) -> list[Mixer]:
-    """The mixer of each layer, from layer_types."""
-    types = fields.take("layer_types", [])
+def _usual_types(count: int, interval: int) -> list[str]:
+    """layer_types if the field is absent: each layer of number `interval`, 2 * `interval`, ... is full attention."""
+    return ["linear_attention" if n % interval else "full_attention" for n in range(1, count + 1)]
+
+
+def _by_type(fields: Fields, count: int, kinds: dict[str, Mixer], usual: list[str]) -> list[Mixer]:
+    """The mixer of each layer, from layer_types, or `usual` if it is absent."""
+    types = fields.take("layer_types", usual)
     if len(types) != count or set(types) - set(kinds):
         fields.refuse(f"layer_types = {types!r}: must name {' or '.join(kinds)} for each of {count} layers")
         types = [next(iter(kinds))] * count
     return [kinds[kind] for kind in types]
 
 
-def _delta(fields: Fields, width: int, **own: Any) -> Mixer:
-    """A layer of the gated delta rule, from the fields named linear_*."""
-    keys = fields.take("linear_num_key_heads")
+def _delta(fields: Fields, heads: int, value_heads: int, width: int, value_width: int, **own: Any) -> Mixer:
+    """A layer of the gated delta rule, from the fields named linear_*; with what they are if absent."""
     return Mixer(
         "gated_delta_net",
-        num_heads=keys,
-        num_value_heads=fields.take("linear_num_value_heads", keys),
+        num_heads=fields.take("linear_num_key_heads", heads),
+        num_value_heads=fields.take("linear_num_value_heads", value_heads),
         head_dim=fields.take("linear_key_head_dim", width),
-        value_dim=fields.take("linear_value_head_dim", width),
+        value_dim=fields.take("linear_value_head_dim", value_width),
         conv_size=fields.take("linear_conv_kernel_dim", 4),
         beta_bias=False,
         **own,
@@ -224,7 +236,7 @@ def _attention_of(config: ModelConfig) -> Mixer:
 
 
 def _read_qwen3_5(fields: Fields) -> ModelConfig:
-    common = _common(fields)
+    common = _common(fields, 4)
     heads = dict(num_heads=common.pop("num_heads"), num_kv_heads=common.pop("num_kv_heads"))
     attention = Mixer(
         "softmax_attention",
@@ -232,47 +244,67 @@ def _read_qwen3_5(fields: Fields) -> ModelConfig:
         qk_norm=True,
         output_gate="on",
         **heads,
-        **_rope(fields, "mrope_section mrope_interleaved"),
+        **_rope(fields, "mrope_section mrope_interleaved", 0.25),
     )
     fields.only("attention_bias", False)
     fields.only("attn_output_gate", True)
     fields.only("output_gate_type", "swish", "silu")  # of the delta rule; that of attention is a sigmoid
     fields.only("mamba_ssm_dtype", "float32")  # of the state
-    entries = _by_type(
-        fields, common["num_layers"], {"linear_attention": _delta(fields, 128), "full_attention": attention}
-    )
+    kinds = {"linear_attention": _delta(fields, 16, 32, 128, 128), "full_attention": attention}
+    usual = _usual_types(common["num_layers"], fields.take("full_attention_interval", 4))
+    entries = _by_type(fields, common["num_layers"], kinds, usual)
     fields.finish()
     return ModelConfig(mixers=pattern(entries), norm_gain="one_plus_scale", **common)
 
 
 def _say_qwen3_5(config: ModelConfig) -> dict[str, Any]:
     one = _attention_of(config)
-    return _say_common(config, one) | _say_delta(config) | dict(rope_parameters=_say_rope(config, one))
+    # An absent fraction stands for a quarter.
+    rope = dict(partial_rotary_factor=setting(config, one, "rotary_fraction")) | _say_rope(config, one)
+    return _say_common(config, one) | _say_delta(config) | dict(rope_parameters=rope)
+
+
+def _rope_or_none(fields: Fields) -> dict[str, Any]:
+    """As `_rope`, where a rope_theta that is null within rope_parameters, or rope_parameters that are null and no field
+    of before, say that there is no rotary embedding."""
+    given = fields.take("rope_parameters", None)
+    if isinstance(given, dict) and given.get("rope_theta", 1) is None:
+        fields.take_object("rope_parameters", "rope_type type rope_theta")
+        return dict(rope_base=0.0)
+    before = [name for name in ("rope_theta", "rope_scaling") if fields.take(name, None)]
+    if given is None and fields.has("rope_parameters") and not before:
+        return dict(rope_base=0.0)
+    return _rope(fields)
 
 
 def _read_olmo_hybrid(fields: Fields) -> ModelConfig:
     common = _common(fields)
     heads = dict(num_heads=common.pop("num_heads"), num_kv_heads=common.pop("num_kv_heads"))
     fields.only("attention_bias", False)
-    if fields.take("rope_parameters", None):
-        fields.refuse("rope_parameters: a rotary embedding in olmo_hybrid has no equivalent here")
     attention = Mixer(
         "softmax_attention",
         head_dim=fields.take("head_dim", common["d_model"] // heads["num_heads"]),
         qk_norm=True,
         qk_norm_over="all_heads",
-        rope_base=0.0,
         norm_placement="post",
         **heads,
+        **_rope_or_none(fields),
     )
+    every = heads["num_heads"]
+    width = int(0.75 * common["d_model"] / fields.take("linear_num_key_heads", every))
     delta = _delta(
         fields,
-        128,
+        every,
+        every,
+        width,
+        2 * fields.take("linear_key_head_dim", width),
         negative_eigenvalues=fields.take("linear_allow_neg_eigval", True),
         output_norm_epsilon=1e-5,  # whatever rms_norm_eps is
     )
     kinds = {"linear_attention": delta, "full_attention": attention}
-    entries = _by_type(fields, common["num_layers"], kinds)
+    usual = _usual_types(common["num_layers"], 4)
+    usual = usual if "full_attention" in usual else [*usual[:-1], "full_attention"]
+    entries = _by_type(fields, common["num_layers"], kinds, usual)
     fields.finish()
     return ModelConfig(mixers=pattern(entries), **common)
 
@@ -280,8 +312,12 @@ def _read_olmo_hybrid(fields: Fields) -> ModelConfig:
 def _say_olmo_hybrid(config: ModelConfig) -> dict[str, Any]:
     every = layers(config)
     delta = next(mixer for mixer in every if mixer.name == "gated_delta_net")
-    said = _say_common(config, _attention_of(config)) | _say_delta(config)
-    return said | dict(rope_parameters=None, linear_allow_neg_eigval=setting(config, delta, "negative_eigenvalues"))
+    attention = _attention_of(config)
+    said = _say_common(config, attention) | _say_delta(config)
+    # transformers 5.24 reads rope_parameters that are null as its default rotary embedding.
+    none = dict(rope_type="default", rope_theta=None)
+    rope = _say_rope(config, attention) if setting(config, attention, "rope_base") else none
+    return said | dict(rope_parameters=rope, linear_allow_neg_eigval=setting(config, delta, "negative_eigenvalues"))
 
 
 _OLMO_IGNORED = "linear_a_log_max linear_a_log_min linear_dt_init_floor linear_dt_max linear_dt_min"
@@ -296,8 +332,8 @@ SOURCES = [
         _say_qwen3_5,
         {"gated_delta_net": BLOCK + QWEN_DELTA, "softmax_attention": BLOCK + GATED_ATTENTION},
         OUTSIDE,
-        # The tensors of its multi-token prediction are not read. layer_types says what the interval does.
-        "full_attention_interval mlp_only_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings",
+        # The tensors of its multi-token prediction are not read.
+        "mlp_only_layers mtp_num_hidden_layers mtp_use_dedicated_embeddings",
     ),
     Source(
         "olmo_hybrid",

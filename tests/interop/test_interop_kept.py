@@ -1,0 +1,100 @@
+"""A folder that comes back as it was: its model type and names; and what is said where that cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from deltaformer_jax import Mixer, ModelConfig
+from deltaformer_jax.interop import load_pretrained, save_pretrained
+from deltaformer_jax.interop.fields import Fields
+from deltaformer_jax.interop.kept import read_kept
+from deltaformer_jax.interop.save import choose
+from deltaformer_jax.interop.sources import SOURCES
+
+PRETRAINED = Path(__file__).parents[1] / "fixtures" / "pretrained"
+
+
+def test_a_model_that_two_types_can_say_keeps_its_own(tmp_path):
+    """fla's transformer with default settings, which llama can say too; its tied table is there twice."""
+    folder = tmp_path / "in"
+    shutil.copytree(PRETRAINED / "fla_transformer", folder)
+    said = json.loads((folder / "config.json").read_text()) | dict(qk_norm=False, window_size=None)
+    (folder / "config.json").write_text(json.dumps(said | dict(tie_word_embeddings=True)))
+    tensors = {
+        n: x for n, x in load_file(folder / "model.safetensors").items() if "q_norm" not in n and "k_norm" not in n
+    }
+    tensors["lm_head.weight"] = tensors["model.embeddings.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    model, config = load_pretrained(folder)
+    assert config.tie_embeddings and read_kept(folder)["tied_head"]
+    assert save_pretrained(model, config, tmp_path / "out", kept=read_kept(folder)) == "transformer"
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(back) == set(tensors) and all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    assert save_pretrained(model, config, tmp_path / "other", model_type="llama", kept=read_kept(folder)) == "llama"
+    assert save_pretrained(model, config, tmp_path / "none") == "llama"
+    assert "lm_head.weight" not in load_file(tmp_path / "none" / "model.safetensors")
+
+
+def test_why_a_model_is_written_as_our_own_type(tmp_path):
+    sizes = dict(vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, conv_size=4)
+    sizes |= dict(embedding_scale="one", beta_bias=False, tie_embeddings=False)
+    attention = Mixer("softmax_attention", conv_size=0, output_gate="off", qk_norm=True, qk_norm_epsilon=1e-5)
+    hybrid = ModelConfig(**sizes, mixers=("delta_net", attention))
+    source, _, why = choose(hybrid, None, "delta_net")
+    assert source is None and "delta_net cannot say model.qk_norm = True" in why and "\n" not in why
+    with pytest.raises(ValueError, match=r"delta_net cannot say model\.qk_norm = True"):
+        choose(hybrid, "delta_net")
+    *_, why = choose(ModelConfig(**sizes, mixers=("delta_net", "retention")), None)
+    assert why == "no model type of another project has layers of delta_net, retention"
+    assert choose(hybrid, None, "deltaformer_jax")[2] == choose(hybrid, "deltaformer_jax")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"), [("delta_net", "d_model"), ("kda", "head_dim"), ("gated_deltanet", "head_dim")]
+)
+def test_every_width_has_a_ratio_that_its_class_brings_back(kind, base):
+    """expand_v is a quotient, and int(49 * (1 / 49)) is 0."""
+    mixer = next(name for name in SOURCES[kind].rows if name != "softmax_attention")
+    for width, value in ((49, 1), (49, 2), (98, 1), (103, 3), (107, 5), (161, 7), (187, 11)):
+        config = ModelConfig(
+            vocab_size=64, num_layers=1, num_heads=1, num_kv_heads=1, mixers=(mixer,), value_dim=value,
+            **{"d_model": 98, "head_dim": 2} | {base: width},
+        )  # fmt: skip
+        said = SOURCES[kind].write(config)
+        assert int(width * said["expand_v"]) == value
+        assert SOURCES[kind].read(Fields(said, SOURCES[kind].ignored)).value_dim == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(shard_bytes="1GB"), "shard_bytes is a str; give a number of bytes above 0"),
+        (dict(shard_bytes=0), "shard_bytes=0: give a number of bytes above 0"),
+        (dict(kept={"bos_tokn_id": 1}), "kept: 'bos_tokn_id' is not one of .*; did you mean bos_token_id"),
+        (dict(kept={"bos_token_id": "x"}), "kept: bos_token_id = 'x': give a whole number"),
+        (dict(config=None), "config is a NoneType; give the ModelConfig"),
+        (dict(model=ModelConfig(), config=object()), "model is a ModelConfig; give a LanguageModel"),
+        (dict(folder=None), "folder is a NoneType; give the path"),
+        (dict(folder="FILE"), "FILE is a file; give the path of a new folder"),
+        (dict(folder="FILE/x"), "FILE is a file; give the path of a new folder"),
+        (dict(tokenizer="FILE"), "holds no tokenizer; give a tokenizer.json, or None"),
+        (dict(dtype=["float32"]), r"dtype is a list; give the dtype"),
+        (dict(model_type=3), "model_type is a int; give a model type, or None"),
+    ],
+)
+def test_arguments_of_another_kind_are_one_line(tmp_path, monkeypatch, llama, given, message):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("{}")
+    arguments = dict(model=llama[0], config=llama[1], folder="out") | given
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        save_pretrained(**arguments)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load_pretrained(PRETRAINED / "hf_llama")
