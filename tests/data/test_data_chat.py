@@ -64,6 +64,43 @@ def test_a_template_without_a_generation_prompt_whose_answers_follow_at_once(tmp
     assert tokenizer.decode(found.tokens[~found.mask]) == "[INST] hi [/INST][INST] and [/INST]"
 
 
+@pytest.mark.parametrize("form", [CHATML, MARKED, None], ids=["prefixes", "generation", "plain"])
+def test_an_answer_of_weight_0_bears_no_loss(tmp_path, form):
+    file = tokenizer_folder(tmp_path / "t", form) if form else "bytes"
+    weighed = lambda *weights: [
+        message | ({} if weight is None else {"weight": weight})
+        for message, weight in zip(conversation("hi", "one", "and", "two", "so", "big"), weights, strict=True)
+    ]
+    tokenizer, all_bear = encoded(file, weighed(*[None] * 6), "template" if form else "plain")
+    _, found = encoded(file, weighed(None, 1, 1, 0, 0, 1.0), "template" if form else "plain")
+    assert found.tokens.tolist() == all_bear.tokens.tolist()
+    end = tokenizer.special_tokens["<|im_end|>"].id if form else tokenizer.eot
+    answers = [[*tokenizer.encode(text), end] for text in ("one", "two", "big")]
+    assert all_bear.tokens[all_bear.mask].tolist() == [token for answer in answers for token in answer]
+    assert found.tokens[found.mask].tolist() == answers[0] + answers[2]
+    with pytest.raises(Unreadable, match="here: all answers have weight 0"):
+        encoded(file, weighed(None, 0, None, 0, None, 0), "template" if form else "plain")
+    for wrong in (0.5, "0", True):
+        with pytest.raises(Unreadable, match=f"here: the weight of message 2 is {wrong!r}; give 0"):
+            encoded(file, weighed(None, wrong, None, 0, None, 0), "template" if form else "plain")
+
+
+def test_calls_of_tools_are_written_or_refused(tmp_path):
+    talk = [*conversation("hi"), {"role": "assistant", "content": None, "tool_calls": [{"name": "two"}]}]
+    with pytest.raises(Unreadable, match=r"here: message 2 has tool_calls, which the chat template .* does not write"):
+        encoded(tokenizer_folder(tmp_path / "a"), talk)
+    with pytest.raises(Unreadable, match="here: a message has tool_calls, which the plain form does not write"):
+        encoded("bytes", talk, "plain")
+    writes = MARKED.replace(
+        "message['content'] + '<|im_end|>' }}{% end", "(message.tool_calls or '')|string + '!' }}{% end"
+    )
+    tokenizer, found = encoded(tokenizer_folder(tmp_path / "b", writes), talk)
+    assert tokenizer.decode(found.tokens[found.mask]) == "[{'name': 'two'}]!"
+    talk[1].pop("tool_calls")
+    with pytest.raises(Unreadable, match="here: the content of message 2 is NoneType, not text"):
+        encoded("bytes", talk, "plain")
+
+
 def test_an_answer_without_an_end_token_ends_with_its_message(tmp_path):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
