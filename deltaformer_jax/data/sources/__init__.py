@@ -19,7 +19,7 @@ from deltaformer_jax.data.sources import units
 from deltaformer_jax.data.sources.content import is_compressed
 from deltaformer_jax.data.sources.conversation import Conversation
 from deltaformer_jax.data.sources.folder import files_below, no_file
-from deltaformer_jax.data.sources.hub_folder import HELD_OUT, TRAINING, chosen_shards
+from deltaformer_jax.data.sources.hub_folder import HELD_OUT, TRAINING, chosen_shards, listed
 from deltaformer_jax.data.sources.json_lines import JSONLinesUnit, jsonl_units
 from deltaformer_jax.data.sources.parquet import ParquetUnit, parquet_units
 from deltaformer_jax.data.sources.stdlib import STDLIB, stdlib_files
@@ -128,10 +128,12 @@ def open_source(
         if not names:
             first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
             raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}")
-        shards, part, others = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
+        shards, part, others, together = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
         if others and not split:
             note = f"{root}: read split {part['split']}, left out {', '.join(others)}; --split takes another"
-        why = f"not of subset {part['subset']}, split {part['split']}" if part else ""
+        if together:
+            note = f"{root}: read the {len(together)} folders {listed(together)} together; --subset takes one"
+        why = "not of " + ", ".join(f"{what} {name}" for what, name in part.items()) if part else "describes the data"
         left_out = sorted([*left_out, *((name, why) for name in sorted(set(names) - set(shards)))])
         files = {name: root / name for name in shards}
     else:
