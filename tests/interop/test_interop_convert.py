@@ -134,6 +134,12 @@ def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
         (["--to-hf", "--workdir", "run"], "--to-hf: give --workdir DIR and --out FOLDER"),
         (["--to-hf", "--workdir", "nowhere", "--out", "x"], "--workdir nowhere: no such folder"),
         (["nowhere", "--workdir", "run"], "nowhere: no such folder"),
+        (["x", "--workdir", "run", "--dtype", "bfloat16"], "--dtype: is for --to-hf; leave it out"),
+        (["x", "--workdir", "run", "--step", "0"], "--step: is for --to-hf; leave it out"),
+        (
+            ["--to-hf", "--workdir", "x", "--out", "y", "--compute_dtype", "float32"],
+            "--compute_dtype: is for reading a",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, capsys, monkeypatch, tmp_path):

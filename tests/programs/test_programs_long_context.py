@@ -89,7 +89,8 @@ def test_scores_go_to_their_length_and_depth():
             told.append(f" {place[1]}, surely"[:room] if near else "")
         return told
 
-    found = accuracy(answer, "needle_multikey", BYTES, lengths=[1000, 3000], depths=[0.0, 1.0], count=3)
+    asked = {length: examples("needle_multikey", BYTES, length, [0.0, 1.0], 3, 0) for length in (1000, 3000)}
+    found = accuracy(answer, "needle_multikey", asked)
     assert [(r["length"], r["depth"], r["accuracy"], r["examples"]) for r in found] == [
         (1000, 0.0, 1.0, 3),
         (1000, 1.0, 0.0, 3),
