@@ -47,8 +47,8 @@ def check_tasks(manager: TaskManager, names: Sequence[str]) -> None:
     if unknown:
         own = sorted(path.stem for path in OWN_TASKS.glob("*.yaml"))
         raise ValueError(
-            f"--tasks {unknown[0]}: no such task; `lm_eval ls tasks` prints the harness's, and this package adds {', '.join(own)}"
-            f"{did_you_mean(unknown[0], [*own, *TASKS])}"
+            f"--tasks {unknown[0]}: no such task; `lm_eval ls tasks` prints the harness's, and this package adds "
+            f"{', '.join(own)}{did_you_mean(unknown[0], [*own, *TASKS])}"
         )
 
 
