@@ -73,6 +73,7 @@ def read(flags) -> None:
         from deltaformer_jax.interop import load_pretrained
         from deltaformer_jax.interop.files import check_folder
         from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
+        from deltaformer_jax.interop.load import read_config
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import model_parts, params_of
         from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -89,6 +90,12 @@ def read(flags) -> None:
         raise FileNotFoundError(f"{file}: no such file; give a tokenizer.json with --tokenizer FILE")
     tokenizer = load_tokenizer(file)
     form = pretrained_format(Path(flags.folder), file, tokenizer)
+    size = read_config(Path(flags.folder))[1].vocab_size
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{file}: has {tokenizer.vocab_size} tokens, the model in {flags.folder} has {size}; give the "
+            "tokenizer.json that the model was trained with, --tokenizer FILE"
+        )
     with waiting(f"reading {flags.folder}", say_aside):
         model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype or "float32")
     kept = to_keep(Path(flags.folder), tokenizer, file)

@@ -274,6 +274,24 @@ def test_templates_cannot_reach_out_of_their_sandbox(tmp_path):
         encoded(tokenizer_folder(tmp_path / "t", "{{ messages.append(1) }}"), conversation("a", "b"))
 
 
+def test_a_template_with_a_clock(tmp_path):
+    """One that asks whether there is a clock goes without; one that needs it is refused, and not line by line."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26{% endif %}"
+    tokenizer, found = encoded(tokenizer_folder(tmp_path / "asks", asks + CHATML), TALK)
+    assert tokenizer.decode(found.tokens).startswith("26system")
+    with pytest.raises(
+        ValueError, match=r"calls strftime_now, .*put a date in its place in a copy, .*--chat"
+    ) as caught:
+        encoded(tokenizer_folder(tmp_path / "needs", "{{ strftime_now('%d') }}" + CHATML), TALK)
+    assert not isinstance(caught.value, Unreadable)
+
+
+def test_several_templates_without_a_default_are_listed(tmp_path):
+    file = tokenizer_folder(tmp_path / "t", [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}])
+    with pytest.raises(ValueError, match=r"the names rag, tool_use, and none is 'default'; write .*template\.jinja"):
+        load_format("template", str(file))
+
+
 def test_where_a_template_is_looked_for(tmp_path):
     file = tokenizer_folder(
         tmp_path / "t", [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]

@@ -166,6 +166,13 @@ def test_subsets_without_splits_are_folders_at_any_depth(tmp_path, capsys):
     assert texts_of(root, subset="sample/350BT") == ["350"] and texts_of(root, subset="CC-2024-10") == names[:1]
 
 
+def test_json_lines_of_another_name_are_to_be_renamed(tmp_path):
+    write(tmp_path / "train.json", ["a"])
+    for source in (tmp_path, tmp_path / "train.json"):
+        with pytest.raises(ValueError, match=r"with one object in each line is to be renamed to \.jsonl$"):
+            open_source(source)
+
+
 def test_a_description_without_data_below_it_is_a_text(tmp_path):
     for name in ("README.md", "docs/readme.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from support.fake_lm_eval import KINDS, adapter_over
+from support.programs.fake_lm_eval import KINDS, adapter_over
 
 from deltaformer_jax import LanguageModel, Mixer, ModelConfig
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, pretrained_tokenizer

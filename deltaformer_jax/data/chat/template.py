@@ -2,7 +2,8 @@
 
 The environment is the one that transformers documents for chat templates: sandboxed, `trim_blocks`, `lstrip_blocks`,
 `break` and `continue`, `raise_exception`, `tojson`, `{% generation %}`. There is no clock (`strftime_now`), since a
-corpus must not depend on the day it is made.
+corpus must not depend on the day it is made. A template that asks whether there is one goes without; one that calls it
+all the same is refused.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ class Template:
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
         except Exception as error:  # whatever the template's expressions raise
+            if str(error) == "'strftime_now' is undefined":
+                raise ValueError(
+                    f"{self._where}: calls strftime_now, and texts must not depend on the day they are made; put a "
+                    "date in its place in a copy, and name that with --chat FILE"
+                ) from None
             raise Unreadable(f"{where}: the chat template {self._where} refuses it: {error}") from None
 
     def _check_calls(self, messages: list[dict[str, Any]], where: str) -> None:

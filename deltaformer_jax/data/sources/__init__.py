@@ -38,6 +38,7 @@ TEXT_SUFFIXES = frozenset(
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
+_JSON_HINT = "; a .json file with one object in each line is to be renamed to .jsonl"
 Unit = FilesUnit | TextsUnit | JSONLinesUnit | ParquetUnit  # a LongUnit is read by the main process
 
 
@@ -127,7 +128,8 @@ def open_source(
         names, left_out = files_below(root, kind)
         if not names:
             first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
-            raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}")
+            hint = _JSON_HINT if any(name.endswith(".json") for name, _ in left_out) else ""
+            raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}{hint}")
         shards, part, others, together = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
         if others and not split:
             note = f"{root}: read split {part['split']}, left out {', '.join(others)}; --split takes another"
@@ -140,7 +142,8 @@ def open_source(
         if subset or split:
             raise ValueError(f"{root}: is a file; --subset and --split are for folders")
         if not kind(root):
-            raise ValueError(f"{root}: unknown suffix {root.suffix!r}; known: {kinds}")
+            hint = _JSON_HINT if root.suffix == ".json" else ""
+            raise ValueError(f"{root}: unknown suffix {root.suffix!r}; known: {kinds}{hint}")
         what = no_file(root.stat().st_mode)
         if what and not stat.S_ISFIFO(root.stat().st_mode):
             raise ValueError(f"{root}: is {what}, not a file")
