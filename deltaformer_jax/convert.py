@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compute_dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
         help="of activations and products (default: float32)",
     )
     parser.add_argument("--to-hf", action="store_true", help="write the run in --workdir to --out")
@@ -49,6 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     flags = parser.parse_args(arguments)
     with one_line_errors("deltaformer_jax.convert"):
+        for name in ("tokenizer", "compute_dtype") if flags.to_hf else ("step", "model_type", "dtype"):
+            if getattr(flags, name) is not None:
+                why = "is for reading a FOLDER, not for --to-hf" if flags.to_hf else "is for --to-hf"
+                raise ValueError(f"--{name}: {why}; leave it out")
         if flags.to_hf:
             if flags.out is None or flags.folder is not None:
                 raise ValueError("--to-hf: give --workdir DIR and --out FOLDER, and no other folder")
@@ -70,6 +73,7 @@ def read(flags) -> None:
         from deltaformer_jax.interop import load_pretrained
         from deltaformer_jax.interop.files import check_folder
         from deltaformer_jax.interop.kept import KEPT_FILE, to_keep
+        from deltaformer_jax.interop.load import read_config
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import params_of
         from deltaformer_jax.training.checkpoints.new_run import check_new, write_run
@@ -83,8 +87,14 @@ def read(flags) -> None:
         raise FileNotFoundError(f"{file}: no such file; give a tokenizer.json with --tokenizer FILE")
     tokenizer = load_tokenizer(file)
     form = pretrained_format(Path(flags.folder), file, tokenizer)
+    size = read_config(Path(flags.folder))[1].vocab_size
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{file}: has {tokenizer.vocab_size} tokens, the model in {flags.folder} has {size}; give the "
+            "tokenizer.json that the model was trained with, --tokenizer FILE"
+        )
     with waiting(f"reading {flags.folder}", say_aside):
-        model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype)
+        model, model_config = load_pretrained(flags.folder, compute_dtype=flags.compute_dtype or "float32")
     kept = to_keep(Path(flags.folder), tokenizer, file)
     data = DataConfig(tokenizer=str(workdir / TOKENIZER_FILE))
     config = with_vocabulary(Config(model=model_config, data=data, run=RunConfig(sample_prompt="")), tokenizer)

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from deltaformer_jax.config import Config, saved_config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.config.files import find_config
+from deltaformer_jax.config.init_from import check_init_from
 from deltaformer_jax.config.mixer import with_given
 from deltaformer_jax.config.saved import Saved, flatten
 from deltaformer_jax.host.arguments import value_of
@@ -57,20 +58,25 @@ def parse(argv: list[str], default_config: str) -> Command:
     """
     _check_flags(argv)
     workdir = value_of("workdir", argv)
-    path = value_of("config", argv)
+    path, label = value_of("config", argv), None
     of_weights = False  # whether the model is that of run.init_from
     if workdir is not None:
         workdir = expand(workdir)
         argv = _with_value("workdir", workdir, argv)
+    is_run = workdir and (epath.Path(workdir) / Saved.FILE).exists()
+    if init_from := value_of("config.run.init_from", argv):
+        init_from = expand(init_from)
+        argv = _with_value("config.run.init_from", init_from, argv)
+        if not is_run:  # a run that has begun does not read it again
+            check_init_from(init_from)
     if path is not None:
         path = find_config(expand(path), Path(default_config).parent)
         argv = _with_value("config", path, argv)
-    elif workdir and (epath.Path(workdir) / Saved.FILE).exists():
+    elif is_run:
         Saved.read(epath.Path(workdir))  # only for its errors, which config_flags would bury in a traceback
         path = f"{saved_config.__file__}:{workdir}"
-    elif init_from := value_of("config.run.init_from", argv):
-        init_from = expand(init_from)
-        argv = _with_value("config.run.init_from", init_from, argv)
+    elif init_from:
+        label = f"run.init_from = {init_from!r}"
         # A path, not an import: reading another project's config needs the model, and so jax.
         path = f"{Path(saved_config.__file__).parents[1] / 'interop' / 'as_config.py'}:{init_from}"
         of_weights = True
@@ -87,8 +93,8 @@ def parse(argv: list[str], default_config: str) -> Command:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
     flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=values)
-    holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     try:
+        holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
         rest = values(argv)
         config = holder.value
     except Exception as error:  # absl's own errors, or any error that the config file raises
@@ -99,9 +105,10 @@ def parse(argv: list[str], default_config: str) -> Command:
                 f"{default_config}"
             )
         elif not isinstance(error, flags.Error):
-            text = f"--config {path}: {type(error).__name__}: {text}"
+            text = f"{label}: {error.__cause__}" if label else f"--config {path}: {type(error).__name__}: {text}"
         elif "Traceback" in text:  # ml_collections puts the whole traceback of get_config() into its message
-            text = f"--config {path}: {text.strip().splitlines()[-1]}"
+            last = text.strip().splitlines()[-1]
+            text = f"{label}: {last.partition(': ')[2]}" if label else f"--config {path}: {last}"
         raise ValueError(text + _nearest_keyword(text)) from error
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r}: not a flag; {LISTING}")

@@ -20,6 +20,7 @@ from flax import nnx
 
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.choose import choose, power_of_two
+from deltaformer_jax.decoding.memory import check_memory
 from deltaformer_jax.decoding.requests import (
     Completion,
     Piece,
@@ -164,10 +165,13 @@ def stream(
 
     Prompts are padded on the right to a power of two, several are read in one call (PROMPT_TOKENS), and the capacity of
     the caches is a power of two, so that few compiled programs serve all lengths. Raises at the call: ValueError naming
-    the argument that is out of range, TypeError naming one of another kind.
+    the argument that is out of range, or `max_tokens` if the caches are larger than the memory, TypeError naming one of
+    another kind.
     """
     check_sampling(1, temperature, top_k, top_p, 0)
     batch_size = whole("batch_size", batch_size, 1)
+    if not isinstance(logprobs, bool | np.bool_):
+        raise TypeError(f"logprobs = {logprobs!r:.60}: give True or False")
     requests = make_requests(
         prompts,
         vocabulary_of(model),
@@ -199,6 +203,9 @@ class _Batch:
         self._how, self._waiting = how, collections.deque(requests)
         self._capacity = power_of_two(max(len(r.ids) + r.max_tokens for r in requests))
         self._in_row: list[Request | None] = [None] * min(rows, len(requests))
+        most, size = max(r.max_tokens for r in requests), {"rows": len(self._in_row), "capacity": self._capacity}
+        fix = "fewer tokens, shorter prompts or a smaller batch_size"
+        check_memory("max_tokens", most, self._graphdef, self._params, fix=fix, **size)
         self._state = _empty(self._graphdef, self._params, rows=len(self._in_row), capacity=self._capacity)
         self.calls: collections.deque[tuple[jax.Array, jax.Array | None, list[Request | None]]] = collections.deque()
 

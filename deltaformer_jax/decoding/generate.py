@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deltaformer_jax.decoding.choose import choose, power_of_two
+from deltaformer_jax.decoding.memory import check_memory
 from deltaformer_jax.decoding.requests import check_prompt, check_sampling, items, vocabulary_of
 from deltaformer_jax.layers.linear import cast_kernels
 from deltaformer_jax.model import LanguageModel
@@ -86,6 +87,8 @@ def generate_batch(
         raise ValueError("prompt: has no token; begin it with the document separator")
     prompts = [check_prompt(prompt, row, vocabulary) for row, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
+    size = {"rows": len(prompts), "capacity": power_of_two(max(map(len, prompts)) + tokens)}
+    check_memory("tokens", tokens, *nnx.split(model), fix="fewer tokens, or fewer or shorter prompts", **size)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)
     return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)

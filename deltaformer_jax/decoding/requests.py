@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,8 @@ def items(name: str, value: Any, give: str) -> list[Any]:
     """The items of a list, an array or another iterable, not of one text. Raises TypeError that says what to `give`."""
     if isinstance(value, str | bytes):
         raise TypeError(f"{name} is one text, {value[:40]!r}: give {give}, [{value[:40]!r}]")
+    if isinstance(value, Mapping):  # its items are its keys
+        raise TypeError(f"{name} is a {type(value).__name__}, {value!r:.60}: give {give}")
     try:
         return list(value)
     except TypeError:

@@ -33,6 +33,7 @@ from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.evaluate.corpus import evaluation_corpus
 from deltaformer_jax.evaluate.report import progress, table
+from deltaformer_jax.evaluate.task_flags import add_task_flags, refuse_task_flags, split_names
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.waiting import say_aside, waiting
 
@@ -53,13 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequence_length", type=int, metavar="N", help="tokens per row (default: the run's)")
     parser.add_argument("--batch_size", type=int, metavar="N", help="rows per batch (default: the run's)")
     parser.add_argument(
-        "--batches", type=int, default=0, metavar="N", help="evaluate only the first N batches; 0: all (default: 0)"
+        "--batches", type=int, metavar="N", help="evaluate only the first N batches; 0: all (default: 0)"
     )
-    _add_task_flags(parser)
+    add_task_flags(parser)
     flags = parser.parse_args(arguments)
 
     with one_line_errors("deltaformer_jax.evaluate"), tempfile.TemporaryDirectory() as folder:
-        if flags.batches < 0:
+        if flags.batches is not None and flags.batches < 0:
             raise ValueError(f"--batches {flags.batches}: give 0 (all batches) or more")
         for name in ("batch_size", "sequence_length"):
             if getattr(flags, name) is not None and getattr(flags, name) < 1:
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         Saved.read(epath.Path(flags.workdir))  # a wrong folder is said before jax is imported
         if flags.tasks is not None:
             return answer_tasks(flags)
+        refuse_task_flags(flags)
         with waiting("importing jax", say_aside):
             from deltaformer_jax.data import batches, count_batches
             from deltaformer_jax.evaluate.by_position import evaluate_by_position
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sequence_length=length,
                 token_bytes=corpus.tokenizer.token_bytes,
                 sharding=batch_sharding(run.program.mesh),
-                limit=flags.batches,
+                limit=flags.batches or 0,
                 advance=advance,
             )
     whole, by_position = sums.report(), sums.by_position()
@@ -100,44 +102,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps({"step": run.step, "data": data, "sequence_length": length, **whole, "by_position": by_position}))
 
 
-def _add_task_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--tasks", metavar="NAME,...", help="tasks to answer, instead of the loss on data")
-    parser.add_argument("--out", type=expand, metavar="FOLDER", help="also write tasks.json and long_context.png here")
-    parser.add_argument("--fewshot", type=int, metavar="N", help="worked examples in a prompt (default: the task's)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task of the harness")
-    parser.add_argument("--include", type=expand, metavar="FOLDER", help="folder with more tasks of the harness (YAML)")
-    parser.add_argument(
-        "--no_separator",
-        action="store_true",
-        help="nothing before contexts: neither end-of-text, nor what an imported model's tokenizer begins texts with",
-    )
-    parser.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="tokens of long-context texts (default: 256 and doubled, to twice the run's)",
-    )
-    parser.add_argument(
-        "--depths",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        metavar="SHARE",
-        help="where needles lie, 0: at the beginning, 1: at the end (default: 0 0.25 0.5 0.75 1)",
-    )
-    parser.add_argument(
-        "--examples", type=int, default=10, metavar="N", help="long-context texts per length and depth (default: 10)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the long-context texts (default: 0)")
-
-
 def answer_tasks(flags) -> None:
     """Print the answers to --tasks: a table on stderr, JSON on stdout."""
-    from deltaformer_jax.evaluate import by_task
-
-    by_task.split_names(flags)  # a wrong name is said before the model is read
+    split_names(flags)  # a wrong name is said before the model is read
     with waiting("importing jax", say_aside):
+        from deltaformer_jax.evaluate import by_task
         from deltaformer_jax.model_parts import merge
         from deltaformer_jax.training.checkpoints.restore import restore
 

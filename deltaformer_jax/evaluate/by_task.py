@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deltaformer_jax.evaluate.long_context.generators import TASKS
+from deltaformer_jax.evaluate.long_context.accuracy import accuracy, examples
+from deltaformer_jax.evaluate.long_context.generators import Example
+from deltaformer_jax.evaluate.task_flags import LONG_FLAGS, split_names
 from deltaformer_jax.host.waiting import say_aside, waiting
 
 SHORTEST = 256  # tokens: the first of the lengths where --lengths is not given; each next one is twice as long
-
-
-def split_names(flags) -> tuple[list[str], list[str]]:
-    """(long-context tasks, tasks of the harness) of --tasks. Raises ValueError naming the flag that cannot be."""
-    names = [name.strip() for name in flags.tasks.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--tasks: no task; give names with commas between them")
-    for name, least in (("examples", 1), ("limit", 1), ("fewshot", 0)):
-        if getattr(flags, name) is not None and getattr(flags, name) < least:
-            raise ValueError(f"--{name} {getattr(flags, name)}: give {least} or more")
-    outside = [depth for depth in flags.depths if not 0 <= depth <= 1]
-    if outside:
-        raise ValueError(f"--depths {outside[0]}: give shares of the text, from 0 (its beginning) to 1 (its end)")
-    long = [name for name in names if name in TASKS]
-    others = [name for name in names if name not in TASKS]
-    if others and importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            f"--tasks {others[0]}: needs lm-evaluation-harness, pip install 'deltaformer-jax[eval]'; without it there "
-            f"are {', '.join(TASKS)}"
-        )
-    return long, others
 
 
 def default_lengths(trained: int) -> list[int]:
@@ -52,21 +33,34 @@ def run(flags, run, model) -> dict[str, Any]:
     trained = run.config.data.sequence_length
     length, size = flags.sequence_length or trained, flags.batch_size or run.config.data.batch_size
     result: dict[str, Any] = {"step": run.step, "sequence_length": length}
+    # Whatever can be wrong is said before the first answer.
+    if flags.out is not None:
+        try:
+            Path(flags.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {flags.out}: {error.strerror or error}; give a folder, new or not") from None
+    with waiting("making the long-context texts", say_aside) if long else contextlib.nullcontext():
+        asked = {name: _asked(flags, name, run.tokenizer, trained) for name in long}
     if others:
         result["tasks"] = _harness(flags, run, model, others, length, size)
-    if long:
-        lengths = flags.lengths or default_lengths(trained)
-        result["long_context"] = _long_context(flags, run, model, long, lengths, size)
-    if flags.out is not None:
-        out = Path(flags.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tasks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if long:
-            from deltaformer_jax.evaluate.long_context.picture import heat_map
+        _write(flags, result)
+    for name in long:
+        with waiting(f"asking {name}", say_aside):
+            records = accuracy(_answering(model, run.tokenizer, size), name, asked[name])
+        result["long_context"] = result.get("long_context", []) + records
+        _write(flags, result)
+    if flags.out is not None and long:
+        from deltaformer_jax.evaluate.long_context.picture import heat_map
 
-            picture = heat_map(result["long_context"], Path(flags.workdir).name, trained)
-            picture.savefig(out / "long_context.png", dpi=160)
+        picture = heat_map(result["long_context"], Path(flags.workdir).name, trained)
+        picture.savefig(Path(flags.out) / "long_context.png", dpi=160)
     return result
+
+
+def _write(flags, result: dict[str, Any]) -> None:
+    """After each task, so that a later one that fails loses nothing."""
+    if flags.out is not None:
+        (Path(flags.out) / "tasks.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _harness(flags, run, model, names, length, size):
@@ -81,23 +75,25 @@ def _harness(flags, run, model, names, length, size):
     return run_tasks(answers, names, manager, num_fewshot=flags.fewshot, limit=flags.limit)
 
 
-def _long_context(flags, run, model, names, lengths, size):
+def _asked(flags, name: str, tokenizer, trained: int) -> dict[int, list[Example]]:
+    given = {flag: getattr(flags, flag) for flag in LONG_FLAGS}
+    depths, count, seed = (
+        LONG_FLAGS[flag] if given[flag] is None else given[flag] for flag in ("depths", "examples", "seed")
+    )
+    lengths = flags.lengths or default_lengths(trained)
+    return {length: examples(name, tokenizer, length, depths, count, seed) for length in lengths}
+
+
+def _answering(model, tokenizer, size: int) -> Callable[[list[str], list[int]], list[str]]:
     from deltaformer_jax.decoding import generate
-    from deltaformer_jax.evaluate.long_context.accuracy import accuracy
 
     def answer(texts: list[str], most: list[int]) -> list[str]:
         completions = generate(
-            model, texts, max_tokens=most, tokenizer=run.tokenizer, temperature=0.0, stop=["\n"], batch_size=size
+            model, texts, max_tokens=most, tokenizer=tokenizer, temperature=0.0, stop=["\n"], batch_size=size
         )
         return [completion.text for completion in completions]
 
-    records = []
-    for name in names:
-        with waiting(f"asking {name}", say_aside):
-            records += accuracy(
-                answer, name, run.tokenizer, lengths=lengths, depths=flags.depths, count=flags.examples, seed=flags.seed
-            )
-    return records
+    return answer
 
 
 def _counted() -> Callable[[int], None]:

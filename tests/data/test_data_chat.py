@@ -64,6 +64,43 @@ def test_a_template_without_a_generation_prompt_whose_answers_follow_at_once(tmp
     assert tokenizer.decode(found.tokens[~found.mask]) == "[INST] hi [/INST][INST] and [/INST]"
 
 
+@pytest.mark.parametrize("form", [CHATML, MARKED, None], ids=["prefixes", "generation", "plain"])
+def test_an_answer_of_weight_0_bears_no_loss(tmp_path, form):
+    file = tokenizer_folder(tmp_path / "t", form) if form else "bytes"
+    weighed = lambda *weights: [
+        message | ({} if weight is None else {"weight": weight})
+        for message, weight in zip(conversation("hi", "one", "and", "two", "so", "big"), weights, strict=True)
+    ]
+    tokenizer, all_bear = encoded(file, weighed(*[None] * 6), "template" if form else "plain")
+    _, found = encoded(file, weighed(None, 1, 1, 0, 0, 1.0), "template" if form else "plain")
+    assert found.tokens.tolist() == all_bear.tokens.tolist()
+    end = tokenizer.special_tokens["<|im_end|>"].id if form else tokenizer.eot
+    answers = [[*tokenizer.encode(text), end] for text in ("one", "two", "big")]
+    assert all_bear.tokens[all_bear.mask].tolist() == [token for answer in answers for token in answer]
+    assert found.tokens[found.mask].tolist() == answers[0] + answers[2]
+    with pytest.raises(Unreadable, match="here: all answers have weight 0"):
+        encoded(file, weighed(None, 0, None, 0, None, 0), "template" if form else "plain")
+    for wrong in (0.5, "0", True):
+        with pytest.raises(Unreadable, match=f"here: the weight of message 2 is {wrong!r}; give 0"):
+            encoded(file, weighed(None, wrong, None, 0, None, 0), "template" if form else "plain")
+
+
+def test_calls_of_tools_are_written_or_refused(tmp_path):
+    talk = [*conversation("hi"), {"role": "assistant", "content": None, "tool_calls": [{"name": "two"}]}]
+    with pytest.raises(Unreadable, match=r"here: message 2 has tool_calls, which the chat template .* does not write"):
+        encoded(tokenizer_folder(tmp_path / "a"), talk)
+    with pytest.raises(Unreadable, match="here: a message has tool_calls, which the plain form does not write"):
+        encoded("bytes", talk, "plain")
+    writes = MARKED.replace(
+        "message['content'] + '<|im_end|>' }}{% end", "(message.tool_calls or '')|string + '!' }}{% end"
+    )
+    tokenizer, found = encoded(tokenizer_folder(tmp_path / "b", writes), talk)
+    assert tokenizer.decode(found.tokens[found.mask]) == "[{'name': 'two'}]!"
+    talk[1].pop("tool_calls")
+    with pytest.raises(Unreadable, match="here: the content of message 2 is NoneType, not text"):
+        encoded("bytes", talk, "plain")
+
+
 def test_an_answer_without_an_end_token_ends_with_its_message(tmp_path):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
@@ -235,6 +272,24 @@ def test_templates_cannot_reach_out_of_their_sandbox(tmp_path):
         encoded(tokenizer_folder(tmp_path / "t", "{{ messages.__class__.__mro__ }}"), conversation("a", "b"))
     with pytest.raises(Unreadable, match="unsafe"):
         encoded(tokenizer_folder(tmp_path / "t", "{{ messages.append(1) }}"), conversation("a", "b"))
+
+
+def test_a_template_with_a_clock(tmp_path):
+    """One that asks whether there is a clock goes without; one that needs it is refused, and not line by line."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26{% endif %}"
+    tokenizer, found = encoded(tokenizer_folder(tmp_path / "asks", asks + CHATML), TALK)
+    assert tokenizer.decode(found.tokens).startswith("26system")
+    with pytest.raises(
+        ValueError, match=r"calls strftime_now, .*put a date in its place in a copy, .*--chat"
+    ) as caught:
+        encoded(tokenizer_folder(tmp_path / "needs", "{{ strftime_now('%d') }}" + CHATML), TALK)
+    assert not isinstance(caught.value, Unreadable)
+
+
+def test_several_templates_without_a_default_are_listed(tmp_path):
+    file = tokenizer_folder(tmp_path / "t", [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}])
+    with pytest.raises(ValueError, match=r"the names rag, tool_use, and none is 'default'; write .*template\.jinja"):
+        load_format("template", str(file))
 
 
 def test_where_a_template_is_looked_for(tmp_path):

@@ -95,6 +95,11 @@ LAYOUTS = [
     (["train/00.jsonl.gz", "train/01.jsonl.gz"], ["val.jsonl.gz", "test.jsonl.gz"], "val"),
     (["train.jsonl"], ["test.jsonl"], "test"),
     (["my_train.parquet"], ["my_dev.parquet"], "dev"),
+    (
+        ["multilingual/c4-af.tfrecord-00000-of-00002.json.gz", "multilingual/c4-af.tfrecord-00001-of-00002.json.gz"],
+        ["multilingual/c4-af-validation.tfrecord-00000-of-00001.json.gz"],
+        "validation",
+    ),
     (["x/train/chunk1/a_0.jsonl"], ["x/validation/chunk1/a_train_0.jsonl"], "validation"),
 ]
 
@@ -128,8 +133,53 @@ def test_one_word_in_names_is_chance(tmp_path):
 
 def test_a_folder_with_files_of_other_names_is_read_whole_as_ever(one_subset):
     write(one_subset / "more.jsonl", ["d"])
-    assert texts_of(one_subset) == ["about the data", "a", "b", "c", "d"]
+    assert texts_of(one_subset) == ["a", "b", "c", "d"]
+    assert open_source(one_subset).left_out == [("README.md", "describes the data")]
     assert texts_of(one_subset, split="train") == ["a", "b", "c"]
+
+
+def test_subsets_without_splits_are_folders_at_any_depth(tmp_path, capsys):
+    root, names = tmp_path / "web", ["data/CC-2024-10", "data/CC-2024-18", "sample/10BT", "sample/100BT"]
+    for name in names:
+        write(root / name / "000_00000.parquet", [name])
+    (root / "data" / "LICENSE.txt").write_text("may be used")
+    with pytest.warns(
+        UserWarning, match=r"web: read the 4 folders CC-2024-10, .*, sample/10BT together; --subset takes"
+    ):
+        prepare_corpus(root, tmp_path / "whole", eval_fraction=0)
+    (root / "README.md").write_text("about the data")
+    assert main([str(root), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "web: has 4 subsets; choose one with --subset (. reads all), or name its folder: CC-2024-10, " in said
+    for subset, read in [
+        ("CC-2024-10", names[:1]),
+        ("data/CC-2024-18", names[1:2]),
+        ("sample/10BT", names[2:3]),
+        ("sample", names[:1:-1]),
+        (".", [*names[:2], *names[:1:-1]]),
+    ]:
+        assert texts_of(root, subset=subset) == read, subset
+        assert open_source(root, subset=subset).description["subset"] == subset
+    assert main([str(root), "--out", str(tmp_path / "out"), "--subset", "simple"]) == 2
+    assert "web: has no subset 'simple'; --subset is one of: CC-2024-10, CC-2024-18, sample" in capsys.readouterr().err
+    write(root / "sample" / "350BT" / "train-00000-of-00001.parquet", ["350"])
+    assert texts_of(root, subset="sample/350BT") == ["350"] and texts_of(root, subset="CC-2024-10") == names[:1]
+
+
+def test_json_lines_of_another_name_are_to_be_renamed(tmp_path):
+    write(tmp_path / "train.json", ["a"])
+    for source in (tmp_path, tmp_path / "train.json"):
+        with pytest.raises(ValueError, match=r"with one object in each line is to be renamed to \.jsonl$"):
+            open_source(source)
+
+
+def test_a_description_without_data_below_it_is_a_text(tmp_path):
+    for name in ("README.md", "docs/readme.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(tmp_path) == ["README.md", "docs/readme.txt"]
+    write(tmp_path / "tests" / "a.jsonl", ["a"])
+    assert texts_of(tmp_path) == ["docs/readme.txt", "a"]
 
 
 RECORDS = [{"meta": {"text": f"text {i}", "id": i}, "text": "no", "deep": {"a": {"b": f"deep {i}"}}} for i in range(30)]

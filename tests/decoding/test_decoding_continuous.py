@@ -206,6 +206,10 @@ def test_rows_stay_full_and_few_programs_are_compiled(model, monkeypatch):
         ({"prompts": ["a"]}, ValueError, r"prompts\[0\] is text: give tokenizer="),
         ({"prompts": "a", "tokenizer": BYTES}, TypeError, "prompts is one text"),
         ({"prompts": [[]]}, ValueError, "prompt: has no token"),
+        ({"prompts": {"a": 1}}, TypeError, "prompts is a dict, {'a': 1}: give a list of prompts"),
+        ({"logprobs": "yes"}, TypeError, "logprobs = 'yes': give True or False"),
+        ({"logprobs": 5}, TypeError, "logprobs = 5: give True or False"),
+        ({"max_tokens": 10**9}, ValueError, r"max_tokens = 1000000000: the caches of 1 rows of 1,073,741,824 tokens"),
         ({"prompts": [[300]]}, ValueError, r"prompts\[0\] has the id 300"),
     ],
 )
@@ -223,6 +227,10 @@ def test_errors_of_prompts_in_step_and_of_the_model(model):
         generate_batch(model, None, 3)
     with pytest.raises(TypeError, match=r"tokens = 2\.5: give a whole number, 1 or more"):
         generate_batch(model, [[1]], 2.5)
+    with pytest.raises(
+        ValueError, match=r"tokens = 1000000000: the caches of 2 rows of .* GiB, there are .* give fewer"
+    ):
+        generate_batch(model, [[1], [2]], 10**9)
     for call in (lambda: decoding.stream(None, [[1]], max_tokens=1), lambda: generate_batch("x", [[1]], 1)):
         with pytest.raises(TypeError, match=r"model is a .*: give a LanguageModel"):
             call()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from deltaformer_jax import LanguageModel, ModelConfig, convert
 from deltaformer_jax.config import DataConfig
-from deltaformer_jax.data.tokenizer import ByteTokenizer, pretrained_tokenizer
+from deltaformer_jax.data.tokenizer import ByteTokenizer, TaskVocabulary, pretrained_tokenizer
 from deltaformer_jax.interop import save_pretrained
 from deltaformer_jax.interop.kept import KEPT_FILE, read_kept
 from deltaformer_jax.sample.__main__ import main as sample
@@ -134,6 +134,12 @@ def test_dtypes_and_what_a_text_begins_with_come_along(tmp_path):
         (["--to-hf", "--workdir", "run"], "--to-hf: give --workdir DIR and --out FOLDER"),
         (["--to-hf", "--workdir", "nowhere", "--out", "x"], "--workdir nowhere: no such folder"),
         (["nowhere", "--workdir", "run"], "nowhere: no such folder"),
+        (["x", "--workdir", "run", "--dtype", "bfloat16"], "--dtype: is for --to-hf; leave it out"),
+        (["x", "--workdir", "run", "--step", "0"], "--step: is for --to-hf; leave it out"),
+        (
+            ["--to-hf", "--workdir", "x", "--out", "y", "--compute_dtype", "float32"],
+            "--compute_dtype: is for reading a",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, capsys, monkeypatch, tmp_path):
@@ -159,6 +165,7 @@ BROKEN = [
     ({"config.json": '{"model_type": "qwen3_next"}'}, "; load_layer reads layers of it"),
     ({"config.json": "{"}, "config.json: not JSON: "),
     ({"tokenizer.json": None}, "tokenizer.json: no such file; give a tokenizer.json with --tokenizer FILE"),
+    ({"tokenizer.json": TaskVocabulary(400).file_text}, " tokens, the model in "),
     ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON: "),
 ]
 

@@ -81,8 +81,26 @@ def test_another_model_and_another_tokenizer_are_refused(first, corpus, tmp_path
     flags = [f"--config.run.init_from={tmp_path / 'out'}", f"--config.data.path={corpus}"]
     with pytest.raises(ValueError, match=r"another tokenizer than data\.path has; prepare the data with --tokenizer"):
         start(flags, tmp_path / "third")
-    with pytest.raises((ValueError, OSError), match="nowhere"):
-        start(["--config.run.init_from=nowhere"], tmp_path / "fourth")
+
+
+def test_what_is_no_folder_of_weights_names_the_field(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    cases = [
+        ("nowhere", "'nowhere': no such folder; give the folder of a run, or one with config.json and safetensors$"),
+        ("Qwen/Qwen3-0.6B", r"no such folder; .*not downloaded here: hf download Qwen/Qwen3-0\.6B --local-dir FOLDER$"),
+        (tmp_path / "empty", r"empty': the folder has no config\.json; give"),
+        (tmp_path / "file", "file': is a file; give"),
+    ]
+    for value, message in cases:
+        for more in ([], ["--workdir", str(tmp_path / "new")], ["--config", TINY]):
+            with pytest.raises(OSError, match=f"^run.init_from = .*{message}"):
+                parse(["train.py", f"--config.run.init_from={value}", *more], TINY)
+    with pytest.raises(ValueError, match=r"^run\.init_from = .*other': /.*config\.json: .*gpt2") as caught:
+        parse(["train.py", f"--config.run.init_from={tmp_path / 'other'}"], TINY)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_given_field_holds_where_a_hybrids_entries_have_their_own(tmp_path):

@@ -3,7 +3,8 @@
 tests/fixtures/harness/record.json has what lm-eval, transformers and torch answered for tests/fixtures/harness/model
 (record.py there), once as they do by default, once with end-of-text before every context, and by default for a
 tokenizer that begins texts with a token (with_bos.py there). These tests ask `Answers` the same, without lm-eval, which
-brings some fifty packages; the adapter over it is tested where it is there.
+brings some fifty packages. The adapter is tested over the few names that it imports, and over the harness itself where
+it is there.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from support.programs.fake_lm_eval import KINDS, adapter_over
 
 from deltaformer_jax import LanguageModel, Mixer, ModelConfig
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer, pretrained_tokenizer
@@ -136,7 +138,29 @@ def examples(task):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_adapter_gives_the_harness_the_same(parts):
+def test_the_adapter_answers_what_the_harness_asks(case, capsys):
+    """Over the few names that it imports of lm_eval: the record's requests in, the record's answers out."""
+    answers, record = case
+    with jax.default_matmul_precision("highest"), adapter_over(record) as (adapter, calls, told):
+        manager = adapter.task_manager(["mine"])
+        found = adapter.run_tasks(answers, list(KINDS), manager, num_fewshot=2, limit=9)
+        with pytest.raises(ValueError, match=r"--tasks ofline_copy: no such task; .*did you mean offline_copy"):
+            adapter.check_tasks(manager, ["offline_copy", "ofline_copy"])
+    assert found == {task: record["metrics"][task] for task in KINDS}
+    assert manager.include_path == [str(adapter.OWN_TASKS), "mine"] and capsys.readouterr().out == ""
+    asked_with = {"task_manager": manager, "num_fewshot": 2, "limit": 9, "log_samples": False, "bootstrap_iters": 0}
+    assert calls == [{"tasks": list(KINDS), **asked_with}]
+    expected = asked(record, "offline_choice")[1]
+    np.testing.assert_allclose(
+        [x for x, _ in told["offline_choice"]], [float(x) for x, _ in expected], rtol=0, atol=5e-5
+    )
+    assert [greedy for _, greedy in told["offline_choice"]] == [str(greedy) == "True" for _, greedy in expected]
+    expected = [float(x) for x in asked(record, "offline_texts")[1]]
+    np.testing.assert_allclose(told["offline_texts"], expected, rtol=2e-7, atol=5e-5)
+    assert told["offline_copy"] == asked(record, "offline_copy")[1]
+
+
+def test_the_adapter_gives_the_installed_harness_the_same(parts):
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     from deltaformer_jax.evaluate.harness.adapter import check_tasks, run_tasks, task_manager
 

@@ -1,5 +1,6 @@
 """Long contexts: what the texts hide and where, how answers are scored, and the picture."""
 
+import collections
 import random
 import re
 
@@ -26,7 +27,6 @@ def test_texts_fill_their_length(task, tokenizer):
         assert len({example.text for example in found}) == len(found)
         for example in found:
             size = 1 + len(tokenizer.encode(example.text)) + example.answer_tokens
-            # common_words runs out of words only in texts that are longer than these.
             assert length - unit < size <= length
             assert len(tokenizer.encode(" " + ", ".join(example.answers))) < example.answer_tokens
         assert (
@@ -67,6 +67,16 @@ def test_common_words_are_the_commonest():
     assert {counts[word] for word in counts} == {2, 8} and len(counts) > 30
 
 
+def test_words_never_run_out():
+    """There are 784 words of two keys: 29,000 bytes. Longer lists have words of three."""
+    length = 65536
+    (example,) = examples("common_words", BYTES, length, DEPTHS, 1, 0)
+    assert length - 80 < 1 + len(example.text) + example.answer_tokens <= length
+    counts = collections.Counter(re.findall(r"\d+\. (\w+)", example.text))
+    assert {word for word in counts if counts[word] == 8} == set(example.answers)
+    assert set(counts.values()) == {2, 8} and len(counts) > 784
+
+
 def test_scores_go_to_their_length_and_depth():
     """One that finds a needle only in the first half of texts of fewer than 2000 bytes."""
 
@@ -79,7 +89,8 @@ def test_scores_go_to_their_length_and_depth():
             told.append(f" {place[1]}, surely"[:room] if near else "")
         return told
 
-    found = accuracy(answer, "needle_multikey", BYTES, lengths=[1000, 3000], depths=[0.0, 1.0], count=3)
+    asked = {length: examples("needle_multikey", BYTES, length, [0.0, 1.0], 3, 0) for length in (1000, 3000)}
+    found = accuracy(answer, "needle_multikey", asked)
     assert [(r["length"], r["depth"], r["accuracy"], r["examples"]) for r in found] == [
         (1000, 0.0, 1.0, 3),
         (1000, 1.0, 0.0, 3),

@@ -341,10 +341,27 @@ def test_evaluate_long_contexts(workdir, capsys, tmp_path):
         (["--tasks", ","], "--tasks: no task; give names"),
         (["--tasks", "needle", "--depths", "2"], "--depths 2.0: give shares of the text"),
         (["--tasks", "needle", "--examples", "0"], "--examples 0: give 1 or more"),
+        (["--tasks", "neelde"], "did you mean needle?"),
+        (["--tasks", "needle", "--fewshot", "0"], "--fewshot: is for tasks of lm-evaluation-harness, not for needle;"),
+        (["--tasks", "needle", "--include", "nowhere"], "--include nowhere: no such folder"),
+        (["--tasks", "needle", "--no_separator"], "--no_separator: is for tasks of lm-evaluation-harness"),
+        (["--tasks", "needle", "--batches", "0"], "--batches: is for the loss on data, not for --tasks; leave it out"),
+        (["--tasks", "common_words", "--depths", "0"], "--depths: is for needle and needle_multikey, not for common_"),
+        (["--seed", "0"], "--seed: is for --tasks; leave it out"),
+        (["--out", "x"], "--out: is for --tasks; leave it out"),
     ],
 )
 def test_evaluate_refuses_tasks(workdir, capsys, flags, message):
     assert message in error(capsys, evaluate.main, "--workdir", workdir, *flags)
+
+
+def test_evaluate_refuses_tasks_before_the_first_answer(workdir, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaformer_jax.evaluate.by_task._answering", None)  # an answer would be a TypeError
+    (tmp_path / "file").touch()
+    flags = ["--workdir", workdir, "--tasks", "needle,common_words", "--examples", "1", "--lengths", "2000"]
+    said = error(capsys, evaluate.main, *flags, "64", "--out", str(tmp_path / "out"))
+    assert "--lengths 64: this task takes" in said and not list((tmp_path / "out").iterdir())
+    assert "file: File exists; give a folder" in error(capsys, evaluate.main, *flags, "--out", tmp_path / "file")
 
 
 def test_evaluate_without_the_harness(workdir, capsys, monkeypatch):

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat
+from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat, bears_loss
 from deltaformer_jax.data.sources import Conversation, Unreadable
 from deltaformer_jax.data.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):
-    """tokens: [n], integers. mask: bool [n], True at the tokens of answers. text: the pieces, as JSON in UTF-8.
+    """tokens: [n], integers. mask: bool [n], True at the tokens of answers that bear loss.
+
+    text: the pieces, as JSON in UTF-8.
 
     text_bytes: the length of the rendered text in UTF-8.
     """
@@ -41,8 +43,12 @@ class Encoder:
         """The pieces of the rendered text are encoded one by one, so that no token is half of an answer.
 
         This is also how a conversation is encoded that goes on from a prompt. Raises Unreadable, naming the line or
-        row, for a conversation that cannot be rendered, has no answer, or names a special token in a message.
+        row, for a conversation that cannot be rendered, has no answer that bears loss, has calls of tools that are not
+        rendered, or names a special token in a message.
         """
+        answers = [message for message in conversation.messages if message["role"] == ASSISTANT]
+        if answers and not any(map(bears_loss, answers)):
+            raise Unreadable(f"{conversation.where}: all answers have weight 0, so nothing bears loss; leave it out")
         pieces = self._pieces(conversation)
         arrays = self._arrays(pieces, conversation.where)
         mask = np.repeat([answer for _, answer in pieces], [len(array) for array in arrays])
@@ -108,13 +114,19 @@ class Encoder:
 
 
 def _plain(conversation: Conversation, prompt: bool) -> list[tuple[str | None, bool]]:
-    """Pieces of text, None for end-of-text, each with whether the assistant says it (`ChatFormat`)."""
+    """Pieces of text, None for end-of-text, each with whether it bears loss (`ChatFormat`)."""
     pieces: list[tuple[str | None, bool]] = []
     for message in conversation.messages:
-        head, answer = f"{message['role']}:\n", message["role"] == ASSISTANT
-        pieces += [(head, False), (message["content"], answer), (None, True) if answer else ("\n\n", False)]
+        if message.get("tool_calls"):
+            raise Unreadable(
+                f"{conversation.where}: a message has tool_calls, which the plain form does not write; leave it out, "
+                "or name a chat template that writes them with --chat"
+            )
+        head, loss = f"{message['role']}:\n", bears_loss(message)
+        end = None if message["role"] == ASSISTANT else "\n\n"
+        pieces += [(head, False), (message["content"], loss), (end, loss)]
     if prompt:
         pieces.append((f"{ASSISTANT}:\n", False))
-    elif not any(answer for _, answer in pieces):
+    elif not any(loss for _, loss in pieces):
         raise Unreadable(f"{conversation.where}: has no message of role {ASSISTANT!r}; leave it out")
     return [(text, answer) for text, answer in pieces if text != ""]

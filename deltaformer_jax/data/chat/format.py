@@ -10,6 +10,11 @@ ASSISTANT = "assistant"  # the role whose messages are answers
 CHAT_FILE = "chat.json"  # the form of a run's conversations, in its folder
 
 
+def bears_loss(message: dict[str, Any]) -> bool:
+    """Whether training counts the loss on a message: on an answer, unless its "weight" is 0."""
+    return message["role"] == ASSISTANT and message.get("weight", 1) != 0
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
     """template: Jinja, or None for the plain form. variables: what the template may name. where: where it was found.

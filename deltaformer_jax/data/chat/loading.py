@@ -40,6 +40,11 @@ def load_format(chat: str, tokenizer: str) -> ChatFormat:
     if folder is None:
         raise ValueError(f"--chat {TEMPLATE}: tokenizer {tokenizer!r} has no chat template; {fix}")
     found = _beside(folder, config)
+    if found is None and (names := _named(config)):
+        raise ValueError(
+            f"{folder / CONFIG}: its chat_template has the names {', '.join(sorted(map(str, names)))}, and none is "
+            f"'default'; write the one to use into {folder / _TEMPLATE_FILE}, or {fix}"
+        )
     if found is None:
         raise ValueError(f"{folder / CONFIG}: missing or without a chat_template; {fix}")
     return _checked(found)
@@ -67,12 +72,18 @@ def _beside(folder: Path, config: dict[str, Any]) -> ChatFormat | None:
         return ChatFormat(_read(folder / _TEMPLATE_FILE), _variables(config), str(folder / _TEMPLATE_FILE))
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default")
+        template = _named(config).get("default")
     if isinstance(template, str):
         return ChatFormat(template, _variables(config), f"{folder / CONFIG}, chat_template")
     run = ChatFormat.of(read_object(folder / CHAT_FILE), str(folder / CHAT_FILE))
     return None if run.template is None else dataclasses.replace(run, ends=())
+
+
+def _named(config: dict[str, Any]) -> dict[Any, Any]:
+    """Name -> template of a chat_template that is a list of several; else {}."""
+    several = config.get("chat_template")
+    several = several if isinstance(several, list) else []
+    return {one.get("name"): one.get("template") for one in several if isinstance(one, dict)}
 
 
 def _variables(config: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 The environment is the one that transformers documents for chat templates: sandboxed, `trim_blocks`, `lstrip_blocks`,
 `break` and `continue`, `raise_exception`, `tojson`, `{% generation %}`. There is no clock (`strftime_now`), since a
-corpus must not depend on the day it is made.
+corpus must not depend on the day it is made. A template that asks whether there is one goes without; one that calls it
+all the same is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat
+from deltaformer_jax.data.chat.format import ASSISTANT, ChatFormat, bears_loss
 from deltaformer_jax.data.sources import Unreadable
 
 _INSTALL = 'chat templates need the package jinja2: install the extra "chat", or take --chat plain'
@@ -39,15 +40,17 @@ class Template:
     def pieces(
         self, messages: list[dict[str, Any]], where: str, specials: Iterable[str], prompt: bool = False
     ) -> list[tuple[str, bool]]:
-        """The rendered text in pieces, each with whether the assistant says it. `prompt`: the text up to the answer
-        that is to come, which `add_generation_prompt` begins.
+        """The rendered text in pieces, each with whether it is an answer that bears loss. `prompt`: the text up to the
+        answer that is to come, which `add_generation_prompt` begins.
 
         An answer is what a block `{% generation %}` contains. In a template without such blocks, the answer of message
         i is what rendering the messages up to i adds to the messages before it with `add_generation_prompt`; it ends
         with the last name of a special token in it (`specials`), the end token, or where the message ends if it has
-        none. Raises Unreadable, naming `where`, for a conversation that the template refuses or that has no answer, and
-        ValueError, naming the template, for a template whose answers cannot be found in this way.
+        none. Raises Unreadable, naming `where`, for a conversation that the template refuses, that has no answer, or
+        that has calls of tools which the template does not write, and ValueError, naming the template, for a template
+        whose answers cannot be found in this way.
         """
+        self._check_calls(messages, where)
         if self._marks:
             pieces = self._marked(messages, where, prompt)
         else:
@@ -59,24 +62,56 @@ class Template:
     def prompt(self, messages: list[dict[str, Any]], where: str) -> str:
         """The rendered text with `add_generation_prompt`, as transformers' apply_chat_template makes it.
 
-        Raises Unreadable, naming `where`, for a conversation that the template refuses.
+        Raises Unreadable, naming `where`, for a conversation that the template refuses, or calls of tools that it does
+        not write.
         """
+        self._check_calls(messages, where)
         return self._render(messages, where, prompt=True).replace(self._begin, "").replace(self._end, "")
 
     def _render(self, messages: list[dict[str, Any]], where: str, prompt: bool = False) -> str:
+        messages = [{name: x for name, x in message.items() if name != "weight"} for message in messages]
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._variables)
         except Exception as error:  # whatever the template's expressions raise
+            if str(error) == "'strftime_now' is undefined":
+                raise ValueError(
+                    f"{self._where}: calls strftime_now, and texts must not depend on the day they are made; put a "
+                    "date in its place in a copy, and name that with --chat FILE"
+                ) from None
             raise Unreadable(f"{where}: the chat template {self._where} refuses it: {error}") from None
+
+    def _check_calls(self, messages: list[dict[str, Any]], where: str) -> None:
+        """Without this, an answer that is only a call of a tool would be trained as an empty one."""
+        if not any(message.get("tool_calls") for message in messages):
+            return
+        whole = self._render(messages, where)
+        for i, message in enumerate(messages):
+            if not message.get("tool_calls"):
+                continue
+            bare = {name: x for name, x in message.items() if name != "tool_calls"}
+            try:
+                written = self._render([*messages[:i], bare, *messages[i + 1 :]], where) != whole
+            except Unreadable:  # the template asks for them
+                written = True
+            if not written:
+                raise Unreadable(
+                    f"{where}: message {i + 1} has tool_calls, which the chat template {self._where} does not write; "
+                    "leave it out, or name a template that writes them with --chat FILE"
+                )
 
     def _marked(self, messages: list[dict[str, Any]], where: str, prompt: bool) -> list[tuple[str, bool]]:
         first, *others = self._render(messages, where, prompt).split(self._begin)
         pieces = [(first, False)]
-        for part in others:
+        loss = [bears_loss(message) for message in messages if message["role"] == ASSISTANT]
+        if all(loss):
+            loss = [True] * len(others)
+        elif len(loss) != len(others):
+            self._refuse(f"has {len(others)} {{% generation %}} blocks for {len(loss)} answers with weights", where)
+        for part, bears in zip(others, loss):
             answer, end, rest = part.partition(self._end)
             if not end or self._end in rest:
                 self._refuse("has {% generation %} blocks inside one another", where)
-            pieces += [(answer, True), (rest, False)]
+            pieces += [(answer, bears), (rest, False)]
         return [(text, answer) for text, answer in pieces if text]
 
     def _compared(
@@ -101,7 +136,7 @@ class Template:
                 self._refuse("writes something before an answer, and does not do so for add_generation_prompt", where)
             length = max((place + len(name) for name in specials if (place := answer.rfind(name)) >= 0), default=0)
             length = length if length >= len(content) else len(answer)
-            pieces += [(whole[done : len(prompt)], False), (answer[:length], True)]
+            pieces += [(whole[done : len(prompt)], False), (answer[:length], bears_loss(message))]
             done = len(prompt) + length
         return [(text, answer) for text, answer in [*pieces, (whole[done:], False)] if text]
 

@@ -19,7 +19,7 @@ from deltaformer_jax.data.sources import units
 from deltaformer_jax.data.sources.content import is_compressed
 from deltaformer_jax.data.sources.conversation import Conversation
 from deltaformer_jax.data.sources.folder import files_below, no_file
-from deltaformer_jax.data.sources.hub_folder import HELD_OUT, TRAINING, chosen_shards
+from deltaformer_jax.data.sources.hub_folder import HELD_OUT, TRAINING, chosen_shards, listed
 from deltaformer_jax.data.sources.json_lines import JSONLinesUnit, jsonl_units
 from deltaformer_jax.data.sources.parquet import ParquetUnit, parquet_units
 from deltaformer_jax.data.sources.stdlib import STDLIB, stdlib_files
@@ -38,6 +38,7 @@ TEXT_SUFFIXES = frozenset(
 )
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
+_JSON_HINT = "; a .json file with one object in each line is to be renamed to .jsonl"
 Unit = FilesUnit | TextsUnit | JSONLinesUnit | ParquetUnit  # a LongUnit is read by the main process
 
 
@@ -127,18 +128,22 @@ def open_source(
         names, left_out = files_below(root, kind)
         if not names:
             first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
-            raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}")
-        shards, part, others = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
+            hint = _JSON_HINT if any(name.endswith(".json") for name, _ in left_out) else ""
+            raise ValueError(f"{root}: the folder holds no file of a known kind that can be read{first}: {kinds}{hint}")
+        shards, part, others, together = chosen_shards(root, names, subset, split, HELD_OUT if held_out else TRAINING)
         if others and not split:
             note = f"{root}: read split {part['split']}, left out {', '.join(others)}; --split takes another"
-        why = f"not of subset {part['subset']}, split {part['split']}" if part else ""
+        if together:
+            note = f"{root}: read the {len(together)} folders {listed(together)} together; --subset takes one"
+        why = "not of " + ", ".join(f"{what} {name}" for what, name in part.items()) if part else "describes the data"
         left_out = sorted([*left_out, *((name, why) for name in sorted(set(names) - set(shards)))])
         files = {name: root / name for name in shards}
     else:
         if subset or split:
             raise ValueError(f"{root}: is a file; --subset and --split are for folders")
         if not kind(root):
-            raise ValueError(f"{root}: unknown suffix {root.suffix!r}; known: {kinds}")
+            hint = _JSON_HINT if root.suffix == ".json" else ""
+            raise ValueError(f"{root}: unknown suffix {root.suffix!r}; known: {kinds}{hint}")
         what = no_file(root.stat().st_mode)
         if what and not stat.S_ISFIFO(root.stat().st_mode):
             raise ValueError(f"{root}: is {what}, not a file")

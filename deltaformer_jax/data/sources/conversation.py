@@ -23,7 +23,7 @@ def conversation_of(value: Any, field: str, where: str, fix: str = "choose --tex
 
     fix: that of a field which is no list of messages.
 
-    Entries of a message that are null are dropped: Parquet has every entry in every message.
+    Entries of a message that are null are dropped: Parquet has every entry in every message. "weight" is 0 or 1.
     """
     if not isinstance(value, list) or not value:
         what = "an empty list" if value == [] else type(value).__name__
@@ -42,5 +42,8 @@ def conversation_of(value: Any, field: str, where: str, fix: str = "choose --tex
             if not isinstance(message.get(name), str):
                 what = type(message.get(name)).__name__
                 raise Unreadable(f"{where}: the {name} of message {number} is {what}, not text; leave it out")
+        weight = message.get("weight", 1)
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise Unreadable(f"{where}: the weight of message {number} is {weight!r}; give 0 (no loss) or 1")
         messages.append(message)
     return Conversation(messages, where)

@@ -13,6 +13,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from deltaformer_jax.evaluate.harness.answers import Answers
+from deltaformer_jax.evaluate.long_context.generators import TASKS
+from deltaformer_jax.host.spelling import did_you_mean
 
 OWN_TASKS = Path(__file__).parent / "own_tasks"
 
@@ -43,9 +45,10 @@ def check_tasks(manager: TaskManager, names: Sequence[str]) -> None:
     """Raise ValueError for a task that the harness does not know."""
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        own = ", ".join(sorted(path.stem for path in OWN_TASKS.glob("*.yaml")))
+        own = sorted(path.stem for path in OWN_TASKS.glob("*.yaml"))
         raise ValueError(
-            f"--tasks {unknown[0]}: no such task; `lm_eval ls tasks` prints the harness's, and this package adds {own}"
+            f"--tasks {unknown[0]}: no such task; `lm_eval ls tasks` prints the harness's, and this package adds "
+            f"{', '.join(own)}{did_you_mean(unknown[0], [*own, *TASKS])}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deltaformer_jax.data import Tokenizer
@@ -33,23 +33,14 @@ def examples(
     return found
 
 
-def accuracy(
-    answer: Answer,
-    task: str,
-    tokenizer: Tokenizer,
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    count: int,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
+def accuracy(answer: Answer, task: str, by_length: Mapping[int, Sequence[Example]]) -> list[dict[str, Any]]:
     """One record per length and depth: task, length, depth (None without one), examples, accuracy.
 
-    An example scores the share of its answers that its continuation holds, in any order and in any case, as in RULER.
+    by_length: the `examples` of each length. An example scores the share of its answers that its continuation holds, in
+    any order and in any case, as in RULER.
     """
     records = []
-    for length in lengths:
-        asked = examples(task, tokenizer, length, depths, count, seed)
+    for length, asked in by_length.items():
         told = answer([example.text for example in asked], [example.answer_tokens for example in asked])
         by_depth: dict[float | None, list[float]] = {}
         for example, text in zip(asked, told, strict=True):

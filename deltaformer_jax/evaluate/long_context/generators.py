@@ -99,17 +99,28 @@ def common_words(draw: random.Random, tokenizer: Tokenizer, length: int, depth: 
     tail = f"\nThe {COMMON} most common words in the list are:"
 
     def text(count):
-        # `count` words that are seldom, made of two of the others; the draw is the same for each count.
+        # `count` words that are seldom, made of others; the draw is the same for each count.
         again = random.Random(seed)
         others = [key for key in KEYS if key not in common]
-        made = [a + b for a in others for b in others]
-        seldom = again.sample(made, min(count, len(made)))
+        parts = 2
+        while (there := sum(len(others) ** n for n in range(2, parts + 1))) < count:
+            parts += 1
+        seldom = [_made(others, i) for i in again.sample(range(there), count)]
         words = common * OFTEN + seldom * SELDOM
         again.shuffle(words)
         return head + " ".join(f"{i}. {word}" for i, word in enumerate(words, 1)) + tail
 
     unit = " ".join(f"{1000 + i}. {KEYS[i]}{KEYS[-i]}" for i in range(1, SELDOM + 1))
     return _fitted(text, unit, tokenizer, length, tuple(common), None)
+
+
+def _made(keys: list[str], i: int) -> str:
+    """The i-th of the words that are made of keys: first all of two keys, then all of three, and so on."""
+    parts = 2
+    while i >= len(keys) ** parts:
+        i, parts = i - len(keys) ** parts, parts + 1
+    places = [i // len(keys) ** n % len(keys) for n in range(parts)]
+    return "".join(keys[place] for place in reversed(places))
 
 
 def _fitted(text: Callable[[int], str], unit: str, tokenizer, length, answers, depth, written=None) -> Example:
@@ -121,10 +132,15 @@ def _fitted(text: Callable[[int], str], unit: str, tokenizer, length, answers, d
     size = lambda count: len(tokenizer.encode_prompt(text(count))) + room
     if size(0) > length:
         raise ValueError(f"--lengths {length}: this task takes {size(0)} tokens without any filler; give more")
-    count = (length - size(0)) // len(tokenizer.encode(" " + unit))
+    count, one = 0, len(tokenizer.encode(" " + unit))
+    for _ in range(20):  # units differ in size; a few steps come near, whatever the length
+        step = int((length - size(count)) / one)
+        count = max(0, count + step)
+        if not step:
+            break
     while size(count) > length:
         count -= 1
-    while size(count + 1) <= length and text(count + 1) != text(count):
+    while size(count + 1) <= length:
         count += 1
     return Example(text(count), answers, room, depth)
 

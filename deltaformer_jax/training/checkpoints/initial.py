@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from deltaformer_jax.config.init_from import check_init_from
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.interop import load_pretrained
 from deltaformer_jax.interop.files import is_pretrained
@@ -46,6 +47,7 @@ def initial_state(
 
 def _read(init_from: str, note: Callable[[str], Any]) -> tuple[Any, Tokenizer | None]:
     """(the parameters, the tokenizer or None if the folder has none)."""
+    check_init_from(init_from)
     folder = epath.Path(init_from)
     if not is_pretrained(folder):
         run = restore(folder, note=note)

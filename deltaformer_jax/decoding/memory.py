@@ -1,0 +1,42 @@
+"""Refuses a generation whose caches cannot fit in memory, before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity"))
+def _cache(graphdef, params, rows: int, capacity: int):
+    return nnx.merge(graphdef, params).init_cache(rows, capacity)
+
+
+def check_memory(name: str, value: int, graphdef: Any, params: Any, *, rows: int, capacity: int, fix: str) -> None:
+    """Raise ValueError, naming the argument, if the caches of `rows` rows of `capacity` tokens exceed the memory.
+
+    It is that of all devices which hold the parameters; of a CPU, the machine's. Nothing is said where it is unknown.
+    """
+    shapes = _cache.eval_shape(graphdef, params, rows=rows, capacity=capacity)
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    there = _memory(params)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{name} = {value}: the caches of {rows} rows of {capacity:,} tokens (a power of two) take "
+            f"{needed / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} GiB; give {fix}"
+        )
+
+
+def _memory(params: Any) -> int | None:
+    devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    if devices and all(device.platform == "cpu" for device in devices):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # no such number on this system
+            return None
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return sum(limits) if limits and all(limits) else None
