@@ -11,19 +11,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY, WIDTHS
 from pallas_kernels.triton.gated import api as gated
-from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS
+from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS, WALK_KERNELS
 from support.triton_compile import compiled
 
 # (kernel, decay) of all kernels. Every launch uses all options of its kernel.
-ALL_KERNELS = [(kernel, "head") for kernel in KERNELS] + [(kernel, "channel") for kernel in CHANNEL_KERNELS]
+ALL_KERNELS = [(kernel, "head") for kernel in KERNELS + WALK_KERNELS] + [
+    (kernel, "channel") for kernel in CHANNEL_KERNELS
+]
 CONFIGURATIONS = [(*kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
 @functools.cache
-def launches(capability, width, narrow, delta=True, decay="head", segments=True):
+def launches(capability, width, narrow, delta=True, decay="head", segments=True, plan="stages"):
     """{kernel's name: Launch} of a forward and a backward pass at batch 4, 8192 tokens, 16 heads, 32 value heads.
 
-    decay: "none", "head" (one per head) or "channel" (one per channel).
+    decay: "none", "head" (one per head) or "channel" (one per channel). plan: one of table.PLANS.
     """
     dtype = jnp.bfloat16 if narrow else jnp.float32
     array = lambda heads, *more: jax.ShapeDtypeStruct((4, 8192, heads, *more), dtype)
@@ -31,7 +33,7 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True)
     log_decay = array(32, width) if decay == "channel" else array(32)
     state = jax.ShapeDtypeStruct((4, 32, width, width), jnp.float32)
     resets = jax.ShapeDtypeStruct((4, 8192), jnp.bool_)
-    settings = gated.Settings(0.1, delta, capability)
+    settings = gated.Settings(0.1, delta, capability, plan=plan)
     found = {}
 
     def note(launch):
@@ -51,7 +53,8 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True)
 
 def launch_of(kernel, decay, capability, width, narrow):
     """The launch of a kernel with all its options."""
-    return launches(capability, width, narrow, decay=decay)[kernel]
+    plan = "walk" if kernel in WALK_KERNELS else "stages"
+    return launches(capability, width, narrow, decay=decay, plan=plan)[kernel]
 
 
 if __name__ == "__main__":
