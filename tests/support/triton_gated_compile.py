@@ -11,13 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.triton.delta.table import SHARED_MEMORY, WIDTHS
 from pallas_kernels.triton.gated import api as gated
-from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS, WALK_KERNELS
+from pallas_kernels.triton.gated.table import CHANNEL_KERNELS, CHUNKS, KERNELS
 from support.triton_compile import compiled
 
 # (kernel, decay) of all kernels. Every launch uses all options of its kernel.
-ALL_KERNELS = [(kernel, "head") for kernel in KERNELS + WALK_KERNELS] + [
-    (kernel, "channel") for kernel in CHANNEL_KERNELS
-]
+ALL_KERNELS = [(kernel, "head") for kernel in KERNELS] + [(kernel, "channel") for kernel in CHANNEL_KERNELS]
 CONFIGURATIONS = [(*kernel, narrow, width) for kernel in ALL_KERNELS for narrow in (True, False) for width in WIDTHS]
 
 
@@ -53,8 +51,7 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True,
 
 def launch_of(kernel, decay, capability, width, narrow):
     """The launch of a kernel with all its options."""
-    plan = "walk" if kernel in WALK_KERNELS else "stages"
-    return launches(capability, width, narrow, decay=decay, plan=plan)[kernel]
+    return launches(capability, width, narrow, decay=decay)[kernel]
 
 
 if __name__ == "__main__":

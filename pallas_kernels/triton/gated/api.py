@@ -24,7 +24,7 @@ from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.gated.call import Settings, is_narrow, largest_width
 from pallas_kernels.triton.gated.channels import launches as channels
 from pallas_kernels.triton.gated.heads import launches as heads
-from pallas_kernels.triton.gated.table import chosen_plan, chunk_rows
+from pallas_kernels.triton.gated.table import chosen_plan, chunk_rows, has_plan
 from pallas_kernels.triton.gated.walk import launches as walk
 from pallas_kernels.triton.limits import unsupported
 
@@ -37,6 +37,8 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
         chunk_rows(settings.capability, largest_width(key, value), is_narrow(value))
     except NotImplementedError as error:
         return str(error)
+    if settings.plan and not settings.tile and not has_plan(settings.plan, largest_width(key, value), is_narrow(value)):
+        return f"the plan {settings.plan!r} has tiles for two-byte dtypes and head dimensions up to 128"
     return None
 
 

@@ -46,10 +46,11 @@ CHANNEL_KERNELS = (
 # The kernels of walk/: no decay, or one per head.
 WALK_KERNELS = ("gated_invert", "gated_walk", "gated_walk_states", "gated_walk_back", "gated_walk_gradients")
 
-# What computes a call without decay or with one decay per head. "stages": heads/launches.py. "walk": walk/launches.py.
+# What computes a call without decay or with one decay per head. "stages": heads/launches.py. "walk": walk/launches.py,
+# for two-byte operands and head dimensions up to 128.
 PLANS = ("stages", "walk")
 # (compute capability, whether operands have two bytes) -> the plan for WIDTHS; "stages" for what is not listed. No walk
-# ran on a device yet: benchmarks/gpu.py --only times --op gated prints both.
+# ran on a device yet: `benchmarks/gpu.py --only times --op gated` prints both.
 CHOSEN_PLANS = {(90, True): ("stages", "stages", "stages")}
 
 # (compute capability, whether operands have two bytes) -> tokens of a chunk, for WIDTHS.
@@ -80,16 +81,11 @@ _TILES = {
     ("gated_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
-    ("gated_invert", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), GatedTile(64, 8, 1)),
-    ("gated_walk", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
-    ("gated_walk_states", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
-    ("gated_walk_back", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(32, 4, 2)),
-    ("gated_walk_gradients", True): (GatedTile(64, 4, 1), GatedTile(128, 8, 1), GatedTile(64, 8, 1)),
-    ("gated_invert", False): (GatedTile(32, 8, 1), GatedTile(32, 8, 1), GatedTile(32, 8, 1)),
-    ("gated_walk", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
-    ("gated_walk_states", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
-    ("gated_walk_back", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
-    ("gated_walk_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_invert", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), None),
+    ("gated_walk", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_states", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_back", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_gradients", True): (GatedTile(64, 4, 1), GatedTile(128, 8, 1), None),
     ("gated_channel_pairs", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
     ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
     ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
@@ -132,6 +128,11 @@ def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> Ga
     """The tile for `width`. Raises NotImplementedError below compute capability 8.0."""
     _entry(compute_capability)
     return _at(_TILES[kernel, narrow], width)
+
+
+def has_plan(plan: str, width: int, narrow: bool) -> bool:
+    """Whether there are tiles for the plan."""
+    return plan == "stages" or (narrow and all(_at(_TILES[kernel, True], width) for kernel in WALK_KERNELS))
 
 
 def chosen_plan(compute_capability: int, width: int, narrow: bool) -> str:
