@@ -1,7 +1,5 @@
 """The gated ops compiled for an H100 with no GPU at hand: launches, and the bytes that they read and write.
 
-    JAX_PLATFORMS=cpu uv run --extra cuda --group kernels python benchmarks/gated_launches.py
-
 Nothing runs. A row is one launch, of bfloat16, batch 4, 32 heads, 8192 tokens, head dimension 128, for every plan of
 pallas_kernels/triton/gated/table.py and both kinds of decay. A kernel's operands and outputs count once each: an array
 that several programs read is in the card's cache at best. A kernel is named by its outputs; XLA's launches are one row.
@@ -53,7 +51,8 @@ def rows_of(function, arguments, device) -> list[dict]:
     return [*rows, total | {"temporaries GB": compiled.memory_analysis().temp_size_in_bytes / 1e9}]
 
 
-def main() -> None:
+def show() -> None:
+    """Print the tables."""
     device = find_topology("h100").devices[0]
     for decay in ("head", "channel"):
         shape = dataclasses.replace(gated.Shape(decay=decay), **GATED_SIZES)
@@ -65,7 +64,3 @@ def main() -> None:
                 for direction, function, more in (("forward", call, ()), ("both directions", both, (cotangents,))):
                     rows = rows_of(function, (arrays, segments, *more), device)
                     report(f"a decay a {decay}, plan {plan!r}, {direction}", rows, None)
-
-
-if __name__ == "__main__":
-    main()
