@@ -57,7 +57,7 @@ def show() -> None:
     for decay in ("head", "channel"):
         shape = dataclasses.replace(gated.Shape(decay=decay), **GATED_SIZES)
         arrays, segments, cotangents = shapes_of(shape)
-        for plan in PLANS if decay == "head" else PLANS[:1]:
+        for plan in PLANS:
             call = gated.call(shape, "triton")
             both = with_gradients(call)
             with planned(plan):

@@ -1,5 +1,4 @@
-"""Chooses which launches compute the gated ops without decay or with one decay per head (gated/table.py of the Triton
-kernels)."""
+"""Chooses which launches compute the gated ops (gated/table.py of the Triton kernels)."""
 
 from __future__ import annotations
 

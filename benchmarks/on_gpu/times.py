@@ -176,7 +176,7 @@ def time_gated(worker, form, length, rounds, tiles, kernels="triton", sizes=()) 
     shape = dataclasses.replace(shape, time=length, **GATED_SIZES | dict(sizes))
     given = gated.inputs(shape, np.random.default_rng(0))
     compiled = {name: both_directions(gated.call(shape, name), *given) for name in (kernels, "chunked")}
-    if kernels == "triton" and shape.decay != "channel":
+    if kernels == "triton":
         for plan in PLANS:
             if plan != chosen_plan(90, shape.width, True):
                 with planned(plan):

@@ -24,7 +24,7 @@ from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.gated.call import Settings, is_narrow, largest_width
 from pallas_kernels.triton.gated.channels import launches as channels
 from pallas_kernels.triton.gated.heads import launches as heads
-from pallas_kernels.triton.gated.table import chosen_plan, chunk_rows, has_plan
+from pallas_kernels.triton.gated.table import chunk_rows, has_plan
 from pallas_kernels.triton.gated.walk import launches as walk
 from pallas_kernels.triton.limits import unsupported
 
@@ -79,8 +79,7 @@ def _launches(settings, key, value, log_decay):
     channel = log_decay is not None and log_decay.ndim == 4
     if channel:
         return channels
-    plan = settings.plan or chosen_plan(settings.capability, largest_width(key, value), is_narrow(value))
-    return {"stages": heads, "walk": walk}[plan]
+    return {"stages": heads, "walk": walk}[settings.plan_of(key, value)]
 
 
 def _forward(settings, run, query, key, value, beta, log_decay, state, resets):

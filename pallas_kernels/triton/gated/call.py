@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.gated.states import gated_advance, gated_retreat
-from pallas_kernels.triton.gated.table import GatedTile, choose, chunk_rows
+from pallas_kernels.triton.gated.table import GatedTile, choose, chosen_plan, chunk_rows
 from pallas_kernels.triton.launch import Launch, Output
 from pallas_kernels.triton.memory import block_width
 
@@ -37,6 +37,10 @@ class Settings:
     @property
     def capability(self):
         return self.compute_capability or launching.target_capability()
+
+    def plan_of(self, key, value) -> str:
+        """Which of table.PLANS computes a call."""
+        return self.plan or chosen_plan(self.capability, largest_width(key, value), is_narrow(value))
 
 
 def largest_width(key, value):

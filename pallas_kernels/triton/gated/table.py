@@ -46,8 +46,9 @@ CHANNEL_KERNELS = (
 # The kernels of walk/: no decay, or one per head.
 WALK_KERNELS = ("gated_invert", "gated_walk", "gated_walk_states", "gated_walk_back", "gated_walk_gradients")
 
-# What computes a call without decay or with one decay per head. "stages": heads/launches.py. "walk": walk/launches.py,
-# for two-byte operands and head dimensions up to 128.
+# What computes a call. "stages": heads/launches.py, channels/launches.py. "walk", for two-byte operands and head
+# dimensions up to 128: walk/launches.py; with a decay per channel the forward pass of channels/walk.py, and else
+# "stages".
 PLANS = ("stages", "walk")
 # (compute capability, whether operands have two bytes) -> the plan for WIDTHS; "stages" for what is not listed. No walk
 # ran on a device yet: `benchmarks/gpu.py --only times --op gated` prints both.
@@ -86,6 +87,8 @@ _TILES = {
     ("gated_walk_states", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
     ("gated_walk_back", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
     ("gated_walk_gradients", True): (GatedTile(64, 4, 1), GatedTile(128, 8, 1), None),
+    ("gated_channel_invert", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), None),
+    ("gated_channel_walk", True): (GatedTile(64, 4, 2), GatedTile(128, 8, 2), None),
     ("gated_channel_pairs", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
     ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
     ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
@@ -136,6 +139,6 @@ def has_plan(plan: str, width: int, narrow: bool) -> bool:
 
 
 def chosen_plan(compute_capability: int, width: int, narrow: bool) -> str:
-    """Which of PLANS computes a call without decay or with one decay per head."""
+    """Which of PLANS computes a call."""
     row = CHOSEN_PLANS.get((_entry(compute_capability), narrow))
     return _at(row, width) if row else "stages"

@@ -150,6 +150,8 @@ WALKS = [
     (_case(decay="none", beta="none", heads=1, value_heads=1, state=False), False, 1.0),
     (_case(heads=1, value_heads=1, key_dim=16, value_dim=16, time=32), False, 1000.0),
     (_case(delta=False, heads=1, value_heads=1, time=31), True, 1.0),
+    (_channel(time=33), True, 1.0),
+    (_channel(delta=False, value_heads=1, time=31), False, 1.0),
 ]
 
 

@@ -59,6 +59,14 @@ def test_the_walk_on_sm_90(width):
         assert spilled <= WALK_SPILLS.get(kernel, (0, 0))[width == 128], (kernel, spilled)
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_walk_with_a_decay_per_channel_on_sm_90(width):
+    found = launches(90, width, True, decay="channel", plan="walk")
+    for kernel in ("gated_channel_invert", "gated_channel_walk"):
+        ptx, shared, spilled = compiled(found[kernel], 90)
+        assert "wgmma.mma_async" in ptx and shared <= SHARED_MEMORY[90] and spilled == 0
+
+
 def test_the_walk_of_other_widths_and_dtypes_is_refused():
     for width, narrow in ((256, True), (64, False)):
         with pytest.raises(NotImplementedError, match="the plan 'walk' has tiles for two-byte dtypes and head dim"):
