@@ -2,6 +2,10 @@
 
     uv run python benchmarks/gated.py [--rounds 9] [--json FILE]
     taskset -c 0,1 ...                                       on two cores
+    JAX_PLATFORMS=cpu uv run --extra cuda --group kernels python benchmarks/gated.py --launches
+
+The last of these compiles the Triton kernels' calls for an H100 instead, without one, and counts what they move
+(counted/gated.py).
 
 Takes three minutes on two cores. The yardstick is the gated delta rule with one decay per head: a `lax.scan` over
 chunks with W and U from `jax.scipy.linalg.solve_triangular`, products at HIGHEST precision, and automatic
@@ -168,7 +172,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="also write the tables here")
+    parser.add_argument("--launches", action="store_true", help="count the launches of an H100 instead")
     flags = parser.parse_args()
+    if flags.launches:
+        from counted import gated
+
+        return gated.show()
     rows = [
         row
         for shape in SHAPES

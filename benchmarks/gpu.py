@@ -34,6 +34,8 @@ on.
 --tile KERNEL=SIZES         another tile of delta_attention in all parts, for example write_forward=128,64,8,3,2,32:
                             rows, columns, warps, stages, halves, group (pallas_kernels/triton/delta/table.py). It
                             replaces the tiles for softmax in bfloat16 and head dimensions up to 128. May be repeated
+--plan PLAN                 which launches compute the gated ops, in all parts: "walk" in the place of the table's
+                            "stages" (pallas_kernels/triton/gated/table.py)
 --shapes N, --repeats N     how many random shapes of each op, and how many times a call is repeated
 --length T                  tokens of the times and of the single kernels
 --processes N               how many cases compile at the same time; the default is the number of cores, at most 12
@@ -51,6 +53,8 @@ TFLOP/s           one causal pass of two products is 2 T² K B H floating-point 
 temporaries GB    device memory that the program takes beside its arguments and results
 chunked / ours    the median ratio of the portable form's time to the kernels'
 × fla             the ratio of the kernels' median to that of flash-linear-attention's kernel, if it is installed
+plan … ms         the gated kernels by the plan that their table does not choose (pallas_kernels/triton/gated/table.py)
+jax-linear-attention ms    that package's kernel, or why there is no time of it
 
 The last line names all disagreements. The exit code is 1 if there is one in a check, or if a case failed or hung; 2 for
 a wrong argument or a machine without a GPU; else 0.
@@ -70,6 +74,7 @@ from pathlib import Path
 import cases
 
 from deltaformer_jax.host.paths import write_whole
+from pallas_kernels.triton.gated.table import PLANS
 
 PARTS = ("shapes", "long", "repeats", "times", "kernels", "tiles", "train", "decode")
 OPS = ("delta", "gated")
@@ -133,6 +138,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--seconds", type=positive)
     parser.add_argument("--tile", type=tile, action="append", default=[])
+    parser.add_argument("--plan", choices=PLANS)
     parser.add_argument("--shapes", type=positive)
     parser.add_argument("--repeats", type=positive)
     parser.add_argument("--length", type=positive, default=8192)
@@ -156,6 +162,8 @@ def plan(options: argparse.Namespace) -> list[cases.Case]:
     from on_gpu import kernels, long, models, repeats, shapes, tiles, times
 
     chosen, rounds = dict(options.tile), 5 if options.quick else 11
+    if options.plan:
+        chosen["plan"] = options.plan
     makers = {
         "shapes": lambda op: shapes.cases(op, options.shapes, chosen),
         "long": lambda op: long.cases(op, options.quick, chosen),

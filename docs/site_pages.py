@@ -6,7 +6,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "kernels.md": "pallas_kernels/README.md",
+PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "kernels_tested.md": "pallas_kernels/README.md",
          "changelog.md": "CHANGELOG.md"}  # fmt: skip
 
 

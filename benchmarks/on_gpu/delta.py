@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaformer_jax import delta_attention
+from on_gpu.plans import use_plan
 from pallas_kernels.triton.delta.table import TABLE, Tile
 
 
@@ -126,11 +127,15 @@ def call(shape: Shape, implementation: str):
     return lambda arrays, segments: {"out": delta_attention(**arrays, **settings, segment_ids=segments)}
 
 
-def use_tiles(tiles: dict[str, list[int]]) -> None:
-    """Replace entries of the kernels' table in this process: kernel name -> the fields of a Tile.
+def use_tiles(tiles: dict[str, list[int] | str]) -> None:
+    """Replace entries of the kernels' tables in this process: kernel name -> the fields of a Tile, and "plan" -> the
+    plan of the gated ops.
 
-    For softmax between two-byte arrays and head dimensions up to 128. Other entries need smaller tiles.
+    Tiles are for softmax between two-byte arrays and head dimensions up to 128. Other entries need smaller tiles.
     """
+    if "plan" in tiles:
+        use_plan(tiles["plan"])
+    tiles = {kernel: sizes for kernel, sizes in tiles.items() if kernel != "plan"}
     for entry in TABLE.values():
         for kernel, sizes in tiles.items():
             *_, largest = entry[kernel, "narrow"]

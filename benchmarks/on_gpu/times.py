@@ -14,9 +14,11 @@ import numpy as np
 from cases import Case
 from measure import Compiled, median_ratio
 
-from on_gpu import delta, fla, gated
+from on_gpu import delta, fla, gated, rival
 from on_gpu.compare import with_gradients
 from on_gpu.delta import use_tiles
+from on_gpu.plans import planned
+from pallas_kernels.triton.gated.table import PLANS, chosen_plan
 
 DIRECTIONS = ("forward", "forward+backward")
 STRETCH = 0.04  # seconds of the calls that are timed together
@@ -155,12 +157,32 @@ def time_delta(worker, form, length, rounds, tiles, kernels="triton", yardstick=
         worker.result(f"{said}, {rate:.0f} TFLOP/s" if rate else said, **row)
 
 
+def _rival(worker, shape: gated.Shape, given) -> tuple[dict, dict]:
+    """(its programs, or none; what its column says without them)."""
+    column = "jax-linear-attention ms"
+    if reason := rival.lacks(shape):
+        return {}, {column: reason}
+    worker.at("jax-linear-attention's kernel")
+    try:
+        return {column.removesuffix(" ms"): both_directions(rival.call(shape), *given)}, {}
+    except Exception as error:  # whatever it does, it is no fault of the kernels measured here
+        return {}, {column: type(error).__name__}
+
+
 def time_gated(worker, form, length, rounds, tiles, kernels="triton", sizes=()) -> None:
-    """`tiles` are delta_attention's and not used. `sizes`: as in long.check."""
+    """`tiles`: as in use_tiles. `sizes`: as in long.check."""
+    use_tiles(tiles)
     shape, aims = GATED[form]
     shape = dataclasses.replace(shape, time=length, **GATED_SIZES | dict(sizes))
     given = gated.inputs(shape, np.random.default_rng(0))
     compiled = {name: both_directions(gated.call(shape, name), *given) for name in (kernels, "chunked")}
+    if kernels == "triton":
+        for plan in PLANS:
+            if plan != chosen_plan(90, shape.width, True):
+                with planned(plan):
+                    compiled[f"plan {plan}"] = both_directions(gated.call(shape, kernels), *given)
+    beside, said_of_rival = _rival(worker, shape, given)
+    compiled |= beside
     programs = {
         f"{name}, {direction}": program for name, both in compiled.items() for direction, program in both.items()
     }
@@ -173,8 +195,10 @@ def time_gated(worker, form, length, rounds, tiles, kernels="triton", sizes=()) 
         for number, direction in enumerate(DIRECTIONS):
             ours, portable = (f"{name}, {direction}" for name in (kernels, "chunked"))
             ratio = median_ratio(times, portable, ours)
+            others = {f"{name} ms": median[f"{name}, {direction}"] for name in list(compiled)[2:]}
+            said = f"{direction} {median[ours]:.2f} ms; chunked {median[portable]:.2f} ms, {ratio:.1f} times as long"
             worker.result(
-                f"{direction} {median[ours]:.2f} ms; chunked {median[portable]:.2f} ms, {ratio:.1f} times as long",
+                said + "".join(f"; {name.removesuffix(' ms')} {x:.2f} ms" for name, x in others.items()),
                 **{
                     "direction": direction,
                     "ms": median[ours],
@@ -182,6 +206,8 @@ def time_gated(worker, form, length, rounds, tiles, kernels="triton", sizes=()) 
                     "chunked / ours": ratio,
                     "aim ms": aims[number] if aims and length == 8192 else None,
                     "temporaries GB": programs[ours].temporary_bytes / 1e9,
+                    **others,
+                    **said_of_rival,
                 },
             )
         if fla.missing(shape):

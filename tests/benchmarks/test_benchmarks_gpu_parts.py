@@ -12,7 +12,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
-from on_gpu import compare, delta, kernels, long, repeats, shapes, tiles, times
+from on_gpu import compare, delta, kernels, long, plans, repeats, rival, shapes, tiles, times
+
+from pallas_kernels.triton.gated.table import chosen_plan
 
 SMALL = {"width": 16, "value_width": 16}
 
@@ -93,6 +95,7 @@ def test_times_of_whole_calls(worker):
     assert worker.turns == 2 and [row["direction"] for row in worker.rows] == list(times.DIRECTIONS) * 2
     assert all(row["ms"] > 0 for row in worker.rows)
     first, _, gated, _ = worker.rows
+    assert gated["jax-linear-attention ms"] == "no such op"
     assert first["× cuDNN"] > 0 and first["TFLOP/s"] > 0 and gated["chunked / ours"] > 0
 
 
@@ -108,6 +111,27 @@ def test_times_go_on_when_fla_refuses(worker, monkeypatch):
     *_, timed, refused = worker.rows
     assert len(worker.rows) == 4 and timed["fla ms"] == 2
     assert refused["said"] == "no time of fla's kernel: RuntimeError: not on this device" and not refused["wrong"]
+
+
+def test_a_plan_holds_inside_and_no_longer():
+    with plans.planned("walk"):
+        assert [chosen_plan(90, width, True) for width in (64, 128, 256)] == ["walk", "walk", "stages"]
+        assert chosen_plan(90, 64, False) == chosen_plan(100, 64, True) == "stages"
+    assert chosen_plan(90, 64, True) == "stages"
+    with plans.planned("stages"):
+        delta.use_tiles(gpu.plan(gpu.parse(["--plan", "walk", "--only", "times"]))[-1].settings["tiles"])
+        assert chosen_plan(90, 64, True) == "walk"
+    assert chosen_plan(90, 64, True) == "stages"
+
+
+@pytest.mark.parametrize("installed, said", [(False, "not installed"), (True, "ModuleNotFoundError")])
+def test_a_rival_that_cannot_run_says_so(worker, monkeypatch, installed, said):
+    monkeypatch.setattr(rival.importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.setitem(rival.KERNELS, "head", ("no_such_package", "gated_delta_rule"))
+    sizes = SMALL | {"batch": 1, "heads": 1, "value_heads": 1}
+    monkeypatch.setattr(times.fla, "missing", lambda shape: True)
+    times.time_gated(worker, "delta rule, a decay a head", 32, 1, {}, "chunked", sizes)
+    assert {row["jax-linear-attention ms"] for row in worker.rows} == {said}
 
 
 def test_operations_are_the_formula_of_the_docs():

@@ -20,10 +20,10 @@ CONFIGURATIONS = [(*kernel, narrow, width) for kernel in ALL_KERNELS for narrow 
 
 
 @functools.cache
-def launches(capability, width, narrow, delta=True, decay="head", segments=True):
+def launches(capability, width, narrow, delta=True, decay="head", segments=True, plan="stages"):
     """{kernel's name: Launch} of a forward and a backward pass at batch 4, 8192 tokens, 16 heads, 32 value heads.
 
-    decay: "none", "head" (one per head) or "channel" (one per channel).
+    decay: "none", "head" (one per head) or "channel" (one per channel). plan: one of table.PLANS.
     """
     dtype = jnp.bfloat16 if narrow else jnp.float32
     array = lambda heads, *more: jax.ShapeDtypeStruct((4, 8192, heads, *more), dtype)
@@ -31,7 +31,7 @@ def launches(capability, width, narrow, delta=True, decay="head", segments=True)
     log_decay = array(32, width) if decay == "channel" else array(32)
     state = jax.ShapeDtypeStruct((4, 32, width, width), jnp.float32)
     resets = jax.ShapeDtypeStruct((4, 8192), jnp.bool_)
-    settings = gated.Settings(0.1, delta, capability)
+    settings = gated.Settings(0.1, delta, capability, plan=plan)
     found = {}
 
     def note(launch):

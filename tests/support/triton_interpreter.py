@@ -159,12 +159,12 @@ def attention_forward_and_backward(scale, tiles, arrays, dout):
 def gated_forward_and_backward(settings, arrays, dout, dstate):
     """(out, final state, gradients) of pallas_kernels.triton.gated.api. `arrays` are in the order of its arguments.
 
-    settings: the first five fields of its Settings, with the tile as three numbers.
+    settings: the fields of its Settings, with the tile as three numbers.
     """
     from pallas_kernels.triton.gated import api as gated
     from pallas_kernels.triton.gated.table import GatedTile
 
-    settings = gated.Settings(*settings[:4], GatedTile(*settings[4]))
+    settings = gated.Settings(*settings[:4], GatedTile(*settings[4]), *settings[5:])
     out, final, residuals = gated.forward(settings, *arrays, run=interpret)
     gradients = gated.backward(settings, residuals, dout, dstate, run=interpret)
     return jax.tree.map(np.asarray, (out, final, gradients))

@@ -24,7 +24,8 @@ from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.gated.call import Settings, is_narrow, largest_width
 from pallas_kernels.triton.gated.channels import launches as channels
 from pallas_kernels.triton.gated.heads import launches as heads
-from pallas_kernels.triton.gated.table import chunk_rows
+from pallas_kernels.triton.gated.table import chunk_rows, has_plan
+from pallas_kernels.triton.gated.walk import launches as walk
 from pallas_kernels.triton.limits import unsupported
 
 
@@ -36,6 +37,8 @@ def lacks(settings: Settings, key, value, log_decay) -> str | None:
         chunk_rows(settings.capability, largest_width(key, value), is_narrow(value))
     except NotImplementedError as error:
         return str(error)
+    if settings.plan and not settings.tile and not has_plan(settings.plan, largest_width(key, value), is_narrow(value)):
+        return f"the plan {settings.plan!r} has tiles for two-byte dtypes and head dimensions up to 128"
     return None
 
 
@@ -71,15 +74,20 @@ def backward(settings: Settings, residuals, dout, dstate, run=launching.run):
     return function(arrays, dout, dstate)
 
 
-def _launches(log_decay):
+def _launches(settings, key, value, log_decay):
     """The module of launches for a decay of this shape: per channel, or per head (or none)."""
-    return channels if log_decay is not None and log_decay.ndim == 4 else heads
+    channel = log_decay is not None and log_decay.ndim == 4
+    if channel:
+        return channels
+    return {"stages": heads, "walk": walk}[settings.plan_of(key, value)]
 
 
 def _forward(settings, run, query, key, value, beta, log_decay, state, resets):
-    return _launches(log_decay).forward(settings, run, query, key, value, beta, log_decay, state, resets)
+    return _launches(settings, key, value, log_decay).forward(
+        settings, run, query, key, value, beta, log_decay, state, resets
+    )
 
 
 def _backward(settings, run, arrays, dout, dstate):
-    log_decay = arrays[4]
-    return _launches(log_decay).backward(settings, run, arrays, dout, dstate)
+    _, key, value, _, log_decay, _, _ = arrays
+    return _launches(settings, key, value, log_decay).backward(settings, run, arrays, dout, dstate)

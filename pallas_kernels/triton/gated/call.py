@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels.triton import launch as launching
 from pallas_kernels.triton.gated.states import gated_advance, gated_retreat
-from pallas_kernels.triton.gated.table import GatedTile, choose, chunk_rows
+from pallas_kernels.triton.gated.table import GatedTile, choose, chosen_plan, chunk_rows
 from pallas_kernels.triton.launch import Launch, Output
 from pallas_kernels.triton.memory import block_width
 
@@ -24,7 +24,7 @@ class Settings:
 
     scale: of the read. delta: the gated delta rule (True) or gated linear attention. compute_capability: 90 for an
     H100; None means that of the device, or 90 if there is none. chunk, tile: replace the table's entries, for tests and
-    for choosing the table.
+    for choosing the table. plan: one of table.PLANS in the place of the table's, for tests and for measuring.
     """
 
     scale: float
@@ -32,10 +32,15 @@ class Settings:
     compute_capability: int | None = None
     chunk: int | None = None
     tile: GatedTile | None = None
+    plan: str | None = None
 
     @property
     def capability(self):
         return self.compute_capability or launching.target_capability()
+
+    def plan_of(self, key, value) -> str:
+        """Which of table.PLANS computes a call."""
+        return self.plan or chosen_plan(self.capability, largest_width(key, value), is_narrow(value))
 
 
 def largest_width(key, value):
@@ -83,6 +88,7 @@ class Call:
             beta = jnp.moveaxis(beta, 2, 1).astype(jnp.float32)
             self.beta = jnp.pad(beta, [(0, 0), (0, 0), (0, self.length - self.time)])
         self.scale = np.float32(settings.scale)
+        self.precision = "tf32" if self.narrow else "tf32x3"
         self._run = run
 
     # The number of programs per head, if a program takes `columns` columns at a time.
@@ -114,8 +120,8 @@ class Call:
             V=self.width,
             DELTA=self.settings.delta,
             HAS_BETA=self.beta is not None,
-            PRECISION="tf32" if self.narrow else "tf32x3",
-            SOLVE_PRECISION="tf32" if self.narrow else "tf32x3",
+            PRECISION=self.precision,
+            SOLVE_PRECISION=self.precision,
             C=self.chunk,
             LEVELS=self.chunk.bit_length() - 1,
             BLOCK_K=block_width(self.key_width),

@@ -43,6 +43,16 @@ CHANNEL_KERNELS = (
     "gated_channel_solve_gradients",
     "gated_channel_pair_gradients",
 )
+# The kernels of walk/: no decay, or one per head.
+WALK_KERNELS = ("gated_invert", "gated_walk", "gated_walk_states", "gated_walk_back", "gated_walk_gradients")
+
+# What computes a call. "stages": heads/launches.py, channels/launches.py. "walk", for two-byte operands and head
+# dimensions up to 128: walk/launches.py; with a decay per channel the forward pass of channels/walk.py, and else
+# "stages".
+PLANS = ("stages", "walk")
+# (compute capability, whether operands have two bytes) -> the plan for WIDTHS; "stages" for what is not listed. No walk
+# ran on a device yet: `benchmarks/gpu.py --only times --op gated` prints both.
+CHOSEN_PLANS = {(90, True): ("stages", "stages", "stages")}
 
 # (compute capability, whether operands have two bytes) -> tokens of a chunk, for WIDTHS.
 CHUNKS = {
@@ -72,6 +82,13 @@ _TILES = {
     ("gated_retreat", False): (GatedTile(32, 4, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_read_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
     ("gated_solve_gradients", False): (GatedTile(16, 8, 1), GatedTile(16, 8, 1), GatedTile(16, 8, 1)),
+    ("gated_invert", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), None),
+    ("gated_walk", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_states", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_back", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), None),
+    ("gated_walk_gradients", True): (GatedTile(64, 4, 1), GatedTile(128, 8, 1), None),
+    ("gated_channel_invert", True): (GatedTile(64, 4, 1), GatedTile(64, 4, 1), None),
+    ("gated_channel_walk", True): (GatedTile(64, 4, 2), GatedTile(128, 8, 2), None),
     ("gated_channel_pairs", True): (GatedTile(64, 8, 1), GatedTile(64, 8, 1), GatedTile(64, 8, 1)),
     ("gated_channel_solve", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 2)),
     ("gated_channel_read", True): (GatedTile(64, 4, 2), GatedTile(64, 4, 2), GatedTile(64, 8, 1)),
@@ -114,3 +131,14 @@ def choose(kernel: str, compute_capability: int, width: int, narrow: bool) -> Ga
     """The tile for `width`. Raises NotImplementedError below compute capability 8.0."""
     _entry(compute_capability)
     return _at(_TILES[kernel, narrow], width)
+
+
+def has_plan(plan: str, width: int, narrow: bool) -> bool:
+    """Whether there are tiles for the plan."""
+    return plan == "stages" or (narrow and all(_at(_TILES[kernel, True], width) for kernel in WALK_KERNELS))
+
+
+def chosen_plan(compute_capability: int, width: int, narrow: bool) -> str:
+    """Which of PLANS computes a call."""
+    row = CHOSEN_PLANS.get((_entry(compute_capability), narrow))
+    return _at(row, width) if row else "stages"

@@ -60,8 +60,8 @@ def interpreter():
     worker.close()
 
 
-def check(interpreter, case, segmented, strength, dtype, unit, chunk=16, gates=None):
-    """`gates`: the decays, in place of drawn ones."""
+def check(interpreter, case, segmented, strength, dtype, unit, chunk=16, gates=None, plan=None):
+    """`gates`: the decays, in place of drawn ones. `plan`: of Settings."""
     ids = np.asarray(SEGMENTS, np.int32)[:, : case.time] if segmented else None
     with jax.enable_x64(True):
         inputs = draw_inputs(case, 0, jnp.float64, strength=strength)
@@ -95,7 +95,7 @@ def check(interpreter, case, segmented, strength, dtype, unit, chunk=16, gates=N
         arrays[-1] = np.zeros(expected[1].shape, np.float32)
     dout = np.where(real[..., None, None], np.asarray(cotangents[0]), 0).astype(dtype)
     scale = case.key_dim**-0.5 if case.scale is None else case.scale
-    settings = (scale, case.delta, 90, chunk, (16, 4, 1))
+    settings = (scale, case.delta, 90, chunk, (16, 4, 1), plan)
     out, final, found = interpreter(
         "gated_forward_and_backward", settings, [*arrays, resets], dout, np.asarray(cotangents[1], np.float32)
     )
@@ -142,3 +142,42 @@ def test_strong_gates_between_weak_ones(interpreter, delta):
     gates = np.full((2, case.time, 1, case.key_dim), -1.0 / 700)
     gates[:, ::7, :, ::2] = gates[:, 3::29] = -1000.0
     check(interpreter, case, False, 1.0, jnp.float32, 2.0**-21, 64, gates)
+
+
+# The walk (gated/walk/). All gates, grouped values and V ≠ K in one; each of the others leaves something out.
+WALKS = [
+    (_case(heads=1, value_heads=2, time=33), True, 1.0),
+    (_case(decay="none", beta="none", heads=1, value_heads=1, state=False), False, 1.0),
+    (_case(heads=1, value_heads=1, key_dim=16, value_dim=16, time=32), False, 1000.0),
+    (_case(delta=False, heads=1, value_heads=1, time=31), True, 1.0),
+    (_channel(time=33), True, 1.0),
+    (_channel(delta=False, value_heads=1, time=31), False, 1.0),
+]
+
+
+@pytest.mark.parametrize("case, segmented, strength", WALKS, ids=_id)
+def test_walk(interpreter, case, segmented, strength):
+    check(interpreter, case, segmented, strength, jnp.float32, 2.0**-21, plan="walk")
+
+
+def test_walk_in_bfloat16(interpreter):
+    check(interpreter, *WALKS[0], jnp.bfloat16, 2.0**-8, plan="walk")
+
+
+def test_walk_with_strong_gates_between_weak_ones(interpreter):
+    # As above, for differences of sums of two parts. Their rounding, 2^-47 of 2 · 1000 at worst, is far below the unit.
+    case = _case(heads=1, value_heads=1, key_dim=16, value_dim=16, time=80)
+    gates = np.full((2, case.time, 1), -1.0 / 700)
+    gates[:, 3::29] = -1000.0
+    check(interpreter, case, False, 1.0, jnp.float32, 2.0**-21, 64, gates, plan="walk")
+
+
+def test_sums_of_gates_have_twice_the_digits():
+    from pallas_kernels.triton.gated.walk.launches import sums_of_gates
+
+    gates = -np.exp(np.random.default_rng(0).normal(size=(1, 2, 128)) * 4).astype(np.float32)
+    gates[0, 0, 5] = -np.inf
+    parts = np.asarray(jax.jit(sums_of_gates, static_argnums=1)(gates, 64), np.float64)
+    exact = np.cumsum(np.maximum(gates.astype(np.float64), -1e4).reshape(1, 2, 2, 64), axis=3)
+    # Six levels of sums of two parts, 2^-46 at worst each; float64's own sums are closer.
+    assert np.max(np.abs(parts.sum(axis=3) - exact) / -exact) < 6 * 2.0**-46

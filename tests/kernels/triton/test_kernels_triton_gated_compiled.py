@@ -44,6 +44,35 @@ def test_sm_90_with_less(less):
         assert spilled == 0
 
 
+# Bytes a thread spills in the walk's kernels, with documents too, at the widths 64 and 128. The stores and loads of
+# these numbers are at most 4 % of the instructions of a chunk.
+WALK_SPILLS = {"gated_walk": (0, 8), "gated_walk_back": (24, 120), "gated_walk_gradients": (216, 392)}
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_walk_on_sm_90(width):
+    for kernel, launch in launches(90, width, True, plan="walk").items():
+        ptx, shared, spilled = compiled(launch, 90)
+        assert "wgmma.mma_async" in ptx
+        # Two programs of a walk share a multiprocessor, which reserves a kilobyte for each.
+        assert shared <= SHARED_MEMORY[90] and ("gradients" in kernel or shared <= 113 * 1024)
+        assert spilled <= WALK_SPILLS.get(kernel, (0, 0))[width == 128], (kernel, spilled)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_walk_with_a_decay_per_channel_on_sm_90(width):
+    found = launches(90, width, True, decay="channel", plan="walk")
+    for kernel in ("gated_channel_invert", "gated_channel_walk"):
+        ptx, shared, spilled = compiled(found[kernel], 90)
+        assert "wgmma.mma_async" in ptx and shared <= SHARED_MEMORY[90] and spilled == 0
+
+
+def test_the_walk_of_other_widths_and_dtypes_is_refused():
+    for width, narrow in ((256, True), (64, False)):
+        with pytest.raises(NotImplementedError, match="the plan 'walk' has tiles for two-byte dtypes and head dim"):
+            launches(90, width, narrow, plan="walk")
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("capability", [80, 100, 120])

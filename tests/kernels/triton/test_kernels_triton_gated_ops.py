@@ -65,6 +65,18 @@ def test_lowers_for_cuda(implementation, case, segments, forward, both):
 
 
 @needs_triton
+def test_the_table_chooses_the_walk(monkeypatch):
+    from pallas_kernels.triton.gated.table import CHOSEN_PLANS
+
+    monkeypatch.setitem(CHOSEN_PLANS, (90, True), ("walk", "walk", "stages"))
+    jax.clear_caches()  # what was traced for these shapes knows the plan
+    for case, forward, both in ((DELTA, 2, 6), (LINEAR, 1, 4), (CHANNEL, 3, 11)):
+        loss, inputs = total(case, "triton", SEGMENTS), draw_inputs(case, 0, jnp.bfloat16)
+        assert (kernels(loss, inputs), kernels(jax.value_and_grad(loss), inputs)) == (forward, both)
+    jax.clear_caches()
+
+
+@needs_triton
 @pytest.mark.parametrize("case, forward, backward", [(DELTA, 3, 6), (LINEAR, 2, 4), (CHANNEL, 4, 8)])
 def test_vmap_folds_the_batch(case, forward, backward):
     inputs = jax.tree.map(lambda x: jnp.stack([x, x, x]), draw_inputs(case, 0, jnp.bfloat16))

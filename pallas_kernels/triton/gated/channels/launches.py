@@ -3,10 +3,11 @@
     S ← Diag(e^{g_t}) S,      then as in api.py
 
 Forward: the pairs, reads and writes of the chunks (pairs.py), invert the triangular systems (delta rule only), pass the
-state through the chunks, read. Backward: the first three again, the cotangent of V' through its own chunk's output,
-pass the state's cotangent back through the chunks, the gradients of the outputs of pairs.py, and from those all other
-gradients. While the backward pass runs, it holds, per value head, 2 n K V numbers for states and their cotangents,
-seven arrays of T K numbers and five of T C. The forward pass holds n K V, four and two.
+state through the chunks, read. With the plan "walk" the last two are one launch (walk.py). Backward: the first three
+again, the cotangent of V' through its own chunk's output, pass the state's cotangent back through the chunks, the
+gradients of the outputs of pairs.py, and from those all other gradients. While the backward pass runs, it holds, per
+value head, 2 n K V numbers for states and their cotangents, seven arrays of T K numbers and five of T C. The forward
+pass holds n K V, four and two; the walk none, three and four.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pallas_kernels.triton.gated.channels.reads import (
     gated_channel_read_values,
 )
 from pallas_kernels.triton.gated.channels.systems import gated_channel_solve, gated_channel_solve_gradients
+from pallas_kernels.triton.gated.channels.walk import gated_channel_invert, gated_channel_walk
+from pallas_kernels.triton.gated.walk.form import Form
 from pallas_kernels.triton.launch import Output
 
 
@@ -88,6 +91,24 @@ class _Call(Call):
             STORE_INVERSE=store_inverse,
         )
 
+    def walk(self, kk, qk, k_reads, q_reads, writes, total, state):
+        """(out, final state) by a walk through the chunks (walk.py)."""
+        inverse = None
+        if self.settings.delta:
+            inverse = self.run(gated_channel_invert, (kk, self.beta), (self.squares(),), ())[0]
+        form = Form(
+            *(self.heads, self.heads, self.key_width, self.width, self.settings.delta, self.precision),
+            *(True, self.segments is not None, self.beta is not None),
+        )
+        return self.run(
+            gated_channel_walk,
+            (qk, q_reads, k_reads, writes, self.value, inverse, self.beta, total, state.astype(jnp.float32)),
+            (self.tall(self.width), Output(state.shape, jnp.float32)),
+            (self.scale,),
+            self.each_part_of_values,
+            FORM=form,
+        )
+
     def read(self, qk, q_reads, written, states):
         arrays = (qk, q_reads, written, states)
         return self.run(gated_channel_read, arrays, (self.tall(self.width),), (self.scale,))[0]
@@ -134,6 +155,8 @@ def forward(settings, run, query, key, value, beta, log_decay, state, resets):
     """(out, final state). The arguments are those of `forward` in api.py."""
     call = _Call(settings, run, query, key, value, beta, log_decay, resets)
     kk, qk, k_reads, q_reads, writes, total = call.pairs()
+    if settings.plan_of(key, value) == "walk":
+        return tuple(call.walk(kk, qk, k_reads, q_reads, writes, total, state))
     w, u = None, value
     if settings.delta:
         w, u, _ = call.solve_systems(kk, k_reads, False)

@@ -52,7 +52,7 @@ def gates(chunk: int, time: int, log_decay, resets):
     return g, segments, Left(flat(enter), flat(leave), total)
 
 
-class _Call(Call):
+class HeadsCall(Call):
     """The launches of one call. `left` is the Left of `gates`, for each value head."""
 
     def __init__(self, settings, run, query, key, value, beta, log_decay, resets):
@@ -156,7 +156,7 @@ class _Call(Call):
 
 def forward(settings, run, query, key, value, beta, log_decay, state, resets):
     """(out, final state). The arguments are those of `forward` in api.py."""
-    call = _Call(settings, run, query, key, value, beta, log_decay, resets)
+    call = HeadsCall(settings, run, query, key, value, beta, log_decay, resets)
     states, written, final, _, _ = call.states_of(state, False)
     return call.read(written, states), final
 
@@ -164,7 +164,7 @@ def forward(settings, run, query, key, value, beta, log_decay, state, resets):
 def backward(settings, run, residuals, dout, dstate):
     """The six gradients. The arguments are those of `backward` in api.py."""
     query, key, value, beta, log_decay, state, resets = residuals
-    call = _Call(settings, run, query, key, value, beta, log_decay, resets)
+    call = HeadsCall(settings, run, query, key, value, beta, log_decay, resets)
     states, written, _, w, inverse = call.states_of(state, True)
     dout = dout.astype(value.dtype)
     dwritten = call.read_values(dout)

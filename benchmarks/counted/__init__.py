@@ -1,0 +1,1 @@
+"""Programs compiled for a device that is not there, and counted."""
