@@ -59,11 +59,24 @@ def read_kept(folder: Path) -> dict[str, Any]:
 
 
 def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]:
-    """Those of KEPT of a run: those of the folder that it was imported from, or else the length of its rows."""
+    """Those of KEPT of a run: those of the folder that it was imported from. Of any other run the length of its rows,
+    or more if what it began from (run.init_from) allowed more and is still there."""
     said = _of_run(workdir)
     if said is None:
-        return {"max_position_embeddings": sequence_length}
+        return {"max_position_embeddings": max(sequence_length, _positions_of_base(workdir))}
     return {field: said[field] for field in KEPT if field in said}
+
+
+def _positions_of_base(workdir: epath.PathLike) -> int:
+    """max_position_embeddings of the folder that run.init_from names; 0 if there is none or it does not say."""
+    file = epath.Path(workdir) / "config.json"
+    base = read_json(file).get("run", {}).get("init_from") if file.exists() else None
+    if not base or not (epath.Path(base) / "config.json").exists():
+        return 0
+    said = read_json(epath.Path(base) / "config.json")
+    if "tokenizer_hash" in said:  # a run
+        return kept_of_run(base, said["data"]["sequence_length"]).get("max_position_embeddings", 0)
+    return int(said.get("max_position_embeddings") or 0)
 
 
 def read_dtypes(folder: Path) -> dict[str, str]:

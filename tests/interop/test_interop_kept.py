@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from deltaformer_jax import Mixer, ModelConfig
 from deltaformer_jax.interop import load_pretrained, save_pretrained
 from deltaformer_jax.interop.fields import Fields
-from deltaformer_jax.interop.kept import read_kept
+from deltaformer_jax.interop.kept import kept_of_run, read_kept
 from deltaformer_jax.interop.save import choose
 from deltaformer_jax.interop.sources import SOURCES
 
@@ -98,3 +98,21 @@ def test_arguments_of_another_kind_are_one_line(tmp_path, monkeypatch, llama, gi
 @pytest.fixture(scope="module")
 def llama():
     return load_pretrained(PRETRAINED / "hf_llama")
+
+
+def test_a_tuned_run_has_the_positions_of_what_it_began_from(tmp_path):
+    """The longer of its rows and those of a folder, of a run, or of a run that began from a folder."""
+
+    def run(name, base, length):
+        (tmp_path / name).mkdir()
+        said = {"tokenizer_hash": "", "run": {"init_from": base}, "data": {"sequence_length": length}}
+        (tmp_path / name / "config.json").write_text(json.dumps(said))
+        return str(tmp_path / name)
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
+    tuned = run("tuned", str(tmp_path / "folder"), 256)
+    positions = lambda workdir, length: kept_of_run(workdir, length)["max_position_embeddings"]
+    assert positions(tuned, 256) == positions(run("again", tuned, 512), 512) == 4096
+    assert positions(tuned, 8192) == 8192
+    assert positions(run("alone", "", 128), 128) == positions(run("gone", str(tmp_path / "nowhere"), 128), 128) == 128
