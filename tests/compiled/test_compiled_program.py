@@ -157,9 +157,7 @@ def test_the_largest_buffers_are_found(tmp_path):
     """On the CPU, whose compiler describes its programs as the others do."""
     from deltaformer_jax.training.ahead_of_time.buffers import dump_options
 
-    new = (
-        time.time_ns() % 1_000_003
-    )  # a program that the cache of compiled ones cannot have, which would not be written
+    new = time.time_ns() % 1_000_003  # a program from the cache of compiled ones would not be written
 
     @jax.jit
     def f(x):
