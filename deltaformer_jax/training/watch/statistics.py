@@ -13,11 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import on_mesh, replicated
-from deltaformer_jax.sharding.shards import gathered
 from deltaformer_jax.training.on_mesh.over_rows import axes_of_tokens, over_rows, over_tokens
 from deltaformer_jax.training.state import gradient_shardings, parameter_shardings
 from deltaformer_jax.training.step import loss_and_gradient
@@ -52,33 +50,21 @@ def make_statistics_step(parts: ModelParts, mesh: Mesh, accumulation_steps: int)
 def activations(
     model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array, *, over: tuple[str, ...] = ()
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """(output of the last block [B, T, d_model], sizes): the forward pass, with the size of each block's output.
+    """(`model.hidden`, sizes): the forward pass, with the size of each layer's output.
 
-    sizes: {"embedding": (rms, max), "layers": (rms, max) with axes [periods, blocks of a period]}. `over`: the mesh
-    axes over whose devices the tokens are split, inside a shard_map over them; the sizes are those of all tokens.
+    sizes: {"embedding": (rms, max), "layers": (rms, max) with an axis over the layers}. `over`: the mesh axes over
+    whose devices the tokens are split, inside a shard_map over them; the sizes are those of all tokens.
     """
     summed = lambda x: jax.lax.psum(x, over) if over else x
-    real = (segment_ids > 0)[..., None]
 
-    def size(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = jnp.where(real, x.astype(jnp.float32), 0.0)
+    def size(x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.where(real[..., None], x.astype(jnp.float32), 0.0)
         count = jnp.maximum(summed(jnp.sum(real)), 1) * x.shape[-1]
         most = jnp.max(jnp.abs(x))
         return jnp.sqrt(summed(jnp.sum(x * x)) / count), jax.lax.pmax(most, over) if over else most
 
-    positions = token_positions(segment_ids, *tokens.shape)
-    embedded = model.embedding(tokens, segment_ids)
-
-    def period(x, blocks):
-        seen = []
-        for block in blocks:
-            block = gathered(block, model.embedding.dtype)
-            x, _ = block(x, segment_ids=segment_ids, positions=positions)
-            seen.append(size(x))
-        return x, tuple(jnp.stack(values) for values in zip(*seen))
-
-    last, layers = jax.lax.scan(period, embedded, tuple(model.blocks))
-    return last, {"embedding": size(embedded), "layers": layers}
+    hidden, layers = model.look(tokens, lambda before, after, real: size(after, real), segment_ids=segment_ids)
+    return hidden, {"embedding": size(model.embedding(tokens, segment_ids), segment_ids > 0), "layers": layers}
 
 
 def _norms(params: Any) -> Any:
@@ -99,9 +85,9 @@ def as_record(statistics: dict[str, Any]) -> dict[str, dict[str, float]]:
     Layers are numbered from 0, the one next to the embedding, with leading zeros, so that sorted names are in order.
     """
     activation = statistics["activation"]
-    layer_rms, layer_max = (np.asarray(values, np.float64).ravel() for values in activation["layers"])
+    layer_rms, layer_max = (np.asarray(values, np.float64) for values in activation["layers"])
     digits = len(str(len(layer_rms) - 1))
-    pattern = np.asarray(activation["layers"][0]).shape[1]
+    pattern = len(statistics["parameter_norm"]["blocks"])
     record: dict[str, dict[str, float]] = {}
     for kind in ("parameter_norm", "gradient_norm"):
         named = record[kind] = {}
