@@ -13,7 +13,7 @@ from measure import report
 
 from deltaformer_jax.compiled.launches import Launch, Loop, launches
 from deltaformer_jax.config import Config
-from deltaformer_jax.sharding.mesh import planned_memory
+from deltaformer_jax.sharding.device_memory import planned_memory
 from deltaformer_jax.training.ahead_of_time.chips import CHIPS
 from deltaformer_jax.training.ahead_of_time.flops import model_flops
 from deltaformer_jax.training.ahead_of_time.topologies import find_topology

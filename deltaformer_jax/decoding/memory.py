@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
+
+from deltaformer_jax.sharding.device_memory import limits_of, machine_bytes
 
 
 @partial(jax.jit, static_argnames=("graphdef", "rows", "capacity"))
@@ -34,9 +35,5 @@ def check_memory(name: str, value: int, graphdef: Any, params: Any, *, rows: int
 def _memory(params: Any) -> int | None:
     devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     if devices and all(device.platform == "cpu" for device in devices):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # no such number on this system
-            return None
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return sum(limits) if limits and all(limits) else None
+        return machine_bytes()
+    return sum(limits_of(devices)) or None

@@ -1,7 +1,5 @@
 """The mesh of devices, and the table that maps parameters' axis names to mesh axes."""
 
-import contextlib
-import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -88,35 +86,6 @@ def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> 
     between = tuple(over.get(name, 1) for name in sizes)
     inside = tuple(size // factor for size, factor in zip(shape, between))
     return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
-
-
-# What `planned_memory` says.
-_PLANNED: contextvars.ContextVar[int | None] = contextvars.ContextVar("planned memory of a device", default=None)
-
-
-@contextlib.contextmanager
-def planned_memory(limit: float):
-    """In its body `memory_limit` is `limit` for devices that cannot say, since they are only compiled for.
-
-    The compiled program is then the one that runs there: the training step makes pieces of logits by the memory.
-    """
-    token = _PLANNED.set(int(limit))
-    try:
-        yield
-    finally:
-        _PLANNED.reset(token)
-
-
-def memory_limit(mesh: Mesh) -> int | None:
-    """The bytes that JAX may use on the smallest of the mesh's devices that this process sees.
-
-    None if they do not say: CPUs, and devices that are only compiled for, without `planned_memory`.
-    """
-    try:
-        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
-    except jax.errors.JaxRuntimeError:
-        return _PLANNED.get()
-    return min(limits) if limits and all(limits) else _PLANNED.get()
 
 
 def rows(mesh: Mesh) -> int:

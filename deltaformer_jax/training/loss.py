@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.checks import as_int32
-from deltaformer_jax.sharding.mesh import memory_limit
+from deltaformer_jax.sharding.device_memory import memory_limit
 from deltaformer_jax.sharding.shards import gathered
 
 # How many logits may exist at once on a group of devices that shares rows: 256 MB of float32. With a vocabulary of 128k
@@ -160,9 +160,8 @@ def over_logits(
     """function(logits, targets, mask) for the model's logits of a batch: arrays [B, T].
 
     Memory: at most about `max_logits` logits at once on a group of devices that shares rows, instead of tokens ·
-    vocabulary. If there
-    would be more, they are computed for some positions at a time and recomputed in the backward pass. That adds a third
-    to the work on the logits, 2 d_model V FLOPs per token.
+    vocabulary. If there would be more, they are computed for some positions at a time and recomputed in the backward
+    pass. That adds a third to the work on the logits, 2 d_model V FLOPs per token.
     """
     return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits))
 

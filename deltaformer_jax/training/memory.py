@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.host.waiting import waiting
-from deltaformer_jax.sharding.mesh import memory_limit
+from deltaformer_jax.sharding.device_memory import machine_bytes, memory_limit
 from deltaformer_jax.training.program import Program
 
 # From the least recomputation, and the most memory, to the most recomputation.
@@ -43,8 +42,7 @@ def size_text(size: float) -> str:
 
 def device_bytes(mesh: Mesh) -> int:
     """`memory_limit`, or on CPUs a device's share of the machine's memory."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory_limit(mesh) or machine // max(1, len(mesh.local_devices))
+    return memory_limit(mesh) or machine_bytes() // max(1, len(mesh.local_devices))
 
 
 def fitting_program(

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig
-from deltaformer_jax.sharding.mesh import make_mesh, planned_memory
+from deltaformer_jax.sharding.device_memory import planned_memory
+from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training import memory
 from deltaformer_jax.training.loss import logits_at_once
 from deltaformer_jax.training.memory import ORDER, device_bytes, fitting_program, size_text, step_bytes

@@ -13,7 +13,8 @@ from deltaformer_jax.compiled.launches import launches
 from deltaformer_jax.config import Config
 from deltaformer_jax.config.checks import check
 from deltaformer_jax.host.waiting import say_aside, waiting
-from deltaformer_jax.sharding.mesh import make_mesh, planned_memory
+from deltaformer_jax.sharding.device_memory import planned_memory
+from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.ahead_of_time.buffers import (
     Buffer,
     dump_options,

@@ -1,0 +1,53 @@
+"""How much memory devices have."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import Mesh
+
+# What `planned_memory` says.
+_PLANNED: contextvars.ContextVar[int | None] = contextvars.ContextVar("planned memory of a device", default=None)
+
+
+@contextlib.contextmanager
+def planned_memory(limit: float):
+    """In its body `memory_limit` is `limit` for devices that cannot say, since they are only compiled for.
+
+    The compiled program is then the one that runs there: the training step makes pieces of logits by the memory.
+    """
+    token = _PLANNED.set(int(limit))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def memory_limit(mesh: Mesh) -> int | None:
+    """The bytes that JAX may use on the smallest of the mesh's devices that this process sees.
+
+    None if they do not say: CPUs, and devices that are only compiled for, without `planned_memory`.
+    """
+    limits = limits_of(mesh.local_devices)
+    return min(limits) if limits else _PLANNED.get()
+
+
+def limits_of(devices: Iterable[jax.Device]) -> list[int]:
+    """The bytes that JAX may use on each of these devices; [] if one does not say."""
+    try:
+        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    except jax.errors.JaxRuntimeError:
+        return []
+    return limits if all(limits) else []
+
+
+def machine_bytes() -> int | None:
+    """The memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
