@@ -33,6 +33,7 @@ from etils import epath
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.host.columns import right_aligned
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.waiting import say_aside, waiting
 
@@ -134,8 +135,7 @@ def _table(values) -> str:
     lines = [("layer", *values)]
     for layer, numbers in enumerate(zip(*values.values())):
         lines.append((str(layer), *(f"{number:.4f}" for number in numbers)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
+    return right_aligned(lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from deltaformer_jax.host.columns import right_aligned
+
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[], None]]:
@@ -26,5 +28,4 @@ def table(whole: dict[str, Any], by_position: list[dict[str, Any]]) -> str:
         name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
         numbers = [report[key] for key in ("loss", "perplexity", *scores)]
         lines.append((name, f"{report['tokens']:,}", *("-" if n is None else f"{n:,.4f}" for n in numbers)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
+    return right_aligned(lines)

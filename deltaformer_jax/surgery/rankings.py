@@ -26,7 +26,12 @@ RANKINGS = (*MEASURED, "reverse", "sequential")
 
 
 def ranking(values: dict[str, np.ndarray], name: str, num_layers: int) -> list[int]:
-    """The layers' numbers by the rule `name`, of RANKINGS. values: of the rules of MEASURED, [num_layers] each."""
+    """The layers' numbers by the rule `name`. values: of the rules of MEASURED, [num_layers] each.
+
+    Raises ValueError, naming `name`, unless it is one of RANKINGS.
+    """
+    if name not in RANKINGS:
+        raise ValueError(f"name={name!r}: give one of {', '.join(RANKINGS)}")
     if name in MEASURED:
         return [int(layer) for layer in np.argsort(values[name], kind="stable")]
     return list(range(num_layers))[:: -1 if name == "reverse" else 1]

@@ -13,6 +13,7 @@ from deltaformer_jax.data import batches, load_data
 from deltaformer_jax.model_parts import merge, model_parts
 from deltaformer_jax.sample import __main__ as sample
 from deltaformer_jax.surgery import losses, measure, ranking, remove_layers
+from deltaformer_jax.surgery.rankings import RANKINGS
 from deltaformer_jax.training.checkpoints.restore import restore
 from deltaformer_jax.training.loss import batch_nats, counted
 
@@ -47,6 +48,9 @@ def test_rankings():
         "reverse": [2, 1, 0],
         "sequential": [0, 1, 2],
     }
+    assert prune.METRICS == RANKINGS  # the program says them before it imports jax
+    with pytest.raises(ValueError, match="name='BI': give one of bi, "):
+        ranking(values, "BI", 3)
 
 
 def test_losses_are_those_of_the_models_without_the_layers(run):
