@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.data.tokenizer.prefix import Prefix
 from deltaformer_jax.data.tokenizer.pretrained import (
@@ -20,7 +21,7 @@ from deltaformer_jax.data.tokenizer.pretrained import (
     pretrained_prefix,
 )
 from deltaformer_jax.interop.fields import of_text
-from deltaformer_jax.interop.files import NAMES, Tensors, read_json, usual_name
+from deltaformer_jax.interop.files import NAMES, Tensors, is_pretrained, read_json, usual_name
 from deltaformer_jax.interop.kinds import misfits
 from deltaformer_jax.interop.own import MODEL_TYPE
 from deltaformer_jax.interop.sources import SOURCES
@@ -69,14 +70,15 @@ def kept_of_run(workdir: epath.PathLike, sequence_length: int) -> dict[str, Any]
 
 def _positions_of_base(workdir: epath.PathLike) -> int:
     """max_position_embeddings of the folder that run.init_from names; 0 if there is none or it does not say."""
-    file = epath.Path(workdir) / "config.json"
-    base = read_json(file).get("run", {}).get("init_from") if file.exists() else None
-    if not base or not (epath.Path(base) / "config.json").exists():
+    init_from = Saved.read(epath.Path(workdir)).config.run.init_from
+    base = epath.Path(init_from)
+    if not init_from or not (base / Saved.FILE).exists():
         return 0
-    said = read_json(epath.Path(base) / "config.json")
-    if "tokenizer_hash" in said:  # a run
-        return kept_of_run(base, said["data"]["sequence_length"]).get("max_position_embeddings", 0)
-    return int(said.get("max_position_embeddings") or 0)
+    if is_pretrained(base):
+        kept = read_kept(Path(init_from))
+    else:
+        kept = kept_of_run(base, Saved.read(base).config.data.sequence_length)
+    return kept.get("max_position_embeddings") or 0
 
 
 def read_dtypes(folder: Path) -> dict[str, str]:

@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deltaformer_jax import Mixer, ModelConfig
+from deltaformer_jax.config import Config, DataConfig, RunConfig
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.interop import load_pretrained, save_pretrained
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.kept import kept_of_run, read_kept
@@ -105,12 +107,13 @@ def test_a_tuned_run_has_the_positions_of_what_it_began_from(tmp_path):
 
     def run(name, base, length):
         (tmp_path / name).mkdir()
-        said = {"tokenizer_hash": "", "run": {"init_from": base}, "data": {"sequence_length": length}}
-        (tmp_path / name / "config.json").write_text(json.dumps(said))
+        config = Config(run=RunConfig(init_from=base), data=DataConfig(sequence_length=length))
+        Saved(config, "", "").write(tmp_path / name)
         return str(tmp_path / name)
 
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
+    said = {"model_type": "qwen3_5", "text_config": {"max_position_embeddings": 4096}}  # of a multimodal model
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(said))
     tuned = run("tuned", str(tmp_path / "folder"), 256)
     positions = lambda workdir, length: kept_of_run(workdir, length)["max_position_embeddings"]
     assert positions(tuned, 256) == positions(run("again", tuned, 512), 512) == 4096
