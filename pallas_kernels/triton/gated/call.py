@@ -193,6 +193,11 @@ class Call:
         """[B,T,Hv,K] -> [B,T,H,K] in the keys' dtype: sums over the value heads that share a key head."""
         return x.reshape(*x.shape[:2], self.key.shape[2], -1, x.shape[3]).sum(axis=3).astype(self.key.dtype)
 
+    def like_arguments(self, dq, dk, dvalue, dbeta, dlog_decay, dinitial, beta, state):
+        """The six gradients in the order, shapes and dtypes of the arguments: dq, dk [B,T,Hv,K], dbeta [B,Hv,n C]."""
+        dbeta = None if beta is None else self.tokens(dbeta).astype(beta.dtype)
+        return self.sum_heads(dq), self.sum_heads(dk), dvalue, dbeta, dlog_decay, dinitial.astype(state.dtype)
+
     def tokens(self, x):
         """[B,Hv,n C] -> [B,T,Hv]."""
         return jnp.moveaxis(x, 1, 2)[:, : self.time]

@@ -183,11 +183,4 @@ def backward(settings, run, residuals, dout, dstate):
     if settings.delta:
         dkk, dk_reads, dvalue, dbeta = call.solve_gradients(kk, k_reads, written, dwritten, inverse, states)
     dq, dk, dg = call.pair_gradients(dkk, dqk, dk_reads, dq_reads, dwrites, dtotal)
-    return (
-        call.sum_heads(dq),
-        call.sum_heads(dk),
-        dvalue,
-        None if beta is None else call.tokens(dbeta).astype(beta.dtype),
-        dg.astype(log_decay.dtype),
-        dinitial.astype(state.dtype),
-    )
+    return call.like_arguments(dq, dk, dvalue, dbeta, dg.astype(log_decay.dtype), dinitial, beta, state)

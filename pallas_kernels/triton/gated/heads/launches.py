@@ -174,11 +174,5 @@ def backward(settings, run, residuals, dout, dstate):
     if settings.delta:
         dk_solve, dvalue, dbeta, dg_solve, denter_solve = call.solve_gradients(written, dwritten, inverse, states)
         dk, dg, denter = dk + dk_solve, dg + dg_solve, denter + denter_solve
-    return (
-        call.sum_heads(dq),
-        call.sum_heads(dk),
-        dvalue,
-        None if beta is None else call.tokens(dbeta).astype(beta.dtype),
-        None if log_decay is None else call.decay_gradient(log_decay, dg, denter, dleave, dtotal),
-        dinitial.astype(state.dtype),
-    )
+    dlog_decay = None if log_decay is None else call.decay_gradient(log_decay, dg, denter, dleave, dtotal)
+    return call.like_arguments(dq, dk, dvalue, dbeta, dlog_decay, dinitial, beta, state)

@@ -149,11 +149,5 @@ def backward(settings, run, residuals, dout, dstate):
     states, written = call.states_of(inverse, state)
     dstates, y, dinitial = call.walk_back(dout, inverse, dstate)
     dq, dk, dvalue, (dbeta, dg, denter, dleave), dtotal = call.gradients(dout, written, y, states, dstates)
-    return (
-        call.sum_heads(dq),
-        call.sum_heads(dk),
-        dvalue,
-        None if beta is None else call.tokens(dbeta).astype(beta.dtype),
-        None if log_decay is None else call.decay_gradient(log_decay, dg, denter, dleave, dtotal),
-        dinitial.astype(state.dtype),
-    )
+    dlog_decay = None if log_decay is None else call.decay_gradient(log_decay, dg, denter, dleave, dtotal)
+    return call.like_arguments(dq, dk, dvalue, dbeta, dlog_decay, dinitial, beta, state)
