@@ -27,22 +27,19 @@ from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.ops.cache.memory_order import in_order
-from deltaformer_jax.ops.common.kept import KEPT, kept
+from deltaformer_jax.ops.common.rematerialisation import KEPT, kept
 from deltaformer_jax.sharding.activations import constrain
 from deltaformer_jax.sharding.shards import gathered, is_cut, keep_all_but_gathered
 from pallas_kernels.transform import MADE
 
 _MADE = jax.checkpoint_policies.save_only_these_names(MADE)
-# What `ModelConfig.remat` keeps of a block for the backward pass; None: nothing. Products of activations with kernels
-# have no batch dimensions, unlike those of activations with each other.
+_OPERANDS = jax.checkpoint_policies.save_only_these_names(MADE, KEPT)
+# Products of activations with kernels have no batch dimensions, unlike those of activations with each other.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# What `ModelConfig.remat` keeps of a block for the backward pass; None: nothing.
 _KEPT = {
-    "operands": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MADE, KEPT),
-    ),
-    "products": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _MADE
-    ),
+    "operands": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _OPERANDS),
+    "products": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _MADE),
     "kernels": _MADE,
     "block": None,
     "auto": None,

@@ -24,8 +24,7 @@ def evaluation_corpus(run, data: str | None, folder: Path):
     """The corpus to evaluate on, from --data, or from the run's config if `data` is None.
 
     Plain text is prepared in `folder` with the run's tokenizer; all of it is used for evaluation, or of a dataset with
-    several splits a held-out one. Raises ValueError or
-    FileNotFoundError, naming --data.
+    several splits a held-out one. Raises ValueError or FileNotFoundError, naming --data.
     """
     from deltaformer_jax import data as library
     from deltaformer_jax.data import Corpus, prepare_corpus

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import kernel, product_flops, product_into_stream, products
-from deltaformer_jax.ops.common.kept import kept
+from deltaformer_jax.ops.common.rematerialisation import kept
 
 
 class SwiGLU(nnx.Module):

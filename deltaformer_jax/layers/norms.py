@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.layers.linear import along
-from deltaformer_jax.ops.common.kept import kept
+from deltaformer_jax.ops.common.rematerialisation import kept
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 ACTIVATIONS = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}

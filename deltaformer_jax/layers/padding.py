@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from deltaformer_jax import ops
-from deltaformer_jax.ops.common.kept import kept
+from deltaformer_jax.ops.common.rematerialisation import kept
 from deltaformer_jax.sharding import CONTEXT_AXIS, of_whole_rows, sequence_is_sharded
 from deltaformer_jax.sharding.activations import constrain
 

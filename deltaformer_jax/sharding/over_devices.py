@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from deltaformer_jax.ops.common.kept import kept
+from deltaformer_jax.ops.common.rematerialisation import kept
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
 from deltaformer_jax.sharding.context.over_context import over_context
 
