@@ -26,6 +26,8 @@ def check(config: Config) -> None:
         check_section(section.name, value)
     check_pattern(config.model)
     _check_found_again(config.model)
+    if config.objective.name == "elastic":
+        config.objective.left_out(config.model.num_layers)
     optimizer, batch = config.optimizer, config.data.batch_size
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= optimizer.decay_steps:
         raise ValueError(

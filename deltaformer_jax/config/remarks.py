@@ -8,6 +8,7 @@ def remarks(config: Config) -> list[str]:
     """One line per warning, beginning with the field's name."""
     values, defaults = flatten(config), flatten(Config())
     optimizer, run = config.optimizer, config.run
+    elastic = config.objective.name == "elastic"
     is_task = config.data.path.startswith("task:")
     found = []
     if optimizer.schedule != "constant" and run.steps > optimizer.decay_steps:
@@ -27,6 +28,9 @@ def remarks(config: Config) -> list[str]:
         ),
         ("optimizer.lora_alpha", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
         ("optimizer.lora_kernels", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
+        ("objective.depths", elastic, "only objective.name = 'elastic' uses it"),
+        ("objective.depth_probability", elastic, "only objective.name = 'elastic' uses it"),
+        ("objective.drop", elastic, "only objective.name = 'elastic' uses it"),
         ("data.eval_tail", not is_task, "a task draws examples for its evaluation"),
         ("run.sample_prompt", not is_task, "a task has no text to continue"),
         ("run.sample_tokens", not is_task, "a task has no text to continue"),

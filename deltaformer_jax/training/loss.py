@@ -74,12 +74,14 @@ def batch_nats(
     batch: dict[str, jax.Array],
     *,
     max_logits: int = MAX_LOGITS,
+    active: jax.Array | None = None,
 ) -> jax.Array:
     """-log p(target) in nats of every counted token. batch: tokens, targets, segment_ids[, loss_mask], each [B, T].
 
-    Returns float32 [B, T], 0 where a token is not counted. Cost: see `over_logits`.
+    Returns float32 [B, T], 0 where a token is not counted. `active`: as of `LanguageModel.hidden`. Cost: see
+    `over_logits`.
     """
-    return over_logits(token_nats, graphdef, params, batch, max_logits)
+    return over_logits(token_nats, graphdef, params, batch, max_logits, active)
 
 
 def batch_nats_and_hits(
@@ -88,13 +90,14 @@ def batch_nats_and_hits(
     batch: dict[str, jax.Array],
     *,
     max_logits: int = MAX_LOGITS,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats as `batch_nats`, hits bool [B, T]): a hit is a counted token whose target has the largest logit."""
 
     def scores(logits, targets, mask):
         return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
 
-    return over_logits(scores, graphdef, params, batch, max_logits)
+    return over_logits(scores, graphdef, params, batch, max_logits, active)
 
 
 def summed_nats(
@@ -103,6 +106,7 @@ def summed_nats(
     batch: dict[str, jax.Array],
     *,
     max_logits: int = MAX_LOGITS,
+    active: jax.Array | None = None,
 ) -> jax.Array:
     """S = Σ_t nats_t, the sum of `batch_nats`, for training. With p_t = softmax(E h_t) and y_t the one-hot target,
 
@@ -116,7 +120,7 @@ def summed_nats(
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     Source: gradients of a loss made in its forward pass, chunk by chunk: Hsu et al., Liger Kernel, arXiv 2410.10989.
     """
-    model, pieces, arrays = _before_logits(graphdef, params, batch, max_logits)
+    model, pieces, arrays = _before_logits(graphdef, params, batch, max_logits, active)
     # A model with logits of its own computes more than its embedding's product.
     if pieces.number == 1 or type(model).logits is not LanguageModel.logits:
         return jnp.sum(_over_pieces(token_nats, model, pieces, arrays))
@@ -156,6 +160,7 @@ def over_logits(
     params: dict,
     batch: dict[str, jax.Array],
     max_logits: int,
+    active: jax.Array | None = None,
 ):
     """function(logits, targets, mask) for the model's logits of a batch: arrays [B, T].
 
@@ -163,14 +168,15 @@ def over_logits(
     vocabulary. If there would be more, they are computed for some positions at a time and recomputed in the backward
     pass. That adds a third to the work on the logits, 2 d_model V FLOPs per token.
     """
-    return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits))
+    return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits, active))
 
 
-def _before_logits(graphdef, params, batch, max_logits):
+def _before_logits(graphdef, params, batch, max_logits, active):
     """(model, pieces, (hidden states, targets, mask)). The model gets no positions, since they restart at every
     document and so follow from the segment ids."""
     model = nnx.merge(graphdef, nnx.State(params))
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+    switched = {} if active is None else {"active": active}
+    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], **switched)
     # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
     model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
     targets, mask = as_int32(batch["targets"]), counted(batch)

@@ -25,6 +25,7 @@ from deltaformer_jax.model_parts import flat, merge, model_parts, new_params
 from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
+from deltaformer_jax.training.objectives.elastic import layer_switches
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
 from deltaformer_jax.training.state import TrainState, abstract_state, gradient_shardings, new_state
 from deltaformer_jax.training.step import make_train_step
@@ -34,10 +35,10 @@ from deltaformer_jax.training.watch.statistics import make_statistics_step
 class Program:
     """The compiled programs of a model, an optimiser and a mesh.
 
-    Reads only `config.model`, which must have its vocabulary size, `config.optimizer`, `config.mesh.zero1` and
-    `config.mesh.sequence_parallel`. Runs that differ in other settings may share a Program. `make_model(config.model,
-    rngs=rngs)` constructs the model, which must have the embedding, blocks and norm of a LanguageModel. With
-    optimizer.lora_rank its model has adapters.
+    Reads only `config.model`, which must have its vocabulary size, `config.optimizer`, `config.objective` (with
+    `config.run.seed` if it draws), `config.mesh.zero1` and `config.mesh.sequence_parallel`. Runs that differ in other
+    settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which must have the
+    embedding, blocks and norm of a LanguageModel. With optimizer.lora_rank its model has adapters.
 
     Attributes: mesh; make_model; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of
     shardings).
@@ -50,6 +51,7 @@ class Program:
         self.parts = model_parts(config.model, self.make_model)
         self._model, self._settings = config.model, config.optimizer
         self._sequence_parallel = config.mesh.sequence_parallel
+        self._switches = layer_switches(config.objective, config.model.num_layers, config.run.seed)
         self._schedule = learning_rate_schedule(config.optimizer)
         decay, axes = (self.parts.divided(tree)[0] for tree in (self.parts.decay, self.parts.axes))
         self._optimiser = make_optimiser(config.optimizer, decay, axes)
@@ -106,6 +108,7 @@ class Program:
             self.shardings,
             self._gradient,
             sequence_parallel=self._sequence_parallel,
+            switches=self._switches,
         )
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:

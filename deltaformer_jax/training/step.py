@@ -31,7 +31,7 @@ def loss_and_gradient(
     accumulation_steps: int,
     *,
     over: Callable = _here,
-    **pieces: int,
+    **pieces: Any,
 ):
     """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
 
@@ -39,8 +39,8 @@ def loss_and_gradient(
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
-    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: max_logits, how many
-    logits a group of devices that shares rows may have at once (`loss.batch_nats`).
+    tokens. `over`: `over_rows` of a mesh, so that each device sums over its own rows. `pieces`: arguments of
+    `loss.batch_nats`: max_logits, how many logits a group of devices that shares rows may have at once; active.
     """
 
     def part_sum(graphdef, params, part):
@@ -60,7 +60,7 @@ def loss_gradient_and_accuracy(
     accumulation_steps: int,
     *,
     over: Callable = _here,
-    **pieces: int,
+    **pieces: Any,
 ):
     """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
 
@@ -123,13 +123,15 @@ def make_train_step(
     of_gradient: Any,
     *,
     sequence_parallel: bool = False,
+    switches: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable:
     """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
-    `sequence_parallel`: as of `on_mesh`.
+    `sequence_parallel`: as of `on_mesh`. `switches`: step -> the layers that it trains, bool [num_layers]; None: all.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
-    learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0. They stay on the device until read.
+    learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0; with `switches` depth, the number of
+    layers that were trained. They stay on the device until read.
     """
 
     over = functools.partial(over_rows, mesh, of_gradient)
@@ -138,6 +140,9 @@ def make_train_step(
         arguments = (parts, state.params, batch, settings.accumulation_steps)
         pieces = {"over": over, "max_logits": logits_at_once(mesh)}
         more = {}
+        if switches is not None:
+            pieces["active"] = switches(state.step)
+            more["depth"] = jnp.sum(pieces["active"], dtype=jnp.float32)
         if "loss_mask" in batch:
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)
         else:

@@ -9,10 +9,20 @@ import dataclasses
 from deltaformer_jax.config.sections.data import DataConfig
 from deltaformer_jax.config.sections.mesh import MeshConfig
 from deltaformer_jax.config.sections.model import ModelConfig, on_any_device
+from deltaformer_jax.config.sections.objective import ObjectiveConfig
 from deltaformer_jax.config.sections.optimizer import OptimizerConfig
 from deltaformer_jax.config.sections.run import RunConfig
 
-__all__ = ["Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "on_any_device"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "on_any_device",
+]
 
 
 @dataclasses.dataclass
@@ -21,6 +31,7 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)

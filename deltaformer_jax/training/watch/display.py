@@ -36,6 +36,7 @@ class Display:
             mfu = f"{100 * record['mfu']:.1f} %" if "mfu" in record else "-"
             rate = f"{_short(record['tokens_per_second'])} tokens/s  MFU {mfu}"
         right = f"accuracy {record['accuracy']:.4f}  " if "accuracy" in record else ""
+        right += f"of {record['depth']} layers  " if "depth" in record else ""
         text = f"loss {record['loss']:.4f}  {right}{rate}".rstrip()
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=record["step"])

@@ -92,6 +92,8 @@ class LateReader:
             record["mfu"] = round(mfu, 4)
         if "accuracy" in values:
             record["accuracy"] = values["accuracy"]
+        if "depth" in values:
+            record["depth"] = int(values["depth"])
         self._metrics.write(record)
         self._display.log(record, self._seconds / self._steps if self._steps else None)
         self._tokens = self._steps = self._seconds = 0
