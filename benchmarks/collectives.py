@@ -43,7 +43,7 @@ def counted(config, topology: str) -> tuple[list[dict], str]:
     """(a row for each kind that the step has: MiB that a device sends, in one layer and outside; title)."""
     from deltaformer_jax.compiled.collectives import bytes_by_kind, collectives, in_layers
     from deltaformer_jax.sharding.mesh import make_mesh
-    from deltaformer_jax.training.ahead_of_time.topologies import find_topology
+    from deltaformer_jax.training.ahead_of_time.topologies import find_topology, without_cache
     from deltaformer_jax.training.dry_run import with_any_vocabulary
     from deltaformer_jax.training.program import Program
     from deltaformer_jax.training.setup import check_batch
@@ -51,7 +51,8 @@ def counted(config, topology: str) -> tuple[list[dict], str]:
     mesh = make_mesh(config.mesh, find_topology(topology).devices)
     check_batch(config, mesh)
     config = with_any_vocabulary(config)
-    compiled = Program(config, mesh).compile_train_step(config.data)
+    with without_cache():
+        compiled = Program(config, mesh).compile_train_step(config.data)
     found = collectives(compiled.as_text(), mesh.size)
     inside = in_layers(found)
     a_layer, outside = bytes_by_kind(inside), bytes_by_kind(x for x in found if x not in inside)

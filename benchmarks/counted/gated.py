@@ -19,7 +19,7 @@ from on_gpu.plans import planned
 from on_gpu.times import GATED_SIZES
 
 from deltaformer_jax.compiled.launches import launches
-from deltaformer_jax.training.ahead_of_time.topologies import find_topology
+from deltaformer_jax.training.ahead_of_time.topologies import find_topology, without_cache
 from pallas_kernels.triton.gated.table import PLANS
 
 
@@ -60,7 +60,7 @@ def show() -> None:
         for plan in PLANS:
             call = gated.call(shape, "triton")
             both = with_gradients(call)
-            with planned(plan):
+            with planned(plan), without_cache():
                 for direction, function, more in (("forward", call, ()), ("both directions", both, (cotangents,))):
                     rows = rows_of(function, (arrays, segments, *more), device)
                     report(f"a decay a {decay}, plan {plan!r}, {direction}", rows, None)

@@ -16,7 +16,7 @@ from deltaformer_jax.config import Config
 from deltaformer_jax.sharding.device_memory import planned_memory
 from deltaformer_jax.training.ahead_of_time.chips import CHIPS
 from deltaformer_jax.training.ahead_of_time.flops import model_flops
-from deltaformer_jax.training.ahead_of_time.topologies import find_topology
+from deltaformer_jax.training.ahead_of_time.topologies import find_topology, without_cache
 from training_step.compiled import SMALLER, Step, compile_step
 from training_step.parts import kernel_passes, part_of, roofline, short
 
@@ -27,7 +27,7 @@ LISTED = 15  # launches
 def prepare(config: Config) -> Step:
     """Compile the step. Raises ValueError if it needs more memory than the card has."""
     card = find_topology("h100")
-    with planned_memory(card.device_memory):
+    with planned_memory(card.device_memory), without_cache():
         step = compile_step(config, card.devices[0])
     if step.memory > H100.memory:
         needs = f"the step takes {step.memory / 1e9:.1f} GB, and the card has {H100.memory / 1e9:.1f}"

@@ -24,7 +24,7 @@ from deltaformer_jax.training.ahead_of_time.buffers import (
 )
 from deltaformer_jax.training.ahead_of_time.flops import Flops, model_flops
 from deltaformer_jax.training.ahead_of_time.roofline import Roofline, Sent, sent
-from deltaformer_jax.training.ahead_of_time.topologies import Topology
+from deltaformer_jax.training.ahead_of_time.topologies import Topology, without_cache
 from deltaformer_jax.training.dry_run import with_any_vocabulary
 from deltaformer_jax.training.memory import ORDER, step_bytes
 from deltaformer_jax.training.on_mesh.kept_whole import check_split
@@ -81,7 +81,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     choices = ORDER if full.model.remat == "auto" else (full.model.remat,)
-    with planned_memory(topology.device_memory):
+    with planned_memory(topology.device_memory), without_cache():
         for remat in choices:
             chosen = dataclasses.replace(full, model=dataclasses.replace(full.model, remat=remat))
             program = Program(chosen, mesh)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from deltaformer_jax.host.called import install
 from deltaformer_jax.host.spelling import did_you_mean
@@ -117,6 +118,23 @@ def _of_cards(text: str, slices: int, shape: tuple[int, ...]) -> Topology:
     with _one_line(text, "cuda"):
         described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=sizes)
     return Topology(f"h100:{shape[0]}x{shape[1]}", CHIPS["h100"], shape, slices, described.devices)
+
+
+@contextlib.contextmanager
+def without_cache():
+    """Compile without jax's cache of compiled programs, as is needed for devices that are not here.
+
+    jax 0.10 to 0.12 writes a program for a GPU to that cache, but cannot read it without the GPU: it warns and compiles
+    again.
+    """
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
