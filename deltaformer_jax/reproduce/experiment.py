@@ -36,6 +36,10 @@ NAMES = {
         "every mixer as a language model of Python's standard library, with equal numbers of parameters and tokens",
         "language.mixers",
     ),
+    "redundancy": (
+        "how much a model loses without some of its layers: Block Influence and four other rankings, elastic training",
+        "language.redundancy",
+    ),
     "theorem1": (
         "an exact memory of n slots under swaps, with and without compression of its cache",
         "deltaformer.theorem1",

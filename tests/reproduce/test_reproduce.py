@@ -4,13 +4,14 @@ import json
 import re
 import signal
 
+import numpy as np
 import pytest
 from etils import epath
 from support import training_cases as cases
 
 from deltaformer_jax.reproduce import __main__ as program
 from deltaformer_jax.reproduce import experiment, families, notebook, pictures, train_task, unfinished
-from deltaformer_jax.reproduce.language import mixers
+from deltaformer_jax.reproduce.language import mixers, redundancy
 from deltaformer_jax.reproduce.recall import mqar
 
 
@@ -379,3 +380,24 @@ def test_mixers(monkeypatch, tmp_path):
     assert [cell["settings"]["label"] for cell in saved["cells"]] == list(few)
     assert all(cell["result"]["eval_bits_per_byte"] < 9 for cell in saved["cells"])
     assert (tmp_path / "mixers.png").exists()
+
+
+def test_rank_correlation():
+    assert redundancy.rank_correlation(np.array([1.0, 5.0, 9.0]), np.array([0.1, 0.2, 30.0])) == 1
+    assert redundancy.rank_correlation(np.arange(4.0), np.array([1.0, 0.0, 3.0, 2.0])) == pytest.approx(0.6)
+
+
+@pytest.mark.long
+def test_redundancy(tmp_path):
+    """Bits without a layer are those of the ranking that removes it first; elastic training has its own order too."""
+    sizes = {**redundancy.QUICK, "d_model": 16, "steps": 2, "batch_size": 2, "mlp_dim": 16, "parameters": 1}
+    more = {"learning_rate": 1e-3, "seed": 0, "eval_batches": 1, "measured_batches": 1}
+    settings = {"label": "a", "family": "a", "elastic": True, "mixers": ["softmax_attention"], **sizes, **more}
+    result = redundancy.run(settings, epath.Path(tmp_path / "a"), print, StopAfter(1000))
+    assert result["bits"].keys() == {*redundancy.RANKINGS, redundancy.TRAINED}
+    assert result["orders"][redundancy.TRAINED] == [2, 1] and len(result["bits"][redundancy.TRAINED]) == 3
+    for name, order in result["orders"].items():
+        assert result["bits"][name][1] == pytest.approx(result["bits_without"][order[0]], rel=1e-12)
+        assert result["bits"][name][0] == result["bits"]["bi"][0]
+    (row,) = redundancy.rows([{"settings": settings, "result": result}])
+    assert row["bits, all layers"] == f"{result['bits']['loss'][0]:.3f}"

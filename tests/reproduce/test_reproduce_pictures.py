@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import snr
-from deltaformer_jax.reproduce.language import mixers
+from deltaformer_jax.reproduce.language import mixers, redundancy
 from deltaformer_jax.reproduce.rope import rope_base
 
 TRAINED = ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem")
@@ -60,6 +60,16 @@ def result_of(name, settings, rng, good):
     if name == "mixers":
         losses = [[step, 5 - step / 100] for step in range(10, 200, 10)]
         return {"eval_bits_per_byte": float(rng.uniform(2, 3)), "losses": losses, "tokens": 1_000_000}
+    if name == "redundancy":
+        layers, rankings = settings["num_layers"], redundancy.RANKINGS + (redundancy.TRAINED,) * settings["elastic"]
+        bits = lambda count: (2.5 + np.arange(count) / 10 + rng.uniform(0, 0.05, count)).tolist()
+        return {
+            "bi": rng.uniform(0.01, 0.5, layers).tolist(),
+            "bits_without": (2.5 + rng.uniform(0, 1, layers)).tolist(),
+            "bits": {ranking: bits(layers if ranking in redundancy.RANKINGS else 5) for ranking in rankings},
+            "rank_correlation": 0.8,
+            "tokens": 1_000_000,
+        }
     if settings["kind"] != "bound":
         return {"expected": 1, "found": 1}
     paper, longest = rope_base.PAPER[settings["length"]], rope_base.tokens(settings["length"])
@@ -76,9 +86,22 @@ def result_of(name, settings, rng, good):
 
 
 def cells_of(name, quick):
-    if name != "mixers":
+    if name not in ("mixers", "redundancy"):
         return experiment.load(name).cells(quick)
     # Without the widths that make the numbers of parameters equal, which take a while to find.
+    if name == "redundancy":
+        sizes = redundancy.QUICK if quick else redundancy.FULL
+        return [
+            {
+                "label": f"{family}{', elastic' * elastic}",
+                "family": family,
+                "elastic": elastic,
+                **sizes,
+                "parameters": 1,
+            }
+            for family in redundancy.PATTERNS
+            for elastic in (False, True)
+        ]
     sizes = mixers.QUICK if quick else mixers.FULL
     return [{"label": label, **sizes, "parameters": 900_000} for label in mixers.PATTERNS]
 
@@ -105,7 +128,8 @@ def title_of(name, done):
 
 
 def legend_handles(picture):
-    legends = [*picture.legends, *(panel.get_legend() for panel in picture.axes if panel.get_legend())]
+    of_parts = (legend for part in (picture, *picture.subfigs) for legend in part.legends)
+    legends = [*of_parts, *(panel.get_legend() for panel in picture.axes if panel.get_legend())]
     return [handle for legend in legends for handle in legend.legend_handles]
 
 

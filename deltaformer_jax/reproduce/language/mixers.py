@@ -7,19 +7,17 @@ trains, and compares small models of Python code.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.config import Mixer
 from deltaformer_jax.config.lines import lines
 from deltaformer_jax.plot.style import explain, line_styles, plain
-from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.experiment import Experiment
+from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, listed, name_rows, new_figure
 
 # Label -> the repeating pattern of mixers.
@@ -51,19 +49,19 @@ NOT_QUICK = (
 
 def cells(quick: bool) -> list[dict[str, Any]]:
     sizes = QUICK if quick else FULL
-    target = _parameters(_model(sizes, PATTERNS["DeltaFormer"], mlp_dim=0))
+    target = parameters(byte_model(sizes, PATTERNS["DeltaFormer"], mlp_dim=0))
     found = []
     for label, pattern in PATTERNS.items():
         if quick and label in NOT_QUICK:
             continue
-        width = _matching_width(sizes, pattern, target)
+        width = matching_width(sizes, pattern, target)
         found.append(
             {
                 "label": label,
-                "mixers": [_plain(mixer) for mixer in pattern],
+                "mixers": [as_json(mixer) for mixer in pattern],
                 **sizes,
                 "mlp_dim": width,
-                "parameters": _parameters(_model(sizes, pattern, width)),
+                "parameters": parameters(byte_model(sizes, pattern, width)),
                 "learning_rate": 4e-3,
                 "seed": 0,
                 "eval_batches": 4 if quick else 40,
@@ -72,77 +70,18 @@ def cells(quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _plain(mixer: str | Mixer) -> Any:
-    return mixer if isinstance(mixer, str) else [mixer.name, dict(mixer.overrides)]
-
-
-def _mixer(plain: Any) -> str | Mixer:
-    return plain if isinstance(plain, str) else Mixer(plain[0], **plain[1])
-
-
-def _model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=257,
-        d_model=sizes["d_model"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        num_kv_heads=sizes["num_heads"],
-        head_dim=sizes["head_dim"],
-        mlp_dim=mlp_dim,
-        mixers=pattern,
-        chunk_size=64,
-    )
-
-
-def _parameters(model: ModelConfig) -> int:
-    from deltaformer_jax.model import num_parameters
-    from deltaformer_jax.model_parts import model_parts
-
-    return num_parameters(model_parts(model).params)
-
-
-def _matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
-    """The feed-forward width, a multiple of 4, with the number of parameters nearest to `target`."""
-    two = [_parameters(_model(sizes, pattern, width)) for width in (16, 32)]
-    each = (two[1] - two[0]) / 16  # the count is linear in the width
-    return max(4, 4 * round((16 + (target - two[0]) / each) / 4))
-
-
 def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, Any] | None:
     from deltaformer_jax.training.loop import train
-    from deltaformer_jax.training.setup import prepare
 
-    unfinished.claim(folder)
-    folder = folder / "run"
-    steps = settings["steps"]
-    config = Config(
-        model=_model(settings, tuple(_mixer(mixer) for mixer in settings["mixers"]), settings["mlp_dim"]),
-        data=DataConfig(sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
-        optimizer=OptimizerConfig(
-            learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
-        ),
-        run=RunConfig(
-            steps=steps,
-            seed=settings["seed"],
-            log_every=max(1, steps // 50),
-            eval_every=max(1, steps // 4),
-            eval_batches=settings["eval_batches"],
-            checkpoint_every=max(1, steps // 4),
-            keep_checkpoints=1,
-            sample_prompt="",
-        ),
-    )
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0))
-    # Only one device is used, since the models and the batches are small.
-    if not train(*prepare(config, folder, note, jax.devices()[:1]), stop, quiet=True).finished:
+    if not train(*prepared(settings, folder, note), stop, quiet=True).finished:
         return None
-    records = [json.loads(line) for line in lines((folder / "metrics.jsonl").read_text())]
+    records = [json.loads(line) for line in lines((folder / "run" / "metrics.jsonl").read_text())]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     scores = [(record["step"], record["eval_bits_per_byte"]) for record in records if "eval_bits_per_byte" in record]
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     return {
         "eval_bits_per_byte": scores[-1][1],
-        "tokens": steps * settings["sequence_length"] * settings["batch_size"],
+        "tokens": settings["steps"] * settings["sequence_length"] * settings["batch_size"],
         "tokens_per_second": float(np.median(speeds)),
         "losses": losses,
         "evaluations": scores,

@@ -1,0 +1,91 @@
+"""Byte models of the standard library's text that experiments compare: as many parameters, one schedule, one device.
+
+Settings of a cell, as plain JSON: mixers (the repeating pattern), d_model, num_layers, num_heads, head_dim, mlp_dim,
+sequence_length, batch_size, steps, learning_rate, seed, eval_batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from deltaformer_jax.config import (
+    Config,
+    DataConfig,
+    Mixer,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from deltaformer_jax.reproduce import unfinished
+
+
+def as_json(mixer: str | Mixer) -> Any:
+    """An entry of a pattern of mixers as plain JSON."""
+    return mixer if isinstance(mixer, str) else [mixer.name, dict(mixer.overrides)]
+
+
+def _mixer(plain: Any) -> str | Mixer:
+    return plain if isinstance(plain, str) else Mixer(plain[0], **plain[1])
+
+
+def byte_model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
+    """The model of a pattern of mixers. sizes: d_model, num_layers, num_heads and head_dim."""
+    return ModelConfig(
+        vocab_size=257,
+        d_model=sizes["d_model"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_heads"],
+        head_dim=sizes["head_dim"],
+        mlp_dim=mlp_dim,
+        mixers=pattern,
+        chunk_size=64,
+    )
+
+
+def parameters(model: ModelConfig) -> int:
+    from deltaformer_jax.model import num_parameters
+    from deltaformer_jax.model_parts import model_parts
+
+    return num_parameters(model_parts(model).params)
+
+
+def matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
+    """The feed-forward width, a multiple of 4, with the number of parameters nearest to `target`."""
+    two = [parameters(byte_model(sizes, pattern, width)) for width in (16, 32)]
+    each = (two[1] - two[0]) / 16  # the count is linear in the width
+    return max(4, 4 * round((16 + (target - two[0]) / each) / 4))
+
+
+def prepared(settings: dict[str, Any], folder: epath.Path, note, objective: ObjectiveConfig | None = None) -> Any:
+    """The training run of a cell in folder/run, new or as it was left (`training.setup.Prepared`)."""
+    from deltaformer_jax.training.setup import prepare
+
+    unfinished.claim(folder)
+    steps = settings["steps"]
+    model = byte_model(settings, tuple(map(_mixer, settings["mixers"])), settings["mlp_dim"])
+    config = Config(
+        model=dataclasses.replace(model, vocab_size=0),
+        data=DataConfig(sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
+        objective=objective or ObjectiveConfig(),
+        optimizer=OptimizerConfig(
+            learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
+        ),
+        run=RunConfig(
+            steps=steps,
+            seed=settings["seed"],
+            log_every=max(1, steps // 50),
+            eval_every=max(1, steps // 4),
+            eval_batches=settings["eval_batches"],
+            checkpoint_every=max(1, steps // 4),
+            keep_checkpoints=1,
+            sample_prompt="",
+        ),
+    )
+    # Only one device is used, since the models and the batches are small.
+    return prepare(config, folder / "run", note, jax.devices()[:1])
