@@ -132,15 +132,22 @@ class LanguageModel(nnx.Module):
         x, cache = self.hidden(tokens, segment_ids=segment_ids, positions=positions, cache=cache)
         return self.logits(x), cache
 
-    def hidden(self, tokens, *, segment_ids=None, positions=None, cache=None, active=None):
+    def hidden(self, tokens, *, segment_ids=None, positions=None, cache=None, active=None, skipped=None):
         """tokens [B,T] -> (the final norm's output [B,T,d_model] in the compute dtype, cache or None).
 
         `active`: bool [num_layers]. x_{l+1} = x_l where it is False, as if layer l had been removed
         (`surgery.remove_layers`); its cache stays as it is. One compiled program serves all choices, at the cost of all
         layers.
+
+        `skipped`: bool [num_layers], beside a cache. x_{l+1} = x_l where it is True, and layer l's cache takes the
+        tokens as if it had run on x_l. Only what the cache needs is computed: keys and values, DeltaFormer's write, the
+        state of a linear memory; no read, no output, no feed-forward layer. One compiled program serves all choices.
+        Source: Men et al., "ShortGPT", arXiv 2403.03853: layers skipped for a prompt, and run for what is generated.
         """
-        self._check(tokens, segment_ids, positions, active)
-        return _hidden(self, tokens, segment_ids, positions, cache, active)[:2]
+        self._check(tokens, segment_ids, positions, active=active, skipped=skipped)
+        if skipped is not None and cache is None:
+            raise ValueError("skipped: a layer is skipped for the sake of later tokens; give their cache too")
+        return _hidden(self, tokens, segment_ids, positions, cache, active, skipped=skipped)[:2]
 
     def look(self, tokens, see, *, segment_ids=None, positions=None, active=None):
         """(the final norm's output [B,T,d_model], what `see` returned for each layer).
@@ -149,11 +156,11 @@ class LanguageModel(nnx.Module):
         after layer l; real bool [B,T], False at padding. Each leaf gets a leading axis over the layers. `active`: see
         `hidden`. Each function `see` is compiled for anew.
         """
-        self._check(tokens, segment_ids, positions, active)
+        self._check(tokens, segment_ids, positions, active=active)
         x, _, seen = _hidden(self, tokens, segment_ids, positions, None, active, see)
         return x, seen
 
-    def _check(self, tokens, segment_ids, positions, active):
+    def _check(self, tokens, segment_ids, positions, **switches):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, length]; they are {tokens.dtype}{list(tokens.shape)}")
         for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
@@ -164,10 +171,11 @@ class LanguageModel(nnx.Module):
             if not jnp.issubdtype(ids.dtype, jnp.integer):
                 raise TypeError(f"{name} must be integers; it has dtype {ids.dtype}")
         layers = self.periods * len(self.blocks)
-        if active is not None and (active.shape != (layers,) or active.dtype != bool):
-            raise ValueError(
-                f"active must be booleans [{layers}], one for each layer; it is {active.dtype}{list(active.shape)}"
-            )
+        for name, given in switches.items():
+            if given is not None and (given.shape != (layers,) or given.dtype != bool):
+                raise ValueError(
+                    f"{name} must be booleans [{layers}], one for each layer; it is {given.dtype}{list(given.shape)}"
+                )
 
     def logits(self, x):
         """x [B,T,d_model] from `hidden` -> float32 [B,T,vocab_size]."""
@@ -200,7 +208,7 @@ class LanguageModel(nnx.Module):
 
 # Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
 @functools.partial(jax.jit, static_argnames="see")
-def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None):
+def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None, skipped=None):
     """(the final norm's output, cache or None, what `see` returned or None)."""
     if positions is None:
         # All layers have seen the same tokens, but for those that were not active.
@@ -224,10 +232,16 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
     real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
 
     def period(x, layers):
-        blocks, caches, switches = layers
+        blocks, caches, switches, skips = layers
         after, seen = [], []
         for i, (block, cache) in enumerate(zip(blocks, caches)):
-            y, cache = apply(block, x, in_order(cache))
+            if skips is None:
+                y, cache = apply(block, x, in_order(cache))
+            else:
+                run = lambda x, cache, block=block: apply(block, x, cache)
+                # What only the block's output needs is left out by the compiler.
+                skip = lambda x, cache, run=run: (x, run(x, cache)[1])
+                y, cache = jax.lax.cond(skips[i], skip, run, x, in_order(cache))
             y = constrain(y, "batch", "stream", "embed")
             before, x = x, y if switches is None else jnp.where(switches[i], y, x)
             after.append(cache)
@@ -238,18 +252,19 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
     x = constrain(model.embedding(tokens, segment_ids), "batch", "stream", "embed")
     blocks = tuple(model.blocks)
-    switches = None if active is None else active.reshape(model.periods, len(blocks))
+    by_period = lambda given: None if given is None else given.reshape(model.periods, len(blocks))
+    switches, skips = by_period(active), by_period(skipped)
     if unrolled:
         found = []
         for i in range(model.periods):
             with jax.named_scope("layer"):
                 own, on = jax.tree.map(lambda stack, i=i: stack[i], (blocks, switches))
-                x, (_, seen) = period(x, (own, (None,) * len(blocks), on))
+                x, (_, seen) = period(x, (own, (None,) * len(blocks), on, None))
                 found.append(seen)
         seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
         return constrain(model.final_norm(x), "batch", "tokens", "embed"), None, _by_layer(seen)
     caches = (None,) * len(blocks) if cache is None else ops.read_only(cache)
-    x, (after, seen) = jax.lax.scan(period, x, (blocks, caches, switches))
+    x, (after, seen) = jax.lax.scan(period, x, (blocks, caches, switches, skips))
     x = constrain(model.final_norm(x), "batch", "tokens", "embed")
     if cache is None:
         return x, None, _by_layer(seen)

@@ -27,6 +27,7 @@ from deltaformer_jax.decoding.requests import (
     Request,
     check_sampling,
     items,
+    layer_switches,
     make_requests,
     vocabulary_of,
     whole,
@@ -51,12 +52,17 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How tokens are chosen. `temperature` and `top_p` are arrays, so that new values don't compile a new program."""
+    """How prompts are read and tokens are chosen.
+
+    `temperature` and `top_p` are arrays, so that new values don't compile a new program. `skipped`: the layers that
+    only fill their caches while prompts are read, bool [num_layers]; None: none.
+    """
 
     temperature: jax.Array
     top_p: jax.Array | None
     top_k: int
     logprobs: bool
+    skipped: np.ndarray | None = None
 
 
 def _keys(seed, stream, drawn):
@@ -85,14 +91,15 @@ def _empty(graphdef, params, rows: int, capacity: int) -> Rows:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k", "logprobs"), donate_argnames="state")
-def _admit(graphdef, params, state, prompts, temperature, top_p, *, capacity: int, top_k: int, logprobs: bool):
+def _admit(graphdef, params, state, prompts, skipped, temperature, top_p, *, capacity: int, top_k: int, logprobs: bool):
     """Read prompts into rows, and draw the first token of each: (the rows, tokens, log-probabilities or None).
 
     `prompts`: tokens and segment ids [n, width], and row, seed, stream [n]. A row outside the rows is dropped.
     """
     tokens, real, row, seed, stream = prompts
     model = nnx.merge(graphdef, params)
-    hidden, cache = model.hidden(tokens, segment_ids=real, cache=model.init_cache(tokens.shape[0], capacity))
+    cache, skip = model.init_cache(tokens.shape[0], capacity), {} if skipped is None else {"skipped": skipped}
+    hidden, cache = model.hidden(tokens, segment_ids=real, cache=cache, **skip)
     last = jnp.sum(real, axis=1) - 1
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     keys = _keys(seed, stream, jnp.zeros_like(row))
@@ -144,6 +151,7 @@ def stream(
     seed: int | Sequence[int] = 0,
     logprobs: bool = False,
     batch_size: int = 32,
+    skip_in_prefill: Sequence[int] = (),
 ) -> Iterator[Piece]:
     """Yield every token of every text as it is drawn, with the row that it belongs to.
 
@@ -162,6 +170,8 @@ def stream(
       logprobs: also give each token's log-probability, in nats.
       batch_size: how many rows decode at once. The caches have room for the longest prompt with its `max_tokens` in
         each of these rows. Prompts that find no free row wait, and take the first that ends.
+      skip_in_prefill: numbers of layers, from 0, that only fill their caches while prompts are read; see `skipped` of
+        `LanguageModel.hidden`.
 
     Prompts are padded on the right to a power of two, several are read in one call (PROMPT_TOKENS), and the capacity of
     the caches is a power of two, so that few compiled programs serve all lengths. Raises at the call: ValueError naming
@@ -181,7 +191,11 @@ def stream(
         stop=stop,
         stop_tokens=stop_tokens,
     )
-    how = How(jnp.float32(temperature), None if top_p == 1 else jnp.float32(top_p), int(top_k), bool(logprobs))
+    nucleus, skipped = (
+        None if top_p == 1 else jnp.float32(top_p),
+        layer_switches("skip_in_prefill", skip_in_prefill, model),
+    )
+    how = How(jnp.float32(temperature), nucleus, int(top_k), bool(logprobs), skipped)
     return _pieces(_Batch(model, requests, how, batch_size)) if requests else iter(())
 
 
@@ -243,6 +257,7 @@ class _Batch:
             self._params,
             self._state,
             prompts,
+            how.skipped,
             how.temperature,
             how.top_p,
             capacity=self._capacity,

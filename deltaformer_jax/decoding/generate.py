@@ -10,7 +10,7 @@ from flax import nnx
 
 from deltaformer_jax.decoding.choose import choose, power_of_two
 from deltaformer_jax.decoding.memory import check_memory
-from deltaformer_jax.decoding.requests import check_prompt, check_sampling, items, vocabulary_of
+from deltaformer_jax.decoding.requests import check_prompt, check_sampling, items, layer_switches, vocabulary_of
 from deltaformer_jax.layers.linear import cast_kernels
 from deltaformer_jax.model import LanguageModel
 
@@ -21,11 +21,10 @@ def _row_keys(key: jax.Array, position: jax.Array, rows: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k"))
-def _prefill(graphdef, params, tokens, segment_ids, key, temperature, top_p, *, capacity: int, top_k: int):
+def _prefill(graphdef, params, tokens, segment_ids, skipped, key, temperature, top_p, *, capacity: int, top_k: int):
     model = nnx.merge(graphdef, params)
-    hidden, cache = model.hidden(
-        tokens, segment_ids=segment_ids, positions=None, cache=model.init_cache(tokens.shape[0], capacity)
-    )
+    cache, skip = model.init_cache(tokens.shape[0], capacity), {} if skipped is None else {"skipped": skipped}
+    hidden, cache = model.hidden(tokens, segment_ids=segment_ids, cache=cache, **skip)
     last = jnp.sum(segment_ids > 0, axis=1) - 1
     logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     return choose(logits, _row_keys(key, 0, tokens.shape[0]), temperature, top_k, top_p), cache
@@ -67,6 +66,7 @@ def generate_batch(
     top_k: int = 40,
     top_p: float = 1.0,
     seed: int = 0,
+    skip_in_prefill: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """Yield, `tokens` times, the next token id of every prompt: int32 [len(prompts)].
 
@@ -76,6 +76,8 @@ def generate_batch(
       temperature, top_k, top_p: see `choose`; top_p = 1 means all tokens.
       seed: row b's draw depends on (seed, b, position) only. The same seed gives the same texts, and a row's text does
         not depend on the other prompts.
+      skip_in_prefill: numbers of layers, from 0, that only fill their caches while prompts are read; see `skipped` of
+        `LanguageModel.hidden`.
 
     Prompts are padded on the right to a common power of two, and the cache's capacity is a power of two, so that few
     compiled programs serve all lengths. Padding has segment id 0: nothing attends to it and it is not stored in the
@@ -87,14 +89,15 @@ def generate_batch(
         raise ValueError("prompt: has no token; begin it with the document separator")
     prompts = [check_prompt(prompt, row, vocabulary) for row, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
+    skipped = layer_switches("skip_in_prefill", skip_in_prefill, model)
     size = {"rows": len(prompts), "capacity": power_of_two(max(map(len, prompts)) + tokens)}
     check_memory("tokens", tokens, *nnx.split(model), fix="fewer tokens, or fewer or shorter prompts", **size)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)
-    return _generate(model, prompts, tokens, jnp.float32(temperature), nucleus, top_k, seed)
+    return _generate(model, prompts, tokens, skipped, jnp.float32(temperature), nucleus, top_k, seed)
 
 
-def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):
+def _generate(model, prompts, tokens, skipped, temperature, top_p, top_k, seed):
     graphdef, params = nnx.split(model)
     lengths = np.array([len(prompt) for prompt in prompts])
     width = power_of_two(lengths.max())
@@ -104,7 +107,7 @@ def _generate(model, prompts, tokens, temperature, top_p, top_k, seed):
     real = (np.arange(width) < lengths[:, None]).astype(np.int32)
     key, how = jax.random.key(seed), (temperature, top_p)
     capacity = power_of_two(lengths.max() + tokens)
-    token, cache = _prefill(graphdef, params, padded, real, key, *how, capacity=capacity, top_k=top_k)
+    token, cache = _prefill(graphdef, params, padded, real, skipped, key, *how, capacity=capacity, top_k=top_k)
     yield np.asarray(token)
     for position in range(1, tokens):
         token, cache = decode_step(graphdef, params, token, cache, key, position, *how, top_k=top_k)

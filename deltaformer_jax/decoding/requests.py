@@ -103,6 +103,17 @@ def check_sampling(tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: 
         raise ValueError(f"top_p = {top_p}: give {_TOP_P}")
 
 
+def layer_switches(name: str, layers: Any, model: Any) -> np.ndarray | None:
+    """bool [num_layers], True for these layers; None if none is given. Raises as `whole`, and for one given twice."""
+    count = model.periods * len(model.blocks)
+    layers = [
+        whole(name, layer, 0, f"layers from 0 to {count - 1}", below=count) for layer in items(name, layers, "a list")
+    ]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name} = {layers}: give each layer once")
+    return np.isin(np.arange(count), layers) if layers else None
+
+
 _SEEDS = "0 to 2^32 - 1"
 _TEMPERATURE = "0 (always the likeliest token) or more"
 _TOP_P = "a probability above 0, at most 1 (all tokens)"

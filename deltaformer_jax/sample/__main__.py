@@ -76,6 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="dtype in which the kernels and the embedding are read for every token; bfloat16 halves the memory, and "
         "rounds the weights unless the model computes in bfloat16 (default: float32)",
     )
+    parser.add_argument(
+        "--skip_in_prefill",
+        default="",
+        metavar="LAYERS",
+        help="layers, counted from 0 and separated by commas, that only fill their caches while a prompt is read, such "
+        "as those that python -m deltaformer_jax.prune ranks first (default: none)",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
     parser.add_argument(
         "--batch_size",
@@ -111,6 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--batch_size {flags.batch_size}: give 1 or more")
         if flags.logprobs and not flags.json:
             raise ValueError("--logprobs: only the records of --json have room for them; give both")
+        skipped = [part.strip() for part in flags.skip_in_prefill.split(",")] if flags.skip_in_prefill else []
+        if not all(part.isdecimal() for part in skipped):
+            raise ValueError(f"--skip_in_prefill {flags.skip_in_prefill}: give layers, separated by commas, as in 5,6")
+        skipped = [int(part) for part in skipped]
         prompts, talks = read_prompts(flags.prompt, flags.prompts), read_chats(flags.chat, flags.chats)
         if talks and prompts:
             raise ValueError("--chat: the same call continues no --prompt; give one or the other")
@@ -149,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=flags.seed,
             logprobs=flags.logprobs,
             batch_size=flags.batch_size,
+            skip_in_prefill=skipped,
         )
         # The first token comes after the compilation of both programs, that of prompts and that of a step.
         for piece in begun(pieces, 1, "compiling the model for these prompts", say_aside):
