@@ -23,6 +23,7 @@ def get_config() -> Config:
         model=replace(
             budget.model,
             mixers=("delta_net",),
+            rope_base=1e4,  # the default: these layers have no rotary embedding
             num_heads=8,
             num_kv_heads=8,
             head_dim=128,

@@ -23,6 +23,7 @@ def get_config() -> Config:
         model=replace(
             budget.model,
             mixers=("gated_linear_attention",),
+            rope_base=1e4,  # the default: these layers have no rotary embedding
             num_heads=4,
             num_kv_heads=4,
             head_dim=128,

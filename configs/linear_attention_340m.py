@@ -18,4 +18,5 @@ from deltaformer_jax.config.files import packaged_config
 
 def get_config() -> Config:
     budget = packaged_config("deltaformer_340m")
-    return replace(budget, model=replace(budget.model, mixers=("linear_attention",)))
+    # rope_base at its default: these layers have no rotary embedding.
+    return replace(budget, model=replace(budget.model, mixers=("linear_attention",), rope_base=1e4))

@@ -23,6 +23,7 @@ def get_config() -> Config:
         model=replace(
             budget.model,
             mixers=("retention",),
+            rope_base=1e4,
             num_heads=4,
             num_kv_heads=4,
             head_dim=256,

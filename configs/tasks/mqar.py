@@ -23,6 +23,7 @@ def get_config() -> Config:
             head_dim=16,
             mixers=("delta_former",),
             tie_embeddings=False,
+            rope_base=1e5,
             kv_shift=True,
             chunk_size=64,
         ),

@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             return answer_tasks(flags)
         refuse_task_flags(flags)
         with waiting("importing jax", say_aside):
+            from deltaformer_jax.config.remarks.rotary_bound import beyond_bound
             from deltaformer_jax.data import batches, count_batches
             from deltaformer_jax.evaluate.by_position import evaluate_by_position
             from deltaformer_jax.sharding.mesh import batch_sharding, rows
@@ -80,6 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
         with waiting("reading the data", say_aside):
             corpus = evaluation_corpus(run, flags.data, Path(folder))
         length = flags.sequence_length or run.config.data.sequence_length
+        if length > run.config.data.sequence_length:  # of shorter ones training has said it
+            for line in beyond_bound(run.config.model, length):
+                say_aside(f"--sequence_length {length}: {line}")
         # The batch size does not change the sums. Round it up to a multiple of what the devices need.
         size, parts = flags.batch_size or run.config.data.batch_size, rows(run.program.mesh)
         shape = {"sequence_length": length, "batch_size": -(-size // parts) * parts}

@@ -91,14 +91,6 @@ def test_rope_base_is_exact(results):
     assert found["bound for 4k"]["negative"] == 2 and found["bound for 4k"]["least"] < 0
 
 
-def test_least_base_is_the_least():
-    """Against every base of two digits below it, each by itself."""
-    longest, found = 300, rope_base.least_base(300, 10.0)
-    positive = lambda base: (rope_base.sums(rope_base.frequencies(base), 1, longest) >= 0).all()
-    bases = [digits * 10.0**power for power in range(0, 3) for digits in range(10, 100)]
-    assert positive(found) and not any(positive(base) for base in bases if base < found)
-
-
 def test_table6(results):
     found = results(table6, {"cpu": dict(batch=1, heads=1, width=8, lengths=(64,), rounds=1, dtype="float32")})
     assert set(found["T = 64, forward"]["ms"]) == {"recurrent", "parallel", "chunked"}

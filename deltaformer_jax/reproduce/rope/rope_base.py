@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from deltaformer_jax.config.remarks.rotary_bound import blocks, first_negative, frequencies, least_base, sums
 from deltaformer_jax.plot.style import COLOURS, explain, plain
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import name_rows, new_figure
@@ -36,7 +37,6 @@ PAPER = {
 FIRST_NEGATIVE = {1e4: 1707, 5e5: 18438, 1e6: 27115, 5e6: 82999}
 # For frequencies interpolated for 8 times the context: (longest distance, number of distances at which B is negative).
 INTERPOLATED = ((15360, 97), (30720, 2554))
-BLOCK = 65536
 
 
 def tokens(length: str) -> int:
@@ -44,46 +44,9 @@ def tokens(length: str) -> int:
     return int(length[:-1]) * {"k": 1024, "M": 1024**2}[length[-1]]
 
 
-def frequencies(base: float) -> np.ndarray:
-    return float(base) ** (-2.0 * np.arange(WIDTH // 2) / WIDTH)
-
-
 def interpolated_frequencies() -> np.ndarray:
     """θ_i = 1e4^(−2i/128)/8 for i ≥ 44, and (1e4 · 8^(128/88))^(−2i/128) below."""
-    return np.where(np.arange(64) >= 44, frequencies(1e4) / 8, frequencies(1e4 * 8 ** (128 / 88)))
-
-
-def sums(theta: np.ndarray, first: int, last: int) -> np.ndarray:
-    """B_m for m = first … last, float64."""
-    return np.cos(np.arange(first, last + 1, dtype=np.float64)[:, None] * theta).sum(axis=1)
-
-
-def blocks(theta: np.ndarray, longest: int, size: int = BLOCK):
-    """Yield B_m for m = 1 … longest in blocks: (the first m of the block, its values)."""
-    for first in range(1, longest + 1, size):
-        yield first, sums(theta, first, min(first + size - 1, longest))
-
-
-def first_negative(theta: np.ndarray, longest: int) -> int | None:
-    """The least m ≤ longest with B_m < 0; None if there is none."""
-    for first, values in blocks(theta, longest, 4096):
-        negative = np.flatnonzero(values < 0)
-        if len(negative):
-            return first + int(negative[0])
-    return None
-
-
-def least_base(longest: int, start: float, stop=lambda: False) -> float | None:
-    """The least base of two significant digits, at least `start`, with B_m ≥ 0 for all m ≤ longest; None if stopped."""
-    digits, power = (int(part) for part in f"{start:.1e}".replace(".", "").split("e"))
-    while not stop():
-        if digits == 100:
-            digits, power = 10, power + 1
-        base = digits * 10.0 ** (power - 1)
-        if first_negative(frequencies(base), longest) is None:
-            return base
-        digits += 1
-    return None
+    return np.where(np.arange(64) >= 44, frequencies(1e4, WIDTH) / 8, frequencies(1e4 * 8 ** (128 / 88), WIDTH))
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -101,7 +64,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     if settings["kind"] == "first negative":
         base = settings["base"]
         expected = FIRST_NEGATIVE[base]
-        return {"expected": expected, "found": first_negative(frequencies(base), 2 * expected)}
+        return {"expected": expected, "found": first_negative(frequencies(base, WIDTH), 2 * expected)}
     if settings["kind"] == "interpolated":
         theta = interpolated_frequencies()
         counts = [int((sums(theta, 1, longest) < 0).sum()) for longest, _ in INTERPOLATED]
@@ -112,13 +75,13 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     # The plotted curve is the least value in each of 400 intervals; single points would miss the few negative values.
     starts = np.unique(np.geomspace(1, longest, 400).astype(int))
     lowest = np.full(len(starts), np.inf)
-    for first, values in blocks(frequencies(paper), longest):
+    for first, values in blocks(frequencies(paper, WIDTH), longest):
         negative += int((values < 0).sum())
         distances = np.arange(first, first + len(values))
         np.minimum.at(lowest, np.searchsorted(starts, distances, side="right") - 1, values)
         if values.min() < least:
             least, at = float(values.min()), first + int(values.argmin())
-    found = least_base(longest, 1e3, lambda: stop.requested)
+    found = least_base(longest, 1e3, WIDTH, lambda: stop.requested)
     if found is None:
         return None
     return {

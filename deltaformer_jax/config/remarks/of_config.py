@@ -1,5 +1,7 @@
-"""Warnings about allowed but surprising settings: fields that are not used, a schedule that ends before the run."""
+"""Warnings about allowed but surprising settings: unused fields, a schedule that ends before the run, a base of the
+rotary embedding that is too small for the context."""
 
+from deltaformer_jax.config.remarks.rotary_bound import beyond_bound
 from deltaformer_jax.config.saved import flatten
 from deltaformer_jax.config.sections import Config
 
@@ -38,4 +40,4 @@ def remarks(config: Config) -> list[str]:
     ):
         if not is_read and values[field] != defaults[field]:
             found.append(f"{field} = {values[field]!r} is not used: {why}")
-    return found
+    return [*found, *beyond_bound(config.model, config.data.sequence_length)]

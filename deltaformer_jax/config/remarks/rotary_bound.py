@@ -1,0 +1,92 @@
+"""The bound that a rotary embedding's base sets to the context.
+
+    B_m = Σ_{i < d/2} cos(m θ_i),    θ_i = base^(−2i/d)        must be ≥ 0 for every distance 1 ≤ m ≤ L
+
+Let k have independent components of one variance σ². A query q and a key like it, q + ε, then have the expected score
+2 σ² B_m above that of q and another key, at distance m: where B_m < 0, the likeness of a key lowers its score. Source:
+Men et al., "Base of RoPE bounds context length", NeurIPS 2024, arXiv 2405.14591, theorem 1. Computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.config.sections import ModelConfig
+
+BLOCK = 65536
+# The mixers whose queries and keys are compared by a product alone; retention's decay with the distance.
+ATTENTION = ("delta_former", "softmax_attention")
+
+
+def frequencies(base: float, width: int) -> np.ndarray:
+    """θ_i for i < width/2."""
+    return float(base) ** (-2.0 * np.arange(width // 2) / width)
+
+
+def sums(theta: np.ndarray, first: int, last: int) -> np.ndarray:
+    """B_m for m = first … last, float64."""
+    return np.cos(np.arange(first, last + 1, dtype=np.float64)[:, None] * theta).sum(axis=1)
+
+
+def blocks(theta: np.ndarray, longest: int, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield B_m for m = 1 … longest in blocks: (the first m of the block, its values)."""
+    for first in range(1, longest + 1, size):
+        yield first, sums(theta, first, min(first + size - 1, longest))
+
+
+def first_negative(theta: np.ndarray, longest: int) -> int | None:
+    """The least m ≤ longest with B_m < 0; None if there is none."""
+    for first, values in blocks(theta, longest, 4096):
+        negative = np.flatnonzero(values < 0)
+        if len(negative):
+            return first + int(negative[0])
+    return None
+
+
+def least_base(longest: int, start: float, width: int, stop: Callable[[], bool] = lambda: False) -> float | None:
+    """The least base of two significant digits, at least `start`, with B_m ≥ 0 for all m ≤ longest; None if stopped.
+
+    The bases that satisfy this do not form an interval, so that all are tried in ascending order.
+    """
+    digits, power = (int(part) for part in f"{start:.1e}".replace(".", "").split("e"))
+    while not stop():
+        if digits == 100:
+            digits, power = 10, power + 1
+        base = digits * 10.0 ** (power - 1)
+        if first_negative(frequencies(base, width), longest) is None:
+            return base
+        digits += 1
+    return None
+
+
+def beyond_bound(model: ModelConfig, length: int) -> list[str]:
+    """A line for each base of the model's attention layers that breaks the bound within `length` tokens."""
+    found = {}
+    for mixer in map(entry, model.mixers):
+        if mixer.name not in ATTENTION:
+            continue
+        value = lambda field, own=dict(mixer.overrides): own.get(field, getattr(model, field))
+        # A window is softmax_attention's alone.
+        window = value("window") if mixer.name == "softmax_attention" else 0
+        width = int(value("head_dim") * value("rotary_fraction"))
+        if value("rope_base"):
+            found[value("rope_base"), width] = max(
+                found.get((value("rope_base"), width), 0), min(length, window or length)
+            )
+    return [line for (base, width), longest in found.items() if (line := _broken(base, width, longest))]
+
+
+def _broken(base: float, width: int, longest: int) -> str | None:
+    theta = frequencies(base, width)
+    first = first_negative(theta, longest)
+    if first is None:
+        return None
+    count = sum(int(np.sum(values < 0)) for _, values in blocks(theta, longest))
+    return (
+        f"model.rope_base = {base:g}: at {count} of the distances up to {longest}, from {first} on, attention scores a "
+        f"key like the query below others (heads of {width} rotated features; arXiv 2405.14591). The least base of two "
+        f"digits without such a distance is {least_base(longest, max(10.0, base), width):g}"
+    )
