@@ -8,6 +8,7 @@ from typing import Any
 from deltaformer_jax.config.fields import check_field, rule_of
 from deltaformer_jax.config.imports import NOT_IMPORTABLE, import_object
 from deltaformer_jax.config.mixer import entry
+from deltaformer_jax.config.rope_scaling import parse
 from deltaformer_jax.config.sections import Config, ModelConfig, OptimizerConfig
 from deltaformer_jax.config.sections.optimizer import READ_BY
 
@@ -26,6 +27,7 @@ def check(config: Config) -> None:
         check_section(section.name, value)
     check_pattern(config.model)
     _check_found_again(config.model)
+    _check_rope_scaling(config.model)
     if config.objective.name == "elastic":
         config.objective.left_out(config.model.num_layers)
     optimizer, batch = config.optimizer, config.data.batch_size
@@ -77,6 +79,15 @@ def check_pattern(config: ModelConfig) -> None:
             f"model.num_layers = {config.num_layers}: must be a multiple of the length of model.mixers,"
             f" {len(config.mixers)}"
         )
+
+
+def _check_rope_scaling(config: ModelConfig) -> None:
+    """Raise ValueError for a scaling of the rotary embedding that does not exist, also in an entry of the pattern."""
+    for text in (config.rope_scaling, *(dict(entry(mixer).overrides).get("rope_scaling") for mixer in config.mixers)):
+        try:
+            parse("none" if text is None else str(text))
+        except ValueError as error:
+            raise ValueError(f"model.rope_scaling = {text!r}: {error}") from None
 
 
 def _check_found_again(config: ModelConfig) -> None:

@@ -41,9 +41,9 @@ class QueryKeyValue(nnx.Module):
     of x through all of them is summed over devices once.
 
     `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. `rotary_fraction`: how much of a head is
-    rotated. `qkv_bias`: biases on the three maps. The gains of qk-norm are [K] and shared by all heads;
-    `qk_norm_over="all_heads"` normalises all heads of a token together, with gains [H, K] and [G, K]. Cost:
-    `flops_per_token`.
+    rotated; `rope_scaling`: for longer contexts, such as "linear:4". `qkv_bias`: biases on the three maps. The gains of
+    qk-norm are [K] and shared by all heads; `qk_norm_over="all_heads"` normalises all heads of a token together, with
+    gains [H, K] and [G, K]. Cost: `flops_per_token`.
     Raises ValueError, naming the argument, for sizes that don't fit each other.
     """
 
@@ -63,10 +63,11 @@ class QueryKeyValue(nnx.Module):
         qk_norm_over: str = "head",
         qkv_bias: bool = False,
         rotary_fraction: float = 1.0,
+        rope_scaling: str = "none",
         dtype,
         rngs: nnx.Rngs,
     ):
-        check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base, rotary_fraction)
+        check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base, rotary_fraction, rope_scaling)
         check_argument("norm_gain", norm_gain)
         check_argument("qk_norm_over", qk_norm_over)
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
@@ -92,7 +93,7 @@ class QueryKeyValue(nnx.Module):
             )
         else:
             self.convolutions = None
-        self.rope_base, self.rotary_fraction = rope_base, rotary_fraction
+        self.rope_base, self.rotary_fraction, self.rope_scaling = rope_base, rotary_fraction, rope_scaling
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None, beside: Sequence = ()):
@@ -112,8 +113,12 @@ class QueryKeyValue(nnx.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_base is not None:
-            query, key = (rotate(y, positions, self.rope_base, self.rotary_fraction) for y in (query, key))
+            query, key = (self.rotated(y, positions) for y in (query, key))
         return query, key, value, None if tail is None else InputTail(shift, convolutions), mapped[3:]
+
+    def rotated(self, y, positions):
+        """y [B,T,heads,K] turned by the rotary embedding of queries and keys."""
+        return rotate(y, positions, self.rope_base, self.rotary_fraction, self.rope_scaling)
 
     def empty_tail(self, batch: int) -> InputTail:
         """The tail before the first token: zeros for each of the options that are in use."""
@@ -135,6 +140,7 @@ def check_heads(
     head_dim: int,
     rope_base: float | None,
     rotary_fraction: float = 1.0,
+    rope_scaling: str = "none",
 ):
     """Raises ValueError, naming the argument first, unless the sizes fit each other."""
     sizes = {"d_model": d_model, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -143,4 +149,4 @@ def check_heads(
             raise ValueError(f"{name}={size} must be at least 1")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-    check_rotary(head_dim, rope_base, rotary_fraction)
+    check_rotary(head_dim, rope_base, rotary_fraction, rope_scaling)

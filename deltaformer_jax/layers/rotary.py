@@ -2,7 +2,8 @@
 
     (x_i, x_{i+K/2}) -> (x_i cos θ − x_{i+K/2} sin θ,  x_i sin θ + x_{i+K/2} cos θ),   θ = position · base^(−2i/K)
 
-for i < K/2, so that q·k after the rotation depends on the difference of their positions alone.
+for i < K/2, so that q·k after the rotation depends on the difference of their positions alone. A scaling for longer
+contexts changes the frequencies base^(−2i/K) (`config/rope_scaling.py`).
 Source: Su et al., "RoFormer", arXiv 2104.09864, eq. 34; pairs half a width apart, as in GPT-NeoX and Llama.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from deltaformer_jax.config.rope_scaling import frequencies, magnitude, parse
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
@@ -18,10 +20,18 @@ def rotary_width(head_dim: int, fraction: float) -> int:
     return int(head_dim * fraction)
 
 
-def check_rotary(head_dim: int, base: float | None, fraction: float = 1.0) -> None:
-    """Raise ValueError, naming the argument, for a head, a base or a fraction that cannot be rotated. None: no rotary
-    embedding."""
+def check_rotary(head_dim: int, base: float | None, fraction: float = 1.0, scaling: str = "none") -> None:
+    """Raise ValueError, naming the argument, for a head, a base, a fraction or a scaling that cannot be rotated. A base
+    of None: no rotary embedding."""
+    try:
+        rule = parse(scaling).rule
+    except ValueError as error:
+        raise ValueError(f"rope_scaling={scaling!r}: {error}") from None
     if base is None:
+        if rule != "none":
+            raise ValueError(
+                f"rope_scaling={scaling!r}: there is no rotary embedding to scale, since rope_base is None"
+            )
         return
     width = rotary_width(head_dim, fraction)
     if width % 2 or not 0 < width <= head_dim:
@@ -31,24 +41,33 @@ def check_rotary(head_dim: int, base: float | None, fraction: float = 1.0) -> No
         raise ValueError(
             f"{what} must be even for the rotary embedding; rope_base=None (0 in a config) switches that off"
         )
+    if rule == "ntk" and width < 4:
+        raise ValueError(f"rope_scaling={scaling!r}: needs at least 4 rotated features, not {width}")
     if not base > 1:  # NaN too
         raise ValueError(f"rope_base={base} must be greater than 1; None (0 in a config) means no rotary embedding")
 
 
-def rotate(x, positions, base: float, fraction: float = 1.0):
+def rotate(x, positions, base: float, fraction: float = 1.0, scaling: str = "none"):
     """x `[B,T,H,K]`, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
 
     Angles and products are float32 (float64 for float64). Lengths are kept. `fraction`: the first fraction · K
-    features, an even number, are rotated as if they were the whole head; the others stay as they are.
+    features, an even number, are rotated as if they were the whole head; the others stay as they are. `scaling`: such
+    as "linear:4", see `config/rope_scaling.py`.
     """
     if fraction != 1.0:
         width = rotary_width(x.shape[-1], fraction)
-        return jnp.concatenate([rotate(x[..., :width], positions, base), x[..., width:]], axis=-1)
+        return jnp.concatenate([rotate(x[..., :width], positions, base, scaling=scaling), x[..., width:]], axis=-1)
     half = x.shape[-1] // 2
     wide = accumulation_dtype(x.dtype)
-    frequency = (base ** (-jnp.arange(half, dtype=wide) / half))[None, None, None]
-    angle = positions[:, :, None, None].astype(wide) * frequency
+    rule = parse(scaling)
+    if rule.rule == "none":
+        frequency = base ** (-jnp.arange(half, dtype=wide) / half)
+    else:
+        frequency = jnp.asarray(frequencies(base, 2 * half, rule), wide)
+    angle = positions[:, :, None, None].astype(wide) * frequency[None, None, None]
     cosine, sine = jnp.cos(angle)[..., None, :], jnp.sin(angle)
+    if (factor := magnitude(rule)) != 1:
+        cosine, sine = factor * cosine, factor * sine
     # Pairs as an axis of their own, which is reversed. XLA fuses this, and its derivative, into one pass over x; halves
     # that are cut out and joined again it writes to memory in between.
     pairs = x.reshape(*x.shape[:-1], 2, half).astype(wide)

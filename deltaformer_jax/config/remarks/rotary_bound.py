@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from deltaformer_jax.config import rope_scaling
 from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.config.sections import ModelConfig
 
@@ -73,20 +74,20 @@ def beyond_bound(model: ModelConfig, length: int) -> list[str]:
         window = value("window") if mixer.name == "softmax_attention" else 0
         width = int(value("head_dim") * value("rotary_fraction"))
         if value("rope_base"):
-            found[value("rope_base"), width] = max(
-                found.get((value("rope_base"), width), 0), min(length, window or length)
-            )
-    return [line for (base, width), longest in found.items() if (line := _broken(base, width, longest))]
+            kind = (value("rope_base"), width, value("rope_scaling"))
+            found[kind] = max(found.get(kind, 0), min(length, window or length))
+    return [line for kind, longest in found.items() if (line := _broken(*kind, longest))]
 
 
-def _broken(base: float, width: int, longest: int) -> str | None:
-    theta = frequencies(base, width)
+def _broken(base: float, width: int, scaling: str, longest: int) -> str | None:
+    theta = np.array(rope_scaling.frequencies(base, width, rope_scaling.parse(scaling)))
     first = first_negative(theta, longest)
     if first is None:
         return None
     count = sum(int(np.sum(values < 0)) for _, values in blocks(theta, longest))
+    base_said = f"{base:g}" if scaling == "none" else f"{base:g}, scaled by {scaling}"
     return (
-        f"model.rope_base = {base:g}: at {count} of the distances up to {longest}, from {first} on, attention scores a "
-        f"key like the query below others (heads of {width} rotated features; arXiv 2405.14591). The least base of two "
-        f"digits without such a distance is {least_base(longest, max(10.0, base), width):g}"
+        f"model.rope_base = {base_said}: at {count} of the distances up to {longest}, from {first} on, attention scores"
+        f" a key like the query below others (heads of {width} rotated features; arXiv 2405.14591). The least base of"
+        f" two digits without such a distance is {least_base(longest, max(10.0, base), width):g}"
     )

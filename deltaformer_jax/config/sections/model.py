@@ -164,6 +164,13 @@ class ModelConfig:
         most=1,
         must_be_used=True,
     )
+    rope_scaling: str = setting(
+        "none",
+        'Scaling of the rotary embedding for contexts longer than that of training: "none"; "linear:S" divides '
+        'positions by S; "ntk:S" enlarges the base; "yarn:S,L" and "llama3:S,LOW,HIGH,L" scale the slow pairs of '
+        "features by S, with L the original context.",
+        must_be_used=True,
+    )
     kv_shift: bool = setting(
         False,
         "Whether each key and value is mixed with the previous token's, with four trained numbers per key and "

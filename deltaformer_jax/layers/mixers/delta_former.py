@@ -25,7 +25,6 @@ from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_i
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
-from deltaformer_jax.layers.rotary import rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.sharding import over_devices
@@ -70,6 +69,8 @@ class DeltaFormer(nnx.Module):
       rope_base: base of the rotary embedding of q, k and a projected w; None: none.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
+      rope_scaling: of the rotary embedding, for longer contexts: "none", "linear:4", "yarn:4,4096", ...; see
+        `config/rope_scaling.py`.
       qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
       norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each head of q, k and a projected w.
@@ -111,6 +112,7 @@ class DeltaFormer(nnx.Module):
         norm_gain: str = "scale",
         qkv_bias: bool = False,
         rotary_fraction: float = 1.0,
+        rope_scaling: str = "none",
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -136,6 +138,7 @@ class DeltaFormer(nnx.Module):
             qk_norm_over=qk_norm_over,
             qkv_bias=qkv_bias,
             rotary_fraction=rotary_fraction,
+            rope_scaling=rope_scaling,
             dtype=dtype,
             rngs=rngs,
         )
@@ -238,7 +241,7 @@ class DeltaFormer(nnx.Module):
         if self.write_norm is not None:
             write_query = self.write_norm(write_query)
         if self.inputs.rope_base is not None:
-            write_query = rotate(write_query, positions, self.inputs.rope_base, self.inputs.rotary_fraction)
+            write_query = self.inputs.rotated(write_query, positions)
         return rms_normalize(write_query) if self.unit_keys else write_query, tail
 
     def _alpha(self, x):

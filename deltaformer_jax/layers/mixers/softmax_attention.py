@@ -40,6 +40,8 @@ class SoftmaxAttention(nnx.Module):
       rope_base: base of the rotary embedding of q and k; None: none.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
+      rope_scaling: of the rotary embedding, for longer contexts: "none", "linear:4", "yarn:4,4096", ...; see
+        `config/rope_scaling.py`.
       qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
       norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each query and key head.
@@ -74,6 +76,7 @@ class SoftmaxAttention(nnx.Module):
         norm_gain: str = "scale",
         qkv_bias: bool = False,
         rotary_fraction: float = 1.0,
+        rope_scaling: str = "none",
         output_scale: float = 1.0,
         implementation: str | None = None,
         dtype=jnp.float32,
@@ -95,6 +98,7 @@ class SoftmaxAttention(nnx.Module):
             qk_norm_over=qk_norm_over,
             qkv_bias=qkv_bias,
             rotary_fraction=rotary_fraction,
+            rope_scaling=rope_scaling,
             dtype=dtype,
             rngs=rngs,
         )
