@@ -12,7 +12,7 @@ NOT_IMPORTABLE = ("__main__", "config_config")
 
 
 def is_import(text: Any) -> bool:
-    return isinstance(text, str) and re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text) is not None
+    return isinstance(text, str) and re.fullmatch(r"\w+(\.\w+)*:[^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
 
 
 def import_object(text: str, field: str) -> Any:

@@ -3,8 +3,11 @@
 Read from transformers 5.24.0 and flash-linear-attention 0.6.0.
 """
 
+import dataclasses
+
 import pytest
 
+from deltaformer_jax.config.rope_scaling import parse
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.interop.sources.base import layers
@@ -26,6 +29,12 @@ def read(kind, **values):
     [
         ("llama", HF, dict(num_kv_heads=4, head_dim=32, rope_base=1e4, rotary_fraction=1, qk_norm=False)),
         ("llama", HF | dict(rope_parameters={"rope_type": "default"}, rope_theta=5e5), dict(rope_base=5e5)),
+        ("llama", HF | dict(rope_scaling={"type": "linear", "factor": 2.0}), dict(rope_scaling="linear:2.0")),
+        (
+            "llama",
+            HF | dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}, max_position_embeddings=64),
+            dict(rope_scaling="yarn:2.0,64"),
+        ),
         ("qwen3", HF | dict(num_attention_heads=64), dict(num_kv_heads=32, head_dim=128, rope_base=1e4)),
         ("qwen3", HF | dict(num_key_value_heads=None), dict(num_kv_heads=4)),
         ("qwen3_5_text", HF, dict(num_kv_heads=4, head_dim=256, rope_base=1e4, rotary_fraction=0.25)),
@@ -110,3 +119,13 @@ def test_absent_layer_types_and_feed_forward_widths():
 def test_values_with_which_its_class_fails_are_refused(kind, given, message):
     with pytest.raises(ValueError, match=message):
         read(kind, **given)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("scaling", ["none", "linear:4.0", "yarn:4.0,64", "llama3:8.0,1.0,4.0,64"])
+def test_a_scaled_rotary_embedding_there_and_back(kind, scaling):
+    config = read(kind, **HF)
+    scaled = dataclasses.replace(config, rope_scaling=scaling)
+    said = SOURCES[kind].write(scaled)
+    assert said["rope_parameters"]["rope_type"] == scaling.partition(":")[0].replace("none", "default")
+    assert parse(read(kind, **said).rope_scaling) == parse(scaling)

@@ -77,7 +77,26 @@ def test_rows_laid_end_to_end_are_counted(copy):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("hf_llama", dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "rope_type = 'llama3'"),
+        (
+            "hf_llama",
+            dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}, rope_parameters=None),
+            "rope_scaling: low_freq_factor, high_freq_factor, original_max_position_embeddings missing",
+        ),
+        (
+            "hf_llama",
+            dict(rope_parameters={"rope_type": "longrope"}),
+            "only 'default', 'linear', 'yarn', 'llama3' have",
+        ),
+        (
+            "hf_llama",
+            dict(rope_parameters={"rope_type": "linear", "factor": 0.5}),
+            "rope_parameters = .*the factor 0.5 must be at least 1",
+        ),
+        (
+            "hf_llama",
+            dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0, "attention_factor": 1.0}),
+            r"attention_factor = 1\.0: has no equivalent here .*beta_fast = 16\.0: has no equivalent",
+        ),
         ("hf_llama", dict(attention_bias=True, mlp_bias=True), r"mlp_bias = True: .*attention_bias = True"),
         ("hf_llama", dict(moon_phase=3), "moon_phase = 3: is not known here"),
         ("hf_llama", dict(model_type="lama"), "model_type = 'lama' is not one of .*; did you mean llama"),
@@ -89,7 +108,14 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("fla_deltaformer", dict(hidden_act="powlu", attnres_block_size=2), "'powlu'.*attnres_block_size = 2"),
         ("fla_forgetting_transformer", dict(qk_norm=True), "qk_norm = True"),
         ("hf_llama", dict(moon_phase=False), "moon_phase = False: is not known here"),
-        ("hf_llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), r"rope_scaling\.rope_type = 'linear'"),
+        (
+            "hf_llama",
+            dict(
+                rope_scaling={"type": "linear", "factor": 2.0},
+                rope_parameters={"rope_type": "linear", "factor": 2.0},
+            ),
+            "rope_parameters has a scaling too",
+        ),
         ("hf_llama", dict(rope_parameters={"factor": 2.0}), r"rope_parameters\.factor = 2\.0: is not known here"),
         ("hf_llama", dict(rope_parameters={"mrope_section": [1]}), r"rope_parameters\.mrope_section = \[1\]: is not"),
         ("hf_llama", dict(rope_parameters={"full_attention": {}}), r"rope_parameters\.full_attention = \{\}: is not"),

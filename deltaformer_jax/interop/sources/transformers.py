@@ -11,6 +11,7 @@ from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VECTOR
 from deltaformer_jax.interop.sources.base import Source, layers, pattern, setting
+from deltaformer_jax.interop.sources.scaled_rope import FIELDS, read_scaling, say_scaling
 from deltaformer_jax.interop.tables import Row
 from deltaformer_jax.model import mlp_dim
 
@@ -128,26 +129,24 @@ def _rope(fields: Fields, text_only: str = "", part: float | None = None) -> dic
     text_only: names in rope_parameters that have no effect on a text's positions. part: the fraction that is rotated if
     no field says it; None: the class rotates whole heads, and knows no fraction.
     """
-    known = "rope_type type rope_theta partial_rotary_factor"
+    known = f"rope_type type rope_theta partial_rotary_factor {FIELDS}"
     given = fields.take_object("rope_parameters", f"{known} {text_only}")
-    # An older kind of embedding brings settings of its own, which its refusal covers.
-    before = fields.take("rope_scaling", {})
-    for name, said in (("rope_parameters", given), ("rope_scaling", before)):
-        kind = said.get("rope_type", said.get("type", "default"))
-        if kind != "default":
-            fields.refuse(f"{name}.rope_type = {kind!r}: only 'default' has an equivalent here")
-        elif said is before:
-            fields.take_object(name, "rope_type type")
+    before = fields.take_object("rope_scaling", f"rope_type type {FIELDS}")
+    found = [read_scaling(fields, "rope_parameters", given), read_scaling(fields, "rope_scaling", before)]
+    scalings = [scaling for scaling in found if scaling != "none"]
+    if len(scalings) > 1:
+        fields.refuse(f"rope_scaling = {before!r}: rope_parameters has a scaling too")
     base = given.get("rope_theta", fields.take("rope_theta", 10_000.0))
     fraction = given.get("partial_rotary_factor", fields.take("partial_rotary_factor", part or 1.0))
     if part is None and fraction != 1:
         fields.refuse(f"partial_rotary_factor = {fraction!r}: this model type rotates whole heads; only 1 fits")
-    return dict(rope_base=float(base)) | ({} if fraction == 1 else dict(rotary_fraction=float(fraction)))
+    scaled = dict(rope_scaling=scalings[0]) if scalings else {}
+    return dict(rope_base=float(base)) | ({} if fraction == 1 else dict(rotary_fraction=float(fraction))) | scaled
 
 
 def _say_rope(config: ModelConfig, attention: Mixer) -> dict[str, Any] | None:
     base, fraction = setting(config, attention, "rope_base"), setting(config, attention, "rotary_fraction")
-    said = dict(rope_type="default", rope_theta=base)
+    said = say_scaling(setting(config, attention, "rope_scaling")) | dict(rope_theta=base)
     return said if fraction == 1 else said | dict(partial_rotary_factor=fraction)
 
 
