@@ -21,7 +21,6 @@ is the stream itself.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -113,21 +112,10 @@ def prune(flags, saved: Saved, folder: Path) -> dict:
 
 
 def _write(flags, saved: Saved, run, removed: list[int]) -> None:
-    from deltaformer_jax.data.chat import CHAT_FILE
-    from deltaformer_jax.interop.kept import KEPT_FILE
     from deltaformer_jax.surgery import remove_layers
-    from deltaformer_jax.training.checkpoints.new_run import write_run
-    from deltaformer_jax.training.checkpoints.restore import with_vocabulary
+    from deltaformer_jax.surgery.new_run import model_of, write_changed
 
-    config = with_vocabulary(saved.config, run.tokenizer)
-    model, params = remove_layers(config.model, run.params, removed)
-    optimizer = dataclasses.replace(config.optimizer, lora_rank=0)  # the adapters are in the kernels now
-    saved = Saved(
-        dataclasses.replace(config, model=model, optimizer=optimizer), saved.tokenizer_hash, saved.corpus_hash
-    )
-    beside = {name: epath.Path(flags.workdir) / name for name in (CHAT_FILE, KEPT_FILE)}
-    files = {name: path.read_text() for name, path in beside.items() if path.exists()}
-    write_run(epath.Path(flags.out), saved, params, run.tokenizer, files)
+    write_changed(flags.out, flags.workdir, saved, run, *remove_layers(model_of(saved, run), run.params, removed))
 
 
 def _table(values) -> str:
