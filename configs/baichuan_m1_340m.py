@@ -13,7 +13,8 @@ Result: not measured.
 Taken from Baichuan-M1 (arXiv 2502.12671): the alternation, KV shifting in every layer, the RoPE base of 1e6, and the
 proportions of the heads. Baichuan-M1 has 40 query heads of dimension 128 over 8 KV heads with a window of 8192 tokens,
 and 20 of 256 over 2 without a window. This config has 16 of 64 over 4 with a window of 512 tokens, a quarter of the
-context, and 8 of 128 over 2 without a window. Baichuan-M1's normalised output head is left out.
+context, and 8 of 128 over 2 without a window. Baichuan-M1's normalised output head (model.normalise_head) is left out,
+as its logits start from other values; its own is not tied to the embedding.
 """
 
 from dataclasses import replace

@@ -123,6 +123,7 @@ class LanguageModel(nnx.Module):
             config.d_model,
             tied=config.tie_embeddings,
             scale=1.0 if config.embedding_scale == "one" else None,
+            normalised=config.normalise_head,
             dtype=config.compute_dtype,
             rngs=rngs,
         )

@@ -42,6 +42,8 @@ def with_weights_in(model: LanguageModel, dtype) -> LanguageModel:
     """The model with the kernels of its products and the embedding's table in `dtype`, for decoding, which reads all of
     them for every token. Norms, gates, decays and convolutions stay in float32. In the model's compute dtype no product
     changes; a narrower dtype rounds the weights."""
+    model = nnx.merge(*nnx.split(model))  # the caller's stays as it is
+    model.embedding = model.embedding.with_ready_head()
     model = cast_kernels(model, dtype)
     graphdef, state = nnx.split(model)
     table = state["embedding"]["table"]

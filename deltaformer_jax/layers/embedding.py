@@ -2,6 +2,9 @@
 
     x_t = scale · E[token_t],        logits_t = y_t Eᵀ (tied)  or  y_t W (untied)
 
+With a normalised head the logit of token v is y_t · W_v / ‖W_v‖, of W's column or E's row v, as in Baichuan-M1 (arXiv
+2502.12671; the formula is that of its published code).
+
 E and W start as truncated normals of standard deviation 0.02. The value is small because with a tied table a token's
 logit for itself starts near 0.02 d_model. A larger value would be a confident wrong prediction, which training would
 first have to undo. The scale √d_model brings x near unit size; models from elsewhere have 1. The table is padded to a
@@ -31,7 +34,8 @@ INITIAL_STD = 0.02
 class Embedding(nnx.Module):
     """tokens int [B,T] -> [B,T,d_model] in `dtype`; `logits` [B,T,d_model] -> float32 [B,T,vocab_size].
 
-    `tied`: the logits use the embedding table E as their kernel. `scale=None`: √d_model. A token id outside [0,
+    `tied`: the logits use the embedding table E as their kernel. `scale=None`: √d_model. `normalised`: each token's
+    vector of that kernel is divided by its length, in float32. A token id outside [0,
     vocab_size) gives NaN. The id of a padding token (segment id 0) is ignored, and token 0's row is returned. Cost: 2
     d_model vocab_size FLOPs per token for the logits.
     """
@@ -43,6 +47,7 @@ class Embedding(nnx.Module):
         *,
         tied: bool,
         scale: float | None = None,
+        normalised: bool = False,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -55,6 +60,7 @@ class Embedding(nnx.Module):
                 truncated_normal(rngs, (d_model, rows), INITIAL_STD), axes=("embed", "vocab"), compute=True
             )
         self.scale = math.sqrt(d_model) if scale is None else scale
+        self.normalised = normalised
         self.vocab_size, self.d_model, self.rows, self.dtype = vocab_size, d_model, rows, jnp.dtype(dtype)
 
     def __call__(self, tokens, segment_ids=None):
@@ -71,14 +77,36 @@ class Embedding(nnx.Module):
     def logits(self, x):
         # Operands are in the compute dtype, sums in float32 (float64 for float64).
         rows = x.astype(self.dtype).reshape(-1, self.d_model)
-        kernel, width = (self.table, 1) if self.head is None else (self.head, 0)
+        kernel, width = (self.table[...], 1) if self.head is None else (self.head[...], 0)
+        if self.normalised:
+            kernel = _of_unit_length(kernel, width)
         product = _wide_product if accumulation_dtype(self.dtype) == self.dtype else _narrow_product
-        return product(width, rows, kernel[...])[:, : self.vocab_size].reshape(*x.shape[:-1], self.vocab_size)
+        return product(width, rows, kernel)[:, : self.vocab_size].reshape(*x.shape[:-1], self.vocab_size)
+
+    def with_ready_head(self) -> Embedding:
+        """The embedding with the kernel of its logits normalised once, for callers that take logits several times.
+
+        A tied embedding then has a kernel apart from its table. The embedding itself, if nothing is to be normalised.
+        """
+        if not self.normalised:
+            return self
+        ready = nnx.merge(*nnx.split(self))
+        kernel = self.table[...].T if self.head is None else self.head[...]
+        ready.head = nnx.data(nnx.Param(_of_unit_length(kernel, 0), axes=("embed", "vocab"), compute=True))
+        ready.normalised = False
+        return ready
 
     def flops_per_token(self, length: int) -> float:
         """2 d_model vocab_size, for the logits. The lookup and the columns that pad the vocabulary are not counted."""
         del length
         return 2.0 * self.d_model * self.vocab_size
+
+
+def _of_unit_length(kernel, width):
+    """The kernel, whose axis `width` is d_model, with vectors of length 1 along it. A vector of zeros stays one."""
+    wide = kernel.astype(accumulation_dtype(kernel.dtype))
+    squares = jnp.sum(jnp.square(wide), axis=width, keepdims=True)
+    return (wide * lax.rsqrt(jnp.where(squares > 0, squares, 1.0))).astype(kernel.dtype)
 
 
 def _wide_product(width, rows, kernel):

@@ -179,6 +179,7 @@ def _before_logits(graphdef, params, batch, max_logits, active):
     hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], **switched)
     # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
     model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
+    model.embedding = model.embedding.with_ready_head()  # not once for each piece
     targets, mask = as_int32(batch["targets"]), counted(batch)
     pieces = _Pieces.of(*targets.shape, model.embedding.rows, max_logits)
     return model, pieces, (hidden, targets, mask)

@@ -119,6 +119,30 @@ def test_embedding(tied):
     np.testing.assert_allclose(embedding.logits(x), np.asarray(x) @ head[:, :5], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_normalised_head(tied):
+    """Logits by the definition, whatever the lengths of its vectors, made ready or not; zeros do no harm."""
+    embedding = Embedding(5, 16, tied=tied, normalised=True, rngs=nnx.Rngs(0))
+    lengths = jnp.asarray(np.random.default_rng(0).uniform(0.5, 20, 128), jnp.float32).at[5:].set(0.0)
+    x = jnp.asarray(normal((1, 3, 16)), jnp.float32)
+    head = np.asarray(embedding.table[...].T if tied else embedding.head[...])
+    expected = np.asarray(x) @ (head / np.linalg.norm(head, axis=0))[:, :5]
+    np.testing.assert_allclose(embedding.logits(x), expected, rtol=1e-5, atol=1e-5)
+    if tied:
+        embedding.table[...] = embedding.table[...] * lengths[:, None]
+    else:
+        embedding.head[...] = embedding.head[...] * lengths
+    np.testing.assert_allclose(embedding.logits(x), expected, rtol=1e-5, atol=1e-5)
+    ready = embedding.with_ready_head()
+    np.testing.assert_array_equal(ready.logits(x), embedding.logits(x))
+    tokens = jnp.array([[0, 4, 2]])
+    np.testing.assert_array_equal(ready(tokens), embedding(tokens))
+    gradient = jax.grad(lambda e: jnp.sum(e.with_ready_head().logits(x) ** 2))(embedding)
+    again = jax.grad(lambda e: jnp.sum(e.logits(x) ** 2))(embedding)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), gradient, again)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
 def test_embedding_shows_a_token_that_is_none():
     embedding = Embedding(5, 4, tied=True, rngs=nnx.Rngs(0))
     vectors = embedding(jnp.array([[4, 5, -1, 200, -1]]), jnp.array([[1, 1, 1, 1, 0]]))

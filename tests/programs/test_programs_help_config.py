@@ -1,6 +1,7 @@
 """Every setting is explained, in docs/configuration.md and by train.py --help_config, from its definition."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_all_settings(capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [("--help_config", "RoPE"), ("--help_config=rope",)])
 def test_the_settings_about_a_word(capsys, monkeypatch, arguments):
     text = shown(capsys, monkeypatch, *arguments)
-    assert text.count("--config.") == 1 and text.startswith("--config.model.rope_base = 10000.0")
+    assert re.findall(r"--config\.(\S+) =", text) == ["model.rope_base", "model.rope_scaling"]
+    assert text.startswith("--config.model.rope_base = 10000.0")
     assert "Mixers: delta_former, softmax_attention, retention." in text
 
 

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import training_cases as cases
 
+from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel, num_parameters
-from deltaformer_jax.model_parts import ModelParts, merge, model_parts, new_params
+from deltaformer_jax.model_parts import ModelParts, merge, model_parts, new_params, params_of
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
 from deltaformer_jax.training.loss import MAX_LOGITS, batch_nats, summed_nats, token_nats
 from deltaformer_jax.training.program import Program
@@ -243,3 +245,26 @@ def test_a_step_under_every_setting(built, settings):
         assert jax.tree.map(lambda leaf: leaf.dtype, after) == dtypes
         assert {str(dtype) for dtype in jax.tree.leaves(dtypes)} <= {"float32", "int32", "bool"}
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_normalised_head_in_pieces(tied):
+    """The nats and gradient of pieces of the logits are those of all at once; a scaled head has the same nats."""
+    config = ModelConfig(
+        vocab_size=32, d_model=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=16, normalise_head=True,
+        mixers=("softmax_attention",), implementation="parallel", tie_embeddings=tied,
+    )  # fmt: skip
+    parts, params = model_parts(config), params_of(LanguageModel(config, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(0)
+    batch = {name: draw.integers(0, 32, (2, 6)).astype(np.int32) for name in ("tokens", "targets")}
+    batch["segment_ids"] = np.ones((2, 6), np.int32)
+    sums = lambda most: jax.jit(
+        jax.value_and_grad(lambda params: summed_nats(parts.graphdef, params, batch, max_logits=most))
+    )
+    whole, gradient = sums(2**26)(params)
+    pieces, of_pieces = sums(2 * 128 * 2)(params)
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), of_pieces, gradient)
+    if not tied:
+        params["embedding"]["head"] = 7.0 * params["embedding"]["head"]
+        np.testing.assert_allclose(sums(2**26)(params)[0], whole, rtol=1e-6)

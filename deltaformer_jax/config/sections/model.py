@@ -80,6 +80,11 @@ class ModelConfig:
         'Factor on the embedding of a token: "sqrt_d_model", or "one" as in most models from elsewhere.',
         choices=("sqrt_d_model", "one"),
     )
+    normalise_head: bool = setting(
+        False,
+        "Whether the logits' kernel is normalised: the logit of a token is the product of the model's output with the "
+        "token's vector of length 1, as in Baichuan-M1.",
+    )
     compute_dtype: str = setting(
         "float32",
         "Dtype of activations and matrix products. Parameters and their gradients are always float32.",

@@ -17,19 +17,19 @@ class ObjectiveConfig:
     )
     depths: str = setting(
         "",
-        'elastic: the numbers of layers that a step may train beside all of them, separated by commas: "9,6".',
+        'Numbers of layers that a step of "elastic" may train beside all of them, separated by commas: "9,6".',
     )
     depth_probability: float = setting(
         0.5,
-        "elastic: the probability that a step trains one of `depths`, each as likely as the others. All other steps "
+        'The probability that a step of "elastic" trains one of `depths`, each as likely as the others. Other steps '
         "train all layers. The draw follows from run.seed and the step.",
         least=0,
         most=1,
     )
     drop: str = setting(
         "last",
-        'elastic: which layers a smaller depth leaves out. "last": the last ones. "even": evenly spaced ones. Numbers '
-        'separated by commas, counted from 0 at the embedding: the first ones of this order, "7,5,6".',
+        'The layers that a smaller depth of "elastic" leaves out. "last": the last ones. "even": evenly spaced ones. '
+        'Numbers separated by commas, counted from 0 at the embedding: the first ones of this order, "7,5,6".',
     )
 
     def left_out(self, num_layers: int) -> list[tuple[int, ...]]:
