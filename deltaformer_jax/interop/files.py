@@ -59,8 +59,17 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; give a folder with config.json and safetensors")
-    read_json(folder / "config.json")
+    refuse_run(folder, read_json(folder / "config.json"))
     _files(folder)
+
+
+def refuse_run(folder: Path, values: dict[str, Any]) -> None:
+    """Raise ValueError if config.json holds the values of a run's."""
+    if "tokenizer_hash" in values and "model_type" not in values:
+        raise ValueError(
+            f"{folder}: is a run's folder, with no weights of the hub's format; write those with python -m "
+            f"deltaformer_jax.convert --to-hf --workdir {folder} --out FOLDER"
+        )
 
 
 def usual_name(name: str) -> str:

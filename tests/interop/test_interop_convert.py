@@ -193,7 +193,13 @@ def test_folders_in_use_are_refused(folder, tmp_path, capsys):
     used.mkdir()
     (used / "file").write_text("")
     convert.main([str(folder), "--workdir", str(tmp_path / "run")])
+    run, new = str(tmp_path / "run"), str(tmp_path / "new")
     for flags, message in (
+        ([run, "--workdir", new], f"{run}: is a run's folder, with no weights of the hub's format; write those with"),
+        (
+            ["--to-hf", "--workdir", str(folder), "--out", new],
+            f"--workdir {folder}: holds a llama's weights, not a run",
+        ),
         ([str(folder), "--workdir", str(used)], f"--workdir {used}: is not empty; give a new folder"),
         ([str(folder), "--workdir", str(used / "file")], f"--workdir {used / 'file'}: is a file; give a new folder"),
         (["--to-hf", "--workdir", str(tmp_path / "run"), "--out", str(used)], f"--out {used}: is not empty; give"),
