@@ -157,6 +157,12 @@ BROKEN = [
     (dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json"]), "config.json: no such file; give a folder"),
     ({"model.safetensors": None, "pytorch_model.bin": "x"}, "pytorch_model.bin is a pickle, which can run any program"),
     ({"model.safetensors": None}, "holds neither model.safetensors nor model.safetensors.index.json"),
+    (
+        {"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"},
+        "model.safetensors: not a safetensors file: a pointer of Git LFS; get the file itself with git lfs pull",
+    ),
+    ({"model.safetensors": None, "adapter_model.safetensors": "x"}, "holds adapters alone, adapter_model.safetensors"),
+    ({"model.safetensors": None, "model.gguf": "x"}, "nor model.safetensors.index.json; model.gguf is not read"),
     ({"model.safetensors": "abc"}, "model.safetensors: not a safetensors file: "),
     ({"model.safetensors": 1000}, "model.safetensors: not a safetensors file: "),
     ({"model.safetensors": None, "model.safetensors.index.json": INDEX}, "are missing: model-00001-of-00002.safetens"),

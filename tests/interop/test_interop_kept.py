@@ -152,7 +152,7 @@ def test_the_norm_of_gla_and_retnet_has_the_name_that_its_class_gives_it(tmp_pat
 
 
 def test_models_that_their_classes_would_compute_otherwise_are_ours():
-    """fla's models make no biases of convolutions, and forgetting attention sees no window."""
+    """fla's models make no biases of convolutions, no grouped heads in DeltaFormer, no window of forget_gate."""
     some = dict(
         vocab_size=70, d_model=32, num_layers=2, embedding_scale="one", num_heads=2, num_kv_heads=2, head_dim=16
     )
@@ -161,6 +161,10 @@ def test_models_that_their_classes_would_compute_otherwise_are_ours():
     assert source is None and "delta_net cannot say model.conv_bias = True" in why
     forget = dict(mixers=("softmax_attention",), forget_gate=True, rope_base=0.0)
     assert choose(ModelConfig(**some, **forget), None)[0].model_type == "forgetting_transformer"
+    grouped = dict(mixers=("delta_former",), write_query="query", beta="raw")
+    assert choose(ModelConfig(**some, **grouped), None)[0].model_type == "deltaformer"
+    source, _, why = choose(ModelConfig(**some | dict(num_kv_heads=1), **grouped), None)
+    assert source is None and "deltaformer: num_kv_heads = 1: its class opens it, and then computes no" in why
     source, _, why = choose(ModelConfig(**some, **forget, window=4), None)
     assert source is None and "forgetting_transformer: config.json: window_size = 4: its class" in why
 

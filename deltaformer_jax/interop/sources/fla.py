@@ -167,6 +167,10 @@ def _read_deltaformer(fields: Fields) -> ModelConfig:
 
 
 def _say_deltaformer(config: ModelConfig) -> dict[str, Any]:
+    if config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"num_kv_heads = {config.num_kv_heads}: its class opens it, and then computes no grouped heads"
+        )
     return {name: value for name, value in _say_transformer(config).items() if name != "window_size"}
 
 
