@@ -99,6 +99,14 @@ class Saved:
             raise FileNotFoundError(f"--workdir {workdir}: not the folder of a run (it has no {cls.FILE})")
         try:
             data = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not a run's config ({error})") from None
+        if isinstance(data, dict) and isinstance(data.get("model_type"), str):
+            raise ValueError(
+                f"--workdir {workdir}: holds a {data['model_type']}'s weights, not a run; make a run of them with "
+                f"python -m deltaformer_jax.convert {workdir} --workdir DIR"
+            )
+        try:
             saved = cls(from_json(data), data["tokenizer_hash"], data["corpus_hash"])
             for text in _imports(saved.config):
                 refuse_inside(text, Path(workdir), "model")

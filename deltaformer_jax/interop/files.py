@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 ONE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -23,6 +24,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 # The dtypes of files that are read, and as which of DTYPES they come back.
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 FLOATS = tuple(NAMES)
+# How the small file begins that stands for a large one in a clone without Git LFS.
+_POINTER = b"version https://git-lfs."
 _BLOCK_BYTES = 16 * 10**6
 # How the names of tensors end that older files hold, and that classes compute from their configs.
 BUFFER = "rotary_emb.inv_freq"
@@ -59,8 +62,17 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; give a folder with config.json and safetensors")
-    read_json(folder / "config.json")
+    refuse_run(folder, read_json(folder / "config.json"))
     _files(folder)
+
+
+def refuse_run(folder: Path, values: dict[str, Any]) -> None:
+    """Raise ValueError if config.json holds the values of a run's."""
+    if "tokenizer_hash" in values and "model_type" not in values:
+        raise ValueError(
+            f"{folder}: is a run's folder, with no weights of the hub's format; write those with python -m "
+            f"deltaformer_jax.convert --to-hf --workdir {folder} --out FOLDER"
+        )
 
 
 def usual_name(name: str) -> str:
@@ -136,7 +148,10 @@ def _open(path: Path):
     try:
         return safe_open(path, "numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+        why = "a pointer of Git LFS; get the file itself with git lfs pull" if pointer else error
+        raise ValueError(f"{path}: not a safetensors file: {why}") from None
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {'a folder' if path.is_dir() else error}") from None
 
@@ -162,7 +177,11 @@ def _files(folder: Path) -> list[Path]:
             f"{folder}: {pickles[0]} is a pickle, which can run any program when it is read; convert it to "
             "safetensors where it comes from"
         )
-    raise FileNotFoundError(f"{folder}: holds neither {ONE} nor {INDEX}")
+    others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".gguf")]
+    if ADAPTER in others:
+        raise ValueError(f"{folder}: holds adapters alone, {ADAPTER}; add them to their model where they come from")
+    there = f"; {others[0]} is not read" if others else ""
+    raise FileNotFoundError(f"{folder}: holds neither {ONE} nor {INDEX}{there}")
 
 
 def write(folder: Path, tensors: Mapping[str, Any], names: list[str], size_of, shard_bytes: int = SHARD_BYTES) -> None:

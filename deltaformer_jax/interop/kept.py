@@ -27,9 +27,9 @@ from deltaformer_jax.interop.own import MODEL_TYPE
 from deltaformer_jax.interop.sources import SOURCES
 
 FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-# What save_pretrained(kept=) takes. Beside those: the folder's model_type, and whether its file holds the table of a
-# tied model a second time, as lm_head.weight.
-KEPT = (*FIELDS, "model_type", "tied_head")
+# What save_pretrained(kept=) takes. Beside those: the folder's model_type; whether its file holds the table of a tied
+# model a second time, as lm_head.weight; and fla's fuse_norm if it is false, by which a norm has another name.
+KEPT = (*FIELDS, "model_type", "tied_head", "fuse_norm")
 # Where the folder of an imported run has them.
 KEPT_FILE = "pretrained.json"
 
@@ -56,6 +56,8 @@ def read_kept(folder: Path) -> dict[str, Any]:
         found["model_type"] = text["model_type"]
     if text.get("tie_word_embeddings") and "lm_head.weight" in Tensors(folder):
         found["tied_head"] = True
+    if text.get("fuse_norm") is False:
+        found["fuse_norm"] = False
     return found if ends is None else found | {"eos_token_id": ends}
 
 

@@ -16,7 +16,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.interop import own
 from deltaformer_jax.interop.fields import Fields, of_text
-from deltaformer_jax.interop.files import BUFFER, FLOATS, Tensors, read_json, usual_name
+from deltaformer_jax.interop.files import BUFFER, FLOATS, Tensors, read_json, refuse_run, usual_name
 from deltaformer_jax.interop.mapping import Correspondence, mapping
 from deltaformer_jax.interop.sources import SOURCES, Source
 from deltaformer_jax.interop.sources.single_layers import LAYERS
@@ -63,6 +63,7 @@ def load_pretrained(folder: str | os.PathLike, *, compute_dtype: str = "float32"
 def read_config(folder: Path) -> tuple[Source | None, ModelConfig]:
     """The source and our config of the folder's config.json. None: the folder is of our own model type."""
     values = read_json(folder / "config.json")
+    refuse_run(folder, values)
     kind = values.get("model_type")
     if kind == own.MODEL_TYPE:
         try:

@@ -75,8 +75,9 @@ def save_pretrained(
     apply_chat_template renders them; the plain form has none. Its `ends`, if it has them, become the eos tokens. card:
     the text of README.md; "": a short one, which says that the training data and the scores are not stated.
     `convert --to-hf` writes those of a run.
-    kept: the ids of special tokens and max_position_embeddings of config.json, its model_type, and tied_head, whether a
-    tied model's table is written as lm_head.weight too: as `kept.read_kept` gives those of a folder.
+    kept: the ids of special tokens and max_position_embeddings of config.json, its model_type, tied_head, whether a
+    tied model's table is written as lm_head.weight too, and gla's and retnet's fuse_norm: as `kept.read_kept` gives
+    those of a folder.
     tokenizer_config: the fields of tokenizer_config.json, beside those of `chat`.
 
     Adapters (`optimizer.lora_rank`) are added to their kernels.
@@ -97,6 +98,10 @@ def save_pretrained(
     kept = dict(kept or {})
     source, said, why = choose(config, model_type, kept.pop("model_type", None))
     twice = bool(kept.pop("tied_head", False)) and config.tie_embeddings
+    fuse = kept.pop("fuse_norm", True)
+    if source is not None and source.second_names is not None:
+        said = said if fuse else said | {"fuse_norm": False}
+        source = source.for_config(said)
     params = dict(flat(params_of(merged(model))))
     found = None if source is None else mapping(config, source)
     _check_model(folder, model, params, config, model_parts(config) if found is None else found.parts)

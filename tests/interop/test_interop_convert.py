@@ -157,6 +157,12 @@ BROKEN = [
     (dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json"]), "config.json: no such file; give a folder"),
     ({"model.safetensors": None, "pytorch_model.bin": "x"}, "pytorch_model.bin is a pickle, which can run any program"),
     ({"model.safetensors": None}, "holds neither model.safetensors nor model.safetensors.index.json"),
+    (
+        {"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"},
+        "model.safetensors: not a safetensors file: a pointer of Git LFS; get the file itself with git lfs pull",
+    ),
+    ({"model.safetensors": None, "adapter_model.safetensors": "x"}, "holds adapters alone, adapter_model.safetensors"),
+    ({"model.safetensors": None, "model.gguf": "x"}, "nor model.safetensors.index.json; model.gguf is not read"),
     ({"model.safetensors": "abc"}, "model.safetensors: not a safetensors file: "),
     ({"model.safetensors": 1000}, "model.safetensors: not a safetensors file: "),
     ({"model.safetensors": None, "model.safetensors.index.json": INDEX}, "are missing: model-00001-of-00002.safetens"),
@@ -193,7 +199,13 @@ def test_folders_in_use_are_refused(folder, tmp_path, capsys):
     used.mkdir()
     (used / "file").write_text("")
     convert.main([str(folder), "--workdir", str(tmp_path / "run")])
+    run, new = str(tmp_path / "run"), str(tmp_path / "new")
     for flags, message in (
+        ([run, "--workdir", new], f"{run}: is a run's folder, with no weights of the hub's format; write those with"),
+        (
+            ["--to-hf", "--workdir", str(folder), "--out", new],
+            f"--workdir {folder}: holds a llama's weights, not a run",
+        ),
         ([str(folder), "--workdir", str(used)], f"--workdir {used}: is not empty; give a new folder"),
         ([str(folder), "--workdir", str(used / "file")], f"--workdir {used / 'file'}: is a file; give a new folder"),
         (["--to-hf", "--workdir", str(tmp_path / "run"), "--out", str(used)], f"--out {used}: is not empty; give"),

@@ -106,7 +106,11 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("fla_delta_net", dict(qk_norm="sum", qk_activation="elu"), "qk_norm = 'sum'.*qk_activation = 'elu'"),
         ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),
         ("fla_deltaformer", dict(hidden_act="powlu", attnres_block_size=2), "'powlu'.*attnres_block_size = 2"),
-        ("fla_forgetting_transformer", dict(qk_norm=True), "qk_norm = True"),
+        ("fla_forgetting_transformer", dict(qk_norm=True, window_size=8), "qk_norm = True.*window_size = 8: its class"),
+        ("fla_delta_net", dict(conv_bias=True), "conv_bias = True: its class makes no such biases"),
+        ("hf_llama", dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: give a whole number from 1 to 10"),
+        ("hf_llama", dict(quantization_config={"bits": 4}), "quantization_config: its tensors are quantised; give"),
+        ("hf_llama", dict(pruned_heads={"0": [1]}), "pruned_heads = {'0': .*: is not known here"),
         ("hf_llama", dict(moon_phase=False), "moon_phase = False: is not known here"),
         (
             "hf_llama",
@@ -139,6 +143,15 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("hf_qwen3_5", dict(output_gate_type="sigmoid"), "output_gate_type = 'sigmoid': only 'swish' or 'silu' has"),
         ("fla_gla", dict(attn=[3]), r"attn = \[3\]: give an object or a list of objects"),
         ("fla_gla", dict(attn={"num_heads": 2}), r"attn\.layers: missing"),
+        ("fla_gla", dict(attn={"layers": [0], "num_heads": 3}), r"attn\.num_heads = 3: must divide hidden_size = 64"),
+        (
+            "fla_gla",
+            dict(attn=[{"layers": [0, 0], "num_heads": 2}, {"layers": [0], "num_heads": 2}]),
+            r"attn\.layers = \[0, 0\]: names a layer twice; attn\.layers = \[0\]: names a layer twice",
+        ),
+        ("hf_llama", dict(num_attention_heads=5), "hidden_size = 48: must be a multiple of num_attention_heads = 5"),
+        ("fla_transformer", dict(num_heads=5), r"hidden_size = \d+: must be a multiple of num_heads = 5"),
+        ("hf_olmo_hybrid", dict(layer_types=["linear_attention"] * 2), "layer_types: its class needs both"),
         ("fla_gla", dict(attn={"layers": [9], "num_heads": 2}), r"attn\.layers = \[9\]: the layers are 0 to 0"),
         ("fla_gla", dict(attn={"layers": [0], "num_heads": 0}), r"attn\.num_heads = 0: give a whole number above 0"),
         ("fla_gla", dict(attn={"layers": [0], "num_heads": 2, "sink": 1}), r"attn\.sink = 1: is not known here"),
@@ -163,9 +176,10 @@ def test_fields_of_released_files_that_change_nothing_are_accepted(copy):
 
 
 def test_fields_and_buffers_without_a_function_are_left_out(copy):
-    """Of the programs that wrote the folder; and angles that older files hold and classes compute."""
+    """How it runs, how texts are drawn, who wrote the folder; and angles that older files hold and classes compute."""
     said = dict(is_llama_config=True, _attn_implementation_autoset=True, unsloth_version="2024.9", _notes=[1])
     said |= {"transformers.js_config": {"dtype": "q4"}}
+    said |= dict(use_flash_attn=True, hidden_dropout=0.1, temperature=0.6, pruned_heads={}, torchscript=False)
     angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     folder = copy("hf_llama", lambda tensors: tensors | angles, **said)
     assert load_pretrained(folder)[1] == load_pretrained(PRETRAINED / "hf_llama")[1]
@@ -283,7 +297,7 @@ WINDOWED = Mixer(ATTENTION.name, **dict(ATTENTION.overrides) | dict(window=4, qk
     ("kind", "fields"),
     [
         ("delta_net", dict(mixers=("delta_net",), **HEADS, **DELTA | dict(conv_size=0, input_silu=True))),
-        ("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA | dict(conv_bias=True))),
+        ("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA)),
         ("delta_net", dict(mixers=(Mixer("delta_net", num_heads=2, head_dim=16, **DELTA), ATTENTION))),
         ("delta_net", dict(mixers=("delta_net", ATTENTION, WINDOWED, ATTENTION), **HEADS, **DELTA)),
         ("delta_net", dict(mixers=(WINDOWED, ATTENTION))),

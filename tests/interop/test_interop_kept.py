@@ -119,3 +119,66 @@ def test_a_tuned_run_has_the_positions_of_what_it_began_from(tmp_path):
     assert positions(tuned, 256) == positions(run("again", tuned, 512), 512) == 4096
     assert positions(tuned, 8192) == 8192
     assert positions(run("alone", "", 128), 128) == positions(run("gone", str(tmp_path / "nowhere"), 128), 128) == 128
+
+
+@pytest.mark.parametrize("kind", ["gla", "retnet"])
+def test_the_norm_of_gla_and_retnet_has_the_name_that_its_class_gives_it(tmp_path, kind):
+    """g_norm_swish_gate with a gate, unless fuse_norm is false; g_norm without one."""
+    fixture = PRETRAINED / f"fla_{kind}"
+    model, config = load_pretrained(fixture)
+    names = lambda folder: {name.split(".")[-2] for name in load_file(folder / "model.safetensors") if "g_norm" in name}
+    save_pretrained(model, config, tmp_path / "fused", kept=read_kept(fixture))
+    assert names(tmp_path / "fused") == names(fixture) == {"g_norm_swish_gate"}
+
+    apart = tmp_path / "apart"
+    shutil.copytree(fixture, apart)
+    tensors = load_file(apart / "model.safetensors")
+    tensors = {name.replace("g_norm_swish_gate", "g_norm"): x for name, x in tensors.items()}
+    save_file(tensors, apart / "model.safetensors")
+    said = json.loads((apart / "config.json").read_text()) | dict(fuse_norm=False)
+    (apart / "config.json").write_text(json.dumps(said))
+    model, config = load_pretrained(apart)
+    save_pretrained(model, config, tmp_path / "back", kept=read_kept(apart))
+    assert set(load_file(tmp_path / "back" / "model.safetensors")) == set(tensors)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["fuse_norm"] is False
+
+    for name in [name for name in tensors if "attn.g_proj" in name]:
+        del tensors[name]
+    save_file(tensors, apart / "model.safetensors")
+    (apart / "config.json").write_text(json.dumps(said | dict(use_output_gate=False, fuse_norm=True)))
+    model, config = load_pretrained(apart)
+    assert save_pretrained(model, config, tmp_path / "ungated") == kind
+    assert names(tmp_path / "ungated") == {"g_norm"}
+
+
+def test_models_that_their_classes_would_compute_otherwise_are_ours():
+    """fla's models make no biases of convolutions, no grouped heads in DeltaFormer, no window of forget_gate."""
+    some = dict(
+        vocab_size=70, d_model=32, num_layers=2, embedding_scale="one", num_heads=2, num_kv_heads=2, head_dim=16
+    )
+    delta = dict(mixers=("delta_net",), value_dim=16, beta_bias=False, output_gate="on")
+    source, _, why = choose(ModelConfig(**some, **delta, conv_bias=True), None)
+    assert source is None and "delta_net cannot say model.conv_bias = True" in why
+    forget = dict(mixers=("softmax_attention",), forget_gate=True, rope_base=0.0)
+    assert choose(ModelConfig(**some, **forget), None)[0].model_type == "forgetting_transformer"
+    grouped = dict(mixers=("delta_former",), write_query="query", beta="raw")
+    assert choose(ModelConfig(**some, **grouped), None)[0].model_type == "deltaformer"
+    source, _, why = choose(ModelConfig(**some | dict(num_kv_heads=1), **grouped), None)
+    assert source is None and "deltaformer: num_kv_heads = 1: its class opens it, and then computes no" in why
+    source, _, why = choose(ModelConfig(**some, **forget, window=4), None)
+    assert source is None and "forgetting_transformer: config.json: window_size = 4: its class" in why
+
+
+def test_a_qwen3_5_of_attention_alone_keeps_its_type():
+    source = SOURCES["qwen3_5_text"]
+    said = dict(hidden_size=32, num_hidden_layers=2, vocab_size=70, intermediate_size=24, num_attention_heads=2)
+    said |= dict(num_key_value_heads=2, head_dim=16, layer_types=["full_attention"] * 2)
+    assert choose(source.read(Fields(said, source.ignored)), None)[0] == source
+
+
+def test_heads_of_a_width_that_classes_do_not_build_are_ours():
+    some = dict(
+        vocab_size=70, d_model=50, num_layers=2, embedding_scale="one", num_heads=3, num_kv_heads=3, head_dim=16
+    )
+    source, _, why = choose(ModelConfig(**some, mixers=("softmax_attention",)), None)
+    assert source is None and "transformer: config.json: hidden_size = 50: must be a multiple of num_heads = 3" in why

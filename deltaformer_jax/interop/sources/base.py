@@ -19,7 +19,8 @@ class Source(NamedTuple):
     rows: our mixer's name -> the rows of a layer that has it. outside: the names of the embedding, the final norm and
     the logits' kernel. class_name: for `architectures`. former: the rows of older files, from today's; `is_former`
     tells such a file by the shapes of its tensors. dropped: ends of the names of tensors without a function.
-    has_positions: whether its config has max_position_embeddings.
+    has_positions: whether its config has max_position_embeddings. second_names: whether a layer of a config.json has
+    the second of two names for a tensor.
     """
 
     model_type: str
@@ -33,12 +34,26 @@ class Source(NamedTuple):
     is_former: Callable[[Shapes], bool] | None = None
     dropped: tuple[str, ...] = ()
     has_positions: bool = True
+    second_names: Callable[[Mapping[str, Any]], bool] | None = None
 
     def for_shapes(self, shapes: Shapes) -> Source:
         """The source of a file that has tensors of these names and shapes."""
         if self.is_former is None or not self.is_former(shapes):
             return self
         return self._replace(rows={mixer: self.former(rows) for mixer, rows in self.rows.items()})
+
+    def for_config(self, said: Mapping[str, Any]) -> Source:
+        """The source that writes the names that its class has with this config.json."""
+        if self.second_names is None or not self.second_names(said):
+            return self
+        return self._replace(rows={mixer: [_turned(row) for row in rows] for mixer, rows in self.rows.items()})
+
+
+def _turned(row: Row) -> Row:
+    """The row with the second of its two names first."""
+    if not isinstance(row.theirs, str):
+        return row
+    return row._replace(theirs="|".join(reversed(row.theirs.split("|"))))
 
 
 def pattern(layers: list[Mixer]) -> tuple[str | Mixer, ...]:

@@ -54,9 +54,6 @@ MEMORY = [
     Row("attn.q_conv1d.weight", "mixer.inputs.convolutions.0.weight", CONVOLUTION),
     Row("attn.k_conv1d.weight", "mixer.inputs.convolutions.1.weight", CONVOLUTION),
     Row("attn.v_conv1d.weight", "mixer.inputs.convolutions.2.weight", CONVOLUTION),
-    Row("attn.q_conv1d.bias", "mixer.inputs.convolutions.0.bias", VECTOR),
-    Row("attn.k_conv1d.bias", "mixer.inputs.convolutions.1.bias", VECTOR),
-    Row("attn.v_conv1d.bias", "mixer.inputs.convolutions.2.bias", VECTOR),
     Row("attn.b_proj.weight", "mixer.beta.kernel", LINEAR),
 ]
 DELTA_NET = [
@@ -132,6 +129,7 @@ def _say_common(config: ModelConfig) -> dict[str, Any]:
 
 def _read_transformer(fields: Fields, **own: Any) -> ModelConfig:
     common, heads = _common(fields), fields.take("num_heads")
+    fields.divides("num_heads", "hidden_size")
     names = ("num_kv_heads", "qkv_bias", "qk_norm", "rope_theta", "window_size")
     taken = attention(heads, {name: fields.take(name, None) for name in names})
     fields.only("attnres_block_size", None)
@@ -152,6 +150,8 @@ def _say_transformer(config: ModelConfig) -> dict[str, Any]:
 
 def _read_forgetting(fields: Fields) -> ModelConfig:
     fields.only("qk_norm", False)  # a GroupNorm there
+    if window := fields.take("window_size", None):
+        fields.refuse(f"window_size = {window!r}: its class sees all tokens of a text; set it to null")
     gate = "on" if fields.take("use_output_gate", False) else "auto"
     return _read_transformer(fields, mixers=("softmax_attention",), forget_gate=True, rope_base=0.0, output_gate=gate)
 
@@ -167,20 +167,25 @@ def _read_deltaformer(fields: Fields) -> ModelConfig:
 
 
 def _say_deltaformer(config: ModelConfig) -> dict[str, Any]:
+    if config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"num_kv_heads = {config.num_kv_heads}: its class opens it, and then computes no grouped heads"
+        )
     return {name: value for name, value in _say_transformer(config).items() if name != "window_size"}
 
 
 def _convolutions(fields: Fields) -> dict[str, Any]:
     """SiLU stays if there is no convolution."""
     size, used = fields.take("conv_size", 4), fields.take("use_short_conv", True)
-    bias = fields.take("conv_bias", False)
-    return dict(conv_size=size, conv_bias=bias) if used else dict(conv_size=0, input_silu=True)
+    if fields.take("conv_bias", False):
+        fields.refuse("conv_bias = True: its class makes no such biases, and goes on without; set it to false")
+    return dict(conv_size=size) if used else dict(conv_size=0, input_silu=True)
 
 
 def _say_convolutions(config: ModelConfig) -> dict[str, Any]:
     if config.conv_size == 0:
         return dict(use_short_conv=False)
-    return dict(use_short_conv=True, conv_size=_conv_size(config), conv_bias=config.conv_bias)
+    return dict(use_short_conv=True, conv_size=_conv_size(config))
 
 
 def _conv_size(config: ModelConfig) -> int:
@@ -377,6 +382,11 @@ def _former(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.theirs not in apart] + [together]
 
 
+def _unfused(said: dict[str, Any]) -> bool:
+    """Whether gla's and retnet's norm has the name that it has apart from its gate."""
+    return not said["use_output_gate"] or said.get("fuse_norm") is False
+
+
 def _read_plain(fields: Fields) -> ModelConfig:
     return _read_transformer(fields, mixers=("softmax_attention",))
 
@@ -393,8 +403,12 @@ SOURCES = [
         GATED_DELTANET,
     ),
     _source("kda", "KDAForCausalLM", _read_kda, _say_kda, "kimi_delta_attention", KDA),
-    _source("gla", "GLAForCausalLM", _read_gla, _say_linear_memory, "gated_linear_attention", GLA),
-    _source("retnet", "RetNetForCausalLM", _read_retnet, _say_linear_memory, "retention", RETNET),
+    _source("gla", "GLAForCausalLM", _read_gla, _say_linear_memory, "gated_linear_attention", GLA)._replace(
+        second_names=_unfused
+    ),
+    _source("retnet", "RetNetForCausalLM", _read_retnet, _say_linear_memory, "retention", RETNET)._replace(
+        second_names=_unfused
+    ),
     _source("transformer", "TransformerForCausalLM", _read_plain, _say_transformer, "softmax_attention", ATTENTION),
     _source(
         "forgetting_transformer",

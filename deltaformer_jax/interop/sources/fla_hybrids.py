@@ -26,13 +26,21 @@ def attention(heads: int, given: dict[str, Any]) -> dict[str, Any]:
     return taken | (dict(qk_norm_epsilon=QK_NORM_EPSILON) if taken["qk_norm"] else {})
 
 
-def _unfit_attn(part: dict[str, Any], common: dict[str, Any]) -> list[str]:
-    """What is wrong with an "attn". It has no qk_norm: the layers that fla makes of it never have one."""
+def _unfit_attn(part: dict[str, Any], common: dict[str, Any], seen: set[int]) -> list[str]:
+    """What is wrong with an "attn". It has no qk_norm: the layers that fla makes of it never have one. seen: the layers
+    of those before it, to which its own are added."""
     wrong = misfits(part, "attn.") or [
         f"attn.{name}: missing" for name in ("layers", "num_heads") if not part.get(name)
     ]
     if not wrong and max(part["layers"]) >= common["num_layers"]:
         wrong = [f"attn.layers = {part['layers']!r}: the layers are 0 to {common['num_layers'] - 1}"]
+    if not wrong:
+        layers, heads, width = part["layers"], part["num_heads"], common["d_model"]
+        if width % heads:
+            wrong += [f"attn.num_heads = {heads}: must divide hidden_size = {width}"]
+        if len({*layers} - seen) < len(layers):
+            wrong += [f"attn.layers = {layers!r}: names a layer twice"]
+        seen |= {*layers}
     return wrong + unknown(part, "layers num_heads num_kv_heads qkv_bias window_size rope_theta", "attn.")
 
 
@@ -43,8 +51,9 @@ def hybrid(fields: Fields, common: dict[str, Any], mixer: str, own: dict[str, An
         fields.finish()
         return ModelConfig(mixers=(mixer,), **common, **own)
     entries = [Mixer(mixer)] * common["num_layers"]
+    seen: set[int] = set()
     for part in given if isinstance(given, list) else [given]:
-        if wrong := _unfit_attn(part, common):
+        if wrong := _unfit_attn(part, common, seen):
             fields.refuse("; ".join(wrong))
             continue
         taken = {k: v for k, v in attention(part["num_heads"], part).items() if v}

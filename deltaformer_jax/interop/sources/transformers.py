@@ -160,6 +160,7 @@ def _window(fields: Fields) -> dict[str, Any]:
 
 def _read_llama(fields: Fields) -> ModelConfig:
     common = _common(fields)
+    fields.divides("num_attention_heads", "hidden_size")  # its class wants that, whatever head_dim is
     own = dict(head_dim=fields.take("head_dim", common["d_model"] // common["num_heads"]), **_rope(fields))
     if fields.take("attention_bias", False):
         fields.refuse("attention_bias = True: a bias of the output projection has no equivalent here")
@@ -217,10 +218,13 @@ def _delta(fields: Fields, heads: int, value_heads: int, width: int, value_width
 
 def _say_delta(config: ModelConfig) -> dict[str, Any]:
     every = layers(config)
-    one = next(mixer for mixer in every if mixer.name == "gated_delta_net")
+    types = ["linear_attention" if m.name == "gated_delta_net" else "full_attention" for m in every]
+    one = next((mixer for mixer in every if mixer.name == "gated_delta_net"), None)
+    if one is None:
+        return dict(layer_types=types)
     get = lambda name: setting(config, one, name)
     return dict(
-        layer_types=["linear_attention" if m.name == "gated_delta_net" else "full_attention" for m in every],
+        layer_types=types,
         linear_num_key_heads=get("num_heads"),
         linear_num_value_heads=get("num_value_heads") or get("num_heads"),
         linear_key_head_dim=get("head_dim"),
@@ -304,6 +308,8 @@ def _read_olmo_hybrid(fields: Fields) -> ModelConfig:
     usual = _usual_types(common["num_layers"], 4)
     usual = usual if "full_attention" in usual else [*usual[:-1], "full_attention"]
     entries = _by_type(fields, common["num_layers"], kinds, usual)
+    if not {attention, delta} <= {*entries}:
+        fields.refuse("layer_types: its class needs both linear_attention and full_attention")
     fields.finish()
     return ModelConfig(mixers=pattern(entries), **common)
 
