@@ -100,7 +100,7 @@ def _train(program: str, place: Place | None) -> None:
                 if place.index > 0:
                     say = _nothing  # what there is to say, process 0 says
             from deltaformer_jax.config.saved import everywhere_the_same
-            from deltaformer_jax.host.code import code
+            from deltaformer_jax.host.code import code, variables
             from deltaformer_jax.processes import common
 
             with waiting("importing jax, to find out whether this is the first of several processes", say):
@@ -110,11 +110,11 @@ def _train(program: str, place: Place | None) -> None:
             with waiting(f"looking at {workdir}", say):
                 looked = common.first("standing", lambda: standing(workdir, command.config, command.resume))
                 stands = Standing(*looked)
-            common.check_same(
-                "settings",
-                {"--workdir": workdir, **everywhere_the_same(command.config), **code()} if place is not None else {},
-                "start every process of a run with the same code and the same settings",
-            )
+            mine: dict[str, Any] = {}
+            if place is not None:
+                mine = {"--workdir": workdir, "--resume": command.resume, **everywhere_the_same(command.config)}
+                mine |= {**code(), **variables(os.environ)}
+            common.check_same("settings", mine, "start every process of a run with the same code and the same settings")
             check_shared(workdir)
             say(stands.line)
             if stands.finished:

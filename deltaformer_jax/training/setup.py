@@ -163,6 +163,7 @@ def prepare(
     ledger = Ledger(workdir / TIME_FILE if jax.process_index() == 0 else None, started or time.time())
     saved = saved_run(config, workdir)
     with waiting("finding the devices", note):
+        _check_same_devices()
         mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     with waiting(_what_is_read(config), note):
@@ -262,6 +263,13 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
             one = isinstance(corpus, Corpus)
             tail = ", or data.eval_tail=0.1 to keep the end of each document for evaluation" if one else ""
             raise ValueError(f"{error}; or set run.eval_every=0{tail}") from None
+
+
+def _check_same_devices() -> None:
+    """Raise ValueError, in every process of the run, unless all have as many devices, and of the same kind."""
+    found = jax.local_devices()
+    mine = {"number of devices": len(found), "kind of devices": found[0].device_kind}
+    common.check_same("devices", mine, "give every process of a run as many devices, of the same kind")
 
 
 def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:
