@@ -37,6 +37,12 @@ needs_libtpu = pytest.mark.skipif(
         ("v5e-12", "no such counted name (v5e-4, v5e-8, "),
         ("tpu7x-64", "no such counted name (none)"),
         ("h100:1x2x3", "give HOSTSxCARDS"),
+        ("h100:0", "give HOSTSxCARDS"),
+        ("v5e:4x4x4", "give 2 sizes of 1 or more for v5e"),
+        ("v5p:4x4", "give 3 sizes of 1 or more for v5p"),
+        ("v5e:4x", "give 2 sizes"),
+        ("0*v5e:4x4", "give the number of slices, 1 or more"),
+        ("v6e:32x32", "1024 chips, and the largest slice of v6e has 256; give several slices"),
     ],
 )
 def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
@@ -53,6 +59,10 @@ def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
         (["--topology"], "--topology: give a value"),
         (["--topolgy=v5e:2x2"], "--topolgy: no such flag; did you mean --topology?"),
         (["--topology=v5e:2x2", "--mesh", "fsdp=two"], "--mesh 'fsdp=two': give sizes of axes"),
+        (["--topology=v5e:2x2", "--mesh="], "--mesh '': give sizes of axes"),
+        (["--topology=v5e:2x2", "--mesh=fsdp=2,fsdp=4"], "gives fsdp twice"),
+        (["--topology=v5e:2x2", "--json=/missing/plan.json"], "--json '/missing/plan.json': cannot be written"),
+        (["--topology=v5e:2x2", "--workdir=runs/a"], "--workdir: is a flag of train.py"),
         (["--topology=v5e:2x2", "--mesh=fsdb"], "mesh.recipe = 'fsdb'"),
         (
             ["--topology=v5e:2x2", "--mesh=fsdb=2"],
