@@ -8,7 +8,11 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy"),
+    # Where one is missing, an op takes another form.
+    *("triton", "jax-triton", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+)
 # Variables that change the compiled programs: with other values the processes of a run would not meet in collectives,
 # or would compute other numbers.
 VARIABLES = (

@@ -22,6 +22,7 @@ from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.processes import common
 from deltaformer_jax.sharding import CONTEXT_AXIS
+from deltaformer_jax.sharding.device_memory import agree_on_memory, memory_limit
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -165,6 +166,8 @@ def prepare(
     with waiting("finding the devices", note):
         _check_same_devices()
         mesh = make_mesh(config.mesh, devices)
+        if jax.process_count() > 1:
+            agree_on_memory(common.gather("memory of a device", memory_limit(mesh)))
     check_batch(config, mesh)
     with waiting(_what_is_read(config), note):
         corpus = corpus or load_data(config)
