@@ -27,7 +27,7 @@ from deltaformer_jax.host.spelling import nearest
 
 PROGRAM = "deltaformer_jax.compile"
 OWN = ("topology", "mesh", "json")
-OF_RUNS = ("workdir", "resume", "dry_run", "for", "coordinator", "processes", "process")  # flags of train.py
+OF_RUNS = ("workdir", "resume", "dry_run", "for", "coordinator", "processes", "process", "wait")  # flags of train.py
 
 
 def main(arguments: list[str] | None = None) -> int:

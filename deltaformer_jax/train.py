@@ -2,7 +2,7 @@
 
     python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
                                     [--dry_run [--for TOPOLOGY]] [--help_config [WORD]]
-                                    [--coordinator HOST:PORT --processes N --process I]
+                                    [--coordinator HOST:PORT --processes N --process I [--wait SECONDS]]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
@@ -15,6 +15,7 @@
            one of several processes that make up the run: where process 0 listens, how many there are, which this is.
            Slurm, Open MPI, Cloud TPU, GKE and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID tell it too;
            --processes 1 is a run of its own all the same (docs/clusters.md)
+--wait     the seconds in which all of them have to come at the start (300)
 --help_config  explain every setting (--config.section.field), or those whose name or meaning contains WORD
 
 The first line says whether the run is new or resumed, and at which step. Ctrl-C or SIGTERM finishes the current step,

@@ -40,6 +40,7 @@ def test_flags_and_variables():
     assert find(["train.py", "--process=1"], VARIABLES) == Place("a:1", 2, 1, "variables and flags")
     line = "4 processes, this is 3, coordinator 10.0.0.1:8476, from flags"
     assert find(FLAGS, VARIABLES).line == line
+    assert find(FLAGS, {}).wait == 300 and find([*FLAGS, "--wait=900"], {}).wait == 900
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_alone(argv, variables, in_environment):
         ([*FLAGS[1:], "--coordinator=host:99999"], {}, "--coordinator host:99999: give HOST:PORT"),
         ([], OPEN_MPI, "Open MPI started 4 processes, but does not tell where the first one runs"),
         (["--coordinator"], {}, "--coordinator: give a value"),
+        ([*FLAGS[1:], "--wait=0"], {}, "--wait 0: give the seconds"),
+        ([*FLAGS[1:], "--wait=5m"], {}, "--wait = '5m': not a whole number"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(argv, variables, message):
