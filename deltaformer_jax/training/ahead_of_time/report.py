@@ -26,7 +26,10 @@ def report(config: Config, topology: str, json: str | None = None) -> int:
     # The program is compiled for other devices: those of this machine, if it has any, stay free.
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-    plan = make_plan(config, find_topology(topology))
+    found = find_topology(topology)
+    # jax cannot read such a program back from its cache, and would warn of it each time.
+    jax.config.update("jax_enable_compilation_cache", False)
+    plan = make_plan(config, found)
     print_plan(plan)
     if json is not None:
         write_plan(plan, json)
