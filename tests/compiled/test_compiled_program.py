@@ -224,11 +224,14 @@ def test_a_step_that_does_not_fit_names_its_largest_arrays():
 @needs_libtpu
 @pytest.mark.long
 def test_topologies_by_their_names():
-    names = {"v5p-128": [64, 64], "2*v5e:4x4": [32, 32], "tpu7x:4x4x2": [64, 32]}
+    names = {"v4-16": [8, 8], "v5p-128": [64, 64], "2*v5e:4x4": [32, 32], "tpu7x:4x4x2": [64, 32]}
     code = f"""
+from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.sharding.mesh import make_mesh
 from {find_topology.__module__} import find_topology
 for name in {list(names)}:
     found = find_topology(name)
+    make_mesh(MeshConfig(fsdp=4, tensor=2), found.devices)
     print(len(found.devices), found.chips)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
