@@ -180,7 +180,7 @@ def prepare(
     # Traced before anything is written, since tracing the model checks the rest of the config.
     with ledger.within("compiling"):
         program = fitting_program(full, mesh, note, make_program)
-    check_split(program.parts, mesh, full.mesh.strict, note)
+    check_split(program.parts, mesh, full.mesh.strict, note, zero1=full.mesh.zero1)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
 
     if jax.process_index() == 0:
