@@ -30,6 +30,9 @@ ASKED = {
 }
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = {"count": "OMPI_COMM_WORLD_SIZE", "index": "OMPI_COMM_WORLD_RANK"}
+# Variables of other launchers, which tell how many processes there are, but not where the first one runs: MPICH and
+# Intel MPI, SkyPilot, torchrun and Kubeflow.
+COUNTS = ("PMI_SIZE", "SKYPILOT_NUM_NODES", "WORLD_SIZE")
 # jax's classes -> what they are called in the first line of a run.
 CLUSTERS = {
     "SlurmCluster": "Slurm",
@@ -80,6 +83,8 @@ def find(argv: Sequence[str], environ: Mapping[str, str]) -> Place | None:
     if len(found) < len(ASKED):
         cluster, theirs, devices = _of_cluster(environ, found)
         if not found and theirs.get("count", 1) == 1:
+            if cluster is None:
+                _check_alone(environ)
             return None
         found = {**theirs, **found}
         sources.append(cluster or "")
@@ -119,6 +124,18 @@ def _check(place: Place) -> None:
     if not 0 <= place.index < place.count:
         raise ValueError(
             f"--process {place.index}: of {place.count} processes; give a number from 0 to {place.count - 1}"
+        )
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raise ValueError if others were started with this process: as many runs in one workdir would spoil it."""
+    several = next((name for name in COUNTS if environ.get(name, "1") not in ("", "0", "1")), None)
+    if several is None and environ.get("JOB_COMPLETION_INDEX", "0") != "0":  # of an indexed job of Kubernetes
+        several = "JOB_COMPLETION_INDEX"
+    if several is not None:
+        raise ValueError(
+            f"--coordinator: missing, and {several} = {environ[several]} says that other processes were started with "
+            "this one. Give --coordinator HOST:PORT --processes N --process I, or --processes 1 for runs of their own"
         )
 
 

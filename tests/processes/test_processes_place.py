@@ -85,7 +85,8 @@ def test_tpu_hosts_are_asked(monkeypatch, in_environment):
         ([], {**SLURM, "SLURM_NTASKS": "1"}),
         ([], {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}),
         ([], {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}),  # in a batch script, not started by srun
-        ([], {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}),
+        ([], {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0", "PMI_SIZE": "1"}),
+        (["--processes=1"], {"PMI_SIZE": "4"}),
     ],
 )
 def test_alone(argv, variables, in_environment):
@@ -107,6 +108,9 @@ def test_alone(argv, variables, in_environment):
         ([*FLAGS[1:], "--coordinator=host:99999"], {}, "--coordinator host:99999: give HOST:PORT"),
         ([], OPEN_MPI, "Open MPI started 4 processes, but does not tell where the first one runs"),
         (["--coordinator"], {}, "--coordinator: give a value"),
+        ([], {"PMI_SIZE": "4", "PMI_RANK": "0"}, "--coordinator: missing, and PMI_SIZE = 4 says that other processes"),
+        ([], {"SKYPILOT_NUM_NODES": "2"}, "SKYPILOT_NUM_NODES = 2.*or --processes 1 for runs of their own"),
+        ([], {"JOB_COMPLETION_INDEX": "3"}, "JOB_COMPLETION_INDEX = 3 says"),
         ([*FLAGS[1:], "--wait=0"], {}, "--wait 0: give the seconds"),
         ([*FLAGS[1:], "--wait=5m"], {}, "--wait = '5m': not a whole number"),
     ],
