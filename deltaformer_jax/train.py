@@ -2,7 +2,7 @@
 
     python -m deltaformer_jax.train [--config NAME|FILE] [--workdir DIR] [--resume] [--config.section.field=value ...]
                                     [--dry_run [--for TOPOLOGY]] [--help_config [WORD]]
-                                    [--coordinator HOST:PORT --processes N --process I]
+                                    [--coordinator HOST:PORT --processes N --process I [--wait SECONDS]]
 
 --config   the name of a config that comes with the package (tiny, the default; deltaformer_340m, ...), or a Python file
            whose get_config() returns a deltaformer_jax.config.Config
@@ -15,6 +15,7 @@
            one of several processes that make up the run: where process 0 listens, how many there are, which this is.
            Slurm, Open MPI, Cloud TPU, GKE and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID tell it too;
            --processes 1 is a run of its own all the same (docs/clusters.md)
+--wait     the seconds in which all of them have to come at the start (300)
 --help_config  explain every setting (--config.section.field), or those whose name or meaning contains WORD
 
 The first line says whether the run is new or resumed, and at which step. Ctrl-C or SIGTERM finishes the current step,
@@ -100,7 +101,7 @@ def _train(program: str, place: Place | None) -> None:
                 if place.index > 0:
                     say = _nothing  # what there is to say, process 0 says
             from deltaformer_jax.config.saved import everywhere_the_same
-            from deltaformer_jax.host.code import code
+            from deltaformer_jax.host.code import code, variables
             from deltaformer_jax.processes import common
 
             with waiting("importing jax, to find out whether this is the first of several processes", say):
@@ -110,11 +111,11 @@ def _train(program: str, place: Place | None) -> None:
             with waiting(f"looking at {workdir}", say):
                 looked = common.first("standing", lambda: standing(workdir, command.config, command.resume))
                 stands = Standing(*looked)
-            common.check_same(
-                "settings",
-                {"--workdir": workdir, **everywhere_the_same(command.config), **code()} if place is not None else {},
-                "start every process of a run with the same code and the same settings",
-            )
+            mine: dict[str, Any] = {}
+            if place is not None:
+                mine = {"--workdir": workdir, "--resume": command.resume, **everywhere_the_same(command.config)}
+                mine |= {**code(), **variables(os.environ)}
+            common.check_same("settings", mine, "start every process of a run with the same code and the same settings")
             check_shared(workdir)
             say(stands.line)
             if stands.finished:

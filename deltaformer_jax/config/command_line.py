@@ -31,11 +31,12 @@ OWN = {
     "coordinator": True,
     "processes": True,
     "process": True,
+    "wait": True,
 }
 LISTING = (
     "the flags are --config NAME|FILE, --config.section.field=value, --workdir DIR, --resume, "
     "--dry_run [--for TOPOLOGY], --help_config, and for several processes --coordinator HOST:PORT, --processes N, "
-    "--process I"
+    "--process I, --wait SECONDS"
 )
 
 
@@ -93,6 +94,7 @@ def parse(argv: list[str], default_config: str) -> Command:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
     flags.DEFINE_integer("process", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer("wait", None, "seconds to wait for all of them", flag_values=values)
     try:
         holder = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
         rest = values(argv)

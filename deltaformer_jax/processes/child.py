@@ -39,7 +39,8 @@ class _Link:
     """What a supervised child has: the socket to its parent, the board, and who wants its signals."""
 
     def __init__(self, given: dict[str, Any]):
-        self.place = Place(*given["place"][:-1], devices=given["place"][-1] and tuple(given["place"][-1]))
+        devices = given["place"]["devices"]
+        self.place = Place(**given["place"] | {"devices": devices and tuple(devices)})
         self.board = Board(given["board"])
         self.now = "starting", 0.0  # as on the board
         self.stacks = given["stacks"]

@@ -7,19 +7,18 @@ import jax
 from deltaformer_jax.processes import child, common
 from deltaformer_jax.processes.place import Place
 
-SECONDS = 300.0  # in which all processes have to come; a cluster may take minutes to start the last one
 _FOREVER = 10 * 24 * 3600  # jax's own limits end a process with the trace of a C++ program; the supervisor is faster
 
 
 def connect(place: Place) -> None:
     """Wait until all processes of the run have come. Nothing may have used a device before.
 
-    If they do not come within SECONDS, the supervisor ends this process with one line. Raises ValueError if this
-    process was told another number of processes than process 0.
+    If they do not come within `place.wait` seconds, the supervisor ends this process with one line. Raises ValueError
+    if this process was told another number of processes than process 0.
     """
     # It would take SIGTERM away from us; `agreement` does what it is for.
     jax.config.update("jax_enable_preemption_service", False)
-    child.at("connecting", SECONDS)
+    child.at("connecting", place.wait)
     jax.distributed.initialize(
         place.coordinator,
         place.count,

@@ -6,6 +6,8 @@ The three numbers come from flags, else from variables, else from the cluster th
     --processes N             JAX_NUM_PROCESSES         how many there are
     --process I               JAX_PROCESS_ID            which of them this is, 0 .. N - 1
 
+    --wait SECONDS                                      how long to wait for all of them at the start
+
 Clusters are recognised by the variables that they set, and asked as jax asks them: Slurm, Open MPI, Cloud TPU (also in
 GKE) and Kubernetes.
 """
@@ -28,6 +30,9 @@ ASKED = {
 }
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = {"count": "OMPI_COMM_WORLD_SIZE", "index": "OMPI_COMM_WORLD_RANK"}
+# Variables of other launchers, which tell how many processes there are, but not where the first one runs: MPICH and
+# Intel MPI, SkyPilot, torchrun and Kubeflow.
+COUNTS = ("PMI_SIZE", "SKYPILOT_NUM_NODES", "WORLD_SIZE")
 # jax's classes -> what they are called in the first line of a run.
 CLUSTERS = {
     "SlurmCluster": "Slurm",
@@ -36,13 +41,15 @@ CLUSTERS = {
     "GceTpuCluster": "Cloud TPU",
     "K8sCluster": "Kubernetes",
 }
+WAIT_SECONDS = 300.0  # for all processes to come: a cluster may take minutes to start the last one
 LOOKUP_SECONDS = 300  # for the name of process 0's host to become known
 
 
 class Place(NamedTuple):
     """Process `index` of `count`; `coordinator` is HOST:PORT of process 0; `source` says who told.
 
-    devices: the numbers of this host's GPUs that this process takes; None: all.
+    devices: the numbers of this host's GPUs that this process takes; None: all. wait: the seconds in which all have to
+    come.
     """
 
     coordinator: str
@@ -50,6 +57,7 @@ class Place(NamedTuple):
     index: int
     source: str
     devices: tuple[int, ...] | None = None
+    wait: float = WAIT_SECONDS
 
     @property
     def line(self) -> str:
@@ -75,6 +83,8 @@ def find(argv: Sequence[str], environ: Mapping[str, str]) -> Place | None:
     if len(found) < len(ASKED):
         cluster, theirs, devices = _of_cluster(environ, found)
         if not found and theirs.get("count", 1) == 1:
+            if cluster is None:
+                _check_alone(environ)
             return None
         found = {**theirs, **found}
         sources.append(cluster or "")
@@ -85,7 +95,10 @@ def find(argv: Sequence[str], environ: Mapping[str, str]) -> Place | None:
             f"--{flag}: missing, and {variable} is not set; {told} alone does not say which of several processes this "
             "is. Give --coordinator HOST:PORT --processes N --process I, or --processes 1 for a run of its own"
         )
-    place = Place(**found, source=" and ".join(dict.fromkeys(filter(None, sources))), devices=devices)
+    source, wait = " and ".join(dict.fromkeys(filter(None, sources))), value_of("wait", list(argv))
+    place = Place(
+        **found, source=source, devices=devices, wait=WAIT_SECONDS if wait is None else _number("--wait", wait)
+    )
     _check(place)
     return place
 
@@ -106,9 +119,23 @@ def _check(place: Place) -> None:
         )
     if place.count < 1:
         raise ValueError(f"--processes {place.count}: give the number of processes, 1 or more")
+    if place.wait < 1:
+        raise ValueError(f"--wait {place.wait}: give the seconds in which all processes have to come, 1 or more")
     if not 0 <= place.index < place.count:
         raise ValueError(
             f"--process {place.index}: of {place.count} processes; give a number from 0 to {place.count - 1}"
+        )
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raise ValueError if others were started with this process: as many runs in one workdir would spoil it."""
+    several = next((name for name in COUNTS if environ.get(name, "1") not in ("", "0", "1")), None)
+    if several is None and environ.get("JOB_COMPLETION_INDEX", "0") != "0":  # of an indexed job of Kubernetes
+        several = "JOB_COMPLETION_INDEX"
+    if several is not None:
+        raise ValueError(
+            f"--coordinator: missing, and {several} = {environ[several]} says that other processes were started with "
+            "this one. Give --coordinator HOST:PORT --processes N --process I, or --processes 1 for runs of their own"
         )
 
 

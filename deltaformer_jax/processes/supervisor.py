@@ -93,7 +93,12 @@ class _Supervisor:
     def _start(self, board: int) -> None:
         ours, theirs = socket.socketpair()
         self._child = Lines(ours)
-        handed = {"place": self._place, "board": board, "stacks": self._stacks.fileno(), "socket": theirs.fileno()}
+        handed = {
+            "place": self._place._asdict(),
+            "board": board,
+            "stacks": self._stacks.fileno(),
+            "socket": theirs.fileno(),
+        }
         reader, writer = os.pipe()
         with theirs:
             process = subprocess.Popen(
@@ -233,7 +238,7 @@ class _Supervisor:
             )
         return (
             f"--processes {self._place.count}: not all of them came to the coordinator {address} within {seconds:.0f} "
-            "s; start the others too, or give the number that is started"
+            "s; start the others too, give the number that is started, or a longer --wait"
         )
 
     def _farewell(self, now: float) -> bool:

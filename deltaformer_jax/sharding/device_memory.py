@@ -12,6 +12,17 @@ from jax.sharding import Mesh
 
 # What `planned_memory` says.
 _PLANNED: contextvars.ContextVar[int | None] = contextvars.ContextVar("planned memory of a device", default=None)
+# What `agree_on_memory` says.
+_AGREED: contextvars.ContextVar[int | None] = contextvars.ContextVar("least memory of all processes", default=None)
+
+
+def agree_on_memory(limits: Iterable[int | None]) -> None:
+    """From here on `memory_limit` is at most the least of `limits`, those of all processes of a run.
+
+    What is compiled depends on it, and the processes must compile the same: their devices may have a little more or
+    less memory, as where another program uses some.
+    """
+    _AGREED.set(min((limit for limit in limits if limit), default=None))
 
 
 @contextlib.contextmanager
@@ -28,12 +39,14 @@ def planned_memory(limit: float):
 
 
 def memory_limit(mesh: Mesh) -> int | None:
-    """The bytes that JAX may use on the smallest of the mesh's devices that this process sees.
+    """The bytes that JAX may use on the smallest of the mesh's devices that this process sees, or of all processes
+    after `agree_on_memory`.
 
     None if they do not say: CPUs, and devices that are only compiled for, without `planned_memory`.
     """
     limits = limits_of(mesh.local_devices)
-    return min(limits) if limits else _PLANNED.get()
+    own = min(limits) if limits else _PLANNED.get()
+    return min(filter(None, (own, _AGREED.get())), default=None)
 
 
 def limits_of(devices: Iterable[jax.Device]) -> list[int]:

@@ -32,7 +32,7 @@ def dry_run(config: Config) -> None:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     program = fitting_program(full, mesh, say_aside)
-    check_split(program.parts, mesh, full.mesh.strict, say_aside)
+    check_split(program.parts, mesh, full.mesh.strict, say_aside, zero1=full.mesh.zero1)
     print_sizes(full, program)
     with waiting("compiling", say_aside):
         compiled = program.compile_train_step(full.data)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from deltaformer_jax.model_parts import ModelParts
+from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import on_mesh, replicated
 from deltaformer_jax.sharding.rows import LocalRows, to_devices
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
@@ -89,11 +90,8 @@ def evaluate(
         waiting = of_rows
     if waiting is not None:
         _add(sums, waiting)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        counts = np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
-    tokens, size = int(counts[0]), int(counts[1])
+    # Not on the devices, where 64-bit integers would become 32-bit ones.
+    tokens, size = (sum(part) for part in zip(*common.gather("evaluation counts", counts.tolist())))
     nats = sums.get("nats", 0.0)
     if tokens == 0:
         raise ValueError("data: the evaluation split has no target; give it more documents, or longer rows")

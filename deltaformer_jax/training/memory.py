@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.host.waiting import waiting
+from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.device_memory import machine_bytes, memory_limit
 from deltaformer_jax.training.program import Program
 
@@ -63,7 +64,8 @@ def fitting_program(
 
     if config.model.remat != "auto":
         return traced(config)
-    limit, needs = device_bytes(mesh), []
+    # Of several processes all must choose alike: by the least memory that one of them has.
+    limit, needs = min(common.gather("bytes of a device", device_bytes(mesh))), []
     for name in ORDER:
         program = traced(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=name)))
         try:

@@ -22,6 +22,7 @@ from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.processes import common
 from deltaformer_jax.sharding import CONTEXT_AXIS
+from deltaformer_jax.sharding.device_memory import agree_on_memory, memory_limit
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
@@ -163,7 +164,10 @@ def prepare(
     ledger = Ledger(workdir / TIME_FILE if jax.process_index() == 0 else None, started or time.time())
     saved = saved_run(config, workdir)
     with waiting("finding the devices", note):
+        _check_same_devices()
         mesh = make_mesh(config.mesh, devices)
+        if jax.process_count() > 1:
+            agree_on_memory(common.gather("memory of a device", memory_limit(mesh)))
     check_batch(config, mesh)
     with waiting(_what_is_read(config), note):
         corpus = corpus or load_data(config)
@@ -176,7 +180,7 @@ def prepare(
     # Traced before anything is written, since tracing the model checks the rest of the config.
     with ledger.within("compiling"):
         program = fitting_program(full, mesh, note, make_program)
-    check_split(program.parts, mesh, full.mesh.strict, note)
+    check_split(program.parts, mesh, full.mesh.strict, note, zero1=full.mesh.zero1)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
 
     if jax.process_index() == 0:
@@ -262,6 +266,13 @@ def _check_evaluation(config: Config, corpus: Corpus | Mixture | TaskData) -> No
             one = isinstance(corpus, Corpus)
             tail = ", or data.eval_tail=0.1 to keep the end of each document for evaluation" if one else ""
             raise ValueError(f"{error}; or set run.eval_every=0{tail}") from None
+
+
+def _check_same_devices() -> None:
+    """Raise ValueError, in every process of the run, unless all have as many devices, and of the same kind."""
+    found = jax.local_devices()
+    mine = {"number of devices": len(found), "kind of devices": found[0].device_kind}
+    common.check_same("devices", mine, "give every process of a run as many devices, of the same kind")
 
 
 def _check_same_everywhere(corpus: Corpus | Mixture | TaskData) -> None:

@@ -37,6 +37,12 @@ needs_libtpu = pytest.mark.skipif(
         ("v5e-12", "no such counted name (v5e-4, v5e-8, "),
         ("tpu7x-64", "no such counted name (none)"),
         ("h100:1x2x3", "give HOSTSxCARDS"),
+        ("h100:0", "give HOSTSxCARDS"),
+        ("v5e:4x4x4", "give 2 sizes of 1 or more for v5e"),
+        ("v5p:4x4", "give 3 sizes of 1 or more for v5p"),
+        ("v5e:4x", "give 2 sizes"),
+        ("0*v5e:4x4", "give the number of slices, 1 or more"),
+        ("v6e:32x32", "1024 chips, and the largest slice of v6e has 256; give several slices"),
     ],
 )
 def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
@@ -53,6 +59,10 @@ def test_a_topology_that_nobody_knows_is_one_line(name, message, capsys):
         (["--topology"], "--topology: give a value"),
         (["--topolgy=v5e:2x2"], "--topolgy: no such flag; did you mean --topology?"),
         (["--topology=v5e:2x2", "--mesh", "fsdp=two"], "--mesh 'fsdp=two': give sizes of axes"),
+        (["--topology=v5e:2x2", "--mesh="], "--mesh '': give sizes of axes"),
+        (["--topology=v5e:2x2", "--mesh=fsdp=2,fsdp=4"], "gives fsdp twice"),
+        (["--topology=v5e:2x2", "--json=/missing/plan.json"], "--json '/missing/plan.json': cannot be written"),
+        (["--topology=v5e:2x2", "--workdir=runs/a"], "--workdir: is a flag of train.py"),
         (["--topology=v5e:2x2", "--mesh=fsdb"], "mesh.recipe = 'fsdb'"),
         (
             ["--topology=v5e:2x2", "--mesh=fsdb=2"],
@@ -170,14 +180,14 @@ def test_the_largest_buffers_are_found(tmp_path):
     assert total_bytes(str(tmp_path)) >= 360_000
 
 
-def run(*flags):
+def run(*flags, **variables):
     """In a process of its own: libtpu stays loaded in the process that has loaded it."""
     return subprocess.run(
         [sys.executable, "-m", "deltaformer_jax.compile", *flags],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", **variables},
     )
 
 
@@ -185,8 +195,10 @@ def run(*flags):
 @pytest.mark.long
 def test_a_tiny_step_for_eight_chips(tmp_path):
     small = ["--config.data.batch_size=16", "--config.model.num_layers=1", f"--json={tmp_path / 'plan.json'}"]
-    done = run("--topology=v5e-8", "--mesh=data=2,fsdp=2,tensor=2", *small)
+    cache = tmp_path / "cache"
+    done = run("--topology=v5e-8", "--mesh=data=2,fsdp=2,tensor=2", *small, JAX_COMPILATION_CACHE_DIR=str(cache))
     assert done.returncode == 0, done.stderr
+    assert not list(cache.glob("jit_step*"))  # where jax could not read it
     for line in ("devices     v5e:2x4: 8 x TPU v5e", "mesh        data 2, fsdp 2, tensor 2", "fits: ", "bound by"):
         assert line in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -212,11 +224,14 @@ def test_a_step_that_does_not_fit_names_its_largest_arrays():
 @needs_libtpu
 @pytest.mark.long
 def test_topologies_by_their_names():
-    names = {"v5p-128": [64, 64], "2*v5e:4x4": [32, 32], "tpu7x:4x4x2": [64, 32]}
+    names = {"v4-16": [8, 8], "v5p-128": [64, 64], "2*v5e:4x4": [32, 32], "tpu7x:4x4x2": [64, 32]}
     code = f"""
+from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.sharding.mesh import make_mesh
 from {find_topology.__module__} import find_topology
 for name in {list(names)}:
     found = find_topology(name)
+    make_mesh(MeshConfig(fsdp=4, tensor=2), found.devices)
     print(len(found.devices), found.chips)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -222,7 +222,7 @@ def test_a_run_on_conversations_trains_and_evaluates_and_is_repeatable(corpus, t
         np.testing.assert_array_equal(a, b)
 
 
-def test_bits_per_byte_count_the_nats_of_special_tokens_and_no_bytes_of_them():
+def test_bits_per_byte_count_the_nats_of_special_tokens_and_no_bytes_of_them(monkeypatch):
     # Token 0 is end-of-text, 1 ends an answer, 2 and 3 have two bytes and three. Nats are sums of powers of two.
     token_bytes = np.array([0, 0, 2, 3], np.int32)
     batch = {
@@ -244,6 +244,10 @@ def test_bits_per_byte_count_the_nats_of_special_tokens_and_no_bytes_of_them():
     # Answers without text: there is nothing to divide by, as in a task.
     empty = {**batch, "targets": np.ones_like(batch["targets"])}
     assert evaluation.evaluate(step, None, [empty], token_bytes=token_bytes, sharding=sharding).bits_per_byte is None
+    # With another process that has more than 32 bits count.
+    monkeypatch.setattr(evaluation.common, "gather", lambda name, counts: [counts, [2**31, 2**33]])
+    more = evaluation.evaluate(step, None, [batch], token_bytes=token_bytes, sharding=sharding)
+    assert (more.tokens, more.bytes) == (5 + 2**31, 8 + 2**33)
 
 
 def test_a_batch_without_an_answer_changes_nothing(corpus, gradient):

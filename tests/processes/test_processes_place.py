@@ -40,6 +40,7 @@ def test_flags_and_variables():
     assert find(["train.py", "--process=1"], VARIABLES) == Place("a:1", 2, 1, "variables and flags")
     line = "4 processes, this is 3, coordinator 10.0.0.1:8476, from flags"
     assert find(FLAGS, VARIABLES).line == line
+    assert find(FLAGS, {}).wait == 300 and find([*FLAGS, "--wait=900"], {}).wait == 900
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,8 @@ def test_tpu_hosts_are_asked(monkeypatch, in_environment):
         ([], {**SLURM, "SLURM_NTASKS": "1"}),
         ([], {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}),
         ([], {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}),  # in a batch script, not started by srun
-        ([], {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}),
+        ([], {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0", "PMI_SIZE": "1"}),
+        (["--processes=1"], {"PMI_SIZE": "4"}),
     ],
 )
 def test_alone(argv, variables, in_environment):
@@ -106,6 +108,11 @@ def test_alone(argv, variables, in_environment):
         ([*FLAGS[1:], "--coordinator=host:99999"], {}, "--coordinator host:99999: give HOST:PORT"),
         ([], OPEN_MPI, "Open MPI started 4 processes, but does not tell where the first one runs"),
         (["--coordinator"], {}, "--coordinator: give a value"),
+        ([], {"PMI_SIZE": "4", "PMI_RANK": "0"}, "--coordinator: missing, and PMI_SIZE = 4 says that other processes"),
+        ([], {"SKYPILOT_NUM_NODES": "2"}, "SKYPILOT_NUM_NODES = 2.*or --processes 1 for runs of their own"),
+        ([], {"JOB_COMPLETION_INDEX": "3"}, "JOB_COMPLETION_INDEX = 3 says"),
+        ([*FLAGS[1:], "--wait=0"], {}, "--wait 0: give the seconds"),
+        ([*FLAGS[1:], "--wait=5m"], {}, "--wait = '5m': not a whole number"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(argv, variables, message):

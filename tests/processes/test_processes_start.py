@@ -10,12 +10,13 @@ import types
 import pytest
 from support.processes.several import free_port
 
+from deltaformer_jax.host import code
 from deltaformer_jax.processes import common, connect, coordinator
 from deltaformer_jax.processes.coordinator import Coordinator
 from deltaformer_jax.processes.hub import Hub, Member, Verdict
 from deltaformer_jax.processes.place import Place
 from deltaformer_jax.processes.relay import Relay
-from deltaformer_jax.training import workdir
+from deltaformer_jax.training import setup, workdir
 
 
 def turned(hub, until=50):
@@ -148,3 +149,54 @@ def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
     for folder in ("b", "missing/folder"):
         found = both(str(tmp_path / "a"), str(tmp_path / folder))
         assert len(found) == 2 and all("process 1 does not see the file train.lock" in text for text in found.values())
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        ((2, 2), []),
+        ((2, 1), ["number of devices = 1 in process 1, 2 in process 0; give every process"] * 2),
+    ],
+)
+def test_a_host_that_has_fewer_devices(devices, words, monkeypatch):
+    """As one whose eighth card is broken: all are told so, before anything is compiled."""
+    here, store, written, said = threading.local(), {}, threading.Condition(), {}
+
+    def write(key, value):
+        with written:
+            store[key] = value
+            written.notify_all()
+
+    def read(key, _):
+        with written:
+            assert written.wait_for(lambda: key in store, 10)
+            return store[key]
+
+    client = types.SimpleNamespace(key_value_set=write, blocking_key_value_get=read)
+    monkeypatch.setattr(common, "_client", lambda: client)
+    monkeypatch.setattr(common, "_key", str)
+    monkeypatch.setattr(common.processes, "count", lambda: 2)
+    monkeypatch.setattr(common.processes, "index", lambda: here.index)
+    one = types.SimpleNamespace(device_kind="a kind")
+    monkeypatch.setattr(setup.jax, "local_devices", lambda: [one] * devices[here.index])
+
+    def process(index):
+        here.index = index
+        try:
+            setup._check_same_devices()
+        except ValueError as error:
+            said[index] = str(error)
+
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [said[index][: len(text)] for index, text in enumerate(words)] == words and len(said) == len(words)
+
+
+def test_the_variables_that_change_what_is_compiled():
+    found = code.variables({"XLA_FLAGS": "--xla_dump_to=/a --xla_b=1", "JAX_ENABLE_X64": "1", "JAX_PROCESS_ID": "1"})
+    assert {"version of triton", "version of libtpu"} <= code.code().keys()
+    assert found.pop("$XLA_FLAGS") == "--xla_b=1" and found.pop("$JAX_ENABLE_X64") == "1"
+    assert set(found.values()) == {""} and "$JAX_PROCESS_ID" not in found

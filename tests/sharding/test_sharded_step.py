@@ -88,3 +88,11 @@ def test_what_is_whole_is_said_by_name_and_refused_if_strict():
     whole = []
     check_split(parts, make_mesh(MeshConfig(data=8)), True, whole.append)
     assert not whole
+    # Neither 50 nor the heads' widths can be split over data, but the vocabulary can.
+    check_split(parts, make_mesh(MeshConfig(data=8)), False, whole.append, zero1=True)
+    (line,) = whole
+    assert line.startswith("mesh.data = 8 divides no size of blocks.0.") and "as mesh.zero1 needs" in line
+    assert "table" not in line
+    even = model_parts(cases.small_config("", model__vocab_size=64).model)
+    check_split(even, make_mesh(MeshConfig(data=8)), True, whole.append, zero1=True)
+    assert len(whole) == 1

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from deltaformer_jax.config import Config, MeshConfig, ModelConfig
-from deltaformer_jax.sharding.device_memory import planned_memory
+from deltaformer_jax.sharding.device_memory import agree_on_memory, planned_memory
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training import memory
 from deltaformer_jax.training.loss import logits_at_once
@@ -93,6 +93,20 @@ def test_logits_at_once_grow_with_the_devices_memory():
     with planned_memory(2**35):  # of a device that is only compiled for; one that says what it has is asked
         assert logits_at_once(mesh(None)) == 2**27 and logits_at_once(mesh(2**36)) == 2**28
     assert logits_at_once(mesh(None)) == 2**26
+
+
+def test_several_processes_choose_by_the_least_memory_of_all(monkeypatch):
+    """Else they would compile different programs, and wait for one another in their collectives for ever."""
+    mesh = SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**37})])
+    try:
+        agree_on_memory([2**37, 2**36, None])
+        assert logits_at_once(mesh) == 2**28
+        agree_on_memory([None, None])
+        assert logits_at_once(mesh) == 2**29
+    finally:
+        agree_on_memory([])
+    monkeypatch.setattr(memory.common, "gather", lambda name, value: [value, 94])
+    assert chosen(monkeypatch, 1000)[0] == "products"
 
 
 def test_bytes_of_this_machine_and_of_a_step():

@@ -25,7 +25,7 @@ class MeshConfig:
         "",
         'Sizes of the axes by name. "fsdp": all devices on fsdp. "data+fsdp": fsdp inside a slice (devices that a fast '
         'network connects), data over the slices. "fsdp+tensor": tensor = 4, the rest on fsdp. "fsdp+context": '
-        "context = 4, the rest on fsdp. A field of this section that is set beside it overrides the recipe's size. "
+        "context = 4, the rest on fsdp. A size beside it that is not the field's default overrides the recipe's. "
         '"": the fields alone.',
         choices=("", *RECIPES),
     )

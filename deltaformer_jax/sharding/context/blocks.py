@@ -102,7 +102,8 @@ def blocks_of(layout: str, tokens: int, axis_name: str, at_most: int) -> Blocks:
     if tokens % unit:
         raise ValueError(
             f"query has {tokens} tokens on each of the {devices} devices of the mesh axis {axis_name!r}: that must be "
-            f"a multiple of {unit}, so make the sequence a multiple of {unit * devices} tokens"
+            f"a multiple of {unit}, so make the sequence (data.sequence_length) a multiple of {unit * devices} tokens, "
+            f"or the number of heads of every array (model.num_kv_heads) one of {devices}"
         )
     rows = max(size for size in range(1, min(at_most, tokens // unit) + 1) if (tokens // unit) % size == 0)
     return Blocks(layout, axis_name, devices, tokens // rows, rows)

@@ -65,7 +65,10 @@ def delta_attention_pipeline(
       whole row.
     """
     if implementation not in (None, "chunked"):
-        raise NotImplementedError(f"implementation={implementation!r}: the chain over devices has one form; use None")
+        raise NotImplementedError(
+            f"implementation={implementation!r}: the chain over devices has one form; leave model.implementation out, "
+            "or give a mesh.context that divides the number of heads of every array"
+        )
     segment_ids = narrow_ids(segment_ids, axis_name)
     gates, similarities = (alpha, beta, segment_ids), (write_similarity, read_similarity, write_scale, read_scale)
     plan, own_query, held, inputs = checked(

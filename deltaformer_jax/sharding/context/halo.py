@@ -43,7 +43,8 @@ def over_halo(function: Callable, x, segment_ids: jax.Array | None, tokens: int,
     if first.shape[1] < tokens:
         raise ValueError(
             f"{first.shape[1]} tokens on each of the {lax.axis_size(axis_name)} devices of the mesh axis "
-            f"{axis_name!r}, but a token looks back {tokens}: use longer sequences or fewer devices"
+            f"{axis_name!r}, but a token looks back {tokens}: use longer sequences (data.sequence_length) or fewer "
+            "devices (mesh.context)"
         )
     if segment_ids is None:
         segment_ids = jnp.ones(first.shape[:2], jnp.int32)

@@ -53,7 +53,10 @@ def causal_attention_ring(
       window over at most P − 2 earlier devices leaves the tokens where they are, and the keys travel only that far.
     """
     if implementation not in (None, "chunked"):
-        raise NotImplementedError(f"implementation={implementation!r}: attention over a ring has one form; use None")
+        raise NotImplementedError(
+            f"implementation={implementation!r}: attention over a ring has one form; leave model.implementation out, "
+            "or give a mesh.context that divides the number of heads of every array"
+        )
     segment_ids = narrow_ids(segment_ids, axis_name)
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
     real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs, padding_is_zero)

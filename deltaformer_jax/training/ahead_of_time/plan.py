@@ -85,7 +85,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         for remat in choices:
             chosen = dataclasses.replace(full, model=dataclasses.replace(full.model, remat=remat))
             program = Program(chosen, mesh)
-            check_split(program.parts, mesh, chosen.mesh.strict, say_aside)
+            check_split(program.parts, mesh, chosen.mesh.strict, say_aside, zero1=chosen.mesh.zero1)
             plan = _compiled(chosen, topology, program)
             if plan.fits:
                 break

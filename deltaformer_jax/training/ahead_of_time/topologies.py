@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -85,6 +85,8 @@ def find_topology(text: str) -> Topology:
         near = did_you_mean(kind or text, list(CHIPS), f"; the chips are {', '.join(CHIPS)}")
         raise ValueError(f"topology {text!r}: not known{near}; give for example {EXAMPLES}")
     slices, shape = int(found[1] or 1), found[4] or ""
+    if slices < 1:
+        raise ValueError(f"topology {text!r}: give the number of slices, 1 or more, before the *, as in {EXAMPLES}")
     if found[3] == "-":
         counted = COUNTED.get(kind, {})
         if int(shape) not in counted:
@@ -92,28 +94,43 @@ def find_topology(text: str) -> Topology:
             raise ValueError(f"topology {text!r}: no such counted name ({known}); give its shape, as in {EXAMPLES}")
         shape = counted[int(shape)]
     if kind == "h100":
-        sizes = tuple(map(int, shape.split("x"))) if shape else (1,)
-        return _of_cards(text, slices, (1,) * (2 - len(sizes)) + sizes)
+        shape = shape or "1"
+        return _of_cards(text, slices, _sizes(text, kind, shape if "x" in shape else f"1x{shape}"))
     if not shape:
         raise ValueError(f"topology {text!r}: give the shape of the slice too, as in {EXAMPLES}")
-    return _of_tpus(text, kind, slices, shape)
+    return _of_tpus(text, kind, slices, _sizes(text, kind, shape))
 
 
-def _of_tpus(text: str, kind: str, slices: int, shape: str) -> Topology:
+def _sizes(text: str, kind: str, shape: str) -> tuple[int, ...]:
+    """`shape` as numbers. Raises ValueError for one that no cloud has, though libtpu may compile for it."""
+    chip, sizes = CHIPS[kind], [int(size or 0) for size in shape.split("x")]
+    if len(sizes) != chip.dimensions or 0 in sizes:
+        form = "HOSTSxCARDS" if kind == "h100" else f"{chip.dimensions} sizes of 1 or more"
+        raise ValueError(f"topology {text!r}: give {form} for {kind}, as in {EXAMPLES}")
+    if chip.most and math.prod(sizes) > chip.most:
+        raise ValueError(
+            f"topology {text!r}: {math.prod(sizes)} chips, and the largest slice of {kind} has {chip.most}; give "
+            f"several slices, as in {EXAMPLES}"
+        )
+    return tuple(sizes)
+
+
+def _of_tpus(text: str, kind: str, slices: int, shape: tuple[int, ...]) -> Topology:
     # libtpu looks for the machine's own chips, by requests to a cloud's metadata server, unless it is told not to; and
     # a second process could not load it.
     wanted = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":  # whose two cores JAX shows as one device there; libtpu says two unless it is told
+        more["chip_config_name"] = "megacore"
+    name = f"{kind}:{'x'.join(map(str, shape))}"
     with _one_line(text, "tpu"):
-        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more)
-    return Topology(f"{kind}:{shape}", CHIPS[kind], tuple(map(int, shape.split("x"))), slices, described.devices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
+    return Topology(name, CHIPS[kind], shape, slices, described.devices)
 
 
 def _of_cards(text: str, slices: int, shape: tuple[int, ...]) -> Topology:
-    if len(shape) != 2:
-        raise ValueError(f"topology {text!r}: give HOSTSxCARDS, as in {EXAMPLES}")
     sizes = "x".join(map(str, (slices, *shape)))
     with _one_line(text, "cuda"):
         described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=sizes)

@@ -85,6 +85,26 @@ def test_a_length_that_does_not_divide():
         check_batch(config, make_mesh(MeshConfig(data=2, context=4)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # Two KV heads on four devices are a chain.
+        (
+            dict(data__sequence_length=24),
+            r"sequence \(data.sequence_length\) a multiple of 16 tokens, or .*_kv_heads\)",
+        ),
+        (
+            dict(model__implementation="parallel"),
+            "leave model.implementation out, or give a mesh.context that divides",
+        ),
+    ],
+)
+def test_what_the_chain_can_not_do_names_the_fields(fields, message):
+    config = cases.small_config("", model__vocab_size=64, **(dict(model__implementation=None) | fields))
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        Program(config, make_mesh(MeshConfig(data=2, context=4))).lower_train_step(config.data)
+
+
 def test_a_mixer_of_your_own():
     config = cases.small_config("", model__mixers=("delta_former", "somewhere:Mixer"))
     with pytest.raises(ValueError, match=r"mesh.context = 4: the mixer somewhere:Mixer is your own"):
