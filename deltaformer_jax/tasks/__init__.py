@@ -8,6 +8,7 @@
 | `ModularArithmetic`, `Parity` | the value of an expression mod 5; of the sum of bits mod 2 |
 | `ReverseString`, `DuplicateString`, `OddsFirst` | the symbols of a string in another order, or twice |
 | `StackManipulation` | the contents of a stack after some actions |
+| `Induction` | which word followed this word before |
 | `WordProblem` | the product of the group elements so far, in S5, A5 or a smaller group |
 | `SwapConstruction` over `near_orthogonal_keys` | nothing to learn: DeltaFormer's Theorem 1 as keys and values |
 
@@ -25,6 +26,7 @@ from deltaformer_jax.tasks.formal_languages import (
     ReverseString,
     StackManipulation,
 )
+from deltaformer_jax.tasks.in_context.induction import Induction
 from deltaformer_jax.tasks.mqar import MQAR
 from deltaformer_jax.tasks.orthogonal_keys import coherence, near_orthogonal_keys
 from deltaformer_jax.tasks.reachability import Graphs, Reachability
@@ -40,6 +42,7 @@ __all__ = [
     "DuplicateString",
     "Examples",
     "Graphs",
+    "Induction",
     "ModularArithmetic",
     "OddsFirst",
     "Parity",
