@@ -66,6 +66,14 @@ NAMES = {
         "recall.mqar",
     ),
     "word_problem": ("products of permutations of five elements", "state_tracking.word_problem"),
+    "induction": (
+        "induction by one layer with KV shifting against vanilla attention and DeltaFormer, and by width",
+        "kv_shift.induction",
+    ),
+    "kv_shift_theory": (
+        "KV shifting as an exact induction head, and the loss of its scalars",
+        "kv_shift.kv_shift_theory",
+    ),
 }
 
 
