@@ -39,7 +39,10 @@ FLOORS = [
     ["deltaformer_jax.plot"],
     ["deltaformer_jax.reproduce"],
     ["deltaformer_jax.help_config"],
-    [f"deltaformer_jax.{program}" for program in ("train", "sample", "evaluate", "convert", "compile", "prune")],
+    [
+        f"deltaformer_jax.{program}"
+        for program in ("train", "sample", "evaluate", "convert", "compile", "prune", "inspect")
+    ],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
 # Beside the one order: in pallas_kernels the accelerators do not know each other, nor DeltaFormer's kernels the gated
