@@ -28,7 +28,6 @@ from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.host.waiting import say_aside, waiting
 
 PARTS = ("kv_shift",)
-NUMBERS = ("current_key", "previous_key", "older_key", "current_value", "previous_value", "older_value")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,6 +51,7 @@ def inspect_kv_shift(workdir: str, step: int | None = None) -> dict:
     """What is printed. Raises ValueError, naming the folder, for a run without KV shifting."""
     with waiting("importing jax", say_aside):
         from deltaformer_jax.model_parts import merge
+        from deltaformer_jax.surgery.shift_scalars import kv_shift_heads, signs
         from deltaformer_jax.training.checkpoints.restore import restore
 
     with waiting(f"restoring the model of {workdir}", say_aside):
@@ -64,36 +64,6 @@ def inspect_kv_shift(workdir: str, step: int | None = None) -> dict:
     counts = signs(heads)
     print(_table(counts), file=sys.stderr)
     return {"step": run.step, "kv_shift": counts, "heads": heads}
-
-
-def kv_shift_heads(model) -> list[dict]:
-    """{"layer", "head", and the scalars that it has} for each key and value head with KV shifting, layer by layer."""
-    found = []
-    for place, block in enumerate(model.blocks):
-        shift = getattr(getattr(block.mixer, "inputs", None), "shift", None)
-        if shift is None:
-            continue
-        there = {name: getattr(shift, name)[...] for name in NUMBERS if getattr(shift, name) is not None}
-        first = next(iter(there.values()))
-        periods, heads = first.shape[0], first.shape[-1]
-        for period in range(periods):
-            layer = period * len(model.blocks) + place
-            for head in range(heads):
-                numbers = {name: values[period, ..., head].tolist() for name, values in there.items()}
-                found.append({"layer": layer, "head": head, **numbers})
-    return sorted(found, key=lambda head: (head["layer"], head["head"]))
-
-
-def signs(heads: list[dict]) -> dict[str, int]:
-    """How many heads have a₁ > a₂ or not, and b₁ > b₂ or not; equal numbers count as "not"."""
-    counts = {f"key {key} value {value}": 0 for key in "+-" for value in "+-"}
-    for head in heads:
-        key, value = (
-            "+" if head.get(f"current_{part}", 1.0) > head.get(f"previous_{part}", 0.0) else "-"
-            for part in ("key", "value")
-        )
-        counts[f"key {key} value {value}"] += 1
-    return counts
 
 
 def _table(counts: dict[str, int]) -> str:

@@ -79,3 +79,49 @@ def test_how_often_copying_is_right():
         # A row's places are not independent: 5 standard errors as if each row of about 6.5 places were one.
         np.testing.assert_allclose(np.mean(right, axis=0), expected, atol=5 * (0.13 * 0.87 / 1500) ** 0.5)
         assert len(right) > 4 * 1500 and (generator == "paper" or np.all(right))
+
+
+# Hops.
+
+
+@given(seeds, indices, st.integers(1, 4), st.integers(0, 3), st.integers(2, 4), st.integers(0, 30))
+def test_hop_k_by_the_letter(seed, indices, hops, fewer, symbols, more):
+    least = max(0, hops - fewer)
+    task = tasks.HopK(length=3 * hops + symbols + more, hops=hops, least=least, symbols=symbols)
+    for tokens, targets, counted, real in zip(*task(seed, indices)):
+        k, row = int(tokens[0]) - symbols + 1, tokens[1:].tolist()
+        assert (least or hops) <= k <= hops and real.all() and max(row) < symbols and counted.any()
+        assert not counted[0] and targets[0] == 0
+        for i in range(len(row)):
+            at = i
+            for _ in range(k):
+                earlier = [j for j in range(at) if row[j] == row[at]]
+                at = earlier[-1] + 1 if earlier else None
+                if at is None:
+                    break
+            assert counted[i + 1] == (at is not None)
+            assert targets[i + 1] == (0 if at is None else row[at])
+
+
+# N-grams.
+
+
+@given(seeds, indices, st.integers(2, 4), st.integers(0, 12), st.integers(2, 6), st.integers(0, 3), st.data())
+def test_ngram_by_the_letter(seed, indices, order, more, vocabulary, table, data):
+    contexts = data.draw(st.integers(1, vocabulary ** (order - 1)))
+    task = tasks.NGram(order - 1 + more, order, contexts, vocabulary, table)
+    known = {tuple(gram[:-1]): gram[-1] for gram in task.grams().tolist()}
+    assert len(known) == contexts and max(max(*gram, word) for gram, word in known.items()) < vocabulary
+    for tokens, targets, counted, real in zip(*task(seed, indices)):
+        assert real.all()
+        for place in range(len(tokens)):
+            first = place // order * order
+            assert counted[place] == (place - first == order - 2)
+            if counted[place]:
+                assert targets[place] == known[tuple(tokens[first : place + 1].tolist())]
+            else:
+                assert targets[place] == 0
+            if place - first == order - 1:
+                assert tokens[place] == targets[place - 1]
+    if table:
+        assert tasks.NGram(8, 3, 50, 32, table).grams().tolist() != tasks.NGram(8, 3, 50, 32).grams().tolist()
