@@ -74,6 +74,14 @@ NAMES = {
         "KV shifting as an exact induction head, and the loss of its scalars",
         "kv_shift.kv_shift_theory",
     ),
+    "kv_shift_tasks": (
+        "3-grams and hops, with and without KV shifting, in softmax attention and DeltaFormer",
+        "kv_shift.kv_shift_tasks",
+    ),
+    "kv_shift_rates": (
+        "small language models with and without KV shifting, by learning rate and seed",
+        "kv_shift.kv_shift_rates",
+    ),
 }
 
 

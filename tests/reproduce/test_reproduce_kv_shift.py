@@ -1,9 +1,11 @@
-"""KV shifting's theorems in float64, against sums written out token by token."""
+"""KV shifting's theorems in float64, against sums written out token by token; and its runs in a smallest form."""
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from deltaformer_jax.reproduce.kv_shift import induction, kv_shift_rates, kv_shift_tasks
 from deltaformer_jax.reproduce.kv_shift import kv_shift_theory as theory
 
 
@@ -60,3 +62,40 @@ def test_descent_goes_to_the_induction_heads_side():
         axis = np.linspace(*result["axis"])
         assert axis[[1, 3]].tolist() == [0, 1]
         assert losses[3, 1] < losses[2, 2] < losses[1, 3]  # losses[β₁, α₁]: (0, 1), the middle, (1, 0)
+
+
+class NeverStop:
+    requested = False
+
+
+def done(module, sizes, folder):
+    """The records of the cells of an experiment, run one after another."""
+    cells = module.cells(True, sizes)
+    run = module.EXPERIMENT.run
+    return [
+        {"settings": cell, "result": run(cell, epath.Path(folder / str(i)), print, NeverStop), "seconds": 1.0}
+        for i, cell in enumerate(cells)
+    ]
+
+
+@pytest.mark.long
+def test_one_layer_with_the_shift_learns_induction(tmp_path):
+    strict = dict(vocabulary=16, words=8, length=16, steps=150, models=("softmax, 1 layer", induction.SHIFTED))
+    sizes = dict(induction.QUICK, strict=strict, width=16, by_width=(), rates={16: 1e-2})
+    vanilla, shifted = done(induction, sizes, tmp_path)
+    assert shifted["result"]["accuracy"] >= 0.99 and vanilla["result"]["accuracy"] <= 0.5
+    assert [line["0.995 at step"] == "–" for line in induction.rows([vanilla, shifted])] == [True, False]
+
+
+@pytest.mark.long
+def test_tasks_and_rates_in_three_steps(tmp_path):
+    size = dict(width=16, heads=1, layers=1, length=12, steps=3, rate=1e-2)
+    sizes = {"3-grams": dict(size, contexts=8), "hops": dict(size, most=2), "models": ("softmax",), "eval_rows": 8}
+    records = done(kv_shift_tasks, sizes, tmp_path / "tasks")
+    assert [list(record["result"]["tests"]) for record in records] == [[], ["1 hops", "2 hops"]]
+    assert [line["task"] for line in kv_shift_tasks.rows(records)] == ["3-grams", "hops"]
+    sizes = dict(models=("softmax, KV shifting",), rates=(1e-3,), seeds=1, steps=3, eval_batches=1)
+    (record,) = done(kv_shift_rates, sizes, tmp_path / "rates")
+    assert sum(record["result"]["signs"].values()) == 4 * 2 and record["result"]["eval_bits_per_byte"] < 9
+    (line,) = kv_shift_rates.rows([record])
+    assert sum(line[sign] for sign in kv_shift_rates.SIGNS) == 8

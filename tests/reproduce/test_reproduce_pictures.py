@@ -13,7 +13,7 @@ from deltaformer_jax.reproduce.associative_memory import snr
 from deltaformer_jax.reproduce.language import mixers
 from deltaformer_jax.reproduce.rope import rope_base
 
-TRAINED = ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem", "induction")
+TRAINED = ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem", "induction", "kv_shift_tasks")
 
 
 def trained(settings, rng, solves):
@@ -57,9 +57,11 @@ def result_of(name, settings, rng, good):
     if name == "table6":
         times = {form: float(place) for place, form in enumerate(reversed(settings["forms"]), 1)}
         return {"ms": times, "over_chunked": times, "temporaries_mb": times, "compile_seconds": times}
-    if name == "mixers":
+    if name in ("mixers", "kv_shift_rates"):
+        signs = {"key + value +": 1, "key + value -": 2, "key - value +": 3, "key - value -": 2}
+        more = {"signs": signs} if "KV shifting" in settings["label"] else {}
         losses = [[step, 5 - step / 100] for step in range(10, 200, 10)]
-        return {"eval_bits_per_byte": float(rng.uniform(2, 3)), "losses": losses, "tokens": 1_000_000}
+        return {"eval_bits_per_byte": float(rng.uniform(2, 3)), "losses": losses, "tokens": 1_000_000, **more}
     if name == "kv_shift_theory":
         ends = [[0.5, 0.5], [0.2, 0.9] if good else [0.9, 0.2]]
         landscape = {"axis": [-0.5, 1.5, 3], "losses": [[3, 2, 1]] * 3, "path": ends, "end": ends[1]}
