@@ -57,6 +57,8 @@ class QueryKeyValue(nnx.Module):
         rope_base: float | None,
         qk_norm: bool,
         kv_shift: bool,
+        kv_shift_window: int = 2,
+        kv_shift_parts: str = "both",
         conv_size: int,
         norm_epsilon: float,
         norm_gain: str = "scale",
@@ -70,6 +72,12 @@ class QueryKeyValue(nnx.Module):
         check_heads(d_model, num_heads, num_kv_heads, head_dim, rope_base, rotary_fraction, rope_scaling)
         check_argument("norm_gain", norm_gain)
         check_argument("qk_norm_over", qk_norm_over)
+        for name, value, default in (
+            ("kv_shift_window", kv_shift_window, 2),
+            ("kv_shift_parts", kv_shift_parts, "both"),
+        ):
+            if value != default and not kv_shift:
+                raise ValueError(f"{name}={value!r} needs kv_shift=True")
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
         self.key = kernel(rngs, (d_model, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.value = kernel(rngs, (d_model, num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
@@ -86,7 +94,8 @@ class QueryKeyValue(nnx.Module):
             whole = dict(epsilon=norm_epsilon, gain=norm_gain)
             self.query_norm = AllHeadsNorm(num_heads, head_dim, "heads", **whole)
             self.key_norm = AllHeadsNorm(num_kv_heads, head_dim, "kv_heads", **whole)
-        self.shift = KVShift(num_kv_heads, rngs=rngs) if kv_shift else None
+        shift = dict(window=kv_shift_window, parts=kv_shift_parts, rngs=rngs)
+        self.shift = KVShift(num_kv_heads, **shift) if kv_shift else None
         if conv_size:
             self.convolutions = nnx.List(
                 [ShortConvolution(conv_size, number, head_dim, axis=axis, rngs=rngs) for number, axis in heads]
@@ -122,8 +131,7 @@ class QueryKeyValue(nnx.Module):
 
     def empty_tail(self, batch: int) -> InputTail:
         """The tail before the first token: zeros for each of the options that are in use."""
-        zeros = jnp.zeros((batch, *self.key.shape[-2:]), self.dtype)
-        shift = None if self.shift is None else ShiftTail(zeros, zeros)
+        shift = None if self.shift is None else self.shift.empty_tail(batch, self.key.shape[-1], self.dtype)
         convolutions = () if self.convolutions is None else self.convolutions
         return InputTail(shift, tuple(part.empty_tail(batch, self.dtype) for part in convolutions))
 

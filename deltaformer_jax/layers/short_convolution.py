@@ -41,40 +41,52 @@ class ShortConvolution(nnx.Module):
         return over_previous_tokens(alone, self.width - 1, x, segment_ids), None
 
     def _convolve(self, x, segment_ids, tail=None):
-        wide = accumulation_dtype(x.dtype)
-        weight = self.weight[...].astype(wide)[:, None, None]
-        time = x.shape[1]
-        real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
-        x = jnp.where(real[:, :, None, None], x, 0)
-        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # index among the row's real tokens; -1 before the first
-        total = weight[0] * x.astype(wide)
-        for j in range(1, self.width):
-            before = jnp.pad(x, ((0, 0), (j, 0), (0, 0), (0, 0)))[:, :time]
-            if segment_ids is not None:
-                ids = jnp.pad(segment_ids, ((0, 0), (j, 0)))[:, :time]
-                before = jnp.where((ids == segment_ids)[:, :, None, None], before, 0)
-            if tail is not None:
-                # For a token of rank r < j, the token j places before it is in the tail's slot W − 1 + r − j.
-                slot = jnp.clip(self.width - 1 + rank - j, 0, self.width - 2)
-                older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
-                before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
-            total = total + weight[j] * before.astype(wide)
-        y = jnp.where(real[:, :, None, None], jax.nn.silu(plus(total, self.bias)), 0).astype(x.dtype)
-        return y, None if tail is None else self._next_tail(x, real, rank, tail)
+        total, after = weighted_sum(x, self.weight[...], segment_ids, tail)
+        y = jax.nn.silu(plus(total, self.bias))
+        if segment_ids is not None:
+            y = jnp.where((segment_ids != 0)[:, :, None, None], y, 0)
+        return y.astype(x.dtype), after
 
     def empty_tail(self, batch: int, dtype):
         """The tail before the first token: zeros [B,W−1,H,K]."""
         return jnp.zeros((batch, self.width - 1, *self.weight.shape[-2:]), dtype)
 
-    def _next_tail(self, x, real, rank, tail):
-        """The last W − 1 tokens of each row, counting the old tail's tokens first and then the row's real tokens."""
-        slots = self.width - 1
-        if slots == 0:
-            return tail
-        count = rank[:, -1:] + 1
-        # Ranks of the tokens to keep; those with negative ranks are in the old tail.
-        wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)[None]
-        first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
-        new = jnp.take_along_axis(x, jnp.clip(first + wanted, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
-        old = jnp.take_along_axis(tail, jnp.clip(slots + wanted, 0, slots - 1)[:, :, None, None], axis=1)
-        return jnp.where((wanted >= 0)[:, :, None, None], new.astype(tail.dtype), old)
+
+def weighted_sum(x, weight, segment_ids, tail=None):
+    """Σ_{j<W} w_j x_{t−j} over the tokens of a segment, 0 at padding, and the tail for the next call.
+
+    x [B,T,H,K], weight [W,H,K] or [W,H,1], `tail` [B,W−1,H,K] as in `ShortConvolution` or None. Returns [B,T,H,K] in
+    the dtype of sums, float32 or float64, and the next tail, or None without a tail.
+    """
+    wide, width, time = accumulation_dtype(x.dtype), weight.shape[0], x.shape[1]
+    weight = weight.astype(wide)[:, None, None]
+    real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+    x = jnp.where(real[:, :, None, None], x, 0)
+    rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # index among the row's real tokens; -1 before the first
+    total = weight[0] * x.astype(wide)
+    for j in range(1, width):
+        before = jnp.pad(x, ((0, 0), (j, 0), (0, 0), (0, 0)))[:, :time]
+        if segment_ids is not None:
+            ids = jnp.pad(segment_ids, ((0, 0), (j, 0)))[:, :time]
+            before = jnp.where((ids == segment_ids)[:, :, None, None], before, 0)
+        if tail is not None:
+            # For a token of rank r < j, the token j places before it is in the tail's slot W − 1 + r − j.
+            slot = jnp.clip(width - 1 + rank - j, 0, width - 2)
+            older = jnp.take_along_axis(tail.astype(x.dtype), slot[:, :, None, None], axis=1)
+            before = jnp.where((real & (rank < j))[:, :, None, None], older, before)
+        total = total + weight[j] * before.astype(wide)
+    return total, None if tail is None else _next_tail(x, real, rank, tail)
+
+
+def _next_tail(x, real, rank, tail):
+    """The last W − 1 tokens of each row, counting the old tail's tokens first and then the row's real tokens."""
+    slots = tail.shape[1]
+    if slots == 0:
+        return tail
+    count = rank[:, -1:] + 1
+    # Ranks of the tokens to keep; those with negative ranks are in the old tail.
+    wanted = count - slots + jnp.arange(slots, dtype=jnp.int32)[None]
+    first = jnp.argmax(real, axis=1, keepdims=True).astype(jnp.int32)
+    new = jnp.take_along_axis(x, jnp.clip(first + wanted, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
+    old = jnp.take_along_axis(tail, jnp.clip(slots + wanted, 0, slots - 1)[:, :, None, None], axis=1)
+    return jnp.where((wanted >= 0)[:, :, None, None], new.astype(tail.dtype), old)

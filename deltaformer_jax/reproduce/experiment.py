@@ -70,6 +70,22 @@ NAMES = {
         "recall.mqar",
     ),
     "word_problem": ("products of permutations of five elements", "state_tracking.word_problem"),
+    "induction": (
+        "induction by one layer with KV shifting against vanilla attention and DeltaFormer, and by width",
+        "kv_shift.induction",
+    ),
+    "kv_shift_theory": (
+        "KV shifting as an exact induction head, and the loss of its scalars",
+        "kv_shift.kv_shift_theory",
+    ),
+    "kv_shift_tasks": (
+        "3-grams and hops, with and without KV shifting, in softmax attention and DeltaFormer",
+        "kv_shift.kv_shift_tasks",
+    ),
+    "kv_shift_rates": (
+        "small language models with and without KV shifting, by learning rate and seed",
+        "kv_shift.kv_shift_rates",
+    ),
 }
 
 

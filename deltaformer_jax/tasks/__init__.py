@@ -8,6 +8,8 @@
 | `ModularArithmetic`, `Parity` | the value of an expression mod 5; of the sum of bits mod 2 |
 | `ReverseString`, `DuplicateString`, `OddsFirst` | the symbols of a string in another order, or twice |
 | `StackManipulation` | the contents of a stack after some actions |
+| `Induction`, `HopK` | which word followed this word before; and which followed that, k times |
+| `NGram` | which word follows two words, by heart |
 | `WordProblem` | the product of the group elements so far, in S5, A5 or a smaller group |
 | `SwapConstruction` over `near_orthogonal_keys` | nothing to learn: DeltaFormer's Theorem 1 as keys and values |
 
@@ -25,6 +27,9 @@ from deltaformer_jax.tasks.formal_languages import (
     ReverseString,
     StackManipulation,
 )
+from deltaformer_jax.tasks.in_context.hop_k import HopK
+from deltaformer_jax.tasks.in_context.induction import Induction
+from deltaformer_jax.tasks.in_context.ngram import NGram
 from deltaformer_jax.tasks.mqar import MQAR
 from deltaformer_jax.tasks.orthogonal_keys import coherence, near_orthogonal_keys
 from deltaformer_jax.tasks.reachability import Graphs, Reachability
@@ -40,7 +45,10 @@ __all__ = [
     "DuplicateString",
     "Examples",
     "Graphs",
+    "HopK",
+    "Induction",
     "ModularArithmetic",
+    "NGram",
     "OddsFirst",
     "Parity",
     "Reachability",

@@ -15,6 +15,9 @@ from deltaformer_jax.tasks.formal_languages import (
     ReverseString,
     StackManipulation,
 )
+from deltaformer_jax.tasks.in_context.hop_k import HopK
+from deltaformer_jax.tasks.in_context.induction import Induction
+from deltaformer_jax.tasks.in_context.ngram import NGram
 from deltaformer_jax.tasks.mqar import MQAR
 from deltaformer_jax.tasks.swap import SwapTracking
 from deltaformer_jax.tasks.word_problem import WordProblem
@@ -31,6 +34,9 @@ TOKEN_TASKS = {
     "duplicate_string": DuplicateString,
     "odds_first": OddsFirst,
     "stack_manipulation": StackManipulation,
+    "induction": Induction,
+    "hop_k": HopK,
+    "ngram": NGram,
 }
 
 

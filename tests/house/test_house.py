@@ -41,7 +41,7 @@ FLOORS = [
     ["deltaformer_jax.help_config"],
     [
         f"deltaformer_jax.{program}"
-        for program in ("train", "sample", "evaluate", "convert", "compile", "prune", "edit")
+        for program in ("train", "sample", "evaluate", "convert", "compile", "prune", "edit", "inspect")
     ],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}

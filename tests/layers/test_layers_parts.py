@@ -99,6 +99,42 @@ def test_shift_keeps_the_last_raw_token():
     np.testing.assert_array_equal(late_value, whole_value[:, 2:])
 
 
+def test_a_wide_shift_starts_as_a_mean_too():
+    """Window 2 draws the same numbers as ever, whichever part is shifted; a wider one draws more."""
+    two = KVShift(5, rngs=nnx.Rngs(0))
+    for window in (3, 4):
+        shift = KVShift(5, window=window, rngs=nnx.Rngs(0))
+        for current, previous, older in (
+            (shift.current_key, shift.previous_key, shift.older_key),
+            (shift.current_value, shift.previous_value, shift.older_value),
+        ):
+            assert older.shape == (window - 2, 5)
+            np.testing.assert_allclose(current[...] + previous[...] + older[...].sum(0), 1.0, rtol=0, atol=1e-6)
+            assert np.all((previous[...] >= 0) & (previous[...] < 1) & np.all(older[:-1] >= 0, axis=0))
+    value = KVShift(5, parts="value", rngs=nnx.Rngs(0))
+    assert (value.current_key, value.previous_key, value.older_key, value.older_value) == (None,) * 4
+    np.testing.assert_array_equal(value.current_value[...], two.current_value[...])
+    np.testing.assert_array_equal(value.previous_value[...], two.previous_value[...])
+
+
+def test_a_window_of_two_is_the_wider_one_without_more_tokens():
+    """A wider window whose further scalars are 0, in one call and after another; and what a part leaves alone."""
+    key, value = (jnp.asarray(normal((1, 5, 2, 3), seed), jnp.float32) for seed in (0, 1))
+    two = KVShift(2, parts="key", rngs=nnx.Rngs(0))
+    wide = KVShift(2, window=4, parts="key", rngs=nnx.Rngs(0))
+    wide.current_key[...], wide.previous_key[...] = two.current_key[...], two.previous_key[...]
+    wide.older_key[...] = jnp.zeros((2, 2))
+    for shift in (two, wide):
+        tail, outputs = shift.empty_tail(1, 3, jnp.float32), []
+        for part in (slice(0, 1), slice(1, 5)):
+            *mixed, tail = shift(key[:, part], value[:, part], tail=tail)
+            outputs.append(mixed)
+        whole = two(key, value)[:2]
+        for got, expected in zip(zip(*outputs), whole):
+            np.testing.assert_allclose(jnp.concatenate(got, axis=1), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(whole[1], value)
+
+
 def test_last_real_token():
     x = jnp.arange(8.0).reshape(2, 4, 1)
     before = jnp.array([[-1.0], [-2.0]])

@@ -39,9 +39,10 @@ def rotate(x, base):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def shifted(x, current, previous):
-    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-    return numbers(current)[:, None] * x + numbers(previous)[:, None] * before
+def shifted(x, current, previous, older):
+    weights = [numbers(current), numbers(previous), *([] if older is None else numbers(older))]
+    back = lambda j: np.concatenate([np.zeros_like(x[:j]), x[: len(x) - j]])
+    return sum(weight[:, None] * back(j) for j, weight in enumerate(weights))
 
 
 def heads(x, weight):
@@ -71,8 +72,11 @@ def inputs(module, x, options):
     if options.get("conv_size"):
         q, k, v = (convolved(mapped, part) for mapped, part in zip((q, k, v), maps.convolutions))
     if options.get("kv_shift"):
-        k = shifted(k, maps.shift.current_key, maps.shift.previous_key)
-        v = shifted(v, maps.shift.current_value, maps.shift.previous_value)
+        shift, parts = maps.shift, options.get("kv_shift_parts", "both")
+        if parts != "value":
+            k = shifted(k, shift.current_key, shift.previous_key, shift.older_key)
+        if parts != "key":
+            v = shifted(v, shift.current_value, shift.previous_value, shift.older_value)
     if options.get("qk_norm"):
         q, k = rms(q, maps.query_norm.scale), rms(k, maps.key_norm.scale)
     base = options.get("rope_base", 10_000.0)

@@ -63,8 +63,18 @@ def test_every_cell_has_a_model_that_can_be_built(name):
         config = stages.model_config(fields)
         shapes = jax.eval_shape(lambda config=config: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
         assert len(jax.tree.leaves(shapes)) > 5
-    trains = name in ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem")
-    assert bool(models) == trains
+    trains = (
+        "figure3",
+        "figure4",
+        "figure5",
+        "table1",
+        "table5",
+        "mqar",
+        "word_problem",
+        "induction",
+        "kv_shift_tasks",
+    )
+    assert bool(models) == (name in trains)
 
 
 def test_theorem1_is_exact_where_it_rounds_to_integers(results):

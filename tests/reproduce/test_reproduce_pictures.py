@@ -13,7 +13,7 @@ from deltaformer_jax.reproduce.associative_memory import snr
 from deltaformer_jax.reproduce.language import mixers, redundancy
 from deltaformer_jax.reproduce.rope import rope_base
 
-TRAINED = ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem")
+TRAINED = ("figure3", "figure4", "figure5", "table1", "table5", "mqar", "word_problem", "induction", "kv_shift_tasks")
 
 
 def trained(settings, rng, solves):
@@ -57,9 +57,11 @@ def result_of(name, settings, rng, good):
     if name == "table6":
         times = {form: float(place) for place, form in enumerate(reversed(settings["forms"]), 1)}
         return {"ms": times, "over_chunked": times, "temporaries_mb": times, "compile_seconds": times}
-    if name == "mixers":
+    if name in ("mixers", "kv_shift_rates"):
+        signs = {"key + value +": 1, "key + value -": 2, "key - value +": 3, "key - value -": 2}
+        more = {"signs": signs} if "KV shifting" in settings["label"] else {}
         losses = [[step, 5 - step / 100] for step in range(10, 200, 10)]
-        return {"eval_bits_per_byte": float(rng.uniform(2, 3)), "losses": losses, "tokens": 1_000_000}
+        return {"eval_bits_per_byte": float(rng.uniform(2, 3)), "losses": losses, "tokens": 1_000_000, **more}
     if name == "redundancy":
         layers, rankings = settings["num_layers"], redundancy.RANKINGS + (redundancy.TRAINED,) * settings["elastic"]
         bits = lambda count: (2.5 + np.arange(count) / 10 + rng.uniform(0, 0.05, count)).tolist()
@@ -70,6 +72,10 @@ def result_of(name, settings, rng, good):
             "rank_correlation": 0.8,
             "tokens": 1_000_000,
         }
+    if name == "kv_shift_theory":
+        ends = [[0.5, 0.5], [0.2, 0.9] if good else [0.9, 0.2]]
+        landscape = {"axis": [-0.5, 1.5, 3], "losses": [[3, 2, 1]] * 3, "path": ends, "end": ends[1]}
+        return {"error": 1e-16, **(landscape if settings["kind"] == "theorem 3" else {})}
     if settings["kind"] != "bound":
         return {"expected": 1, "found": 1}
     paper, longest = rope_base.PAPER[settings["length"]], rope_base.tokens(settings["length"])
@@ -283,6 +289,24 @@ def test_mqars_and_the_word_problems_titles_say_who_solves_what():
     assert title_of("word_problem", records("word_problem", good=first)) == (
         "Words of 16 swaps of S5 are solved by DeltaFormer of 1 layer; words of 16 elements of S5, 3-cycles of A5 or "
         "elements of A5 by no model here"
+    )
+
+
+def test_inductions_title_says_who_learns_it():
+    shifted = lambda settings: "KV shifting" in settings["family"]
+    title = title_of("induction", records("induction", quick=True, good=shifted))
+    assert title == (
+        "Induction is learnt by softmax, 1 layer with KV shifting (step 50) and DeltaFormer, 1 layer with KV shifting "
+        "(step 50); last accuracy of softmax, 1 layer 0.40, softmax, 2 layers 0.40 and DeltaFormer, 1 layer 0.40"
+    )
+    assert title_of("induction", records("induction", good=lambda settings: False)).startswith("No model here learns")
+
+
+def test_kv_shift_theorys_title_counts_the_landscapes():
+    done = records("kv_shift_theory", good=lambda settings: settings.get("others") == 10)
+    assert title_of("kv_shift_theory", done) == (
+        "One layer with KV shifting is an induction head up to an error of 1e-16; gradient descent goes towards it, "
+        "from (½, ½), in 1 of 3 landscapes"
     )
 
 

@@ -26,7 +26,7 @@ SOFTMAX_CASES = {
     "no rope": dict(rope_base=None),
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
     "forgetting": dict(forget_gate=True, rope_base=None),
-    "sinks": dict(forget_gate=True, sinks=True, window=4),
+    "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
     "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
 }
 DELTA_CASES = {
@@ -42,7 +42,7 @@ DELTA_CASES = {
         write_query="projected", write_key_norm="on", read_scale=0.3, alpha="sigmoid", qk_norm=True, kv_shift=True
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
-    "gated": dict(output_gate=True, conv_size=4),
+    "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4),
     "gated, projected": dict(write_query="projected", output_gate=True, conv_size=2, kv_shift=True, qk_norm=True),
 }
 CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES]

@@ -182,6 +182,15 @@ class ModelConfig:
         "value head.",
         must_be_used=True,
     )
+    kv_shift_window: int = setting(
+        2, "Number of tokens that kv_shift mixes, the token itself included.", least=2, must_be_used=True
+    )
+    kv_shift_parts: str = setting(
+        "both",
+        'What kv_shift mixes: "both", only the "key" or only the "value".',
+        choices=("both", "key", "value"),
+        must_be_used=True,
+    )
     window: int = setting(
         0,
         "Number of tokens that a token sees, itself included. 0: itself and all tokens before it.",

@@ -74,7 +74,8 @@ class DeltaFormer(nnx.Module):
       qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
       norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each head of q, k and a projected w.
-      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
+      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
+        tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
       conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
         rotations, see `short_convolution.py`; 0: none.
       output_gate: multiply o_t by sigmoid(x_t W_g) before W_o.
@@ -104,6 +105,8 @@ class DeltaFormer(nnx.Module):
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
+        kv_shift_window: int = 2,
+        kv_shift_parts: str = "both",
         conv_size: int = 0,
         output_gate: bool = False,
         norm_epsilon: float = 1e-6,
@@ -132,6 +135,8 @@ class DeltaFormer(nnx.Module):
             rope_base=rope_base,
             qk_norm=qk_norm,
             kv_shift=kv_shift,
+            kv_shift_window=kv_shift_window,
+            kv_shift_parts=kv_shift_parts,
             conv_size=conv_size,
             norm_epsilon=norm_epsilon if qk_norm_epsilon is None else qk_norm_epsilon,
             norm_gain=norm_gain,

@@ -45,7 +45,8 @@ class SoftmaxAttention(nnx.Module):
       qk_norm_epsilon: None: norm_epsilon. qk_norm_over: "head"; "all_heads": one norm over all heads of a token.
       norm_gain: "scale" or "one_plus_scale", see `RMSNorm`.
       qk_norm: RMSNorm of each query and key head.
-      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`.
+      kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
+        tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
       forget_gate, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around 1/2.
       conv_size: width in tokens of short convolutions (with SiLU) of q, k and v, see `short_convolution.py`; 0: none.
       output_scale: factor on the output kernel's initial values.
@@ -66,6 +67,8 @@ class SoftmaxAttention(nnx.Module):
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
+        kv_shift_window: int = 2,
+        kv_shift_parts: str = "both",
         forget_gate: bool = False,
         sinks: bool = False,
         conv_size: int = 0,
@@ -92,6 +95,8 @@ class SoftmaxAttention(nnx.Module):
             rope_base=rope_base,
             qk_norm=qk_norm,
             kv_shift=kv_shift,
+            kv_shift_window=kv_shift_window,
+            kv_shift_parts=kv_shift_parts,
             conv_size=conv_size,
             norm_epsilon=norm_epsilon if qk_norm_epsilon is None else qk_norm_epsilon,
             norm_gain=norm_gain,

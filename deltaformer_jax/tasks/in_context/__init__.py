@@ -1,0 +1,1 @@
+"""Tasks whose answer stands in the row itself, after an earlier occurrence of a word."""
