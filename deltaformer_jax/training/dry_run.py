@@ -13,6 +13,7 @@ from deltaformer_jax.host.waiting import say_aside, waiting
 from deltaformer_jax.model import num_parameters
 from deltaformer_jax.model_parts import flat, merge
 from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints.initial import check_same_model
 from deltaformer_jax.training.checkpoints.restore import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
 from deltaformer_jax.training.on_mesh.kept_whole import check_split
@@ -32,6 +33,8 @@ def dry_run(config: Config) -> None:
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     program = fitting_program(full, mesh, say_aside)
+    if full.run.init_from:
+        check_same_model(program, full.run.init_from)
     check_split(program.parts, mesh, full.mesh.strict, say_aside, zero1=full.mesh.zero1)
     print_sizes(full, program)
     with waiting("compiling", say_aside):

@@ -14,7 +14,11 @@ from deltaformer_jax.config.files import config_folder
 from deltaformer_jax.data.tokenizer import TaskVocabulary
 from deltaformer_jax.interop import load_pretrained, save_pretrained
 from deltaformer_jax.model_parts import params_of
+from deltaformer_jax.sharding.mesh import make_mesh
+from deltaformer_jax.training.checkpoints.initial import check_same_model
 from deltaformer_jax.training.checkpoints.restore import restore
+from deltaformer_jax.training.dry_run import dry_run
+from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -74,11 +78,16 @@ def test_another_model_and_another_tokenizer_are_refused(first, corpus, tmp_path
     with pytest.raises(ValueError, match=r"run\.init_from.*not the same model: .*mlp\.gate: \[.*\] there, \[.*\] here"):
         start([*flags, "--config.model.mlp_dim=40"], tmp_path / "second")
     assert not (tmp_path / "second").exists()
+    other = parse(["train.py", "--dry_run", *flags, "--config.model.mlp_dim=40"], TINY).config
+    with pytest.raises(ValueError, match=r"run\.init_from.*not the same model: .*mlp\.gate: \[.*\] there, \[.*\] here"):
+        dry_run(other)
     config = restore(first).config.model
     (tmp_path / "other.json").write_text(TaskVocabulary(config.vocab_size).file_text)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     save_pretrained(model, config, tmp_path / "out", tokenizer=tmp_path / "other.json")
     flags = [f"--config.run.init_from={tmp_path / 'out'}", f"--config.data.path={corpus}"]
+    config = parse(["train.py", *flags], TINY).config
+    check_same_model(Program(config, make_mesh(config.mesh)), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"another tokenizer than data\.path has; prepare the data with --tokenizer"):
         start(flags, tmp_path / "third")
 

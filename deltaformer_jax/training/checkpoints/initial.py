@@ -9,13 +9,15 @@ import jax
 from etils import epath
 
 from deltaformer_jax.config.init_from import check_init_from
+from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Tokenizer, load_tokenizer
 from deltaformer_jax.interop import load_pretrained
 from deltaformer_jax.interop.files import is_pretrained
+from deltaformer_jax.interop.load import read_config
 from deltaformer_jax.interop.own import name_of
 from deltaformer_jax.layers.adapters import merged
-from deltaformer_jax.model_parts import flat, merge, nested, params_of
-from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore
+from deltaformer_jax.model_parts import flat, merge, model_parts, nested, params_of
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, restore, with_vocabulary
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.state import TrainState
 
@@ -34,15 +36,29 @@ def initial_state(
             f"run.init_from = {init_from!r}: was trained with another tokenizer than data.path has; prepare the data "
             f"with --tokenizer {Path(init_from) / TOKENIZER_FILE}"
         )
-    without_adapters = lambda params: params_of(merged(merge(program.parts, params)))
-    plain = jax.eval_shape(without_adapters, program.parts.params)
-    _check(init_from, _shapes(plain), _shapes(params))
+    _check(init_from, _shapes(_without_adapters(program)), _shapes(params))
     state = program.create_state(seed)
     leaves, shardings = dict(flat(state.params)), dict(flat(program.shardings.params))
     for path, leaf in flat(params):
         place = path if path in leaves else (*path, "kernel")  # of an AdaptedKernel
         leaves[place] = jax.device_put(leaf, shardings[place])
     return state._replace(params=nested(leaves))
+
+
+def check_same_model(program: Program, init_from: str) -> None:
+    """Raise ValueError as `initial_state` for a model with other parameters, before any of them is read."""
+    check_init_from(init_from)
+    folder = epath.Path(init_from)
+    if is_pretrained(folder):
+        _, model = read_config(Path(init_from))
+    else:
+        model = with_vocabulary(Saved.read(folder).config, load_tokenizer(Path(init_from) / TOKENIZER_FILE)).model
+    _check(init_from, _shapes(_without_adapters(program)), _shapes(model_parts(model).params))
+
+
+def _without_adapters(program: Program) -> Any:
+    """The shapes of the model's parameters, with adapters in their kernels."""
+    return jax.eval_shape(lambda params: params_of(merged(merge(program.parts, params))), program.parts.params)
 
 
 def _read(init_from: str, note: Callable[[str], Any]) -> tuple[Any, Tokenizer | None]:
