@@ -55,7 +55,9 @@ class Program:
         self._schedule = learning_rate_schedule(config.optimizer)
         decay, axes = (self.parts.divided(tree)[0] for tree in (self.parts.decay, self.parts.axes))
         self._optimiser = make_optimiser(config.optimizer, decay, axes)
-        self.abstract, self.shardings = abstract_state(self.parts, self._optimiser, mesh, zero1=config.mesh.zero1)
+        self.abstract, self.shardings = abstract_state(
+            self.parts, self._optimiser, mesh, zero1=config.mesh.zero1, skip=config.optimizer.skip
+        )
         self._gradient = gradient_shardings(self.parts, self.shardings.params, zero1=config.mesh.zero1)
         self._lowered: dict[tuple, jax.stages.Lowered] = {}
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
@@ -73,7 +75,8 @@ class Program:
     @functools.cached_property
     def _create(self) -> jax.stages.Compiled:
         def create(key: jax.Array) -> TrainState:
-            return new_state(self.parts, new_params(self._model, self.make_model, key), self._optimiser)
+            params = new_params(self._model, self.make_model, key)
+            return new_state(self.parts, params, self._optimiser, skip=self._settings.skip)
 
         return jax.jit(create, out_shardings=self.shardings).lower(jax.random.key(0)).compile()
 

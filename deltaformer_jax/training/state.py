@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaformer_jax.model_parts import ModelParts
 from deltaformer_jax.sharding.mesh import also_over_data, partition, replicated
-from deltaformer_jax.training.guard import Guard, new_guard
+from deltaformer_jax.training.guard import Guard, RatioGuard, new_guard
 
 
 class TrainState(NamedTuple):
@@ -22,17 +22,24 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array
-    guard: Guard
+    guard: Guard | RatioGuard
 
 
-def new_state(parts: ModelParts, params: Any, optimiser: optax.GradientTransformation) -> TrainState:
-    """The state before the first batch."""
+def new_state(
+    parts: ModelParts, params: Any, optimiser: optax.GradientTransformation, *, skip: str = "deviations"
+) -> TrainState:
+    """The state before the first batch. skip: optimizer.skip."""
     trained, _ = parts.divided(params)
-    return TrainState(params, optimiser.init(trained), jnp.zeros((), jnp.int32), new_guard())
+    return TrainState(params, optimiser.init(trained), jnp.zeros((), jnp.int32), new_guard(skip))
 
 
 def abstract_state(
-    parts: ModelParts, optimiser: optax.GradientTransformation, mesh: Mesh, *, zero1: bool = False
+    parts: ModelParts,
+    optimiser: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    zero1: bool = False,
+    skip: str = "deviations",
 ) -> tuple[TrainState, TrainState]:
     """(the state as ShapeDtypeStructs with shardings, the shardings alone). Nothing is allocated.
 
@@ -41,7 +48,7 @@ def abstract_state(
     state is replicated.
     """
     whole = replicated(mesh)
-    shapes = jax.eval_shape(lambda params: new_state(parts, params, optimiser), parts.params)
+    shapes = jax.eval_shape(lambda params: new_state(parts, params, optimiser, skip=skip), parts.params)
     params_sharding = parameter_shardings(parts, mesh)
     trained, trained_sharding = parts.divided(parts.params)[0], parts.divided(params_sharding)[0]
 

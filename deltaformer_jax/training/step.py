@@ -148,7 +148,7 @@ def make_train_step(
         else:
             loss, gradient, _ = loss_and_gradient(*arguments, **pieces)
         norm = optax.tree.norm(gradient)
-        ok = guard.good(state.guard, loss, norm, settings.skip_deviations)
+        ok = guard.good(state.guard, loss, norm, settings)
         trained, frozen = parts.divided(state.params)
         with _optax_promotes():
             updates, opt_state = optimiser.update(gradient, state.opt_state, trained)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import training_cases as cases
 
+from deltaformer_jax.config import OptimizerConfig
 from deltaformer_jax.data import load_corpus
 from deltaformer_jax.training import guard, step
 from deltaformer_jax.training.loop import RunError
@@ -149,9 +150,9 @@ def test_a_run_that_cannot_get_past_says_so(corpus, poison, tmp_path):
 
 def judge(values, deviations=20.0):
     """Whether each of these norms in turn is made into a step, and the guard at the end."""
-    state, made = guard.new_guard(), []
+    state, made = guard.new_guard("deviations"), []
     for norm in values:
-        ok = guard.good(state, jnp.float32(1), jnp.float32(norm), deviations)
+        ok = guard.good(state, jnp.float32(1), jnp.float32(norm), OptimizerConfig(skip_deviations=deviations))
         state, made = guard.after(state, ok, jnp.float32(norm)), [*made, bool(ok)]
     return made, state
 
@@ -169,3 +170,31 @@ def test_the_guard_by_hand():
     assert judge([1.0] * 60 + [1.9])[0][-1] and not judge([1.0] * 60 + [2.1])[0][-1]  # norms that never varied
     assert all(judge([100.0 / (1 + i) for i in range(60)])[0])  # a fall from a high start
     assert int(judge([1.0] * 30 + [np.nan] * 3)[1].in_a_row) == 3
+
+
+def test_the_rule_by_ratio():
+    """Decisions by hand: 100 norms of 1, so that the bound is 1.2 · 1 + 0.1 = 1.3."""
+    settings = OptimizerConfig(skip="ratio")
+    norms = [50.0] * 3 + [1.0] * 100 + [1.29, 1.4, 1.4, 1.4, 1.29, np.nan, np.nan, 1.4, 9.0]
+    # The first 100 are made whatever they are; of two high ones in a row the second is made, and raises the mean.
+    expected = [True] * 103 + [True, False, True, False, True, False, False, True, False]
+
+    def decide(state, norm):
+        ok = guard.good(state, jnp.float32(1), norm, settings)
+        return guard.after(state, ok, norm), ok
+
+    state, made = jax.lax.scan(decide, guard.new_guard("ratio"), jnp.asarray(norms, jnp.float32))
+    assert made.tolist() == expected
+    assert (int(state.made), int(state.skipped), int(state.in_a_row)) == (sum(expected), len(norms) - sum(expected), 1)
+    recent = [norm for norm, ok in zip(norms, expected) if ok][-100:]
+    assert sorted(np.asarray(state.recent).tolist()) == sorted(np.float32(recent).tolist())
+    assert not hasattr(guard.new_guard("deviations"), "recent")  # a checkpoint of the usual rule is what it was
+
+
+def test_a_run_by_the_ratio_resumes_bit_for_bit(corpus, tmp_path):
+    config = cases.small_config(corpus, optimizer__skip="ratio", run__steps=6, run__eval_every=0)
+    whole = cases.run_training(config, tmp_path / "whole")
+    cases.run_training(config, tmp_path / "parts", stop=lambda steps: cases.StopAt(steps, 3))
+    again = cases.run_training(config, tmp_path / "parts")
+    cases.assert_same_bits(again.state, whole.state)
+    assert np.count_nonzero(again.state.guard.recent) == 6

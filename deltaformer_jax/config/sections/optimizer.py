@@ -85,12 +85,30 @@ class OptimizerConfig:
         "added, weighted by their numbers of tokens: the same update with less memory.",
         least=1,
     )
+    skip: str = setting(
+        "deviations",
+        "Which steps are skipped, beside those whose loss or gradient norm is not finite: those whose gradient norm is "
+        'above the mean by many standard deviations ("deviations"), or above the mean of the last 100 updates by a '
+        'factor ("ratio", Baichuan-M1\'s rule).',
+        choices=("deviations", "ratio"),
+    )
     skip_deviations: float = setting(
         20.0,
-        "Steps with unusual gradients are skipped: those whose loss or gradient norm is not finite, and, "
-        "after the first 20 updates, those whose gradient norm is more than this many standard deviations "
-        "above the mean of about the last 50 updates. 0: only steps that are not finite are skipped.",
+        'For skip "deviations": after the first 20 updates, steps are skipped whose gradient norm is more than this '
+        "many standard deviations above the mean of about the last 50 updates. 0: only steps that are not finite are "
+        "skipped.",
         least=0,
+    )
+    skip_ratio: float = setting(
+        1.2,
+        'For skip "ratio": after the first 100 updates, steps are skipped whose gradient norm is above this factor '
+        "times the mean of the last 100 updates, plus skip_floor.",
+        above=0,
+        finite=True,
+    )
+    skip_floor: float = setting(0.1, 'For skip "ratio": see skip_ratio.', least=0, finite=True)
+    skip_in_a_row: int = setting(
+        1, 'For skip "ratio": after so many skipped steps in a row the next finite one is made.', least=1
     )
     rollback_after: int = setting(
         3,

@@ -36,6 +36,7 @@ def write_run(folder: epath.Path, saved: Saved, params: Any, tokenizer: Tokenize
         (folder / name).write_text(text)
     saved.write(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(new_state(parts, params, optimiser), {**Position().as_record(), **saved.as_json()})
+    state = new_state(parts, params, optimiser, skip=saved.config.optimizer.skip)
+    checkpoints.save(state, {**Position().as_record(), **saved.as_json()})
     checkpoints.wait()
     checkpoints.close()
