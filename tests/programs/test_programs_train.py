@@ -145,7 +145,7 @@ def test_dry_run_prints_and_writes_nothing(base, tmp_path):
     [
         (["--config.optimiser.b1=0.5"], "--config.optimiser.b1: no such field; did you mean --config.optimizer.b1"),
         (["--config.steps=3"], "did you mean --config.run.steps"),
-        (["--config.zzz.q=3"], "the sections are model, data, optimizer, mesh, run"),
+        (["--config.zzz.q=3"], "the sections are model, data, objective, optimizer, mesh, run"),
         (["--config.model=3"], "--config.model: is a section"),
         (["--config.model.d_model=abc"], "--config.model.d_model=abc: invalid literal for int"),
         (["--config.run.steps=0"], "run.steps = 0: must be at least 1"),
