@@ -37,12 +37,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    sizes = _sizes(config, len(devices), slices)
+    simulated = " (on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)" if devices[0].platform == "cpu" else ""
+    sizes = _sizes(config, len(devices), slices, simulated)
     return Mesh(_laid_out(sizes, devices, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _sizes(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
-    """Axis -> its number of devices."""
+def _sizes(config: MeshConfig, devices: int, slices: int, more: str) -> dict[str, int]:
+    """Axis -> its number of devices. more: where more devices can come from, for the error of too few."""
     given = {name: getattr(config, name) for name in MESH_AXES}
     for name, size in given.items():
         if size < 1 and not (name == "data" and size == -1):
@@ -59,8 +60,7 @@ def _sizes(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
         by = f" (by mesh.recipe = {config.recipe!r})" if config.recipe else ""
         raise ValueError(
             f"mesh: {asked} = {wanted} devices{by}, but there are {devices}; set "
-            "mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number "
-            "(on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)"
+            f"mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number{more}"
         )
     return sizes
 

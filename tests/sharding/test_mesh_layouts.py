@@ -31,8 +31,9 @@ def test_recipes(config, sizes):
 def test_recipes_that_cannot_be():
     with pytest.raises(
         ValueError, match=r"data 1 \* fsdp 2 \* tensor 3 .* = 6 devices \(by mesh.recipe = 'fsdp\+tenso"
-    ):
+    ) as caught:
         make_mesh(MeshConfig(recipe="fsdp+tensor", tensor=3))
+    assert str(caught.value).endswith("is that number (on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)")
     with pytest.raises(ValueError, match=r"mesh.recipe = 'fsdb': must be one of.*did you mean fsdp"):
         check(Config(mesh=MeshConfig(recipe="fsdb")))
 
@@ -41,6 +42,12 @@ def tpus(name, **more):
     pytest.importorskip("libtpu", reason="describes TPUs; the extra tpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+
+
+@pytest.mark.long
+def test_devices_that_are_not_cpus_cannot_be_simulated():
+    with pytest.raises(ValueError, match=r"but there are 4; set .* so that their product is that number$"):
+        make_mesh(MeshConfig(tensor=3), tpus("v5e:2x2"))
 
 
 @pytest.mark.parametrize(
