@@ -194,7 +194,7 @@ def _draw_rankings(panels, done: list[dict[str, Any]], families: list[str], elas
             for colour, (name, values) in zip(COLOURS, bits.items()):
                 axes.plot(layers - np.arange(len(values)), values, "s-", markersize=3, color=colour, label=NAMES[name])
         _over_layers_kept(axes, done)
-        plain(axes, family + (", elastic" if elastic else "") + ("" if found else " (not run)"))
+        plain(axes, ("the same, elastic" if elastic else family) + ("" if found else " (not run)"))
     panels[0].set_ylabel("bits a byte")
 
 
