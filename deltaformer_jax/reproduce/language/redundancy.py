@@ -227,5 +227,5 @@ EXPERIMENT = Experiment(
     run=run,
     rows=rows,
     figure=figure,
-    cost="about four minutes a model on two cores, ten models; --quick: a minute and a half, three of them",
+    cost="two hours on two busy cores, ten models; --quick: a minute of processor time, three models",
 )
