@@ -183,6 +183,18 @@ def test_help_is_given_without_jax(program):
     )
 
 
+@pytest.mark.parametrize("program", ["train", "prune"])
+def test_a_program_of_the_package_may_be_run_as_a_file(program):
+    """Its folder is then first on Python's path. A name that Python has too must give way, as inspect does."""
+    folder = Path(deltaformer_jax.__file__).parent
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert names & sys.stdlib_module_names == {"inspect"}
+    done = subprocess.run([sys.executable, folder / f"{program}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--workdir" in done.stdout, done.stderr
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import inspect; print(inspect.signature(inspect.isclass))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "(object)\n"
+
+
 def test_what_is_exported():
     for name in deltaformer_jax.__all__:
         assert getattr(deltaformer_jax, name).__name__ == name

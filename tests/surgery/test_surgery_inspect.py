@@ -8,10 +8,10 @@ import pytest
 from etils import epath
 from support import training_cases as cases
 
-from deltaformer_jax import inspect
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import load_data
+from deltaformer_jax.inspect import __main__ as inspect
 from deltaformer_jax.model_parts import model_parts
 from deltaformer_jax.training.checkpoints.new_run import write_run
 from deltaformer_jax.training.checkpoints.restore import restore

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -181,7 +182,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_pa
         pytest.skip("this system lets nobody but root mount a tmpfs (unshare -rm fails)")
     script = f"""
         mount -t tmpfs -o size=20m tmpfs {disk}
-        {sys.executable} -m {program.__name__} --workdir={disk}/run "$@" 2> {tmp_path}/err > {tmp_path}/out & pid=$!
+        {sys.executable} {Path(program.__file__)} --workdir={disk}/run "$@" 2> {tmp_path}/err > {tmp_path}/out & pid=$!
         until [ -e {disk}/run/checkpoints/7/sha256.json ]; do kill -0 $pid || break; sleep 0.02; done
         cat /dev/zero > {disk}/filler 2> /dev/null
         wait $pid; echo $? > {tmp_path}/code
@@ -196,7 +197,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(corpus, tmp_pa
     records = cases.read_metrics_of_a_torn_file(kept)
     assert step >= 7 and step % 7 == 0 and records[-1]["step"] <= step + 8
     sound = subprocess.run(
-        [sys.executable, "-m", program.__name__, f"--workdir={kept}", f"--config.run.steps={step + 3}"],
+        [sys.executable, Path(program.__file__), f"--workdir={kept}", f"--config.run.steps={step + 3}"],
         env=environment(tmp_path_factory),
         cwd=tmp_path,
         capture_output=True,
