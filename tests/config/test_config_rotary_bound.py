@@ -71,6 +71,11 @@ def test_the_warning():
     )
 
 
+def test_a_long_contexts_warning_searches_for_no_base():
+    (line,) = beyond_bound(model(), 8193)
+    assert line.startswith("model.rope_base = 10000: at ") and line.endswith("arXiv 2405.14591)")
+
+
 @pytest.mark.parametrize(
     "given, length, starts",
     [

@@ -18,13 +18,15 @@ from deltaformer_jax.config.mixer import entry
 from deltaformer_jax.config.sections import ModelConfig
 
 BLOCK = 65536
+# The longest context for which a warning names the least base: a run should not wait for the search at its start.
+SEARCHED = 8192
 # The mixers whose queries and keys are compared by a product alone; retention's decay with the distance.
 ATTENTION = ("delta_former", "softmax_attention")
 
 
-def frequencies(base: float, width: int) -> np.ndarray:
-    """θ_i for i < width/2."""
-    return float(base) ** (-2.0 * np.arange(width // 2) / width)
+def frequencies(base: float, width: int, scaling: str = "none") -> np.ndarray:
+    """θ_i for i < width/2, float64, scaled as `model.rope_scaling` says."""
+    return np.array(rope_scaling.frequencies(base, width, rope_scaling.parse(scaling)))
 
 
 def sums(theta: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -80,14 +82,17 @@ def beyond_bound(model: ModelConfig, length: int) -> list[str]:
 
 
 def _broken(base: float, width: int, scaling: str, longest: int) -> str | None:
-    theta = np.array(rope_scaling.frequencies(base, width, rope_scaling.parse(scaling)))
+    theta = frequencies(base, width, scaling)
     first = first_negative(theta, longest)
     if first is None:
         return None
     count = sum(int(np.sum(values < 0)) for _, values in blocks(theta, longest))
     base_said = f"{base:g}" if scaling == "none" else f"{base:g}, scaled by {scaling}"
-    return (
+    line = (
         f"model.rope_base = {base_said}: at {count} of the distances up to {longest}, from {first} on, attention scores"
-        f" a key like the query below others (heads of {width} rotated features; arXiv 2405.14591). The least base of"
-        f" two digits without such a distance is {least_base(longest, max(10.0, base), width):g}"
+        f" a key like the query below others (heads of {width} rotated features; arXiv 2405.14591)"
     )
+    if longest > SEARCHED:
+        return line
+    least = least_base(longest, max(10.0, base), width)
+    return f"{line}. The least base of two digits without such a distance is {least:g}"
