@@ -16,10 +16,11 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.surgery.influence import block_influence
-from deltaformer_jax.training.loss import counted, token_nats
+from deltaformer_jax.training.loss import batch_nats, counted
 
 MEASURED = ("bi", "relative_magnitude", "loss")
 RANKINGS = (*MEASURED, "reverse", "sequential")
@@ -52,7 +53,7 @@ def measure(model: LanguageModel, batches: Iterable[dict], names: Iterable[str] 
 def losses(model: LanguageModel, batches: Iterable[dict], active: np.ndarray) -> np.ndarray:
     """The mean nats of a counted token with the layers of each row of `active`, bool [N, num_layers] -> float64 [N].
 
-    All rows share one compiled program. Cost: N forward passes. Memory: the logits of one row of a batch. Raises
+    All rows share one compiled program. Cost: N forward passes. Memory: see `training.loss.over_logits`. Raises
     ValueError if no token is counted.
     """
     sums, count = np.zeros(len(active)), 0
@@ -67,6 +68,4 @@ def losses(model: LanguageModel, batches: Iterable[dict], active: np.ndarray) ->
 
 @jax.jit
 def _nats(model: LanguageModel, batch: dict[str, jax.Array], active: jax.Array) -> jax.Array:
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], active=active)
-    of_row = lambda row: jnp.sum(token_nats(model.logits(row[0][None]), row[1][None], row[2][None]))
-    return jnp.sum(jax.lax.map(of_row, (hidden, batch["targets"], counted(batch))))
+    return jnp.sum(batch_nats(*nnx.split(model), batch, active=active))

@@ -3,7 +3,8 @@
 Byte models of the standard library's text, as many parameters each, are trained as usual, and once more with elastic
 depth (`training/objectives/elastic.py`). Then layers are switched off without further training:
 
-* Block Influence BI_l and relative magnitude of each layer (`surgery/influence.py`);
+* Block Influence BI_l = 1 − E[cos(x_l, x_{l+1})] of each layer, x_l the residual stream that enters it, and relative
+  magnitude (`surgery/influence.py`);
 * bits of a token (a byte) without each layer alone;
 * bits with n = 1, 2, ... layers removed, in the order of five rankings and, of an elastic model, the trained order.
 
@@ -24,6 +25,7 @@ from deltaformer_jax.plot.style import COLOURS, explain, line_styles, plain
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
+from deltaformer_jax.surgery.rankings import RANKINGS
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "softmax attention": ("softmax_attention",),
@@ -37,7 +39,6 @@ QUICK = dict(d_model=32, num_layers=4, num_heads=1, head_dim=32, sequence_length
 # The order in which elastic training leaves out layers, from the middle on: every second one is left at the end.
 DROP, DEPTHS = {8: "6,2,4,1", 4: "2,1"}, {8: "6,4", 4: "3,2"}
 TRAINED = "trained order"
-RANKINGS = ("bi", "relative_magnitude", "loss", "reverse", "sequential")
 NAMES = {
     "bi": "Block Influence",
     "relative_magnitude": "relative magnitude",
@@ -86,10 +87,8 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
         return None
     model = merge(run.program.parts, ending.state.params)
     length, rows = settings["sequence_length"], settings["batch_size"]
-    taken = itertools.islice(
-        batches(run.corpus, "eval", sequence_length=length, batch_size=rows, seed=0), settings["measured_batches"]
-    )
-    taken = list(taken)
+    evaluation = batches(run.corpus, "eval", sequence_length=length, batch_size=rows, seed=0)
+    taken = list(itertools.islice(evaluation, settings["measured_batches"]))
     values = measure(model, taken)
     orders = {name: ranking(values, name, layers) for name in RANKINGS}
     if settings["elastic"]:
