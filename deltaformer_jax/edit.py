@@ -21,18 +21,14 @@ from etils import epath
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.host.arguments import whole_numbers
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.host.waiting import say_aside, waiting
 
-
-def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 # Name -> {option: how its text is read}.
 EDITS = {
-    "remove_layers": {"layers": _layers},
+    "remove_layers": {"layers": whole_numbers},
     "rescale_rope": {"base": float, "scaling": str},
     "merge_adapters": {},
 }

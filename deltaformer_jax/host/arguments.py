@@ -1,4 +1,4 @@
-"""Flags that are needed before the command line is parsed."""
+"""Flags that are needed before the command line is parsed, and values that are lists."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def value_of(flag: str, argv: list[str]) -> str | None:
                 raise ValueError(f"--{flag}: give a value")
             found = value if equals else argv[i + 1]
     return found
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of a text such as "5,6". Raises ValueError unless all are whole numbers of 0 or more."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{text!r}: give whole numbers, separated by commas, as in 5,6")
+    return [int(part) for part in parts]

@@ -25,6 +25,7 @@ from etils import epath
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.host.arguments import whole_numbers
 from deltaformer_jax.host.paths import expand
 from deltaformer_jax.host.waiting import begun, say_aside, waiting
 from deltaformer_jax.sample.output import Output
@@ -118,10 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--batch_size {flags.batch_size}: give 1 or more")
         if flags.logprobs and not flags.json:
             raise ValueError("--logprobs: only the records of --json have room for them; give both")
-        skipped = [part.strip() for part in flags.skip_in_prefill.split(",")] if flags.skip_in_prefill else []
-        if not all(part.isdecimal() for part in skipped):
-            raise ValueError(f"--skip_in_prefill {flags.skip_in_prefill}: give layers, separated by commas, as in 5,6")
-        skipped = [int(part) for part in skipped]
+        try:
+            skipped = whole_numbers(flags.skip_in_prefill)
+        except ValueError as error:
+            raise ValueError(f"--skip_in_prefill {error}") from None
         prompts, talks = read_prompts(flags.prompt, flags.prompts), read_chats(flags.chat, flags.chats)
         if talks and prompts:
             raise ValueError("--chat: the same call continues no --prompt; give one or the other")

@@ -167,7 +167,8 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     assert "tokens = 0" in error(capsys, sample.main, *given, "--tokens", 0)
     assert "top_p = 2.0" in error(capsys, sample.main, *given, "--top_p", 2)
     assert "--samples 0: give 1 or more" in error(capsys, sample.main, *given, "--samples", 0)
-    assert "give layers, separated by commas" in error(capsys, sample.main, *given, "--skip_in_prefill", "1;2")
+    wrong = error(capsys, sample.main, *given, "--skip_in_prefill", "1;2")
+    assert "--skip_in_prefill '1;2': give whole numbers, separated by commas" in wrong
     assert "skip_in_prefill = 9: give layers from 0 to " in error(capsys, sample.main, *given, "--skip_in_prefill", "9")
     assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
     (tmp_path / "empty").write_bytes(b"")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from deltaformer_jax.config.fields import setting
+from deltaformer_jax.host.arguments import whole_numbers
 
 
 @dataclasses.dataclass
@@ -58,12 +59,15 @@ def _spaced(count: int, length: int) -> tuple[int, ...]:
 
 def _numbers(field: str, text: str, least: int, most: int, otherwise: str) -> list[int]:
     """The different whole numbers from least to most in `text`, which commas separate."""
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+    try:
+        numbers = whole_numbers(text)
+        fit = all(least <= number <= most for number in numbers)
+    except ValueError:
+        fit = False
+    if not fit:
         raise ValueError(
             f"objective.{field} = {text!r}: must be numbers from {least} to {most}, separated by commas, {otherwise}"
         )
-    numbers = [int(part) for part in parts]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"objective.{field} = {text!r}: a number is given once")
     return numbers
