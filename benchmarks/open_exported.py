@@ -4,8 +4,9 @@
     python benchmarks/open_exported.py open OUT      # in an environment with torch, transformers and fla
 
 The second command builds each class from config.json and loads the tensors strictly: none may be missing, unknown or of
-another shape. For models of the package transformers it also compares the logits with those of the fixture, whose
-random weights the exported folder holds. fla's classes need a GPU to run; they are only opened.
+another shape. For models of the package transformers it also compares the logits: with those of the fixture, whose
+random weights the exported folder holds, and for Llamas with a scaled rotary embedding with ours. fla's classes need a
+GPU to run; they are only opened.
 
 The second environment needs no GPU. It is one of two, because transformers takes fla's kernels where fla is installed:
 
@@ -21,6 +22,8 @@ import shutil
 import sys
 from pathlib import Path
 
+# Scalings of the fixture's Llama, whose case has fewer than 64 tokens.
+SCALINGS = ("linear:4", "yarn:4,8", "llama3:8,1,4,8")
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "pretrained"
 
 
@@ -32,6 +35,30 @@ def write_all(out: Path) -> None:
         kind = save_pretrained(model, config, out / folder.name)
         shutil.copy(folder / "io.safetensors", out / folder.name)
         print(f"{folder.name}: a {kind}", flush=True)
+    for scaling in SCALINGS:
+        write_scaled(out / f"hf_llama_{scaling.partition(':')[0]}", scaling)
+
+
+def write_scaled(folder: Path, scaling: str) -> None:
+    """The fixture's Llama with a scaled rotary embedding, and the logits that it has here."""
+    import dataclasses
+
+    import jax
+    from flax import nnx
+    from safetensors.numpy import load_file, save_file
+
+    from deltaformer_jax.interop import load_pretrained, save_pretrained
+    from deltaformer_jax.model_parts import model_parts, params_of
+
+    model, config = load_pretrained(FIXTURES / "hf_llama")
+    config = dataclasses.replace(config, rope_scaling=scaling)
+    scaled = nnx.merge(model_parts(config).graphdef, nnx.State(params_of(model)))
+    kind = save_pretrained(scaled, config, folder)
+    case = load_file(FIXTURES / "hf_llama" / "io.safetensors")
+    with jax.default_matmul_precision("highest"):
+        logits, _ = scaled(case["tokens"])
+    save_file({"tokens": case["tokens"], "logits": jax.device_get(logits)}, folder / "io.safetensors")
+    print(f"{folder.name}: a {kind}", flush=True)
 
 
 def open_all(out: Path, package: str) -> int:

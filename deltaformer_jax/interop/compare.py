@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.rope_scaling import parse
 from deltaformer_jax.interop.sources.base import layers
 from deltaformer_jax.layers.mixers.build import block_setting, resolved_fields
 from deltaformer_jax.model import mlp_dim
@@ -16,7 +17,10 @@ from deltaformer_jax.model import mlp_dim
 # Fields that say how to compute, not what.
 _HOW = ("chunk_size", "implementation")
 # Of the whole model.
-_WHOLE = ("vocab_size", "d_model", "num_layers", "norm_epsilon", "norm_gain", "tie_embeddings", "embedding_scale")
+_WHOLE = (
+    *("vocab_size", "d_model", "num_layers", "norm_epsilon", "norm_gain", "tie_embeddings", "embedding_scale"),
+    "normalise_head",
+)
 # What an argument that is None stands for.
 _NONE_IS = {
     "num_value_heads": "num_heads",
@@ -50,5 +54,7 @@ def _meaning(config: ModelConfig, mixer: Mixer) -> dict[str, Any]:
     if "gate_rank" in values:
         rank = values["gate_rank"]
         values["gate_rank"] = (rank or values["head_dim"], rank or values["value_dim"])
+    if "rope_scaling" in values:  # whose numbers may be written otherwise
+        values["rope_scaling"] = parse(values["rope_scaling"])
     values["norm_placement"] = block_setting(config, mixer, "norm_placement")
     return {name: value for name, value in values.items() if name not in _HOW}

@@ -1,5 +1,7 @@
 """A folder that comes back as it was: its model type and names; and what is said where that cannot be."""
 
+import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 from deltaformer_jax import Mixer, ModelConfig
 from deltaformer_jax.config import Config, DataConfig, RunConfig
 from deltaformer_jax.config.saved import Saved
-from deltaformer_jax.interop import load_pretrained, save_pretrained
+from deltaformer_jax.interop import compare, load_pretrained, save_pretrained
 from deltaformer_jax.interop.fields import Fields
 from deltaformer_jax.interop.kept import kept_of_run, read_kept
 from deltaformer_jax.interop.save import choose
 from deltaformer_jax.interop.sources import SOURCES
+from deltaformer_jax.layers.mixers import MIXERS
 
 PRETRAINED = Path(__file__).parents[1] / "fixtures" / "pretrained"
 
@@ -182,3 +185,33 @@ def test_heads_of_a_width_that_classes_do_not_build_are_ours():
     )
     source, _, why = choose(ModelConfig(**some, mixers=("softmax_attention",)), None)
     assert source is None and "transformer: config.json: hidden_size = 50: must be a multiple of num_heads = 3" in why
+
+
+LLAMA = dict(mixers=("softmax_attention",), embedding_scale="one", norm_epsilon=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, kind",
+    [
+        ({}, "llama"),
+        ({"rope_scaling": "linear:4"}, "llama"),
+        ({"rope_scaling": "yarn:4,2048"}, "llama"),
+        ({"rope_scaling": "llama3:8,1,4,8192"}, "llama"),
+        ({"rope_scaling": "ntk:4"}, None),
+        ({"normalise_head": True}, None),
+        ({"kv_shift": True, "kv_shift_window": 3}, None),
+    ],
+)
+def test_what_llama_cannot_say_is_ours(fields, kind):
+    source, _, why = choose(ModelConfig(vocab_size=32, **LLAMA | fields), None)
+    assert (source and source.model_type) == kind
+    assert kind or f"llama cannot say model.{next(iter(fields))} = " in why, why
+
+
+def test_every_field_of_a_model_is_compared():
+    """A field that `differences` overlooked would be lost in another project's config.json, without a word."""
+    taken = {name for mixer in MIXERS.values() for name in inspect.signature(mixer.__init__).parameters}
+    how = {"compute_dtype", "remat", "unroll_layers"}
+    apart = {"mlp_dim", "mixers", "norm_placement"}  # compared by what they mean
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields == {*compare._WHOLE} | how | apart | (fields & taken)
