@@ -2,7 +2,7 @@
 
 Command:    python train.py --config tasks/mqar
 Hardware:   two CPU cores, no accelerator.
-Time:       about a minute on busy cores.
+Time:       51 s on two idle cores.
 Result:     accuracy 1.0000 on the evaluation split after 400 steps of 64 rows.
 
 One layer suffices because of KV shifting, which lets a value be stored under the key before it. Without KV shifting
