@@ -28,8 +28,7 @@ def check(config: Config) -> None:
     check_pattern(config.model)
     _check_found_again(config.model)
     _check_rope_scaling(config.model)
-    if config.objective.name == "elastic":
-        config.objective.left_out(config.model.num_layers)
+    _check_objective(config)
     optimizer, batch = config.optimizer, config.data.batch_size
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= optimizer.decay_steps:
         raise ValueError(
@@ -46,6 +45,28 @@ def check(config: Config) -> None:
         raise ValueError(
             f"optimizer.accumulation_steps = {optimizer.accumulation_steps} doesn't divide data.batch_size = {batch}"
         )
+
+
+def _check_objective(config: Config) -> None:
+    objective = config.objective
+    if objective.name == "elastic":
+        objective.left_out(config.model.num_layers)
+    if objective.name in ("mixed", "longred"):
+        objective.shares()
+        if config.data.path.startswith("task:"):
+            raise ValueError(f"objective.name = {objective.name!r}: is for text, not for data.path = a task")
+    if objective.name == "longred":
+        objective.compared(config.model.num_layers)
+        if not objective.teacher_workdir:
+            raise ValueError(
+                "objective.teacher_workdir = '': objective.name = \"longred\" compares with the run before its context "
+                "was extended; give its folder"
+            )
+        if not config.run.init_from:
+            raise ValueError(
+                "run.init_from = '': objective.name = \"longred\" goes on from a trained model; give its folder, as in "
+                f"run.init_from={objective.teacher_workdir}"
+            )
 
 
 def _check_read(optimizer: OptimizerConfig) -> None:

@@ -40,6 +40,10 @@ NAMES = {
         "how much a model loses without some of its layers: Block Influence and four other rankings, elastic training",
         "language.redundancy",
     ),
+    "longred": (
+        "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
+        "language.longred",
+    ),
     "theorem1": (
         "an exact memory of n slots under swaps, with and without compression of its cache",
         "deltaformer.theorem1",

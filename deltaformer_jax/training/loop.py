@@ -29,11 +29,11 @@ from deltaformer_jax.model_parts import merge, model_parts
 from deltaformer_jax.processes import child, common
 from deltaformer_jax.processes.agreement import Alone, Together, agreement
 from deltaformer_jax.sharding.mesh import batch_sharding
-from deltaformer_jax.sharding.rows import local_rows, to_devices
+from deltaformer_jax.sharding.rows import local_rows
 from deltaformer_jax.training.checkpoints.rollback import LIMIT, roll_back
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.evaluation import evaluate
-from deltaformer_jax.training.position import Position, number_batches
+from deltaformer_jax.training.position import Position
 from deltaformer_jax.training.setup import Run
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.display import Display
@@ -145,11 +145,9 @@ def run_steps(
     save_seconds: float,
 ) -> Ending:
     """The loop itself. The state that it returns is saved."""
-    settings, sharding = run.config.run, batch_sharding(run.program.mesh)
-    rows = local_rows(sharding, run.config.data.batch_size, run.config.data.sequence_length)
-    mine = None if rows is None else rows.numbers
+    settings = run.config.run
     reader = LateReader(run.config, run.metrics, display, run.program.training_flops(run.config.data.sequence_length))
-    stream, rollbacks = number_batches(run.corpus, run.config, position, mine), 0
+    stream, rollbacks = run.feed.stream(position), 0
     saved, saved_at = position.step if run.resumed else None, time.monotonic()
     run.ledger.enter("steps")
     while True:
@@ -174,7 +172,7 @@ def run_steps(
                 saved = position.step if run.checkpoints.steps() else None
                 instruments.cut(position.step)
                 reader.forget()
-                stream = number_batches(run.corpus, run.config, position, mine)
+                stream = run.feed.stream(position)
                 continue
 
             if evaluating:
@@ -209,7 +207,7 @@ def run_steps(
                 number, batch = _next(stream, position)
             child.at("training", child.TRAINING)
             with child.taking_time("computing"):
-                on_devices = to_devices(batch, sharding, rows)
+                on_devices = run.feed.to_devices(batch)
                 instruments.before_step(position.step, state, on_devices)
                 reader.before_step()
                 state, metrics = run.train_step(state, on_devices)

@@ -4,9 +4,11 @@ Training, the dry run, restoring and `reproduce` build the same Program. Shapes 
 step is traced and compiled when it is first used.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +23,24 @@ from deltaformer_jax.host.paths import expand
 from deltaformer_jax.layers.adapters import adapt
 from deltaformer_jax.layers.linear import input_axes
 from deltaformer_jax.model import LanguageModel, num_parameters
-from deltaformer_jax.model_parts import flat, merge, model_parts, new_params
+from deltaformer_jax.model_parts import ModelParts, flat, merge, model_parts, new_params
 from deltaformer_jax.processes import common
 from deltaformer_jax.sharding.mesh import batch_sharding
 from deltaformer_jax.training.evaluation import make_evaluation_step
 from deltaformer_jax.training.objectives.elastic import layer_switches
+from deltaformer_jax.training.objectives.mixed import mixing
+from deltaformer_jax.training.objectives.restoration import Teacher, restoring
+from deltaformer_jax.training.objectives.rows import rows_beside
+from deltaformer_jax.training.objectives.teacher_model import teacher_model
 from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser
-from deltaformer_jax.training.state import TrainState, abstract_state, gradient_shardings, new_state
-from deltaformer_jax.training.step import make_train_step
+from deltaformer_jax.training.state import (
+    TrainState,
+    abstract_state,
+    gradient_shardings,
+    new_state,
+    parameter_shardings,
+)
+from deltaformer_jax.training.step import Beside, make_train_step
 from deltaformer_jax.training.watch.statistics import make_statistics_step
 
 
@@ -36,9 +48,10 @@ class Program:
     """The compiled programs of a model, an optimiser and a mesh.
 
     Reads only `config.model`, which must have its vocabulary size, `config.optimizer`, `config.objective` (with
-    `config.run.seed` if it draws), `config.mesh.zero1` and `config.mesh.sequence_parallel`. Runs that differ in other
-    settings may share a Program. `make_model(config.model, rngs=rngs)` constructs the model, which must have the
-    embedding, blocks and norm of a LanguageModel. With optimizer.lora_rank its model has adapters.
+    `config.run.seed` if it draws, and `config.data` if it has rows of other lengths), `config.mesh.zero1` and
+    `config.mesh.sequence_parallel`. Runs that differ in other settings may share a Program.
+    `make_model(config.model, rngs=rngs)` constructs the model, which must have the embedding, blocks and norm of a
+    LanguageModel. With optimizer.lora_rank its model has adapters.
 
     Attributes: mesh; make_model; parts (ModelParts); abstract and shardings (TrainStates of ShapeDtypeStructs and of
     shardings).
@@ -51,6 +64,7 @@ class Program:
         self.parts = model_parts(config.model, self.make_model)
         self._model, self._settings = config.model, config.optimizer
         self._sequence_parallel = config.mesh.sequence_parallel
+        self._config = config
         self._switches = layer_switches(config.objective, config.model.num_layers, config.run.seed)
         self._schedule = learning_rate_schedule(config.optimizer)
         decay, axes = (self.parts.divided(tree)[0] for tree in (self.parts.decay, self.parts.axes))
@@ -100,6 +114,16 @@ class Program:
         return 3 * model.flops_per_token(length) - idle
 
     @functools.cached_property
+    def teacher_parts(self) -> ModelParts:
+        """The model that objective.name = "longred" compares with."""
+        return model_parts(teacher_model(self._config))
+
+    @property
+    def teacher_shardings(self) -> Any:
+        """The shardings of its parameters."""
+        return parameter_shardings(self.teacher_parts, self.mesh)
+
+    @functools.cached_property
     def train_step(self) -> Callable:
         """The training step of `step.make_train_step`, a jitted function that compiles once per batch shape."""
         return make_train_step(
@@ -112,17 +136,40 @@ class Program:
             self._gradient,
             sequence_parallel=self._sequence_parallel,
             switches=self._switches,
+            beside=self._beside,
         )
+
+    @functools.cached_property
+    def _beside(self) -> Beside | None:
+        if self._config.objective.name == "mixed":
+            return mixing(self._config, self.parts, self.mesh)
+        if self._config.objective.name != "longred":
+            return None
+        rows = rows_beside(self._config, self.mesh)
+        return restoring(self._config, rows, self.parts, self.teacher_parts, self.mesh, self.teacher_shardings)
+
+    def _abstract_given(self) -> tuple[Teacher, ...]:
+        """What a training step takes after the batch, as ShapeDtypeStructs."""
+        if self._config.objective.name != "longred":
+            return ()
+        rule, found = self._config.objective.compared(self._model.num_layers)
+        layers = jax.ShapeDtypeStruct((found[0] + 1 if rule == "kl" else len(found),), np.int32)
+        return (Teacher(self.teacher_parts.params, layers),)
 
     def lower_train_step(self, data: DataConfig) -> jax.stages.Lowered:
         """The training step traced for batches of this shape. Tracing runs the model's own checks of its config."""
         key = (data.batch_size, data.sequence_length, has_loss_mask(data.path))
         if key not in self._lowered:
-            self._lowered[key] = self.train_step.lower(self.abstract, abstract_batch(data, self.mesh))
+            batch = abstract_batch(data, self.mesh)
+            for name, rows in rows_beside(dataclasses.replace(self._config, data=data), self.mesh).items():
+                shape = dataclasses.replace(data, batch_size=rows.number, sequence_length=rows.length)
+                batch[name] = abstract_batch(shape, self.mesh)
+            self._lowered[key] = self.train_step.lower(self.abstract, batch, *self._abstract_given())
         return self._lowered[key]
 
     def compile_train_step(self, data: DataConfig, options: dict | None = None) -> jax.stages.Compiled:
-        """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape.
+        """The compiled training step, (state, batch) -> (state, metrics), for batches of this shape. With the objective
+        "longred" it also takes a Teacher.
 
         options: the compiler's; those of the first call for a shape count.
         """

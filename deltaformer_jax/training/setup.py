@@ -1,6 +1,7 @@
 """Setting up a run: everything it needs is made and checked, the cheapest checks first."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -28,8 +29,9 @@ from deltaformer_jax.training.checkpoints.initial import initial_state
 from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
 from deltaformer_jax.training.checkpoints.store import Checkpoints
 from deltaformer_jax.training.memory import fitting_program
+from deltaformer_jax.training.objectives.given import find_given, texts_beside
 from deltaformer_jax.training.on_mesh.kept_whole import check_split
-from deltaformer_jax.training.position import Position
+from deltaformer_jax.training.position import Feed, Position
 from deltaformer_jax.training.program import Program, use_compilation_cache
 from deltaformer_jax.training.state import TrainState
 from deltaformer_jax.training.watch.ledger import FILE as TIME_FILE
@@ -51,6 +53,7 @@ class Run:
     config: Config
     workdir: epath.Path
     corpus: Corpus | Mixture | TaskData
+    feed: Feed
     evaluation_batch_size: int
     program: Program
     train_step: Callable  # compiled
@@ -176,12 +179,15 @@ def prepare(
         _check_same_data(saved, corpus, workdir)
     _check_evaluation(config, corpus)
     full = with_vocabulary(config, corpus.tokenizer)
+    texts = texts_beside(full, corpus, mesh)
     begin = _said(begin or _beginning(full, corpus.tokenizer, note), full, note)
     # Traced before anything is written, since tracing the model checks the rest of the config.
     with ledger.within("compiling"):
         program = fitting_program(full, mesh, note, make_program)
     check_split(program.parts, mesh, full.mesh.strict, note, zero1=full.mesh.zero1)
+    find = functools.partial(find_given, full, program, corpus, texts, workdir, note=note)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
+    given = None if fresh is None else find(fresh.params)
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -198,19 +204,22 @@ def prepare(
         checkpoints.drop_after(position.step)
     else:
         state, position = begin(program) if fresh is None else fresh, Position()
+    given = given or find(state.params)
     if jax.process_index() == 0:
         Saved(config, corpus.tokenizer.hash, corpus.hash).write(workdir)
         (workdir / TOKENIZER_FILE).write_text(corpus.tokenizer.file_text)
         if chat := _chat_settings(corpus):
             (workdir / CHAT_FILE).write_text(json.dumps(chat) + "\n")
+        given.write(workdir)
     what = f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}"
     with waiting(what, note), ledger.within("compiling"):
-        train_step = program.compile_train_step(full.data)
+        train_step = _with(program.compile_train_step(full.data), given.arguments)
         common.gather("compiling", None)  # so that the first step meets the others, as in create_state
     run = Run(
         config=full,
         workdir=workdir,
         corpus=corpus,
+        feed=Feed(full, corpus, mesh, texts),
         evaluation_batch_size=evaluation_batch_size or full.data.batch_size,
         program=program,
         train_step=train_step,
@@ -222,6 +231,11 @@ def prepare(
     )
     ledger.write(position.step)
     return Prepared(run, position, state)
+
+
+def _with(step: Callable, arguments: tuple) -> Callable:
+    """(state, batch) -> step(state, batch, *arguments)."""
+    return (lambda state, batch: step(state, batch, *arguments)) if arguments else step
 
 
 def _chat_settings(corpus: Corpus | Mixture | TaskData) -> dict[str, Any]:

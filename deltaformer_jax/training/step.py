@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,41 @@ def _sums(
     return jax.lax.scan(add_part, (zero, jax.tree.map(jnp.zeros_like, trained)), cut)[0]
 
 
+def mean_and_gradient(
+    of_part: Callable,
+    accumulation_steps: int,
+    parts: ModelParts,
+    params,
+    rows: dict[str, Any],
+    *,
+    over: Callable = _here,
+):
+    """(mean over the real tokens of `rows`, its gradient), of of_part(graphdef, params, rows) = (sum, ()).
+
+    rows: a dict of arrays [B, T, ...], segment_ids among them. The other arguments are as of `loss_and_gradient`.
+    """
+    sums = functools.partial(_sums, of_part, accumulation_steps, parts)
+    (total, _), gradient = over(parts, sums)(params, rows)
+    share = 1.0 / jnp.maximum(jnp.sum(rows["segment_ids"] > 0), 1).astype(jnp.float32)
+    return total * share, jax.tree.map(lambda g: g * share, gradient)
+
+
+class Beside(NamedTuple):
+    """What a step minimises beside the mean nats of its rows of data.sequence_length.
+
+    given: the shardings of what the step takes after the batch. added(gradient, state, batch, *given, over=) ->
+    (the gradient of all of it, metrics), with the arguments of the step and `over` of `loss_and_gradient`.
+    """
+
+    given: tuple
+    added: Callable
+
+
+def _long(batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """The rows of data.sequence_length; other rows are dicts in the batch."""
+    return {name: rows for name, rows in batch.items() if not isinstance(rows, dict)}
+
+
 @contextlib.contextmanager
 def _optax_promotes() -> Iterator[None]:
     """Optax's arithmetic relies on promotion of dtypes (0.9 ** step): a user's stricter settings are lifted for it."""
@@ -124,11 +159,14 @@ def make_train_step(
     *,
     sequence_parallel: bool = False,
     switches: Callable[[jax.Array], jax.Array] | None = None,
+    beside: Beside | None = None,
 ) -> Callable:
     """jit of (state, batch) -> (state, metrics). The old state is donated. `of_gradient`: the gradient's shardings.
     `sequence_parallel`: as of `on_mesh`. `switches`: step -> the layers that it trains, bool [num_layers]; None: all.
+    `beside`: what is minimised beside the nats of these rows; the step then also takes what `beside.given` describes.
 
     batch: tokens, targets, segment_ids, int32 [batch_size, T]; for a task or conversations also loss_mask, bool.
+    With `beside`, also a dict of arrays for each kind of rows beside these.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0; with `switches` depth, the number of
     layers that were trained. They stay on the device until read.
@@ -136,8 +174,8 @@ def make_train_step(
 
     over = functools.partial(over_rows, mesh, of_gradient)
 
-    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        arguments = (parts, state.params, batch, settings.accumulation_steps)
+    def step(state: TrainState, batch: dict[str, Any], *given: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        arguments = (parts, state.params, _long(batch), settings.accumulation_steps)
         pieces = {"over": over, "max_logits": logits_at_once(mesh)}
         more = {}
         if switches is not None:
@@ -147,6 +185,9 @@ def make_train_step(
             loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)
         else:
             loss, gradient, _ = loss_and_gradient(*arguments, **pieces)
+        if beside is not None:
+            gradient, terms = beside.added(gradient, state, batch, *given, over=over)
+            more |= terms
         norm = optax.tree.norm(gradient)
         ok = guard.good(state.guard, loss, norm, settings)
         trained, frozen = parts.divided(state.params)
@@ -172,7 +213,7 @@ def make_train_step(
 
     return jax.jit(
         on_mesh(mesh, step, sequence_parallel=sequence_parallel),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), *(() if beside is None else beside.given)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )

@@ -35,14 +35,16 @@ FLOORS = [
     ["deltaformer_jax.interop"],
     ["deltaformer_jax.training"],
     ["deltaformer_jax.surgery"],
-    ["deltaformer_jax.evaluate.corpus"],
+    ["deltaformer_jax.evaluate.corpus", "deltaformer_jax.evaluate.by_position"],
     ["deltaformer_jax.plot"],
+    ["deltaformer_jax.extension"],
     ["deltaformer_jax.reproduce"],
     ["deltaformer_jax.help_config"],
     [
         f"deltaformer_jax.{program}"
-        for program in ("train", "sample", "evaluate", "convert", "compile", "prune", "edit", "inspect")
+        for program in ("train", "sample", "evaluate", "convert", "compile", "prune", "edit", "inspect", "drift")
     ],
+    ["deltaformer_jax.extend"],
 ]
 FLOOR_OF = {name: (height, name) for height, floor in enumerate(FLOORS) for name in floor}
 # Beside the one order: in pallas_kernels the accelerators do not know each other, nor DeltaFormer's kernels the gated

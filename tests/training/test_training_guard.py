@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from support import training_cases as cases
 
-from deltaformer_jax.config import OptimizerConfig
+from deltaformer_jax.config import MeshConfig, OptimizerConfig
 from deltaformer_jax.data import load_corpus
+from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training import guard, step
 from deltaformer_jax.training.loop import RunError
-from deltaformer_jax.training.position import Position, number_batches
+from deltaformer_jax.training.position import Feed, Position
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +37,8 @@ def poison(monkeypatch, corpus):
 
     def spoil(factors):
         marks = {}
-        for number, batch in number_batches(load_corpus(corpus), cases.small_config(corpus), Position()):
+        feed = Feed(cases.small_config(corpus), load_corpus(corpus), make_mesh(MeshConfig(), jax.devices()[:1]))
+        for number, batch in feed.stream(Position()):
             if number in factors:
                 marks[int(fingerprint(batch["tokens"]))] = factors[number]
             if number == max(factors):

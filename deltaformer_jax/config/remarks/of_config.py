@@ -5,12 +5,19 @@ from deltaformer_jax.config.remarks.rotary_bound import beyond_bound
 from deltaformer_jax.config.saved import flatten
 from deltaformer_jax.config.sections import Config
 
+# The fields of the section objective, by the names that use them.
+OBJECTIVES = (
+    (("elastic",), ("depths", "depth_probability", "drop")),
+    (("mixed", "longred"), ("short_data", "short_length", "cycle")),
+    (("longred",), ("teacher_workdir", "s2l_data", "layers", "alpha_short", "alpha_s2l", "skip")),
+)
+
 
 def remarks(config: Config) -> list[str]:
     """One line per warning, beginning with the field's name."""
     values, defaults = flatten(config), flatten(Config())
     optimizer, run = config.optimizer, config.run
-    elastic = config.objective.name == "elastic"
+    objective = config.objective.name
     is_task = config.data.path.startswith("task:")
     found = []
     if optimizer.schedule != "constant" and run.steps > optimizer.decay_steps:
@@ -34,9 +41,11 @@ def remarks(config: Config) -> list[str]:
         ("optimizer.skip_in_a_row", optimizer.skip == "ratio", "only optimizer.skip = 'ratio' uses it"),
         ("optimizer.lora_alpha", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
         ("optimizer.lora_kernels", optimizer.lora_rank > 0, "optimizer.lora_rank = 0 trains all parameters"),
-        ("objective.depths", elastic, "only objective.name = 'elastic' uses it"),
-        ("objective.depth_probability", elastic, "only objective.name = 'elastic' uses it"),
-        ("objective.drop", elastic, "only objective.name = 'elastic' uses it"),
+        *(
+            (f"objective.{field}", objective in names, f"only objective.name = {' or '.join(map(repr, names))} uses it")
+            for names, fields in OBJECTIVES
+            for field in fields
+        ),
         ("data.eval_tail", not is_task, "a task draws examples for its evaluation"),
         ("run.sample_prompt", not is_task, "a task has no text to continue"),
         ("run.sample_tokens", not is_task, "a task has no text to continue"),

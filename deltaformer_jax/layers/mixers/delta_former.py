@@ -257,6 +257,23 @@ class DeltaFormer(nnx.Module):
             return None
         return self.beta_gate(x) if self.beta_is_raw else jax.nn.sigmoid(self.beta_gate(x))
 
+    def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
+        """{"read": ..., "write": ...}, each where its similarity is softmax: the query [B,T,heads,K] with the scale in
+        it and the key [B,T,G,K] that its scores are made of."""
+        x = clear_padding(x, segment_ids)
+        beside = [] if self.write_kernel is None else [self.write_kernel]
+        query, key, _, _, mapped = self.inputs(x, positions=positions, segment_ids=segment_ids, beside=beside)
+        if self.unit_keys:
+            key = rms_normalize(key)
+        found = {}
+        if isinstance(self.read_similarity, Softmax):
+            found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
+        if isinstance(self.write_similarity, Softmax):
+            write_query, _ = self._write_query(mapped, query, positions, segment_ids, None)
+            write_query = {"key": key, "query": query}.get(write_query) if isinstance(write_query, str) else write_query
+            found["write"] = {"query": write_query.astype(jnp.float32) * self.write_scale, "key": key}
+        return found
+
     @property
     def tied(self) -> bool:
         """Whether write and read have the same scores (w = q, both softmax, equal scales).

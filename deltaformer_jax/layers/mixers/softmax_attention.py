@@ -156,6 +156,18 @@ class SoftmaxAttention(nnx.Module):
             read = self.output_gate(read, *gates)
         return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
+    def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
+        """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
+        options, log_decay and sink [B,T,H]."""
+        x = clear_padding(x, segment_ids)
+        query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)
+        read = {"query": query.astype(jnp.float32) * self.head_dim**-0.5, "key": key}
+        if self.forget is not None:
+            read["log_decay"] = jax.nn.log_sigmoid(self.forget(x))
+        if self.sinks is not None:
+            read["sink"] = jnp.broadcast_to(self.sinks[...], (*x.shape[:2], self.num_heads))
+        return {"read": read}
+
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""
         slots = capacity if self.window is None else min(capacity, self.window)

@@ -1,7 +1,7 @@
 """Byte models of the standard library's text that experiments compare: as many parameters, one schedule, one device.
 
 Settings of a cell, as plain JSON: mixers (the repeating pattern), d_model, num_layers, num_heads, head_dim, mlp_dim,
-sequence_length, batch_size, steps, learning_rate, seed, eval_batches.
+sequence_length, batch_size, steps, learning_rate, seed, eval_batches and, where it is not the usual one, rope_base.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def prepared(settings: dict[str, Any], folder: epath.Path, note, objective: Obje
     unfinished.claim(folder)
     steps = settings["steps"]
     model = byte_model(settings, tuple(map(_mixer, settings["mixers"])), settings["mlp_dim"])
+    if "rope_base" in settings:
+        model.rope_base = settings["rope_base"]
     config = Config(
         model=dataclasses.replace(model, vocab_size=0),
         data=DataConfig(sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),

@@ -6,6 +6,9 @@ from typing import Any
 import rich.console
 import rich.progress
 
+# What objectives beside the usual one minimise too, as it is shown.
+TERMS = {"short_loss": "short", "short_distance": "short distance", "s2l_distance": "stretched distance"}
+
 
 class Display:
     """A live bar on a terminal; elsewhere one line per logged step. `quiet`: print nothing."""
@@ -37,6 +40,7 @@ class Display:
             rate = f"{_short(record['tokens_per_second'])} tokens/s  MFU {mfu}"
         right = f"accuracy {record['accuracy']:.4f}  " if "accuracy" in record else ""
         right += f"of {record['depth']} layers  " if "depth" in record else ""
+        right += "".join(f"{name} {record[key]:.4f}  " for key, name in TERMS.items() if key in record)
         text = f"loss {record['loss']:.4f}  {right}{rate}".rstrip()
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=record["step"])

@@ -7,7 +7,7 @@ import jax
 from deltaformer_jax.config import Config
 from deltaformer_jax.processes import child
 from deltaformer_jax.training.position import Position
-from deltaformer_jax.training.watch.display import Display
+from deltaformer_jax.training.watch.display import TERMS, Display
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.peak import utilisation
 
@@ -94,6 +94,7 @@ class LateReader:
             record["accuracy"] = values["accuracy"]
         if "depth" in values:
             record["depth"] = int(values["depth"])
+        record |= {name: values[name] for name in TERMS if name in values}
         self._metrics.write(record)
         self._display.log(record, self._seconds / self._steps if self._steps else None)
         self._tokens = self._steps = self._seconds = 0

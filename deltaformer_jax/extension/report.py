@@ -1,0 +1,113 @@
+"""What an extension has changed: losses of short and long texts, recall by distance, and drift by layer.
+
+Both models, the one before (the teacher) and the one after, see the same rows of the evaluation split:
+
+    short   rows of the teacher's length                      nats a token and bits a byte
+    long    rows of the new length, by position                the teacher beyond what it was trained on
+    recall  nats saved on a passage that comes back            `recall.py`
+    drift   Sim_l and KL_l on rows of the teacher's length     `training/on_mesh/drift.py`
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from deltaformer_jax.data import batches
+from deltaformer_jax.evaluate.by_position import evaluate_by_position
+from deltaformer_jax.extension.recall import recall
+from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
+from deltaformer_jax.sharding.rows import to_devices
+from deltaformer_jax.training.checkpoints.restore import Restored
+from deltaformer_jax.training.loss import batch_nats
+from deltaformer_jax.training.on_mesh.drift import drift
+from deltaformer_jax.training.on_mesh.over_rows import over_tokens
+
+RECALL_ROWS = 32
+
+
+def compared(
+    before: Restored, after: Restored, corpus: Any, *, tokens: int, advance: Callable[[str], Any] = lambda _: None
+) -> dict[str, Any]:
+    """The measures of both models, as plain JSON. tokens: how many of the evaluation split each loss takes.
+
+    advance(text) is called before each part. Raises ValueError if the evaluation split holds no text.
+    """
+    short, long = (run.config.data.sequence_length for run in (before, after))
+    found: dict[str, Any] = {"short_length": short, "long_length": long}
+    for name, run in (("before", before), ("after", after)):
+        own = {"rope_base": run.config.model.rope_base, "step": run.step}
+        for kind, length in (("short", short), ("long", long)):
+            advance(f"{kind} texts, the model {name}")
+            own[kind] = _losses(run, corpus, length, tokens)
+        advance(f"recall, the model {name}")
+        own["recall"] = [
+            {"distance": one.distance, "first": one.first, "again": one.again, "saved": one.saved}
+            for one in _recall(run, corpus, long)
+        ]
+        found[name] = own
+    advance("drift of the layers")
+    found["drift"] = layer_drift(before, after, corpus, short)
+    return found
+
+
+def _shape(run: Restored, length: int, tokens: int) -> dict[str, int]:
+    """About `tokens` tokens of rows in a batch, at most as many as in a batch of training, for all devices."""
+    parts = rows(run.program.mesh)
+    data = run.config.data
+    number = min(tokens, data.batch_size * data.sequence_length) // length
+    return {"sequence_length": length, "batch_size": parts * max(1, number // parts)}
+
+
+def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, Any]:
+    shape = _shape(run, length, tokens)
+    sums = evaluate_by_position(
+        run.program.parts,
+        run.program.mesh,
+        run.params,
+        batches(corpus, "eval", **shape, seed=0),
+        sequence_length=length,
+        token_bytes=corpus.tokenizer.token_bytes,
+        sharding=batch_sharding(run.program.mesh),
+        limit=max(1, tokens // (length * shape["batch_size"])),
+    )
+    return {**sums.report(), "by_position": sums.by_position()}
+
+
+def _recall(run: Restored, corpus: Any, length: int) -> list[Any]:
+    mesh, sharding = run.program.mesh, batch_sharding(run.program.mesh)
+    step = jax.jit(on_mesh(mesh, over_tokens(mesh, run.program.parts, batch_nats)), out_shardings=replicated(mesh))
+    size = rows(mesh) * max(1, 8 // rows(mesh))
+    nats = lambda batch: step(run.params, to_devices(batch, sharding))
+    return recall(nats, _texts(corpus, length), length, size, RECALL_ROWS)
+
+
+def _texts(corpus: Any, length: int) -> Iterator[np.ndarray]:
+    """Running text of length + 1 tokens, over the ends of documents, again from the beginning when it is used up."""
+    while True:
+        found = False
+        for batch in batches(corpus, "eval", sequence_length=length + 1, batch_size=8, seed=0):
+            for row, ids in zip(batch["tokens"], batch["segment_ids"]):
+                if ids.all():
+                    found = True
+                    yield row
+        if not found:
+            raise ValueError(f"data: the evaluation split is shorter than {length + 1} tokens")
+
+
+def layer_drift(before: Restored, after: Restored, corpus: Any, length: int, count: int = 4) -> dict[str, list]:
+    """Means over the first `count` batches of rows of `length` tokens: similarity, read and write, [num_layers].
+
+    None where a layer has no such attention.
+    """
+    mesh, shape = after.program.mesh, _shape(after, length, 4096)
+    taken = itertools.islice(batches(corpus, "eval", **shape, seed=0), count)
+    models = ((run.program.parts, run.params) for run in (before, after))
+    teacher, model = models
+    measures = [drift(mesh, teacher, model, to_devices(batch, batch_sharding(mesh))) for batch in taken]
+    plain = lambda values: [None if np.isnan(value) else float(value) for value in np.mean(values, axis=0)]
+    return {name: plain([getattr(one, name) for one in measures]) for name in measures[0]._fields}
