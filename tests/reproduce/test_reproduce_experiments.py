@@ -132,6 +132,7 @@ def test_figure3_one_layer_tracks_three_elements(results):
     assert found["tokens"] == found["steps"] * 64 * 8
 
 
+@pytest.mark.rare  # compiles for a minute what the test before it trains with another model
 def test_figure3_transformer_and_search(results, monkeypatch):
     monkeypatch.setattr(figure3, "DELTA_VARIANTS", {"1 head": figure3.DELTA_VARIANTS["1 head"]})
     monkeypatch.setattr(figure3, "TRANSFORMER_VARIANTS", {"RoPE": figure3.TRANSFORMER_VARIANTS["RoPE"]})
@@ -150,6 +151,7 @@ def test_figure4_curriculum_goes_up(results, monkeypatch):
     assert set(found["direct, no RoPE"]["tests"]) == {"8", "16"}
 
 
+@pytest.mark.rare  # trains as figure 3 does, on a task that tests/tasks checks
 def test_figure5(results):
     sizes = {**figure5.FULL, **ONE, "nodes": 8, "width": 16, "heads": 2, "head_dim": 8, "seeds": 1, "search": ()}
     assert len(results(figure5, {**sizes, "similarities": ("linear",), "layers": {1: 1}})) == 2
@@ -230,7 +232,11 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+# Two of them are enough for CI; all of them compile for minutes.
+ON_DEMAND = {"table1", "mqar"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.rare] * (n in ON_DEMAND)) for n in SMALL])
 def test_a_smallest_form_learns(results, name):
     sizes, floors = SMALL[name]
     found = results({"table1": table1, "mqar": mqar, "table5": table5, "word_problem": word_problem}[name], sizes)

@@ -63,7 +63,8 @@ def test_context_over_four_devices():
     "mesh, mixers",
     [
         (MeshConfig(data=2, context=4), MORE),
-        (MeshConfig(fsdp=2, tensor=2, context=2), MIXERS),
+        # The other meshes take a minute each: on demand.
+        pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), MIXERS, marks=pytest.mark.rare),
         pytest.param(MeshConfig(data=2, context=4), MIXERS, marks=pytest.mark.rare),
         pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), MORE, marks=pytest.mark.rare),
         pytest.param(MeshConfig(context=8), MIXERS, marks=pytest.mark.rare),
