@@ -45,10 +45,7 @@ def compared(
             advance(f"{kind} texts, the model {name}")
             own[kind] = _losses(run, corpus, length, tokens)
         advance(f"recall, the model {name}")
-        own["recall"] = [
-            {"distance": one.distance, "first": one.first, "again": one.again, "saved": one.saved}
-            for one in _recall(run, corpus, long)
-        ]
+        own["recall"] = recalled(run, corpus, long)
         found[name] = own
     advance("drift of the layers")
     found["drift"] = layer_drift(before, after, corpus, short)
@@ -78,12 +75,14 @@ def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, A
     return {**sums.report(), "by_position": sums.by_position()}
 
 
-def _recall(run: Restored, corpus: Any, length: int) -> list[Any]:
+def recalled(run: Restored, corpus: Any, length: int, examples: int = RECALL_ROWS) -> list[dict[str, float]]:
+    """The recall of a passage by distance in rows of `length` tokens, over `examples` rows for each distance."""
     mesh, sharding = run.program.mesh, batch_sharding(run.program.mesh)
     step = jax.jit(on_mesh(mesh, over_tokens(mesh, run.program.parts, batch_nats)), out_shardings=replicated(mesh))
     size = rows(mesh) * max(1, 8 // rows(mesh))
     nats = lambda batch: step(run.params, to_devices(batch, sharding))
-    return recall(nats, _texts(corpus, length), length, size, RECALL_ROWS)
+    found = recall(nats, _texts(corpus, length), length, size, examples)
+    return [{"distance": one.distance, "first": one.first, "again": one.again, "saved": one.saved} for one in found]
 
 
 def _texts(corpus: Any, length: int) -> Iterator[np.ndarray]:

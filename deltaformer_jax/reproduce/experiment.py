@@ -40,6 +40,10 @@ NAMES = {
         "how much a model loses without some of its layers: Block Influence and four other rankings, elastic training",
         "language.redundancy",
     ),
+    "baichuan": (
+        "Baichuan-M1's attention without one of its parts: windows, wide heads, KV shifting, the rotary base",
+        "language.baichuan",
+    ),
     "longred": (
         "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
         "language.longred",
