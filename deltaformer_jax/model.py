@@ -1,6 +1,6 @@
 """The language model: an embedding, a scanned stack of blocks, a final norm, and the logits.
 
-    x = √d E[tokens];   for each layer:  x = x + mixer(norm(x));  x = x + swiglu(norm(x));   logits = norm(x) Eᵀ
+    x = √d E[tokens];   for each layer:  x = x + mixer(norm(x));  x = x + mlp(norm(x));   logits = norm(x) Eᵀ
 
 Layers follow a repeating pattern of p mixers (`ModelConfig.mixers`). One repetition of the pattern is a period; there
 are num_layers / p of them. Each parameter is stacked over the periods (by `jax.vmap` over the initialisation), and
@@ -21,8 +21,8 @@ from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
-from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
+from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
@@ -48,9 +48,9 @@ _KEPT = {
 
 
 class Block(nnx.Module):
-    """x = x + mixer(norm(x)); x = x + swiglu(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype.
+    """x = x + mixer(norm(x)); x = x + mlp(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype.
 
-    With `norm_placement="post"`: x = x + norm(mixer(x)); x = x + norm(swiglu(x)).
+    With `norm_placement="post"`: x = x + norm(mixer(x)); x = x + norm(mlp(x)).
     """
 
     def __init__(self, config: ModelConfig, mixer: str | Mixer, *, rngs: nnx.Rngs):
@@ -59,9 +59,7 @@ class Block(nnx.Module):
         self.mixer_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.mixer = build_mixer(config, mixer, output_scale=output_scale, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
-        self.mlp = SwiGLU(
-            config.d_model, mlp_dim(config), output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs
-        )
+        self.mlp = build_feed_forward(config, mixer, output_scale=output_scale, rngs=rngs)
         self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
@@ -294,8 +292,3 @@ def num_parameters(model) -> int:
     The rows that pad the vocabulary are counted too.
     """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
-
-
-def mlp_dim(config: ModelConfig) -> int:
-    """`config.mlp_dim`, or 8/3 d_model rounded up to a multiple of 64."""
-    return config.mlp_dim or -(-8 * config.d_model // (3 * 64)) * 64

@@ -12,7 +12,7 @@ from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.rope_scaling import parse
 from deltaformer_jax.interop.sources.base import layers
 from deltaformer_jax.layers.mixers.build import block_setting, resolved_fields
-from deltaformer_jax.model import mlp_dim
+from deltaformer_jax.layers.mixers.feed_forward import feed_forward_width
 
 # Fields that say how to compute, not what.
 _HOW = ("chunk_size", "implementation")
@@ -33,15 +33,13 @@ _NONE_IS = {
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """The fields in which `other` is another model than `config`, as "model.FIELD = VALUE" with config's values."""
     found = {name: getattr(config, name) for name in _WHOLE if getattr(config, name) != getattr(other, name)}
-    if mlp_dim(config) != mlp_dim(other):
-        found["mlp_dim"] = mlp_dim(config)
     ours, theirs = layers(config), layers(other)
     if [mixer.name for mixer in ours] != [mixer.name for mixer in theirs]:
         found["mixers"] = config.mixers
     else:
         for one, two in zip(ours, theirs, strict=True):
             values, others = _meaning(config, one), _meaning(other, two)
-            found |= {name: value for name, value in values.items() if value != others[name]}
+            found |= {name: value for name, value in values.items() if value != others.get(name)}
     return [f"model.{name} = {value!r}" for name, value in sorted(found.items())]
 
 
@@ -57,4 +55,8 @@ def _meaning(config: ModelConfig, mixer: Mixer) -> dict[str, Any]:
     if "rope_scaling" in values:  # whose numbers may be written otherwise
         values["rope_scaling"] = parse(values["rope_scaling"])
     values["norm_placement"] = block_setting(config, mixer, "norm_placement")
+    values["mlp_dim"] = feed_forward_width(config, mixer)
+    values["feed_forward"] = block_setting(config, mixer, "feed_forward")
+    if values["feed_forward"] == "memory":
+        values["feed_forward_similarity"] = block_setting(config, mixer, "feed_forward_similarity")
     return {name: value for name, value in values.items() if name not in _HOW}

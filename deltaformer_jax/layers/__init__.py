@@ -2,7 +2,14 @@
 parts."""
 
 from deltaformer_jax.layers.caches import AttentionCache, StateCache
-from deltaformer_jax.layers.feed_forward import SwiGLU
+from deltaformer_jax.layers.feed_forward import (
+    GeGLU,
+    GeluFeedForward,
+    MemoryFeedForward,
+    ReluFeedForward,
+    SquaredReluFeedForward,
+    SwiGLU,
+)
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
 from deltaformer_jax.layers.mixers import (
     DeltaFormer,
@@ -22,13 +29,18 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "GeGLU",
+    "GeluFeedForward",
     "KVShift",
     "KimiDeltaAttention",
     "LinearAttention",
+    "MemoryFeedForward",
     "RMSNorm",
+    "ReluFeedForward",
     "Retention",
     "ShiftTail",
     "SoftmaxAttention",
+    "SquaredReluFeedForward",
     "StateCache",
     "SwiGLU",
 ]

@@ -13,8 +13,9 @@ from test_layers_flops import convolution_flops, counted_per_token
 
 from deltaformer_jax import Round
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.layers.feed_forward.sizes import hidden_width
 from deltaformer_jax.layers.mixers.build import mixer_fields
-from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
+from deltaformer_jax.model import LanguageModel, num_parameters
 
 
 def test_overrides_reach_their_mixer_only():
@@ -60,9 +61,9 @@ def test_other_ways_to_say_it(mixer, same):
 
 
 def test_mlp_dim():
-    assert mlp_dim(ModelConfig(d_model=256)) == 704  # 682.7, up to a multiple of 64
-    assert mlp_dim(ModelConfig(d_model=24)) == 64
-    assert mlp_dim(ModelConfig(mlp_dim=100)) == 100
+    assert hidden_width(0, 256, "swiglu") == 704  # 682.7, up to a multiple of 64
+    assert hidden_width(0, 24, "geglu") == 64 and hidden_width(100, 24, "geglu") == 100
+    assert hidden_width(0, 256, "relu2") == 1024 and hidden_width(100, 256, "memory") == 100
 
 
 # The memories have no parallel form: test_layers_memory.py counts theirs.

@@ -21,7 +21,7 @@ from support.model_cases import (
 )
 
 from deltaformer_jax.config import ModelConfig
-from deltaformer_jax.model import LanguageModel, mlp_dim, num_parameters
+from deltaformer_jax.model import LanguageModel, num_parameters
 
 AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "rank", "conv"}
 
@@ -151,7 +151,7 @@ def test_initial_values():
         (mixer.inputs.query, 128, 1),
         (mixer.output, 128, 16),
         (mlp.up, 128, 1),
-        (mlp.down, mlp_dim(config), 16),
+        (mlp.down, mlp.mlp_dim, 16),
     ]:
         np.testing.assert_allclose(np.std(kernel[...]), (fan_in * factor) ** -0.5, rtol=0.03)
     assert np.abs(mlp.up[0] - mlp.up[1]).max() > 0.1 and np.abs(mlp.up[...] - mlp.gate[...]).max() > 0.1

@@ -47,8 +47,21 @@ class ModelConfig:
     )
     mlp_dim: int = setting(
         0,
-        "Hidden width of the feed-forward layer, in features. 0: 8/3 d_model, rounded up to a multiple of 64.",
+        "Hidden width of the feed-forward layer, in features. 0: 8/3 d_model, rounded up to a multiple of 64, for "
+        "swiglu and geglu; 4 d_model for the others.",
         least=0,
+    )
+    feed_forward: str = setting(
+        "swiglu",
+        'The feed-forward layer of a block. "swiglu", "geglu": (f(x W_gate) * x W_up) W_down with silu or gelu. '
+        '"relu", "relu2", "gelu": f(x W_up) W_down. "memory": attention over trained keys and values. An entry of '
+        "`mixers` may have its own: Mixer(name, feed_forward=...).",
+        choices=("swiglu", "geglu", "relu", "relu2", "gelu", "memory"),
+    )
+    feed_forward_similarity: str = setting(
+        "softmax",
+        'The similarity of a token and a key of feed_forward = "memory".',
+        choices=("linear", "relu", "exp", "softmax"),
     )
     mixers: tuple = setting(
         ("delta_former",),

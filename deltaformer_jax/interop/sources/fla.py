@@ -15,7 +15,7 @@ from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VEC
 from deltaformer_jax.interop.sources.base import Shapes, Source, layers
 from deltaformer_jax.interop.sources.fla_hybrids import attention, hybrid, say_hybrid
 from deltaformer_jax.interop.tables import Row
-from deltaformer_jax.model import mlp_dim
+from deltaformer_jax.layers.mixers.feed_forward import feed_forward_width
 
 IGNORED = """fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp attn_mode
     rope_max_position_embeddings hidden_ratio intermediate_size"""
@@ -117,7 +117,7 @@ def _say_common(config: ModelConfig) -> dict[str, Any]:
         hidden_size=config.d_model,
         num_hidden_layers=config.num_layers,
         vocab_size=config.vocab_size,
-        intermediate_size=mlp_dim(config),
+        intermediate_size=feed_forward_width(config, config.mixers[0]),
         norm_eps=config.norm_epsilon,
         tie_word_embeddings=config.tie_embeddings,
         hidden_act="swish",

@@ -13,7 +13,7 @@ from deltaformer_jax.interop.layouts import CONVOLUTION, FROM_HEADS, LINEAR, VEC
 from deltaformer_jax.interop.sources.base import Source, layers, pattern, setting
 from deltaformer_jax.interop.sources.scaled_rope import FIELDS, read_scaling, say_scaling
 from deltaformer_jax.interop.tables import Row
-from deltaformer_jax.model import mlp_dim
+from deltaformer_jax.layers.mixers.feed_forward import feed_forward_width
 
 OUTSIDE = {"table": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 MLP = [
@@ -113,7 +113,7 @@ def _say_common(config: ModelConfig, attention: Mixer) -> dict[str, Any]:
         hidden_size=config.d_model,
         num_hidden_layers=config.num_layers,
         vocab_size=config.vocab_size,
-        intermediate_size=mlp_dim(config),
+        intermediate_size=feed_forward_width(config, config.mixers[0]),
         rms_norm_eps=config.norm_epsilon,
         tie_word_embeddings=config.tie_embeddings,
         num_attention_heads=heads,

@@ -22,7 +22,7 @@ _THE_MODELS = ("d_model", "rngs", "dtype", "output_scale")
 
 
 # Fields of the block around a mixer, which an entry of `model.mixers` may override too.
-_THE_BLOCKS = ("norm_placement",)
+_THE_BLOCKS = ("norm_placement", "feed_forward", "feed_forward_similarity", "mlp_dim")
 
 
 def block_setting(config: ModelConfig, mixer: str | Mixer, name: str):
