@@ -56,6 +56,10 @@ NAMES = {
         "retrieval from an associative memory: noise to signal by number of pairs and width, measured and by formula",
         "associative_memory.snr",
     ),
+    "infinite_context": (
+        "what memories know after infinitely many noisy examples: floors of the error, measured and by formula",
+        "associative_memory.infinite_context",
+    ),
     "rope_base": ("the least base of a rotary embedding for each context length", "rope.rope_base"),
     "table6": ("times of the recurrent, parallel and chunked implementations on this machine", "deltaformer.table6"),
     "figure3": (

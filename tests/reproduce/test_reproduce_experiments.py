@@ -13,7 +13,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.reproduce import __main__ as program
 from deltaformer_jax.reproduce import experiment, stages, train_task
-from deltaformer_jax.reproduce.associative_memory import snr
+from deltaformer_jax.reproduce.associative_memory import infinite_context, snr
 from deltaformer_jax.reproduce.deltaformer import figure3, figure4, figure5, figure6, table1, table5, table6, theorem1
 from deltaformer_jax.reproduce.recall import mqar
 from deltaformer_jax.reproduce.rope import rope_base
@@ -90,6 +90,16 @@ def test_snr_is_the_formula(results):
     for label, result in found.items():
         assert abs(result["inverse_snr"] - result["formula"]) < 5 * result["standard_error"], label
     assert found["softmax, d = 32, N = 256"]["ratio"] == pytest.approx(found["exp, d = 32, N = 256"]["ratio"], rel=1e-4)
+
+
+def test_floors_of_infinite_context(results):
+    """Of 32 trials of 1,024 tokens: each within a tenth of its formula, where there is one."""
+    sizes = dict(width=8, sigma=0.3, trials=32, tokens=1024, read_tokens=512)
+    found = results(infinite_context, sizes)
+    ratios = {label: result["ratio"] for label, result in found.items() if "ratio" in result}
+    assert len(ratios) == 10 and found.keys() - ratios.keys() == {"DeltaFormer, τ = 2", "DeltaFormer, τ = 4"}
+    # Skewed keys have not come to their floor by then.
+    assert all(abs(ratio - 1) < 0.1 for label, ratio in ratios.items() if "skewed" not in label), ratios
 
 
 def test_rope_base_is_exact(results):
