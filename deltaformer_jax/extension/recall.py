@@ -1,9 +1,9 @@
 """How well a model recalls a passage that it has seen m tokens before.
 
-A row is a text in which the P tokens from place a on stand once more from place a + m on, in the place of what was
-there. A model that recalls the passage predicts it the second time:
+A passage of P tokens of one text is put into another, at place a + m, and into a copy of that at place a too. A model
+that recalls predicts it better in the second:
 
-    saved(m) = mean nats of the passage's tokens at a … − mean nats of the same tokens at a + m …
+    saved(m) = mean nats of the passage at a + m, not seen before − mean nats of it there, seen at a
 
 over the last P − START tokens of the passage, since its first ones cannot be told to be a repetition. 0: nothing is
 recalled. The texts are of the evaluation split, so that any model of language can be asked.
@@ -21,19 +21,22 @@ SHORTEST = 64  # tokens: the first distance; each next one is twice as far
 
 
 class Recall(NamedTuple):
-    """Of one distance, means over rows, in nats a token: of the passage at first, and when it comes back."""
+    """Of one distance, means over passages in nats a token: not seen before, and seen `distance` tokens before."""
 
     distance: int
-    first: float
-    again: float
+    unseen: float
+    seen: float
 
     @property
     def saved(self) -> float:
-        return self.first - self.again
+        return self.unseen - self.seen
 
 
 def distances(length: int) -> list[int]:
-    """SHORTEST, twice, four times … it, and the farthest at which rows of `length` tokens have room."""
+    """SHORTEST, twice, four times … it, and the farthest at which rows of `length` tokens have room.
+
+    Raises ValueError for rows that are too short.
+    """
     farthest = length - PASSAGE - 1
     if farthest < SHORTEST:
         raise ValueError(f"length {length}: rows need at least {SHORTEST + PASSAGE + 1} tokens")
@@ -51,28 +54,32 @@ def recall(
     examples: int,
     seed: int = 0,
 ) -> list[Recall]:
-    """The recall at each of `distances(length)`, over `examples` rows each.
+    """The recall at each of `distances(length)`, over `examples` passages each.
 
-    nats: a batch of tokens, targets and segment_ids [rows, length] -> the nats of each target. texts: yields arrays of
-    length + 1 tokens of running text, distances · examples of them, rounded up to whole batches.
+    nats: a batch of tokens, targets and segment_ids [rows, length] -> the nats of each target; rows is even. texts:
+    yields arrays of length + 1 tokens of running text, two for each passage.
     """
+    at_once = rows // 2
     asked = [distance for distance in distances(length) for _ in range(examples)]
-    asked += asked[-1:] * (-len(asked) % rows)
+    asked += asked[-1:] * (-len(asked) % at_once)
     draws, found = np.random.default_rng(seed), {distance: [] for distance in asked}
-    for first in range(0, len(asked), rows):
-        mine = asked[first : first + rows]
-        texts_now = np.stack([np.array(next(texts)) for _ in mine])
+    for first in range(0, len(asked), at_once):
+        mine = asked[first : first + at_once]
         places = [int(draws.integers(0, length - PASSAGE - distance)) for distance in mine]
-        for text, place, distance in zip(texts_now, places, mine):
-            text[place + distance + 1 :][:PASSAGE] = text[place + 1 :][:PASSAGE]
-        batch = {"tokens": texts_now[:, :-1], "targets": texts_now[:, 1:]}
-        batch["segment_ids"] = np.ones_like(batch["tokens"])
-        values = np.asarray(nats(batch), np.float64)
-        for row, place, distance in zip(values, places, mine):
-            found[distance].append(tuple(_mean(row, start) for start in (place, place + distance)))
+        pairs = [_pair(next(texts), next(texts), place, distance) for place, distance in zip(places, mine)]
+        both = np.concatenate(pairs)
+        batch = {"tokens": both[:, :-1], "targets": both[:, 1:], "segment_ids": np.ones_like(both[:, 1:])}
+        values = np.asarray(nats(batch), np.float64).reshape(at_once, 2, length)
+        for pair, place, distance in zip(values, places, mine):
+            start = place + distance + START
+            found[distance].append(pair[:, start : start + PASSAGE - START].mean(axis=1))
     return [Recall(distance, *np.mean(pairs, axis=0).tolist()) for distance, pairs in found.items()]
 
 
-def _mean(row: np.ndarray, start: int) -> float:
-    """The mean nats of the passage at `start`, without its first tokens."""
-    return float(row[start + START :][: PASSAGE - START].mean())
+def _pair(text: np.ndarray, other: np.ndarray, place: int, distance: int) -> np.ndarray:
+    """[2, length + 1]: `text` with a passage of `other` as its targets from place + distance on, and from place too."""
+    pair = np.stack([text, text])
+    passage = other[1 : 1 + PASSAGE]
+    pair[:, place + distance + 1 :][:, :PASSAGE] = passage
+    pair[1, place + 1 :][:PASSAGE] = passage
+    return pair

@@ -76,13 +76,13 @@ def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, A
 
 
 def recalled(run: Restored, corpus: Any, length: int, examples: int = RECALL_ROWS) -> list[dict[str, float]]:
-    """The recall of a passage by distance in rows of `length` tokens, over `examples` rows for each distance."""
+    """The recall of a passage by distance in rows of `length` tokens, over `examples` passages for each distance."""
     mesh, sharding = run.program.mesh, batch_sharding(run.program.mesh)
     step = jax.jit(on_mesh(mesh, over_tokens(mesh, run.program.parts, batch_nats)), out_shardings=replicated(mesh))
-    size = rows(mesh) * max(1, 8 // rows(mesh))
+    size = rows(mesh) * max(2, 16 // rows(mesh) // 2 * 2)
     nats = lambda batch: step(run.params, to_devices(batch, sharding))
     found = recall(nats, _texts(corpus, length), length, size, examples)
-    return [{"distance": one.distance, "first": one.first, "again": one.again, "saved": one.saved} for one in found]
+    return [{"distance": one.distance, "unseen": one.unseen, "seen": one.seen, "saved": one.saved} for one in found]
 
 
 def _texts(corpus: Any, length: int) -> Iterator[np.ndarray]:

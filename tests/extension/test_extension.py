@@ -13,7 +13,6 @@ from support import training_cases as cases
 from deltaformer_jax import drift, extend
 from deltaformer_jax.config import Config, Mixer, ModelConfig
 from deltaformer_jax.config.saved import Saved
-from deltaformer_jax.extension import recall as module
 from deltaformer_jax.extension.as_config import argument, get_config
 from deltaformer_jax.extension.plan import clean_base, extended
 from deltaformer_jax.extension.recall import PASSAGE, START, distances, recall
@@ -78,7 +77,8 @@ def test_recall_by_distance():
 
     def nats(batch):
         assert batch["tokens"].shape == (8, 200) and (batch["segment_ids"] == 1).all()
-        seen.append(batch)
+        assert (batch["tokens"][:, 1:] == batch["targets"][:, :-1]).all()
+        seen.extend(batch["targets"])
         rows = []
         for tokens, targets in zip(batch["tokens"], batch["targets"]):
             past = [tokens[max(0, t - 149) : t + 1] for t in range(200)]
@@ -86,10 +86,10 @@ def test_recall_by_distance():
         return jnp.array(rows)
 
     found = recall(nats, texts, 200, 8, 5)
-    assert [(one.distance, one.first, one.saved) for one in found] == [(64, 1.0, 0.75), (128, 1.0, 0.75), (167, 1.0, 0)]
-    assert len(seen) == 2  # 3 · 5 rows, and one more
-    repeated = [len(row) - len(set(row.tolist())) for batch in seen for row in batch["targets"]]
-    assert set(repeated) == {PASSAGE} and START < PASSAGE == module.PASSAGE
+    assert [(one.distance, one.unseen, one.saved) for one in found] == [(64, 1, 0.75), (128, 1, 0.75), (167, 1, 0)]
+    assert len(seen) == 2 * 16  # of 3 · 5 passages, and one more to fill a batch
+    repeated = [len(row) - len(set(row.tolist())) for row in seen]
+    assert repeated == [0, PASSAGE] * 16 and START < PASSAGE
 
 
 @pytest.mark.parametrize(
