@@ -60,7 +60,8 @@ class Rule:
             return ", ".join(dict.fromkeys((*own, *choices)))
         bounds = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
         said = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
-        if isinstance(self.own, int | float) and self.least is not None and self.own < self.least:
+        lowest = self.above if self.least is None else self.least
+        if isinstance(self.own, int | float) and lowest is not None and self.own < lowest:
             said = [f"{self.own} or {said[0]}", *said[1:]]
         if self.zero_is_none and said:
             said = [f"0 or {said[0]}", *said[1:]]

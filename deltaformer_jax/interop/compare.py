@@ -49,6 +49,8 @@ def _meaning(config: ModelConfig, mixer: Mixer) -> dict[str, Any]:
     for name, instead in _NONE_IS.items():
         if name in values and values[name] is None:
             values[name] = values[instead]
+    if values.get("write_rope_base") == "rope_base":
+        values["write_rope_base"] = values["rope_base"]
     if "gate_rank" in values:
         rank = values["gate_rank"]
         values["gate_rank"] = (rank or values["head_dim"], rank or values["value_dim"])

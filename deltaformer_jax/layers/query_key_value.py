@@ -40,7 +40,8 @@ class QueryKeyValue(nnx.Module):
     The list holds the products of x with the kernels `beside`. Computed with the others, so that on a mesh the gradient
     of x through all of them is summed over devices once.
 
-    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. `rotary_fraction`: how much of a head is
+    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. A call with `turned=False` leaves it to
+    its caller, who has `rotated` for it. `rotary_fraction`: how much of a head is
     rotated; `rope_scaling`: for longer contexts, such as "linear:4". `qkv_bias`: biases on the three maps. The gains of
     qk-norm are [K] and shared by all heads; `qk_norm_over="all_heads"` normalises all heads of a token together, with
     gains [H, K] and [G, K]. Cost: `flops_per_token`.
@@ -105,7 +106,9 @@ class QueryKeyValue(nnx.Module):
         self.rope_base, self.rotary_fraction, self.rope_scaling = rope_base, rotary_fraction, rope_scaling
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x, *, positions, segment_ids=None, tail: InputTail | None = None, beside: Sequence = ()):
+    def __call__(
+        self, x, *, positions, segment_ids=None, tail: InputTail | None = None, beside: Sequence = (), turned=True
+    ):
         biases = self.query_bias, self.key_bias, self.value_bias
         mapped = products(x, [self.query, self.key, self.value, *beside], self.dtype)
         maps = [plus(y, b) for y, b in zip(mapped[:3], biases)]
@@ -121,13 +124,13 @@ class QueryKeyValue(nnx.Module):
             key, value, shift = self.shift(key, value, segment_ids=segment_ids, tail=shift)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rope_base is not None:
-            query, key = (self.rotated(y, positions) for y in (query, key))
+        if turned and self.rope_base is not None:
+            query, key = (self.rotated(y, positions, self.rope_base) for y in (query, key))
         return query, key, value, None if tail is None else InputTail(shift, convolutions), mapped[3:]
 
-    def rotated(self, y, positions):
-        """y [B,T,heads,K] turned by the rotary embedding of queries and keys."""
-        return rotate(y, positions, self.rope_base, self.rotary_fraction, self.rope_scaling)
+    def rotated(self, y, positions, base: float):
+        """y [B,T,heads,K] turned by the rotary embedding of that base."""
+        return rotate(y, positions, base, self.rotary_fraction, self.rope_scaling)
 
     def empty_tail(self, batch: int) -> InputTail:
         """The tail before the first token: zeros for each of the options that are in use."""

@@ -20,31 +20,29 @@ def rotary_width(head_dim: int, fraction: float) -> int:
     return int(head_dim * fraction)
 
 
-def check_rotary(head_dim: int, base: float | None, fraction: float = 1.0, scaling: str = "none") -> None:
+def check_rotary(
+    head_dim: int, base: float | None, fraction: float = 1.0, scaling: str = "none", name: str = "rope_base"
+) -> None:
     """Raise ValueError, naming the argument, for a head, a base, a fraction or a scaling that cannot be rotated. A base
-    of None: no rotary embedding."""
+    of None: no rotary embedding. `name`: the base's."""
     try:
         rule = parse(scaling).rule
     except ValueError as error:
         raise ValueError(f"rope_scaling={scaling!r}: {error}") from None
     if base is None:
         if rule != "none":
-            raise ValueError(
-                f"rope_scaling={scaling!r}: there is no rotary embedding to scale, since rope_base is None"
-            )
+            raise ValueError(f"rope_scaling={scaling!r}: there is no rotary embedding to scale, since {name} is None")
         return
     width = rotary_width(head_dim, fraction)
     if width % 2 or not 0 < width <= head_dim:
         what = (
             f"head_dim={head_dim}" if fraction == 1 else f"rotary_fraction={fraction}: {width} of {head_dim} features"
         )
-        raise ValueError(
-            f"{what} must be even for the rotary embedding; rope_base=None (0 in a config) switches that off"
-        )
+        raise ValueError(f"{what} must be even for the rotary embedding; {name}=None (0 in a config) switches that off")
     if rule == "ntk" and width < 4:
         raise ValueError(f"rope_scaling={scaling!r}: needs at least 4 rotated features, not {width}")
     if not base > 1:  # NaN too
-        raise ValueError(f"rope_base={base} must be greater than 1; None (0 in a config) means no rotary embedding")
+        raise ValueError(f"{name}={base} must be greater than 1; None (0 in a config) means no rotary embedding")
 
 
 def rotate(x, positions, base: float, fraction: float = 1.0, scaling: str = "none"):

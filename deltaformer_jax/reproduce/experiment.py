@@ -61,6 +61,10 @@ NAMES = {
         "associative_memory.infinite_context",
     ),
     "rope_base": ("the least base of a rotary embedding for each context length", "rope.rope_base"),
+    "rope_retrieval": (
+        "recall of a key by its distance, and bits per byte, by the base of the rotary embedding",
+        "rope.rope_retrieval",
+    ),
     "table6": ("times of the recurrent, parallel and chunked implementations on this machine", "deltaformer.table6"),
     "figure3": (
         "tracking swaps of 5 elements: similarities of DeltaFormer against Transformers",

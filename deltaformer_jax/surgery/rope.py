@@ -14,7 +14,8 @@ def rescale_rope(
 ) -> tuple[ModelConfig, Any]:
     """(config, the same parameters) with `model.rope_base` and `model.rope_scaling` of all layers that have them.
 
-    None leaves a setting as it is. A model that attends to longer contexts has still to be trained on them. Raises
+    None leaves a setting as it is. A base of the write's own (`model.write_rope_base`) stays; a scaling holds for it
+    too. A model that attends to longer contexts has still to be trained on them. Raises
     ValueError, naming the argument, if neither is given; the config's own checks find values that no layer takes.
     """
     if base is None and scaling is None:

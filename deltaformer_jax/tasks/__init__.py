@@ -9,6 +9,7 @@
 | `ReverseString`, `DuplicateString`, `OddsFirst` | the symbols of a string in another order, or twice |
 | `StackManipulation` | the contents of a stack after some actions |
 | `Induction`, `HopK` | which word followed this word before; and which followed that, k times |
+| `DistantRecall` | which value was stored with this key, a given distance before |
 | `NGram` | which word follows two words, by heart |
 | `WordProblem` | the product of the group elements so far, in S5, A5 or a smaller group |
 | `SwapConstruction` over `near_orthogonal_keys` | nothing to learn: DeltaFormer's Theorem 1 as keys and values |
@@ -27,6 +28,7 @@ from deltaformer_jax.tasks.formal_languages import (
     ReverseString,
     StackManipulation,
 )
+from deltaformer_jax.tasks.in_context.distant_recall import DistantRecall
 from deltaformer_jax.tasks.in_context.hop_k import HopK
 from deltaformer_jax.tasks.in_context.induction import Induction
 from deltaformer_jax.tasks.in_context.ngram import NGram
@@ -42,6 +44,7 @@ from deltaformer_jax.tasks.word_problem import WordProblem
 __all__ = [
     "MQAR",
     "TOKEN_TASKS",
+    "DistantRecall",
     "DuplicateString",
     "Examples",
     "Graphs",

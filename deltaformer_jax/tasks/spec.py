@@ -15,6 +15,7 @@ from deltaformer_jax.tasks.formal_languages import (
     ReverseString,
     StackManipulation,
 )
+from deltaformer_jax.tasks.in_context.distant_recall import DistantRecall
 from deltaformer_jax.tasks.in_context.hop_k import HopK
 from deltaformer_jax.tasks.in_context.induction import Induction
 from deltaformer_jax.tasks.in_context.ngram import NGram
@@ -37,6 +38,7 @@ TOKEN_TASKS = {
     "induction": Induction,
     "hop_k": HopK,
     "ngram": NGram,
+    "distant_recall": DistantRecall,
 }
 
 

@@ -208,6 +208,18 @@ def test_what_llama_cannot_say_is_ours(fields, kind):
     assert kind or f"llama cannot say model.{next(iter(fields))} = " in why, why
 
 
+def test_a_base_of_the_writes_own_is_compared_by_what_it_means():
+    model = lambda **fields: ModelConfig(vocab_size=32, **fields)
+    assert compare.differences(model(write_rope_base=0.0), model()) == ["model.write_rope_base = None"]
+    assert compare.differences(model(rope_base=0.0, write_rope_base=1e4), model(write_rope_base=1e4)) == [
+        "model.rope_base = None"
+    ]
+    same = [model(), model(write_rope_base=1e4)], [model(rope_base=0.0), model(rope_base=0.0, write_rope_base=0.0)]
+    assert not any(compare.differences(one, other) for one, other in same)
+    source, _, why = choose(model(write_query="query", beta="raw", embedding_scale="one", write_rope_base=0.0), None)
+    assert source is None and "model.write_rope_base = None" in why
+
+
 def test_every_field_of_a_model_is_compared():
     """A field that `differences` overlooked would be lost in another project's config.json, without a word."""
     taken = {name for mixer in MIXERS.values() for name in inspect.signature(mixer.__init__).parameters}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.layers_cases import (
     CASE_IDS,
     CASES,
@@ -18,6 +19,7 @@ from support.layers_cases import (
     outputs,
 )
 
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.ops import Round
 
@@ -79,8 +81,14 @@ def inputs(module, x, options):
             v = shifted(v, shift.current_value, shift.previous_value, shift.older_value)
     if options.get("qk_norm"):
         q, k = rms(q, maps.query_norm.scale), rms(k, maps.key_norm.scale)
+    return q, k, v
+
+
+def turned(options, *arrays, write=False):
+    """The queries or keys of the read, or those of the write, after their rotation."""
     base = options.get("rope_base", 10_000.0)
-    return (q, k, v) if base is None else (rotate(q, base), rotate(k, base), v)
+    base = options.get("write_rope_base", base) if write else base
+    return [x if base is None else rotate(x, base) for x in arrays]
 
 
 def similarity(kind, scores):
@@ -96,6 +104,7 @@ def similarity(kind, scores):
 
 def softmax_attention(module, x, options):
     q, k, v = inputs(module, x, options)
+    q, k = turned(options, q, k)
     out = np.zeros((len(x), HEADS, HEAD_DIM))
     if options.get("forget_gate"):
         decay = -np.log1p(np.exp(-(x @ numbers(module.forget.kernel) + numbers(module.forget.bias))))
@@ -121,14 +130,13 @@ def delta_former(module, x, options):
         w = heads(x, module.write_kernel)
         w = convolved(w, module.write_convolution) if options.get("conv_size") else w
         w = rms(w, module.write_norm.scale) if options.get("qk_norm") else w
-        base = options.get("rope_base", 10_000.0)
-        w = w if base is None else rotate(w, base)
     else:
         w = k if kind == "key" else q
+    w, write_keys = turned(options, w, k, write=True)
+    q, k = turned(options, q, k)
     write_scale = options.get("write_scale", 1.0 if unit else HEAD_DIM**-0.5)
-    write_keys = k
     if unit:  # unit vectors for the write; the read's keys are √K as long
-        w, write_keys = rms(w) / np.sqrt(HEAD_DIM), rms(k) / np.sqrt(HEAD_DIM)
+        w, write_keys = rms(w) / np.sqrt(HEAD_DIM), rms(write_keys) / np.sqrt(HEAD_DIM)
         k = rms(k)
     u_heads = w.shape[1]
 
@@ -164,3 +172,19 @@ def test_definition(mixer, name, options):
     reference = softmax_attention if mixer is SoftmaxAttention else delta_former
     for row in range(len(x)):
         np.testing.assert_allclose(y[row], reference(module, x[row], options), rtol=1e-9, atol=1e-10)
+
+
+def test_a_write_with_a_base_of_its_own_has_a_second_key_and_no_more_parameters():
+    x = jnp.ones((1, 4, D_MODEL))
+    default, same, other = (
+        make_mixer(DeltaFormer, options) for options in ({}, dict(write_rope_base=1e4), dict(write_rope_base=None))
+    )
+    text = lambda mixer: str(jax.make_jaxpr(lambda x: mixer(x)[0])(x))
+    assert text(same) == text(default) != text(other)
+    shapes = [jax.tree.map(jnp.shape, nnx.state(mixer)) for mixer in (default, same, other)]
+    assert shapes[0] == shapes[1] == shapes[2]
+    widths = [mixer.init_cache(1, 4).memory.key.shape[-1] for mixer in (default, same, other)]
+    assert widths == [HEAD_DIM, HEAD_DIM, 2 * HEAD_DIM]
+    for base, message in ((1.0, "write_rope_base=1.0 must be greater than 1"), ("none", "'none': give a number")):
+        with pytest.raises(ValueError, match=message):
+            make_mixer(DeltaFormer, dict(write_rope_base=base))

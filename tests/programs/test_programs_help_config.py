@@ -46,7 +46,8 @@ def test_all_settings(capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [("--help_config", "RoPE"), ("--help_config=rope",)])
 def test_the_settings_about_a_word(capsys, monkeypatch, arguments):
     text = shown(capsys, monkeypatch, *arguments)
-    assert re.findall(r"--config\.(\S+) =", text) == ["model.rope_base", "model.rope_scaling"]
+    found = re.findall(r"--config\.(\S+) =", text)
+    assert found == ["model.rope_base", "model.rope_scaling", "model.write_rope_base"]
     assert text.startswith("--config.model.rope_base = 10000.0")
     assert "Mixers: delta_former, softmax_attention, retention." in text
 

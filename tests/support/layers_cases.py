@@ -34,15 +34,23 @@ DELTA_CASES = {
     "query, tied": dict(write_query="query"),
     "projected": dict(write_query="projected", alpha="sigmoid", qk_norm=True),
     "linear": dict(write_similarity="linear", read_similarity="linear", beta="one"),
-    "relu": dict(write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query"),
+    "relu": dict(
+        write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query", write_rope_base=None
+    ),
     "exp": dict(write_similarity="exp", read_similarity="softmax", write_scale=0.1, beta="raw"),
     # Three decimals. If a score is halfway between two rounded values, an error of 1e-16 decides the result.
     "round": dict(write_similarity=Round(3), rope_base=None, write_query="projected"),
     "all": dict(
-        write_query="projected", write_key_norm="on", read_scale=0.3, alpha="sigmoid", qk_norm=True, kv_shift=True
+        write_query="projected",
+        write_key_norm="on",
+        read_scale=0.3,
+        alpha="sigmoid",
+        qk_norm=True,
+        kv_shift=True,
+        write_rope_base=50.0,
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
-    "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4),
+    "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),
     "gated, projected": dict(write_query="projected", output_gate=True, conv_size=2, kv_shift=True, qk_norm=True),
 }
 CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES]

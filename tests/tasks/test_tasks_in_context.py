@@ -125,3 +125,62 @@ def test_ngram_by_the_letter(seed, indices, order, more, vocabulary, table, data
                 assert tokens[place] == targets[place - 1]
     if table:
         assert tasks.NGram(8, 3, 50, 32, table).grams().tolist() != tasks.NGram(8, 3, 50, 32).grams().tolist()
+
+
+# Recall at a distance.
+
+
+@given(seeds, indices, st.integers(1, 4), st.integers(0, 3), st.integers(0, 3), st.integers(0, 10), st.data())
+def test_distant_recall_by_the_letter(seed, indices, pairs, fewer, words, more, data):
+    queries = max(1, pairs - fewer)
+    length = 2 * (pairs + queries + more)
+    nearest = data.draw(st.integers(1, length // 2))
+    sizes = (length, pairs, queries, pairs + words, pairs + words + 1, 1 + words)
+    whole = tasks.DistantRecall(*sizes)(seed, indices)
+    task = tasks.DistantRecall(*sizes, nearest=nearest, farthest=length - 2)
+    filler = task.keys + task.values
+    for tokens, targets, counted, real in zip(*task(seed, indices)):
+        begin, found = length - 2 * queries, {}
+        places = [place for place in range(0, begin, 2) if tokens[place] < task.keys]
+        assert real.all() and len(places) == pairs
+        for place in range(begin):
+            inside = any(place in (at, at + 1) for at in places)
+            assert inside == (tokens[place] < filler) and tokens[place] < task.input_vocabulary
+        for at in places:
+            assert task.keys <= tokens[at + 1] < filler
+            found[int(tokens[at])] = (at, int(tokens[at + 1]))
+        assert len({value for _, value in found.values()}) == len(found) == pairs
+        for place in range(begin, length, 2):
+            at, value = found.pop(int(tokens[place]))  # each is asked for once
+            assert tokens[place + 1] == value
+            assert counted[place] == (nearest <= place - at) and targets[place] == (value if counted[place] else 0)
+        assert counted.any() and not counted[:begin].any() and not counted[begin + 1 :: 2].any()
+    assert whole.counted.sum(axis=1).tolist() == [queries] * len(indices)
+
+
+def test_distant_recalls_places_are_uniform():
+    """Key places, asked pairs and fillers: 4,000 rows, five standard deviations."""
+    task, rows = tasks.DistantRecall(24, 3, 2, 4, 5, 2), 4000
+    tokens = task(0, np.arange(rows)).tokens
+    at = np.stack(np.nonzero(tokens[:, :20] < 4), axis=1)
+    share = np.bincount(at[:, 1], minlength=20)[::2] / rows
+    assert np.abs(share - 3 / 10).max() < 5 * (0.3 * 0.7 / rows) ** 0.5
+    place = at[:, 1].reshape(rows, 3)
+    asked = (tokens[np.arange(rows)[:, None], place][:, :, None] == tokens[:, None, [20, 22]]).any(axis=2)
+    assert np.abs(asked.mean(axis=0) - 2 / 3).max() < 5 * (2 / 9 / rows) ** 0.5  # the first pair as often as the last
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        (dict(length=49), r"length=49: must be even and at least 2 \(pairs \+ queries\) = 48"),
+        (dict(length=46), r"length=46: must be even and at least 2 \(pairs \+ queries\) = 48"),
+        (dict(queries=17), "queries=17: must be at most pairs = 16"),
+        (dict(keys=15), "keys=15: must be at least 16"),
+        (dict(nearest=60, farthest=50), "farthest=50: no distance from nearest = 60 to it occurs"),
+        (dict(nearest=0), "nearest=0: must be at least 1"),
+    ],
+)
+def test_distant_recall_refuses(options, error):
+    with pytest.raises(ValueError, match=error):
+        tasks.DistantRecall(**options)

@@ -75,13 +75,17 @@ def beyond_bound(model: ModelConfig, length: int) -> list[str]:
         # A window is softmax_attention's alone.
         window = value("window") if mixer.name == "softmax_attention" else 0
         width = int(value("head_dim") * value("rotary_fraction"))
-        if value("rope_base"):
-            kind = (value("rope_base"), width, value("rope_scaling"))
-            found[kind] = max(found.get(kind, 0), min(length, window or length))
+        bases = {"rope_base": value("rope_base") or 0}
+        if mixer.name == "delta_former" and (value("write_rope_base") or 0) > 0:
+            bases["write_rope_base"] = value("write_rope_base")
+        for field, base in bases.items():
+            if base and (field == "rope_base" or base != bases["rope_base"]):
+                kind = (field, base, width, value("rope_scaling"))
+                found[kind] = max(found.get(kind, 0), min(length, window or length))
     return [line for kind, longest in found.items() if (line := _broken(*kind, longest))]
 
 
-def _broken(base: float, width: int, scaling: str, longest: int) -> str | None:
+def _broken(field: str, base: float, width: int, scaling: str, longest: int) -> str | None:
     theta = frequencies(base, width, scaling)
     first = first_negative(theta, longest)
     if first is None:
@@ -89,7 +93,7 @@ def _broken(base: float, width: int, scaling: str, longest: int) -> str | None:
     count = sum(int(np.sum(values < 0)) for _, values in blocks(theta, longest))
     base_said = f"{base:g}" if scaling == "none" else f"{base:g}, scaled by {scaling}"
     line = (
-        f"model.rope_base = {base_said}: at {count} of the distances up to {longest}, from {first} on, attention scores"
+        f"model.{field} = {base_said}: at {count} of the distances up to {longest}, from {first} on, attention scores"
         f" a key like the query below others (heads of {width} rotated features; arXiv 2405.14591)"
     )
     if longest > SEARCHED:

@@ -264,6 +264,18 @@ class ModelConfig:
         importable=True,
         must_be_used=True,
     )
+    write_rope_base: float = setting(
+        -1.0,
+        "Base of the rotary embedding in the scores of the write. -1: rope_base. 0: none, so that a write is "
+        "corrected by content alone, however far back it stands. With another base than rope_base each token has two "
+        "keys: the products of scores are twice as wide, and the cache is half as large again.",
+        above=1,
+        own=-1.0,
+        none=0.0,
+        zero_is_none=True,
+        finite=True,
+        must_be_used=True,
+    )
     write_scale: float = setting(
         0.0,
         "Factor on the scores of the write. 0: 1 if its keys are normalised (write_key_norm), else head_dim ** -0.5.",

@@ -25,6 +25,7 @@ from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_i
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
+from deltaformer_jax.layers.rotary import check_rotary
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
 from deltaformer_jax.sharding import over_devices
@@ -67,6 +68,10 @@ class DeltaFormer(nnx.Module):
         raw β above 1 lets u grow geometrically; "raw" exists to load weights from other implementations.
       beta_bias: whether β's projection has a bias.
       rope_base: base of the rotary embedding of q, k and a projected w; None: none.
+      write_rope_base: another base for the write's scores w·k; None: no rotary embedding there, so that the write
+        compares contents wherever they stand. "rope_base": the same. With another one a token has two keys, side by
+        side in one twice as wide, of which each query meets one: w is filled up with zeros behind, q in front. The
+        scores' products, and the keys in the cache, are then twice as wide.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
       rope_scaling: of the rotary embedding, for longer contexts: "none", "linear:4", "yarn:4,4096", ...; see
@@ -103,6 +108,7 @@ class DeltaFormer(nnx.Module):
         beta: str = "sigmoid",
         beta_bias: bool = True,
         rope_base: float | None = 10_000.0,
+        write_rope_base: float | str | None = "rope_base",
         qk_norm: bool = False,
         kv_shift: bool = False,
         kv_shift_window: int = 2,
@@ -147,6 +153,12 @@ class DeltaFormer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        if isinstance(write_rope_base, str) and write_rope_base != "rope_base":
+            raise ValueError(f'write_rope_base={write_rope_base!r}: give a number, None, or "rope_base" for the same')
+        self.write_base = rope_base if write_rope_base == "rope_base" else write_rope_base
+        self.two_keys = self.write_base != rope_base
+        if self.two_keys and self.write_base is not None:
+            check_rotary(head_dim, self.write_base, rotary_fraction, rope_scaling, "write_rope_base")
         projected = write_query == "projected"
         self.write_kernel = (
             kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim")) if projected else None
@@ -200,10 +212,14 @@ class DeltaFormer(nnx.Module):
         gate = None if self.output_gate is None else self.output_gate.kernel
         beside = [kernel for kernel in (self.write_kernel, gate) if kernel is not None]
         query, key, value, tail, mapped = self.inputs(
-            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside
+            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside, turned=not self.two_keys
         )
-        if self.unit_keys:
-            key = rms_normalize(key)
+        if self.two_keys:
+            write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
+            query, key, write_query = self._side_by_side(query, key, write_query, positions)
+        else:
+            key = rms_normalize(key) if self.unit_keys else key
+            write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
         attend = functools.partial(
             ops.delta_attention,
             write_similarity=self.write_similarity,
@@ -217,7 +233,6 @@ class DeltaFormer(nnx.Module):
         arrays = dict(
             query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
         )
-        write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
         if isinstance(write_query, str):
             attend = functools.partial(attend, write_query=write_query)
         else:
@@ -234,20 +249,36 @@ class DeltaFormer(nnx.Module):
     def _write_query(self, mapped, query, positions, segment_ids, tail):
         """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None).
 
-        A projected w is made of the first of `mapped`, x W_w.
+        A projected w is made of the first of `mapped`, x W_w. If the token has two keys, a query or key is not turned
+        here, and so not normalised: `_side_by_side` does both.
         """
         if self.write_query == "key":
             return "key", None  # if the write's keys are normalised, `__call__` has done it
         if self.write_query == "query":
-            return rms_normalize(query) if self.unit_keys else "query", None
+            return rms_normalize(query) if self.unit_keys and not self.two_keys else "query", None
         write_query = mapped[0]
         if self.write_convolution is not None:
             write_query, tail = self.write_convolution(write_query, segment_ids=segment_ids, tail=tail)
         if self.write_norm is not None:
             write_query = self.write_norm(write_query)
-        if self.inputs.rope_base is not None:
-            write_query = self.inputs.rotated(write_query, positions)
+        if self.write_base is not None:
+            write_query = self.inputs.rotated(write_query, positions, self.write_base)
         return rms_normalize(write_query) if self.unit_keys else write_query, tail
+
+    def _side_by_side(self, query, key, write_query, positions):
+        """(q, k, w) of width 2K, from q and k that are not turned yet: k is the write's key and then the read's, w has
+        zeros for the read's and q for the write's. Zeros add nothing, so that w·k and q·k are those of one key each.
+        """
+        turned = lambda y, base: y if base is None else self.inputs.rotated(y, positions, base)
+        if isinstance(write_query, str):
+            write_query = turned(key if write_query == "key" else query, self.write_base)
+            write_query = rms_normalize(write_query) if self.unit_keys else write_query
+        keys = [turned(key, base) for base in (self.write_base, self.inputs.rope_base)]
+        if self.unit_keys:
+            keys = [rms_normalize(one) for one in keys]
+        query = turned(query, self.inputs.rope_base)
+        sides = (jnp.zeros_like(query), query), keys, (write_query, jnp.zeros_like(write_query))
+        return (jnp.concatenate(side, axis=-1) for side in sides)
 
     def _alpha(self, x):
         return None if self.alpha_gate is None else jax.nn.sigmoid(self.alpha_gate(x))
@@ -282,13 +313,12 @@ class DeltaFormer(nnx.Module):
         """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
-        return both_softmax and same_scores
+        return both_softmax and same_scores and not self.two_keys
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """An empty cache for `capacity` tokens per row. It holds k and u; v is not needed again."""
-        memory = ops.KUCache.empty(
-            batch, capacity, self.num_kv_heads, self.u_heads, self.head_dim, self.head_dim, self.dtype
-        )
+        """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again."""
+        width = self.head_dim * (1 + self.two_keys)
+        memory = ops.KUCache.empty(batch, capacity, self.num_kv_heads, self.u_heads, width, self.head_dim, self.dtype)
         convolution = self.write_convolution
         write_tail = None if convolution is None else convolution.empty_tail(batch, self.dtype)
         return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)
@@ -302,6 +332,7 @@ class DeltaFormer(nnx.Module):
         * gates: 2 d_model Hu for each of α and β; 2 d_model H K for a projected w, and again for an output gate.
         * read: 2 H K length (half of the T × T scores, and half of the T × T weights times u).
         * write: 2 Hu K length, or 0 if it shares the read's pass (`tied`).
+        * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
 
         Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
         """
@@ -312,4 +343,4 @@ class DeltaFormer(nnx.Module):
             projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
-        return projections + gates + 2.0 * passes * self.head_dim * length
+        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * length

@@ -16,7 +16,7 @@ from deltaformer_jax.training.setup import check_batch
 LENGTH = 64
 WIDE = Mixer("delta_former", write_query="query", kv_shift_window=3)
 # At 4 devices: 2 KV heads take the chain and the ring, 4 heads the all-to-all; states; convolutions and KV shifting.
-MIXERS = ("delta_former", Mixer("softmax_attention", window=9), WIDE)
+MIXERS = (Mixer("delta_former", write_rope_base=0.0), Mixer("softmax_attention", window=9), WIDE)
 MORE = ("gated_delta_net", "gated_linear_attention")
 
 
