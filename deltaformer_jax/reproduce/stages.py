@@ -21,7 +21,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from deltaformer_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from deltaformer_jax.config import Config, DataConfig, Mixer, ModelConfig, OptimizerConfig, RunConfig
 from deltaformer_jax.data import TaskData, batches
 from deltaformer_jax.data.task_data import TaskRows
 from deltaformer_jax.data.tokenizer import TaskVocabulary
@@ -244,4 +244,9 @@ def _program(model: str, optimizer: str, make_model: Callable[..., nnx.Module], 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a cell's fields, in which mixers is a list."""
-    return ModelConfig(**{**fields, "mixers": tuple(fields.get("mixers", ("delta_former",)))})
+    return ModelConfig(**{**fields, "mixers": tuple(map(mixer_of, fields.get("mixers", ("delta_former",))))})
+
+
+def mixer_of(plain: str | list) -> str | Mixer:
+    """An entry of a pattern from plain JSON: a name, or [name, {field: value}]."""
+    return plain if isinstance(plain, str) else Mixer(plain[0], **plain[1])

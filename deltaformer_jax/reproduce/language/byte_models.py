@@ -22,15 +22,12 @@ from deltaformer_jax.config import (
     RunConfig,
 )
 from deltaformer_jax.reproduce import unfinished
+from deltaformer_jax.reproduce.stages import mixer_of
 
 
 def as_json(mixer: str | Mixer) -> Any:
     """An entry of a pattern of mixers as plain JSON."""
     return mixer if isinstance(mixer, str) else [mixer.name, dict(mixer.overrides)]
-
-
-def _mixer(plain: Any) -> str | Mixer:
-    return plain if isinstance(plain, str) else Mixer(plain[0], **plain[1])
 
 
 def byte_model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
@@ -68,7 +65,7 @@ def prepared(settings: dict[str, Any], folder: epath.Path, note, objective: Obje
 
     unfinished.claim(folder)
     steps = settings["steps"]
-    model = byte_model(settings, tuple(map(_mixer, settings["mixers"])), settings["mlp_dim"])
+    model = byte_model(settings, tuple(map(mixer_of, settings["mixers"])), settings["mlp_dim"])
     if "rope_base" in settings:
         model.rope_base = settings["rope_base"]
     config = Config(
