@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,22 @@ def refuse_inside(text: str, folder: Path, field: str) -> None:
                 f"{field}: {text!r} lies in the run's folder, {place}; modules are not imported from there: move the "
                 "module elsewhere on Python's path, or start the program in another folder"
             )
+
+
+def hashes(texts: Iterable[str]) -> dict[str, str]:
+    """{"hash of the module NAME": SHA-256} of the file of each module in texts "package.module:NAME".
+
+    With it the processes of a run compare the user's own code: only these files, not what they import in turn.
+    """
+    modules = {text.partition(":")[0] for text in texts} - {*NOT_IMPORTABLE}
+    return {f"hash of the module {name}": _hash(name) for name in sorted(modules)}
+
+
+def _hash(module: str) -> str:
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        return "none: it has no file"
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:12]

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from deltaformer_jax.config.checks import check
-from deltaformer_jax.config.imports import is_import, refuse_inside
+from deltaformer_jax.config.imports import hashes, is_import, refuse_inside
 from deltaformer_jax.config.mixer import Mixer, entry
 from deltaformer_jax.config.sections import Config
 
@@ -31,9 +31,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def everywhere_the_same(config: Config) -> dict[str, Any]:
     """{"section.field": value as text}: the settings that all processes of a run must have in common.
 
-    Not data.path: the data themselves are compared, wherever they lie.
+    Not data.path: the data themselves are compared, wherever they lie. With hashes of the modules of the user's own.
     """
-    return {name: repr(value) for name, value in flatten(config).items() if name not in LOCAL}
+    values = {name: repr(value) for name, value in flatten(config).items() if name not in LOCAL}
+    return values | hashes(_imports(config))
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A lock that lets one process at a time use a folder. It ends with its process; its file names that process.
 
 On a local disk `flock` works between the processes of one host. On NFS, Lustre (mounted with `flock`), GPFS and CephFS
-it works between hosts, since the clients pass it to the server. Object stores and some cluster file systems have no
-locks: the program then says so and continues.
+it works between hosts, since the clients pass it to the server. Some cluster file systems have no locks: the program
+then says so and continues. In an object store a folder is claimed instead (`claim.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deltaformer_jax.host import processes
+from deltaformer_jax.host.claim import claimed
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -37,8 +38,8 @@ def alone(folder: str, name: str, given: str, note: Callable[[str], Any]) -> Ite
         yield
         return
     if "://" in folder:
-        note(f"{given}: an object store has no locks; make sure that no other process writes there")
-        yield
+        with claimed(folder, name, given, note):
+            yield
         return
     path = Path(folder, lock_file(name))
     made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]

@@ -56,12 +56,13 @@ class Together:
 
     def vote(self, overdue: bool = False) -> None:
         """Take in the result of the vote before, then vote. `requested` stays True once it is."""
-        if self._running is None:
-            self._running = self._begin(overdue)
+        # The first vote is compiled, and may be the first meeting of the devices of all hosts.
         with child.taking_time("waiting for the other processes"):
+            if self._running is None:
+                self._running = self._begin(overdue)
             stop, late = np.asarray(self._running)
+            self._running = self._begin(overdue)
         self.requested, self.overdue = self.requested or bool(stop), bool(late)
-        self._running = self._begin(overdue)
 
     def ask(self) -> bool:
         """Vote, for a loop that has nothing else to decide. Returns `requested`."""

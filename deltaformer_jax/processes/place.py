@@ -144,7 +144,7 @@ def _of_cluster(environ: Mapping[str, str], found: dict[str, Any]) -> tuple[str 
     mpi = {field: int(environ[name]) for field, name in OPEN_MPI.items() if name in environ}
     if len(mpi) == len(OPEN_MPI) and (mpi["count"] == 1 or "coordinator" in found):
         local = environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
-        return "Open MPI", mpi, None if local is None or "JAX_LOCAL_DEVICE_IDS" in environ else (int(local),)
+        return "Open MPI", mpi, _own_devices(environ, None if local is None else int(local))
     if mpi and "OMPI_MCA_orte_hnp_uri" not in environ:  # from version 5 on
         raise ValueError(
             f"--coordinator: missing; Open MPI started {mpi.get('count')} processes, but does not tell where the first "
@@ -172,11 +172,22 @@ def _asked_by_jax(found: dict[str, Any]) -> tuple[str | None, dict[str, Any], An
                     timeout_secs=LOOKUP_SECONDS, override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
                 )
             local = None if running_in_cloud_tpu_vm else cluster.get_local_process_id()
-            devices = None if local is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else (local,)
-            return CLUSTERS.get(cluster.__name__, cluster.__name__), theirs, devices
+            return CLUSTERS.get(cluster.__name__, cluster.__name__), theirs, _own_devices(os.environ, local)
     except Exception as error:  # of a metadata server, a Kubernetes client, a name server
         raise ValueError(
             f"--coordinator: missing, and asking the cluster failed: {type(error).__name__}: {error}. Give "
             "--coordinator HOST:PORT --processes N --process I, or --processes 1 for a run of its own"
         ) from error
     return None, {}, None
+
+
+def _own_devices(environ: Mapping[str, str], local: int | None) -> tuple[int, ...] | None:
+    """Of process number `local` on its host: the GPU of that number; None, all that it sees, if these are its own.
+
+    Slurm's --gpus-per-task shows each task its own GPUs alone, numbered from 0 in each.
+    """
+    if local is None or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    seen = [one for one in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    own = len(seen) == 1 or local >= len(seen) or environ.get("SLURM_GPUS_PER_TASK") == str(len(seen))
+    return None if seen and own else (local,)

@@ -68,7 +68,9 @@ class _Supervisor:
         for end in (self._signals, wake):
             end.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (*TOLD, *SENT, signal.SIGCHLD):
+        # What is ignored stays so, in the child too: nohup has a run survive the terminal that it was started from.
+        wanted = [number for number in SENT if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in (*TOLD, *wanted, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         with tempfile.TemporaryFile() as board, tempfile.TemporaryFile() as stacks:
             board.truncate(SIZE)

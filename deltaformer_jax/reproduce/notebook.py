@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 import deltaformer_jax
+from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.host.paths import write_whole
 from deltaformer_jax.reproduce.unfinished import ADVICE
 
@@ -60,6 +61,7 @@ class Notebook:
 
     def add(self, settings: dict[str, Any], result: dict[str, Any], parts: list[dict[str, Any]]) -> None:
         """Record a finished cell. parts: [{"machine", "seconds"}]; the last machine is the one that finished it."""
+        check_claim(str(self.path.parent), self.name)
         seconds = round(sum(part["seconds"] for part in parts), 3)
         record = {"settings": settings, "result": result, "seconds": seconds, "machine": parts[-1]["machine"]}
         self.records[settings["label"]] = record if len(parts) == 1 else {**record, "parts": parts}

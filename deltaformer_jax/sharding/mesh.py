@@ -28,18 +28,24 @@ RULES = {
 BATCH = PartitionSpec(ROW_AXES, CONTEXT_AXIS)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: list[jax.Device] | None = None, *, slice_attribute: str = "slice_index"
+) -> Mesh:
     """A mesh with axes (data, fsdp, tensor, context) over `devices`, by default all devices of the run.
 
     `data = -1` takes the number of devices divided by the sizes of the other axes; `recipe` gives sizes by name. Axes
     are of type Auto: the compiler chooses shardings that are not given. Raises ValueError if the product of the sizes
     is not the number of devices, or if slices cannot be split over data and fsdp.
+
+    slice_attribute: what tells a device's slice. Of GPUs every host is a slice to JAX, but where they are only compiled
+    for: there it is "process_index".
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, slice_attribute, 0) for device in devices})
     simulated = " (on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)" if devices[0].platform == "cpu" else ""
     sizes = _sizes(config, len(devices), slices, simulated)
-    return Mesh(_laid_out(sizes, devices, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    laid_out = _laid_out(sizes, devices, slices, by_process=slice_attribute == "process_index")
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _sizes(config: MeshConfig, devices: int, slices: int, more: str) -> dict[str, int]:
@@ -65,10 +71,11 @@ def _sizes(config: MeshConfig, devices: int, slices: int, more: str) -> dict[str
     return sizes
 
 
-def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> np.ndarray:
+def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int, *, by_process: bool) -> np.ndarray:
     """The devices as an array of these sizes: neighbours along an axis are neighbours in the network where it can be.
 
     Only the axes of rows go over several slices, data before fsdp: what they send is sent once a layer or once a step.
+    Of GPUs, where each host is a slice, the other axes go over them too, after these, context before tensor.
     """
     shape = tuple(sizes.values())
     if slices == 1:
@@ -76,16 +83,20 @@ def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int) -> 
             return mesh_utils.create_device_mesh(shape, devices)
         except NotImplementedError:  # no axis of the mesh is a product of whole axes of the network
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    over = {"data": math.gcd(sizes["data"], slices)}
-    over["fsdp"] = math.gcd(sizes["fsdp"], slices // over["data"])
-    if math.prod(over.values()) != slices:
+    over, left = {}, slices
+    for name in ("data", "fsdp") if devices[0].platform == "tpu" else ("data", "fsdp", "context", "tensor"):
+        over[name] = math.gcd(sizes[name], left)
+        left //= over[name]
+    if left > 1:
         raise ValueError(
             f"mesh.data * mesh.fsdp = {sizes['data']} * {sizes['fsdp']}: the {slices} slices of the devices cannot be "
             "split over them; give one of them a multiple of the number of slices"
         )
     between = tuple(over.get(name, 1) for name in sizes)
     inside = tuple(size // factor for size, factor in zip(shape, between))
-    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, between, devices, allow_split_physical_axes=True, process_is_granule=by_process
+    )
 
 
 def rows(mesh: Mesh) -> int:

@@ -19,6 +19,7 @@ from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data import Corpus, Mixture, TaskData, Tokenizer, count_batches, is_task, stdlib_corpus
 from deltaformer_jax.data.chat import CHAT_FILE
 from deltaformer_jax.data.corpus import with_held_out_tail
+from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.host.waiting import waiting
 from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.processes import common
@@ -39,7 +40,7 @@ from deltaformer_jax.training.watch.ledger import Ledger
 from deltaformer_jax.training.watch.metrics import MetricsFile
 from deltaformer_jax.training.watch.tensorboard import check_installed
 from deltaformer_jax.training.watch.trackers import check_trackers
-from deltaformer_jax.training.workdir import saved_run
+from deltaformer_jax.training.workdir import LOCK, saved_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,7 @@ def prepare(
     given = None if fresh is None else find(fresh.params)
 
     if jax.process_index() == 0:
+        check_claim(str(workdir), LOCK)
         workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", full.run.keep_checkpoints)
     checkpoints.settle()
@@ -214,6 +216,8 @@ def prepare(
     what = f"compiling for {mesh.size} {jax.devices()[0].device_kind} device{'s' * (mesh.size > 1)}"
     with waiting(what, note), ledger.within("compiling"):
         train_step = _with(program.compile_train_step(full.data), given.arguments)
+        if jax.process_index() == 0:
+            check_claim(str(workdir), LOCK)  # another process may have begun while this one compiled
         common.gather("compiling", None)  # so that the first step meets the others, as in create_state
     run = Run(
         config=full,

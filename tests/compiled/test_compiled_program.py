@@ -35,6 +35,7 @@ needs_libtpu = pytest.mark.skipif(
         ("nonsense:::", "the chips are v4, v5e, v5p, v6e, tpu7x, h100"),
         ("v5e", "give the shape of the slice too"),
         ("v5e-12", "no such counted name (v5e-4, v5e-8, "),
+        ("v5e-4x4", "no such counted name (v5e-4, v5e-8, "),
         ("tpu7x-64", "no such counted name (none)"),
         ("h100:1x2x3", "give HOSTSxCARDS"),
         ("h100:0", "give HOSTSxCARDS"),

@@ -55,6 +55,24 @@ def test_clusters(variables, expected, in_environment):
     assert find(["train.py"], in_environment(variables)) == expected
 
 
+@pytest.mark.parametrize(
+    ("visible", "per_task", "local", "devices"),
+    [
+        ("0,1,2,3", "", "3", (3,)),
+        ("5", "1", "3", None),  # --gpus-per-task shows a task its own alone, number 0 to JAX
+        ("5", "", "0", None),
+        ("4,5", "2", "1", None),
+        ("0,1,2,3", "1", "3", (3,)),  # and --gpu-bind=none all of them
+        ("", "", "3", (3,)),
+    ],
+)
+def test_the_gpus_of_a_task(visible, per_task, local, devices, in_environment):
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_PER_TASK": per_task, "SLURM_LOCALID": local}
+    assert find(["train.py"], in_environment(SLURM | variables)).devices == devices
+    mpi = OPEN_MPI_4 | variables | {"OMPI_COMM_WORLD_LOCAL_RANK": local}
+    assert find(["train.py", "--coordinator=b:7"], mpi).devices == devices
+
+
 def test_flags_come_before_the_cluster(in_environment):
     found = find(["train.py", "--coordinator=b:7"], in_environment(SLURM))
     assert (found.coordinator, found.count, found.index) == ("b:7", 2, 1)

@@ -7,11 +7,16 @@ import socket
 import threading
 import types
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from support.processes.several import free_port
 
+from deltaformer_jax.config import Config, Mixer, ModelConfig
+from deltaformer_jax.config.saved import everywhere_the_same
 from deltaformer_jax.host import code
-from deltaformer_jax.processes import common, connect, coordinator
+from deltaformer_jax.processes import agreement, child, common, connect, coordinator
 from deltaformer_jax.processes.coordinator import Coordinator
 from deltaformer_jax.processes.hub import Hub, Member, Verdict
 from deltaformer_jax.processes.place import Place
@@ -193,6 +198,33 @@ def test_a_host_that_has_fewer_devices(devices, words, monkeypatch):
     for thread in threads:
         thread.join(20)
     assert [said[index][: len(text)] for index, text in enumerate(words)] == words and len(said) == len(words)
+
+
+def test_a_vote_has_no_limit(monkeypatch):
+    """The first one is compiled, and is where the devices of all hosts meet: neither may be taken for a hang."""
+    limits, written = [], types.SimpleNamespace(write=lambda *_: None)
+
+    def begin(*_):
+        limits.append(child._link.now[1])
+        return np.array([1, 0])
+
+    monkeypatch.setattr(agreement.Together, "_begin", begin)
+    monkeypatch.setattr(child, "_link", types.SimpleNamespace(now=("training", child.TRAINING), board=written))
+    together = agreement.Together(types.SimpleNamespace(requested=False), Mesh(np.array(jax.devices()[:1]), ("data",)))
+    together.vote()
+    assert together.requested and limits == [0, 0] and child._link.now == ("training", child.TRAINING)
+
+
+def test_the_users_own_modules_are_compared(tmp_path, monkeypatch):
+    """Of which the settings have only the names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config(model=ModelConfig(mixers=("delta_former", Mixer("own_mixer_of_a_host:One", width=3))))
+    found = []
+    for text in ("class One: ...\n", "class One: pass\n"):
+        (tmp_path / "own_mixer_of_a_host.py").write_text(text)
+        found.append(everywhere_the_same(config))
+    differing = [name for name in found[0] if found[0][name] != found[1][name]]
+    assert differing == ["hash of the module own_mixer_of_a_host"] and "none" not in found[0][differing[0]]
 
 
 def test_the_variables_that_change_what_is_compiled():

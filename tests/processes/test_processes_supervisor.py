@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Toys:
-    def __init__(self, folder, *behaviours, processes=None):
+    def __init__(self, folder, *behaviours, processes=None, by=()):
         folder.mkdir(exist_ok=True)
         self.folder, where = folder, f"127.0.0.1:{free_port()}"
         self.processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, toy_program.__file__, str(folder), behaviour),
+                    *(*by, sys.executable, toy_program.__file__, str(folder), behaviour),
                     *(
                         "--coordinator",
                         where,
@@ -34,6 +34,7 @@ class Toys:
                     ),
                 ],
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -97,9 +98,13 @@ def test_a_signal_is_passed_on_and_the_childs_code_comes_back(number, tmp_path):
 
 
 def test_other_signals_are_passed_on_as_they_are(tmp_path):
-    """Its own supervisor exits with 128 + the signal; SIGUSR2 writes the stacks, and the run goes on."""
-    with Toys(tmp_path, "works", "works") as toys:
-        toys.meet()
+    """Its own supervisor exits with 128 + the signal; SIGUSR2 writes the stacks, and the run goes on. By nohup it goes
+    on when its terminal is closed too, which sends SIGHUP to parent and child."""
+    with Toys(tmp_path, "works", "works", by=("nohup",)) as toys:
+        for child in toys.meet():
+            os.kill(child, signal.SIGHUP)
+        for process in toys.processes:
+            process.send_signal(signal.SIGHUP)
         toys.processes[1].send_signal(signal.SIGUSR2)
         time.sleep(0.5)
         assert toys.processes[1].poll() is None

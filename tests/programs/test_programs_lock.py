@@ -11,10 +11,12 @@ import sys
 import types
 
 import pytest
+from support.object_store import bucket
 
 from deltaformer_jax import train as train_program
 from deltaformer_jax.config import Config
 from deltaformer_jax.host import lock, processes
+from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.host.lock import alone
 from deltaformer_jax.reproduce import __main__ as reproduce
 from deltaformer_jax.training.workdir import LOCK, saved_run
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 ME = f"process {os.getpid()} on {socket.gethostname()} since 20"
 HOLDER = """
 import sys, time
+from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.host.lock import alone
 with alone(sys.argv[1], "train", "--workdir", print):
     print("held", flush=True)
@@ -88,11 +91,29 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, number):
     assert len(notes) == 2 and "has no locks; see to it that no other process writes there" in notes[0]
 
 
-def test_an_object_store_is_said():
-    notes = []
-    with held("gs://bucket/run", notes):
-        pass
-    assert len(notes) == 1 and "an object store has no locks" in notes[0]
+def test_an_object_store_is_claimed_and_the_process_before_finds_out(tmp_path):
+    """Two processes that were not told of one another: the first ends before it writes, and the last one goes on."""
+    notes, file = [], tmp_path / "run" / "train.lock"
+    file.parent.mkdir()
+    with bucket(tmp_path):
+        with held("gs://bucket/run/", notes):
+            assert len(notes) == 1 and "an object store has no locks" in notes[0]
+            assert file.read_text().startswith(ME)
+            check_claim("gs://bucket/run", LOCK)
+            for text, words in (("process 1 on b since 2026, 0a\n", "process 1 on b since 2026;"), ("", "another")):
+                file.write_text(text)
+                with pytest.raises(ValueError, match=f"^gs://bucket/run: taken over by {words}.* stop one of the two$"):
+                    check_claim("gs://bucket/run", LOCK)
+            file.unlink()
+            with pytest.raises(ValueError, match="taken over by another process, which has ended; "):
+                check_claim("gs://bucket/run", LOCK)
+            file.write_text("process 1 on b since 2026, 0a\n")
+        assert file.read_text() == "process 1 on b since 2026, 0a\n"  # not ours to remove
+        with held("gs://bucket/run", notes):
+            assert "taken over from process 1 on b since 2026; if that process still runs, it ends" in notes[-1]
+        assert not file.exists()
+        check_claim("gs://bucket/run", LOCK)  # none of ours
+    check_claim(str(tmp_path), LOCK)
 
 
 def test_of_several_processes_the_first_holds_it(tmp_path, monkeypatch):

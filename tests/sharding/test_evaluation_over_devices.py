@@ -19,6 +19,8 @@ from deltaformer_jax.training.watch.statistics import as_record
 LENGTH = 64
 CUT = (1, 2, 2, 2)  # data, fsdp, tensor, context
 EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+# Each axis alone, and each with each other one.
+ALONE_AND_BY_PAIRS = [sizes for sizes in EVERY if max(sizes) != 4]
 # Two key heads on two devices of "tensor" are one on each, which two of "context" cannot divide: a ring and a chain.
 SEVERAL = dict(
     mixers=("delta_former", Mixer("softmax_attention", window=9), "gated_delta_net"), num_layers=3, kv_shift=True,
@@ -33,7 +35,9 @@ def program_on(sizes, several):
     config = cases.small_config("", **{f"model__{name}": value for name, value in fields.items()})
     config.mesh = MeshConfig(**dict(zip(MESH_AXES, sizes)))
     program = Program(config, make_mesh(config.mesh, jax.devices()[: math.prod(sizes)]))
-    return program, program.create_state(0).params
+    if math.prod(sizes) == 1:
+        return program, program.create_state(0).params
+    return program, jax.device_put(program_on((1, 1, 1, 1), several)[1], program.shardings.params)
 
 
 def batch_on(program, **more):
@@ -46,12 +50,14 @@ def batch_on(program, **more):
     return jax.device_put(batch, batch_sharding(program.mesh))
 
 
+@functools.cache
 def evaluated(sizes, several):
     program, params = program_on(sizes, several)
     masked = program.evaluation_step(params, batch_on(program, loss_mask=np.arange(8 * LENGTH).reshape(8, -1) % 3 > 0))
     return [np.asarray(masked["nats"]), np.asarray(masked["hits"])]
 
 
+@functools.cache
 def statistics(sizes, several):
     program, params = program_on(sizes, several)
     record = as_record(jax.device_get(program.statistics_step(params, batch_on(program))))
@@ -67,11 +73,19 @@ def test_evaluation_where_every_axis_but_data_has_two_devices():
     check_evaluation(CUT, several=False)
 
 
+def on_demand(meshes):
+    return pytest.mark.parametrize("sizes", [CUT, *(pytest.param(x, marks=pytest.mark.rare) for x in meshes)], ids=str)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [CUT, *(pytest.param(sizes, marks=pytest.mark.rare) for sizes in EVERY)], ids=str)
-def test_evaluation_and_statistics_on_every_mesh(sizes):
-    """All 20 meshes of eight devices take some minutes: on demand."""
+@on_demand(EVERY)
+def test_evaluation_on_every_mesh(sizes):
     check_evaluation(sizes, several=True)
+
+
+@pytest.mark.long
+@on_demand(ALONE_AND_BY_PAIRS)  # a program with gradients takes half a minute to compile
+def test_statistics_on_meshes(sizes):
     found, expected = statistics(sizes, True), statistics((1, 1, 1, 1), True)
     assert found.keys() == expected.keys()
     largest = max(value for name, value in expected.items() if name.startswith("gradient_norm"))

@@ -75,6 +75,37 @@ def test_slices_are_split_over_the_axes_of_rows():
         make_mesh(MeshConfig(data=1, tensor=8), devices)
 
 
+class Card:
+    platform, device_kind = "gpu", "a card"
+
+    def __init__(self, number, host, process=None):
+        self.id, self.slice_index = number, host
+        self.process_index = number if process is None else process
+
+
+@pytest.mark.parametrize(
+    ("sizes", "of_hosts"),
+    [
+        (dict(context=16), [0] * 8 + [1] * 8),
+        (dict(tensor=16), [0] * 8 + [1] * 8),
+        (dict(context=4, tensor=4), [0] * 2 + [1] * 2),
+        (dict(fsdp=2, tensor=8), [0, 1]),
+        (dict(recipe="data+fsdp"), [0, 1]),
+    ],
+)
+def test_any_axis_goes_over_hosts_with_gpus(sizes, of_hosts):
+    """Each host is a slice to JAX. The axis over hosts is the one that sends least."""
+    cards = [Card(8 * host + card, host) for host in range(2) for card in range(8)]
+    mesh = make_mesh(MeshConfig(**sizes), cards)
+    described = [Card(card.id, 0, card.slice_index) for card in cards]
+    planned = make_mesh(MeshConfig(**sizes), described, slice_attribute="process_index")
+    assert [card.id for card in planned.devices.flat] == [card.id for card in mesh.devices.flat]
+    assert {card.id for card in mesh.devices.flat} == set(range(16))
+    hosts = np.vectorize(lambda card: card.slice_index)(mesh.devices)
+    (axis,) = (axis for axis in range(4) if (np.diff(hosts, axis=axis) != 0).any())
+    assert np.moveaxis(hosts, axis, 0).reshape(len(of_hosts), -1)[:, 0].tolist() == of_hosts
+
+
 def test_devices_of_other_kinds_are_in_order():
     assert [device.id for device in make_mesh(MeshConfig(data=2, fsdp=4)).devices.flat] == list(
         range(len(jax.devices()))

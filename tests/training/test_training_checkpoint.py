@@ -14,7 +14,7 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.sharding.mesh import make_mesh
-from deltaformer_jax.training.checkpoints import checksums
+from deltaformer_jax.training.checkpoints import checksums, store
 from deltaformer_jax.training.checkpoints.checksums import CHECKSUMS, CheckpointError, check_checksums
 from deltaformer_jax.training.checkpoints.store import Checkpoints, SaveError
 from deltaformer_jax.training.program import Program
@@ -169,6 +169,18 @@ def test_a_failed_save_is_said_once(saved, made, monkeypatch, tmp_path_factory):
     other.save(at_step(made[2], 1), {"step": 5})
     with pytest.raises(SaveError, match="5: not saved"):
         other.close()
+
+
+def test_a_folder_that_another_process_took_over_is_left_alone(saved, made, monkeypatch):
+    def taken(folder, name):
+        raise ValueError(f"{folder}: {name}, taken over by process 1")
+
+    monkeypatch.setattr(store, "check_claim", taken)
+    before, checkpoints = files_of(saved), Checkpoints(saved, keep=3)
+    with pytest.raises(SaveError, match=rf"4: not saved: {saved.parent}: train, taken over by process 1; the newest"):
+        checkpoints.save(at_step(made[2], 1), {"step": 4})
+    checkpoints.close()
+    assert files_of(saved) == before
 
 
 def full(checkpoints, monkeypatch):

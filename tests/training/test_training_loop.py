@@ -10,6 +10,7 @@ from support import training_cases as cases
 
 from deltaformer_jax.data import batches
 from deltaformer_jax.model_parts import merge
+from deltaformer_jax.training import setup
 from deltaformer_jax.training.loop import RunError, train
 from deltaformer_jax.training.setup import prepare
 
@@ -162,6 +163,26 @@ def test_what_cannot_run_leaves_no_trace(corpus, tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(cases.small_config(corpus, **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_process_took_over(corpus, tmp_path, monkeypatch):
+    """In an object store: before anything is written, and before the first step."""
+    looks = []
+
+    def check_claim(folder, name):
+        looks.append((folder, name))
+        if len(looks) == last:
+            raise ValueError("taken over")
+
+    monkeypatch.setattr(setup, "check_claim", check_claim)
+    last = 1
+    with pytest.raises(ValueError, match="taken over"):
+        prepare(cases.small_config(corpus), tmp_path / "run", devices=jax.devices()[:1])
+    assert not (tmp_path / "run").exists()
+    last = 3
+    with pytest.raises(ValueError, match="taken over"):
+        prepare(cases.small_config(corpus), tmp_path / "run", devices=jax.devices()[:1])
+    assert looks == [(str(tmp_path / "run"), "train")] * 3 and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_is_not_a_runs(corpus, tmp_path):

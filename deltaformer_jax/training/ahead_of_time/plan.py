@@ -77,7 +77,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     about two, whatever the number of devices.
     """
     check(config)
-    mesh = make_mesh(config.mesh, topology.devices)
+    slices = "process_index" if topology.of_cards else "slice_index"
+    mesh = make_mesh(config.mesh, topology.devices, slice_attribute=slices)
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     choices = ORDER if full.model.remat == "auto" else (full.model.remat,)

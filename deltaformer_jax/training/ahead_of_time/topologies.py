@@ -89,7 +89,7 @@ def find_topology(text: str) -> Topology:
         raise ValueError(f"topology {text!r}: give the number of slices, 1 or more, before the *, as in {EXAMPLES}")
     if found[3] == "-":
         counted = COUNTED.get(kind, {})
-        if int(shape) not in counted:
+        if not shape.isdigit() or int(shape) not in counted:
             known = ", ".join(f"{kind}-{count}" for count in counted) or "none"
             raise ValueError(f"topology {text!r}: no such counted name ({known}); give its shape, as in {EXAMPLES}")
         shape = counted[int(shape)]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.processes import common
 from deltaformer_jax.training.checkpoints.checksums import (
     CHECKSUMS,
@@ -22,6 +23,7 @@ from deltaformer_jax.training.checkpoints.checksums import (
     write_checksums,
 )
 from deltaformer_jax.training.state import TrainState
+from deltaformer_jax.training.workdir import LOCK
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax is writing
 
@@ -68,6 +70,7 @@ class Checkpoints:
         step = int(run["step"])
         with self._named(step):
             if jax.process_index() == 0:
+                check_claim(str(self._folder.parent), LOCK)
                 self._mark(step).write_text("being saved; not whole until this file is gone\n")
             saved = self._manager.save(
                 step,

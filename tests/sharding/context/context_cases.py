@@ -51,15 +51,16 @@ def over(devices, form, arrays):
     return jax.shard_map(spread, mesh=mesh(devices), in_specs=(specs,), out_specs=out, check_vma=False)(arrays)
 
 
-def value_and_gradients(function, arrays, ids):
-    """function(arrays, ids) and the gradients of a fixed weighted sum of it, in every array, both jitted."""
+def value_and_gradients(function, arrays, ids, options=None):
+    """function(arrays, ids) and the gradients of a fixed weighted sum of it, in every array, both jitted; `options` are
+    the compiler's."""
 
     def total(arrays):
         out = function(arrays, ids)
         weights = jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
         return jnp.sum(out * weights), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=options)(arrays)
     return {"out": out, **gradients}
 
 
@@ -72,9 +73,9 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-def compare(form, op, arrays, ids, devices, tolerance):
+def compare(form, op, arrays, ids, devices, tolerance, options=None):
     """form on `devices` devices against op on one: values and gradients. Both take arrays and segment_ids by name."""
     with_ids = lambda arrays, ids: arrays if ids is None else {**arrays, "segment_ids": ids}
-    expected = value_and_gradients(lambda arrays, ids: op(**with_ids(arrays, ids)), arrays, ids)
+    expected = value_and_gradients(lambda arrays, ids: op(**with_ids(arrays, ids)), arrays, ids, options)
     spread = lambda arrays, ids: over(devices, form, with_ids(arrays, ids))
-    assert_close(value_and_gradients(spread, arrays, ids), expected, tolerance)
+    assert_close(value_and_gradients(spread, arrays, ids, options), expected, tolerance)
