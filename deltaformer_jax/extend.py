@@ -13,7 +13,8 @@ a tenth of the learning rate. DIR2 is a run like any other: it is resumed by the
 
 Then DIR2/extension.json and DIR2/extension.png compare both models: loss of short and of long texts by position,
 recall of a passage by distance, and drift by layer, on about --tokens tokens (65536) of the evaluation split each. A
-table goes to stderr, the JSON to stdout. Wrong input gives one line on stderr and exit code 2, and nothing is written.
+table goes to stderr, the JSON to stdout. After training by several processes, the same command in one process
+compares. Wrong input gives one line on stderr and exit code 2, and nothing is written.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     config = [] if (out / Saved.FILE).exists() else [f"--config={as_config.__file__}:{argument}"]
     _train([*config, f"--workdir={flags.out}", *others])
     if "--dry_run" in others or processes.index() > 0 or not _finished(out):
+        return
+    if processes.count() > 1:
+        say_aside("the same command in one process compares both models")
         return
     with one_line_errors("deltaformer_jax.extend"):
         print(json.dumps(report(flags, out)))
