@@ -152,6 +152,7 @@ def test_figure3_transformer_and_search(results, monkeypatch):
     assert len(results(figure3, sizes)) == 4
 
 
+@pytest.mark.rare  # a minute; the curriculum's stages are tested below
 def test_figure4_curriculum_goes_up(results, monkeypatch):
     settings_of = figure4.train_task.settings_of
     easy = lambda *args, **kwargs: settings_of(*args, **{**kwargs, "target": 0.0, "patience": 1, "eval_every": 2})
