@@ -84,8 +84,8 @@ class ModelConfig:
     )
     norm_placement: str = setting(
         "pre",
-        'Where a block has its norms. "pre": x + mixer(norm(x)), x + swiglu(norm(x)). "post": x + norm(mixer(x)), '
-        "x + norm(swiglu(x)). An entry of `mixers` may have its own: Mixer(name, norm_placement=...).",
+        'Where a block has its norms. "pre": x + mixer(norm(x)), x + mlp(norm(x)). "post": x + norm(mixer(x)), '
+        "x + norm(mlp(x)). An entry of `mixers` may have its own: Mixer(name, norm_placement=...).",
         choices=("pre", "post"),
     )
     embedding_scale: str = setting(
