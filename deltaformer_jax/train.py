@@ -55,13 +55,21 @@ def main() -> None:
         from deltaformer_jax.processes.supervisor import supervise
 
         supervise(place, program)  # starts this program again, and never returns
-    with child.last_words():
+    with child.last_words(lambda: _meet(place)):
         _train(program, place)
 
 
 def _place(argv: list[str]) -> Place | None:
     """Which of several processes this is; None if it is alone, as for a dry run, which looks at this host alone."""
     return None if {"--dry_run", "-dry_run"} & set(argv) else find(argv, os.environ)
+
+
+def _meet(place: Place) -> None:
+    """Come to the other processes, to tell them what went wrong here."""
+    from deltaformer_jax.processes.connect import connect
+
+    print(f"waiting for the other processes, at {place.coordinator}, to tell them of it", flush=True)
+    connect(place)
 
 
 def _train(program: str, place: Place | None) -> None:

@@ -43,6 +43,7 @@ class _Link:
         self.place = Place(**given["place"] | {"devices": devices and tuple(devices)})
         self.board = Board(given["board"])
         self.now = "starting", 0.0  # as on the board
+        self.met = False  # the processes
         self.stacks = given["stacks"]
         self.parent = Lines(socket.socket(fileno=given["socket"]))
         self.listens: queue.SimpleQueue = queue.SimpleQueue()  # where the parent of process 0 does
@@ -117,6 +118,8 @@ def where_the_parent_listens() -> Any:
 
 def connected(hub: Any) -> None:
     """The processes have met; `hub` is what process 0 told by `where_the_parent_listens`."""
+    if _link is not None:
+        _link.met = True
     tell(connected=hub)
 
 
@@ -147,8 +150,12 @@ def perhaps_of_another(*kinds: type[BaseException]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def last_words() -> Iterator[None]:
-    """The whole program of a child: if it fails, the parent is told why, and ends the other processes too."""
+def last_words(meet: Callable[[], Any]) -> Iterator[None]:
+    """The whole program of a child: if it fails, the parent is told why, and ends the other processes too.
+
+    If it fails before the processes have met, as where a file is missing on one host, the others wait for it: then
+    meet() is called, by which it comes to them all the same, and they hear of it.
+    """
     if _link is None:
         yield
         return
@@ -156,12 +163,12 @@ def last_words() -> Iterator[None]:
         yield
     except SystemExit as stopped:
         if stopped.code not in (None, 0):
-            _fail(stopped.__context__ or stopped, stopped.code if isinstance(stopped.code, int) else 1)
+            _fail(stopped.__context__ or stopped, stopped.code if isinstance(stopped.code, int) else 1, meet)
         raise
     except BaseException as error:
         _await_verdict()
         traceback.print_exc()
-        _fail(error, 1)
+        _fail(error, 1, meet)
 
 
 def _await_verdict() -> None:
@@ -170,12 +177,17 @@ def _await_verdict() -> None:
         time.sleep(VERDICT_SECONDS)
 
 
-def _fail(error: BaseException, code: int) -> None:
+def _fail(error: BaseException, code: int, meet: Callable[[], Any]) -> None:
     """Never returns: the parent, once told, ends this process. Leaving by itself, it would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     text = " ".join(str(error).split()) or type(error).__name__
-    tell(failed=text[:1000], code=code)
+    words = {"failed": text[:1000], "code": code}
+    if _link is not None and not _link.met:
+        tell(**words, early=True)
+        with contextlib.suppress(Exception):  # such as jax, which is not installed
+            meet()
+    tell(**words)
     at("failing", 0)
     time.sleep(60)
     os._exit(code)

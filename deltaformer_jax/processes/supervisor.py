@@ -171,6 +171,8 @@ class _Supervisor:
     def _hear(self, message: dict[str, Any]) -> None:
         if "failed" in message:
             self._words = message["failed"], message["code"]
+            if "early" in message:  # the others are told once they have met
+                return
             line = f"{self._name} ended with code {message['code']}: {message['failed']}"
             self._blame(line, message["code"], lost=False)
         if "workdir" in message:
@@ -282,6 +284,8 @@ class _Supervisor:
         else:
             together = "" if own else "; this process is stopped with it"
             print(f"{self._program}: error: {verdict.line}{together}{said}", file=sys.stderr, flush=True)
+        if own and self._words:
+            return self._words[1]
         return self._code if own and self._code else verdict.code
 
     def _write_stacks(self) -> str | None:

@@ -206,6 +206,17 @@ def test_a_line_of_one_is_the_line_of_all(tmp_path):
     assert not (tmp_path / "stacks").exists()  # it is known what was wrong
 
 
+def test_a_line_from_before_they_met_is_the_line_of_all(tmp_path):
+    """As where a file is missing on one host, or on two: the others wait for them, and hear of it once they come."""
+    begin = time.monotonic()
+    with Toys(tmp_path, "works", "early", "early") as toys:
+        works, *early = toys.outcomes()
+    assert time.monotonic() < begin + 30
+    assert_one_line(works, 2, "ended with code 2: what is wrong; this process is stopped with it")
+    for outcome in early:
+        assert_one_line(outcome, 2, "toy: error: what is wrong")
+
+
 def test_a_bug_keeps_its_traceback(tmp_path):
     with Toys(tmp_path, "works", "breaks") as toys:
         first, second = toys.outcomes()

@@ -4,7 +4,8 @@
 
 BEHAVIOUR, of this process, once all have met: works (until a signal asks it to end), hangs, saves (is busy for long
 without a word), fails (with a line), breaks (with a traceback), leaves (with code 7), never (comes to the meeting),
-aborts (as jax does, with a trace, when another process is gone: a second after the others have met).
+aborts (as jax does, with a trace, when another process is gone: a second after the others have met), early (fails with
+a line before they meet).
 """
 
 import json
@@ -27,7 +28,7 @@ def main():
     if child.supervised() is None:
         supervise(place, "toy")
     folder, behaviour = Path(sys.argv[1]), sys.argv[2]
-    with child.last_words():
+    with child.last_words(lambda: meet(place, folder)):
         program(place, folder, behaviour)
 
 
@@ -37,6 +38,9 @@ def program(place, folder, behaviour):
     child.at("connecting", LIMIT if behaviour == "never" else 60)
     while behaviour == "never":
         time.sleep(1)
+    if behaviour == "early":
+        with one_line_errors("toy"):
+            raise ValueError("what is wrong")
     meet(place, folder)
     with child.forwarded(lambda number: asked.set()), one_line_errors("toy"):
         begin = time.monotonic()
