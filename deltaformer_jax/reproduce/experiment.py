@@ -65,6 +65,10 @@ NAMES = {
         "recall of a key by its distance, and bits per byte, by the base of the rotary embedding",
         "rope.rope_retrieval",
     ),
+    "rope_swap": (
+        "tracking swaps by the base of the rotary embedding, and with a write that is not rotated",
+        "rope.rope_swap",
+    ),
     "table6": ("times of the recurrent, parallel and chunked implementations on this machine", "deltaformer.table6"),
     "figure3": (
         "tracking swaps of 5 elements: similarities of DeltaFormer against Transformers",

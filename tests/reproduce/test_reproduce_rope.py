@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from deltaformer_jax.config.remarks.rotary_bound import frequencies
-from deltaformer_jax.reproduce.rope import distances, rope_base, rope_retrieval
+from deltaformer_jax.reproduce.rope import distances, rope_base, rope_retrieval, rope_swap
 
 
 def test_the_bound_of_a_score_and_the_angles_term_by_term():
@@ -79,3 +79,13 @@ def test_recall_and_bytes_in_a_few_steps(tmp_path):
     (line,) = rope_retrieval.rows(records)
     assert list(records[0]["result"]["tests"]) == ["1 to 8", "9 to 16", "17 to 24", "25 to 32"]
     assert line["rotary embedding"] == "base 1e1" and float(line["bits per byte"]) < 9
+
+
+@pytest.mark.long
+def test_swaps_in_a_few_steps(tmp_path):
+    sizes = dict(
+        rope_swap.QUICK, models=("read 1e2, write not rotated",), again=(), lengths=(4,), longer=(8,), width=16, steps=2
+    )
+    (record,) = done(rope_swap, sizes, tmp_path)
+    (line,) = rope_swap.rows([record])
+    assert line["0.99 at step"] == "4: –" and set(record["result"]["tests"]) == {"4", "8"}
