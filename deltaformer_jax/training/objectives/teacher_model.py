@@ -12,6 +12,7 @@ from deltaformer_jax.training.objectives.rows import teacher_run
 # What teacher and student may have different: the rotary embedding, and how the same function is computed.
 _MAY_DIFFER = {
     "rope_base",
+    "write_rope_base",
     "rope_scaling",
     "vocab_size",
     "compute_dtype",
