@@ -193,7 +193,7 @@ def _finding(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         return "Baichuan-M1's attention without one of its parts"
     most = max(steps, key=steps.get)
     rest = f"; {WHOLE} {steps[WHOLE]}" if WHOLE in steps and most != WHOLE else ""
-    return f"Latest to learn recall: {most}, {steps[most]} steps or more{rest}"
+    return f"Latest to learn recall: {most}, after {steps[most]} steps{rest}"
 
 
 EXPERIMENT = Experiment(
