@@ -131,23 +131,18 @@ def report(flags, out: epath.Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
+    from deltaformer_jax.extension.report import beyond
+
     short, long = found["short_length"], found["long_length"]
     lines = [("", "before", "after")]
     both = lambda name, of: lines.append((name, *(f"{of(found[when]):.4f}" for when in ("before", "after"))))
     both(f"nats, texts of {short}", lambda one: one["short"]["loss"])
     both(f"nats, texts of {long}", lambda one: one["long"]["loss"])
-    both(f"nats, positions above {short}", lambda one: _beyond(one["long"]["by_position"], short))
+    both(f"nats, positions above {short}", lambda one: beyond(one["long"]["by_position"], short))
     for i, point in enumerate(found["after"]["recall"]):
         both(f"nats saved at distance {point['distance']}", lambda one, i=i: one["recall"][i]["saved"])
     least = min(found["drift"]["similarity"])
     return right_aligned(lines) + f"\nleast similarity of a layer's stream: {least:.4f}"
-
-
-def _beyond(reports: list[dict[str, Any]], short: int) -> float:
-    """The mean loss of the positions above `short`, those of whole ranges."""
-    taken = [one for one in reports if one["from"] > short]
-    tokens = sum(one["tokens"] for one in taken)
-    return sum(one["loss"] * one["tokens"] for one in taken) / tokens if tokens else float("nan")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from deltaformer_jax.data import batches
 from deltaformer_jax.evaluate.by_position import evaluate_by_position
-from deltaformer_jax.extension.recall import recall
+from deltaformer_jax.extension.recall import PASSAGE, SHORTEST, recall
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
 from deltaformer_jax.sharding.rows import to_devices
 from deltaformer_jax.training.checkpoints.restore import Restored
@@ -52,6 +52,13 @@ def compared(
     return found
 
 
+def beyond(reports: list[dict[str, Any]], short: int) -> float:
+    """The mean loss of the positions above `short`, of the ranges that lie there; NaN if there are none."""
+    taken = [one for one in reports if one["from"] > short]
+    tokens = sum(one["tokens"] for one in taken)
+    return sum(one["loss"] * one["tokens"] for one in taken) / tokens if tokens else float("nan")
+
+
 def _shape(run: Restored, length: int, tokens: int) -> dict[str, int]:
     """About `tokens` tokens of rows in a batch, at most as many as in a batch of training, for all devices."""
     parts = rows(run.program.mesh)
@@ -76,7 +83,12 @@ def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, A
 
 
 def recalled(run: Restored, corpus: Any, length: int, examples: int = RECALL_ROWS) -> list[dict[str, float]]:
-    """The recall of a passage by distance in rows of `length` tokens, over `examples` passages for each distance."""
+    """The recall of a passage by distance in rows of `length` tokens, over `examples` passages for each distance.
+
+    [] for rows that are too short for the shortest distance.
+    """
+    if length <= SHORTEST + PASSAGE:
+        return []
     mesh, sharding = run.program.mesh, batch_sharding(run.program.mesh)
     step = jax.jit(on_mesh(mesh, over_tokens(mesh, run.program.parts, batch_nats)), out_shardings=replicated(mesh))
     size = rows(mesh) * max(2, 16 // rows(mesh) // 2 * 2)

@@ -89,12 +89,6 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     return {"before": found[settings["methods"][0]]["before"], "methods": {name: found[name] for name in found}}
 
 
-def _beyond(reports: list[dict[str, Any]], short: int) -> float:
-    """The mean nats of positions above `short`."""
-    taken = [one for one in reports if one["from"] > short]
-    return sum(one["loss"] * one["tokens"] for one in taken) / sum(one["tokens"] for one in taken)
-
-
 def _lines(record: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[float] | None]]:
     """(name, measures, similarities) of the model before and of each extension."""
     result = record["result"]
@@ -103,6 +97,8 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[float
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from deltaformer_jax.extension.report import beyond
+
     lines = []
     for record in done:
         short, long = record["settings"]["sequence_length"], record["settings"]["to"]
@@ -114,7 +110,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "trained": name,
                     "rotary base": f"{measures['rope_base']:g}",
                     f"nats, texts of {short}": f"{measures['short']['loss']:.4f}",
-                    f"nats, positions {short + 1} to {long}": f"{_beyond(measures['long']['by_position'], short):.4f}",
+                    f"nats, positions {short + 1} to {long}": f"{beyond(measures['long']['by_position'], short):.4f}",
                     f"nats saved at {recall[0]['distance']}": f"{recall[0]['saved']:.3f}",
                     f"nats saved at {recall[-1]['distance']}": f"{recall[-1]['saved']:.3f}",
                     "least similarity of a layer": "1" if similarity is None else f"{min(similarity):.4f}",
