@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltaformer_jax.plot.style import COLOURS, explain, plain
+from deltaformer_jax.plot.style import COLOURS, explain, plain, reference
 
 
 def picture(found: dict[str, Any], name: str) -> Any:
@@ -22,8 +22,8 @@ def picture(found: dict[str, Any], name: str) -> Any:
         recall.plot([one["distance"] for one in points], [one["saved"] for one in points], "o-", color=colour)
     for axes in (loss, recall):
         axes.set_xscale("log", base=2)
-        axes.axvline(short, color="#555555", linewidth=1, linestyle=":")
-    loss.set(xlabel="position in the text (dotted: the context before)", ylabel="nats a token")
+        reference(axes, short, f"{short:,}: the context before", upright=True)
+    loss.set(xlabel="position in the text", ylabel="nats a token")
     recall.set(xlabel="tokens between a passage and its return", ylabel="nats a token saved")
     recall.axhline(0, color="#555555", linewidth=0.8)
     loss.legend(frameon=False, fontsize=9)

@@ -1,6 +1,7 @@
 """The experiments' pictures, of made-up results: they say what they show, name every line, and clip nothing."""
 
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from matplotlib.text import Text
 
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
-from deltaformer_jax.reproduce.associative_memory import snr
-from deltaformer_jax.reproduce.language import mixers, redundancy
+from deltaformer_jax.reproduce.associative_memory import infinite_context, snr
+from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
 TRAINED = (
@@ -75,6 +76,16 @@ def result_of(name, settings, rng, good):
             "rank_correlation": 0.8,
             "tokens": 1_000_000,
         }
+    if name == "baichuan":
+        return {"bits": float(rng.uniform(2, 3)), "tokens": 1_000_000}
+    if name == "longred":
+        after = lambda: {"after": measures(settings, rng), "drift": {"similarity": [0.99] * settings["num_layers"]}}
+        return {"before": measures(settings, rng), "methods": {method: after() for method in settings["methods"]}}
+    if name == "infinite_context":
+        formula = infinite_context._expected(settings)
+        more = {} if formula is None else {"ratio": 1.01 if good else 1.3}
+        errors = rng.uniform(0.1, 1, 20).tolist()
+        return {"tokens": list(range(64, 1344, 64)), "errors": errors, "formula": formula, "measured": 1.0, **more}
     if name == "kv_shift_theory":
         ends = [[0.5, 0.5], [0.2, 0.9] if good else [0.9, 0.2]]
         landscape = {"axis": [-0.5, 1.5, 3], "losses": [[3, 2, 1]] * 3, "path": ends, "end": ends[1]}
@@ -96,7 +107,23 @@ def result_of(name, settings, rng, good):
     }
 
 
+def measures(settings, rng):
+    """Those of a model before or after its context was extended."""
+    short, long = settings["sequence_length"], settings["to"]
+    ranges = [(1, 1), (2, short), (short + 1, long)]
+    reports = [{"from": a, "to": b, "loss": float(rng.uniform(1, 2)), "tokens": 10} for a, b in ranges]
+    recall = [{"distance": distance, "saved": float(rng.uniform(0, 0.1))} for distance in (64, 128, long)]
+    return {"rope_base": 1e4, "short": {"loss": 1.5}, "long": {"by_position": reports}, "recall": recall}
+
+
 def cells_of(name, quick):
+    if name in ("baichuan", "longred"):
+        module = {"baichuan": baichuan, "longred": longred}[name]
+        with (
+            mock.patch.object(module, "matching_width", lambda *given: 64),
+            mock.patch.object(module, "parameters", lambda *given: 900_000),
+        ):
+            return module.cells(quick)
     if name not in ("mixers", "redundancy"):
         return experiment.load(name).cells(quick)
     # Without the widths that make the numbers of parameters equal, which take a while to find.

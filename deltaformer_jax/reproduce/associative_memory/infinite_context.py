@@ -197,10 +197,11 @@ def figure(done: list[dict[str, Any]]):
         plain(axes, title)
     figure_legend(picture, *panels)
     settings = done[0]["settings"]
-    ratios = [record["result"]["ratio"] for record in done if "ratio" in record["result"]]
+    off = [abs(record["result"]["ratio"] - 1) for record in done if "ratio" in record["result"]]
+    within = f": floors within {100 * max(off):.0f} % of their formulas" if off else ", whatever their number is"
     explain(
         picture,
-        f"More examples stop helping: floors within {100 * max(abs(r - 1) for r in ratios):.0f} % of their formulas",
+        f"More examples stop helping a memory{within}",
         f"v = W k + {settings['sigma']} n, width {settings['width']}, {settings['trials']} trials. Dotted: the "
         "formulas. Flat: a decay forgets, a constant β follows the noise, skewed keys and softmax are biased. Falling: "
         "sums, and a β that falls as 1/t.\nThe closed forms are this library's; the question is that of arXiv "

@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from deltaformer_jax.plot.style import COLOURS, explain, plain
+from deltaformer_jax.plot.style import COLOURS, explain, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.language.byte_models import byte_model, matching_width, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
@@ -134,8 +134,8 @@ def figure(done: list[dict[str, Any]]):
                 drift.plot(range(len(similarity)), [1 - value for value in similarity], **style)
         for axes in (loss, recall):
             axes.set_xscale("log", base=2)
-            axes.axvline(short, color="#555555", linewidth=1, linestyle=":")
-        loss.set(xlabel="position (dotted: the context before)", ylabel="nats a byte")
+            reference(axes, short, f"{short}: the context before", upright=True)
+        loss.set(xlabel="position", ylabel="nats a byte")
         recall.set(xlabel="bytes between a passage and its return", ylabel="nats a byte saved")
         drift.set(xlabel="layer", ylabel="1 − cosine with the model before", ylim=(0, None))
         drift.set_xticks(range(record["settings"]["num_layers"]))
