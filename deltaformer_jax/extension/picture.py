@@ -22,7 +22,7 @@ def picture(found: dict[str, Any], name: str) -> Any:
         recall.plot([one["distance"] for one in points], [one["saved"] for one in points], "o-", color=colour)
     for axes in (loss, recall):
         axes.set_xscale("log", base=2)
-        reference(axes, short, f"{short:,}: the context before", upright=True)
+        reference(axes, short, "old context", upright=True)
     loss.set(xlabel="position in the text", ylabel="nats a token")
     recall.set(xlabel="tokens between a passage and its return", ylabel="nats a token saved")
     recall.axhline(0, color="#555555", linewidth=0.8)

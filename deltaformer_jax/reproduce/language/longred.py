@@ -134,7 +134,7 @@ def figure(done: list[dict[str, Any]]):
                 drift.plot(range(len(similarity)), [1 - value for value in similarity], **style)
         for axes in (loss, recall):
             axes.set_xscale("log", base=2)
-            reference(axes, short, f"{short}: the context before", upright=True)
+            reference(axes, short, "old context", upright=True)
         loss.set(xlabel="position", ylabel="nats a byte")
         recall.set(xlabel="bytes between a passage and its return", ylabel="nats a byte saved")
         drift.set(xlabel="layer", ylabel="1 − cosine with the model before", ylim=(0, None))
