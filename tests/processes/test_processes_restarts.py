@@ -13,7 +13,7 @@ from support.program_run import SMALL, finish, start
 
 from deltaformer_jax.data import load_data
 from deltaformer_jax.data.batches import _packing
-from deltaformer_jax.training import loop
+from deltaformer_jax.training import position
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 BATCH, LENGTH, STEPS = 8, 32, 12
@@ -63,7 +63,7 @@ def test_on_8_4_2_and_8_devices(packing, mixture, tmp_path, monkeypatch):
         noted.extend(ledger_config.content(batch, row) for row in range(BATCH))
         return ledger_config.really(batch, sharding, rows)
 
-    monkeypatch.setattr(loop, "to_devices", to_devices)
+    monkeypatch.setattr(position, "to_devices", to_devices)
     config = cases.small_config(path, run__eval_every=0, run__checkpoint_every=0, mesh__fsdp=4)
     cases.run_training(config, tmp_path / "whole", devices=8)
     assert record_numbers(path, noted) == list(range(BATCH * STEPS))

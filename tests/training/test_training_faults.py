@@ -21,6 +21,7 @@ from deltaformer_jax.training import loop, setup
 from deltaformer_jax.training import program as programs
 from deltaformer_jax.training.checkpoints import store as checkpoint
 from deltaformer_jax.training.checkpoints.restore import restore
+from deltaformer_jax.training.position import Feed
 from deltaformer_jax.training.watch.ledger import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -96,7 +97,7 @@ STAGES = {
         "make_train_step",
         lambda *a, make=programs.make_train_step, **named: Compiling(make(*a, **named), signals),
     ),
-    "stepping": lambda patch, signals: patch(loop, "to_devices", after(13, loop.to_devices, signals)),
+    "stepping": lambda patch, signals: patch(Feed, "to_devices", after(13, Feed.to_devices, signals)),
     "evaluating": lambda patch, signals: patch(loop, "evaluate", after(2, loop.evaluate, signals)),
     "saving": lambda patch, signals: patch(
         checkpoint.Checkpoints, "save", after(2, checkpoint.Checkpoints.save, signals)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-import deltaformer_jax.training.loop as loop
+import deltaformer_jax.training.position as position
 from deltaformer_jax.config import Config, RunConfig
 
-really = loop.to_devices
+really = position.to_devices
 
 
 def to_devices(batch, sharding, rows=None):
@@ -33,5 +33,5 @@ def content(batch, row):
 
 
 def get_config():
-    loop.to_devices = to_devices
+    position.to_devices = to_devices
     return Config(run=RunConfig(eval_every=0))
