@@ -13,7 +13,7 @@ from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.interop.sources.base import layers
 from deltaformer_jax.interop.sources.single_layers import LAYERS
 from deltaformer_jax.layers.mixers.build import resolved_fields
-from deltaformer_jax.model import mlp_dim
+from deltaformer_jax.layers.mixers.feed_forward import feed_forward_width
 
 HF = dict(vocab_size=64, hidden_size=128, num_hidden_layers=4, intermediate_size=80, num_attention_heads=4)
 FLA = dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_heads=4)
@@ -102,7 +102,8 @@ def test_absent_layer_types_and_feed_forward_widths():
     assert names("qwen3_5_text", layer_types=None, full_attention_interval=2) == [EVERY[0], EVERY[3]] * 2
     assert names("olmo_hybrid", num_hidden_layers=2) == EVERY[2:]  # at least one is full attention
     # The width is a multiple of 256 from two thirds of hidden_ratio, which null sets to 4.
-    widths = [mlp_dim(read("retnet", **FLA | dict(hidden_size=512) | more)) for more in ({}, {"hidden_ratio": None})]
+    width = lambda config: feed_forward_width(config, config.mixers[0])
+    widths = [width(read("retnet", **FLA | dict(hidden_size=512) | more)) for more in ({}, {"hidden_ratio": None})]
     assert widths == [768, 1536]
 
 
