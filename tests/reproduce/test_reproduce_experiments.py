@@ -74,6 +74,7 @@ def test_every_cell_has_a_model_that_can_be_built(name):
         "word_problem",
         "induction",
         "kv_shift_tasks",
+        "baichuan",
         "rope_retrieval",
         "rope_swap",
     )
