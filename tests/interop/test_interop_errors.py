@@ -297,7 +297,8 @@ WINDOWED = Mixer(ATTENTION.name, **dict(ATTENTION.overrides) | dict(window=4, qk
     ("kind", "fields"),
     [
         ("delta_net", dict(mixers=("delta_net",), **HEADS, **DELTA | dict(conv_size=0, input_silu=True))),
-        ("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA)),
+        # What the pattern of four has too is on demand.
+        pytest.param("delta_net", dict(mixers=("delta_net", ATTENTION), **HEADS, **DELTA), marks=pytest.mark.rare),
         ("delta_net", dict(mixers=(Mixer("delta_net", num_heads=2, head_dim=16, **DELTA), ATTENTION))),
         ("delta_net", dict(mixers=("delta_net", ATTENTION, WINDOWED, ATTENTION), **HEADS, **DELTA)),
         ("delta_net", dict(mixers=(WINDOWED, ATTENTION))),
