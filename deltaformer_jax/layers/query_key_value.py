@@ -40,11 +40,11 @@ class QueryKeyValue(nnx.Module):
     The list holds the products of x with the kernels `beside`. Computed with the others, so that on a mesh the gradient
     of x through all of them is summed over devices once.
 
-    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. A call with `turned=False` leaves it to
-    its caller, who has `rotated` for it. `rotary_fraction`: how much of a head is
-    rotated; `rope_scaling`: for longer contexts, such as "linear:4". `qkv_bias`: biases on the three maps. The gains of
-    qk-norm are [K] and shared by all heads; `qk_norm_over="all_heads"` normalises all heads of a token together, with
-    gains [H, K] and [G, K]. Cost: `flops_per_token`.
+    `rope_base=None` leaves out the rotation, `conv_size=0` the convolutions. A call with `turned=False` leaves the
+    rotation to its caller, who has `rotated` for it. `rotary_fraction`: how much of a head is rotated; `rope_scaling`:
+    for longer contexts, such as "linear:4". `qkv_bias`: biases on the three maps. The gains of qk-norm are [K] and
+    shared by all heads; `qk_norm_over="all_heads"` normalises all heads of a token together, with gains [H, K] and
+    [G, K]. Cost: `flops_per_token`.
     Raises ValueError, naming the argument, for sizes that don't fit each other.
     """
 

@@ -208,18 +208,8 @@ class DeltaFormer(nnx.Module):
         x = clear_padding(x, segment_ids)
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
-        tail, write_tail = (None, None) if cache is None else (cache.tail, cache.write_tail)
-        gate = None if self.output_gate is None else self.output_gate.kernel
-        beside = [kernel for kernel in (self.write_kernel, gate) if kernel is not None]
-        query, key, value, tail, mapped = self.inputs(
-            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside, turned=not self.two_keys
-        )
-        if self.two_keys:
-            write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
-            query, key, write_query = self._side_by_side(query, key, write_query, positions)
-        else:
-            key = rms_normalize(key) if self.unit_keys else key
-            write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
+        tails = (None, None) if cache is None else (cache.tail, cache.write_tail)
+        query, key, value, write_query, (tail, write_tail), mapped = self._scored(x, positions, segment_ids, *tails)
         attend = functools.partial(
             ops.delta_attention,
             write_similarity=self.write_similarity,
@@ -246,6 +236,24 @@ class DeltaFormer(nnx.Module):
             read = self.output_gate(read, mapped[-1])
         return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
+    def _scored(self, x, positions, segment_ids, tail, write_tail):
+        """(q, k, v, w or the name by which `ops.delta_attention` takes it, the tails for the next call, products of x).
+
+        q, k and w are those that scores are made of: normalised, turned and, if a token has two keys, side by side. The
+        last of the products is that of the output gate, if there is one.
+        """
+        gate = None if self.output_gate is None else self.output_gate.kernel
+        beside = [kernel for kernel in (self.write_kernel, gate) if kernel is not None]
+        query, key, value, tail, mapped = self.inputs(
+            x, positions=positions, segment_ids=segment_ids, tail=tail, beside=beside, turned=not self.two_keys
+        )
+        write_query, write_tail = self._write_query(mapped, query, positions, segment_ids, write_tail)
+        if self.two_keys:
+            query, key, write_query = self._side_by_side(query, key, write_query, positions)
+        elif self.unit_keys:
+            key = rms_normalize(key)
+        return query, key, value, write_query, (tail, write_tail), mapped
+
     def _write_query(self, mapped, query, positions, segment_ids, tail):
         """(w, or the name by which `ops.delta_attention` takes it; the tail of w's convolution or None).
 
@@ -253,7 +261,7 @@ class DeltaFormer(nnx.Module):
         here, and so not normalised: `_side_by_side` does both.
         """
         if self.write_query == "key":
-            return "key", None  # if the write's keys are normalised, `__call__` has done it
+            return "key", None  # if the write's keys are normalised, `_scored` does it
         if self.write_query == "query":
             return rms_normalize(query) if self.unit_keys and not self.two_keys else "query", None
         write_query = mapped[0]
@@ -290,18 +298,15 @@ class DeltaFormer(nnx.Module):
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": ..., "write": ...}, each where its similarity is softmax: the query [B,T,heads,K] with the scale in
-        it and the key [B,T,G,K] that its scores are made of."""
+        it and the key [B,T,G,K] that its scores are made of; 2K wide if a token has two keys."""
         x = clear_padding(x, segment_ids)
-        beside = [] if self.write_kernel is None else [self.write_kernel]
-        query, key, _, _, mapped = self.inputs(x, positions=positions, segment_ids=segment_ids, beside=beside)
-        if self.unit_keys:
-            key = rms_normalize(key)
+        query, key, _, write_query, _, _ = self._scored(x, positions, segment_ids, None, None)
         found = {}
         if isinstance(self.read_similarity, Softmax):
             found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
         if isinstance(self.write_similarity, Softmax):
-            write_query, _ = self._write_query(mapped, query, positions, segment_ids, None)
-            write_query = {"key": key, "query": query}.get(write_query) if isinstance(write_query, str) else write_query
+            if isinstance(write_query, str):
+                write_query = key if write_query == "key" else query
             found["write"] = {"query": write_query.astype(jnp.float32) * self.write_scale, "key": key}
         return found
 

@@ -12,6 +12,7 @@ Source: the two measures of "LongReD", Dong et al., arXiv 2502.07365; the write'
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,13 +41,14 @@ class Drift(NamedTuple):
     write: np.ndarray
 
 
-def drift(mesh: Mesh, teacher: Model, model: Model, batch: dict[str, jax.Array]) -> Drift:
-    """The measures over a batch on the devices: tokens and segment_ids [B, T].
+def drift(mesh: Mesh, teacher: Model, model: Model, batches: Iterable[dict[str, jax.Array]]) -> Drift:
+    """The means of the measures over batches of one shape on the devices: tokens and segment_ids [B, T].
 
     Cost: a forward pass of both without logits, and their T × T attention weights once more. Memory: streams, queries
     and keys of all layers of both.
     """
-    rows = {name: batch[name] for name in ("tokens", "segment_ids")}
+    models = (teacher, model)
+    windows = [getattr(block.mixer, "window", None) for block in merge(model[0], model[0].params).blocks]
 
     def measure(theirs, ours, rows):
         seen = [over_tokens(mesh, parts, _seen)(params, rows) for (parts, _), params in zip(models, (theirs, ours))]
@@ -59,19 +61,23 @@ def drift(mesh: Mesh, teacher: Model, model: Model, batch: dict[str, jax.Array])
         ]
         return similarity, kl
 
-    models = (teacher, model)
-    windows = [getattr(block.mixer, "window", None) for block in merge(model[0], model[0].params).blocks]
     step = jax.jit(on_mesh(mesh, measure), out_shardings=replicated(mesh))
-    similarity, kl = jax.device_get(step(teacher[1], model[1], rows))
-    layers = len(similarity)
-    found = {}
-    for kind in ("read", "write"):
-        values = np.full((layers // len(kl), len(kl)), np.nan)
-        for i, one in enumerate(kl):
-            if kind in one:
-                values[:, i] = one[kind]
-        found[kind] = values.reshape(-1)
-    return Drift(np.asarray(similarity, np.float64), **found)
+    found = []
+    for batch in batches:
+        rows = {name: batch[name] for name in ("tokens", "segment_ids")}
+        similarity, kl = jax.device_get(step(teacher[1], model[1], rows))
+        kinds = (_by_layer([one.get(kind) for one in kl], len(similarity)) for kind in ("read", "write"))
+        found.append((np.asarray(similarity, np.float64), *kinds))
+    return Drift(*np.mean(found, axis=0))
+
+
+def _by_layer(of_entries: list[np.ndarray | None], layers: int) -> np.ndarray:
+    """[num_layers] from [periods] of each entry of the pattern; NaN for an entry of None."""
+    values = np.full((layers // len(of_entries), len(of_entries)), np.nan)
+    for i, one in enumerate(of_entries):
+        if one is not None:
+            values[:, i] = one
+    return values.reshape(-1)
 
 
 def divergence(mesh: Mesh, teacher: Model, model: Model, batch: dict[str, jax.Array]) -> np.ndarray:
@@ -79,7 +85,7 @@ def divergence(mesh: Mesh, teacher: Model, model: Model, batch: dict[str, jax.Ar
 
     Raises ValueError, naming objective.layers, if no layer has any.
     """
-    found = drift(mesh, teacher, model, batch)
+    found = drift(mesh, teacher, model, [batch])
     both = np.stack([found.read, found.write])
     if np.isnan(both).all():
         raise ValueError(
