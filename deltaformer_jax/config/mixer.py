@@ -46,3 +46,26 @@ def with_given(mixer: str | Mixer, given: dict[str, Any]) -> str | Mixer:
 def entry(mixer: str | Mixer) -> Mixer:
     """An entry of `model.mixers` as a Mixer."""
     return mixer if isinstance(mixer, Mixer) else Mixer(mixer)
+
+
+def with_rotary(model: Any, given: dict[str, Any]) -> Any:
+    """The ModelConfig with `rope_base` and `rope_scaling` of `given` in all layers that are rotated, and in no other.
+
+    Raises ValueError, naming what is given, if no layer is.
+    """
+    if not model.rope_base and not any(dict(entry(mixer).overrides).get("rope_base") for mixer in model.mixers):
+        raise ValueError(f"{', '.join(given)}: no layer of this model has a rotary embedding (model.rope_base = 0)")
+    mixers = tuple(_with_rotary(mixer, given, bool(model.rope_base)) for mixer in model.mixers)
+    return dataclasses.replace(model, mixers=mixers, **(given if model.rope_base else {}))
+
+
+def _with_rotary(mixer: str | Mixer, given: dict[str, Any], others: bool) -> str | Mixer:
+    """others: whether layers without a base of their own are rotated."""
+    one = entry(mixer)
+    own = dict(one.overrides)
+    if "rope_base" not in own:
+        return with_given(mixer, given)
+    if own["rope_base"]:
+        return with_given(mixer, given) if others else Mixer(one.given or one.name, **own | given)
+    # Not rotated, so that it must not take the scaling of the others.
+    return Mixer(one.given or one.name, **own | {"rope_scaling": "none"}) if "rope_scaling" in given else mixer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from deltaformer_jax.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
-from deltaformer_jax.config.mixer import entry, with_given
-from deltaformer_jax.config.remarks.rotary_bound import ATTENTION, least_base
+from deltaformer_jax.config.mixer import entry, with_rotary
+from deltaformer_jax.config.remarks.rotary_bound import ATTENTION, least_base, rotations
 
 METHODS = ("longred", "mixed", "plain")
 # Of the learning rate at the height of the run before. LongReD's code takes 2e-5 for models that were trained at 3e-4.
@@ -21,7 +21,8 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
     score at every distance up to `to` (arXiv 2405.14591), for each of the model's widths. A step has about as many
     tokens as before. The learning rate is RATE of that before, constant, without a warm-up.
 
-    Raises ValueError, naming the flag, for a context that is not longer, a base below 1 and a task.
+    Raises ValueError, naming the flag, for a context that is not longer, a base below 1, one where nothing is rotated,
+    and a task.
     """
     was = before.data.sequence_length
     if to <= was:
@@ -30,13 +31,13 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
         raise ValueError(f"--workdir {workdir}: was trained on {before.data.path}; only runs on text are extended")
     if base is not None and not base > 1:
         raise ValueError(f"--base {base:g}: must be greater than 1")
-    model, accumulation = before.model, before.optimizer.accumulation_steps
-    new_base = base or clean_base(model, to) or model.rope_base
-    mixers = tuple(with_given(mixer, {"rope_base": new_base}) for mixer in model.mixers)
+    model, accumulation, usual = before.model, before.optimizer.accumulation_steps, OptimizerConfig()
+    if new_base := base or clean_base(model, to):
+        model = with_rotary(model, {"rope_base": new_base})
     rows = accumulation * max(1, round(before.data.batch_size * was / (to * accumulation)))
     return dataclasses.replace(
         before,
-        model=dataclasses.replace(model, rope_base=new_base, mixers=mixers),
+        model=model,
         data=dataclasses.replace(before.data, sequence_length=to, batch_size=rows),
         objective=_objective(before, workdir, to, method),
         optimizer=dataclasses.replace(
@@ -44,9 +45,10 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
             learning_rate=RATE * before.optimizer.learning_rate,
             schedule="constant",
             warmup_steps=0,
-            decay_steps=max(1, steps),
-            final_learning_rate=OptimizerConfig().final_learning_rate,
-            wsd_decay_fraction=OptimizerConfig().wsd_decay_fraction,
+            # What a constant rate does not read is as if it had not been set.
+            decay_steps=usual.decay_steps,
+            final_learning_rate=usual.final_learning_rate,
+            wsd_decay_fraction=usual.wsd_decay_fraction,
             lora_rank=0,
         ),
         run=dataclasses.replace(
@@ -60,20 +62,16 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
 
 
 def clean_base(model: ModelConfig, to: int) -> float | None:
-    """The least base of two digits for contexts of `to` tokens; None if no layer rotates its queries and keys."""
-    widths, bases = set(), []
-    for mixer in map(entry, model.mixers):
-        value = lambda field, own=dict(mixer.overrides): own.get(field, getattr(model, field))
-        if mixer.name in ATTENTION and value("rope_base"):
-            widths.add(int(value("head_dim") * value("rotary_fraction")))
-            bases.append(value("rope_base"))
-    if not widths:
+    """The least base of two digits for contexts of `to` tokens, no smaller than those that the layers have; None if no
+    layer rotates its queries and keys. A layer with a window scores no more distances than that."""
+    asked = [one for one in rotations(model) if one.field == "rope_base"]
+    if not asked:
         return None
-    base, before = max(10.0, *bases), None
+    base, before = max(10.0, *(one.base for one in asked)), None
     while base != before:  # clean bases are no interval: one that is clean for the next width may not be for this one
         before = base
-        for width in sorted(widths):
-            base = least_base(to, base, width)
+        for one in asked:
+            base = least_base(min(to, one.window or to), base, one.width)
     return base
 
 

@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from support import training_cases as cases
 
 from deltaformer_jax import edit
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.surgery import remove_layers, rescale_rope
 from deltaformer_jax.training.checkpoints.restore import restore
 
@@ -53,6 +55,20 @@ def test_every_layers_own_base_is_changed():
     assert config.mixers == (Mixer("softmax_attention", rope_base=1e5), "delta_former") and config.rope_base == 1e5
     with pytest.raises(ValueError, match="base, scaling: give one of them"):
         rescale_rope(model, {})
+
+
+def test_layers_that_are_not_rotated_stay_so():
+    still = Mixer("softmax_attention", rope_base=0.0)
+    config, _ = rescale_rope(ModelConfig(mixers=(still, "delta_former")), {}, base=1e5, scaling="ntk:2")
+    assert config.mixers == (Mixer("softmax_attention", rope_base=0.0, rope_scaling="none"), "delta_former")
+    assert (config.rope_base, config.rope_scaling) == (1e5, "ntk:2")
+    turned = Mixer("softmax_attention", rope_base=100.0)
+    config, _ = rescale_rope(ModelConfig(mixers=("delta_former", turned), rope_base=0.0), {}, scaling="ntk:2")
+    assert config.mixers == ("delta_former", Mixer("softmax_attention", rope_base=100.0, rope_scaling="ntk:2"))
+    assert (config.rope_base, config.rope_scaling) == (0.0, "none")
+    LanguageModel(dataclasses.replace(config, vocab_size=8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rope_base: no layer of this model has a rotary embedding"):
+        rescale_rope(ModelConfig(mixers=(still,), rope_base=0.0), {}, base=1e5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Men et al., "Base of RoPE bounds context length", NeurIPS 2024, arXiv 2405.14591
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,24 +66,43 @@ def least_base(longest: int, start: float, width: int, stop: Callable[[], bool] 
     return None
 
 
-def beyond_bound(model: ModelConfig, length: int) -> list[str]:
-    """A line for each base of the model's attention layers that breaks the bound within `length` tokens."""
-    found = {}
+class Rotation(NamedTuple):
+    """One rotary embedding of an attention layer. field: the config's that holds its base, "rope_base" or
+    "write_rope_base". width: rotated features of a head. window: the most distances that it scores; None: all."""
+
+    field: str
+    base: float
+    width: int
+    scaling: str
+    window: int | None
+
+
+def rotations(model: ModelConfig) -> set[Rotation]:
+    """The rotary embeddings of the model's attention layers."""
+    found = set()
     for mixer in map(entry, model.mixers):
         if mixer.name not in ATTENTION:
             continue
         value = lambda field, own=dict(mixer.overrides): own.get(field, getattr(model, field))
-        # A window is softmax_attention's alone.
-        window = value("window") if mixer.name == "softmax_attention" else 0
         width = int(value("head_dim") * value("rotary_fraction"))
+        # A window is softmax_attention's alone, a base of the write's delta_former's.
+        window = value("window") or None if mixer.name == "softmax_attention" else None
         bases = {"rope_base": value("rope_base") or 0}
         if mixer.name == "delta_former" and (value("write_rope_base") or 0) > 0:
             bases["write_rope_base"] = value("write_rope_base")
         for field, base in bases.items():
             if base and (field == "rope_base" or base != bases["rope_base"]):
-                kind = (field, base, width, value("rope_scaling"))
-                found[kind] = max(found.get(kind, 0), min(length, window or length))
-    return [line for kind, longest in found.items() if (line := _broken(*kind, longest))]
+                found.add(Rotation(field, base, width, value("rope_scaling"), window))
+    return found
+
+
+def beyond_bound(model: ModelConfig, length: int) -> list[str]:
+    """A line for each base of the model's attention layers that breaks the bound within `length` tokens."""
+    longest = {}
+    for field, base, width, scaling, window in sorted(rotations(model), key=str):
+        kind = (field, base, width, scaling)
+        longest[kind] = max(longest.get(kind, 0), min(length, window or length))
+    return [line for kind, most in longest.items() if (line := _broken(*kind, most))]
 
 
 def _broken(field: str, base: float, width: int, scaling: str, longest: int) -> str | None:
