@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             from deltaformer_jax.config.remarks.rotary_bound import beyond_bound
             from deltaformer_jax.data import batches, count_batches
             from deltaformer_jax.evaluate.by_position import evaluate_by_position
-            from deltaformer_jax.sharding.mesh import batch_sharding, rows
+            from deltaformer_jax.sharding.mesh import rows
             from deltaformer_jax.training.checkpoints.restore import restore
 
         with waiting(f"restoring the model of {flags.workdir}", say_aside):
@@ -96,7 +96,6 @@ def main(arguments: list[str] | None = None) -> None:
                 batches(corpus, "eval", **shape, seed=0),
                 sequence_length=length,
                 token_bytes=corpus.tokenizer.token_bytes,
-                sharding=batch_sharding(run.program.mesh),
                 limit=flags.batches or 0,
                 advance=advance,
             )

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from deltaformer_jax.model_parts import ModelParts
-from deltaformer_jax.sharding.mesh import on_mesh, replicated
+from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.sharding.rows import to_devices
 from deltaformer_jax.training.evaluation import bits_per_byte, has_target
 from deltaformer_jax.training.loss import batch_nats, batch_nats_and_hits
@@ -99,7 +99,6 @@ def evaluate_by_position(
     *,
     sequence_length: int,
     token_bytes: np.ndarray,
-    sharding: NamedSharding,
     limit: int = 0,
     advance: Callable[[], Any] = lambda: None,
 ) -> PositionSums:
@@ -115,6 +114,7 @@ def evaluate_by_position(
         return batch_nats(graphdef, params, batch), None
 
     step = jax.jit(on_mesh(mesh, over_tokens(mesh, parts, scores)), out_shardings=replicated(mesh))
+    sharding = batch_sharding(mesh)
     sums = PositionSums(sequence_length)
     waiting = None
     for batch in itertools.chain(itertools.islice(batches, limit or None), [None]):

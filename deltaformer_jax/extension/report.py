@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deltaformer_jax.data import batches
+from deltaformer_jax.data import batches, count_batches
 from deltaformer_jax.evaluate.by_position import evaluate_by_position
 from deltaformer_jax.extension.recall import PASSAGE, SHORTEST, recall
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated, rows
@@ -76,7 +76,6 @@ def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, A
         batches(corpus, "eval", **shape, seed=0),
         sequence_length=length,
         token_bytes=corpus.tokenizer.token_bytes,
-        sharding=batch_sharding(run.program.mesh),
         limit=max(1, tokens // (length * shape["batch_size"])),
     )
     return {**sums.report(), "by_position": sums.by_position()}
@@ -85,9 +84,10 @@ def _losses(run: Restored, corpus: Any, length: int, tokens: int) -> dict[str, A
 def recalled(run: Restored, corpus: Any, length: int, examples: int = RECALL_ROWS) -> list[dict[str, float]]:
     """The recall of a passage by distance in rows of `length` tokens, over `examples` passages for each distance.
 
-    [] for rows that are too short for the shortest distance.
+    [] for rows that are too short for the shortest distance, or where the evaluation split has no row that is full.
     """
-    if length <= SHORTEST + PASSAGE:
+    texts = count_batches(corpus, "eval", sequence_length=length + 1, batch_size=1) - 1  # the last row is padded
+    if length <= SHORTEST + PASSAGE or texts < 1:
         return []
     mesh, sharding = run.program.mesh, batch_sharding(run.program.mesh)
     step = jax.jit(on_mesh(mesh, over_tokens(mesh, run.program.parts, batch_nats)), out_shardings=replicated(mesh))
@@ -100,14 +100,10 @@ def recalled(run: Restored, corpus: Any, length: int, examples: int = RECALL_ROW
 def _texts(corpus: Any, length: int) -> Iterator[np.ndarray]:
     """Running text of length + 1 tokens, over the ends of documents, again from the beginning when it is used up."""
     while True:
-        found = False
         for batch in batches(corpus, "eval", sequence_length=length + 1, batch_size=8, seed=0):
             for row, ids in zip(batch["tokens"], batch["segment_ids"]):
                 if ids.all():
-                    found = True
                     yield row
-        if not found:
-            raise ValueError(f"data: the evaluation split is shorter than {length + 1} tokens")
 
 
 def layer_drift(before: Restored, after: Restored, corpus: Any, length: int, count: int = 4) -> dict[str, list]:
@@ -117,8 +113,7 @@ def layer_drift(before: Restored, after: Restored, corpus: Any, length: int, cou
     """
     mesh, shape = after.program.mesh, _shape(after, length, 4096)
     taken = itertools.islice(batches(corpus, "eval", **shape, seed=0), count)
-    models = ((run.program.parts, run.params) for run in (before, after))
-    teacher, model = models
-    measures = [drift(mesh, teacher, model, to_devices(batch, batch_sharding(mesh))) for batch in taken]
-    plain = lambda values: [None if np.isnan(value) else float(value) for value in np.mean(values, axis=0)]
-    return {name: plain([getattr(one, name) for one in measures]) for name in measures[0]._fields}
+    teacher, model = ((run.program.parts, run.params) for run in (before, after))
+    found = drift(mesh, teacher, model, (to_devices(batch, batch_sharding(mesh)) for batch in taken))
+    plain = lambda values: [None if np.isnan(value) else float(value) for value in values]
+    return {name: plain(values) for name, values in found._asdict().items()}
