@@ -186,7 +186,8 @@ def prepare(
     with ledger.within("compiling"):
         program = fitting_program(full, mesh, note, make_program)
     check_split(program.parts, mesh, full.mesh.strict, note, zero1=full.mesh.zero1)
-    find = functools.partial(find_given, full, program, corpus, texts, workdir, note=note)
+    feed = Feed(full, corpus, mesh, texts)
+    find = functools.partial(find_given, full, program, corpus, texts, feed, workdir, note=note)
     fresh = begin(program) if saved is None else None  # it may refuse run.init_from
     given = None if fresh is None else find(fresh.params)
 
@@ -223,7 +224,7 @@ def prepare(
         config=full,
         workdir=workdir,
         corpus=corpus,
-        feed=Feed(full, corpus, mesh, texts),
+        feed=feed,
         evaluation_batch_size=evaluation_batch_size or full.data.batch_size,
         program=program,
         train_step=train_step,

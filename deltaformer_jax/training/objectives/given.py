@@ -5,7 +5,6 @@ DIR/objective.json holds it, so that a resumed run has the same teacher and laye
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -76,14 +75,15 @@ def find_given(
     program: Program,
     corpus: Text,
     texts: Texts,
+    feed: Feed,
     workdir: epath.Path,
     params: Any,
     note: Callable[[str], Any],
 ) -> Given:
     """What the run in `workdir` began with, or begins with if it is new. Writes nothing.
 
-    params: the model's; those before the first batch where the run is new. Raises ValueError or OSError, naming the
-    field or the file.
+    feed: the run's batches. params: the model's; those before the first batch where the run is new. Raises ValueError
+    or OSError, naming the field or the file.
     """
     if not texts and config.objective.name != "longred":
         return Given((), {})
@@ -94,11 +94,12 @@ def find_given(
             raise ValueError(f"{_FIELDS[name]}: its text is not that of the run in {workdir}; give what it began with")
     if config.objective.name == "mixed":
         return Given((), record)
-    teacher, record["teacher"] = _teacher(config, program, corpus, workdir, known and known["teacher"], params, note)
+    known = known and known["teacher"]
+    teacher, record["teacher"] = _teacher(config, program, corpus, feed, workdir, known, params, note)
     return Given((teacher,), record)
 
 
-def _teacher(config, program, corpus, workdir, known, params, note) -> tuple[Teacher, dict[str, Any]]:
+def _teacher(config, program, corpus, feed, workdir, known, params, note) -> tuple[Teacher, dict[str, Any]]:
     folder = config.objective.teacher_workdir
     where = f"objective.teacher_workdir = {folder!r}"
     try:
@@ -120,7 +121,7 @@ def _teacher(config, program, corpus, workdir, known, params, note) -> tuple[Tea
         return Teacher(placed, jnp.asarray(known["layers"], jnp.int32)), known
     rule, layers = config.objective.compared(config.model.num_layers)
     if rule == "kl":
-        changed = _divergence(config, program, corpus, placed, params)
+        changed = _divergence(program, feed, placed, params)
         found["divergence"] = changed.tolist()
         last = config.model.num_layers - 1
         layers = (*sorted(np.argsort(-changed[:last], kind="stable")[: layers[0]].tolist()), last)
@@ -129,16 +130,11 @@ def _teacher(config, program, corpus, workdir, known, params, note) -> tuple[Tea
     return Teacher(placed, jnp.asarray(layers, jnp.int32)), found
 
 
-def _divergence(config: Config, program: Program, corpus: Text, teacher: Any, params: Any) -> np.ndarray:
-    """How much the extension has changed each layer's attention, over a first batch of rows of short_length."""
-    rows = rows_beside(config, program.mesh).get(SHORT)
-    length = config.objective.short_length
-    number = program.mesh.size if rows is None else rows.number
-    shape = dataclasses.replace(config.data, sequence_length=length, batch_size=number)
-    feed = Feed(dataclasses.replace(config, data=shape), corpus, program.mesh)
-    _, batch = next(feed.stream(Position()))
+def _divergence(program: Program, feed: Feed, teacher: Any, params: Any) -> np.ndarray:
+    """How much the extension has changed each layer's attention, over the first batch's short rows, if it has any."""
+    batch = feed.to_devices(next(feed.stream(Position()))[1])
     models = (program.teacher_parts, teacher), (program.parts, params)
-    return divergence(program.mesh, *models, feed.to_devices(batch))
+    return divergence(program.mesh, *models, batch.get(SHORT, batch))
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
