@@ -28,6 +28,7 @@ from etils import epath
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
 from deltaformer_jax.config.errors import one_line_errors
+from deltaformer_jax.config.remarks.rotary_bound import rotations
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.extension import as_config
 from deltaformer_jax.extension.plan import METHODS, extended
@@ -54,11 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens of each measure")
     flags, others = parser.parse_known_args(arguments)
     with one_line_errors("deltaformer_jax.extend"):
-        _check(flags, others)
-    argument = as_config.argument(flags.workdir, flags.to, flags.method, flags.steps, flags.base)
+        base = _check(flags, others)
+    argument = as_config.argument(flags.workdir, flags.to, flags.method, flags.steps, base)
     out = epath.Path(flags.out)
-    config = [] if (out / Saved.FILE).exists() else [f"--config={as_config.__file__}:{argument}"]
-    _train([*config, f"--workdir={flags.out}", *others])
+    _train([f"--config={as_config.__file__}:{argument}", f"--workdir={flags.out}", *others])
     if "--dry_run" in others or processes.index() > 0 or not _finished(out):
         return
     if processes.count() > 1:
@@ -68,30 +68,33 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(report(flags, out)))
 
 
-def _check(flags, others: list[str]) -> None:
-    """Raise ValueError or OSError, naming the flag, before anything is written."""
+def _check(flags, others: list[str]) -> float | None:
+    """The rotary base, which takes a while to find for long contexts; None: nothing is rotated.
+
+    Raises ValueError or OSError, naming the flag, before anything is written.
+    """
     for name in ("to", "steps", "tokens"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
-    before = Saved.read(epath.Path(flags.workdir)).config
-    extended(before, flags.workdir, flags.to, flags.method, flags.steps, flags.base)
     for flag in others:
         if not flag.startswith("--"):
-            raise ValueError(f"{flag!r}: not a flag")
+            raise ValueError(f"{flag!r}: not a flag; give values as in --config.section.field=value")
         if flag.partition("=")[0] in ("--config", "--resume"):
             raise ValueError(
                 f"{flag}: the config is made from the run in {flags.workdir}; set fields of it, "
                 "--config.section.field=value"
             )
     out = epath.Path(flags.out)
-    if not (out / Saved.FILE).exists():
-        return
-    found = Saved.read(out).config
-    if (found.run.init_from, found.data.sequence_length) != (flags.workdir, flags.to):
+    begun = Saved.read(out).config.run.init_from if (out / Saved.FILE).exists() else flags.workdir
+    if begun != flags.workdir:
         raise ValueError(
-            f"--out {flags.out}: holds a run that was not extended from {flags.workdir} to {flags.to} tokens; give "
-            "another folder"
+            f"--out {flags.out}: holds a run that began from {begun or 'nothing'}, not from {flags.workdir}; "
+            "give another folder"
         )
+    before = Saved.read(epath.Path(flags.workdir)).config
+    with waiting("looking for the rotary base", say_aside):
+        config = extended(before, flags.workdir, flags.to, flags.method, flags.steps, flags.base)
+    return flags.base or next((one.base for one in rotations(config.model) if one.field == "rope_base"), None)
 
 
 def _train(arguments: list[str]) -> None:

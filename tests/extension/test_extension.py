@@ -12,6 +12,7 @@ from support import training_cases as cases
 
 from deltaformer_jax import drift, extend
 from deltaformer_jax.config import Config, Mixer, ModelConfig
+from deltaformer_jax.config.remarks import remarks
 from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.extension.as_config import argument, get_config
 from deltaformer_jax.extension.plan import clean_base, extended
@@ -38,6 +39,8 @@ def test_the_least_clean_base_of_all_widths():
     narrow = Mixer("softmax_attention", head_dim=32)
     assert clean_base(dataclasses.replace(model, mixers=("delta_former", narrow)), 1024) == 59_000
     assert clean_base(dataclasses.replace(model, rotary_fraction=0.5), 1024) == 59_000
+    windowed = Mixer("softmax_attention", window=64, head_dim=32)  # 320 is clean for 64 tokens
+    assert clean_base(dataclasses.replace(model, mixers=(windowed,), rope_base=100.0), 1024) == 320
     for without in (dict(rope_base=0.0), dict(mixers=("delta_net",))):
         assert clean_base(dataclasses.replace(model, **without), 1024) is None
 
@@ -54,10 +57,14 @@ def test_the_config_of_an_extension():
     assert (far.objective.alpha_short, far.objective.alpha_s2l, far.objective.skip) == (2.0, 15.0, "uniform")
     assert four.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 10)
     assert (four.run.init_from, four.run.steps, four.optimizer.schedule) == ("DIR", 100, "constant")
-    assert extended(before, "DIR", 4096, "plain", 1).objective == Config().objective
+    plain = extended(before, "DIR", 4096, "plain", 1, base=5e5)
+    assert plain.objective == Config().objective and not remarks(plain)  # no setting that nothing reads
     before.model.mixers = ("delta_net",)
     other = extended(before, "DIR", 4096, "longred", 1)
     assert other.objective.layers == "uniform:6" and other.model.rope_base == before.model.rope_base
+    before.model.rope_base = 0.0
+    with pytest.raises(ValueError, match="rope_base: no layer of this model has a rotary embedding"):
+        extended(before, "DIR", 4096, "longred", 1, base=1e5)
 
 
 def test_the_config_is_passed_through_a_flag(before):
@@ -152,6 +159,10 @@ def test_a_run_is_extended_and_compared(before, tmp_path, capsys):
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(measured["similarity"]) == 2 and all(0.5 < value < 1 for value in measured["similarity"])
     assert all(value > 0 for value in measured["read"] + measured["write"])
-    with pytest.raises(SystemExit):
-        extend.main([*flags[:2], "--to", "256", *flags[4:8]])
-    assert "holds a run that was not extended from" in capsys.readouterr().err
+    for wrong, message in (
+        (["--to", "256"], "data.sequence_length: 128 in the run, 256 asked for"),
+        (["--method", "mixed"], "objective.name: 'longred' in the run, 'mixed' asked for"),
+    ):
+        with pytest.raises(SystemExit):
+            extend.main([*flags, *wrong])
+        assert message in capsys.readouterr().err
