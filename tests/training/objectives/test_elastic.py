@@ -22,16 +22,6 @@ LAYERS = 4
 ELASTIC = dict(model__num_layers=LAYERS, objective__name="elastic", objective__depths="3,1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    yield from cases.compile_once(tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return cases.make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.mark.parametrize(
     "drop, left_out",
     [

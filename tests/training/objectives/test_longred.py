@@ -27,16 +27,6 @@ from deltaformer_jax.training.step import _here, loss_and_gradient
 LONG = dict(data__sequence_length=64, data__batch_size=4, model__rope_base=20_000.0, optimizer__warmup_steps=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    yield from cases.compile_once(tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return cases.make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.fixture(scope="module")
 def before(corpus, tmp_path_factory):
     """The folder of a run with rows of 32 tokens."""
