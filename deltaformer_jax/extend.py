@@ -27,14 +27,14 @@ from typing import Any
 from etils import epath
 
 from deltaformer_jax.config.argument_parser import ArgumentParser
+from deltaformer_jax.config.command_line import OWN
 from deltaformer_jax.config.errors import one_line_errors
-from deltaformer_jax.config.remarks.rotary_bound import rotations
 from deltaformer_jax.config.saved import Saved
-from deltaformer_jax.extension import as_config
-from deltaformer_jax.extension.plan import METHODS, extended
+from deltaformer_jax.extension import METHODS
 from deltaformer_jax.host import processes
 from deltaformer_jax.host.columns import right_aligned
 from deltaformer_jax.host.paths import expand
+from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.host.waiting import say_aside, waiting
 
 FILE = "extension.json"
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags, others = parser.parse_known_args(arguments)
     with one_line_errors("deltaformer_jax.extend"):
         base = _check(flags, others)
+    from deltaformer_jax.extension import as_config
+
     argument = as_config.argument(flags.workdir, flags.to, flags.method, flags.steps, base)
     out = epath.Path(flags.out)
     _train([f"--config={as_config.__file__}:{argument}", f"--workdir={flags.out}", *others])
@@ -73,17 +75,13 @@ def _check(flags, others: list[str]) -> float | None:
 
     Raises ValueError or OSError, naming the flag, before anything is written.
     """
+    from deltaformer_jax.config.remarks.rotary_bound import rotations
+    from deltaformer_jax.extension.plan import extended
+
     for name in ("to", "steps", "tokens"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name} {getattr(flags, name)}: give 1 or more")
-    for flag in others:
-        if not flag.startswith("--"):
-            raise ValueError(f"{flag!r}: not a flag; give values as in --config.section.field=value")
-        if flag.partition("=")[0] in ("--config", "--resume"):
-            raise ValueError(
-                f"{flag}: the config is made from the run in {flags.workdir}; set fields of it, "
-                "--config.section.field=value"
-            )
+    _check_others(flags, others)
     out = epath.Path(flags.out)
     begun = Saved.read(out).config.run.init_from if (out / Saved.FILE).exists() else flags.workdir
     if begun != flags.workdir:
@@ -95,6 +93,25 @@ def _check(flags, others: list[str]) -> float | None:
     with waiting("looking for the rotary base", say_aside):
         config = extended(before, flags.workdir, flags.to, flags.method, flags.steps, flags.base)
     return flags.base or next((one.base for one in rotations(config.model) if one.field == "rope_base"), None)
+
+
+def _check_others(flags, others: list[str]) -> None:
+    """Raise ValueError unless these are flags of train.py, which checks their values, and the config is not given."""
+    rest = iter(others)
+    for flag in rest:
+        name, equals, _ = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag!r}: not a flag")
+        if name in ("config", "resume"):
+            raise ValueError(
+                f"{flag}: the config is made from the run in {flags.workdir}; set fields of it, "
+                "--config.section.field=value"
+            )
+        of_config = name.removeprefix("no").startswith("config.")
+        if not of_config and name not in OWN:
+            raise ValueError(f"{flag}: no such flag{did_you_mean(name, [*vars(flags), *OWN])}")
+        if not equals and (OWN.get(name) or name.startswith("config.")):
+            next(rest, None)
 
 
 def _train(arguments: list[str]) -> None:

@@ -8,7 +8,6 @@ from deltaformer_jax.config import Config, ModelConfig, ObjectiveConfig, Optimiz
 from deltaformer_jax.config.mixer import entry, with_rotary
 from deltaformer_jax.config.remarks.rotary_bound import ATTENTION, least_base, rotations
 
-METHODS = ("longred", "mixed", "plain")
 # Of the learning rate at the height of the run before. LongReD's code takes 2e-5 for models that were trained at 3e-4.
 RATE = 0.1
 SHORT_LENGTH = 1024  # tokens; LongReD's

@@ -108,6 +108,7 @@ def test_recall_by_distance():
         (["--to", "64", "--steps", "0"], "--steps 0: give 1 or more"),
         (["--to", "64", "--config", "tiny"], "--config: the config is made from the run in RUN"),
         (["--to", "64", "more"], "'more': not a flag"),
+        (["--to", "64", "--methd", "plain"], "--methd: no such flag; did you mean method?"),
         (["--to", "64", "--config.model.d_modle=3"], "--config.model.d_modle: no such field; did you mean"),
         (["--to", "64", "--config.data.batch_size=8", "--config.model.mlp_dim=96"], "mlp_dim: 64 there, 96 here"),
         (["--to", "64", "--workdir", "/nowhere"], "--workdir /nowhere: no such folder"),

@@ -169,7 +169,7 @@ def test_the_package_is_imported_without_jax():
     run("import sys, deltaformer_jax; assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules.keys()")
 
 
-PROGRAMS = ("train", "sample", "evaluate", "plot", "data.prepare", "reproduce")
+PROGRAMS = ("train", "sample", "evaluate", "plot", "data.prepare", "reproduce", "extend", "drift")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
