@@ -21,8 +21,9 @@ from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
+from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
-from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward
+from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, check_feed_forwards, has_experts
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
@@ -63,15 +64,23 @@ class Block(nnx.Module):
         self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
+        """(x, cache, the Routing of a mixture of experts or None)."""
         given = x if self.norms_after else self.mixer_norm(x)
         result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache)
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
         if self.norms_after:
             x = kept(x + self.mixer_norm(mixed))
-            return x + self.mlp_norm(self.mlp(x)), cache
+            fed, routing = self._feed(x, segment_ids)
+            return x + self.mlp_norm(fed), cache, routing
         x = kept(x + mixed)
-        return x + self.mlp(self.mlp_norm(x)), cache
+        fed, routing = self._feed(self.mlp_norm(x), segment_ids)
+        return x + fed, cache, routing
+
+    def _feed(self, x, segment_ids):
+        if isinstance(self.mlp, ExpertsFeedForward):
+            return self.mlp.routed(x, segment_ids)
+        return self.mlp(x), None
 
     def flops_per_token(self, length: int) -> float:
         """The sum of the mixer's and the feed-forward layer's FLOPs per token. The norms are not counted."""
@@ -108,6 +117,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         check_model(config)
         check_mixers(config)
+        check_feed_forwards(config)
         periods = config.num_layers // len(config.mixers)
 
         def period(key):
@@ -126,6 +136,9 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         self.periods, self.remat, self.unroll_layers = periods, config.remat, config.unroll_layers
+        # Weights of the losses of experts' routers, which training adds to the nats.
+        self.has_experts = has_experts(config)
+        self.balance_loss, self.router_z_loss = config.balance_loss, config.router_z_loss
 
     def __call__(self, tokens, *, segment_ids=None, positions=None, cache=None):
         x, cache = self.hidden(tokens, segment_ids=segment_ids, positions=positions, cache=cache)
@@ -148,6 +161,18 @@ class LanguageModel(nnx.Module):
             raise ValueError("skipped: a layer is skipped for the sake of later tokens; give their cache too")
         return _hidden(self, tokens, segment_ids, positions, cache, active, skipped=skipped)[:2]
 
+    def routed(self, tokens, *, segment_ids=None, active=None):
+        """(the final norm's output [B,T,d_model], Routing of the layers of experts).
+
+        The arrays of the Routing have a leading axis over those layers, in their order. With `active`, the sums of a
+        layer that is left out are 0. Raises ValueError for a model without experts.
+        """
+        self._check(tokens, segment_ids, None, active=active)
+        if not self.has_experts:
+            raise ValueError("routed: no layer is a mixture of experts (model.feed_forward = 'moe')")
+        x, _, _, routing = _hidden(self, tokens, segment_ids, None, None, active)
+        return x, routing
+
     def look(self, tokens, see, *, segment_ids=None, positions=None, active=None):
         """(the final norm's output [B,T,d_model], what `see` returned for each layer).
 
@@ -156,7 +181,7 @@ class LanguageModel(nnx.Module):
         `hidden`. Each function `see` is compiled for anew.
         """
         self._check(tokens, segment_ids, positions, active=active)
-        x, _, seen = _hidden(self, tokens, segment_ids, positions, None, active, see)
+        x, _, seen, _ = _hidden(self, tokens, segment_ids, positions, None, active, see)
         return x, seen
 
     def _check(self, tokens, segment_ids, positions, **switches):
@@ -208,7 +233,7 @@ class LanguageModel(nnx.Module):
 # Jitted here so that a model called outside jit is compiled once for each configuration and shape, not run op by op.
 @functools.partial(jax.jit, static_argnames="see")
 def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None, skipped=None):
-    """(the final norm's output, cache or None, what `see` returned or None)."""
+    """(the final norm's output, cache or None, what `see` returned or None, the Routing of layers of experts)."""
     if positions is None:
         # All layers have seen the same tokens, but for those that were not active.
         start = None if cache is None else cache[0].length[0]
@@ -232,20 +257,24 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
 
     def period(x, layers):
         blocks, caches, switches, skips = layers
-        after, seen = [], []
+        after, seen, routed = [], [], []
         for i, (block, cache) in enumerate(zip(blocks, caches)):
             if skips is None:
-                y, cache = apply(block, x, in_order(cache))
+                y, cache, routing = apply(block, x, in_order(cache))
             else:
-                run = lambda x, cache, block=block: apply(block, x, cache)
+                run = lambda x, cache, block=block: apply(block, x, cache)[:2]
                 # What only the block's output needs is left out by the compiler.
                 skip = lambda x, cache, run=run: (x, run(x, cache)[1])
+                routing = None
                 y, cache = jax.lax.cond(skips[i], skip, run, x, in_order(cache))
             y = constrain(y, "batch", "stream", "embed")
             before, x = x, y if switches is None else jnp.where(switches[i], y, x)
             after.append(cache)
             seen.append(None if see is None else see(before, x, real))
-        return x, (tuple(after), tuple(seen))
+            if routing is not None:
+                on = 1.0 if switches is None else switches[i].astype(jnp.float32)
+                routed.append(jax.tree.map(lambda x, on=on: on * x, routing))
+        return x, (tuple(after), tuple(seen), tuple(routed))
 
     # The scan only reads the attention mixers' caches, and hands back the entries of the new tokens. They are written
     # after it, in place where the caller has donated the caches: a scan that returned its caches would copy each.
@@ -258,24 +287,24 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
         for i in range(model.periods):
             with jax.named_scope("layer"):
                 own, on = jax.tree.map(lambda stack, i=i: stack[i], (blocks, switches))
-                x, (_, seen) = period(x, (own, (None,) * len(blocks), on, None))
-                found.append(seen)
-        seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        return constrain(model.final_norm(x), "batch", "tokens", "embed"), None, _by_layer(seen)
+                x, (_, *found_here) = period(x, (own, (None,) * len(blocks), on, None))
+                found.append(tuple(found_here))
+        seen, routed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+        return constrain(model.final_norm(x), "batch", "tokens", "embed"), None, _by_layer(seen), _by_layer(routed)
     caches = (None,) * len(blocks) if cache is None else ops.read_only(cache)
-    x, (after, seen) = jax.lax.scan(period, x, (blocks, caches, switches, skips))
+    x, (after, seen, routed) = jax.lax.scan(period, x, (blocks, caches, switches, skips))
     x = constrain(model.final_norm(x), "batch", "tokens", "embed")
     if cache is None:
-        return x, None, _by_layer(seen)
+        return x, None, _by_layer(seen), _by_layer(routed)
     after = ops.written(cache, after, axes=1)
     if switches is not None:
         after = tuple(_where(switches[:, i], *pair) for i, pair in enumerate(zip(after, cache)))
-    return x, after, None
+    return x, after, None, None
 
 
 def _by_layer(seen):
     """Pytrees of arrays [periods, ...], one for each entry of the pattern -> one of arrays [num_layers, ...]."""
-    if seen[0] is None:
+    if not seen or seen[0] is None:
         return None
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *seen)
 

@@ -12,7 +12,7 @@ from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.rope_scaling import parse
 from deltaformer_jax.interop.sources.base import layers
 from deltaformer_jax.layers.mixers.build import block_setting, resolved_fields
-from deltaformer_jax.layers.mixers.feed_forward import feed_forward_width
+from deltaformer_jax.layers.mixers.feed_forward import READ_BY, feed_forward_width
 
 # Fields that say how to compute, not what.
 _HOW = ("chunk_size", "implementation")
@@ -59,6 +59,6 @@ def _meaning(config: ModelConfig, mixer: Mixer) -> dict[str, Any]:
     values["norm_placement"] = block_setting(config, mixer, "norm_placement")
     values["mlp_dim"] = feed_forward_width(config, mixer)
     values["feed_forward"] = block_setting(config, mixer, "feed_forward")
-    if values["feed_forward"] == "memory":
-        values["feed_forward_similarity"] = block_setting(config, mixer, "feed_forward_similarity")
+    for name in READ_BY.get(values["feed_forward"], ()):
+        values[name] = block_setting(config, mixer, name)
     return {name: value for name, value in values.items() if name not in _HOW}

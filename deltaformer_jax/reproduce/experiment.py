@@ -56,9 +56,17 @@ NAMES = {
         "retrieval from an associative memory: noise to signal by number of pairs and width, measured and by formula",
         "associative_memory.snr",
     ),
+    "snr_sweeps": (
+        "the same noise by the kernel of a feed-forward layer, by temperature, heads and experts",
+        "associative_memory.snr_sweeps",
+    ),
     "infinite_context": (
         "what memories know after infinitely many noisy examples: floors of the error, measured and by formula",
         "associative_memory.infinite_context",
+    ),
+    "ffn_memory": (
+        "how many facts a feed-forward layer stores, by its kernel and width",
+        "associative_memory.ffn_memory",
     ),
     "rope_base": ("the least base of a rotary embedding for each context length", "rope.rope_base"),
     "rope_retrieval": (

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 # Name of a dimension -> the mesh axes that split it.
 ACTIVATIONS = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "tokens": (),
     "stream": ("tensor",),  # a row's tokens in the residual stream, with mesh.sequence_parallel; without it, "tokens"
     "embed": (),
@@ -94,6 +94,17 @@ def into_stream(product: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array
     into = PartitionSpec(None, None, "tensor"), PartitionSpec("tensor")
     out = PartitionSpec(None, "tensor")
     return jax.shard_map(of_own_tokens, in_specs=into, out_specs=out, axis_names={"tensor"}, check_vma=False)(x, kernel)
+
+
+def summed_over_tokens(x: jax.Array) -> jax.Array:
+    """x summed over the devices that have parts of a batch, in a `shard_map` over the axes that split it; else x.
+
+    For what a device needs to know of the whole batch. Its gradient is that of a device's own part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    split = [axis for axis in (*ACTIVATIONS["batch"], "context") if kinds.get(axis) == AxisType.Manual]
+    return lax.psum(x, split) if split else x
 
 
 def _splits_stream(x: jax.Array) -> bool:

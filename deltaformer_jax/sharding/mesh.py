@@ -13,7 +13,10 @@ from deltaformer_jax.config import MeshConfig
 from deltaformer_jax.config.sections.mesh import RECIPES, REST, SLICES
 from deltaformer_jax.sharding import CONTEXT_AXIS, ROW_AXES, activations
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+# The axes that may go over the hosts of GPUs, the first one first.
+GPU_HOSTS = ("data", "fsdp", "expert", "context", "tensor")
 
 # Axis name of a parameter -> mesh axis. A dimension with any other name is not sharded.
 RULES = {
@@ -22,16 +25,18 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "embed": "fsdp",
+    "expert": "expert",
 }
 
-# Sharding of a batch [B, T]: its rows are split over the mesh axes "data" and "fsdp", its tokens over "context".
+# Sharding of a batch [B, T]: its rows are split over the mesh axes "data", "fsdp" and "expert", its tokens over
+# "context".
 BATCH = PartitionSpec(ROW_AXES, CONTEXT_AXIS)
 
 
 def make_mesh(
     config: MeshConfig, devices: list[jax.Device] | None = None, *, slice_attribute: str = "slice_index"
 ) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor, context) over `devices`, by default all devices of the run.
+    """A mesh with axes (data, fsdp, expert, tensor, context) over `devices`, by default all devices of the run.
 
     `data = -1` takes the number of devices divided by the sizes of the other axes; `recipe` gives sizes by name. Axes
     are of type Auto: the compiler chooses shardings that are not given. Raises ValueError if the product of the sizes
@@ -66,7 +71,8 @@ def _sizes(config: MeshConfig, devices: int, slices: int, more: str) -> dict[str
         by = f" (by mesh.recipe = {config.recipe!r})" if config.recipe else ""
         raise ValueError(
             f"mesh: {asked} = {wanted} devices{by}, but there are {devices}; set "
-            f"mesh.data, mesh.fsdp, mesh.tensor and mesh.context so that their product is that number{more}"
+            f"{', '.join(f'mesh.{name}' for name in MESH_AXES[:-1])} and mesh.{MESH_AXES[-1]} so that their product is "
+            f"that number{more}"
         )
     return sizes
 
@@ -84,7 +90,7 @@ def _laid_out(sizes: dict[str, int], devices: list[jax.Device], slices: int, *, 
         except NotImplementedError:  # no axis of the mesh is a product of whole axes of the network
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     over, left = {}, slices
-    for name in ("data", "fsdp") if devices[0].platform == "tpu" else ("data", "fsdp", "context", "tensor"):
+    for name in ("data", "fsdp") if devices[0].platform == "tpu" else GPU_HOSTS:
         over[name] = math.gcd(sizes[name], left)
         left //= over[name]
     if left > 1:

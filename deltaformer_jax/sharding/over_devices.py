@@ -19,7 +19,7 @@ from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_shar
 from deltaformer_jax.sharding.context.over_context import over_context
 
 # Mesh axes over which the rows of a batch are sharded, and those over which heads are.
-ROW_AXES = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp", "expert")
 HEAD_AXES = ("tensor",)
 
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from deltaformer_jax.layers.feed_forward.routing import Routing, router_losses
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.checks import as_int32
+from deltaformer_jax.sharding.activations import summed_over_tokens
 from deltaformer_jax.sharding.device_memory import memory_limit
 from deltaformer_jax.sharding.shards import gathered
 
@@ -93,11 +95,25 @@ def batch_nats_and_hits(
     active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats as `batch_nats`, hits bool [B, T]): a hit is a counted token whose target has the largest logit."""
+    return over_logits(_nats_and_hits, graphdef, params, batch, max_logits, active)
 
-    def scores(logits, targets, mask):
-        return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
 
-    return over_logits(scores, graphdef, params, batch, max_logits, active)
+def summed_nats_hits_and_routing(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    max_logits: int = MAX_LOGITS,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Routing | None]:
+    """(the sum of the nats, the number of hits, the Routing), as of `batch_nats_and_hits` and `summed_nats`."""
+    *arrays, routing = _before_logits(graphdef, params, batch, max_logits, active)
+    nats, hits = _over_pieces(_nats_and_hits, *arrays)
+    return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32), routing
+
+
+def _nats_and_hits(logits, targets, mask):
+    return token_nats(logits, targets, mask), mask & (jnp.argmax(logits, axis=-1) == targets)
 
 
 def summed_nats(
@@ -120,11 +136,23 @@ def summed_nats(
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     Source: gradients of a loss made in its forward pass, chunk by chunk: Hsu et al., Liger Kernel, arXiv 2410.10989.
     """
-    model, pieces, arrays = _before_logits(graphdef, params, batch, max_logits, active)
+    return summed_nats_and_routing(graphdef, params, batch, max_logits=max_logits, active=active)[0]
+
+
+def summed_nats_and_routing(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    max_logits: int = MAX_LOGITS,
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, Routing | None]:
+    """(`summed_nats`, the Routing of the layers of experts, or None where there are none)."""
+    model, pieces, arrays, routing = _before_logits(graphdef, params, batch, max_logits, active)
     # A model with logits of its own computes more than its embedding's product.
     if pieces.number == 1 or type(model).logits is not LanguageModel.logits:
-        return jnp.sum(_over_pieces(token_nats, model, pieces, arrays))
-    return _sum_of_pieces(pieces, model.embedding, *arrays)
+        return jnp.sum(_over_pieces(token_nats, model, pieces, arrays)), routing
+    return _sum_of_pieces(pieces, model.embedding, *arrays), routing
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -168,21 +196,50 @@ def over_logits(
     vocabulary. If there would be more, they are computed for some positions at a time and recomputed in the backward
     pass. That adds a third to the work on the logits, 2 d_model V FLOPs per token.
     """
-    return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits, active))
+    return _over_pieces(function, *_before_logits(graphdef, params, batch, max_logits, active)[:3])
 
 
 def _before_logits(graphdef, params, batch, max_logits, active):
-    """(model, pieces, (hidden states, targets, mask)). The model gets no positions, since they restart at every
-    document and so follow from the segment ids."""
+    """(model, pieces, (hidden states, targets, mask), Routing or None). The model gets no positions, since they restart
+    at every document and so follow from the segment ids."""
     model = nnx.merge(graphdef, nnx.State(params))
     switched = {} if active is None else {"active": active}
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], **switched)
+    if type(model).hidden is LanguageModel.hidden and model.has_experts:
+        hidden, routing = model.routed(batch["tokens"], segment_ids=batch["segment_ids"], **switched)
+    else:
+        hidden, routing = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], **switched)[0], None
     # Gathered once, before the logits are cut into pieces: the pieces' gradients are summed before devices are.
     model.embedding = gathered(model.embedding, model.embedding.dtype, all_in_dtype=True)
     model.embedding = model.embedding.with_ready_head()  # not once for each piece
     targets, mask = as_int32(batch["targets"]), counted(batch)
     pieces = _Pieces.of(*targets.shape, model.embedding.rows, max_logits)
-    return model, pieces, (hidden, targets, mask)
+    return model, pieces, (hidden, targets, mask), routing
+
+
+def router_terms(
+    graphdef: nnx.GraphDef, params: dict, routing: Routing | None, batch: dict[str, jax.Array]
+) -> tuple[jax.Array | float, dict[str, jax.Array]]:
+    """(C (model.balance_loss · balance + model.router_z_loss · z), sums): what training adds to the summed nats.
+
+    C: the batch's counted tokens. sums: C balance, C z and the tokens of each expert, for `routing_metrics`. Without
+    layers of experts (0.0, {}).
+    """
+    if routing is None:
+        return 0.0, {}
+    model = nnx.merge(graphdef, nnx.State(params))
+    balance, squares = router_losses(routing)
+    tokens = summed_over_tokens(jnp.sum(counted(batch))).astype(jnp.float32)
+    sums = {"balance": tokens * balance, "z": tokens * squares, "counts": routing.counts}
+    return model.balance_loss * sums["balance"] + model.router_z_loss * sums["z"], sums
+
+
+def routing_metrics(sums: dict[str, jax.Array], share: jax.Array) -> dict[str, jax.Array]:
+    """balance_loss and router_z_loss, the means over layers of experts; expert_load, the largest number of tokens of
+    an expert over the mean of its layer's, 1 where all are used alike. share: 1 / the counted tokens of the batch."""
+    if not sums:
+        return {}
+    load = jnp.max(sums["counts"] / jnp.maximum(jnp.mean(sums["counts"], axis=-1, keepdims=True), 1))
+    return {"balance_loss": sums["balance"] * share, "router_z_loss": sums["z"] * share, "expert_load": load}
 
 
 def _over_pieces(function, model, pieces, arrays):

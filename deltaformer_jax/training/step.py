@@ -14,7 +14,14 @@ from deltaformer_jax.config import OptimizerConfig
 from deltaformer_jax.model_parts import ModelParts, joined
 from deltaformer_jax.sharding.mesh import batch_sharding, on_mesh, replicated
 from deltaformer_jax.training import guard
-from deltaformer_jax.training.loss import batch_nats_and_hits, counted, logits_at_once, summed_nats
+from deltaformer_jax.training.loss import (
+    counted,
+    logits_at_once,
+    router_terms,
+    routing_metrics,
+    summed_nats_and_routing,
+    summed_nats_hits_and_routing,
+)
 from deltaformer_jax.training.on_mesh.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
 
@@ -33,9 +40,11 @@ def loss_and_gradient(
     over: Callable = _here,
     **pieces: Any,
 ):
-    """(loss, gradient, tokens): mean nats per counted token of the whole batch, its gradient, the number of them.
+    """(loss, gradient, metrics): mean nats per counted token of the whole batch, the gradient of what is minimised.
 
-    The gradient is that of the trained parameters alone (`ModelParts.trained`); no other is computed.
+    What is minimised is the loss and, in a model with experts, the losses of their routers; their metrics are those of
+    `routing_metrics`, none without experts. The gradient is that of the trained parameters alone
+    (`ModelParts.trained`); no other is computed.
 
     The batch is processed in `accumulation_steps` parts. Their sums of nats are added and divided once by the counted
     tokens of the whole batch, so the result is that of one large batch even if parts have different numbers of real
@@ -44,13 +53,14 @@ def loss_and_gradient(
     """
 
     def part_sum(graphdef, params, part):
-        return summed_nats(graphdef, params, part, **pieces), ()
+        nats, routing = summed_nats_and_routing(graphdef, params, part, **pieces)
+        more, sums = router_terms(graphdef, params, routing, part)
+        return nats + more, (nats, sums)
 
     sums = functools.partial(_sums, part_sum, accumulation_steps, parts)
-    (nats, _), gradient = over(parts, sums)(params, batch)
-    tokens = jnp.sum(counted(batch))
-    share = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-    return nats * share, jax.tree.map(lambda g: g * share, gradient), tokens
+    (_, (nats, of_routers)), gradient = over(parts, sums)(params, batch)
+    share = _share(batch)
+    return nats * share, jax.tree.map(lambda g: g * share, gradient), routing_metrics(of_routers, share)
 
 
 def loss_gradient_and_accuracy(
@@ -62,19 +72,26 @@ def loss_gradient_and_accuracy(
     over: Callable = _here,
     **pieces: Any,
 ):
-    """(loss, gradient, accuracy): loss and gradient as `loss_and_gradient`.
+    """(loss, gradient, metrics) as `loss_and_gradient`.
 
-    accuracy: the fraction of counted tokens whose target has the largest logit.
+    metrics has accuracy too, the fraction of counted tokens whose target has the largest logit.
     """
 
     def part_sum(graphdef, params, part):
-        nats, hits = batch_nats_and_hits(graphdef, params, part, **pieces)
-        return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32)
+        nats, hits, routing = summed_nats_hits_and_routing(graphdef, params, part, **pieces)
+        more, sums = router_terms(graphdef, params, routing, part)
+        return nats + more, (nats, hits, sums)
 
     sums = functools.partial(_sums, part_sum, accumulation_steps, parts)
-    (nats, hits), gradient = over(parts, sums)(params, batch)
-    share = 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
-    return nats * share, jax.tree.map(lambda g: g * share, gradient), hits.astype(jnp.float32) * share
+    (_, (nats, hits, of_routers)), gradient = over(parts, sums)(params, batch)
+    share = _share(batch)
+    metrics = {"accuracy": hits.astype(jnp.float32) * share, **routing_metrics(of_routers, share)}
+    return nats * share, jax.tree.map(lambda g: g * share, gradient), metrics
+
+
+def _share(batch: dict[str, jax.Array]) -> jax.Array:
+    """1 / the counted tokens of the batch."""
+    return 1.0 / jnp.maximum(jnp.sum(counted(batch)), 1).astype(jnp.float32)
 
 
 def _sums(
@@ -169,7 +186,7 @@ def make_train_step(
     With `beside`, also a dict of arrays for each kind of rows beside these.
     metrics, float32 []: loss and, with a loss_mask, accuracy, both before the update; grad_norm, before clipping;
     learning_rate, of this update; skipped, 1 if guard.py skips the update, else 0; with `switches` depth, the number of
-    layers that were trained. They stay on the device until read.
+    layers that were trained; with layers of experts those of `routing_metrics`. They stay on the device until read.
     """
 
     over = functools.partial(over_rows, mesh, of_gradient)
@@ -182,9 +199,10 @@ def make_train_step(
             pieces["active"] = switches(state.step)
             more["depth"] = jnp.sum(pieces["active"], dtype=jnp.float32)
         if "loss_mask" in batch:
-            loss, gradient, more["accuracy"] = loss_gradient_and_accuracy(*arguments, **pieces)
+            loss, gradient, found = loss_gradient_and_accuracy(*arguments, **pieces)
         else:
-            loss, gradient, _ = loss_and_gradient(*arguments, **pieces)
+            loss, gradient, found = loss_and_gradient(*arguments, **pieces)
+        more |= found
         if beside is not None:
             gradient, terms = beside.added(gradient, state, batch, *given, over=over)
             more |= terms

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from deltaformer_jax.interop.kept import kept_of_run, read_kept
 from deltaformer_jax.interop.save import choose
 from deltaformer_jax.interop.sources import SOURCES
 from deltaformer_jax.layers.mixers import MIXERS
+from deltaformer_jax.layers.mixers.feed_forward import OF_THE_LOSS, READ_BY
 
 PRETRAINED = Path(__file__).parents[1] / "fixtures" / "pretrained"
 
@@ -225,6 +227,8 @@ def test_every_field_of_a_model_is_compared():
     taken = {name for mixer in MIXERS.values() for name in inspect.signature(mixer.__init__).parameters}
     how = {"compute_dtype", "remat", "unroll_layers"}
     # Compared by what they mean.
-    apart = {"mlp_dim", "feed_forward", "feed_forward_similarity", "mixers", "norm_placement"}
+    apart = {"mlp_dim", "feed_forward", "mixers", "norm_placement", *itertools.chain(*READ_BY.values())}
+    # What training adds to the loss of a model with experts, which no other project's config.json has.
+    apart |= set(OF_THE_LOSS)
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields == {*compare._WHOLE} | how | apart | (fields & taken)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.reproduce import __main__ as program
 from deltaformer_jax.reproduce import experiment, stages, train_task
-from deltaformer_jax.reproduce.associative_memory import infinite_context, snr
+from deltaformer_jax.reproduce.associative_memory import ffn_memory, infinite_context, snr, snr_sweeps
 from deltaformer_jax.reproduce.deltaformer import figure3, figure4, figure5, figure6, table1, table5, table6, theorem1
 from deltaformer_jax.reproduce.recall import mqar
 from deltaformer_jax.reproduce.rope import rope_base
@@ -104,6 +105,43 @@ def test_floors_of_infinite_context(results):
     assert len(ratios) == 10 and found.keys() - ratios.keys() == {"DeltaFormer, τ = 2", "DeltaFormer, τ = 4"}
     # Skewed keys have not come to their floor by then.
     assert all(abs(ratio - 1) < 0.1 for label, ratio in ratios.items() if "skewed" not in label), ratios
+
+
+def test_snr_sweeps_are_their_formulas(results):
+    """Within five standard errors, but where the mean of few trials is below that of a heavy tail."""
+    sizes = dict(pairs=(128,), width=32, tau_widths=(16,), heads_width=32, heads=(1, 4), trials=64)
+    kernels = {name: snr_sweeps.KERNELS[name] for name in ("relu²", "SwiGLU")}
+    with mock.patch.multiple(snr_sweeps, KERNELS=kernels, OPEN=(1,)):
+        found = results(snr_sweeps, sizes)
+    for label, result in found.items():
+        if "temperature" in label and float(label.split(", ")[-1]) < 1:
+            assert result["measured"] < result["formula"], label
+        else:
+            # Of a cluster the formula takes all z to have one mean.
+            off = 0.1 * result["formula"] if "like keys" in label else 0.0
+            assert abs(result["measured"] - result["formula"]) < 5 * result["standard_error"] + off, label
+    # Figures of quadrature: E[f²] of relu, relu² and gelu; the expected largest of 16 normal numbers.
+    moments = [snr_sweeps.second_moment(snr_sweeps.KERNELS[name]) for name in ("relu", "relu²", "gelu", "GeGLU")]
+    np.testing.assert_allclose(moments, [0.5, 1.5, 0.4252, 1.3982], rtol=1e-4)
+    assert snr_sweeps.largest_of(16) == pytest.approx(1.76599, abs=1e-5)
+    assert snr_sweeps.largest_of(2) == pytest.approx(np.pi**-0.5, abs=1e-6)
+
+
+def test_few_facts_are_recalled_and_softmax_answers_with_few_units(results):
+    sizes = dict(width=16, units=24, values=16, facts=(12,), steps=400, seeds=(0,))
+    with mock.patch.object(ffn_memory, "KERNELS", {k: ffn_memory.KERNELS[k] for k in ("SwiGLU", "softmax memory")}):
+        found = results(ffn_memory, sizes)
+    assert all(result["recall"] > 0.9 for result in found.values()), found
+    units = {label.split(",")[0]: result["units_a_fact"] for label, result in found.items()}
+    assert 1 <= units["softmax memory"] < units["SwiGLU"] < 16
+
+
+@pytest.mark.parametrize("kernel", ["SwiGLU", "softmax memory", "relu"])
+def test_hidden_units_are_those_of_the_layer(kernel):
+    settings = dict(kernel=kernel, width=8, units=12, seed=0)
+    layer, x = ffn_memory.layer_of(settings), np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    hidden, values = ffn_memory.hidden_units(layer, x)
+    np.testing.assert_allclose(hidden @ values, layer(x[None])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_rope_base_is_exact(results):

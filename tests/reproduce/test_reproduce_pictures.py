@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
-from deltaformer_jax.reproduce.associative_memory import infinite_context, snr
+from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
 from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
@@ -86,6 +86,12 @@ def result_of(name, settings, rng, good):
         more = {} if formula is None else {"ratio": 1.01 if good else 1.3}
         errors = rng.uniform(0.1, 1, 20).tolist()
         return {"tokens": list(range(64, 1344, 64)), "errors": errors, "formula": formula, "measured": 1.0, **more}
+    if name == "snr_sweeps":
+        formula = snr_sweeps.expected(settings)
+        more = {} if formula is None else {"ratio": 1.01 if good else 1.3}
+        return {"measured": 0.5, "standard_error": 0.01, "median": 0.4, "formula": formula, **more}
+    if name == "ffn_memory":
+        return {"recall": float(rng.uniform(0, 1)), "nats": 1.0, "units_a_fact": rng.uniform(1, 9), "parameters": 4096}
     if name == "kv_shift_theory":
         ends = [[0.5, 0.5], [0.2, 0.9] if good else [0.9, 0.2]]
         landscape = {"axis": [-0.5, 1.5, 3], "losses": [[3, 2, 1]] * 3, "path": ends, "end": ends[1]}

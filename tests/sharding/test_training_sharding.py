@@ -34,7 +34,7 @@ def test_partition_follows_the_table():
 
 def test_mesh_takes_what_is_left():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1} and rows(mesh) == 4
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2, "context": 1} and rows(mesh) == 4
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,11 @@ def poison(monkeypatch, corpus):
         assert len(marks) == len(factors)
 
         def poisoned(parts, params, batch, *rest, **pieces):
-            loss, gradient, tokens = original(parts, params, batch, *rest, **pieces)
+            loss, gradient, metrics = original(parts, params, batch, *rest, **pieces)
             factor, found = jnp.float32(1), fingerprint(batch["tokens"])
             for mark, value in marks.items():
                 factor = jnp.where(found == np.uint32(mark), jnp.float32(value), factor)
-            return loss * factor, jax.tree.map(lambda g: g * factor, gradient), tokens
+            return loss * factor, jax.tree.map(lambda g: g * factor, gradient), metrics
 
         monkeypatch.setattr(step, "loss_and_gradient", poisoned)
 

@@ -86,9 +86,8 @@ def test_bfloat16_logits_are_read_in_float32():
 def test_accumulation_is_weighted_by_tokens(built):
     parts, params = built[0].parts, built[1]
     batch = ragged_batch()
-    whole, gradient, tokens = compute(parts, params, batch, 1)
-    cut, cut_gradient, cut_tokens = compute(parts, params, batch, 4)
-    assert int(tokens) == int(cut_tokens) == (batch["segment_ids"] > 0).sum()
+    whole, gradient, _ = compute(parts, params, batch, 1)
+    cut, cut_gradient, _ = compute(parts, params, batch, 4)
     np.testing.assert_allclose(whole, cut, rtol=1e-6)
 
     # The two differ in the order of a sum over tokens: by at most n eps times the sum of its terms' absolute values,
@@ -139,8 +138,8 @@ def test_step_learns_donates_and_counts(built):
 def test_a_batch_of_padding_changes_nothing_but_by_decay(built):
     parts, params = built[0].parts, built[1]
     batch = {name: np.zeros((8, 32), np.int32) for name in ("tokens", "targets", "segment_ids")}
-    loss, gradient, tokens = compute(parts, params, batch, 1)
-    assert float(loss) == 0 and int(tokens) == 0
+    loss, gradient, metrics = compute(parts, params, batch, 1)
+    assert float(loss) == 0 and metrics == {}
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradient))
 
 
@@ -200,9 +199,9 @@ def test_a_model_with_logits_of_its_own_is_trained_on_those():
 def test_masked_tokens_do_not_count(built):
     parts, params, batch = built[0].parts, built[1], ragged_batch()
     mask = np.random.default_rng(1).random((8, 32)) < 0.5
-    loss, _, tokens = compute(parts, params, {**batch, "loss_mask": mask}, 1)
+    loss, _, _ = compute(parts, params, {**batch, "loss_mask": mask}, 1)
     nats = np.asarray(batch_nats(parts.graphdef, params, batch))
-    assert tokens == (mask & (batch["segment_ids"] > 0)).sum()
+    tokens = (mask & (batch["segment_ids"] > 0)).sum()
     np.testing.assert_allclose(loss, (nats * mask).sum() / tokens, rtol=1e-5)
 
 

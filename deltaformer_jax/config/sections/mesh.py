@@ -16,7 +16,7 @@ RECIPES = {
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Number of devices along each axis of the mesh. The product of the four is the number of devices.
+    """Number of devices along each axis of the mesh. The product of the five is the number of devices.
 
     `recipe` gives sizes by name. A field beside it that is not at its default overrides the recipe's size.
     """
@@ -39,6 +39,11 @@ class MeshConfig:
         1,
         "Number of devices that split the rows of a batch, and also the parameters and the optimiser's state "
         "(fully sharded data parallelism).",
+    )
+    expert: int = setting(
+        1,
+        'Number of devices that split the rows of a batch, and also the experts of layers with feed_forward = "moe" '
+        "(expert parallelism). A device computes its experts for the tokens of all of them.",
     )
     tensor: int = setting(
         1,

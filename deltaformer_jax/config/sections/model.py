@@ -54,14 +54,51 @@ class ModelConfig:
     feed_forward: str = setting(
         "swiglu",
         'The feed-forward layer of a block. "swiglu", "geglu": (f(x W_gate) * x W_up) W_down with silu or gelu. '
-        '"relu", "relu2", "gelu": f(x W_up) W_down. "memory": attention over trained keys and values. An entry of '
-        "`mixers` may have its own: Mixer(name, feed_forward=...).",
-        choices=("swiglu", "geglu", "relu", "relu2", "gelu", "memory"),
+        '"relu", "relu2", "gelu": f(x W_up) W_down. "memory": attention over trained keys and values. "moe": a mixture '
+        "of experts, each a swiglu. An entry of `mixers` may have its own: Mixer(name, feed_forward=...).",
+        choices=("swiglu", "geglu", "relu", "relu2", "gelu", "memory", "moe"),
     )
     feed_forward_similarity: str = setting(
         "softmax",
         'The similarity of a token and a key of feed_forward = "memory".',
         choices=("linear", "relu", "exp", "softmax"),
+    )
+    num_experts: int = setting(8, 'Number of experts of feed_forward = "moe".', least=1)
+    experts_per_token: int = setting(
+        2, 'Number of experts that a token of feed_forward = "moe" goes through. At most num_experts.', least=1
+    )
+    shared_experts: int = setting(
+        0, 'Number of experts of feed_forward = "moe" that every token goes through besides.', least=0
+    )
+    expert_dim: int = setting(
+        0,
+        'Hidden width of an expert of feed_forward = "moe", in features. 0: that of a swiglu layer (mlp_dim) divided '
+        "by experts_per_token + shared_experts, rounded up to a multiple of 8, so that a token costs as much as there.",
+        least=0,
+    )
+    router: str = setting(
+        "softmax",
+        'How a token\'s experts are chosen and weighted. "softmax": the largest probabilities. "norm": the largest of '
+        "relu(z / |z|) with a trained scale, as in UniPool.",
+        choices=("softmax", "norm"),
+    )
+    renormalise_experts: bool = setting(
+        True, "Whether the weights of a token's experts are divided by their sum. Without effect on router = norm."
+    )
+    balance_loss: float = setting(
+        0.01,
+        "Weight in the loss of E sum_e f_e P_e, the mean over layers of experts: f_e the share of tokens that go to "
+        "expert e, P_e its mean probability, over the tokens of a step (of a part of it with accumulation_steps). It "
+        "is least, 1, where all experts are used alike.",
+        least=0,
+        finite=True,
+    )
+    router_z_loss: float = setting(
+        0.0,
+        "Weight in the loss of the mean square of the log-sum-exp of a router's logits, the mean over layers of "
+        "experts.",
+        least=0,
+        finite=True,
     )
     mixers: tuple = setting(
         ("delta_former",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "moe")
 
 
 def check_width(mlp_dim: int) -> None:
@@ -16,3 +16,8 @@ def hidden_width(given: int, d_model: int, name: str) -> int:
     if given:
         return given
     return -(-8 * d_model // (3 * 64)) * 64 if name in GATED else 4 * d_model
+
+
+def expert_width(given: int, dense: int, experts: int) -> int:
+    """`given`, or for 0 the width of a dense layer divided by the experts of a token, up to a multiple of 8."""
+    return given or -(-dense // (8 * experts)) * 8

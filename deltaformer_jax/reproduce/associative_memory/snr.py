@@ -86,8 +86,8 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     def trials(key):
         for_key, for_value = jax.random.split(key)
         keys = jax.random.normal(for_key, (BATCH, pairs, width))
-        keys = _first_of_length(math.sqrt(width), keys)
-        values = _first_of_length(math.sqrt(width), jax.random.normal(for_value, (BATCH, pairs, width)))
+        keys = first_of_length(math.sqrt(width), keys)
+        values = first_of_length(math.sqrt(width), jax.random.normal(for_value, (BATCH, pairs, width)))
         with jax.default_matmul_precision("highest"):
             weights = weights_of(name, jnp.einsum("bnd,bd->bn", keys, keys[:, 0]) / tau)
             read = jnp.einsum("bn,bnv->bv", weights, values)
@@ -110,7 +110,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     }
 
 
-def _first_of_length(length: float, vectors: jax.Array) -> jax.Array:
+def first_of_length(length: float, vectors: jax.Array) -> jax.Array:
     first = vectors[:, :1]
     return jnp.concatenate([first * (length / jnp.linalg.norm(first, axis=-1, keepdims=True)), vectors[:, 1:]], axis=1)
 

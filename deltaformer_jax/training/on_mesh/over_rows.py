@@ -1,13 +1,14 @@
 """Sums over a batch and their gradient, each device for its own part: what is sent between devices is written here.
 
-With devices along the mesh axes "data" and "fsdp", which split rows, and "context", which splits their tokens, and S_d
-the sum over the part of device d,
+With devices along the mesh axes "data", "fsdp" and "expert", which split rows, and "context", which splits their
+tokens, and S_d the sum over the part of device d,
 
     S = Σ_d S_d,        dS/dW = Σ_d dS_d/dW
 
 Over "fsdp" a parameter's gradient is reduce-scattered where the layers use it (`sharding/shards.py`). Over "data" and
 "context", and over "fsdp" for a parameter that is not cut, it is summed once, when all parts of the batch have been
-added up. The mesh axis "tensor" is left to the compiler and to the ops. S_d depends on the tokens of earlier devices of
+added up; over "expert" too, but for the experts' own kernels, which each device has for the tokens of all. The mesh
+axis "tensor" is left to the compiler and to the ops. S_d depends on the tokens of earlier devices of
 "context": their part of dS_d/dW is computed where they are, by the transposes of the ops' collectives.
 """
 
@@ -57,7 +58,11 @@ def over_rows(mesh: Mesh, of_gradient: Any, parts: ModelParts, sums: Sums) -> Ca
         wholes, axes, beside = ([of[path] for path in split] for of in (leaves, over_data, own.columns))
         leaves |= zip(split, sums_in_shards(wholes, axes, "data", beside))
         for path in leaves:
-            done = {SHARD_AXIS: bool(own.cuts[path]), "data": over_data[path] is not None}
+            done = {
+                SHARD_AXIS: bool(own.cuts[path]),
+                "data": over_data[path] is not None,
+                "expert": _dimension(own.spec_of[path], "expert") is not None,
+            }
             left = [axis for axis in summed if not done.get(axis)]
             leaves[path] = lax.psum(leaves[path], left) if left else leaves[path]
         return jax.tree.map(lambda x: lax.psum(x, summed), numbers), nested(leaves)
@@ -94,6 +99,7 @@ class _Own:
         self._mesh = mesh
         self._specs = jax.tree.map(_of_rows, shardings)
         self._late = _gathered_late(merge(parts, parts.params))
+        self.spec_of = dict(flat(self._specs))
         self.cuts = dict(flat(jax.tree.map(_cut, self._specs, parts.params, is_leaf=_is_spec)))
         self.columns = {path: column or None for path, column in flat(jax.tree.map(_columns, shardings, parts.params))}
         self.graphdef = _marked(parts, self._late, self.cuts, self.columns)

@@ -7,7 +7,14 @@ import rich.console
 import rich.progress
 
 # What objectives beside the usual one minimise too, as it is shown.
-TERMS = {"short_loss": "short", "short_distance": "short distance", "s2l_distance": "stretched distance"}
+TERMS = {
+    "short_loss": "short",
+    "short_distance": "short distance",
+    "s2l_distance": "stretched distance",
+    "balance_loss": "balance",
+    "router_z_loss": "router z",
+    "expert_load": "expert load",
+}
 
 
 class Display:
