@@ -36,6 +36,10 @@ NAMES = {
         "every mixer as a language model of Python's standard library, with equal numbers of parameters and tokens",
         "language.mixers",
     ),
+    "experts": (
+        "DeltaFormer against a Transformer, dense and with experts, on code and on prose, several seeds",
+        "language.experts",
+    ),
     "redundancy": (
         "how much a model loses without some of its layers: Block Influence and four other rankings, elastic training",
         "language.redundancy",

@@ -15,13 +15,13 @@ from deltaformer_jax.sharding.mesh import make_mesh
 @pytest.mark.parametrize(
     "config, sizes",
     [
-        (MeshConfig(recipe="fsdp"), (1, 8, 1, 1)),
-        (MeshConfig(recipe="fsdp+tensor"), (1, 2, 4, 1)),
-        (MeshConfig(recipe="fsdp+context"), (1, 2, 1, 4)),
-        (MeshConfig(recipe="data+fsdp"), (1, 8, 1, 1)),  # one slice
-        (MeshConfig(recipe="fsdp", data=2), (2, 4, 1, 1)),  # a field that is set overrides the recipe
-        (MeshConfig(recipe="fsdp+tensor", tensor=2, data=2), (2, 2, 2, 1)),
-        (MeshConfig(recipe="fsdp", fsdp=8), (1, 8, 1, 1)),
+        (MeshConfig(recipe="fsdp"), (1, 8, 1, 1, 1)),
+        (MeshConfig(recipe="fsdp+tensor"), (1, 2, 1, 4, 1)),
+        (MeshConfig(recipe="fsdp+context"), (1, 2, 1, 1, 4)),
+        (MeshConfig(recipe="data+fsdp"), (1, 8, 1, 1, 1)),  # one slice
+        (MeshConfig(recipe="fsdp", data=2), (2, 4, 1, 1, 1)),  # a field that is set overrides the recipe
+        (MeshConfig(recipe="fsdp+tensor", tensor=2, data=2), (2, 2, 1, 2, 1)),
+        (MeshConfig(recipe="fsdp", fsdp=8), (1, 8, 1, 1, 1)),
     ],
 )
 def test_recipes(config, sizes):
@@ -30,7 +30,7 @@ def test_recipes(config, sizes):
 
 def test_recipes_that_cannot_be():
     with pytest.raises(
-        ValueError, match=r"data 1 \* fsdp 2 \* tensor 3 .* = 6 devices \(by mesh.recipe = 'fsdp\+tenso"
+        ValueError, match=r"data 1 \* fsdp 2 \* expert 1 \* tensor 3 .* = 6 devices \(by mesh.recipe = 'fsdp\+tenso"
     ) as caught:
         make_mesh(MeshConfig(recipe="fsdp+tensor", tensor=3))
     assert str(caught.value).endswith("is that number (on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8 devices)")
@@ -57,7 +57,7 @@ def test_devices_that_are_not_cpus_cannot_be_simulated():
 def test_any_layout_that_multiplies_to_the_devices(name, sizes):
     devices = tpus(name)
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), devices)
-    assert mesh.devices.shape == (*sizes, 1)
+    assert mesh.devices.shape == (*sizes[:2], 1, sizes[2], 1)
     assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
@@ -65,11 +65,11 @@ def test_slices_are_split_over_the_axes_of_rows():
     devices = tpus("v5e:2x2", num_slices=2)
     assert {device.slice_index for device in devices} == {0, 1}
     mesh = make_mesh(MeshConfig(recipe="data+fsdp"), devices)
-    assert mesh.devices.shape == (2, 4, 1, 1)
+    assert mesh.devices.shape == (2, 4, 1, 1, 1)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (slices[0] == slices[0, 0]).all() and (slices[1] == slices[1, 0]).all() and slices[0, 0] != slices[1, 0]
     over_both = make_mesh(MeshConfig(recipe="fsdp+tensor"), devices)
-    slices = np.vectorize(lambda device: device.slice_index)(over_both.devices)[0, :, :, 0]
+    slices = np.vectorize(lambda device: device.slice_index)(over_both.devices)[0, :, 0, :, 0]
     assert slices.shape == (2, 4) and (slices == slices[:, :1]).all()  # tensor stays inside a slice
     with pytest.raises(ValueError, match=r"the 2 slices of the devices cannot be split"):
         make_mesh(MeshConfig(data=1, tensor=8), devices)
@@ -102,7 +102,7 @@ def test_any_axis_goes_over_hosts_with_gpus(sizes, of_hosts):
     assert [card.id for card in planned.devices.flat] == [card.id for card in mesh.devices.flat]
     assert {card.id for card in mesh.devices.flat} == set(range(16))
     hosts = np.vectorize(lambda card: card.slice_index)(mesh.devices)
-    (axis,) = (axis for axis in range(4) if (np.diff(hosts, axis=axis) != 0).any())
+    (axis,) = (axis for axis in range(5) if (np.diff(hosts, axis=axis) != 0).any())
     assert np.moveaxis(hosts, axis, 0).reshape(len(of_hosts), -1)[:, 0].tolist() == of_hosts
 
 

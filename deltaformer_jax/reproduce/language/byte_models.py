@@ -1,7 +1,8 @@
 """Byte models of the standard library's text that experiments compare: as many parameters, one schedule, one device.
 
 Settings of a cell, as plain JSON: mixers (the repeating pattern), d_model, num_layers, num_heads, head_dim, mlp_dim,
-sequence_length, batch_size, steps, learning_rate, seed, eval_batches and, where it is not the usual one, rope_base.
+sequence_length, batch_size, steps, learning_rate, seed, eval_batches and, where they are not the usual ones, rope_base
+and `fields`, others of ModelConfig.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def as_json(mixer: str | Mixer) -> Any:
     return mixer if isinstance(mixer, str) else [mixer.name, dict(mixer.overrides)]
 
 
-def byte_model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConfig:
+def byte_model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int, **fields: Any) -> ModelConfig:
     """The model of a pattern of mixers. sizes: d_model, num_layers, num_heads and head_dim."""
     return ModelConfig(
         vocab_size=257,
@@ -42,6 +43,7 @@ def byte_model(sizes: dict[str, Any], pattern: tuple, mlp_dim: int) -> ModelConf
         mlp_dim=mlp_dim,
         mixers=pattern,
         chunk_size=64,
+        **fields,
     )
 
 
@@ -59,18 +61,24 @@ def matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
     return max(4, 4 * round((16 + (target - two[0]) / each) / 4))
 
 
-def prepared(settings: dict[str, Any], folder: epath.Path, note, objective: ObjectiveConfig | None = None) -> Any:
-    """The training run of a cell in folder/run, new or as it was left (`training.setup.Prepared`)."""
+def prepared(
+    settings: dict[str, Any], folder: epath.Path, note, objective: ObjectiveConfig | None = None, path: str = ""
+) -> Any:
+    """The training run of a cell in folder/run, new or as it was left (`training.setup.Prepared`).
+
+    path: of the corpus, by default the standard library's text.
+    """
     from deltaformer_jax.training.setup import prepare
 
     unfinished.claim(folder)
     steps = settings["steps"]
-    model = byte_model(settings, tuple(map(mixer_of, settings["mixers"])), settings["mlp_dim"])
+    pattern, fields = tuple(map(mixer_of, settings["mixers"])), settings.get("fields", {})
+    model = byte_model(settings, pattern, settings["mlp_dim"], **fields)
     if "rope_base" in settings:
         model.rope_base = settings["rope_base"]
     config = Config(
         model=dataclasses.replace(model, vocab_size=0),
-        data=DataConfig(sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
+        data=DataConfig(path=path, sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
         objective=objective or ObjectiveConfig(),
         optimizer=OptimizerConfig(
             learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
