@@ -34,7 +34,7 @@ def layer_by_layer(model, tokens, ids, cache, skipped):
     x, after = model.embedding(tokens, ids), []
     for layer, (block, of_layer) in enumerate(zip(model.blocks, cache)):
         block, of_layer = jax.tree.map(lambda stack: stack[0], (block, of_layer))
-        y, of_layer = block(x, segment_ids=ids, cache=of_layer)
+        y, of_layer, _ = block(x, segment_ids=ids, cache=of_layer)
         x = jnp.where(skipped[layer], x, y)
         after.append(jax.tree.map(lambda leaf: leaf[None], of_layer))
     return model.final_norm(x), tuple(after)
