@@ -41,6 +41,24 @@ def test_least_base_is_the_least():
     assert positive(found) and not any(positive(base) for base in bases if base < found)
 
 
+def test_the_least_base_is_no_smaller_than_its_start_and_may_not_exist():
+    assert least_base(64, 12_345.0, 64) == 13_000
+    assert least_base(64, 13_000.0, 64) == 13_000
+    assert least_base(64, 10.0, 2) is None  # the sum is cos m, whatever the base
+    (line,) = beyond_bound(model(rotary_fraction=2 / 64), 64)
+    assert line.endswith("No base of this width is without such a distance")
+
+
+@pytest.mark.parametrize("scaling", ["linear:3", "ntk:4", "yarn:4,512", "llama3:8,1,4,512"])
+def test_the_least_base_is_that_of_the_scaling(scaling):
+    (line,) = beyond_bound(model(rope_base=1e3, rope_scaling=scaling), 2048)
+    base = float(line.rsplit(maxsplit=1)[1])
+    assert not beyond_bound(model(rope_base=base, rope_scaling=scaling), 2048)
+    digits, zeros = round(base / 10.0 ** (len(f"{base:.0f}") - 2)), len(f"{base:.0f}") - 2
+    before = (digits - 1) * 10.0**zeros
+    assert beyond_bound(model(rope_base=before, rope_scaling=scaling), 2048), "a smaller base would have done"
+
+
 def test_the_theorem_by_drawing():
     """E[qᵀR_m(q + ε)] − E[qᵀR_m k] = 2σ²B_m for independent components of any mean, at 40 distances and bases.
 

@@ -125,13 +125,23 @@ def test_block_influence_of_layers_that_add_nothing_and_that_turn_around(model):
     np.testing.assert_allclose(found["relative_magnitude"], np.concatenate(ratios, 1).mean(1), rtol=1e-5)
 
 
+def test_settings_that_only_removed_mixers_take_go_back_to_their_defaults():
+    hybrid = dataclasses.replace(CONFIG, mixers=("softmax_attention", "delta_net"), window=5, kv_shift=True)
+    params = params_of(LanguageModel(hybrid, rngs=nnx.Rngs(0)))
+    config, left = remove_layers(hybrid, params, [0, 2])
+    assert config == dataclasses.replace(CONFIG, num_layers=2, mixers=("delta_net",))
+    built(config, left)  # a model is refused whose mixers do not take what its config sets
+    assert remove_layers(hybrid, params, [0])[0].window == 5
+
+
 @pytest.mark.parametrize(
     "layers, message",
     [
         ([4], "4 is not one of the model's 0 to 3"),
         ([-1], "-1 is not"),
         ([1, 1], "removed once"),
-        (range(4), "at least"),
+        ([float("nan")], "nan is not"),
+        (range(4), "give at most 3"),
     ],
 )
 def test_wrong_layers_are_named(layers, message):
