@@ -10,7 +10,10 @@ from support import training_cases as cases
 
 from deltaformer_jax import edit
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.mixer import NOT_ROTATED
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.layers.mixers import MIXERS
+from deltaformer_jax.layers.mixers.build import constructor_names
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.surgery import remove_layers, rescale_rope
 from deltaformer_jax.training.checkpoints.restore import restore
@@ -69,6 +72,9 @@ def test_layers_that_are_not_rotated_stay_so():
     LanguageModel(dataclasses.replace(config, vocab_size=8), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rope_base: no layer of this model has a rotary embedding"):
         rescale_rope(ModelConfig(mixers=(still,), rope_base=0.0), {}, base=1e5)
+    with pytest.raises(ValueError, match=r"rope_base: no layer .* has a rotary embedding \(its mixers: delta_net\)"):
+        rescale_rope(ModelConfig(mixers=("delta_net",)), {}, base=1e5)
+    assert set(NOT_ROTATED) == {name for name in MIXERS if "rope_base" not in constructor_names(name)}
 
 
 @pytest.mark.parametrize(
