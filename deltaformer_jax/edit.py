@@ -32,6 +32,11 @@ EDITS = {
     "rescale_rope": {"base": float, "scaling": str},
     "merge_adapters": {},
 }
+HELP = {
+    "layers": "give the numbers of layers, counted from 0 at the embedding, such as layers=5,6",
+    "base": "give a number above 1, such as base=1e5",
+    "scaling": "give one as of model.rope_scaling, such as scaling=yarn:4,2048",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,7 +70,9 @@ def read_options(name: str, given: list[str]) -> dict[str, Any]:
         try:
             found[option] = known[option](value)
         except ValueError:
-            raise ValueError(f"{name} {text}: give numbers, such as layers=5,6 or base=1e5") from None
+            raise ValueError(f"{name} {text}: {HELP[option]}") from None
+        if found[option] in ([], ""):
+            raise ValueError(f"{name} {text}: {HELP[option]}")
     if known and not found:
         raise ValueError(f"{name}: give {' or '.join(f'{option}=VALUE' for option in known)}")
     return found

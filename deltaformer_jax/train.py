@@ -82,7 +82,14 @@ def _train(program: str, place: Place | None) -> None:
             from deltaformer_jax.config.remarks import remarks
             from deltaformer_jax.host.lock import alone
             from deltaformer_jax.host.waiting import say, say_aside, waiting
-            from deltaformer_jax.training.workdir import LOCK, Standing, check_shared, new_workdir, standing
+            from deltaformer_jax.training.workdir import (
+                LOCK,
+                Standing,
+                check_shared,
+                has_checkpoint,
+                new_workdir,
+                standing,
+            )
 
             with waiting("reading the config", say):  # a config with mixers of the user's own imports jax
                 command = parse(sys.argv, str(config_folder() / "tiny.py"))
@@ -99,7 +106,7 @@ def _train(program: str, place: Place | None) -> None:
 
                     for line in _unused(command.config):
                         say_aside(line)
-                return dry_run(command.config)
+                return dry_run(command.config, begun=bool(command.workdir) and has_checkpoint(command.workdir))
             if place is not None:
                 say(place.line)
                 with stop.aside(), waiting(f"waiting for the other processes, at {place.coordinator}", say):

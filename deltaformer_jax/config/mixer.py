@@ -48,12 +48,20 @@ def entry(mixer: str | Mixer) -> Mixer:
     return mixer if isinstance(mixer, Mixer) else Mixer(mixer)
 
 
+# The library's mixers without a rotary embedding. A class of the user's own may have one.
+NOT_ROTATED = ("linear_attention", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta_attention")
+
+
 def with_rotary(model: Any, given: dict[str, Any]) -> Any:
     """The ModelConfig with `rope_base` and `rope_scaling` of `given` in all layers that are rotated, and in no other.
 
     Raises ValueError, naming what is given, if no layer is.
     """
-    if not model.rope_base and not any(dict(entry(mixer).overrides).get("rope_base") for mixer in model.mixers):
+    may = [mixer for mixer in map(entry, model.mixers) if mixer.name not in NOT_ROTATED]
+    if not may:
+        names = ", ".join(entry(mixer).name for mixer in model.mixers)
+        raise ValueError(f"{', '.join(given)}: no layer of this model has a rotary embedding (its mixers: {names})")
+    if not model.rope_base and not any(dict(mixer.overrides).get("rope_base") for mixer in may):
         raise ValueError(f"{', '.join(given)}: no layer of this model has a rotary embedding (model.rope_base = 0)")
     mixers = tuple(_with_rotary(mixer, given, bool(model.rope_base)) for mixer in model.mixers)
     return dataclasses.replace(model, mixers=mixers, **(given if model.rope_base else {}))

@@ -12,8 +12,10 @@ from deltaformer_jax.config.imports import hashes, is_import, refuse_inside
 from deltaformer_jax.config.mixer import Mixer, entry
 from deltaformer_jax.config.sections import Config
 
-# Fields that may change when a run is resumed: intervals and length, devices, kernels, and where the data lies.
-FREE = ("run.", "mesh.", "data.path", "model.implementation")
+# Where the data and the teacher lie; what lies there is compared with what the run began with.
+PLACES = ("data.path", "objective.teacher_workdir", "objective.short_data", "objective.s2l_data")
+# Fields that may change when a run is resumed: intervals and length, devices, kernels, and PLACES.
+FREE = ("run.", "mesh.", *PLACES, "model.implementation")
 
 # Fields that may differ between the processes of a run.
 LOCAL = ("data.path", "run.compilation_cache")
@@ -133,6 +135,6 @@ def check_resumable(saved: Config, asked: Config, workdir: epath.Path) -> None:
         listing = "; ".join(f"{name}: {old[name]!r} in the run, {new[name]!r} asked for" for name in differing)
         raise ValueError(
             f"--workdir {workdir} holds a run with other settings: {listing}. "
-            "Only run.*, mesh.*, data.path and model.implementation may change; take another --workdir, or resume "
-            "without --config"
+            "Only run.*, mesh.*, model.implementation and where the same data and teacher lie may change; take another "
+            "--workdir, or resume without --config"
         )

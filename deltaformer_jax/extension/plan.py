@@ -17,8 +17,8 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
     """The config that goes on from the run `before` in `workdir` with rows of `to` tokens.
 
     The rotary base is `base`, or the least of two digits, no smaller than before, with which likeness raises a key's
-    score at every distance up to `to` (arXiv 2405.14591), for each of the model's widths. A step has about as many
-    tokens as before. The learning rate is RATE of that before, constant, without a warm-up.
+    score at every distance up to `to` (arXiv 2405.14591), for each of the model's widths and scalings. A step has about
+    as many tokens as before. The learning rate is RATE of that before, constant, without a warm-up.
 
     Raises ValueError, naming the flag, for a context that is not longer, a base below 1, one where nothing is rotated,
     and a task.
@@ -62,7 +62,10 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
 
 def clean_base(model: ModelConfig, to: int) -> float | None:
     """The least base of two digits for contexts of `to` tokens, no smaller than those that the layers have; None if no
-    layer rotates its queries and keys. A layer with a window scores no more distances than that."""
+    layer rotates its queries and keys. A layer with a window scores no more distances than that.
+
+    Raises ValueError, naming the flags, if no base has that.
+    """
     asked = [one for one in rotations(model) if one.field == "rope_base"]
     if not asked:
         return None
@@ -70,7 +73,12 @@ def clean_base(model: ModelConfig, to: int) -> float | None:
     while base != before:  # clean bases are no interval: one that is clean for the next width may not be for this one
         before = base
         for one in asked:
-            base = least_base(min(to, one.window or to), base, one.width)
+            base = least_base(min(to, one.window or to), base, one.width, one.scaling)
+            if base is None:
+                raise ValueError(
+                    f"--to {to}: with {one.width} rotated features no rotary base raises the score of a like key at "
+                    "every distance; give one as --base"
+                )
     return base
 
 

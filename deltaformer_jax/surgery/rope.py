@@ -17,10 +17,12 @@ def rescale_rope(
     (`model.write_rope_base`) stays; a scaling holds for it too. A model that attends to longer contexts has still to be
     trained on them.
 
-    Raises ValueError, naming the argument, if neither is given or no layer is rotated; the config's own checks find
-    values that no layer takes.
+    Raises ValueError, naming the argument, if neither is given, if no layer is rotated, and for a base of 1 or less,
+    0 among them: it would leave nothing rotated. The config's own checks find other values that no layer takes.
     """
     if base is None and scaling is None:
         raise ValueError("base, scaling: give one of them, or both")
+    if base is not None and not base > 1:
+        raise ValueError(f"base={base:g}: must be greater than 1")
     given = {"rope_base": base, "rope_scaling": scaling}
     return with_rotary(config, {name: value for name, value in given.items() if value is not None}), params

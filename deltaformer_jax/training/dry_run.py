@@ -22,18 +22,19 @@ from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch, load_data
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, begun: bool = False) -> None:
     """Print parameters, FLOPs, shapes, shardings and the memory of the compiled step per device. Write nothing.
 
     Needs the devices of the mesh. If data.path is set and model.vocab_size is not, it also needs the corpus. A
-    data.tokenizer "bpe:SIZE" counts as SIZE tokens, the most it can learn. Raises the same errors as `setup.prepare`.
+    data.tokenizer "bpe:SIZE" counts as SIZE tokens, the most it can learn. begun: whether the run has a checkpoint of
+    its own, so that it does not read run.init_from. Raises the same errors as `setup.prepare`.
     """
     check(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     full = with_any_vocabulary(config)
     program = fitting_program(full, mesh, say_aside)
-    if full.run.init_from:
+    if full.run.init_from and not begun:
         check_same_model(program, full.run.init_from)
     check_split(program.parts, mesh, full.mesh.strict, say_aside, zero1=full.mesh.zero1)
     print_sizes(full, program)

@@ -92,6 +92,11 @@ def standing(workdir: str, config: Config, resume: bool) -> Standing:
     return Standing(f"going on at step {step} of {steps}: the run in {workdir}")
 
 
+def has_checkpoint(workdir: str) -> bool:
+    """Whether a run in `workdir` would go on from a checkpoint of its own."""
+    return _newest_whole(epath.Path(workdir) / "checkpoints") is not None
+
+
 def check_shared(workdir: str) -> None:
     """Raise ValueError, in every process of a run, unless all see the lock file that the first one holds.
 

@@ -41,21 +41,44 @@ def test_least_base_is_the_least():
     assert positive(found) and not any(positive(base) for base in bases if base < found)
 
 
+def test_the_least_base_is_no_smaller_than_its_start_and_may_not_exist():
+    assert least_base(64, 12_345.0, 64) == 13_000
+    assert least_base(64, 13_000.0, 64) == 13_000
+    assert least_base(64, 10.0, 2) is None  # the sum is cos m, whatever the base
+    (line,) = beyond_bound(model(rotary_fraction=2 / 64), 64)
+    assert line.endswith("No base of this width is without such a distance")
+
+
+@pytest.mark.parametrize("scaling", ["linear:3", "ntk:4", "yarn:4,512", "llama3:8,1,4,512"])
+def test_the_least_base_is_that_of_the_scaling(scaling):
+    (line,) = beyond_bound(model(rope_base=1e3, rope_scaling=scaling), 2048)
+    base = float(line.rsplit(maxsplit=1)[1])
+    assert not beyond_bound(model(rope_base=base, rope_scaling=scaling), 2048)
+    digits, zeros = round(base / 10.0 ** (len(f"{base:.0f}") - 2)), len(f"{base:.0f}") - 2
+    before = (digits - 1) * 10.0**zeros
+    assert beyond_bound(model(rope_base=before, rope_scaling=scaling), 2048), "a smaller base would have done"
+
+
 def test_the_theorem_by_drawing():
     """E[qᵀR_m(q + ε)] − E[qᵀR_m k] = 2σ²B_m for independent components of any mean, at 40 distances and bases.
 
-    Within 4.5 standard errors of the mean of the draws: one false alarm in 3,700 of 40 such.
+    With variances σ² and τ² of a pair's two components it is Σ (σ_i² + τ_i²) cos(m θ_i), the paper's appendix A. Within
+    4.5 standard errors of the mean of the draws: one false alarm in 1,800 of 80 such.
     """
-    draw, width, sigma, mean, count = np.random.default_rng(0), 16, 1.3, 0.7 - 0.4j, 20_000
-    vectors = lambda: mean + sigma * draw.standard_normal((count, width // 2, 2)) @ np.array([1, 1j])
-    query, key, noise = vectors(), vectors(), 0.1 * (vectors() - mean)
-    for base in (10, 100, 1e3, 1e4):
-        for distance in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
-            theta = frequencies(base, width)
-            turn = np.exp(1j * distance * theta)
-            difference = np.real(query.conj() * turn * (query + noise - key)).sum(axis=1)
-            expected = 2 * sigma**2 * sums(theta, distance, distance)[0]
-            assert abs(difference.mean() - expected) < 4.5 * difference.std() / count**0.5, (base, distance)
+    draw, width, mean, count = np.random.default_rng(0), 16, 0.7 - 0.4j, 20_000
+    equal, unequal = np.full((width // 2, 2), 1.3), draw.uniform(0.2, 2.0, (width // 2, 2))
+    for sigma in (equal, unequal):
+        vectors = lambda sigma=sigma: mean + sigma * draw.standard_normal((count, width // 2, 2)) @ np.array([1, 1j])
+        query, key, noise = vectors(), vectors(), 0.1 * (vectors() - mean)
+        for base in (10, 100, 1e3, 1e4):
+            for distance in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
+                theta = frequencies(base, width)
+                difference = query.conj() * np.exp(1j * distance * theta) * (query + noise - key)
+                difference = np.real(difference).sum(axis=1)
+                expected = (sigma**2).sum(axis=1) @ np.cos(distance * theta)
+                if sigma is equal:
+                    np.testing.assert_allclose(expected, 2 * 1.3**2 * sums(theta, distance, distance)[0])
+                assert abs(difference.mean() - expected) < 4.5 * difference.std() / count**0.5, (base, distance)
 
 
 def model(mixers=("softmax_attention",), **fields):

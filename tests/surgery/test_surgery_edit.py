@@ -10,7 +10,10 @@ from support import training_cases as cases
 
 from deltaformer_jax import edit
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.mixer import NOT_ROTATED
 from deltaformer_jax.config.saved import Saved
+from deltaformer_jax.layers.mixers import MIXERS
+from deltaformer_jax.layers.mixers.build import constructor_names
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.surgery import remove_layers, rescale_rope
 from deltaformer_jax.training.checkpoints.restore import restore
@@ -69,6 +72,9 @@ def test_layers_that_are_not_rotated_stay_so():
     LanguageModel(dataclasses.replace(config, vocab_size=8), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rope_base: no layer of this model has a rotary embedding"):
         rescale_rope(ModelConfig(mixers=(still,), rope_base=0.0), {}, base=1e5)
+    with pytest.raises(ValueError, match=r"rope_base: no layer .* has a rotary embedding \(its mixers: delta_net\)"):
+        rescale_rope(ModelConfig(mixers=("delta_net",)), {}, base=1e5)
+    assert set(NOT_ROTATED) == {name for name in MIXERS if "rope_base" not in constructor_names(name)}
 
 
 @pytest.mark.parametrize(
@@ -80,11 +86,13 @@ def test_layers_that_are_not_rotated_stay_so():
         ),
         (["remove_layers"], "remove_layers: give layers=VALUE"),
         (["remove_layers", "layers=3"], "layers: 3 is not one of the model's 0 to 2"),
-        (["remove_layers", "layers=0,1,2"], "layers: a model keeps at least one"),
-        (["remove_layers", "layers=one"], "remove_layers layers=one: give numbers"),
+        (["remove_layers", "layers=0,1,2"], "layers=[0, 1, 2]: none would be left; give at most 2 of them"),
+        (["remove_layers", "layers=one"], "remove_layers layers=one: give the numbers of layers"),
+        (["remove_layers", "layers="], "remove_layers layers=: give the numbers of layers"),
         (["remove_layers", "layer=1"], "remove_layers layer=1: is not an option of it: layers=VALUE; did you mean"),
         (["rescale_rope", "base=1e5", "base=2e5"], "rescale_rope base=2e5: base is given twice"),
-        (["rescale_rope", "base=0.5"], "model.rope_base = 0.5: must be above 1"),
+        (["rescale_rope", "base=0.5"], "base=0.5: must be greater than 1"),
+        (["rescale_rope", "base=0"], "base=0: must be greater than 1"),
         (["rescale_rope", "scaling=twice"], "model.rope_scaling = 'twice': must be none or one of"),
         (["merge_adapters"], "has no adapters (optimizer.lora_rank = 0)"),
     ],

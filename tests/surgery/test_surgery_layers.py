@@ -13,6 +13,7 @@ from deltaformer_jax.config import ModelConfig
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.model_parts import model_parts, params_of
 from deltaformer_jax.surgery import block_influence, remove_layers
+from deltaformer_jax.surgery.influence import _cosine_and_ratio
 
 ROWS, LENGTH = 2, 12
 CONFIG = ModelConfig(
@@ -46,6 +47,8 @@ def test_all_layers_active_is_the_model_bit_for_bit(model):
     tokens = random_tokens((ROWS, LENGTH)) % 32
     plain = states(model, tokens, segment_ids=IDS)
     np.testing.assert_array_equal(states(model, tokens, segment_ids=IDS, active=jnp.ones(4, bool)), plain)
+    without = model.final_norm(model.embedding(tokens, IDS))
+    np.testing.assert_allclose(states(model, tokens, segment_ids=IDS, active=jnp.zeros(4, bool)), without, atol=1e-6)
     x, seen = model.look(tokens, lambda before, after, real: (), segment_ids=IDS)
     np.testing.assert_array_equal(x, plain)
     assert seen == ()
@@ -123,6 +126,18 @@ def test_block_influence_of_layers_that_add_nothing_and_that_turn_around(model):
         ratios.append(norms[2] / norms[1])
     np.testing.assert_allclose(found["bi"], 1 - np.concatenate(cosines, 1).mean(1), atol=1e-6)
     np.testing.assert_allclose(found["relative_magnitude"], np.concatenate(ratios, 1).mean(1), rtol=1e-5)
+    x = model.embedding(tokens, IDS)
+    cosine, ratio = _cosine_and_ratio(x, -x, IDS != 0)
+    np.testing.assert_allclose([1 - cosine / (IDS != 0).sum(), ratio / (IDS != 0).sum()], 2, rtol=1e-6)
+
+
+def test_settings_that_only_removed_mixers_take_go_back_to_their_defaults():
+    hybrid = dataclasses.replace(CONFIG, mixers=("softmax_attention", "delta_net"), window=5, kv_shift=True)
+    params = params_of(LanguageModel(hybrid, rngs=nnx.Rngs(0)))
+    config, left = remove_layers(hybrid, params, [0, 2])
+    assert config == dataclasses.replace(CONFIG, num_layers=2, mixers=("delta_net",))
+    built(config, left)  # a model is refused whose mixers do not take what its config sets
+    assert remove_layers(hybrid, params, [0])[0].window == 5
 
 
 @pytest.mark.parametrize(
@@ -131,7 +146,8 @@ def test_block_influence_of_layers_that_add_nothing_and_that_turn_around(model):
         ([4], "4 is not one of the model's 0 to 3"),
         ([-1], "-1 is not"),
         ([1, 1], "removed once"),
-        (range(4), "at least"),
+        ([float("nan")], "nan is not"),
+        (range(4), "give at most 3"),
     ],
 )
 def test_wrong_layers_are_named(layers, message):

@@ -94,6 +94,7 @@ def test_whole_numbers_are_numbers():
 def test_resuming_may_change_what_leaves_the_weights_as_they_are(tmp_path):
     old = cases.small_config("here")
     free = cases.small_config("there", run__steps=99, run__seed=7, mesh__fsdp=2, model__implementation="triton")
+    free.objective.teacher_workdir, free.objective.short_data, free.objective.s2l_data = "a", "b", "c"
     check_resumable(old, free, tmp_path)
     other = cases.small_config("there", model__d_model=64, optimizer__b1=0.5, data__tokenizer="bpe:300")
     with pytest.raises(ValueError) as error:

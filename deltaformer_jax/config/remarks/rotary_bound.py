@@ -21,6 +21,8 @@ from deltaformer_jax.config.sections import ModelConfig
 BLOCK = 65536
 # The longest context for which a warning names the least base: a run should not wait for the search at its start.
 SEARCHED = 8192
+# Bases above 1e30 are not tried: the angles of all slow pairs are about 0 there, so that a larger one changes nothing.
+MOST_POWER = 30
 # The mixers whose queries and keys are compared by a product alone; retention's decay with the distance.
 ATTENTION = ("delta_former", "softmax_attention")
 
@@ -50,17 +52,21 @@ def first_negative(theta: np.ndarray, longest: int) -> int | None:
     return None
 
 
-def least_base(longest: int, start: float, width: int, stop: Callable[[], bool] = lambda: False) -> float | None:
-    """The least base of two significant digits, at least `start`, with B_m ≥ 0 for all m ≤ longest; None if stopped.
+def least_base(
+    longest: int, start: float, width: int, scaling: str = "none", stop: Callable[[], bool] = lambda: False
+) -> float | None:
+    """The least base of two significant digits, at least `start`, with B_m ≥ 0 for all m ≤ longest; None if stopped, or
+    if no base has that, as with one pair of features.
 
     The bases that satisfy this do not form an interval, so that all are tried in ascending order.
     """
     digits, power = (int(part) for part in f"{start:.1e}".replace(".", "").split("e"))
-    while not stop():
+    digits += float(f"{digits}e{power - 1}") < start  # it was rounded down
+    while power < MOST_POWER and not stop():
         if digits == 100:
             digits, power = 10, power + 1
-        base = digits * 10.0 ** (power - 1)
-        if first_negative(frequencies(base, width), longest) is None:
+        base = float(f"{digits}e{power - 1}")
+        if first_negative(frequencies(base, width, scaling), longest) is None:
             return base
         digits += 1
     return None
@@ -118,5 +124,7 @@ def _broken(field: str, base: float, width: int, scaling: str, longest: int) -> 
     )
     if longest > SEARCHED:
         return line
-    least = least_base(longest, max(10.0, base), width)
+    least = least_base(longest, max(10.0, base), width, scaling)
+    if least is None:
+        return f"{line}. No base of this width is without such a distance"
     return f"{line}. The least base of two digits without such a distance is {least:g}"

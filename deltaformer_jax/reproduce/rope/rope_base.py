@@ -75,7 +75,7 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
         return distances.run(settings)
     length = settings["length"]
     longest, paper = tokens(length), PAPER[length]
-    found = least_base(longest, 1e3, WIDTH, lambda: stop.requested)
+    found = least_base(longest, 1e3, WIDTH, stop=lambda: stop.requested)
     if found is None:
         return None
     return {"paper": paper, "found": found, **distances.lowest_by_interval(frequencies(paper, WIDTH), longest)}

@@ -7,10 +7,10 @@ that ends at position e, and a tail of h tokens at T − h … T − 1. h is ⌊
     cream      a half-integer a/2 is drawn, then e from h + (L − 2h − 1) a/2 … (a/2) L − h − 1. a is the normal
                distribution of mean 1 + T/L and deviation 5, moved into 2 … 2 T/L and rounded down
 
-Positions grow strictly from 0 to T − 1; with T = L they are 0 … L − 1. Within a document of a packed row, token p has
-the position of place p. Source: the published code of LongReD (Dong et al., arXiv 2502.07365), which takes the second
-from CREAM (Wu et al., arXiv 2406.07138). There L divides T, h is the same for all rows of a batch, and "uniform" leaves
-out e = L − h − 1, where nothing lies between head and middle.
+Positions grow strictly, for L ≥ 3 from 0 to T − 1; with T = L they are 0 … L − 1. Within a document of a packed row,
+token p has the position of place p. Source: the published code of LongReD (Dong et al., arXiv 2502.07365), which takes
+the second from CREAM (Wu et al., arXiv 2406.07138). There L divides T, h is the same for all rows of a batch, and
+"uniform" leaves out e = L − h − 1, where nothing lies between head and middle.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -153,11 +154,15 @@ def test_weights_of_0_are_training_on_long_rows_alone(corpus, before, tmp_path):
 
 @pytest.mark.long
 def test_a_resumed_run_is_the_same(corpus, before, tmp_path):
-    """It has the same teacher and layers, draws the same positions, and is refused with another teacher."""
+    """It has the same teacher and layers, draws the same positions, and is refused with another teacher.
+
+    The teacher's folder may lie elsewhere by then."""
     config = longred(corpus, before)
     whole = cases.run_training(config, tmp_path / "whole", devices=2)
     cases.run_training(config, tmp_path / "run", stop=lambda steps: cases.StopAt(steps, 3), devices=2)
-    again = cases.run_training(config, tmp_path / "run", devices=2)
+    shutil.copytree(before, tmp_path / "moved")
+    moved = dataclasses.replace(config.objective, teacher_workdir=str(tmp_path / "moved"))
+    again = cases.run_training(dataclasses.replace(config, objective=moved), tmp_path / "run", devices=2)
     cases.assert_same_bits(again.state, whole.state)
     records = cases.read_metrics(tmp_path / "run")
     assert records == cases.read_metrics(tmp_path / "whole")
