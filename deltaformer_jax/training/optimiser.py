@@ -50,8 +50,10 @@ def muon_matrix(axes: tuple[str | None, ...], per_head: bool = False) -> optax.c
     values and output gates, "embed" x ("heads", "head_dim"); the output of a mixer, ("heads", "head_dim") x "embed";
     the second factor of a low rank, "rank" x ("heads", "head_dim"). These are one matrix with all heads, or with
     `per_head` a matrix for each head, such as "embed" x "head_dim", with an axis over key heads ("kv_heads") too. Axes
-    are counted from the right, since stacked layers come first without a name: each layer is a matrix of its own.
+    are counted from the right, since stacked layers come first without a name: each layer is a matrix of its own, and
+    so is each expert ("expert", ...).
     """
+    axes = axes[1:] if axes[:1] == ("expert",) else axes
     cut = input_axes(axes)
     if cut is None:
         return None

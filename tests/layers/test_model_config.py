@@ -1,5 +1,6 @@
 """What a configuration means, what it costs, and what it is told when it doesn't hold together."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_layers_flops import convolution_flops, counted_per_token
 
 from deltaformer_jax import Round
 from deltaformer_jax.config import Mixer, ModelConfig
+from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.layers.feed_forward.sizes import hidden_width
 from deltaformer_jax.layers.mixers.build import mixer_fields
 from deltaformer_jax.model import LanguageModel, num_parameters
@@ -163,6 +165,26 @@ def test_the_340m_configs_have_340m_parameters(path):
     shapes = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     assert abs(num_parameters(shapes) - 341e6) < 2.5e6
     assert (config.data, config.optimizer, config.run) == (transformer.data, transformer.optimizer, transformer.run)
+
+
+@pytest.mark.parametrize("similarity", ["linear", "relu", "round"])
+def test_the_configs_of_other_similarities_change_nothing_else(similarity):
+    config = packaged_config(f"similarities/deltaformer_{similarity}_340m")
+    config.model.write_similarity = "softmax"
+    assert config == packaged_config("deltaformer_340m")
+
+
+def test_the_small_configs_with_experts_have_the_sizes_that_they_state():
+    ours, control = (packaged_config(f"experts/{name}_moe_small") for name in ("deltaformer", "transformer"))
+    for config in (ours, control):
+        model = dataclasses.replace(config.model, vocab_size=257)
+        shapes = jax.eval_shape(lambda model=model: LanguageModel(model, rngs=nnx.Rngs(0)))
+        experts = shapes.blocks[0].mlp
+        held = num_parameters([experts.gate, experts.up, experts.down])
+        assert round(num_parameters(shapes) / 1e6) == 41
+        assert round((num_parameters(shapes) - held * 6 / 8) / 1e6) == 13
+    ours.model.mixers = control.model.mixers
+    assert ours == control
 
 
 def test_the_1b3_config_has_the_size_that_it_states():

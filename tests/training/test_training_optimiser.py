@@ -15,7 +15,7 @@ from deltaformer_jax.config.checks import check
 from deltaformer_jax.model_parts import model_parts
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.dry_run import dry_run
-from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser, muon_matrices
+from deltaformer_jax.training.optimiser import learning_rate_schedule, make_optimiser, muon_matrices, muon_matrix
 from deltaformer_jax.training.program import Program
 
 NAMES = ("adamw", "muon", "lion", "adafactor")
@@ -145,6 +145,11 @@ def test_muons_first_update_by_hand():
         o = newton_schulz(g[layer].reshape(8, 12)).reshape(8, 3, 4)
         expected = -0.1 * (0.2 * np.sqrt(12) * o + 0.5 * w[layer])
         np.testing.assert_allclose(updates["w"][layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_expert_is_a_matrix_for_muon():
+    assert muon_matrix(("expert", "mlp", "embed")) == muon_matrix(("mlp", "embed"))
+    assert muon_matrix(("embed", "routes")) is None
 
 
 def test_muon_of_each_head_by_hand():

@@ -38,7 +38,7 @@ FULL = dict(
     mlp_dim=344,
     sequence_length=256,
     batch_size=8,
-    steps=500,
+    steps=300,
     eval_batches=40,
     seeds=(0, 1, 2),
 )
@@ -165,5 +165,5 @@ EXPERIMENT = Experiment(
     run=run,
     rows=rows,
     figure=figure,
-    cost="an hour on two idle cores, 24 models; --quick: a minute, four models of prose",
+    cost="half an hour on two idle cores, 24 models; --quick: a minute, four models of prose",
 )
