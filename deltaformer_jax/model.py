@@ -23,7 +23,7 @@ from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
-from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, check_feed_forwards, has_experts
+from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, build_pool, check_feed_forwards, has_experts
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
@@ -63,23 +63,23 @@ class Block(nnx.Module):
         self.mlp = build_feed_forward(config, mixer, output_scale=output_scale, rngs=rngs)
         self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
 
-    def __call__(self, x, *, segment_ids=None, positions=None, cache=None):
-        """(x, cache, the Routing of a mixture of experts or None)."""
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, pool=None):
+        """(x, cache, the Routing of a mixture of experts or None). `pool`: experts that all layers share."""
         given = x if self.norms_after else self.mixer_norm(x)
         result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache)
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
         if self.norms_after:
             x = kept(x + self.mixer_norm(mixed))
-            fed, routing = self._feed(x, segment_ids)
+            fed, routing = self._feed(x, segment_ids, pool)
             return x + self.mlp_norm(fed), cache, routing
         x = kept(x + mixed)
-        fed, routing = self._feed(self.mlp_norm(x), segment_ids)
+        fed, routing = self._feed(self.mlp_norm(x), segment_ids, pool)
         return x + fed, cache, routing
 
-    def _feed(self, x, segment_ids):
+    def _feed(self, x, segment_ids, pool):
         if isinstance(self.mlp, ExpertsFeedForward):
-            return self.mlp.routed(x, segment_ids)
+            return self.mlp.routed(x, segment_ids, pool)
         return self.mlp(x), None
 
     def flops_per_token(self, length: int) -> float:
@@ -125,6 +125,7 @@ class LanguageModel(nnx.Module):
             return tuple(Block(config, mixer, rngs=rngs) for mixer in config.mixers)
 
         self.blocks = nnx.List(jax.vmap(period)(jax.random.split(rngs.params(), periods)))
+        self.pool = build_pool(config, output_scale=(2 * config.num_layers) ** -0.5, rngs=rngs)
         self.final_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.embedding = Embedding(
             config.vocab_size,
@@ -246,7 +247,7 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
 
     def apply(block, x, cache):
         block = gathered(block, model.embedding.dtype)
-        return block(x, segment_ids=segment_ids, positions=positions, cache=cache)
+        return block(x, segment_ids=segment_ids, positions=positions, cache=cache, pool=model.pool)
 
     unrolled = model.unroll_layers and cache is None
     if model.remat != "none" or is_cut(model.blocks):

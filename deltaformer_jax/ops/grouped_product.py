@@ -1,105 +1,150 @@
-"""Rows in groups, each group times a matrix of its own: the product of a mixture of experts.
+"""Blocks of rows, each times one of several matrices: the product of a mixture of experts, and how rows get there.
 
-    y_i = x_i W_{e(i)},     rows sorted by group: the first sizes[0] rows belong to W_0, the next sizes[1] to W_1, ...
+    y_b = x_b W_{group(b)}        x_b [block, in], the blocks sorted by group
 
-On accelerators this is `jax.lax.ragged_dot`. On a CPU, XLA would make of it one product of all rows with every matrix.
-There the rows are cut into blocks, each of one group, and a loop multiplies one block after another: the cost is that
-of one matrix, whatever the number of groups, and half a block a group for what does not fill its last one.
+Rows (a token and one of its experts) are laid out so that every block belongs to one expert; the last block of an
+expert is filled up with rows of 0. The product then costs what its rows cost, whatever the number of experts:
+
+* on a CPU a loop multiplies one block after another;
+* on a GPU it is one batched product, of the blocks with copies of their matrices;
+* on a TPU it is `jax.lax.ragged_dot`.
+
+`ragged_dot` alone would do, but on CPUs and GPUs XLA turns it into a product of all rows with all matrices (jax 0.10.2,
+0.11.2). Everything between tokens and blocks is a gather, forward and backward, so that sums have one order.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.common.checks import as_int32
-
-BLOCK = 128  # rows of a block: enough for a product of the CPU's speed
+MOST, LEAST = 512, 8  # rows of a block
 
 
-def grouped_product(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """y [n, out], y_i = x_i W_e for the rows i of group e, 0 for rows after the last group.
+class Layout(NamedTuple):
+    """Where rows lie: n tokens with k experts each in `blocks` blocks of `block` rows.
 
-    Args:
-      x: [n, in], its rows sorted by group. Rows after the last group may hold anything finite; they have no influence,
-        and their gradient is 0.
-      matrices: W [E, in, out] in x's dtype.
-      sizes: int [E], the number of rows in each group, 0 allowed; their sum is at most n.
-
-    Raises ValueError for shapes that do not fit, TypeError for dtypes (while tracing).
-    Cost: 2 n in out FLOPs. Memory on a CPU: beside the result one block of rows; in the backward pass W's gradient.
+    group int32 [blocks]: the expert of each block. choice int32 [blocks, block]: the row k t + j at each place, for
+    token t and its j-th expert; n k where there is none. place int32 [n, k]: the inverse, blocks · block for a row that
+    goes to no expert.
     """
-    if x.ndim != 2 or matrices.ndim != 3 or x.shape[1] != matrices.shape[1] or sizes.shape != matrices.shape[:1]:
-        raise ValueError(
-            f"grouped_product takes x [n, in], matrices [E, in, out] and sizes [E]; it was given {list(x.shape)}, "
-            f"{list(matrices.shape)} and {list(sizes.shape)}"
-        )
-    if x.dtype != matrices.dtype or not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"grouped_product takes x and matrices of one dtype and integer sizes; it was given {x.dtype}, "
-            f"{matrices.dtype} and {sizes.dtype}"
-        )
-    sizes = as_int32(sizes)
-    if len(matrices) == 1:
-        return jnp.where(jnp.arange(len(x))[:, None] < sizes, x @ matrices[0], 0)
-    return jax.lax.platform_dependent(x, matrices, sizes, cpu=_by_blocks, default=jax.lax.ragged_dot)
+
+    group: jax.Array
+    choice: jax.Array
+    place: jax.Array
+
+
+def layout(experts: jax.Array, number: int) -> Layout:
+    """The Layout of experts int [n, k], each in 0 … number − 1, or `number` for a row that goes to no expert.
+
+    The rows of a block are about an eighth of the mean number of rows of an expert: little is filled up, and a product
+    is large enough. Cost: a sort of n k integers.
+    """
+    rows = experts.size
+    block = max(LEAST, min(MOST, 1 << max(0, (rows // (8 * number)).bit_length() - 1)))
+    blocks = max(1, min(-(-rows // block) + number, rows))  # at most as many: a block has a row
+    flat = experts.reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
+    ends, last = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // block))  # of rows, of blocks
+    at = jnp.arange(blocks, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(last, at, side="right").astype(jnp.int32), number - 1)
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), last[:-1]])
+    found = ((ends - sizes)[group] + (at - before[group]) * block)[:, None] + jnp.arange(block)
+    here = (found < ends[group][:, None]) & (at < last[-1])[:, None]
+    choice = jnp.where(here, order.at[found].get(mode="clip"), rows)
+    expert = jnp.minimum(flat[order], number - 1)
+    of_sorted = before[expert] * block + jnp.arange(rows, dtype=jnp.int32) - (ends - sizes)[expert]
+    of_sorted = jnp.where(flat[order] < number, of_sorted, blocks * block)
+    return Layout(group, choice, of_sorted[jnp.argsort(order)].reshape(experts.shape))
+
+
+def to_blocks(x: jax.Array, at: Layout) -> jax.Array:
+    """x [n, width] -> [blocks, block, width]: each token's row at each of its places, 0 elsewhere."""
+    return _to_blocks(x, at.choice, at.place)
+
+
+def from_blocks(y: jax.Array, at: Layout) -> jax.Array:
+    """y [blocks, block, width] -> [n, k, width], the inverse: 0 for a row that went to no expert."""
+    return _from_blocks(y, at.choice, at.place)
 
 
 @jax.custom_vjp
-def _by_blocks(x, matrices, sizes):
-    blocks = _Blocks(sizes, len(x))
-
-    def one(place):
-        expert, rows = place
-        return blocks.taken(x, rows) @ matrices[expert]
-
-    return blocks.put(jax.lax.map(one, (blocks.group, blocks.rows)))
+def _to_blocks(x, choice, place):
+    return x.at[choice // place.shape[1]].get(mode="fill", fill_value=0)
 
 
-def _forward(x, matrices, sizes):
-    return _by_blocks(x, matrices, sizes), (x, matrices, sizes)
+@jax.custom_vjp
+def _from_blocks(y, choice, place):
+    return y.reshape(-1, y.shape[-1]).at[place].get(mode="fill", fill_value=0)
 
 
-def _backward(residuals, dy):
-    x, matrices, sizes = residuals
-    blocks = _Blocks(sizes, len(x))
-
-    def one(d_matrices, place):
-        group, rows = place
-        d_rows = blocks.taken(dy, rows)
-        # An update in place: as a sum over the blocks' gradients, each turn would add an array of all matrices.
-        d_matrices = d_matrices.at[group].add(blocks.taken(x, rows).T @ d_rows)
-        return d_matrices, d_rows @ matrices[group].T
-
-    d_matrices, dx = jax.lax.scan(one, jnp.zeros_like(matrices), (blocks.group, blocks.rows))
-    return blocks.put(dx), d_matrices, None
+def _to_blocks_backward(indices, dy):
+    return jnp.sum(_from_blocks(dy, *indices), axis=1), None, None
 
 
-_by_blocks.defvjp(_forward, _backward)
+def _from_blocks_backward(indices, dx):
+    choice, _ = indices
+    return dx.reshape(-1, dx.shape[-1]).at[choice].get(mode="fill", fill_value=0), None, None
 
 
-class _Blocks:
-    """n rows sorted by group, cut into blocks of BLOCK rows of one group each; the last one of a group is not full.
+_to_blocks.defvjp(lambda x, *indices: (_to_blocks(x, *indices), indices), _to_blocks_backward)
+_from_blocks.defvjp(lambda y, *indices: (_from_blocks(y, *indices), indices), _from_blocks_backward)
 
-    group [blocks]: the group of each. rows [blocks, BLOCK]: the row at each place, n where there is none.
+
+def grouped_product(x: jax.Array, matrices: jax.Array, group: jax.Array) -> jax.Array:
+    """y [blocks, block, out], y_b = x_b W_{group(b)}.
+
+    Args:
+      x: [blocks, block, in], matrices: W [E, in, out], of one dtype.
+      group: int [blocks], from 0 to E − 1, not falling.
+
+    Raises ValueError for shapes that do not fit, TypeError for dtypes (while tracing).
+    Cost: 2 in out FLOPs for each row. Memory beside the result: on a GPU in out numbers for each block.
     """
+    if x.ndim != 3 or matrices.ndim != 3 or x.shape[2] != matrices.shape[1] or group.shape != x.shape[:1]:
+        raise ValueError(
+            f"grouped_product takes x [blocks, block, in], matrices [E, in, out] and group [blocks]; it was given "
+            f"{list(x.shape)}, {list(matrices.shape)} and {list(group.shape)}"
+        )
+    if x.dtype != matrices.dtype or not jnp.issubdtype(group.dtype, jnp.integer):
+        raise TypeError(
+            f"grouped_product takes x and matrices of one dtype and integers group; it was given {x.dtype}, "
+            f"{matrices.dtype} and {group.dtype}"
+        )
+    if len(matrices) == 1:
+        return x @ matrices[0]
+    forms = {"cpu": _in_turn, "tpu": _ragged}
+    return jax.lax.platform_dependent(x, matrices, group, **forms, default=_at_once)
 
-    def __init__(self, sizes: jax.Array, rows: int):
-        self.count, groups = rows, len(sizes)
-        block = min(BLOCK, max(rows, 1))
-        number = -(-rows // block) + groups  # at least as many as there can be
-        ends = jnp.cumsum(sizes)
-        last = jnp.cumsum(-(-sizes // block))  # the number of blocks up to each group
-        at = jnp.arange(number)
-        self.group = jnp.minimum(jnp.searchsorted(last, at, side="right"), groups - 1)
-        first = (ends - sizes)[self.group] + (at - jnp.append(0, last)[self.group]) * block
-        found = first[:, None] + jnp.arange(block)
-        self.rows = jnp.where((found < ends[self.group][:, None]) & (at < last[-1])[:, None], found, rows)
 
-    def taken(self, x, rows):
-        return x.at[rows].get(mode="fill", fill_value=0)
+def _at_once(x, matrices, group):
+    return jnp.einsum("bri,bio->bro", x, matrices[group])
 
-    def put(self, blocks):
-        """[blocks, BLOCK, width] -> [n, width]."""
-        empty = jnp.zeros((self.count, blocks.shape[-1]), blocks.dtype)
-        return empty.at[self.rows].set(blocks, mode="drop")
+
+def _ragged(x, matrices, group):
+    blocks, block, width = x.shape
+    sizes = block * jnp.sum(group[:, None] == jnp.arange(len(matrices)), axis=0, dtype=jnp.int32)
+    return jax.lax.ragged_dot(x.reshape(blocks * block, width), matrices, sizes).reshape(blocks, block, -1)
+
+
+@jax.custom_vjp
+def _in_turn(x, matrices, group):
+    return jax.lax.map(lambda block: block[0] @ matrices[block[1]], (x, group))
+
+
+def _in_turn_backward(residuals, dy):
+    x, matrices, group = residuals
+
+    def one(d_matrices, block):
+        x, dy, group = block
+        # An update in place: a sum of the blocks' gradients would add an array of all matrices in each turn.
+        return d_matrices.at[group].add(x.T @ dy), dy @ matrices[group].T
+
+    d_matrices, dx = jax.lax.scan(one, jnp.zeros_like(matrices), (x, dy, group))
+    return dx, d_matrices, None
+
+
+_in_turn.defvjp(lambda *arguments: (_in_turn(*arguments), arguments), _in_turn_backward)

@@ -227,6 +227,8 @@ def router_terms(
     if routing is None:
         return 0.0, {}
     model = nnx.merge(graphdef, nnx.State(params))
+    if model.pool is not None:  # its balance is that of its use by all layers
+        routing = jax.tree.map(lambda x: jnp.sum(x, axis=0, keepdims=True), routing)
     balance, squares = router_losses(routing)
     tokens = summed_over_tokens(jnp.sum(counted(batch))).astype(jnp.float32)
     sums = {"balance": tokens * balance, "z": tokens * squares, "counts": routing.counts}

@@ -179,7 +179,7 @@ def test_the_small_configs_with_experts_have_the_sizes_that_they_state():
     for config in (ours, control):
         model = dataclasses.replace(config.model, vocab_size=257)
         shapes = jax.eval_shape(lambda model=model: LanguageModel(model, rngs=nnx.Rngs(0)))
-        experts = shapes.blocks[0].mlp
+        experts = shapes.blocks[0].mlp.experts
         held = num_parameters([experts.gate, experts.up, experts.down])
         assert round(num_parameters(shapes) / 1e6) == 41
         assert round((num_parameters(shapes) - held * 6 / 8) / 1e6) == 13

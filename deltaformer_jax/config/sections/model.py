@@ -85,6 +85,11 @@ class ModelConfig:
     renormalise_experts: bool = setting(
         True, "Whether the weights of a token's experts are divided by their sum. Without effect on router = norm."
     )
+    expert_pool: bool = setting(
+        False,
+        "Whether all layers of experts share num_experts experts; each layer has a router of its own. The balance loss "
+        "is then that of their use by all layers together.",
+    )
     balance_loss: float = setting(
         0.01,
         "Weight in the loss of E sum_e f_e P_e, the mean over layers of experts: f_e the share of tokens that go to "

@@ -1,6 +1,6 @@
 """Feed-forward layers, by the names of `model.feed_forward`. Each is (x [B,T,d_model]) -> [B,T,d_model]."""
 
-from deltaformer_jax.layers.feed_forward.experts import ExpertsFeedForward
+from deltaformer_jax.layers.feed_forward.experts import Experts, ExpertsFeedForward
 from deltaformer_jax.layers.feed_forward.gated import GeGLU, SwiGLU
 from deltaformer_jax.layers.feed_forward.memory import MemoryFeedForward
 from deltaformer_jax.layers.feed_forward.plain import GeluFeedForward, ReluFeedForward, SquaredReluFeedForward
@@ -17,6 +17,7 @@ FEED_FORWARDS = {
 
 __all__ = [
     "FEED_FORWARDS",
+    "Experts",
     "ExpertsFeedForward",
     "GeGLU",
     "GeluFeedForward",

@@ -5,14 +5,17 @@ from __future__ import annotations
 from flax import nnx
 
 from deltaformer_jax.config import Mixer, ModelConfig
-from deltaformer_jax.layers.feed_forward import FEED_FORWARDS
+from deltaformer_jax.layers.feed_forward import FEED_FORWARDS, Experts
 from deltaformer_jax.layers.feed_forward.sizes import expert_width, hidden_width
 from deltaformer_jax.layers.mixers.build import FIELDS, block_setting
 
 # Fields of ModelConfig that one kind of feed-forward layer alone reads; an entry of `model.mixers` may have its own.
 READ_BY = {
     "memory": ("feed_forward_similarity",),
-    "moe": ("num_experts", "experts_per_token", "shared_experts", "expert_dim", "router", "renormalise_experts"),
+    "moe": (
+        *("num_experts", "experts_per_token", "shared_experts", "expert_dim", "router", "renormalise_experts"),
+        "expert_pool",
+    ),
 }
 # Fields that only the loss of a model with experts reads.
 OF_THE_LOSS = ("balance_loss", "router_z_loss")
@@ -30,12 +33,27 @@ def build_feed_forward(config: ModelConfig, mixer: str | Mixer, *, output_scale:
     name, width = setting("feed_forward"), feed_forward_width(config, mixer)
     more = {field: setting(field) for field in READ_BY[name]} if name in READ_BY else {}
     if name == "moe":
-        width = expert_width(more.pop("expert_dim"), width, setting("experts_per_token") + setting("shared_experts"))
+        width, _ = expert_width_of(config, mixer), more.pop("expert_dim")
     made = FEED_FORWARDS[name]
     try:
         return made(config.d_model, width, output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs, **more)
     except ValueError as error:  # its message begins with the argument's name, which is also the field's name
         raise ValueError(f"model.{error}") from None
+
+
+def expert_width_of(config: ModelConfig, mixer: str | Mixer) -> int:
+    """The hidden width of the experts beside `mixer`."""
+    setting = lambda name: block_setting(config, mixer, name)
+    experts = setting("experts_per_token") + setting("shared_experts")
+    return expert_width(setting("expert_dim"), feed_forward_width(config, mixer), experts)
+
+
+def build_pool(config: ModelConfig, *, output_scale: float, rngs: nnx.Rngs) -> Experts | None:
+    """The experts that all layers share with `expert_pool`, or None."""
+    if not (has_experts(config) and config.expert_pool):
+        return None
+    width = expert_width_of(config, next(m for m in config.mixers if block_setting(config, m, "feed_forward") == "moe"))
+    return Experts(config.d_model, width, config.num_experts, output_scale=output_scale, rngs=rngs)
 
 
 def has_experts(config: ModelConfig) -> bool:
@@ -53,10 +71,12 @@ def check_feed_forwards(config: ModelConfig) -> None:
                 raise ValueError(
                     f"model.{name} = {value!r}: no layer has model.feed_forward = {layer!r}, which alone reads it"
                 )
-    numbers = {
-        block_setting(config, mixer, "num_experts")
-        for mixer in config.mixers
-        if block_setting(config, mixer, "feed_forward") == "moe"
-    }
-    if len(numbers) > 1:
-        raise ValueError(f"model.num_experts: must be one for all layers of experts; there are {sorted(numbers)}")
+    of_experts = [mixer for mixer in config.mixers if block_setting(config, mixer, "feed_forward") == "moe"]
+    for name in ("num_experts", "expert_pool"):
+        if any(block_setting(config, mixer, name) != getattr(config, name) for mixer in of_experts):
+            raise ValueError(
+                f"model.{name}: is one for all layers of experts; set the field, not an entry of model.mixers"
+            )
+    widths = sorted({expert_width_of(config, mixer) for mixer in of_experts})
+    if config.expert_pool and len(widths) > 1:
+        raise ValueError(f"model.expert_pool: layers that share experts need one width; they have {widths}")
