@@ -1,6 +1,8 @@
 """A training step of a model with experts on eight devices is one device's, however the mesh is laid out."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import numpy as np
@@ -29,9 +31,11 @@ def corpus(tmp_path_factory):
     return cases.make_corpus(tmp_path_factory.mktemp("experts"))
 
 
-def steps_on(corpus, folder, devices, **mesh):
+def steps_on(corpus, folder, devices, pool, **mesh):
     """(the metrics of two steps, the parameters after them)."""
-    fields = dict(feed_forward="moe", num_experts=4, shared_experts=1, router_z_loss=0.1, balance_loss=0.5)
+    fields = dict(
+        feed_forward="moe", num_experts=4, shared_experts=1, router_z_loss=0.1, balance_loss=0.5, expert_pool=pool
+    )
     given = {f"model__{name}": value for name, value in fields.items()}
     config = cases.small_config(
         corpus, **given, model__implementation=None, data__batch_size=8, optimizer__accumulation_steps=1
@@ -46,18 +50,31 @@ def steps_on(corpus, folder, devices, **mesh):
     return found, jax.device_get(state.params)
 
 
-@pytest.fixture(scope="module")
-def one_device(corpus, tmp_path_factory):
-    return steps_on(corpus, tmp_path_factory.mktemp("one") / "run", 1)
+@functools.cache
+def one_device(corpus, folder, pool):
+    return steps_on(corpus, folder, 1, pool)
 
 
-@pytest.mark.parametrize("name", ["experts", *(pytest.param(n, marks=pytest.mark.long) for n in list(MESHES)[1:])])
-def test_a_step_is_one_devices(corpus, one_device, tmp_path, name):
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        *(USUAL := (("experts", False), ("experts, shards, kernels", True))),
+        # On demand: half a minute each, and the same collectives.
+        *(
+            pytest.param(*case, marks=pytest.mark.rare)
+            for case in itertools.product(MESHES, (False, True))
+            if case not in USUAL
+        ),
+    ],
+)
+def test_a_step_is_one_devices(corpus, tmp_path_factory, tmp_path, name, pool):
     """Sums of float32 in another order: 1e-5 of a metric, and AdamW moves a parameter by the rate whatever its size."""
-    metrics, params = steps_on(corpus, tmp_path / "run", 8, mesh=MESHES[name])
-    for ours, theirs in zip(metrics, one_device[0]):
+    metrics, params = steps_on(corpus, tmp_path / "run", 8, pool, mesh=MESHES[name])
+    expected, after = one_device(corpus, tmp_path_factory.getbasetemp() / f"one, {pool}", pool)
+    for ours, theirs in zip(metrics, expected):
         assert {"balance_loss", "router_z_loss", "expert_load"} < set(theirs)
         for key, value in theirs.items():
             np.testing.assert_allclose(ours[key], value, rtol=2e-5, err_msg=key)
-    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, one_device[1])
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, after)
     assert max(jax.tree.leaves(apart)) < 1e-4
