@@ -12,7 +12,7 @@ from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
 from deltaformer_jax.layers.linear import Gate, kernel
-from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
+from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention, alibi_slopes
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.rotary import rotate
 
@@ -222,3 +222,10 @@ def test_what_a_mixer_gives_its_op_is_0_at_padding(mixer, name, options, monkeyp
     for array in given.values():
         at_padding, elsewhere = array[ids == 0], array[ids != 0]
         assert not np.any(at_padding) and np.all(np.isfinite(elsewhere)) and np.any(elsewhere)
+
+
+def test_slopes_of_alibi():
+    """The paper's: 1/2, 1/4, … 1/256 of 8 heads; of 12 those, and every other one of 16."""
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12) == [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
+    assert alibi_slopes(1) == [2.0**-8] and len(set(alibi_slopes(6))) == 6

@@ -113,6 +113,8 @@ def softmax_attention(module, x, options):
         for h in range(HEADS):
             g = h * KV_HEADS // HEADS
             scores = k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5
+            if options.get("alibi"):
+                scores -= 2.0 ** (-8 * (h + 1) / HEADS) * (t - np.arange(first, t + 1))
             if options.get("forget_gate"):
                 scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
             sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0

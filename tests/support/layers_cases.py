@@ -23,9 +23,9 @@ D_MODEL, HEADS, KV_HEADS, HEAD_DIM = 12, 4, 2, 6
 SOFTMAX_CASES = {
     "plain": {},
     "window": dict(window=3),
-    "no rope": dict(rope_base=None),
+    "alibi": dict(rope_base=None, alibi=True),
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
-    "forgetting": dict(forget_gate=True, rope_base=None),
+    "forgetting": dict(forget_gate=True, rope_base=None, alibi=True),
     "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
     "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
 }

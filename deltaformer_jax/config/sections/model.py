@@ -189,8 +189,8 @@ class ModelConfig:
         must_be_used=True,
     )
 
-    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate and
-    # sinks are softmax_attention's alone.
+    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate,
+    # alibi and sinks are softmax_attention's alone.
 
     rope_base: float = setting(
         10_000.0,
@@ -258,6 +258,12 @@ class ModelConfig:
         "Whether scores decay by a forgetting gate. Each token computes one gate in (0, 1) "
         "per query head. If that token or a later one attends to a token before it, the gate's logarithm is "
         "added to the score.",
+        must_be_used=True,
+    )
+    alibi: bool = setting(
+        False,
+        "Whether scores fall in proportion to the distance, with another slope for each query head (ALiBi). It is "
+        "meant for models without a rotary embedding: rope_base = 0.",
         must_be_used=True,
     )
     sinks: bool = setting(

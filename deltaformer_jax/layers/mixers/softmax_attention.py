@@ -5,11 +5,12 @@
 Options:
 * forgetting gate: Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of token i, with separate gates per query
   head;
+* ALiBi: −m_h (t − i) is added to the score of token i, with m_h = 2^(−8 h/H) for h = 1 … H (`alibi_slopes`);
 * sinks: each query head has one more score, a trained number, whose value vector is 0;
 * output gate: o_t is multiplied by sigmoid(x_t W_g).
 
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
-et al., arXiv 2503.02130; sinks: Xiao et al., arXiv 2309.17453.
+et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class SoftmaxAttention(nnx.Module):
       qk_norm: RMSNorm of each query and key head.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
         tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
-      forget_gate, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around 1/2.
+      forget_gate, alibi, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around
+        1/2. ALiBi is meant for queries and keys without a rotary embedding.
       conv_size: width in tokens of short convolutions (with SiLU) of q, k and v, see `short_convolution.py`; 0: none.
       output_scale: factor on the output kernel's initial values.
       implementation: passed to `ops.causal_attention`.
@@ -70,6 +72,7 @@ class SoftmaxAttention(nnx.Module):
         kv_shift_window: int = 2,
         kv_shift_parts: str = "both",
         forget_gate: bool = False,
+        alibi: bool = False,
         sinks: bool = False,
         conv_size: int = 0,
         output_gate: bool = False,
@@ -115,6 +118,7 @@ class SoftmaxAttention(nnx.Module):
             scale=output_scale,
         )
         self.forget = Gate(d_model, num_heads, axis="heads", rngs=rngs) if forget_gate else None
+        self.alibi = alibi
         self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
@@ -143,8 +147,8 @@ class SoftmaxAttention(nnx.Module):
             implementation=self.implementation,
         )
         arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
-        if self.forget is not None:
-            arrays["log_decay"] = jax.nn.log_sigmoid(self.forget(x))
+        if (log_decay := self._log_decay(x)) is not None:
+            arrays["log_decay"] = log_decay
         if self.sinks is not None:
             arrays["sinks"] = self.sinks[...]
         if cache is None:
@@ -156,14 +160,22 @@ class SoftmaxAttention(nnx.Module):
             read = self.output_gate(read, *gates)
         return product_into_stream(read, self.output, self.dtype, axes=2), cache
 
+    def _log_decay(self, x):
+        """What each token [B,T,H] takes off the scores of the tokens before it, or None. ALiBi takes off m_h."""
+        gate = None if self.forget is None else jax.nn.log_sigmoid(self.forget(x))
+        if not self.alibi:
+            return gate
+        slopes = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32)
+        return jnp.broadcast_to(-slopes, (*x.shape[:2], self.num_heads)) if gate is None else gate - slopes[None, None]
+
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
         options, log_decay and sink [B,T,H]."""
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)
         read = {"query": query.astype(jnp.float32) * self.head_dim**-0.5, "key": key}
-        if self.forget is not None:
-            read["log_decay"] = jax.nn.log_sigmoid(self.forget(x))
+        if (log_decay := self._log_decay(x)) is not None:
+            read["log_decay"] = log_decay
         if self.sinks is not None:
             read["sink"] = jnp.broadcast_to(self.sinks[...], (*x.shape[:2], self.num_heads))
         return {"read": read}
@@ -171,7 +183,7 @@ class SoftmaxAttention(nnx.Module):
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""
         slots = capacity if self.window is None else min(capacity, self.window)
-        decay_heads = None if self.forget is None else self.num_heads
+        decay_heads = self.num_heads if self.alibi or self.forget is not None else None
         memory = ops.KVCache.empty(
             batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype, decay_heads
         )
@@ -187,6 +199,14 @@ class SoftmaxAttention(nnx.Module):
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
         return projections + 4.0 * self.num_heads * self.head_dim * mean_tokens_seen(length, self.window)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """m_h of each head: 2^(−8/H), 2^(−16/H), … 2^(−8); of H that is no power of two, those of the largest power below
+    it, then every other one of twice that power."""
+    power = 1 << (num_heads.bit_length() - 1)
+    of = lambda heads: [2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]
+    return (of(power) + of(2 * power)[::2])[:num_heads]
 
 
 def mean_tokens_seen(length: int, window: int | None) -> float:
