@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         delta_values,
         gated_delta_rule,
         gated_linear_attention,
+        generalized_delta_rule,
         shift_mix,
     )
 
@@ -73,6 +74,7 @@ _EXPORTS = {
         "delta_values",
         "gated_delta_rule",
         "gated_linear_attention",
+        "generalized_delta_rule",
         "shift_mix",
     ),
 }
