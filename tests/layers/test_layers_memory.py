@@ -175,7 +175,7 @@ def definition(module, x, options):
         beta = 2 * beta if options.get("negative_eigenvalues") else beta
     if isinstance(module, DeltaRuleMixer) and module.decay is not None:
         decay = decays(module.decay, x)
-    if isinstance(module, DeltaProduct | GatedDeltaProduct):
+    if isinstance(module, GatedDeltaProduct):
         return returned(module.output, remembered_by_products(q, k, v, decay, beta, scale), x)
     if isinstance(module, GatedLinearAttention):
         low = x @ numbers(module.decay_down)
@@ -211,7 +211,7 @@ def test_flops(mixer, name, options):
     )
     heads, key_dim, value_dim = module.state_shape
     touched = 6 if isinstance(module, DeltaRuleMixer | GatedDeltaNet2) else 4
-    touched = {RWKV7: 8, DeltaProduct: 10, GatedDeltaProduct: 14}.get(mixer, touched)
+    touched = {RWKV7: 8, GatedDeltaProduct: 14}.get(mixer, touched)
     expected = 2 * kernels + touched * heads * key_dim * value_dim
     assert module.flops_per_token(10) == module.flops_per_token(10_000) == expected
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), module)

@@ -42,7 +42,7 @@ def generalized_delta_rule(
         a = η ⊙ κ,    b = κ of unit length                    RWKV-7, with its learning rate η per channel
         a = 0 or b = 0                                        gated linear attention
 
-    `gated_delta_rule` and `gated_linear_attention` compute the first and the last at half the cost, with kernels.
+    `gated_delta_rule` and `gated_linear_attention` compute the first and the last with fewer products and with kernels.
 
     Letters: B batch rows, T tokens, H query and key heads, Hv value heads (a multiple of H; with r = Hv/H, value heads
     h·r … h·r + r − 1 share key head h), K and V the head dimensions of keys and values.
