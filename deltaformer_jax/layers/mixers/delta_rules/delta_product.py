@@ -8,7 +8,7 @@ is a product of n swaps.
 Gated DeltaProduct lets the memory decay before the first of a token's steps, by one number per head.
 
 Each is the delta rule on n·T tokens, of which every n-th is read. With n = 1 they are DeltaNet and Gated DeltaNet.
-Source: Siems et al., DeltaProduct, arXiv 2502.10297, section 3.
+Source: Siems et al., DeltaProduct, arXiv 2502.10297.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ for each of r, k, v, w, a and g:
     κ = k ⊙ ξ / ‖k ⊙ ξ‖                            the key that is erased
     k̃ = k ⊙ (1 + (a − 1) ⊙ α)                      the key that is written
 
-ξ, α and ρ are trained, one number per key channel. Source: Peng et al., RWKV-7, arXiv 2503.14456, section 4.
+ξ, α and ρ are trained, one number per key channel. Source: Peng et al., RWKV-7, arXiv 2503.14456. The update is the
+paper's. What is around it follows descriptions of the paper's block; its text and code were not compared.
 
 What differs from the paper's block: values are not mixed with those of the first layer, because mixers do not see each
 other; o is normalised by an RMSNorm with a gain that the heads share, where the paper has a group norm; μ starts
@@ -111,7 +112,7 @@ class RWKV7(nnx.Module):
         self.read = kernel(rngs, (d_model, *channels), axes)
         self.key = kernel(rngs, (d_model, *channels), axes)
         self.value = kernel(rngs, (d_model, num_heads, width), axes)
-        # From channels that keep for 400 tokens to some that keep for 6, as at the paper's start.
+        # From channels that keep for 670 tokens, 1/(e^−½ sigmoid(−6)), to some that keep for 6.
         start = jnp.broadcast_to(jnp.linspace(-6.0, -1.0, head_dim, dtype=jnp.float32), channels)
         self.decay = _LowRank(d_model, rank, *channels, inner=jnp.tanh, start=start, rngs=rngs)
         self.rate = _LowRank(d_model, rank, *channels, start=jnp.zeros(channels, jnp.float32), rngs=rngs)
