@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from deltaformer_jax.decoding.generate import generate, generate_batch
     from deltaformer_jax.layers.caches import AttentionCache, StateCache
     from deltaformer_jax.layers.mixers import (
+        RWKV7,
         DeltaFormer,
         DeltaNet,
+        DeltaProduct,
         GatedDeltaNet,
+        GatedDeltaNet2,
+        GatedDeltaProduct,
         GatedLinearAttention,
         KimiDeltaAttention,
         LinearAttention,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
         delta_values,
         gated_delta_rule,
         gated_linear_attention,
+        generalized_delta_rule,
         shift_mix,
     )
 
@@ -51,10 +56,14 @@ _EXPORTS = {
     "layers.mixers": (
         "DeltaFormer",
         "DeltaNet",
+        "DeltaProduct",
         "GatedDeltaNet",
+        "GatedDeltaNet2",
+        "GatedDeltaProduct",
         "GatedLinearAttention",
         "KimiDeltaAttention",
         "LinearAttention",
+        "RWKV7",
         "Retention",
         "SoftmaxAttention",
     ),
@@ -73,6 +82,7 @@ _EXPORTS = {
         "delta_values",
         "gated_delta_rule",
         "gated_linear_attention",
+        "generalized_delta_rule",
         "shift_mix",
     ),
 }

@@ -7,6 +7,9 @@
     DeltaNet                1        1 − β k kᵀ                  β v kᵀ       k
     Gated DeltaNet          γ        1 − β k kᵀ                  β v kᵀ       k
     Kimi Delta Attention    1        diag(α) (1 − β k kᵀ)        β v kᵀ       k
+    DeltaProduct            1        Π (1 − β_j k_j k_jᵀ)        Σ v_j β_j k_jᵀ Π_{l>j} (1 − β_l k_l k_lᵀ)    k
+    Gated DeltaNet-2        1        diag(α) (1 − (b ⊙ k) kᵀ)    (w ⊙ v) kᵀ   k
+    RWKV-7                  1        diag(α) − κ (η ⊙ κ)ᵀ        v kᵀ         k
     softmax attention       1        1                           v φᵀ         e, divided by a second memory of v = 1
     forgetting gate         f        1                           v φᵀ         e, the same
     DeltaFormer             1        1 − β φ φᵀ / (z·φ)          v φᵀ         e, the same; z = Σ φ(k_i), i < t
@@ -25,7 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaformer_jax import causal_attention, delta_attention, gated_delta_rule, gated_linear_attention
+from deltaformer_jax import (
+    causal_attention,
+    delta_attention,
+    gated_delta_rule,
+    gated_linear_attention,
+    generalized_delta_rule,
+)
 
 TOKENS, WIDTH, VALUES, DEGREE = 23, 3, 2, 14
 POWERS = np.array([m for m in itertools.product(range(DEGREE + 1), repeat=WIDTH) if sum(m) <= DEGREE])
@@ -41,16 +50,19 @@ QUERY, KEY = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in draw.normal
 VALUE = draw.normal(size=(TOKENS, VALUES))
 BETA, GATE = draw.uniform(0.1, 0.9, (2, TOKENS))
 CHANNELS = draw.uniform(0.5, 1.0, (TOKENS, WIDTH))
+ERASE, WRITE = draw.uniform(0.1, 0.9, (TOKENS, WIDTH)), draw.uniform(0.1, 0.9, (TOKENS, VALUES))
+KAPPA = np.roll(KEY, 1, axis=-1)  # another unit vector
+STEP_KEY, STEP_VALUE, STEP_BETA = QUERY, draw.normal(size=(TOKENS, VALUES)), GATE  # of DeltaProduct's first step
 
 
 def recurrence(write, features, normalised):
-    """The reads [T, V] of the recurrence; write(t, k, z) -> (D, A, U without its value: the row that v multiplies)."""
+    """The reads [T, V] of the recurrence; write(t, k, z) -> (D, A, U), or in place of U the row that v multiplies."""
     count = len(features(KEY[0]))
     state, ones, z, reads = np.zeros((VALUES, count)), np.zeros(count), np.zeros(count), []
     for t in range(TOKENS):
         k = features(KEY[t])
         decay, matrix, row = write(t, k, z)
-        state = decay * state @ matrix + np.outer(VALUE[t], row)
+        state = decay * state @ matrix + (np.outer(VALUE[t], row) if row.ndim == 1 else row)
         ones = decay * ones + k  # the memory of the normaliser is read, never corrected
         z = z + k
         q = features(QUERY[t])
@@ -60,6 +72,21 @@ def recurrence(write, features, normalised):
 
 def corrected(t, k, scale):
     return np.eye(len(k)) - scale * np.outer(k, k)
+
+
+def product_step(t, k, z):
+    """Two steps: first the step's own key, value and β, then the token's."""
+    second = corrected(t, k, BETA[t])
+    first = np.outer(STEP_VALUE[t], STEP_BETA[t] * STEP_KEY[t])
+    return 1, corrected(t, STEP_KEY[t], STEP_BETA[t]) @ second, first @ second + np.outer(VALUE[t], BETA[t] * k)
+
+
+def product_op(query, key, value, **more):
+    """The delta rule on two steps a token, of which the second is read."""
+    turns = lambda *pair: jnp.stack(pair, axis=2).reshape(pair[0].shape[0], -1, *pair[0].shape[2:])
+    steps = [jnp.asarray(x)[None, :, None] for x in (STEP_KEY, STEP_VALUE, STEP_BETA, BETA)]
+    arrays = turns(query, query), turns(steps[0], key), turns(steps[1], value)
+    return gated_delta_rule(*arrays, beta=turns(*steps[2:]), scale=1.0, chunk_size=8)[0][:, 1::2]
 
 
 same = lambda x: x
@@ -90,6 +117,30 @@ ROWS = {
         "delta",
         {"beta": BETA, "log_decay": np.log(CHANNELS)},
     ),
+    "DeltaProduct": (product_step, same, False, "product", {}),
+    "Gated DeltaNet-2": (
+        lambda t, k, z: (
+            1,
+            np.diag(CHANNELS[t]) @ (np.eye(WIDTH) - np.outer(ERASE[t] * k, k)),
+            np.outer(WRITE[t] * VALUE[t], k),
+        ),
+        same,
+        False,
+        "generalized",
+        {"erase_key": CHANNELS * ERASE * KEY, "erase_write": KEY, "log_decay": np.log(CHANNELS), "written": WRITE},
+    ),
+    "RWKV-7": (
+        lambda t, k, z: (1, np.diag(CHANNELS[t]) - np.outer(KAPPA[t], ERASE[t] * KAPPA[t]), k),
+        same,
+        False,
+        "generalized",
+        {
+            "erase_key": KAPPA,
+            "erase_write": ERASE * KAPPA,
+            "log_decay": np.log(CHANNELS),
+            "written": np.ones_like(VALUE),
+        },
+    ),
     "softmax attention": (lambda t, k, z: (1, eye(k), k), exponential, True, "softmax", {}),
     "forgetting gate": (
         lambda t, k, z: (GATE[t], eye(k), k),
@@ -116,6 +167,10 @@ ROWS = {
 OPS = {
     "gla": lambda *arrays, **more: gated_linear_attention(*arrays, scale=1.0, chunk_size=8, **more)[0],
     "delta": lambda *arrays, **more: gated_delta_rule(*arrays, scale=1.0, chunk_size=8, **more)[0],
+    "product": product_op,
+    "generalized": lambda q, k, v, written, **more: generalized_delta_rule(
+        q, k, written * v, scale=1.0, chunk_size=8, **more
+    )[0],
     "softmax": lambda *arrays, **more: causal_attention(*arrays, scale=1.0, **more),
     "delta former": lambda *arrays, **more: delta_attention(
         *arrays, write_scale=1.0, read_scale=1.0, chunk_size=16, **more

@@ -12,9 +12,13 @@ from deltaformer_jax.layers.feed_forward import (
 )
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
 from deltaformer_jax.layers.mixers import (
+    RWKV7,
     DeltaFormer,
     DeltaNet,
+    DeltaProduct,
     GatedDeltaNet,
+    GatedDeltaNet2,
+    GatedDeltaProduct,
     GatedLinearAttention,
     KimiDeltaAttention,
     LinearAttention,
@@ -24,10 +28,14 @@ from deltaformer_jax.layers.mixers import (
 from deltaformer_jax.layers.norms import RMSNorm
 
 __all__ = [
+    "RWKV7",
     "AttentionCache",
     "DeltaFormer",
     "DeltaNet",
+    "DeltaProduct",
     "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaProduct",
     "GatedLinearAttention",
     "GeGLU",
     "GeluFeedForward",

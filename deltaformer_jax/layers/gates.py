@@ -1,5 +1,6 @@
 """Data-dependent gates: on an attention mixer's output (`OutputGate`), and on the decay of a recurrent mixer's memory
-(`HeadDecay` with one decay per head, `ChannelDecay` with one per key channel).
+(`HeadDecay` with one decay per head, `ChannelDecay` with one per key channel); the logits of gates with one number per
+channel (`ChannelGate`).
 
     g = −e^A ⊙ softplus(x W + b) ≤ 0          g is log_decay, the natural logarithm of the decay
 
@@ -18,6 +19,7 @@ from flax import nnx
 from deltaformer_jax.layers.linear import (
     along,
     kernel,
+    plus,
     product,
     product_flops,
     product_of_heads,
@@ -47,6 +49,22 @@ class OutputGate(nnx.Module):
 
     def flops_per_token(self) -> float:
         """2 d_model H K."""
+        return product_flops(self.kernel)
+
+
+class ChannelGate(nnx.Module):
+    """g = x W + b, one number per head and channel: x [B,T,d_model] -> [B,T,heads,width], float32 (float64 for
+    float64). b starts at 0, so sigmoid(g) starts around 1/2. `bias=False`: without b."""
+
+    def __init__(self, d_model: int, heads: int, width: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = wide_kernel(rngs, (d_model, heads, width), ("embed", "heads", "head_dim"))
+        zeros = jnp.zeros((heads, width), jnp.float32)
+        self.bias = nnx.Param(zeros, axes=("heads", "head_dim"), decay=False) if bias else None
+
+    def __call__(self, x):
+        return plus(product(_wide(x), self.kernel, _wide(x).dtype, precision="highest"), self.bias)
+
+    def flops_per_token(self) -> float:
         return product_flops(self.kernel)
 
 

@@ -32,7 +32,8 @@ class MemoryInputs(nnx.Module):
 
     The tails are for the next call. The list holds the products of x with the kernels `beside`, as of `QueryKeyValue`.
     `conv_size=0`: no convolutions, and tails are (). `conv_bias`: the convolutions have biases. `silu`: SiLU also where
-    there is no convolution. Raises ValueError, naming the argument, for sizes that don't fit.
+    there is no convolution. `writes`: keys and values per token and head; k is then [B,T,H·writes,K] and v
+    [B,T,Hv·writes,V], those of one head side by side. Raises ValueError, naming the argument, for sizes that don't fit.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class MemoryInputs(nnx.Module):
         conv_size: int,
         conv_bias: bool = False,
         silu: bool = False,
+        writes: int = 1,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -56,10 +58,14 @@ class MemoryInputs(nnx.Module):
         if num_value_heads % num_heads:
             raise ValueError(f"num_value_heads={num_value_heads} must be a multiple of num_heads={num_heads}")
         self.query = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
-        self.key = kernel(rngs, (d_model, num_heads, head_dim), ("embed", "heads", "head_dim"))
-        self.value = kernel(rngs, (d_model, num_value_heads, value_dim), ("embed", "heads", "head_dim"))
+        self.key = kernel(rngs, (d_model, num_heads * writes, head_dim), ("embed", "heads", "head_dim"))
+        self.value = kernel(rngs, (d_model, num_value_heads * writes, value_dim), ("embed", "heads", "head_dim"))
         if conv_size:
-            shapes = [(num_heads, head_dim), (num_heads, head_dim), (num_value_heads, value_dim)]
+            shapes = [
+                (num_heads, head_dim),
+                (num_heads * writes, head_dim),
+                (num_value_heads * writes, value_dim),
+            ]
             self.convolutions = nnx.List(
                 [ShortConvolution(conv_size, *shape, has_bias=conv_bias, rngs=rngs) for shape in shapes]
             )

@@ -5,6 +5,7 @@ from deltaformer_jax.ops.cache.compression import compress_cache
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
 from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
+from deltaformer_jax.ops.generalized.api import generalized_delta_rule
 from deltaformer_jax.ops.shift_mix import shift_mix
 from deltaformer_jax.ops.softmax.api import causal_attention
 
@@ -22,6 +23,7 @@ __all__ = [
     "delta_values",
     "gated_delta_rule",
     "gated_linear_attention",
+    "generalized_delta_rule",
     "read_only",
     "shift_mix",
     "token_positions",

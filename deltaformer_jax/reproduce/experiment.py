@@ -33,7 +33,7 @@ class Experiment:
 # Name -> (description, the module that holds EXPERIMENT).
 NAMES = {
     "mixers": (
-        "every mixer as a language model of Python's standard library, with equal numbers of parameters and tokens",
+        "the mixers as language models of Python's standard library, with equal numbers of parameters and tokens",
         "language.mixers",
     ),
     "experts": (
@@ -98,7 +98,7 @@ NAMES = {
     "table1": ("associative recall (MQAR) by read similarity", "deltaformer.table1"),
     "table5": ("formal languages, tested at lengths longer than in training", "deltaformer.table5"),
     "mqar": (
-        "associative recall (MQAR) by every mixer at the four usual sizes, with 256 and 8,192 words",
+        "associative recall (MQAR) by ten mixers at the four usual sizes, with 256 and 8,192 words",
         "recall.mqar",
     ),
     "word_problem": ("products of permutations of five elements", "state_tracking.word_problem"),

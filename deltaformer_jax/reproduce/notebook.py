@@ -13,7 +13,7 @@ from etils import epath
 import deltaformer_jax
 from deltaformer_jax.host.claim import check_claim
 from deltaformer_jax.host.paths import write_whole
-from deltaformer_jax.reproduce.unfinished import ADVICE
+from deltaformer_jax.reproduce.unfinished import ADVICE, same_settings
 
 
 class Notebook:
@@ -50,7 +50,7 @@ class Notebook:
             raise ValueError(f"--out: {self.path} holds the {held} form and you ask for the {asked} one; {ADVICE}")
         settings = {cell["label"]: cell for cell in self.cells}
         for label, record in records.items():
-            if settings.get(label) != record["settings"]:
+            if label not in settings or not same_settings(record["settings"], settings[label]):
                 raise ValueError(f"--out: {self.path} holds other settings for {label!r} than this version's; {ADVICE}")
         self.records = records
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from deltaformer_jax.config import ModelConfig, OptimizerConfig
 from deltaformer_jax.host.paths import write_whole
 
 MARKER = "made_by_deltaformer_jax_reproduce.txt"
@@ -61,6 +62,21 @@ def _remove_if_empty(folder: epath.Path) -> list[str]:
     return left
 
 
+def same_settings(kept: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether the settings in a file are those of a cell.
+
+    A field of the model or of the optimiser that the file lacks did not exist when the file was written. A new field is
+    off by default, so the file's settings are the cell's if the cell has the default.
+    """
+    filled, now = dict(kept), json.loads(json.dumps(settings))
+    for section, config in (("model", ModelConfig()), ("optimizer", OptimizerConfig())):
+        fields, ours = kept.get(section), now.get(section)
+        if isinstance(fields, dict) and isinstance(ours, dict):
+            defaults = json.loads(json.dumps({name: x for name, x in vars(config).items() if name in ours}))
+            filled[section] = {**defaults, **fields}
+    return filled == now
+
+
 def save(folder: epath.Path, settings: dict[str, Any], progress: dict[str, Any]) -> None:
     """Write a cell's progress, plain JSON, with the cell's settings."""
     write_whole(folder / PROGRESS, json.dumps({"settings": settings, "progress": progress}).encode())
@@ -81,7 +97,7 @@ def load(folder: epath.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         kept, progress = saved["settings"], dict(saved["progress"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--out: {path} is damaged; {ADVICE}") from None
-    if kept != json.loads(json.dumps(settings)):
+    if not same_settings(kept, settings):
         raise ValueError(
             f"--out: {path} holds other settings than this version's, or those of the other form (--quick or full); "
             f"{ADVICE}"

@@ -22,6 +22,7 @@ FLOORS = [
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],
     [f"deltaformer_jax.ops.{op}" for op in ("softmax", "deltaformer", "gated", "shift_mix")],
+    ["deltaformer_jax.ops.generalized"],
     ["deltaformer_jax.ops"],
     ["deltaformer_jax.config"],
     ["deltaformer_jax.sharding"],

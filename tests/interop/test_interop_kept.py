@@ -57,6 +57,11 @@ def test_why_a_model_is_written_as_our_own_type(tmp_path):
         choose(hybrid, "delta_net")
     *_, why = choose(ModelConfig(**sizes, mixers=("delta_net", "retention")), None)
     assert why == "no model type of another project has layers of delta_net, retention"
+    newer = ModelConfig(**sizes | dict(num_layers=3), mixers=("gated_delta_net_2", "delta_product", "rwkv7"))
+    *_, why = choose(newer, None)
+    assert why == "no model type of another project has layers of delta_product, gated_delta_net_2, rwkv7"
+    with pytest.raises(ValueError, match="gated_deltanet"):
+        choose(newer, "gated_deltanet")
     assert choose(hybrid, None, "deltaformer_jax")[2] == choose(hybrid, "deltaformer_jax")[2] == ""
 
 

@@ -223,7 +223,14 @@ def test_the_dry_run_says_what_is_trained(corpus, base, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixers", [("gated_delta_net", "kimi_delta_attention"), ("delta_former", "retention")])
+@pytest.mark.parametrize(
+    "mixers",
+    [
+        ("gated_delta_net", "kimi_delta_attention"),
+        ("delta_former", "retention"),
+        pytest.param(("gated_delta_net_2", "rwkv7"), marks=pytest.mark.rare),
+    ],
+)
 def test_every_mixer_adapted_and_merged(mixers):
     """B = 0 changes nothing; B ≠ 0 does, and the merged model then has the same outputs."""
     config = dataclasses.replace(

@@ -20,6 +20,10 @@ from support.layers_cases import (
 from test_layers_reference import numbers, rms, rotate
 
 from deltaformer_jax.layers.mixers.delta_net import DeltaNet
+from deltaformer_jax.layers.mixers.delta_rule import DeltaRuleMixer
+from deltaformer_jax.layers.mixers.delta_rules.delta_product import DeltaProduct, GatedDeltaProduct
+from deltaformer_jax.layers.mixers.delta_rules.gated_delta_net_2 import GatedDeltaNet2
+from deltaformer_jax.layers.mixers.delta_rules.rwkv7 import RWKV7
 from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
 from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
 from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
@@ -64,6 +68,8 @@ def decays(layer, x):
     """log decay of a HeadDecay [T,H] or a ChannelDecay [T,H,K]."""
     if hasattr(layer, "down"):
         step = np.einsum("tr,rhk->thk", x @ numbers(layer.down), numbers(layer.up)) + numbers(layer.bias)
+        if layer.lower_bound:
+            return layer.lower_bound * sigmoid(np.exp(numbers(layer.log_rate))[:, None] * step)
         return -np.exp(numbers(layer.log_rate))[:, None] * softplus(step)
     return -np.exp(numbers(layer.log_rate)) * softplus(x @ numbers(layer.kernel) + numbers(layer.bias))
 
@@ -86,6 +92,56 @@ def remembered(q, k, v, decay, beta, scale):
     return out
 
 
+def remembered_by_products(q, k, v, decay, beta, scale):
+    """o [T,Hv,V] of n steps a token: k [T,n·H,K], v [T,n·Hv,V], beta [T,n·Hv], the steps of a head side by side."""
+    steps = k.shape[1] // q.shape[1]
+    out = np.zeros((len(v), v.shape[1] // steps, v.shape[2]))
+    group = out.shape[1] // q.shape[1]
+    for h in range(out.shape[1]):
+        state = np.zeros((q.shape[2], v.shape[2]))
+        for t in range(len(v)):
+            state = state if decay is None else np.exp(decay[t, h]) * state
+            for j in range(steps):
+                key = k[t, h // group * steps + j]
+                state = state + beta[t, h * steps + j] * np.outer(key, v[t, h * steps + j] - key @ state)
+            out[t, h] = scale * q[t, h // group] @ state
+    return out
+
+
+def remembered_with_two_gates(q, k, v, decay, erase, write, scale):
+    """o [T,Hv,V] of Gated DeltaNet-2; decay and erase [T,Hv,K], write [T,Hv,V]."""
+    out = np.zeros(v.shape)
+    for h in range(v.shape[1]):
+        query, key, state = (*(y[:, h * y.shape[1] // v.shape[1]] for y in (q, k)), np.zeros((q.shape[2], v.shape[2])))
+        for t in range(len(v)):
+            state = np.exp(decay[t, h])[:, None] * state
+            erased = (erase[t, h] * key[t]) @ state
+            state = state + np.outer(key[t], write[t, h] * v[t, h] - erased)
+            out[t, h] = scale * query[t] @ state
+    return out
+
+
+def rwkv7(module, x):
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    of_read, of_key, of_value, of_decay, of_rate, of_gate = (x + (before - x) * mix for mix in numbers(module.mix))
+    heads = lambda y, weight: np.einsum("td,dhk->thk", y, numbers(weight))
+    low = lambda y, part: heads(y, part.up) + (0 if part.bias is None else numbers(part.bias))
+    r, k, v = heads(of_read, module.read), heads(of_key, module.key), heads(of_value, module.value)
+    decay = np.exp(-np.exp(-0.5) * sigmoid(low(np.tanh(of_decay @ numbers(module.decay.down)), module.decay)))
+    rate = sigmoid(low(of_rate @ numbers(module.rate.down), module.rate))
+    gate = low(sigmoid(of_gate @ numbers(module.gate.down)), module.gate)
+    erase, written = unit(k * numbers(module.erased)), k * (1 + (rate - 1) * numbers(module.written))
+    o = np.zeros(v.shape)
+    for h in range(v.shape[1]):
+        state = np.zeros((k.shape[2], v.shape[2]))
+        for t in range(len(x)):
+            transition = np.diag(decay[t, h]) - np.outer(rate[t, h] * erase[t, h], erase[t, h])
+            state = transition @ state + np.outer(written[t, h], v[t, h])
+            o[t, h] = r[t, h] @ state
+    o = rms(o, module.norm.norm.scale) + np.sum(r * numbers(module.bonus) * written, -1, keepdims=True) * v
+    return np.einsum("thv,hvd->td", o * gate, numbers(module.output))
+
+
 def returned(module, o, x):
     o = rms(o, module.norm.norm.scale)
     if module.gate is not None:
@@ -96,6 +152,8 @@ def returned(module, o, x):
 
 
 def definition(module, x, options):
+    if isinstance(module, RWKV7):
+        return rwkv7(module, x)
     q, k, v = projections(module.inputs, x)
     scale = q.shape[2] ** -0.5
     if isinstance(module, LinearAttention):
@@ -103,13 +161,22 @@ def definition(module, x, options):
         o = remembered(q, k, v, None, None, 1.0)
         total = remembered(q, k, np.ones((*v.shape[:2], 1)), None, None, 1.0)
         return np.einsum("thv,hvd->td", o / total, numbers(module.output))
+    if isinstance(module, GatedDeltaNet2):
+        erase, write = (
+            sigmoid(np.einsum("td,dhk->thk", x, numbers(gate.kernel)) + numbers(gate.bias))
+            for gate in (module.erase, module.write)
+        )
+        o = remembered_with_two_gates(unit(q), unit(k), v, decays(module.decay, x), erase, write, scale)
+        return returned(module.output, o, x)
     beta = decay = None
-    if isinstance(module, DeltaNet | GatedDeltaNet | KimiDeltaAttention):
+    if isinstance(module, DeltaRuleMixer):
         q, k = unit(q), unit(k)
         beta = sigmoid(x @ numbers(module.beta.kernel) + numbers(module.beta.bias))
         beta = 2 * beta if options.get("negative_eigenvalues") else beta
-    if isinstance(module, GatedDeltaNet | KimiDeltaAttention):
+    if isinstance(module, DeltaRuleMixer) and module.decay is not None:
         decay = decays(module.decay, x)
+    if isinstance(module, GatedDeltaProduct):
+        return returned(module.output, remembered_by_products(q, k, v, decay, beta, scale), x)
     if isinstance(module, GatedLinearAttention):
         low = x @ numbers(module.decay_down)
         gate = np.einsum("tr,rhk->thk", low, numbers(module.decay_up)) + numbers(module.decay_bias)
@@ -143,7 +210,8 @@ def test_flops(mixer, name, options):
         if leaf.ndim > 1 and "bias" not in jax.tree_util.keystr(path)
     )
     heads, key_dim, value_dim = module.state_shape
-    touched = 6 if isinstance(module, DeltaNet | GatedDeltaNet | KimiDeltaAttention) else 4
+    touched = 6 if isinstance(module, DeltaRuleMixer | GatedDeltaNet2) else 4
+    touched = {RWKV7: 8, GatedDeltaProduct: 14}.get(mixer, touched)
     expected = 2 * kernels + touched * heads * key_dim * value_dim
     assert module.flops_per_token(10) == module.flops_per_token(10_000) == expected
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), module)
@@ -151,7 +219,11 @@ def test_flops(mixer, name, options):
 
 
 @pytest.mark.parametrize(
-    "mixer", [LinearAttention, Retention, GatedLinearAttention, DeltaNet, GatedDeltaNet, KimiDeltaAttention]
+    "mixer",
+    [
+        *(LinearAttention, Retention, GatedLinearAttention, DeltaNet, GatedDeltaNet, KimiDeltaAttention),
+        *(GatedDeltaNet2, RWKV7),
+    ],
 )
 def test_bfloat16_is_near_float32(mixer):
     """As for attention: a few roundings of 2^-8 each on the way, of which the memory, float32, adds none."""
@@ -181,6 +253,8 @@ def test_initial_gates():
     [
         (DeltaNet, dict(num_value_heads=6), "num_value_heads=6 must be a multiple of num_heads=4"),
         (Retention, dict(head_dim=5), "head_dim=5 must be even"),
+        (DeltaProduct, dict(householder_steps=0), "householder_steps=0 must be at least 1"),
+        (RWKV7, dict(head_dim=0), "head_dim=0 must be at least 1"),
         (GatedDeltaNet, dict(conv_size=-2), "conv_size=-2 must be at least 1 token, or 0"),
         (LinearAttention, dict(head_dim=0), "head_dim=0 must be at least 1"),
         (GatedDeltaNet, dict(implementation="parallel"), "implementation='parallel' is unknown"),

@@ -14,6 +14,7 @@ from deltaformer_jax import (
     delta_values,
     gated_delta_rule,
     gated_linear_attention,
+    generalized_delta_rule,
     shift_mix,
 )
 
@@ -34,6 +35,10 @@ GATED = {
     "causal_attention": (lambda **gates: causal_attention(Q, KEY, V, **gates), {"log_decay": -0.5}),
     "gated_delta_rule": (lambda **gates: gated_delta_rule(Q, KEY, V, **gates), {"beta": 0.25, "log_decay": -0.5}),
     "gated_linear_attention": (lambda **gates: gated_linear_attention(Q, KEY, V, **gates), {"log_decay": -0.5}),
+    "generalized_delta_rule": (
+        lambda **gates: generalized_delta_rule(Q, KEY, V, KEY / 4, KEY / 4, **gates),
+        {"log_decay": -0.5},
+    ),
 }
 
 
@@ -54,6 +59,7 @@ SEGMENTED = {
     "causal_attention": lambda ids: causal_attention(Q, KEY, V, segment_ids=ids),
     "gated_delta_rule": lambda ids: gated_delta_rule(Q, KEY / 4, V, segment_ids=ids),
     "gated_linear_attention": lambda ids: gated_linear_attention(Q, KEY, V, segment_ids=ids),
+    "generalized_delta_rule": lambda ids: generalized_delta_rule(Q, KEY, V, KEY / 4, KEY / 4, segment_ids=ids),
     "shift_mix": lambda ids: shift_mix(KEY, jnp.ones(H), jnp.ones(H), segment_ids=ids),
     "return_cache": lambda ids: delta_attention(Q, KEY, V, segment_ids=np.minimum(ids, 1), return_cache=True),
 }

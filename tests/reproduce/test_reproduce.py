@@ -92,6 +92,18 @@ def error_of(capsys, *arguments):
     return message
 
 
+def test_a_record_made_before_a_field_existed_is_still_read(tmp_path):
+    """A new field is off by default: results stay what they were. Other values and missing settings are refused."""
+    cell = tiny_cell()
+    old = {**cell, "model": {name: x for name, x in cell["model"].items() if name != "householder_steps"}}
+    assert unfinished.same_settings(old, cell)
+    for other in ({"model": cell["model"] | {"householder_steps": 3}}, {"optimizer": {}}, {"seed": 7}):
+        assert not unfinished.same_settings(old, cell | other)
+    page = dict(experiment="x", quick=False, machine={}, cells=[dict(settings=old, result={"a": 1}, seconds=1.0)])
+    (tmp_path / "x.json").write_text(json.dumps(page))
+    assert len(notebook.Notebook(epath.Path(tmp_path), "x", False, [cell]).done) == 1
+
+
 def test_what_is_there_is_never_overwritten(squares, tmp_path, capsys):
     out = ("squares", "--out", str(tmp_path))
     program.main([*out])

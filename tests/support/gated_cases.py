@@ -46,7 +46,7 @@ CASES = [
 
 
 def case_id(case):
-    defaults, given = dataclasses.asdict(Case()), dataclasses.asdict(case)
+    defaults, given = dataclasses.asdict(type(case)()), dataclasses.asdict(case)
     different = (f"{name}={given[name]}" for name in given if given[name] != defaults[name])
     return "-".join(different) or "plain"
 

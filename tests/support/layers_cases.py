@@ -9,6 +9,9 @@ from flax import nnx
 
 from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
 from deltaformer_jax.layers.mixers.delta_net import DeltaNet
+from deltaformer_jax.layers.mixers.delta_rules.delta_product import GatedDeltaProduct
+from deltaformer_jax.layers.mixers.delta_rules.gated_delta_net_2 import GatedDeltaNet2
+from deltaformer_jax.layers.mixers.delta_rules.rwkv7 import RWKV7
 from deltaformer_jax.layers.mixers.gated_delta_net import GatedDeltaNet
 from deltaformer_jax.layers.mixers.gated_linear_attention import GatedLinearAttention
 from deltaformer_jax.layers.mixers.kimi_delta_attention import KimiDeltaAttention
@@ -69,7 +72,18 @@ MEMORY_CASES = [
     (GatedDeltaNet, "plain", {}),
     (GatedDeltaNet, "no convolutions, grouped", dict(num_value_heads=8, conv_size=0, output_gate=False)),
     (KimiDeltaAttention, "plain", {}),
-    (KimiDeltaAttention, "wide values", dict(value_dim=8, conv_size=1, negative_eigenvalues=True)),
+    (
+        KimiDeltaAttention,
+        "wide values, bounded decay",
+        dict(value_dim=8, conv_size=1, negative_eigenvalues=True, decay_lower_bound=-5.0),
+    ),
+    (GatedDeltaNet2, "grouped", dict(num_value_heads=8, value_dim=3, conv_size=2)),
+    (
+        GatedDeltaProduct,  # of which DeltaProduct is the part without a decay
+        "three steps, grouped",
+        dict(householder_steps=3, num_value_heads=8, value_dim=3, conv_size=2, negative_eigenvalues=True),
+    ),
+    (RWKV7, "wide values", dict(value_dim=8, gate_rank=3)),
 ]
 MEMORY_IDS = [f"{mixer.__name__}-{name}" for mixer, name, _ in MEMORY_CASES]
 

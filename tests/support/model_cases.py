@@ -33,6 +33,9 @@ MIXERS = {
     "delta_net": "delta_net",
     "gated_delta_net": Mixer("gated_delta_net", num_value_heads=4, value_dim=4),
     "kimi_delta_attention": Mixer("kimi_delta_attention", negative_eigenvalues=True),
+    "gated_delta_net_2": "gated_delta_net_2",
+    "gated_delta_product": "gated_delta_product",
+    "rwkv7": "rwkv7",
 }
 
 

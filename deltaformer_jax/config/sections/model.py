@@ -164,7 +164,8 @@ class ModelConfig:
     conv_size: int = setting(
         -1,
         "Width of short causal convolutions of queries, keys and values, in tokens. 0: none. -1: the mixer's "
-        "default, which is 4 for delta_net, gated_delta_net and kimi_delta_attention and 0 for the others.",
+        "default, which is 4 for the mixers of the delta rule (the names with delta_net, delta_product or "
+        "kimi_delta) and 0 for the others.",
         least=0,
         own=-1,
         none=0,
@@ -172,8 +173,8 @@ class ModelConfig:
     output_gate: str = setting(
         "auto",
         "Whether a gate computed from the layer's input multiplies the mixer's output, before its last "
-        'projection. "auto": on for retention, gated_linear_attention, gated_delta_net and '
-        "kimi_delta_attention, off for the others.",
+        'projection. "auto": on for retention, kimi_delta_attention and the names that begin with gated, off '
+        "for the others. rwkv7 always has one.",
         choices=("on", "off"),
         own="auto",
         none="off",
@@ -357,7 +358,8 @@ class ModelConfig:
 
     beta_bias: bool = setting(
         True,
-        "Whether the projection of β has a bias, in delta_former and in the mixers of the delta rule.",
+        "Whether the projection of β has a bias, in delta_former and in the mixers of the delta rule; in "
+        "gated_delta_net_2 those of its two gates.",
         must_be_used=True,
     )
 
@@ -376,6 +378,13 @@ class ModelConfig:
         "Whether β lies in (0, 2) instead of (0, 1). The state's transition may then have negative eigenvalues.",
         must_be_used=True,
     )
+    householder_steps: int = setting(
+        2,
+        "Steps of the delta rule for each token, each with its own key, value and β, in delta_product and "
+        "gated_delta_product. 1: delta_net and gated_delta_net.",
+        least=1,
+        must_be_used=True,
+    )
     conv_bias: bool = setting(False, "Whether the short convolutions have biases.", must_be_used=True)
     input_silu: bool = setting(
         False,
@@ -384,25 +393,27 @@ class ModelConfig:
     )
     output_gate_activation: str = setting(
         "auto",
-        'The activation of the output gate. "auto": sigmoid for kimi_delta_attention, swish for the others.',
+        'The activation of the output gate. "auto": sigmoid for kimi_delta_attention and '
+        "gated_delta_net_2, swish for the others.",
         choices=("swish", "sigmoid"),
         own="auto",
         must_be_used=True,
     )
     output_gate_bias: bool = setting(
-        False, "Whether the output gate of kimi_delta_attention has a bias.", must_be_used=True
+        False, "Whether the output gate of kimi_delta_attention or gated_delta_net_2 has a bias.", must_be_used=True
     )
     gate_rank: int = setting(
         0,
-        "Rank of the low-rank projections of kimi_delta_attention, to its decay and to its output gate. 0: head_dim "
-        "and value_dim.",
+        "Rank of the low-rank projections of kimi_delta_attention, gated_delta_net_2 and rwkv7, to their decays and "
+        "output gates. 0: head_dim and value_dim; in rwkv7 head_dim.",
         least=1,
         own=0,
         must_be_used=True,
     )
     decay_lower_bound: float = setting(
         0.0,
-        "Lower bound L < 0 of the log decay of kimi_delta_attention, which is then L times a sigmoid. 0: no bound.",
+        "Lower bound L < 0 of the log decay of kimi_delta_attention or gated_delta_net_2, which is then L times a "
+        "sigmoid. 0: no bound.",
         most=0,
         finite=True,
         must_be_used=True,

@@ -90,6 +90,7 @@ BACKENDS = {
         "triton": Backend("cuda", _triton_gated, packages.missing),
         "pallas_tpu": Backend("tpu", _tpu_gated),
     },
+    "generalized": {},
     "softmax": {
         "triton": Backend("cuda", _triton_attention, packages.missing),
         "cudnn": Backend("cuda", _cudnn),

@@ -24,7 +24,7 @@ def run_gated(
     query, key, value, *, beta, log_decay, scale, initial_state, segment_ids, chunk_size, implementation, delta
 ) -> tuple[jax.Array, jax.Array]:
     """(output, final_state) of gated_delta_rule (`delta`) or gated_linear_attention."""
-    _check_heads(query, key, value)
+    check_gated_heads(query, key, value)
     check_implementation("gated", implementation, FORMS)
     checks.check_size("chunk_size", chunk_size)
     scale = checks.check_scale("scale", scale, key.shape[3])
@@ -34,7 +34,7 @@ def run_gated(
     shapes = [head, (*head, key.shape[3])]
     log_decay = checks.as_log_decay(log_decay, "value heads", shapes, segment_ids, value)
     state_shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    _check_state(initial_state, state_shape)
+    check_state(initial_state, state_shape)
     plan = Plan(scale, chunk_rows(64 if chunk_size is None else chunk_size, value.shape[1]), delta)
     return _run(plan, implementation, (query, key, value, beta, log_decay, initial_state), segment_ids)
 
@@ -47,7 +47,7 @@ def _run(plan, implementation, arrays, segment_ids):
         # full_like instead of zeros: inside shard_map the state must vary over the same mesh axes as value.
         shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
         state = lax.full_like(value, 0, accumulation_dtype(value.dtype), shape)
-    inputs = Inputs(*arrays, state, *_flags(segment_ids))
+    inputs = Inputs(*arrays, state, *flags_of(segment_ids))
     if implementation == "recurrent" or (value.shape[1] == 1 and implementation not in BACKENDS["gated"]):
         # A chunk of one token would be one step of the recurrence, so the step is taken directly.
         return recurrent(*inputs, scale=plan.scale, delta=plan.delta)
@@ -55,7 +55,7 @@ def _run(plan, implementation, arrays, segment_ids):
     return dispatch("gated", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
-def _flags(segment_ids):
+def flags_of(segment_ids):
     """(real, resets), both [B, T] bools: `real` is False at padding; `resets` is True at the first token of every
     segment but the first of its row."""
     if segment_ids is None:
@@ -68,7 +68,8 @@ def _flags(segment_ids):
     return real, starts & (jnp.cumsum(starts, axis=1, dtype=jnp.int32) > 1)
 
 
-def _check_heads(query, key, value):
+def check_gated_heads(query, key, value):
+    """Raise if the arrays are not query, key [B,T,H,K], value [B,T,Hv,V] of one dtype, or Hv is no multiple of H."""
     checks.check_heads(None, key, None)
     checks.check_heads(query, key, None)
     if query.shape[2] != key.shape[2]:
@@ -86,7 +87,8 @@ def _check_heads(query, key, value):
     checks.check_multiple("value", value.shape[2], key.shape[2])
 
 
-def _check_state(state, expected):
+def check_state(state, expected):
+    """Raise if `state` is neither None nor a float array of the shape `expected`."""
     if state is None:
         return
     if not hasattr(state, "shape") or tuple(state.shape) != expected:

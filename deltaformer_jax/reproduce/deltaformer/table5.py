@@ -36,6 +36,9 @@ MODELS = {
     "Transformer": {"mixers": ["softmax_attention"]},
     "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
     "Gated DeltaNet": {"mixers": ["gated_delta_net"], "negative_eigenvalues": True},
+    "DeltaProduct": {"mixers": ["delta_product"], "householder_steps": 2, "negative_eigenvalues": True},
+    "Gated DeltaNet-2": {"mixers": ["gated_delta_net_2"], "negative_eigenvalues": True},
+    "RWKV-7": {"mixers": ["rwkv7"]},
 }
 # How each task is trained:
 # * `levels`: training goes through stages; inputs of a stage have 1 to `level` symbols. The next stage begins once
@@ -62,6 +65,7 @@ STEPWISE = dict(
     eval_rows=256,
     optimizer={"final_learning_rate": 0.02},
     training=",prefixes=true",
+    models=("DeltaFormer", "Transformer", "DeltaNet", "Gated DeltaNet", "DeltaProduct"),
     changes={
         "DeltaFormer": {
             "conv_size": 4,

@@ -1,7 +1,7 @@
-"""Every mixer as a language model of the standard library's text: as many parameters and tokens, one seed and schedule.
+"""The mixers as language models of the standard library's text: as many parameters and tokens, one seed and schedule.
 
 Each model's feed-forward width is chosen, to within 2 features, so that it has as many parameters as DeltaFormer's
-model. The score is bits per byte on the evaluation split. This table is not from a paper. It shows that every mixer
+model. The score is bits per byte on the evaluation split. This table is not from a paper. It shows that each
 trains, and compares small models of Python code.
 """
 

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (MQAR) at the four usual sizes, with 256 and 8,192 words, every mixer in two layers.
+"""Multi-query associative recall (MQAR) at the four usual sizes, with 256 and 8,192 words, ten mixers in two layers.
 
 For each number of words a mixer has one run. It begins with rows of 16 tokens and proceeds to a longer size when the
 one before is learnt; at the end all four sizes are tested. The source has 8,192 words and one run per size; FULL says

@@ -41,6 +41,9 @@ MODELS = {
     },
     "Transformer": {"mixers": ["softmax_attention"]},
     "DeltaNet": {"mixers": ["delta_net"], "negative_eigenvalues": True},
+    "DeltaProduct": {"mixers": ["delta_product"], "householder_steps": 2, "negative_eigenvalues": True},
+    "Gated DeltaNet-2": {"mixers": ["gated_delta_net_2"], "negative_eigenvalues": True},
+    "RWKV-7": {"mixers": ["rwkv7"]},
 }
 FULL = dict(
     problems=tuple(PROBLEMS),
@@ -58,7 +61,7 @@ FULL = dict(
 )
 QUICK = dict(
     problems=("S5, swaps",),
-    models=tuple(MODELS),
+    models=("DeltaFormer", "Transformer", "DeltaNet"),
     layers=(1,),
     lengths=(4, 8),
     longer=16,

@@ -3,7 +3,7 @@
     op                        P divides all heads         otherwise
     delta_attention           all-to-all over heads       the chain's pipeline
     causal_attention          all-to-all over heads       the ring
-    the gated ops             states, whatever the heads are
+    the recurrent ops         states, whatever the heads are
     another function          all-to-all over heads       an error
 
 All-to-all comes first because the op runs as on one device, with its kernels, and no device waits for another.
@@ -17,13 +17,27 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from deltaformer_jax.ops import causal_attention, delta_attention, gated_delta_rule, gated_linear_attention
+from deltaformer_jax.ops import (
+    causal_attention,
+    delta_attention,
+    gated_delta_rule,
+    gated_linear_attention,
+    generalized_delta_rule,
+)
 from deltaformer_jax.sharding.context.chain import delta_attention_pipeline
 from deltaformer_jax.sharding.context.heads import heads_divide, over_heads
 from deltaformer_jax.sharding.context.ring import causal_attention_ring
-from deltaformer_jax.sharding.context.states import gated_delta_rule_states, gated_linear_attention_states
+from deltaformer_jax.sharding.context.states import (
+    gated_delta_rule_states,
+    gated_linear_attention_states,
+    generalized_delta_rule_states,
+)
 
-_STATES = {gated_delta_rule: gated_delta_rule_states, gated_linear_attention: gated_linear_attention_states}
+_STATES = {
+    gated_delta_rule: gated_delta_rule_states,
+    generalized_delta_rule: generalized_delta_rule_states,
+    gated_linear_attention: gated_linear_attention_states,
+}
 _WHOLE_HEADS = {delta_attention: delta_attention_pipeline, causal_attention: causal_attention_ring}
 
 

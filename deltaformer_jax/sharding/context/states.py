@@ -6,7 +6,7 @@ A device's tokens map the state S that enters them to M S + N, and a token reads
 
 Each device computes o⁰, N, R and M of its own tokens. One all-gather of the M and N of all devices then gives each
 device the state that enters it: K² + K V numbers a head for the delta rule, K + K V for gated linear attention, however
-long the sequence is. For gated linear attention M_t = Diag(e^{Σ g}). For the delta rule M_t is the state that the op
+long the sequence is. For gated linear attention M_t = Diag(e^{Σ g}). For the delta rules M_t is the state that the op
 reaches from S = I with the values 0, and R is its output then; this second call is the price, about as much work again.
 
 A document that begins on this device does not see S: M_t = 0 from its first token on.
@@ -16,11 +16,14 @@ Yang et al., arXiv 2406.06484.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops import gated_delta_rule, gated_linear_attention
+from deltaformer_jax.ops import gated_delta_rule, gated_linear_attention, generalized_delta_rule
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 from deltaformer_jax.sharding.context.axis import previous_ids
@@ -28,7 +31,8 @@ from deltaformer_jax.sharding.context.axis import previous_ids
 _HIGHEST = lax.Precision.HIGHEST
 
 
-def gated_delta_rule_states(
+def delta_rule_states(
+    op: Callable[..., tuple[jax.Array, jax.Array]],
     axis_name: str,
     query: jax.Array,
     key: jax.Array,
@@ -38,21 +42,26 @@ def gated_delta_rule_states(
     segment_ids: jax.Array | None = None,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """`gated_delta_rule` of a sequence that is sharded over the mesh axis `axis_name`, inside shard_map.
+    """`op`, `gated_delta_rule` or `generalized_delta_rule`, of a sequence that is sharded over the mesh axis
+    `axis_name`, inside shard_map.
 
-    Arrays, options (beta, log_decay, scale, chunk_size, implementation) and errors are the op's, with T/P tokens on
-    each of the P devices. `initial_state` must be the same on all devices, and so is the final state that is returned:
-    (o [B, T/P, Hv, V], final_state [B, Hv, K, V]). Cost: two calls of the op on T/P tokens, one of them with K instead
-    of V value channels, and an all-gather of P (K² + K V) numbers per row and head.
+    Arrays, options (beta, erase_key, log_decay, scale, chunk_size, implementation, ...) and errors are the op's, with
+    T/P tokens on each of the P devices. `initial_state` must be the same on all devices, and so is the final state that
+    is returned: (o [B, T/P, Hv, V], final_state [B, Hv, K, V]). Cost: two calls of the op on T/P tokens, one of them
+    with K instead of V value channels, and an all-gather of P (K² + K V) numbers per row and head.
     """
     given = dict(segment_ids=segment_ids, **options)
-    out, added = gated_delta_rule(query, key, value, **given)
+    out, added = op(query, key, value, **given)
     dtype, width, heads = added.dtype, key.shape[3], value.shape[2]
     eye = jnp.broadcast_to(jnp.eye(width, dtype=dtype), (value.shape[0], heads, width, width))
     nothing = jnp.zeros((*value.shape[:3], width), value.dtype)
-    reads, moved = gated_delta_rule(query, key, nothing, initial_state=eye, **given)
+    reads, moved = op(query, key, nothing, initial_state=eye, **given)
     apply = lambda moved, state: jnp.matmul(moved, state, precision=_HIGHEST)
     return _passed(axis_name, out, reads, moved, added, apply, initial_state, segment_ids)
+
+
+gated_delta_rule_states = functools.partial(delta_rule_states, gated_delta_rule)
+generalized_delta_rule_states = functools.partial(delta_rule_states, generalized_delta_rule)
 
 
 def gated_linear_attention_states(

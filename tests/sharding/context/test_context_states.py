@@ -9,8 +9,12 @@ import pytest
 from context_cases import AXIS, DEVICES, LONG, compare, draw, mesh, packed
 from jax.sharding import PartitionSpec
 
-from deltaformer_jax import gated_delta_rule, gated_linear_attention
-from deltaformer_jax.sharding.context.states import gated_delta_rule_states, gated_linear_attention_states
+from deltaformer_jax import gated_delta_rule, gated_linear_attention, generalized_delta_rule
+from deltaformer_jax.sharding.context.states import (
+    gated_delta_rule_states,
+    gated_linear_attention_states,
+    generalized_delta_rule_states,
+)
 
 LENGTH = 48
 FORMS = {gated_delta_rule: gated_delta_rule_states, gated_linear_attention: gated_linear_attention_states}
@@ -18,6 +22,7 @@ FORMS = {gated_delta_rule: gated_delta_rule_states, gated_linear_attention: gate
 
 def inputs(op, decay, dtype, ids):
     sizes = dict(query=(2, 4), key=(2, 4), value=(4, 3))
+    sizes |= {"erase_key": (2, 4)} if op is generalized_delta_rule else {}
     sizes |= {"log_decay": decay} if decay else {}
     sizes |= {"beta": (4,)} if op is gated_delta_rule else {}
     arrays = draw(sizes, LENGTH, dtype, ids=ids)
@@ -26,6 +31,9 @@ def inputs(op, decay, dtype, ids):
         arrays["log_decay"] = -jnp.abs(arrays["log_decay"])
     if "beta" in arrays:
         arrays["beta"] = jax.nn.sigmoid(arrays["beta"])
+    if op is generalized_delta_rule:
+        arrays["erase_key"] = arrays["erase_key"] / jnp.linalg.norm(arrays["erase_key"], axis=-1, keepdims=True)
+        arrays["erase_write"] = arrays["erase_key"] * 0.7
     # The state before the row's first segment.
     return arrays | {"initial_state": jnp.ones((2, 4, 4, 3), dtype)}
 
@@ -38,6 +46,13 @@ def test_packed_documents(op, devices):
     form = lambda **arrays: FORMS[op](AXIS, **arrays, **chunked)[0]
     arrays = inputs(op, (4,), jnp.float32, ids)
     compare(form, lambda **arrays: op(**arrays, **chunked)[0], arrays, ids, devices, 1e-5)
+
+
+def test_the_generalized_delta_rule_in_float64(x64):
+    ids = packed(LENGTH)
+    form = lambda **arrays: generalized_delta_rule_states(AXIS, **arrays, implementation="recurrent")[0]
+    definition = lambda **arrays: generalized_delta_rule(**arrays, implementation="recurrent")[0]
+    compare(form, definition, inputs(generalized_delta_rule, (4, 4), jnp.float64, ids), ids, 4, 1e-13)
 
 
 @pytest.mark.parametrize("op", FORMS)

@@ -18,11 +18,12 @@ WIDE = Mixer("delta_former", write_query="query", kv_shift_window=3)
 # At 4 devices: 2 KV heads take the chain and the ring, 4 heads the all-to-all; states; convolutions and KV shifting.
 MIXERS = (Mixer("delta_former", write_rope_base=0.0), Mixer("softmax_attention", window=9), WIDE)
 MORE = ("gated_delta_net", "gated_linear_attention")
+NEWER = ("gated_delta_net_2", "gated_delta_product", "rwkv7")
 
 
 def losses_on(mesh_config, devices, mixers=MIXERS, steps=3):
     fields = dict(num_heads=4, head_dim=8, implementation=None, vocab_size=64, mixers=mixers)
-    fields |= dict(kv_shift=mixers != MORE, conv_size=3, num_layers=len(mixers))
+    fields |= dict(kv_shift=mixers not in (MORE, NEWER), conv_size=3, num_layers=len(mixers))
     config = cases.small_config("", **{f"model__{name}": value for name, value in fields.items()})
     config.data.sequence_length, config.mesh = LENGTH, mesh_config
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
@@ -68,6 +69,7 @@ def test_context_over_four_devices():
         pytest.param(MeshConfig(data=2, context=4), MIXERS, marks=pytest.mark.rare),
         pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), MORE, marks=pytest.mark.rare),
         pytest.param(MeshConfig(context=8), MIXERS, marks=pytest.mark.rare),
+        pytest.param(MeshConfig(fsdp=2, tensor=2, context=2), NEWER, marks=pytest.mark.rare),
     ],
 )
 def test_other_meshes_and_mixers(mesh, mixers):

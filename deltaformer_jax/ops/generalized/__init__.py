@@ -1,0 +1,1 @@
+"""The generalized delta rule: `api` has the public function, `definition` the equations, `chunked` the fast form."""
