@@ -316,6 +316,22 @@ def _where(condition, chosen, other):
     return jax.tree.map(pick, chosen, other)
 
 
+def parameters_of_a_token(model: LanguageModel) -> int:
+    """The number of parameters that a token goes through: all but those of the experts that are not its own.
+
+    Of experts that L layers share a token goes through k in each, counted as L k different ones, at most all.
+    """
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, ExpertsFeedForward)]
+    idle = 0.0
+    for layer in layers:
+        if layer.experts is not None:
+            idle += num_parameters(layer.experts) * (1 - layer.experts_per_token / layer.num_experts)
+    if layers and model.pool is not None:
+        chosen = sum(model.periods * layer.experts_per_token for layer in layers)
+        idle += num_parameters(model.pool) * max(0.0, 1 - chosen / layers[0].num_experts)
+    return num_parameters(model) - round(idle)
+
+
 def num_parameters(model) -> int:
     """The number of parameters in `model`, or in any pytree of arrays or ShapeDtypeStructs.
 

@@ -3,6 +3,8 @@ parts."""
 
 from deltaformer_jax.layers.caches import AttentionCache, StateCache
 from deltaformer_jax.layers.feed_forward import (
+    Experts,
+    ExpertsFeedForward,
     GeGLU,
     GeluFeedForward,
     MemoryFeedForward,
@@ -33,6 +35,8 @@ __all__ = [
     "DeltaFormer",
     "DeltaNet",
     "DeltaProduct",
+    "Experts",
+    "ExpertsFeedForward",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedDeltaProduct",

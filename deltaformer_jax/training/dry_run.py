@@ -10,7 +10,7 @@ from deltaformer_jax.config.checks import check
 from deltaformer_jax.data import ByteTokenizer, load_tokenizer
 from deltaformer_jax.data.tokenizer import bpe_size
 from deltaformer_jax.host.waiting import say_aside, waiting
-from deltaformer_jax.model import num_parameters
+from deltaformer_jax.model import num_parameters, parameters_of_a_token
 from deltaformer_jax.model_parts import flat, merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.initial import check_same_model
@@ -47,10 +47,12 @@ def print_sizes(full: Config, program: Program) -> None:
     """The mesh, the model, the batch, and a line for each parameter. The config has its vocabulary size."""
     mesh, parts, abstract = program.mesh, program.parts, program.abstract
     length = full.data.sequence_length
-    forward = merge(parts, parts.params).flops_per_token(length)
+    model = merge(parts, parts.params)
+    forward = model.flops_per_token(length)
     print(f"mesh        {', '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
     training = program.training_flops(length)
-    print(f"parameters  {num_parameters(parts.params):,}")
+    total, used = num_parameters(model), parameters_of_a_token(model)
+    print(f"parameters  {total:,}" + (f", of which a token uses {used:,}" if used < total else ""))
     if adapters := program.adapters_text():
         print(f"LoRA        {adapters}")
     print(f"FLOPs       {forward:,.0f} per token forward, {training:,.0f} with backward, at length {length}")

@@ -24,7 +24,7 @@ from deltaformer_jax.host import called
 from deltaformer_jax.host.interruption import Interruption
 from deltaformer_jax.host.paths import to_paste
 from deltaformer_jax.host.waiting import begun, waiting
-from deltaformer_jax.model import num_parameters
+from deltaformer_jax.model import num_parameters, parameters_of_a_token
 from deltaformer_jax.model_parts import merge, model_parts
 from deltaformer_jax.processes import child, common
 from deltaformer_jax.processes.agreement import Alone, Together, agreement
@@ -124,9 +124,12 @@ def describe(run: Run, position: Position) -> str:
         material = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents to train on"
     mixers = ", ".join(dict.fromkeys(m if isinstance(m, str) else m.name for m in config.model.mixers))
     adapters = run.program.adapters_text()
+    model = merge(run.program.parts, run.program.parts.params)
+    total, used = num_parameters(model), parameters_of_a_token(model)
+    experts = f", {used:,} of them for a token" if used < total else ""
     flops = run.program.training_flops(config.data.sequence_length)
     return (
-        f"{num_parameters(run.program.parts.params):,} parameters ({mixers}), {flops / 1e6:,.1f} MFLOP per token "
+        f"{total:,} parameters ({mixers}){experts}, {flops / 1e6:,.1f} MFLOP per token "
         f"trained on{adapters and '; '}{adapters}\n"
         f"{corpus.path}: {material}\n"
         f"{tokens:,} tokens per step; {'resumed at' if run.resumed else 'from'} step {position.step}, "

@@ -17,7 +17,7 @@ from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.layers.feed_forward.sizes import hidden_width
 from deltaformer_jax.layers.mixers.build import mixer_fields
-from deltaformer_jax.model import LanguageModel, num_parameters
+from deltaformer_jax.model import LanguageModel, num_parameters, parameters_of_a_token
 
 
 def test_overrides_reach_their_mixer_only():
@@ -180,10 +180,9 @@ def test_the_small_configs_with_experts_have_the_sizes_that_they_state():
     for config in (ours, control):
         model = dataclasses.replace(config.model, vocab_size=257)
         shapes = jax.eval_shape(lambda model=model: LanguageModel(model, rngs=nnx.Rngs(0)))
-        experts = shapes.blocks[0].mlp.experts
-        held = num_parameters([experts.gate, experts.up, experts.down])
-        assert round(num_parameters(shapes) / 1e6) == 41
-        assert round((num_parameters(shapes) - held * 6 / 8) / 1e6) == 13
+        assert round(num_parameters(shapes) / 1e6) == 41 and round(parameters_of_a_token(shapes) / 1e6) == 13
+        experts = num_parameters(shapes.blocks[0].mlp.experts)
+        assert parameters_of_a_token(shapes) == num_parameters(shapes) - experts * 6 // 8
     ours.model.mixers = control.model.mixers
     assert ours == control
 

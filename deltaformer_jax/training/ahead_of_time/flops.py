@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-
-from deltaformer_jax.model_parts import ModelParts, merge
+from deltaformer_jax.model_parts import ModelParts, flat, merge
 
 
 class Flops(NamedTuple):
@@ -31,14 +29,12 @@ class Flops(NamedTuple):
 def model_flops(parts: ModelParts, length: int) -> Flops:
     """The model's FLOPs per token at documents of `length` tokens.
 
-    The ops' are what the products with the layers' kernels and the logits leave.
+    The ops' are what the feed-forward layers, the products with the mixers' kernels and the logits leave.
     """
     model = merge(parts, parts.params)
-    axes = jax.tree.leaves(parts.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
-    kernels = sum(
-        2.0 * leaf.size
-        for leaf, names in zip(jax.tree.leaves(parts.params["blocks"]), axes, strict=True)
-        if len(names) > 1
-    )
+    axes = dict(flat(parts.axes["blocks"]))
+    sizes = {path: leaf.size for path, leaf in flat(parts.params["blocks"]) if path[1] == "mixer"}
+    kernels = sum(2.0 * size for path, size in sizes.items() if len(axes[path]) > 1)
+    feeds = sum(model.periods * block.mlp.flops_per_token(length) for block in model.blocks)
     whole, head = model.flops_per_token(length), model.embedding.flops_per_token(length)
-    return Flops(whole, whole - kernels - head, head)
+    return Flops(whole, whole - kernels - feeds - head, head)
