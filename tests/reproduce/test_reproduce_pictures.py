@@ -215,7 +215,13 @@ def colour_of(artist):
 
 @pytest.mark.parametrize("name", experiment.NAMES)
 @pytest.mark.parametrize(
-    "part", ["all", *(pytest.param(p, marks=pytest.mark.long) for p in ("quick", "one", "three", "last"))]
+    "part",
+    [
+        "all",
+        pytest.param("one", marks=pytest.mark.long),
+        # On demand: they differ from these two in how many lines there are.
+        *(pytest.param(p, marks=pytest.mark.rare) for p in ("quick", "three", "last")),
+    ],
 )
 def test_a_picture_explains_itself_however_much_is_done(name, part):
     done = records(name, quick=part == "quick", good=lambda settings: len(settings["label"]) % 2 == 0)
