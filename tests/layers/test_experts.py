@@ -128,8 +128,9 @@ def test_equal_experts_are_one_and_their_order_does_not_matter():
     np.testing.assert_allclose(run(alike), dense, rtol=1e-5, atol=1e-6)
 
 
-def test_padding_goes_nowhere_and_is_counted_nowhere():
-    layer = layer_of(shared_experts=1)
+@pytest.mark.parametrize("router", ["softmax", "norm"])
+def test_padding_goes_nowhere_and_is_counted_nowhere(router):
+    layer = layer_of(shared_experts=1, router=router)
     x = rng.normal(size=(1, 7, 6)).astype(np.float32)
     segment_ids = np.array([[0, 1, 1, 2, 2, 0, 0]])
     dirty = np.where(segment_ids[..., None] != 0, x, np.nan)

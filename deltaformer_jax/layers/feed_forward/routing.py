@@ -22,6 +22,7 @@ from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.linear import along, wide_kernel
+from deltaformer_jax.layers.norms import l2_normalize
 from deltaformer_jax.sharding.activations import summed_over_tokens
 
 _DRAWS = 200_000  # vectors z, of which c is a mean: within 0.2 %
@@ -74,8 +75,7 @@ class Router(nnx.Module):
         if self.scale is None:
             scores = shares = jax.nn.softmax(numbers, axis=-1)
         else:
-            length = jnp.linalg.norm(numbers, axis=-1, keepdims=True)
-            positive = jax.nn.relu(numbers / jnp.maximum(length, 1e-12))
+            positive = jax.nn.relu(l2_normalize(numbers))
             scores = along(self.scale, numbers) * norm_factor(self.num_experts, self.experts_per_token) * positive
             # The balance is that of the scores; where all are 0, no expert is used.
             shares = positive / jnp.maximum(jnp.sum(positive, axis=-1, keepdims=True), 1e-12)
