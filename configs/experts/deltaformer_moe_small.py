@@ -32,6 +32,7 @@ def get_config() -> Config:
             num_kv_heads=3,
             head_dim=32,
             mixers=("delta_former",),
+            rope_base=1e5,  # 1e4 is below the bound of this context: docs/results/rope_base.md
             feed_forward="moe",
             num_experts=8,
             experts_per_token=2,

@@ -131,7 +131,7 @@ def test_dry_run_prints_and_writes_nothing(base, tmp_path):
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2", "--dry_run"]
     code, out, err = finish(start([*flags, *mesh], {**environment, "JAX_NUM_CPU_DEVICES": "4"}, tmp_path))
     assert code == 0, err
-    assert "data 2, fsdp 1, tensor 2" in out and "FLOPs" in out and "temporaries" in out
+    assert "data 2, fsdp 1, expert 1, tensor 2" in out and "FLOPs" in out and "temporaries" in out
     table = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert table["embedding.table"].split()[-1] == "yes" and "tensor" in table["embedding.table"]
     assert not list(tmp_path.iterdir())

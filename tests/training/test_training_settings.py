@@ -40,6 +40,7 @@ def test_every_number_has_a_bound():
         "model.decay_lower_bound",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.expert",
         "mesh.tensor",
         "mesh.context",
         "model.write_scale",

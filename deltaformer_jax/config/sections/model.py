@@ -264,7 +264,7 @@ class ModelConfig:
     alibi: bool = setting(
         False,
         "Whether scores fall in proportion to the distance, with another slope for each query head (ALiBi). It is "
-        "meant for models without a rotary embedding: rope_base = 0.",
+        "meant for models without a rotary embedding.",
         must_be_used=True,
     )
     sinks: bool = setting(
