@@ -49,7 +49,10 @@ def entry(mixer: str | Mixer) -> Mixer:
 
 
 # The library's mixers without a rotary embedding. A class of the user's own may have one.
-NOT_ROTATED = ("linear_attention", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta_attention")
+NOT_ROTATED = (
+    *("linear_attention", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta_attention"),
+    *("gated_delta_net_2", "delta_product", "gated_delta_product", "rwkv7"),
+)
 
 
 def with_rotary(model: Any, given: dict[str, Any]) -> Any:

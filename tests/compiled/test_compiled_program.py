@@ -200,7 +200,12 @@ def test_a_tiny_step_for_eight_chips(tmp_path):
     done = run("--topology=v5e-8", "--mesh=data=2,fsdp=2,tensor=2", *small, JAX_COMPILATION_CACHE_DIR=str(cache))
     assert done.returncode == 0, done.stderr
     assert not list(cache.glob("jit_step*"))  # where jax could not read it
-    for line in ("devices     v5e:2x4: 8 x TPU v5e", "mesh        data 2, fsdp 2, tensor 2", "fits: ", "bound by"):
+    for line in (
+        "devices     v5e:2x4: 8 x TPU v5e",
+        "mesh        data 2, fsdp 2, expert 1, tensor 2",
+        "fits: ",
+        "bound by",
+    ):
         assert line in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["devices"] == plan["chips"] == 8 and plan["tokens"] == 16 * 128

@@ -49,7 +49,7 @@ def one_device(config, tmp_path_factory):
     return steps_on(config, tmp_path_factory.mktemp("one") / "run", 1)
 
 
-@pytest.mark.long
+@pytest.mark.rare  # a minute; the plain step's meshes are in CI
 @pytest.mark.parametrize(
     "name", ["rows, kernels", *(pytest.param(n, marks=pytest.mark.rare) for n in list(MESHES)[1:])]
 )
