@@ -96,6 +96,8 @@ class DeltaProduct(_ProductMixer):
     passed to `ops.gated_delta_rule`.
     """
 
+    decays = False
+
     def __init__(
         self,
         d_model: int,
@@ -136,7 +138,7 @@ class DeltaProduct(_ProductMixer):
                 rngs=rngs,
             ),
             Gate(d_model, heads * householder_steps, axis="heads", bias=beta_bias, rngs=rngs),
-            None,
+            HeadDecay(d_model, heads, rngs=rngs) if self.decays else None,
             MemoryOutput(
                 d_model,
                 heads,
@@ -155,74 +157,19 @@ class DeltaProduct(_ProductMixer):
         )
 
 
-class GatedDeltaProduct(_ProductMixer):
+class GatedDeltaProduct(DeltaProduct):
     """A Gated DeltaProduct mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
 
         GatedDeltaProduct(d_model=256, num_heads=4, head_dim=64, householder_steps=2, negative_eigenvalues=True, ...)
 
-    `householder_steps`: n, the steps of the delta rule per token; time and the kernels of keys, values and β grow with
-    it, the state does not. All other arguments are GatedDeltaNet's, and with n = 1 so are the parameters and the
-    output. The memory, β and g are float32; everything else is computed in `dtype`. `chunk_size`, in steps, and
-    `implementation` are passed to `ops.gated_delta_rule`.
+    The arguments are DeltaProduct's. The memory decays, by g in float32, before the first of a token's steps, and there
+    is an output gate unless `output_gate=False`. With n = 1 parameters and output are GatedDeltaNet's.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        householder_steps: int = 2,
-        num_value_heads: int | None = None,
-        value_dim: int | None = None,
-        conv_size: int = 4,
-        output_gate: bool = True,
-        negative_eigenvalues: bool = False,
-        beta_bias: bool = True,
-        conv_bias: bool = False,
-        input_silu: bool = False,
-        output_gate_activation: str = "swish",
-        norm_epsilon: float = 1e-6,
-        output_norm_epsilon: float | None = None,
-        output_scale: float = 1.0,
-        chunk_size: int | None = None,
-        implementation: str | None = None,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        heads, width = num_value_heads or num_heads, value_dim or head_dim
-        super().__init__(
-            MemoryInputs(
-                d_model,
-                num_heads,
-                heads,
-                head_dim,
-                width,
-                conv_size=conv_size,
-                conv_bias=conv_bias,
-                silu=input_silu,
-                writes=_checked(householder_steps),
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            Gate(d_model, heads * householder_steps, axis="heads", bias=beta_bias, rngs=rngs),
-            HeadDecay(d_model, heads, rngs=rngs),
-            MemoryOutput(
-                d_model,
-                heads,
-                width,
-                gate=output_gate_activation if output_gate else "",
-                epsilon=norm_epsilon if output_norm_epsilon is None else output_norm_epsilon,
-                output_scale=output_scale,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            householder_steps=householder_steps,
-            state_shape=(heads, head_dim, width),
-            negative_eigenvalues=negative_eigenvalues,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
+    decays = True
+
+    def __init__(self, d_model: int, *, output_gate: bool = True, rngs: nnx.Rngs, **others):
+        super().__init__(d_model, output_gate=output_gate, rngs=rngs, **others)
 
 
 def _checked(steps: int) -> int:
