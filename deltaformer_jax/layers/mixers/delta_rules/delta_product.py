@@ -30,12 +30,77 @@ from deltaformer_jax.layers.padding import clear_padding
 from deltaformer_jax.sharding import over_devices
 
 
-class _ProductMixer(DeltaRuleMixer):
-    """y = output(every n-th output of gated_delta_rule over the n·T steps, x). `inputs` and `beta` have n·heads heads,
-    the n steps of a head side by side."""
+class DeltaProduct(DeltaRuleMixer):
+    """A DeltaProduct mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
 
-    def __init__(self, *parts, householder_steps: int, **others):
-        super().__init__(*parts, **others)
+        DeltaProduct(d_model=256, num_heads=4, head_dim=64, householder_steps=2, negative_eigenvalues=True, ...)
+
+    `householder_steps`: n, the steps of the delta rule per token; time and the kernels of keys, values and β grow with
+    it, the state does not. All other arguments are DeltaNet's, and with n = 1 so are the parameters and the output. The
+    memory and β are float32; everything else is computed in `dtype`. `chunk_size`, in steps, and `implementation` are
+    passed to `ops.gated_delta_rule`. `output_gate=None`: none, in GatedDeltaProduct one.
+
+    `inputs` and `beta` have n·heads heads, the n steps of a head side by side.
+    """
+
+    decays = False
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        householder_steps: int = 2,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        conv_size: int = 4,
+        output_gate: bool | None = None,
+        negative_eigenvalues: bool = False,
+        beta_bias: bool = True,
+        conv_bias: bool = False,
+        input_silu: bool = False,
+        output_gate_activation: str = "swish",
+        norm_epsilon: float = 1e-6,
+        output_norm_epsilon: float | None = None,
+        output_scale: float = 1.0,
+        chunk_size: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        heads, width = num_value_heads or num_heads, value_dim or head_dim
+        super().__init__(
+            MemoryInputs(
+                d_model,
+                num_heads,
+                heads,
+                head_dim,
+                width,
+                conv_size=conv_size,
+                conv_bias=conv_bias,
+                silu=input_silu,
+                writes=_checked(householder_steps),
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            Gate(d_model, heads * householder_steps, axis="heads", bias=beta_bias, rngs=rngs),
+            HeadDecay(d_model, heads, rngs=rngs) if self.decays else None,
+            MemoryOutput(
+                d_model,
+                heads,
+                width,
+                gate=output_gate_activation if (self.decays if output_gate is None else output_gate) else "",
+                epsilon=norm_epsilon if output_norm_epsilon is None else output_norm_epsilon,
+                output_scale=output_scale,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            state_shape=(heads, head_dim, width),
+            negative_eigenvalues=negative_eigenvalues,
+            chunk_size=chunk_size,
+            implementation=implementation,
+        )
         self.steps = householder_steps
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: StateCache | None = None):
@@ -85,91 +150,16 @@ class _ProductMixer(DeltaRuleMixer):
         return super().flops_per_token(length) + 4.0 * (self.steps - 1) * heads * key_dim * value_dim
 
 
-class DeltaProduct(_ProductMixer):
-    """A DeltaProduct mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
-
-        DeltaProduct(d_model=256, num_heads=4, head_dim=64, householder_steps=2, negative_eigenvalues=True, ...)
-
-    `householder_steps`: n, the steps of the delta rule per token; time and the kernels of keys, values and β grow with
-    it, the state does not. All other arguments are DeltaNet's, and with n = 1 so are the parameters and the output. The
-    memory and β are float32; everything else is computed in `dtype`. `chunk_size`, in steps, and `implementation` are
-    passed to `ops.gated_delta_rule`.
-    """
-
-    decays = False
-
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        householder_steps: int = 2,
-        num_value_heads: int | None = None,
-        value_dim: int | None = None,
-        conv_size: int = 4,
-        output_gate: bool = False,
-        negative_eigenvalues: bool = False,
-        beta_bias: bool = True,
-        conv_bias: bool = False,
-        input_silu: bool = False,
-        output_gate_activation: str = "swish",
-        norm_epsilon: float = 1e-6,
-        output_norm_epsilon: float | None = None,
-        output_scale: float = 1.0,
-        chunk_size: int | None = None,
-        implementation: str | None = None,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        heads, width = num_value_heads or num_heads, value_dim or head_dim
-        super().__init__(
-            MemoryInputs(
-                d_model,
-                num_heads,
-                heads,
-                head_dim,
-                width,
-                conv_size=conv_size,
-                conv_bias=conv_bias,
-                silu=input_silu,
-                writes=_checked(householder_steps),
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            Gate(d_model, heads * householder_steps, axis="heads", bias=beta_bias, rngs=rngs),
-            HeadDecay(d_model, heads, rngs=rngs) if self.decays else None,
-            MemoryOutput(
-                d_model,
-                heads,
-                width,
-                gate=output_gate_activation if output_gate else "",
-                epsilon=norm_epsilon if output_norm_epsilon is None else output_norm_epsilon,
-                output_scale=output_scale,
-                dtype=dtype,
-                rngs=rngs,
-            ),
-            householder_steps=householder_steps,
-            state_shape=(heads, head_dim, width),
-            negative_eigenvalues=negative_eigenvalues,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-
-
 class GatedDeltaProduct(DeltaProduct):
     """A Gated DeltaProduct mixer with H = num_heads query and key heads and Hv = num_value_heads value heads.
 
         GatedDeltaProduct(d_model=256, num_heads=4, head_dim=64, householder_steps=2, negative_eigenvalues=True, ...)
 
-    The arguments are DeltaProduct's. The memory decays, by g in float32, before the first of a token's steps, and there
-    is an output gate unless `output_gate=False`. With n = 1 parameters and output are GatedDeltaNet's.
+    The arguments are DeltaProduct's. The memory decays, by g in float32, before the first of a token's steps, and
+    `output_gate=None` is an output gate. With n = 1 parameters and output are GatedDeltaNet's.
     """
 
     decays = True
-
-    def __init__(self, d_model: int, *, output_gate: bool = True, rngs: nnx.Rngs, **others):
-        super().__init__(d_model, output_gate=output_gate, rngs=rngs, **others)
 
 
 def _checked(steps: int) -> int:
