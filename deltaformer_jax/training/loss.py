@@ -98,7 +98,7 @@ def batch_nats_and_hits(
     return over_logits(_nats_and_hits, graphdef, params, batch, max_logits, active)
 
 
-def summed_nats_hits_and_routing(
+def summed_nats_and_hits(
     graphdef: nnx.GraphDef,
     params: dict,
     batch: dict[str, jax.Array],
@@ -106,7 +106,7 @@ def summed_nats_hits_and_routing(
     max_logits: int = MAX_LOGITS,
     active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Routing | None]:
-    """(the sum of the nats, the number of hits, the Routing), as of `batch_nats_and_hits` and `summed_nats`."""
+    """(S, the number of hits, the Routing or None), as of `summed_nats` and `batch_nats_and_hits`."""
     *arrays, routing = _before_logits(graphdef, params, batch, max_logits, active)
     nats, hits = _over_pieces(_nats_and_hits, *arrays)
     return jnp.sum(nats), jnp.sum(hits, dtype=jnp.int32), routing
@@ -123,8 +123,9 @@ def summed_nats(
     *,
     max_logits: int = MAX_LOGITS,
     active: jax.Array | None = None,
-) -> jax.Array:
-    """S = Σ_t nats_t, the sum of `batch_nats`, for training. With p_t = softmax(E h_t) and y_t the one-hot target,
+) -> tuple[jax.Array, Routing | None]:
+    """(S, the Routing of the layers of experts or None), for training: S = Σ_t nats_t, the sum of `batch_nats`. With
+    p_t = softmax(E h_t) and y_t the one-hot target,
 
         dS/dh_t = Eᵀ (p_t − y_t),        dS/dE = Σ_t (p_t − y_t) h_tᵀ
 
@@ -136,18 +137,6 @@ def summed_nats(
     Cost: 3 products of 2 d_model V FLOPs per token, the gradient included. Memory: as `over_logits`, and the gradients.
     Source: gradients of a loss made in its forward pass, chunk by chunk: Hsu et al., Liger Kernel, arXiv 2410.10989.
     """
-    return summed_nats_and_routing(graphdef, params, batch, max_logits=max_logits, active=active)[0]
-
-
-def summed_nats_and_routing(
-    graphdef: nnx.GraphDef,
-    params: dict,
-    batch: dict[str, jax.Array],
-    *,
-    max_logits: int = MAX_LOGITS,
-    active: jax.Array | None = None,
-) -> tuple[jax.Array, Routing | None]:
-    """(`summed_nats`, the Routing of the layers of experts, or None where there are none)."""
     model, pieces, arrays, routing = _before_logits(graphdef, params, batch, max_logits, active)
     # A model with logits of its own computes more than its embedding's product.
     if pieces.number == 1 or type(model).logits is not LanguageModel.logits:

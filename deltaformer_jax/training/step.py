@@ -19,8 +19,8 @@ from deltaformer_jax.training.loss import (
     logits_at_once,
     router_terms,
     routing_metrics,
-    summed_nats_and_routing,
-    summed_nats_hits_and_routing,
+    summed_nats,
+    summed_nats_and_hits,
 )
 from deltaformer_jax.training.on_mesh.over_rows import over_rows
 from deltaformer_jax.training.state import TrainState
@@ -53,7 +53,7 @@ def loss_and_gradient(
     """
 
     def part_sum(graphdef, params, part):
-        nats, routing = summed_nats_and_routing(graphdef, params, part, **pieces)
+        nats, routing = summed_nats(graphdef, params, part, **pieces)
         more, sums = router_terms(graphdef, params, routing, part)
         return nats + more, (nats, sums)
 
@@ -78,7 +78,7 @@ def loss_gradient_and_accuracy(
     """
 
     def part_sum(graphdef, params, part):
-        nats, hits, routing = summed_nats_hits_and_routing(graphdef, params, part, **pieces)
+        nats, hits, routing = summed_nats_and_hits(graphdef, params, part, **pieces)
         more, sums = router_terms(graphdef, params, routing, part)
         return nats + more, (nats, hits, sums)
 

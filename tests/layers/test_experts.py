@@ -17,7 +17,7 @@ from deltaformer_jax.layers.feed_forward import ExpertsFeedForward, SwiGLU
 from deltaformer_jax.layers.feed_forward.routing import Router, Routing, norm_factor, router_losses
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.grouped_product import _at_once, _ragged, from_blocks, grouped_product, layout, to_blocks
-from deltaformer_jax.training.loss import router_terms, summed_nats_and_routing
+from deltaformer_jax.training.loss import router_terms, summed_nats
 
 rng = np.random.default_rng(0)
 silu = lambda x: x / (1 + np.exp(-x))
@@ -194,7 +194,7 @@ def test_a_pool_is_the_same_experts_in_every_layer():
 
     def run(model, params):
         graph = nnx.split(model)[0]
-        nats = lambda params: summed_nats_and_routing(graph, params, batch)
+        nats = lambda params: summed_nats(graph, params, batch)
         (value, routing), gradient = jax.jit(jax.value_and_grad(nats, has_aux=True))(params)
         return value, routing, gradient, router_terms(graph, params, routing, batch)[1]["balance"] / tokens.size
 

@@ -176,7 +176,8 @@ def test_the_sum_of_nats_in_pieces_has_the_gradient_of_the_sum(tied, dtype):
     # The same terms added in another order; in bfloat16, hidden states whose gradients are rounded before or after the
     # factor 3, 2^-8 relative to each.
     near = 2e-5 if dtype == "float32" else 2**-6
-    for found in (total(summed_nats, 2**26), total(summed_nats, 8 * 128 * 4)):  # the second: 4 positions of 30
+    summed = lambda *given, **more: summed_nats(*given, **more)[0]
+    for found in (total(summed, 2**26), total(summed, 8 * 128 * 4)):  # the second: 4 positions of 30
         for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(b, a, rtol=near, atol=near * np.abs(a).max())
 
@@ -192,7 +193,7 @@ def test_a_model_with_logits_of_its_own_is_trained_on_those():
     params = jax.jit(lambda key: new_params(config.model, Biased, key))(jax.random.key(0))
     at_once = jnp.sum(batch_nats(parts.graphdef, params, batch))
     for cut in ({}, {"max_logits": 8 * 256 * 4}):  # the second: 4 positions of 32
-        np.testing.assert_allclose(summed_nats(parts.graphdef, params, batch, **cut), at_once, rtol=1e-6)
+        np.testing.assert_allclose(summed_nats(parts.graphdef, params, batch, **cut)[0], at_once, rtol=1e-6)
     assert abs(float(at_once) / float(jnp.sum(batch_nats(plain.graphdef, params, batch))) - 1) > 0.01
 
 
@@ -258,7 +259,7 @@ def test_a_normalised_head_in_pieces(tied):
     batch = {name: draw.integers(0, 32, (2, 6)).astype(np.int32) for name in ("tokens", "targets")}
     batch["segment_ids"] = np.ones((2, 6), np.int32)
     sums = lambda most: jax.jit(
-        jax.value_and_grad(lambda params: summed_nats(parts.graphdef, params, batch, max_logits=most))
+        jax.value_and_grad(lambda params: summed_nats(parts.graphdef, params, batch, max_logits=most)[0])
     )
     whole, gradient = sums(2**26)(params)
     pieces, of_pieces = sums(2 * 128 * 2)(params)
