@@ -23,7 +23,7 @@ from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
-from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, build_pool, check_feed_forwards, has_experts
+from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, build_pool, check_feed_forwards
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
@@ -138,8 +138,12 @@ class LanguageModel(nnx.Module):
         )
         self.periods, self.remat, self.unroll_layers = periods, config.remat, config.unroll_layers
         # Weights of the losses of experts' routers, which training adds to the nats.
-        self.has_experts = has_experts(config)
         self.balance_loss, self.router_z_loss = config.balance_loss, config.router_z_loss
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(isinstance(block.mlp, ExpertsFeedForward) for block in self.blocks)
 
     def __call__(self, tokens, *, segment_ids=None, positions=None, cache=None):
         x, cache = self.hidden(tokens, segment_ids=segment_ids, positions=positions, cache=cache)
@@ -321,7 +325,7 @@ def parameters_of_a_token(model: LanguageModel) -> int:
 
     Of experts that L layers share a token goes through k in each, counted as L k different ones, at most all.
     """
-    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, ExpertsFeedForward)]
+    layers = [part for _, part in nnx.iter_modules(model) if isinstance(part, ExpertsFeedForward)]
     idle = 0.0
     for layer in layers:
         if layer.experts is not None:

@@ -50,15 +50,15 @@ def expert_width_of(config: ModelConfig, mixer: str | Mixer) -> int:
 
 def build_pool(config: ModelConfig, *, output_scale: float, rngs: nnx.Rngs) -> Experts | None:
     """The experts that all layers share with `expert_pool`, or None."""
-    if not (has_experts(config) and config.expert_pool):
+    if not (config.expert_pool and (mixers := _with_experts(config))):
         return None
-    width = expert_width_of(config, next(m for m in config.mixers if block_setting(config, m, "feed_forward") == "moe"))
+    width = expert_width_of(config, mixers[0])
     return Experts(config.d_model, width, config.num_experts, output_scale=output_scale, rngs=rngs)
 
 
-def has_experts(config: ModelConfig) -> bool:
-    """Whether any layer is a mixture of experts."""
-    return any(block_setting(config, mixer, "feed_forward") == "moe" for mixer in config.mixers)
+def _with_experts(config: ModelConfig) -> list[str | Mixer]:
+    """The entries of `model.mixers` beside which there are experts."""
+    return [mixer for mixer in config.mixers if block_setting(config, mixer, "feed_forward") == "moe"]
 
 
 def check_feed_forwards(config: ModelConfig) -> None:
@@ -71,7 +71,7 @@ def check_feed_forwards(config: ModelConfig) -> None:
                 raise ValueError(
                     f"model.{name} = {value!r}: no layer has model.feed_forward = {layer!r}, which alone reads it"
                 )
-    of_experts = [mixer for mixer in config.mixers if block_setting(config, mixer, "feed_forward") == "moe"]
+    of_experts = _with_experts(config)
     for name in ("num_experts", "expert_pool"):
         if any(block_setting(config, mixer, name) != getattr(config, name) for mixer in of_experts):
             raise ValueError(
