@@ -94,12 +94,9 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
         signal = weights[:, :1] * values[:, 0]
         return jnp.sum((read - signal) ** 2, axis=-1) / jnp.sum(signal**2, axis=-1)
 
-    found = []
-    for batch in range(-(-settings["trials"] // BATCH)):
-        if stop.requested:
-            return None
-        found.append(np.asarray(trials(jax.random.key(settings["seed"] + batch)), np.float64))
-    found = np.concatenate(found)[: settings["trials"]]
+    found = drawn(trials, settings, stop)
+    if found is None:
+        return None
     formula = by_formula(name, width, pairs, tau)
     return {
         "inverse_snr": float(found.mean()),
@@ -108,6 +105,16 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
         "formula": formula,
         "ratio": float(found.mean() / formula),
     }
+
+
+def drawn(trials, settings: dict[str, Any], stop) -> np.ndarray | None:
+    """The results of settings["trials"] trials, from batches `trials(key)` of at least BATCH; None if stopped."""
+    found = []
+    for batch in range(-(-settings["trials"] // BATCH)):
+        if stop.requested:
+            return None
+        found.append(np.asarray(trials(jax.random.key(settings["seed"] + batch)), np.float64))
+    return np.concatenate(found)[: settings["trials"]]
 
 
 def first_of_length(length: float, vectors: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaformer_jax.plot.style import MARKERS, explain, line_styles, plain
-from deltaformer_jax.reproduce.associative_memory.snr import by_formula, first_of_length
+from deltaformer_jax.reproduce.associative_memory.snr import BATCH, by_formula, drawn, first_of_length
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import new_figure, values_of
 
@@ -40,7 +40,6 @@ FULL = dict(
 QUICK = dict(pairs=(64, 256), width=32, tau_widths=(16,), heads_width=32, heads=(1, 4), trials=128)
 STORED = 1024  # pairs, where their number is not what is varied
 EXPERTS, OPEN = 16, (1, 2, 4, 8)
-BATCH = 16  # trials at once
 KERNELS = {
     "relu": jax.nn.relu,
     "relu²": lambda z: jax.nn.relu(z) ** 2,
@@ -122,12 +121,9 @@ def second_moment(kernel) -> float:
 def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     del folder, note
     trials = jax.jit({"heads": _of_heads, "experts": _of_experts}.get(settings["sweep"], _of_kernel)(settings))
-    found = []
-    for batch in range(-(-settings["trials"] // BATCH)):
-        if stop.requested:
-            return None
-        found.append(np.asarray(trials(jax.random.key(settings["seed"] + batch)), np.float64))
-    found = np.concatenate(found)[: settings["trials"]]
+    found = drawn(trials, settings, stop)
+    if found is None:
+        return None
     formula = expected(settings)
     return {
         "measured": float(found.mean()),
