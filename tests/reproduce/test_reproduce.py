@@ -1,17 +1,20 @@
 """The frame of `reproduce` with an experiment of one line, and each experiment in a form smaller than --quick."""
 
+import itertools
 import json
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
 from support import training_cases as cases
 
+from deltaformer_jax.data import load_corpus
 from deltaformer_jax.reproduce import __main__ as program
 from deltaformer_jax.reproduce import experiment, families, notebook, pictures, train_task, unfinished
-from deltaformer_jax.reproduce.language import mixers, redundancy
+from deltaformer_jax.reproduce.language import experts, mixers, prose, redundancy
 from deltaformer_jax.reproduce.recall import mqar
 
 
@@ -413,3 +416,39 @@ def test_redundancy(tmp_path):
         assert result["bits"][name][0] == result["bits"]["bi"][0]
     (row,) = redundancy.rows([{"settings": settings, "result": result}])
     assert row["bits, all layers"] == f"{result['bits']['loss'][0]:.3f}"
+
+
+def test_prose_is_prepared_once_and_by_one_of_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(prose, "prose", lambda: [f"Text {i} of some words." for i in range(40)])
+    first = prose.prose_corpus()
+    assert len(load_corpus(first).tokenizer.encode("ab")) == 2
+    monkeypatch.setattr(prose, "prose", lambda: pytest.fail("made again"))
+    assert prose.prose_corpus() == first
+    # Another process that began before the first was done.
+    monkeypatch.setattr(prose, "prose", lambda: [f"Text {i} of some words." for i in range(40)])
+    there, asked = Path.exists, []
+    late = lambda path: there(path) if asked or path.name != "manifest.json" else bool(asked.append(path))
+    monkeypatch.setattr(Path, "exists", late)
+    assert prose.prose_corpus() == first and asked
+
+
+def test_prose_is_english_of_this_python():
+    texts = itertools.islice(prose.prose(), 3)
+    assert all(len(text) > 100 for text in texts)
+    assert "JSON" in prose._docstrings(Path(json.decoder.__file__))
+
+
+def test_paired_differences_of_seeds():
+    """Only seeds that both models were trained with count."""
+    bits = {("DeltaFormer", 0): 2.0, ("Transformer", 0): 2.1, ("DeltaFormer", 1): 2.2, ("Transformer", 1): 2.4}
+    bits["DeltaFormer", 2] = 9.0
+    done = [
+        {"settings": dict(model=model, layer="dense", corpus="prose", seed=seed), "result": {"bits": value}}
+        for (model, seed), value in bits.items()
+    ]
+    found = experts.paired(done, "dense", "prose")
+    np.testing.assert_allclose(found, [-0.1, -0.2])
+    (row,) = experts.rows(done)
+    assert row["difference"] == "-0.1500 ± 0.0500" and row["seeds"] == 2
+    assert not len(experts.paired(done, "experts", "prose"))

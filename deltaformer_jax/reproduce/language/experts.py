@@ -20,7 +20,6 @@ import numpy as np
 from etils import epath
 
 from deltaformer_jax.plot.style import explain, line_styles, plain
-from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.language.byte_models import byte_model, parameters, prepared
 from deltaformer_jax.reproduce.language.prose import prose_corpus
@@ -73,8 +72,7 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     from deltaformer_jax.config.lines import lines
     from deltaformer_jax.training.loop import train
 
-    unfinished.claim(folder)
-    path = prose_corpus(folder / "text") if settings["corpus"] == "prose" else ""
+    path = prose_corpus() if settings["corpus"] == "prose" else ""
     if not train(*prepared(settings, folder, note, path=path), stop, quiet=True).finished:
         return None
     records = [json.loads(line) for line in lines((folder / "run" / "metrics.jsonl").read_text())]

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import ast
 import json
-import os
+import platform
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltaformer_jax.data import prepare_corpus
+from deltaformer_jax.data import corpus as layout
+from deltaformer_jax.data import load_corpus, prepare_corpus
+from deltaformer_jax.data.remote.store import cache_folder
 
 # Folders of the standard library that are tests, or not the library's.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
-def prose_corpus(folder: os.PathLike) -> str:
-    """The path of the corpus in `folder`, prepared unless it is there: about 2 MB of bytes, a tenth for evaluation."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts, corpus = folder / "prose.jsonl", folder / "corpus"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose()), encoding="utf-8")
-    prepare_corpus(texts, corpus, eval_fraction=0.1)
-    return str(corpus)
+def prose_corpus() -> str:
+    """The path of the corpus, prepared once per Python: about 2 MB of bytes, a tenth of the texts for evaluation.
+
+    It stands beside the standard library's corpus, in $XDG_CACHE_HOME/deltaformer_jax. Several processes may call this
+    at once.
+    """
+    folder = cache_folder() / f"prose-{platform.python_version()}-v{layout.FORMAT_VERSION}"
+    if not (folder / layout.MANIFEST_FILE).exists():
+        with tempfile.TemporaryDirectory() as texts:
+            source = Path(texts) / "prose.jsonl"
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose()), encoding="utf-8")
+            try:
+                prepare_corpus(source, folder, eval_fraction=0.1)
+            except FileExistsError:
+                load_corpus(folder)  # another process was first, or a ValueError says what stands there
+    return str(folder)
 
 
 def prose() -> Iterator[str]:
