@@ -11,8 +11,8 @@ path it is the standard library's text, as bytes. Commands:
     python train.py --config experts/deltaformer_moe_small --dry_run
 
 Devices along mesh.expert share the experts: --config.mesh.expert=8 on eight devices.
-Hardware: one accelerator. Time and result: not measured. `python -m deltaformer_jax.reproduce experts` is the
-comparison for a laptop (docs/results/experts.md).
+Hardware: the dry run prints the memory that a step takes. Time and result: not measured.
+`python -m deltaformer_jax.reproduce experts` is the comparison for a laptop (docs/results/experts.md).
 
 Chosen here: 8 layers of width 384, 12 query heads of 32 over 3 KV heads, 8 experts of which 2 are used, as wide
 together as the dense layer; the balance loss of Switch Transformers with weight 0.01; AdamW as in deltaformer_340m.py.
