@@ -10,6 +10,7 @@ from deltaformer_jax.ops.cache.caches import (
     written,
 )
 from deltaformer_jax.ops.cache.compression import compress_cache
+from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries
 from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
@@ -34,7 +35,9 @@ __all__ = [
     "delta_values",
     "gated_delta_rule",
     "gated_linear_attention",
+    "proxy_scores",
     "read_only",
+    "select_entries",
     "shift_mix",
     "token_positions",
     "visible_entries",
