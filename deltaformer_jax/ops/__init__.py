@@ -10,7 +10,7 @@ from deltaformer_jax.ops.cache.caches import (
     written,
 )
 from deltaformer_jax.ops.cache.compression import compress_cache
-from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries
+from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries, streaming_entries
 from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
@@ -39,6 +39,7 @@ __all__ = [
     "read_only",
     "select_entries",
     "shift_mix",
+    "streaming_entries",
     "token_positions",
     "visible_entries",
     "written",

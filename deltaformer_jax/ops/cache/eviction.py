@@ -1,11 +1,12 @@
-"""Which entries of a cache to keep after a prompt, by what the prompt's last tokens read: NACL.
+"""Which entries of a cache to keep: after a prompt, by what its last tokens read (NACL), and in an endless text, by a
+fixed rule (SepLLM).
 
     F_n = Σ_{p ∈ P} Σ_h softmax_n(scale · q_ph·k_n),        kept = P ∪ top(F, C) ∪ C' others drawn by softmax(F)
 
 P, the proxies, are the last tokens of the prompt, often its question. `compact_cache` makes the cache of the kept
-entries. Unlike the eviction of `visible_entries`, this one changes the outputs that follow.
+entries. Unlike the eviction of `visible_entries`, these change the outputs that follow.
 
-Source: Chen et al., NACL, arXiv 2408.03675.
+Source: Chen et al., NACL, arXiv 2408.03675; Chen et al., SepLLM, arXiv 2412.12094.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import KUCache, KVCache, slot_positions
+from deltaformer_jax.ops.cache.caches import KUCache, KVCache, Selected, slot_positions
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.similarity import Softmax, row_weights
@@ -135,3 +136,39 @@ def _mark(rank, count):
     """bool [B, N]: the `count` largest of each row; of equal ones, those with the smaller index."""
     row = jnp.arange(rank.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros(rank.shape, bool).at[row, lax.top_k(rank, count)[1]].set(True)
+
+
+def streaming_entries(cache, *, initial: int, separators: int, window: int, capacity: int) -> jax.Array:
+    """The slots of a streaming cache to keep before the next token: all until `capacity` of them are filled, and then
+
+        the first `initial` tokens, the last `window` tokens, and of those that last between them the last `separators`
+
+    The entries of an endless text so go up and down between initial + separators + window and `capacity`; their mean is
+    half the sum of the two.
+
+    Args:
+      cache: a SelectedKUCache or SelectedKVCache. Its tokens that last were given as `keep`, in calls without a window,
+        so that a token sees all entries there are.
+      initial, separators: at least 0. window, capacity: at least 1, and initial + separators + window < capacity.
+
+    Returns bool [B, N], for `compact_cache`. Raises ValueError, TypeError: another cache, or sizes that do not fit.
+    Source: Chen et al., SepLLM, arXiv 2412.12094, eq. 3. There the tokens are numbered by their places in
+    the cache; here a rotary embedding goes on with the positions in the text.
+    """
+    if not isinstance(cache, Selected):
+        raise TypeError(f"cache must be a SelectedKUCache or a SelectedKVCache, not {type(cache).__name__}")
+    for name, count, least in (("initial", initial, 0), ("separators", separators, 0), ("window", window, 1)):
+        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < least:
+            raise ValueError(f"{name}={count!r}: it must be an integer of at least {least}")
+    checks.check_count("capacity", capacity)
+    if not initial + separators + window < capacity <= cache.capacity:
+        raise ValueError(
+            f"capacity={capacity}: it must be greater than initial + separators + window = "
+            f"{initial + separators + window} and at most the cache's {cache.capacity} slots"
+        )
+    filled = cache.position >= 0
+    recent = cache.length[:, None] - cache.position <= window
+    older = filled & cache.lasting & ~recent & (cache.position >= initial)
+    newer = lax.cumsum(older.astype(jnp.int32), axis=1, reverse=True)  # slots are in the order of their positions
+    kept = filled & ((cache.position < initial) | recent | (older & (newer <= separators)))
+    return jnp.where((cache.entries < capacity)[:, None], filled, kept)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from deltaformer_jax.ops.cache.caches import (
     Entries,
     KUCache,
+    Selected,
     SelectedKUCache,
     check_cache,
     check_room,
@@ -89,8 +90,9 @@ def delta_attention(
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
         of 1.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
-      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. Needs a window.
-      initial: how many tokens at the start of each segment all later ones see. Needs a window.
+      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
+        window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
+      initial: how many tokens at the start of each segment all later ones see. It needs the same.
       segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
         included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
       padding_is_zero: promises that query, write_query, key and value are 0 at padding, as they are in the mixers. They
@@ -134,7 +136,7 @@ def delta_attention(
     plan, own_query, held, inputs = checked(
         query, key, value, write_query, *gates, *similarities, chunk_size, implementation
     )
-    checks.check_selection(keep, initial, window, key)
+    checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan = dataclasses.replace(plan, window=window, initial=int(initial))
     if cache is not None or return_cache:
         checks.check_one_document(inputs.segment_ids)

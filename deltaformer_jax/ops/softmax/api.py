@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from deltaformer_jax.ops.cache.caches import (
     Entries,
     KVCache,
+    Selected,
     SelectedKVCache,
     check_cache,
     check_room,
@@ -71,8 +72,9 @@ def causal_attention(
         float16.
       scale: multiplies q·k; None means K ** -0.5.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
-      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. Needs a window.
-      initial: how many tokens at the start of each segment all later ones see. Needs a window.
+      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
+        window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
+      initial: how many tokens at the start of each segment all later ones see. It needs the same.
       log_decay: g [B, T, H] or one number, finite and at most 0: the natural log of the factor by which a token reduces
         the weight of all tokens before it. None means 0.
       sinks: b [H], one logit per head that adds e^b to the normaliser and has value 0; None means no sinks.
@@ -110,7 +112,7 @@ def causal_attention(
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks and initial: Xiao et al., arXiv
       2309.17453; keep: Chen et al., SepLLM, arXiv 2412.12094.
     """
-    checks.check_selection(keep, initial, window, key)
+    checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
     plan = dataclasses.replace(plan, initial=int(initial))
     log_decay, segment_ids = inputs.log_decay, inputs.segment_ids

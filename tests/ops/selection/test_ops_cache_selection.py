@@ -85,10 +85,10 @@ def test_gradients_through_eviction(x64):
     weigh = lambda out: jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
     def in_pieces(inputs):
-        cache, outs = SelectedKUCache.empty(2, 16, 2, 2, 5, 3, jnp.float64), []
-        for start in range(0, case.time, 7):
-            piece = {name: x[:, start : start + 7] for name, x in inputs.items()}
-            out, cache = call(case, piece, None, keep=keep[:, start : start + 7], cache=cache, **settings)
+        cache, outs = SelectedKUCache.empty(2, 19, 2, 2, 5, 3, jnp.float64), []
+        for start in range(0, case.time, 11):
+            piece = {name: x[:, start : start + 11] for name, x in inputs.items()}
+            out, cache = call(case, piece, None, keep=keep[:, start : start + 11], cache=cache, **settings)
             cache = compact_cache(cache, visible_entries(cache, WINDOW))
             outs.append(out)
         return weigh(jnp.concatenate(outs, 1))
