@@ -47,6 +47,11 @@ def compact_cache(
 
         (k_n, u_n, position_n, lasting_n) for the chosen filled slots n, then empty slots
 
+    An endless text through a cache of fixed size, exactly as without eviction; compact every few tokens:
+
+        out, cache = delta_attention(q, k, v, window=64, initial=4, keep=is_separator, cache=cache)
+        cache = compact_cache(cache, visible_entries(cache, 64))
+
     `length`, and with it the next token's position, does not change, so that windows and rotary embeddings go on as if
     nothing had been dropped. All slots chosen: the same entries.
 

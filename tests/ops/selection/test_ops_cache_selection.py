@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.ops_cases import CASES, call, case_id, draw_inputs
+from support.ops_cases import CASES, call, case_id, draw_inputs, poison
 
 from deltaformer_jax import KUCache, KVCache, causal_attention, compress_cache
 from deltaformer_jax.ops import (
@@ -143,6 +143,24 @@ def test_a_cache_of_chosen_tokens_may_be_read_only():
     np.testing.assert_array_equal(out, out_again)
     jax.tree.map(np.testing.assert_array_equal, written(cache, entries), cache_after)
     np.testing.assert_array_equal(cache_after.lasting[0], [True, False, False, False, False])
+
+
+def test_padded_prompts():
+    """Padding on the left and on the right, with NaN in it: each row as if it were alone, its first token lasts."""
+    rng = np.random.default_rng(0)
+    arrays = {name: jnp.asarray(rng.standard_normal((2, 6, 2, 4)), jnp.float32) for name in ("query", "key", "value")}
+    segment_ids = np.asarray([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], np.int32)
+    settings = dict(window=2, initial=1)
+    cache = SelectedKVCache.empty(2, 7, 2, 4, 4)
+    out, cache = causal_attention(**poison(arrays, segment_ids), segment_ids=segment_ids, cache=cache, **settings)
+    cache = compact_cache(cache, visible_entries(cache, 2))
+    np.testing.assert_array_equal(cache.position[:, :3], [[0, 3, -1], [0, 4, -1]])
+    token = {name: x[:, :1] for name, x in arrays.items()}
+    more, _ = causal_attention(**token, cache=cache, **settings)
+    for row, real in enumerate(segment_ids != 0):
+        alone = {name: jnp.concatenate([x[row][real], x[row, :1]])[None] for name, x in arrays.items()}
+        expected = causal_attention(**alone, implementation="parallel", **settings)[0]
+        np.testing.assert_allclose(jnp.concatenate([out[row][real], more[row]]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compacted_cache_can_be_compressed():
