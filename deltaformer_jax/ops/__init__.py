@@ -1,7 +1,17 @@
 """The ops: attention and delta-rule layers as functions of arrays. They use no Flax, no mesh and no config."""
 
-from deltaformer_jax.ops.cache.caches import KUCache, KVCache, read_only, token_positions, written
+from deltaformer_jax.ops.cache.caches import (
+    KUCache,
+    KVCache,
+    SelectedKUCache,
+    SelectedKVCache,
+    read_only,
+    token_positions,
+    written,
+)
 from deltaformer_jax.ops.cache.compression import compress_cache
+from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries, streaming_entries
+from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
 from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
@@ -16,16 +26,23 @@ __all__ = [
     "Linear",
     "Relu",
     "Round",
+    "SelectedKUCache",
+    "SelectedKVCache",
     "Softmax",
     "causal_attention",
+    "compact_cache",
     "compress_cache",
     "delta_attention",
     "delta_values",
     "gated_delta_rule",
     "gated_linear_attention",
     "generalized_delta_rule",
+    "proxy_scores",
     "read_only",
+    "select_entries",
     "shift_mix",
+    "streaming_entries",
     "token_positions",
+    "visible_entries",
     "written",
 ]

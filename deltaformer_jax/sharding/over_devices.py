@@ -29,8 +29,8 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
     Args:
       op: takes the arrays by name; its other arguments are already bound. If it returns a pair (output, state), as the
         gated ops do, the output is taken.
-      arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" [B, T] and "sinks"
-        [h]. An array may be None.
+      arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" and "keep" [B, T],
+        and "sinks" [h]. An array may be None.
 
     The rows are split over the mesh axes of ROW_AXES that the mesh has, if the product of their sizes divides the
     number of rows; the heads over those of HEAD_AXES, if it divides the largest number of heads. Of an array with fewer
@@ -56,7 +56,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         return of_part(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
-    heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name != "segment_ids"}
+    heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name not in ("segment_ids", "keep")}
     rows = [x.shape[0] for name, x in given.items() if name != "sinks"]
     most = max(heads.values())
     row_axes = _used(axes, ROW_AXES, rows)
@@ -68,7 +68,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         own = None if name in shared else head_axes
         if name == "sinks":
             return PartitionSpec(own)
-        return PartitionSpec(row_axes) if name == "segment_ids" else PartitionSpec(row_axes, None, own)
+        return PartitionSpec(row_axes) if name in ("segment_ids", "keep") else PartitionSpec(row_axes, None, own)
 
     def on_device(given):
         mine = {

@@ -53,6 +53,15 @@ def test_rotation_is_a_complex_multiplication():
     np.testing.assert_allclose(rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 100.0), expected, atol=1e-5)
 
 
+def test_a_key_can_be_moved_to_another_position(x64):
+    """rotate(rotate(k, p), p' − p) = rotate(k, p'), so that the keys of a cache can be given other positions."""
+    key = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 2, 8)))
+    before, after = jnp.asarray([[0, 17, 999_999, 123_456]]), jnp.asarray([[1_000_000, 3, 0, 123_455]])
+    moved = rotate(rotate(key, before, 10_000.0), after - before, 10_000.0)
+    # An angle of 1e6 is off by 1e6 roundings.
+    np.testing.assert_allclose(moved, rotate(key, after, 10_000.0), rtol=0, atol=16 * 1e6 * np.finfo(float).eps)
+
+
 def test_swiglu():
     module = SwiGLU(4, 6, rngs=nnx.Rngs(0))
     x = normal((2, 3, 4))

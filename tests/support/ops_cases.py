@@ -141,8 +141,9 @@ def poison(inputs, segment_ids):
     return jax.tree.map(mark, inputs)
 
 
-def inverse_norm(case, inputs, segment_ids=None):
-    """max over heads of ‖(I + diag(β) A)⁻¹‖∞, in NumPy: the factor by which the write amplifies a rounding error."""
+def inverse_norm(case, inputs, segment_ids=None, visible=None):
+    """max over heads of ‖(I + diag(β) A)⁻¹‖∞, in NumPy: the factor by which the write amplifies a rounding error.
+    `visible` bool [B, T, T] says more than `segment_ids` which tokens a token sees."""
     similarity = {
         "linear": lambda s: s,
         "relu": lambda s: np.maximum(s, 0),
@@ -161,6 +162,8 @@ def inverse_norm(case, inputs, segment_ids=None):
     if segment_ids is not None:
         same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
         a = np.where(same[:, None], a, 0)
+    if visible is not None:
+        a = np.where(visible[:, None], a, 0)
     if case.write == "softmax":
         total = a.sum(-1, keepdims=True)
         a = a / np.where(total > 0, total, 1)

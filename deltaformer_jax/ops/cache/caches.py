@@ -3,7 +3,8 @@ length of its own.
 
 `KUCache` is the cache of DeltaFormer. It holds keys and written values u; v itself is not needed again. With w = k it
 is as large as an ordinary KV cache. `KVCache` is the cache of softmax attention. With a window it is a ring buffer:
-slot = position mod capacity.
+slot = position mod capacity. `SelectedKUCache` and `SelectedKVCache` hold the entries of chosen tokens, with their
+positions (`selection.py`).
 
 Arrays are stored by head, [B, heads, N, …]. A decoding step multiplies one head's queries with all of its slots, and
 so reads memory in order. The properties `key`, `value` and `decay` are token first, like all arrays of the ops.
@@ -120,16 +121,58 @@ class KVCache(_Cache):
         return cls._of(False, *arrays, decay)
 
 
+class Selected:
+    """What a cache of chosen tokens adds to KUCache or KVCache: position [B, N] int32, that of each slot's token in its
+    document, −1 for an empty slot; lasting [B, N] bool, True for tokens that stay visible behind a window.
+
+    `length` counts all tokens seen, those that have been dropped included: it is the position of the next token. The
+    filled slots come first, in the order of their positions. `compact_cache` drops entries.
+    """
+
+    @classmethod
+    def empty(cls, *sizes, **named):
+        """An empty cache: the arguments are those of KUCache.empty or KVCache.empty."""
+        return cls.of(cls.PLAIN.empty(*sizes, **named))
+
+    @classmethod
+    def of(cls, cache, lasting=None):
+        """A KUCache or KVCache with the positions of its tokens; `lasting` [B, N] bool, None for none of them."""
+        arrays = [getattr(cache, name) for name in cls.ARRAYS[:-2]]
+        position = jnp.maximum(slot_positions(cache), -1)
+        lasting = jnp.zeros(position.shape, bool) if lasting is None else lasting
+        return cls._of(cache.read_only, *arrays, position, lasting)
+
+    @property
+    def entries(self) -> jax.Array:
+        """int32 [B]: the number of filled slots."""
+        return jnp.sum(self.position >= 0, axis=-1, dtype=jnp.int32)
+
+
+class SelectedKUCache(Selected, KUCache):
+    """A KUCache of chosen tokens, see `Selected`."""
+
+    PLAIN = KUCache
+    ARRAYS = (*KUCache.ARRAYS, "position", "lasting")
+
+
+class SelectedKVCache(Selected, KVCache):
+    """A KVCache of chosen tokens, see `Selected`. It is no ring: with a window, too, drop entries to make room."""
+
+    PLAIN = KVCache
+    ARRAYS = (*KVCache.ARRAYS, "position", "lasting")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Entries:
     """What new tokens add to a cache: key [B, T, G, K], value [B, T, ·, V], real [B, T] (False: padding, which is not
-    stored), and where attention forgets log_decay [B, T, H], 0 at padding."""
+    stored), where attention forgets log_decay [B, T, H], 0 at padding, and for a `Selected` cache lasting [B, T]."""
 
     key: jax.Array
     value: jax.Array
     real: jax.Array
     log_decay: jax.Array | None = None
+    lasting: jax.Array | None = None
 
 
 def _tokens_second(x):
@@ -192,9 +235,11 @@ def check_cache(cache, kind, key, value_heads, value_dim, decay_heads=None):
 def check_room(cache, segment_ids, time, window=None):
     """Raise if the new tokens do not fit: `time` tokens per row, without padding. The check needs concrete values.
     Under jit it does nothing, and tokens that do not fit are lost without an error."""
-    if window is not None and cache.capacity >= window:
+    chosen = isinstance(cache, Selected)
+    if window is not None and cache.capacity >= window and not chosen:
         return
-    length, ids = concrete_value(cache.length), None if segment_ids is None else concrete_value(segment_ids)
+    held = cache.entries if chosen else cache.length
+    length, ids = concrete_value(held), None if segment_ids is None else concrete_value(segment_ids)
     if length is None or (segment_ids is not None and ids is None):
         return
     new = np.full(length.shape, time) if ids is None else np.sum(ids != 0, axis=1)
@@ -204,6 +249,22 @@ def check_room(cache, segment_ids, time, window=None):
             f"cache is full: row {row} holds {int(length[row])} of {cache.capacity} tokens and this call adds "
             f"{int(new[row])}; build the cache with a larger capacity"
         )
+
+
+def check_selected(cache, keep, initial):
+    """Raise if `keep` or `initial` are given with a cache that does not say which of its tokens stay visible."""
+    if (keep is not None or initial) and not isinstance(cache, Selected):
+        kind = f"Selected{type(cache).__name__}"
+        raise ValueError(f"keep and initial need a cache of chosen tokens: build it with {kind}.empty or {kind}.of")
+
+
+def lasting_tokens(keep, initial, segment_ids, batch, length, start=None) -> jax.Array | None:
+    """bool [B, T]: the tokens that stay visible behind a window, those of `keep` and the first `initial` of each
+    segment. None if there are none. The other arguments are those of `token_positions`."""
+    if not initial:
+        return keep
+    first = token_positions(segment_ids, batch, length, start) < initial
+    return first if keep is None else first | keep
 
 
 def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
@@ -225,14 +286,19 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
 
 
 def store(cache, entries: Entries):
-    """`cache` with the tokens added for which `entries.real` is true. Slots wrap around: position mod capacity."""
+    """`cache` with the tokens added for which `entries.real` is true. Slots wrap around: position mod capacity. In a
+    `Selected` cache the tokens go to the first empty slots, and those without a slot are lost."""
     capacity, real = cache.capacity, entries.real
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
     # If several tokens have the same slot, only the last may write. The others, and padding, get the slot `capacity`,
     # which is out of bounds, so that the scatter drops them.
-    wanted = real & (position >= length[:, None] - capacity)
-    slot = jnp.where(wanted, position % capacity, capacity)
+    if isinstance(cache, Selected):
+        place = position + (cache.entries - cache.length)[:, None]
+        slot = jnp.where(real, place, capacity)
+    else:
+        wanted = real & (position >= length[:, None] - capacity)
+        slot = jnp.where(wanted, position % capacity, capacity)
     row = jnp.arange(real.shape[0], dtype=jnp.int32)[:, None]
     put = lambda old, new: old.at[row, :, slot].set(new.astype(old.dtype), mode="drop")
     arrays = dict(
@@ -241,6 +307,10 @@ def store(cache, entries: Entries):
     if entries.log_decay is not None:
         passed = lax.cumsum(entries.log_decay, axis=1, reverse=True)
         arrays["decay_by_head"] = put(cache.decay_by_head + passed[:, 0, :, None], passed - entries.log_decay)
+    if isinstance(cache, Selected):
+        lasting = jnp.zeros_like(real) if entries.lasting is None else entries.lasting
+        arrays["position"] = cache.position.at[row, slot].set(position, mode="drop")
+        arrays["lasting"] = cache.lasting.at[row, slot].set(lasting, mode="drop")
     return cache.with_arrays(**arrays, length=length)
 
 
@@ -274,6 +344,8 @@ def _over_caches(function, tree):
 
 def slot_positions(cache) -> jax.Array:
     """int32 [B, N]: the position of the token in each slot, negative for an empty slot."""
+    if isinstance(cache, Selected):
+        return cache.position
     slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
     newest = cache.length[:, None] - 1
     return newest - (newest - slot) % cache.capacity

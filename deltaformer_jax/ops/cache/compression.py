@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import Entries, KUCache, store
+from deltaformer_jax.ops.cache.caches import Entries, KUCache, slot_positions, store
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
@@ -77,7 +77,7 @@ def _compress(similarity, scale, capacity, arrays, cache, keys, segment_ids):
     real = jnp.ones((batch, slots), bool) if segment_ids is None else segment_ids != 0
     clean = jnp.where(real[..., None, None], keys, 0)
 
-    filled = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.length[:, None]
+    filled = slot_positions(cache) >= 0
     only_filled = lambda x: jnp.where(filled[..., None, None], x, 0)
     wide = accumulation_dtype(cache.key.dtype)
     write_heads = cache.value.shape[2]

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import Entries, slot_positions, store
+from deltaformer_jax.ops.cache.caches import Entries, Selected, slot_positions, store
 from deltaformer_jax.ops.common.score_decay import decay_between
 from deltaformer_jax.ops.common.similarity import row_weights_of_parts
-from deltaformer_jax.ops.common.tiles import accumulation_dtype
+from deltaformer_jax.ops.common.tiles import accumulation_dtype, within
 from deltaformer_jax.ops.common.triangular import solve_by_halves
 
 
@@ -54,9 +54,9 @@ def _values(weights, old, new):
     return jnp.moveaxis(total.reshape(*shape, -1), 4, 1)
 
 
-def _visible(cache, real, strict, window):
+def _visible(cache, real, strict, window, lasting):
     """([B,1,1,1,T,N], [B,1,1,1,T,T]) bools: which cache slots and which new tokens each new token sees. `strict`
-    excludes the token itself."""
+    excludes the token itself. `lasting` [B,T] or None: the new tokens that stay visible behind the window."""
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     slots = slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
@@ -64,8 +64,10 @@ def _visible(cache, real, strict, window):
     new = index[:, None] > index[None, :] if strict else index[:, None] >= index[None, :]
     new = new[None] & real[:, None, :]
     if window is not None:
-        old &= position[:, :, None] - slots[:, None, :] < window
-        new &= position[:, :, None] - position[:, None, :] < window
+        columns = cache.lasting[:, None, :] if isinstance(cache, Selected) else None
+        old &= within(position[:, :, None] - slots[:, None, :], window, columns)
+        columns = None if lasting is None else lasting[:, None, :]
+        new &= within(position[:, :, None] - position[:, None, :], window, columns)
     return tuple((x & real[:, :, None])[:, None, None, None] for x in (old, new))
 
 
@@ -76,9 +78,9 @@ def _weights(similarity, scores, visible, dtype):
     return [x.astype(dtype) for x in weights] if similarity.normalised else weights
 
 
-def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan):
-    """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `real` [B,T] is False at
-    padding."""
+def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, real, plan):
+    """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `lasting` [B,T] or None;
+    `real` [B,T] is False at padding."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)
@@ -90,7 +92,8 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     # Both products with the cached keys stand together, so that one program can make both and read the keys once.
     write_scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key_by_head, key, plan.write_scale)
     read_scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
-    weights = _weights(plan.write_similarity, write_scores, _visible(cache, real, True, None), key.dtype)
+    visible = _visible(cache, real, True, plan.window, lasting)
+    weights = _weights(plan.write_similarity, write_scores, visible, key.dtype)
     past = _values(weights, old_u, None)[:, :, :, :, 0]
     target = alpha[..., None] * value[:, :, :, None].astype(acc) - beta[..., None] * past
     new = weights[1][:, :, :, 0].astype(acc)
@@ -101,21 +104,22 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, real, plan)
     else:
         u = target  # for a single token, I + diag(β) A_new is the identity
 
-    weights = _weights(plan.read_similarity, read_scores, _visible(cache, real, False, None), key.dtype)
+    visible = _visible(cache, real, False, plan.window, lasting)
+    weights = _weights(plan.read_similarity, read_scores, visible, key.dtype)
     out = _values(weights, old_u, u)
     out = out.reshape(b, t, query.shape[2], -1).astype(value.dtype)
-    return out, Entries(key, u.reshape(b, t, g * n, -1), real)
+    return out, Entries(key, u.reshape(b, t, g * n, -1), real, lasting=lasting)
 
 
-def extend_attention(cache, query, key, value, log_decay, sinks, real, similarity, scale, window):
-    """Softmax attention of one block: (output [B,T,H,V], its Entries). log_decay is [B,T,H] or None, sinks is [H] or
-    None."""
+def extend_attention(cache, query, key, value, log_decay, lasting, real, sinks, similarity, scale, window):
+    """Softmax attention of one block: (output [B,T,H,V], its Entries). log_decay is [B,T,H] or None, lasting [B,T] or
+    None, sinks [H] or None."""
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
     if log_decay is not None:
         decays = _decay(cache.decay_by_head, log_decay)
         scores = [x + decay.reshape(x.shape) for x, decay in zip(scores, decays)]
-    visible = _visible(cache, real, False, window)
+    visible = _visible(cache, real, False, window, lasting)
     if sinks is not None:
         # The sink is one more column of scores. Its value is 0, so it only adds e^b to the normaliser.
         column = sinks.astype(scores[0].dtype).reshape(1, g, 1, -1, 1, 1)
@@ -123,7 +127,7 @@ def extend_attention(cache, query, key, value, log_decay, sinks, real, similarit
         scores, visible = (*scores, column), (*visible, jnp.ones_like(column, bool))
     weights = _weights(similarity, scores, visible, key.dtype)[:2]
     out = _values(weights, cache.value_by_head[:, :, None], value[:, :, :, None])
-    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), Entries(key, value, real, log_decay)
+    return out.reshape(b, t, query.shape[2], -1).astype(value.dtype), Entries(key, value, real, log_decay, lasting)
 
 
 def _decay(old, log_decay):

@@ -168,6 +168,22 @@ def _is_count(size):
     return isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1
 
 
+def check_selection(keep, initial, window, key, chosen=False):
+    """Raise if `window` is no size, `initial` no integer of at least 0, `keep` neither None nor bools [B, T], or if
+    there is no window for `keep` or `initial` to reach behind. `chosen`: there is a cache that remembers them."""
+    check_size("window", window)
+    if not isinstance(initial, (int, np.integer)) or isinstance(initial, bool) or initial < 0:
+        raise ValueError(f"initial={initial!r}: it must be an integer of at least 0")
+    if keep is not None:
+        if not hasattr(keep, "shape") or tuple(keep.shape) != tuple(key.shape[:2]):
+            found = tuple(keep.shape) if hasattr(keep, "shape") else type(keep).__name__
+            raise ValueError(f"keep must have shape [batch, time] = {tuple(key.shape[:2])}; it has {found}")
+        if keep.dtype != bool:
+            raise TypeError(f"keep has dtype {keep.dtype}: it must be bool, True for tokens that stay visible")
+    if window is None and not chosen and (keep is not None or initial):
+        raise ValueError("keep and initial need a window: without one every earlier token is visible; give window=")
+
+
 def check_scale(name, scale, width):
     """The scale as a Python float. None means width ** -0.5."""
     if scale is None:

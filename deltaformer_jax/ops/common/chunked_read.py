@@ -22,14 +22,15 @@ from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.score_decay import add_decay, log_decay_gradient, score_decay
 
 
-def _visible(i, j, rows_per_token, chunk, segments, window, diagonal):
+def _visible(i, j, rows_per_token, chunk, segments, window, lasting, diagonal):
     """Which columns of tile j the rows of tile i see: [B or 1, 1, C·r, C] bools, or None for all of them."""
     # The distance inside a tile does not depend on i or j, so XLA computes it once, outside the loops.
     column = jnp.arange(chunk, dtype=jnp.int32)
     ago = (jnp.repeat(column, rows_per_token)[:, None] - column[None, :])[None, None]
     visible = ago >= 0 if diagonal else None
     if window is not None:
-        visible = tiles.both(visible, ago < window - (i - j) * chunk)
+        columns = None if lasting is None else tiles.take(lasting, j, chunk)[:, :, None, :]
+        visible = tiles.both(visible, tiles.within(ago, window - (i - j) * chunk, columns))
     if segments is not None:
         row_segments = jnp.repeat(tiles.take(segments, i, chunk), rows_per_token, axis=2)
         visible = tiles.both(visible, tiles.same_segment(row_segments, tiles.take(segments, j, chunk)))
@@ -46,11 +47,11 @@ def backward_tile(similarity, scores, values, visible, lse, grad, row_dot, opera
     return weights, tiles.keep(visible, similarity.slope(scores, weights) * dots)
 
 
-def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None):
+def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None, lasting=None):
     """(o [B, h, T·r, V], lse [B, h, T·r]), both in the accumulation dtype; lse is the log-sum-exp of each row.
 
     q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None, first
-    [T/C] (`tiles.first_chunks`).
+    [T/C] (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window.
     """
     batch, heads, length, width = u.shape
     group = q.shape[2] // length
@@ -65,7 +66,7 @@ def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chun
         def step(j, running, diagonal):
             scores = tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
-            visible = _visible(c, j, group, chunk, segments, window, diagonal)
+            visible = _visible(c, j, group, chunk, segments, window, lasting, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
         running = tiles.start_sum((batch, heads, chunk * group, width), dtype, u)
@@ -80,7 +81,22 @@ def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chun
 
 
 def read_backward(
-    q, k, u, segments, log_decay, last, out, lse, dout, dlse=None, *, similarity, scale, chunk, window=None
+    q,
+    k,
+    u,
+    segments,
+    log_decay,
+    last,
+    out,
+    lse,
+    dout,
+    dlse=None,
+    *,
+    similarity,
+    scale,
+    chunk,
+    window=None,
+    lasting=None,
 ):
     """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [B, h, T·r, V] and dlse [B, h, T·r] (None: 0).
 
@@ -104,7 +120,7 @@ def read_backward(
         def step(i, carry, diagonal):
             dq, dkeys, dvalues, column_sums = carry
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
-            visible = _visible(i, j, group, chunk, segments, window, diagonal)
+            visible = _visible(i, j, group, chunk, segments, window, lasting, diagonal)
             scores = add_decay(tiles.dot(rows, keys.mT, k.dtype) * scale, decay, i, j, chunk, diagonal)
             lses, dots = (tiles.take(x, i, chunk * group) for x in (lse, row_dot))
             weights, dscores = backward_tile(similarity, scores, values, visible, lses, grad, dots, operand)

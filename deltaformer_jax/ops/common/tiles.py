@@ -81,6 +81,24 @@ def keep(visible, x):
     return x if visible is None else jnp.where(visible, x, 0)
 
 
+def within(ago, window, lasting):
+    """Bools: whether a column `ago` tokens before its row is in the row's window, or lasts. `lasting` None: no column
+    lasts."""
+    near = ago < window
+    return near if lasting is None else near | lasting
+
+
+def selected(visible, i, j, chunk, window, lasting):
+    """`visible`, a mask of the rows of tile i and the columns of tile j, without the columns that have left the window
+    and do not last. `lasting` is [B, 1, T] or None. Without a window, `visible` itself."""
+    if window is None:
+        return visible
+    index = jnp.arange(chunk, dtype=jnp.int32)
+    ago = (index[:, None] - index[None, :])[None, None]
+    columns = None if lasting is None else take(lasting, j, chunk)[:, :, None, :]
+    return both(visible, within(ago, window - (i - j) * chunk, columns))
+
+
 def strictly_below(rows):
     """[1, 1, rows, rows] bools, True where column < row."""
     index = jnp.arange(rows, dtype=jnp.int32)

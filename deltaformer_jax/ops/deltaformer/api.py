@@ -12,7 +12,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import Entries, KUCache, check_cache, check_room, store
+from deltaformer_jax.ops.cache.caches import (
+    Entries,
+    KUCache,
+    Selected,
+    SelectedKUCache,
+    check_cache,
+    check_room,
+    check_selected,
+    lasting_tokens,
+    store,
+)
 from deltaformer_jax.ops.cache.extension import extend_delta, extend_in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
@@ -40,6 +50,9 @@ def delta_attention(
     read_similarity: str | Similarity = "softmax",
     write_scale: float | None = None,
     read_scale: float | None = None,
+    window: int | None = None,
+    keep: jax.Array | None = None,
+    initial: int = 0,
     segment_ids: jax.Array | None = None,
     padding_is_zero: bool = False,
     chunk_size: int | None = None,
@@ -53,6 +66,13 @@ def delta_attention(
         o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, the token itself included
 
     β = 0, α = 1, κ₂ = softmax is ordinary attention; κ₁ = κ₂ = linear, w = k, α = β is DeltaNet.
+
+    With a `window`, both sums run over the visible tokens only: i is visible to t ≥ i if
+
+        t − i < window   or   keep_i   or   (position of i in its segment) < initial
+
+    A token that has become invisible is never needed again, so its entry can leave the cache (`compact_cache`) and the
+    outputs stay those of this formula. What it had deleted from the u of others remains deleted.
 
     Letters: B batch rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the head dimensions
     of keys and values. Hu is the number of heads of the write query: G or H. u, α and β have Hu heads. With w = k the
@@ -69,6 +89,10 @@ def delta_attention(
         (`as_similarity` there).
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
         of 1.
+      window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
+      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
+        window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
+      initial: how many tokens at the start of each segment all later ones see. It needs the same.
       segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
         included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
       padding_is_zero: promises that query, write_query, key and value are 0 at padding, as they are in the mixers. They
@@ -77,12 +101,14 @@ def delta_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (kernels for NVIDIA GPUs: float32, bfloat16 and float16,
         head dimensions up to 256) or "pallas_tpu" (kernels for TPUs: float32 and bfloat16, head dimensions up to 256).
-        The kernels choose their own chunk size. They can return a new cache, but they cannot continue from a given
-        one. None is the default choice: the kernels of the platform that the program is compiled for if they support
-        the call, else "chunked".
+        The kernels choose their own chunk size. They have no window, keep or initial. They can return a new cache, but
+        they cannot continue from a given one. None is the default choice: the kernels of the platform that the program
+        is compiled for if they support the call, else "chunked".
       cache: a KUCache to continue from. Each of its rows holds one document, and the new tokens follow that document.
         New tokens with segment id 0 are not stored. The same call does prefill (T > 1) and a decoding step (T = 1).
-      return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of capacity T.
+        With keep or initial it must be a SelectedKUCache, whose entries `compact_cache` drops.
+      return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of capacity T; with
+        keep or initial it is a SelectedKUCache.
 
     Returns:
       o [B, T, H, V] in value's dtype; (o, cache) if `cache` is given or `return_cache` is true.
@@ -98,7 +124,8 @@ def delta_attention(
 
     Cost: with F = 2 T² K B H floating-point operations (one causal pass of two matrix products): (1 + G/H) F for w = k;
       1 F if one pass serves write and read (w = q, both similarities softmax, equal scales: the op detects this
-      itself); else 2 F. The backward pass costs 2.5 times as much.
+      itself); else 2 F. The backward pass costs 2.5 times as much. A window without keep and initial skips the tiles
+      that it hides.
       Memory: O(T (K+V)) per head for "chunked", O(T²) for "parallel".
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
@@ -109,19 +136,22 @@ def delta_attention(
     plan, own_query, held, inputs = checked(
         query, key, value, write_query, *gates, *similarities, chunk_size, implementation
     )
+    checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
+    plan = dataclasses.replace(plan, window=window, initial=int(initial))
     if cache is not None or return_cache:
         checks.check_one_document(inputs.segment_ids)
     if cache is not None:
         write_heads = query.shape[2] if own_query else _write_heads(inputs.write_query, key)
         cache = check_cache(cache, KUCache, key, write_heads, value.shape[3])
+        check_selected(cache, keep, initial)
         check_room(cache, inputs.segment_ids, key.shape[1])
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
-        return _extend(plan, own_query, block, held, cache, inputs)
-    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs)
+        return _extend(plan, own_query, block, held, cache, inputs, keep)
+    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep)
 
 
 def delta_values(
@@ -200,7 +230,7 @@ def checked(
 
 
 @compiled(5)
-def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs):
+def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep):
     """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
     real, inputs = without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
@@ -208,38 +238,41 @@ def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held
         softmax = plan.write_similarity == plan.read_similarity == Softmax()
         tied = softmax and plan.write_scale == plan.read_scale and implementation not in _DEFINITIONS
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
-    out, u = _compute(implementation, plan, held, inputs._replace(write_query=write_query))
+    lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
+    out, u = _compute(implementation, plan, held, lasting, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
         out = zero_gradient_at_padding(out, real)
     if not return_cache:
         return out
-    empty = KUCache.empty(*key.shape[:3], u.shape[2], key.shape[3], value.shape[3], key.dtype)
-    return out, store(empty, Entries(key, u, real))
+    kind = KUCache if lasting is None else SelectedKUCache
+    empty = kind.empty(*key.shape[:3], u.shape[2], key.shape[3], value.shape[3], key.dtype)
+    return out, store(empty, Entries(key, u, real, lasting=lasting))
 
 
 @compiled(3)
-def _extend(plan, own_query, block, held, cache, inputs):
+def _extend(plan, own_query, block, held, cache, inputs, keep):
     """(output, cache): `delta_attention` continued from a given cache, `block` tokens at a time."""
     plan = whole_plan(plan, held)
-    real, (query, write_query, key, value, alpha, beta, _) = without_padding(inputs)
+    real, (query, write_query, key, value, alpha, beta, segment_ids) = without_padding(inputs)
+    lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
     w = query if own_query else key if write_query is None else write_query
     extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
-    return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, real), block)
+    return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, lasting, real), block)
 
 
 @compiled(2)
 def _write(plan, implementation, held, inputs):
     """The body of `delta_values`: u [B, T, Hu, V]."""
     real, inputs = without_padding(inputs)
-    _, u = _compute(implementation, plan, held, inputs)
+    _, u = _compute(implementation, plan, held, None, inputs)
     return u if inputs.segment_ids is None else zero_gradient_at_padding(u, real)
 
 
-def _compute(implementation, plan, held, inputs):
+def _compute(implementation, plan, held, lasting, inputs):
     """(output or None, u) by the named implementation, or by the default choice if `implementation` is None."""
     if implementation in _DEFINITIONS:
-        return _by_definition(implementation, whole_plan(plan, held), inputs)
-    chunked = functools.partial(delta_chunked, plan, held)
+        return _by_definition(implementation, whole_plan(plan, held), lasting, inputs)
+    chunked = functools.partial(delta_chunked, plan, held, lasting)
     return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
 
 
@@ -293,7 +326,7 @@ def without_padding(inputs, padding_is_zero=False):
     return real, Inputs(*arrays, zero_at_padding(alpha, real), zero_at_padding(beta, real), segment_ids)
 
 
-def _by_definition(name, plan, inputs):
+def _by_definition(name, plan, lasting, inputs):
     """(output or None, u) by the recurrent or the parallel form, computed in the accumulation dtype."""
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
@@ -308,13 +341,13 @@ def _by_definition(name, plan, inputs):
     gates = [first(ones if gate is None else gate) for gate in (alpha, beta)]
 
     with jax.default_matmul_precision("highest"):
-        one_write = lambda *arguments: write(*arguments, similarity=plan.write_similarity, scale=plan.write_scale)
-        u = H.over_heads(one_write, shared=(5,))(first(w), k, v, *gates, segments)
+        how = dict(similarity=plan.write_similarity, scale=plan.write_scale, window=plan.window)
+        u = H.over_heads(functools.partial(write, **how), shared=(5, 6))(first(w), k, v, *gates, segments, lasting)
         if plan.read_similarity is None:
             return None, H.heads_last(u).astype(out_dtype)
         group = query.shape[2] // heads
         q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
-        one_read = lambda *arguments: read(*arguments, similarity=plan.read_similarity, scale=plan.read_scale)
-        out = H.over_heads(one_read, shared=(3,))(q, k, u, segments)
+        how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)
+        out = H.over_heads(functools.partial(read, **how), shared=(3, 4))(q, k, u, segments, lasting)
     out = H.unfold_queries(out.reshape(batch, heads, time * group, -1), group)
     return out.astype(out_dtype), H.heads_last(u).astype(out_dtype)

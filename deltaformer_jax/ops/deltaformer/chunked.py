@@ -35,7 +35,8 @@ from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The static arguments of a call. `read_similarity` is None if only u is needed. `tied` says that one pass does
-    both the write and the read (chunked_tied.py). `chunk` is the number of rows of a chunk."""
+    both the write and the read (chunked_tied.py). `chunk` is the number of rows of a chunk. `window` and `initial` are
+    those of `delta_attention`."""
 
     write_similarity: Similarity
     write_scale: float
@@ -43,6 +44,8 @@ class Plan:
     read_scale: float | None
     tied: bool
     chunk: int
+    window: int | None = None
+    initial: int = 0
 
 
 class Inputs(NamedTuple):
@@ -59,14 +62,15 @@ class Inputs(NamedTuple):
     segment_ids: jax.Array | None
 
 
-def delta_chunked(plan: Plan, held: tuple[tuple, tuple], inputs: Inputs):
-    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held` is described in `whole_plan`."""
-    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs)
+def delta_chunked(plan: Plan, held: tuple[tuple, tuple], lasting: jax.Array | None, inputs: Inputs):
+    """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held` is described in `whole_plan`; `lasting`
+    bool [B,T]: the tokens that stay visible behind the window."""
+    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs, lasting)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan, held, inputs):
-    return _forward(plan, held, inputs)[0]
+def _differentiable(plan, held, inputs, lasting):
+    return _forward(plan, held, inputs, lasting)[0]
 
 
 def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
@@ -79,60 +83,70 @@ def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
     )
 
 
-def _layout(plan, write_query, key, value, alpha, beta, segment_ids):
-    """(write heads, padded length, the arguments of `write_forward`): heads first, padded to whole chunks."""
+def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting):
+    """(write heads, padded length, the arguments of `write_forward`, and of these that of all passes by name): heads
+    first, padded to whole chunks."""
     length = -(-key.shape[1] // plan.chunk) * plan.chunk
     heads = key.shape[2] if write_query is None else write_query.shape[2]
     first = lambda x: H.heads_first(H.pad_time(x, length))
     key, value = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
     write_query = key if write_query is None else first(write_query)
     segments = H.pad_time(segment_ids, length)
-    bounds = tiles.first_chunks(segments, None, length, plan.chunk)
+    bounds = tiles.first_chunks(segments, plan.window if lasting is None else None, length, plan.chunk)
     segments = None if segments is None else segments[:, None]
-    return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds
+    lasting = None if lasting is None else H.pad_time(lasting, length)[:, None]
+    how = dict(chunk=plan.chunk, window=plan.window, lasting=lasting)
+    return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds, how
+
+
+def _settings(plan, how):
+    """The keyword arguments of the write and of the read: `how` with the similarity and the scale of each."""
+    write = dict(similarity=plan.write_similarity, scale=plan.write_scale, **how)
+    return write, dict(similarity=plan.read_similarity, scale=plan.read_scale, **how)
 
 
 # _forward and _backward are jitted, so that JAX traces each once per shape, and not again for another platform of the
 # program or for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, held, inputs):
+def _forward(plan, held, inputs, lasting):
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
-    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting)
+    heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
-        out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, chunk=plan.chunk)
+        out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, **how)
         out, u, summary, rows = made((back(out).astype(dtype), back(u), back(summary).astype(dtype), rows))
-        return (out, u.astype(dtype)), (held, inputs, u, summary, rows)
-    how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
-    u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **how)
+        return (out, u.astype(dtype)), (held, inputs, lasting, u, summary, rows)
+    write, read = _settings(plan, how)
+    u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **write)
     if plan.read_similarity is None:
         u, lse_write = made((back(u), lse_write))
-        return (None, u.astype(dtype)), (held, inputs, u, None, (lse_write,))
+        return (None, u.astype(dtype)), (held, inputs, lasting, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
-    how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
-    out, lse_read = read_forward(q, k, u, segments, None, bounds, **how)
+    out, lse_read = read_forward(q, k, u, segments, None, bounds, **read)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
     out, u, lse_write, lse_read = made((out, back(u), lse_write, lse_read))
     # Only the backward pass of softmax needs the output.
     kept = out if plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (held, inputs, u, kept, (lse_write, lse_read))
+    return (out, u.astype(dtype)), (held, inputs, lasting, u, kept, (lse_write, lse_read))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    held, inputs, u, kept, rows = residuals
+    held, inputs, lasting, u, kept, rows = residuals
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     dout, du = cotangents
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
         write_query = query
-    heads, length, w, k, v, a, b, segments, bounds = _layout(plan, write_query, key, value, alpha, beta, segment_ids)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting)
+    heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     first = lambda x: H.heads_first(H.pad_time(x, length))
     back = lambda x: H.heads_last(x)[:, :time]
     last = tiles.last_chunks(bounds)
@@ -142,19 +156,17 @@ def _backward(plan, residuals, cotangents):
     if plan.tied:
         kept = (u, first(kept), *rows)
         dw, dk, dv, dalpha, dbeta = tied_backward(
-            w, k, v, a, b, segments, last, *kept, first(dout), du, scale=plan.write_scale, chunk=plan.chunk
+            w, k, v, a, b, segments, last, *kept, first(dout), du, scale=plan.write_scale, **how
         )
     else:
-        dk_read = 0
+        dk_read, (write, read) = 0, _settings(plan, how)
         if plan.read_similarity is not None:
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
             rest = (fold(kept), rows[1], fold(dout))
-            how = dict(similarity=plan.read_similarity, scale=plan.read_scale, chunk=plan.chunk)
-            dq, dk_read, du_read, _ = read_backward(fold(query), k, u, segments, None, last, *rest, **how)
+            dq, dk_read, du_read, _ = read_backward(fold(query), k, u, segments, None, last, *rest, **read)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
-        how = dict(similarity=plan.write_similarity, scale=plan.write_scale, chunk=plan.chunk)
-        dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **how)
+        dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **write)
         dk = dk + dk_read
     if plan.tied:
         dq, dw = back(dw).astype(query.dtype), None
@@ -172,7 +184,7 @@ def _backward(plan, residuals, cotangents):
         segment_ids=None,
     )
     # No gradient for `held`: if it were differentiated, without_gradient would have raised.
-    return None, gradients
+    return None, gradients, None
 
 
 _differentiable.defvjp(_forward, _backward)

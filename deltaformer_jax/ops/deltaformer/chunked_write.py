@@ -66,9 +66,10 @@ def backward_tile(similarity, scale, rows, keys, values, visible, lse, grad, bet
     return weights, products, dscores
 
 
-def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk):
+def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk, window=None, lasting=None):
     """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
-    (`tiles.first_chunks`) -> u [B, h, T, V], lse [B, h, T] (the log-sum-exp of each row).
+    (`tiles.first_chunks`), lasting [B, 1, T] or None (the columns that stay visible behind the window) -> u
+    [B, h, T, V], lse [B, h, T] (the log-sum-exp of each row).
 
     u and lse are in the accumulation dtype for all inputs, because errors from rounding u to bfloat16 accumulate along
     the sequence.
@@ -88,10 +89,12 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
+            visible = tiles.selected(visible, c, j, chunk, window, lasting)
             return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
 
         running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
+        visible = tiles.selected(visible, c, c, chunk, window, lasting)
         target = times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
         solved, normaliser = solve_chunk(similarity, running, scores(c), visible, target, tiles.take(beta, c, chunk))
         return (tiles.put(u, solved, c), tiles.put(lse, normaliser, c)), None
@@ -100,7 +103,9 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
     return lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
 
 
-def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk):
+def write_backward(
+    w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk, window=None, lasting=None
+):
     """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [B, h, T, V], all in the accumulation dtype.
 
     dalpha and dbeta are computed even if alpha and beta are None.
@@ -130,6 +135,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
             dw, dbeta, rest, dkeys = inner
             grad = tiles.take(g, i, chunk)
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
+            visible = tiles.selected(visible, i, j, chunk, window, lasting)
             weights, products, dscores = tile(i, keys, values, visible, grad)
             rest = rest - tiles.dot(weights.mT, times(tiles.take(beta, i, chunk), grad), operand)
             dkeys = dkeys + tiles.dot(dscores.mT, tiles.take(w, i, chunk), operand)
@@ -141,6 +147,7 @@ def write_backward(w, k, v, alpha, beta, segments, last, u, lse, du, *, similari
         dw, dbeta, rest, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
+        visible = tiles.selected(visible, j, j, chunk, window, lasting)
         rows = tiles.take(w, j, chunk)
         scores = tiles.dot(rows, keys.mT, k.dtype) * scale
         weights = tiles.weights_again(similarity, scores, tiles.take(lse, j, chunk), visible)

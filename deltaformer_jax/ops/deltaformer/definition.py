@@ -4,7 +4,8 @@
     u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i                U = (I + diag(β) A)⁻¹ diag(α) V
     o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                                O = P₂ U
 
-A is the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular matrix of κ₂(q_i, k_j).
+A is the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular matrix of κ₂(q_i, k_j). With a
+window, both sums run only over the tokens i with t − i < window and those that last.
 
 Both forms take O(T²) work. The recurrent form takes T sequential steps; its backward pass keeps a copy of u for each
 step, O(T² V) per head. The parallel form keeps O(T²) per head. JAX differentiates both, any number of times.
@@ -17,15 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common.similarity import row_weights
+from deltaformer_jax.ops.common.tiles import within
 from deltaformer_jax.ops.common.triangular import solve_by_halves
 
 
-def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
-    """The write of one head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V]."""
+def write_recurrent(w, k, v, alpha, beta, segments, lasting, *, similarity, scale, window):
+    """The write of one head: w, k [T, K], v [T, V], alpha, beta, segments [T], lasting [T] or None (the tokens that
+    stay visible behind the window) -> u [T, V]."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(u, t):
         visible = (index < t) & (segments == segments[t]) & (segments[t] != 0)
+        if window is not None:
+            visible &= within(t - index, window, lasting)
         weights = row_weights(similarity, k @ w[t] * scale, visible)
         u_t = alpha[t] * v[t] - beta[t] * (weights @ u)
         return u.at[t].set(u_t), None
@@ -33,36 +38,41 @@ def write_recurrent(w, k, v, alpha, beta, segments, *, similarity, scale):
     return lax.scan(token, jnp.zeros_like(v), index)[0]
 
 
-def read_recurrent(q, k, u, segments, *, similarity, scale):
-    """The read of one key head by r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
+def read_recurrent(q, k, u, segments, lasting, *, similarity, scale, window):
+    """The read of one key head by r query heads: q [T, r, K], k [T, K], u [T, V], segments [T], lasting [T] or None ->
+    o [T, r, V]."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
     def token(_, t):
         visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
+        if window is not None:
+            visible &= within(t - index, window, lasting)
         scores = q[t] @ k.T * scale
         return None, row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u
 
     return lax.scan(token, None, index)[1]
 
 
-def _visible(segments, strict):
+def _visible(segments, window, lasting, strict):
     row, column = jnp.arange(segments.shape[0])[:, None], jnp.arange(segments.shape[0])[None, :]
     visible = (column < row if strict else column <= row) & (segments[:, None] == segments[None, :])
+    if window is not None:
+        visible &= within(row - column, window, None if lasting is None else lasting[None])
     return visible & (segments != 0)[:, None]
 
 
-def write_parallel(w, k, v, alpha, beta, segments, *, similarity, scale):
-    """The write of one head: w, k [T, K], v [T, V], alpha, beta, segments [T] -> u [T, V].
+def write_parallel(w, k, v, alpha, beta, segments, lasting, *, similarity, scale, window):
+    """`write_recurrent` for all tokens at once.
 
     The system is solved by matrix products instead of LAPACK. jaxlib's batched triangular solve can deadlock on a CPU
     with two threads, if two of them run at the same time, as forward and backward of one program can (jaxlib 0.10.2).
     """
-    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, strict=True))
+    weights = row_weights(similarity, w @ k.T * scale, _visible(segments, window, lasting, strict=True))
     return solve_by_halves(beta[:, None] * weights, alpha[:, None] * v)
 
 
-def read_parallel(q, k, u, segments, *, similarity, scale):
-    """The read of one key head by r query heads: q [T, r, K], k [T, K], u [T, V], segments [T] -> o [T, r, V]."""
-    visible = _visible(segments, strict=False)[:, None, :]
+def read_parallel(q, k, u, segments, lasting, *, similarity, scale, window):
+    """`read_recurrent` for all tokens at once."""
+    visible = _visible(segments, window, lasting, strict=False)[:, None, :]
     scores = jnp.einsum("irk,jk->irj", q, k) * scale
     return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u

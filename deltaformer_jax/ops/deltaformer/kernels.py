@@ -15,8 +15,9 @@ from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan
 
 
 def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, in the place of `delta_chunked(plan, inputs)`."""
-
+    """`module`'s kernels for this call, in the place of `delta_chunked`."""
+    if plan.window is not None:
+        return Kernels("its kernels support neither window, keep nor initial")
     if any(isinstance(similarity, Own) for similarity in (plan.write_similarity, plan.read_similarity)):
         return Kernels(f"its kernels support only the built-in similarities {', '.join(NAMED)}")
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import Entries, KVCache, check_cache, check_room, store
+from deltaformer_jax.ops.cache.caches import (
+    Entries,
+    KVCache,
+    Selected,
+    SelectedKVCache,
+    check_cache,
+    check_room,
+    check_selected,
+    lasting_tokens,
+    store,
+)
 from deltaformer_jax.ops.cache.extension import extend_attention, extend_in_blocks
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
@@ -32,6 +43,8 @@ def causal_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    keep: jax.Array | None = None,
+    initial: int = 0,
     log_decay: jax.Array | None = None,
     sinks: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -45,6 +58,10 @@ def causal_attention(
         s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,          p_ti = e^{s_ti} / (e^{b} + Σ_{t−window<j≤t} e^{s_tj})
         o_t = Σ_i p_ti v_i
 
+    With `keep` or `initial`, t also sees the tokens behind the window that last: i ≤ t is visible if
+
+        t − i < window   or   keep_i   or   (position of i in its segment) < initial
+
     g ≤ 0 is the log decay (the forgetting gate). b is the head's sink logit. Without sinks, e^b is replaced by 0.
 
     Letters: B batch rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the head dimensions
@@ -55,6 +72,9 @@ def causal_attention(
         float16.
       scale: multiplies q·k; None means K ** -0.5.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
+      keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
+        window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
+      initial: how many tokens at the start of each segment all later ones see. It needs the same.
       log_decay: g [B, T, H] or one number, finite and at most 0: the natural log of the factor by which a token reduces
         the weight of all tokens before it. None means 0.
       sinks: b [H], one logit per head that adds e^b to the normaliser and has value 0; None means no sinks.
@@ -65,13 +85,13 @@ def causal_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (NVIDIA GPUs: bfloat16, float16 and float32, head dimensions
         up to 256, no window), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up to 128) or "splash"
-        (TPUs: bfloat16, K = V). The last three support neither log_decay nor sinks. None is the default choice: by the
-        platform that the program is compiled for, "splash", "triton" if there are segment ids and else "cudnn", if it
-        supports the call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
-      cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. New tokens with segment
-        id 0 are not stored.
+        (TPUs: bfloat16, K = V). The last three support none of log_decay, sinks, keep and initial. None is the default
+        choice: by the platform that the program is compiled for, "splash", "triton" if there are segment ids and else
+        "cudnn", if it supports the call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
+      cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. With keep or initial it
+        must be a SelectedKVCache, whose entries `compact_cache` drops. New tokens with segment id 0 are not stored.
       return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of `window` slots, or
-        of T slots if there is no window.
+        of T slots if there is no window; with keep or initial a SelectedKVCache of all T tokens.
 
     Returns:
       o [B, T, H, V] in value's dtype; (o, cache) if `cache` is given or `return_cache` is true.
@@ -85,27 +105,31 @@ def causal_attention(
       NotImplementedError: the named implementation does not exist for this op, does not support this call or needs
         another platform. Also a second derivative of "chunked".
 
-    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window), and 2.5 times as many in the
-      backward pass. Memory: O(T (K+V)) per head for "chunked".
+    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window but neither keep nor initial), and
+      2.5 times as many in the backward pass. Memory: O(T (K+V)) per head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
-      arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks: Xiao et al., arXiv 2309.17453.
+      arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks and initial: Xiao et al., arXiv
+      2309.17453; keep: Chen et al., SepLLM, arXiv 2412.12094.
     """
+    checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
+    plan = dataclasses.replace(plan, initial=int(initial))
     log_decay, segment_ids = inputs.log_decay, inputs.segment_ids
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
     if cache is not None:
         decay_heads = None if log_decay is None else query.shape[2]
         cache = check_cache(cache, KVCache, key, value.shape[2], value.shape[3], decay_heads)
+        check_selected(cache, keep, initial)
         check_room(cache, segment_ids, key.shape[1], window)
         if implementation in BACKENDS["softmax"]:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
-        return _extend(plan, block, cache, inputs)
-    return _attend(plan, implementation, return_cache, padding_is_zero, inputs)
+        return _extend(plan, block, cache, inputs, keep)
+    return _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep)
 
 
 def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation) -> tuple[Plan, Inputs]:
@@ -123,14 +147,16 @@ def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, imp
 
 
 @compiled(4)
-def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
+def _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep):
     """`causal_attention` without a given cache."""
     real, inputs = without_padding(inputs, padding_is_zero)
     query, key, value, log_decay, *_ = inputs
+    lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
     if implementation in _DEFINITIONS:
-        out = _by_definition(_DEFINITIONS[implementation], inputs, plan.scale, plan.window)
+        out = _by_definition(_DEFINITIONS[implementation], inputs, lasting, plan.scale, plan.window)
     else:
-        chunked, bound = functools.partial(attention_chunked, plan), functools.partial(bind, plan, inputs)
+        chunked, bound = (functools.partial(form, plan, lasting) for form in (attention_chunked, bind))
+        bound = functools.partial(bound, inputs)
         out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound, order=order(inputs))
     if inputs.segment_ids is not None:
         out = zero_gradient_at_padding(out, real)
@@ -138,19 +164,19 @@ def _attend(plan, implementation, return_cache, padding_is_zero, inputs):
         return out
     batch, time, heads, width = key.shape
     decay_heads = None if log_decay is None else query.shape[2]
-    empty = KVCache.empty(batch, plan.window or time, heads, width, value.shape[3], key.dtype, decay_heads)
-    return out, store(empty, Entries(key, value, real, log_decay))
+    sizes = (heads, width, value.shape[3], key.dtype, decay_heads)
+    if lasting is not None:
+        return out, store(SelectedKVCache.empty(batch, time, *sizes), Entries(key, value, real, log_decay, lasting))
+    return out, store(KVCache.empty(batch, plan.window or time, *sizes), Entries(key, value, real, log_decay))
 
 
 @compiled(2)
-def _extend(plan, block, cache, inputs):
+def _extend(plan, block, cache, inputs, keep):
     """(output, cache): `causal_attention` continued from a given cache, `block` tokens at a time."""
-    real, (query, key, value, log_decay, sinks, _) = without_padding(inputs)
-
-    def extend(cache, query, key, value, log_decay, real):
-        return extend_attention(cache, query, key, value, log_decay, sinks, real, _SOFTMAX, plan.scale, plan.window)
-
-    return extend_in_blocks(extend, cache, (query, key, value, log_decay, real), block)
+    real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs)
+    lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
+    extend = lambda cache, *arrays: extend_attention(cache, *arrays, sinks, _SOFTMAX, plan.scale, plan.window)
+    return extend_in_blocks(extend, cache, (query, key, value, log_decay, lasting, real), block)
 
 
 def without_padding(inputs, padding_is_zero=False):
@@ -167,7 +193,7 @@ def without_padding(inputs, padding_is_zero=False):
     return real, Inputs(query, key, value, log_decay, sinks, segment_ids)
 
 
-def _by_definition(read, inputs, scale, window):
+def _by_definition(read, inputs, lasting, scale, window):
     """The output [B, T, H, V] by `read`, a definition for one head, in the accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
     dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
@@ -181,7 +207,7 @@ def _by_definition(read, inputs, scale, window):
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.astype(dtype).reshape(1, heads, group), (batch, heads, group))
     with jax.default_matmul_precision("highest"):
-        out = H.over_heads(one_head, shared=(3,))(
-            grouped(query), first(key), first(value), segments, grouped(log_decay), sinks
+        out = H.over_heads(one_head, shared=(3, 6))(
+            grouped(query), first(key), first(value), segments, grouped(log_decay), sinks, lasting
         )
     return H.unfold_queries(out.reshape(batch, heads, time * group, -1), group).astype(value.dtype)

@@ -24,14 +24,16 @@ _SOFTMAX = Softmax()
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static arguments: scale of the scores, window, rows of a chunk."""
+    """The static arguments: scale of the scores, window, rows of a chunk, and of each segment how many tokens stay
+    visible behind the window."""
 
     scale: float
     window: int | None
     chunk: int
+    initial: int = 0
 
 
-def _layout(plan, query, key, value, log_decay, segment_ids):
+def _layout(plan, query, key, value, log_decay, segment_ids, lasting):
     """(arguments of `read_forward`, its `first`, its settings): heads first, padded to whole chunks."""
     heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
     group = query.shape[2] // heads
@@ -40,9 +42,10 @@ def _layout(plan, query, key, value, log_decay, segment_ids):
     if log_decay is not None:
         log_decay = H.fold_queries(H.pad_time(log_decay, length), heads).reshape(*k.shape[:3], group)
     segments = H.pad_time(segment_ids, length)
-    bounds = tiles.first_chunks(segments, plan.window, length, plan.chunk)
+    bounds = tiles.first_chunks(segments, plan.window if lasting is None else None, length, plan.chunk)
     segments = None if segments is None else segments[:, None]
-    settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window)
+    lasting = None if lasting is None else H.pad_time(lasting, length)[:, None]
+    settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window, lasting=lasting)
     return (q, k, v, segments, log_decay), bounds, settings
 
 
@@ -58,10 +61,10 @@ class Inputs(NamedTuple):
     segment_ids: jax.Array | None
 
 
-def attention_chunked(plan: Plan, inputs: Inputs):
-    """The output [B,T,H,V] in value's dtype."""
+def attention_chunked(plan: Plan, lasting: jax.Array | None, inputs: Inputs):
+    """The output [B,T,H,V] in value's dtype. `lasting` bool [B,T]: the tokens that stay visible behind the window."""
     query, key, value, log_decay, sinks, segment_ids = inputs
-    return with_sinks(*_without_sinks(plan, query, key, value, log_decay, segment_ids), sinks)
+    return with_sinks(*_without_sinks(plan, query, key, value, log_decay, segment_ids, lasting), sinks)
 
 
 def with_sinks(out, lse, sinks):
@@ -74,26 +77,26 @@ def with_sinks(out, lse, sinks):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _without_sinks(plan, query, key, value, log_decay, segment_ids):
+def _without_sinks(plan, query, key, value, log_decay, segment_ids, lasting):
     """(output [B,T,H,V] in value's dtype, log-sum-exps [B,T,H] in the accumulation dtype)."""
-    return _forward(plan, query, key, value, log_decay, segment_ids)[0]
+    return _forward(plan, query, key, value, log_decay, segment_ids, lasting)[0]
 
 
 # _forward and _backward are jitted, so that JAX traces each once per shape and not at every call.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, query, key, value, log_decay, segment_ids):
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
+def _forward(plan, query, key, value, log_decay, segment_ids, lasting):
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting)
     out, lse = read_forward(*arrays, bounds, **settings)
     back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
     out, lse = made((back(out).astype(value.dtype), back(lse)))
-    return (out, lse), (query, key, value, log_decay, segment_ids, out, lse)
+    return (out, lse), (query, key, value, log_decay, segment_ids, lasting, out, lse)
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    query, key, value, log_decay, segment_ids, out, lse = residuals
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids)
+    query, key, value, log_decay, segment_ids, lasting, out, lse = residuals
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting)
     last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
     group = query.shape[2] // heads
     fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)
@@ -102,7 +105,7 @@ def _backward(plan, residuals, cotangents):
     rows = lambda x: H.unfold_queries(x, group)[:, :time]
     if dg is not None:
         dg = rows(dg.reshape(*dg.shape[:2], length * group)).astype(log_decay.dtype)
-    return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None
+    return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None, None
 
 
 _without_sinks.defvjp(_forward, _backward)

@@ -12,13 +12,14 @@ from jax import lax
 
 from deltaformer_jax.ops.common.score_decay import decay_between
 from deltaformer_jax.ops.common.similarity import Softmax, row_weights
+from deltaformer_jax.ops.common.tiles import within
 
 
-def attend_recurrent(q, k, v, segments, log_decay, sinks, *, scale, window):
+def attend_recurrent(q, k, v, segments, log_decay, sinks, lasting, *, scale, window):
     """One key head and its r query heads -> o [T, r, V].
 
-    q [T, r, K], k [T, K], v [T, V], segments [T], log_decay [T, r], sinks [r] or None. The scan carries D, the sum of
-    the log decays after each past token.
+    q [T, r, K], k [T, K], v [T, V], segments [T], log_decay [T, r], sinks [r] or None, lasting [T] or None: the tokens
+    that stay visible behind the window. The scan carries D, the sum of the log decays after each past token.
     """
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
 
@@ -26,19 +27,19 @@ def attend_recurrent(q, k, v, segments, log_decay, sinks, *, scale, window):
         decay = jnp.where(index < t, decay + log_decay[t][:, None], 0)
         visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
         if window is not None:
-            visible &= t - index < window
+            visible &= within(t - index, window, lasting)
         return decay, _weights(q[t] @ k.T * scale + decay, visible, sinks) @ v
 
     return lax.scan(token, jnp.zeros((q.shape[1], k.shape[0]), q.dtype), index)[1]
 
 
-def attend_parallel(q, k, v, segments, log_decay, sinks, *, scale, window):
+def attend_parallel(q, k, v, segments, log_decay, sinks, lasting, *, scale, window):
     """`attend_recurrent` for all tokens at once. Memory: O(T²) per query head."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
     ago = index[:, None] - index[None, :]
     visible = (ago >= 0) & (segments[:, None] == segments[None, :]) & (segments != 0)[:, None]
     if window is not None:
-        visible &= ago < window
+        visible &= within(ago, window, None if lasting is None else lasting[None])
     decay = jnp.moveaxis(decay_between(log_decay), 2, 1)
     scores = jnp.einsum("irk,jk->irj", q, k) * scale + decay
     return _weights(scores, visible[:, None], sinks) @ v

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import jax
+
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
@@ -15,8 +17,10 @@ def order(inputs: Inputs) -> tuple[str, ...]:
     return ("cudnn", "triton", "splash") if inputs.segment_ids is None else ("triton", "cudnn", "splash")
 
 
-def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, in the place of `attention_chunked(plan, inputs)`."""
+def bind(plan: Plan, lasting: jax.Array | None, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
+    """`module`'s kernels for this call, in the place of `attention_chunked(plan, lasting, inputs)`."""
+    if lasting is not None:
+        return Kernels("its kernels support neither keep nor initial")
     query, key, value, log_decay, sinks, _ = inputs
     if name == "triton":
         settings = module.settings_of(plan.scale)

@@ -40,6 +40,9 @@ def delta_attention_pipeline(
     read_similarity: str | Similarity = "softmax",
     write_scale: float | None = None,
     read_scale: float | None = None,
+    window: int | None = None,
+    keep: jax.Array | None = None,
+    initial: int = 0,
     segment_ids: jax.Array | None = None,
     padding_is_zero: bool = False,
     chunk_size: int | None = None,
@@ -55,7 +58,8 @@ def delta_attention_pipeline(
 
     Raises:
       ValueError, TypeError: as the op; also a number of tokens on a device that P does not divide.
-      NotImplementedError: another implementation, a similarity that holds arrays, or a second derivative.
+      NotImplementedError: another implementation, window, keep, initial, a similarity that holds arrays, or a second
+        derivative.
 
     Cost: the op's, divided by P, and the time that `schedule.idle_share` gives; w = q takes two passes. Of the numbers
       of its T/P tokens, a device sends (P − 1)/P once to spread them over the devices and back. Around the chain it
@@ -68,6 +72,11 @@ def delta_attention_pipeline(
         raise NotImplementedError(
             f"implementation={implementation!r}: the chain over devices has one form; leave model.implementation out, "
             "or give a mesh.context that divides the number of heads of every array"
+        )
+    if window is not None or keep is not None or initial:
+        raise NotImplementedError(
+            "window, keep and initial: the chain over devices has none; give a mesh.context that divides the number of "
+            "heads of every array"
         )
     segment_ids = narrow_ids(segment_ids, axis_name)
     gates, similarities = (alpha, beta, segment_ids), (write_similarity, read_similarity, write_scale, read_scale)

@@ -22,8 +22,8 @@ def over_heads(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | None]
 
     Args:
       op: `delta_attention`, `causal_attention` or one of the gated ops' outputs, with its options bound.
-      arrays: [B, T/P, h, …] by the op's names, each with its own number of heads h, except "segment_ids" [B, T/P] and
-        "sinks" [h], which is the same on every device. An array may be None. Documents may cross devices.
+      arrays: [B, T/P, h, …] by the op's names, each with its own number of heads h, except "segment_ids" and "keep"
+        [B, T/P], and "sinks" [h], which is the same on every device. An array may be None. Documents may cross devices.
 
     Raises ValueError if the axis does not divide the heads of each array.
     """
@@ -39,7 +39,7 @@ def over_heads(op: Callable[..., jax.Array], arrays: dict[str, jax.Array | None]
     def own(name, x):
         if x is None:
             return None
-        if name == "segment_ids":
+        if name in ("segment_ids", "keep"):
             return whole_rows(x, axis_name)
         if name == "sinks":
             share = x.shape[0] // devices
@@ -56,6 +56,6 @@ def heads_divide(arrays: dict[str, jax.Array | None], devices: int) -> bool:
 
 
 def _heads(name, x):
-    if x is None or name == "segment_ids":
+    if x is None or name in ("segment_ids", "keep"):
         return None
     return x.shape[0] if name == "sinks" else x.shape[2]

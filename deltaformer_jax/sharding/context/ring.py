@@ -30,6 +30,8 @@ def causal_attention_ring(
     *,
     scale: float | None = None,
     window: int | None = None,
+    keep: jax.Array | None = None,
+    initial: int = 0,
     log_decay: jax.Array | None = None,
     sinks: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -45,7 +47,7 @@ def causal_attention_ring(
 
     Raises:
       ValueError, TypeError: as the op; also an odd number of tokens on a device.
-      NotImplementedError: another implementation, or a second derivative.
+      NotImplementedError: another implementation, keep, initial, or a second derivative.
 
     Cost: the op's, divided by P. Without a window, rows are spread in zig-zag order first, so that all devices have
       equal work at each step; a device sends its queries, keys, values and outputs once for that, and P − 1 times
@@ -56,6 +58,11 @@ def causal_attention_ring(
         raise NotImplementedError(
             f"implementation={implementation!r}: attention over a ring has one form; leave model.implementation out, "
             "or give a mesh.context that divides the number of heads of every array"
+        )
+    if keep is not None or initial:
+        raise NotImplementedError(
+            "keep and initial: attention over a ring sees no token behind its window; give a mesh.context that divides "
+            "the number of heads of every array"
         )
     segment_ids = narrow_ids(segment_ids, axis_name)
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)

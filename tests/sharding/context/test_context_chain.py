@@ -78,6 +78,8 @@ def test_refused():
 
     with pytest.raises(NotImplementedError, match="implementation='triton': the chain over devices has one form"):
         run(arrays, implementation="triton")
+    with pytest.raises(NotImplementedError, match="window, keep and initial: the chain over devices has none"):
+        run(arrays, window=4)
     odd = {name: x[:, :48] for name, x in arrays.items()}
     with pytest.raises(ValueError, match=r"6 tokens on each of the 8 devices .* multiple of 8, so make .* of 64 tok"):
         run(odd)

@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from context_cases import AXIS, DEVICES, compare, draw, over, packed
 
@@ -43,6 +44,14 @@ def test_softmax_attention_with_sinks_and_decay():
     arrays |= dict(log_decay=-jnp.abs(arrays["log_decay"]), sinks=jnp.linspace(-1, 1, 8))
     op = functools.partial(causal_attention, window=11, implementation="chunked")
     compare(spread(op), op, arrays, ids, 4, 1e-5)
+
+
+def test_tokens_that_last_are_known_on_every_device():
+    ids = packed(LENGTH)
+    arrays = draw(dict(query=(8, 4), key=(4, 4), value=(4, 3)), LENGTH, jnp.float32)
+    arrays |= dict(segment_ids=ids, keep=jnp.arange(2 * LENGTH).reshape(2, LENGTH) % 5 == 1)
+    op = functools.partial(delta_attention, window=3, initial=1, implementation="chunked", chunk_size=8)
+    np.testing.assert_allclose(over(4, spread(op), arrays), op(**arrays), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.long

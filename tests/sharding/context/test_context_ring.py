@@ -66,6 +66,8 @@ def test_refused():
     arrays = inputs(jnp.float32, None)
     with pytest.raises(NotImplementedError, match="implementation='splash': attention over a ring has one form"):
         over(4, functools.partial(causal_attention_ring, AXIS, implementation="splash"), arrays)
+    with pytest.raises(NotImplementedError, match="keep and initial: attention over a ring sees no token behind its"):
+        over(4, functools.partial(causal_attention_ring, AXIS, window=4, initial=1), arrays)
     odd = {name: x[:, :20] for name, x in arrays.items()}
     with pytest.raises(ValueError, match=r"5 tokens on each of the 4 devices .* be a multiple of 2, so make .* of 8 "):
         over(4, functools.partial(causal_attention_ring, AXIS), odd)

@@ -1,0 +1,174 @@
+"""Which entries of a cache to keep: after a prompt, by what its last tokens read (NACL), and in an endless text, by a
+fixed rule (SepLLM).
+
+    F_n = Σ_{p ∈ P} Σ_h softmax_n(scale · q_ph·k_n),        kept = P ∪ top(F, C) ∪ C' others drawn by softmax(F)
+
+P, the proxies, are the last tokens of the prompt, often its question. `compact_cache` makes the cache of the kept
+entries. Unlike the eviction of `visible_entries`, these change the outputs that follow.
+
+Source: Chen et al., NACL, arXiv 2408.03675; Chen et al., SepLLM, arXiv 2412.12094.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deltaformer_jax.ops.cache.caches import KUCache, KVCache, Selected, slot_positions
+from deltaformer_jax.ops.common import checks
+from deltaformer_jax.ops.common.compiled import compiled
+from deltaformer_jax.ops.common.similarity import Softmax, row_weights
+from deltaformer_jax.ops.common.tiles import accumulation_dtype
+
+
+def proxy_scores(cache: KUCache | KVCache, query: jax.Array, *, scale: float | None = None) -> jax.Array:
+    """How much the last tokens of a cache read of each of its entries.
+
+        F_n = Σ_p Σ_h softmax_n(scale · q_ph·k_n),      n filled and position_n ≤ position_p
+
+    Of DeltaFormer's write queries it is what these tokens would still correct; add it, times a factor of your own.
+
+    Args:
+      cache: after these tokens, a KUCache or KVCache of G key heads.
+      query: [B, P, H, K], the queries of the last P tokens in the cache, H a multiple of G.
+      scale: multiplies q·k; None means K ** -0.5.
+
+    Returns F [B, N] in float32 (float64 for float64), 0 at empty slots; it sums to P · H in a row with P tokens.
+    Raises ValueError, TypeError: a shape or dtype that does not fit. Cost: 2 P N K H B floating-point operations.
+    Source: Chen et al., NACL, arXiv 2408.03675; there the sum is over the heads of one group and not over all.
+    """
+    if not isinstance(cache, KUCache | KVCache):
+        raise TypeError(f"cache must be a KUCache or a KVCache, not {type(cache).__name__}")
+    checks.check_tokens("query", query)
+    batch, heads, _, width = cache.key_by_head.shape
+    if query.shape[0] != batch or query.shape[3] != width:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}: for this cache it must be [{batch}, tokens, heads, {width}]"
+        )
+    checks.check_multiple("query", query.shape[2], heads)
+    return _scores(checks.check_scale("scale", scale, width), cache, query)
+
+
+@compiled(1)
+def _scores(scale, cache, query):
+    batch, time, heads, width = query.shape
+    wide = accumulation_dtype(query.dtype)
+    groups = cache.key_by_head.shape[1]
+    rows = query.astype(wide).reshape(batch, time, groups, heads // groups, width)
+    scores = jnp.einsum("btgrk,bgnk->bgrtn", rows, cache.key_by_head.astype(wide), precision=lax.Precision.HIGHEST)
+    position = slot_positions(cache)[:, None, :]
+    token = cache.length[:, None] - time + jnp.arange(time, dtype=jnp.int32)[None]
+    visible = (position >= 0) & (position <= token[:, :, None])
+    weights = row_weights(Softmax(), scores * scale, jnp.broadcast_to(visible[:, None, None], scores.shape))
+    return jnp.sum(weights, axis=(1, 2, 3))
+
+
+def select_entries(
+    scores: jax.Array,
+    n_top: int,
+    n_random: int = 0,
+    key: jax.Array | None = None,
+    *,
+    proxies: int = 0,
+    cache: KUCache | KVCache | None = None,
+) -> jax.Array:
+    """The slots to keep: the last `proxies` tokens, the `n_top` best of the others, and `n_random` more.
+
+        kept = P ∪ T ∪ R,     T = top of F without P,     R drawn from softmax(F) without P ∪ T, none twice
+
+    Args:
+      scores: F [B, N], floats, for example `proxy_scores`.
+      n_top, n_random, proxies: how many slots, each at least 0, together at least 1.
+      key: a `jax.random` key, needed for n_random > 0. One seed gives one choice, on any number of devices.
+      cache: says which slots are filled and which tokens are last. None: all are filled, in order.
+
+    Returns:
+      int32 [B, n], in ascending order and none twice, for `compact_cache`. n = proxies + n_top + n_random, or N if that
+      is less: then all slots. Of a row with fewer than n filled slots, all of these and some empty ones.
+
+    Raises ValueError, TypeError: a size, shape or dtype that does not fit; n_random without a key.
+    Cost: three sorts of N numbers per row.
+    Source: Chen et al., NACL, arXiv 2408.03675; drawn as in Kool et al., arXiv 1903.06059: the largest of F plus Gumbel
+    noise.
+    """
+    for name, count in (("n_top", n_top), ("n_random", n_random), ("proxies", proxies)):
+        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"{name}={count!r}: it must be an integer of at least 0")
+    if not n_top + n_random + proxies:
+        raise ValueError("n_top, n_random and proxies are all 0: at least one entry must be kept")
+    if not hasattr(scores, "ndim") or scores.ndim != 2:
+        found = tuple(scores.shape) if hasattr(scores, "shape") else type(scores).__name__
+        raise ValueError(f"scores must have shape [batch, slots]; it has {found}")
+    checks.check_float("scores", scores.dtype)
+    if cache is not None and tuple(scores.shape) != tuple(slot_positions(cache).shape):
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)} but the cache's slots are {slot_positions(cache).shape}"
+        )
+    if n_random and key is None:
+        raise ValueError(f"n_random={n_random} needs a key: give key=jax.random.key(seed)")
+    return _select(int(n_top), int(n_random), int(proxies), scores, key if n_random else None, cache)
+
+
+@compiled(3)
+def _select(n_top, n_random, proxies, scores, key, cache):
+    batch, slots = scores.shape
+    scores = scores.astype(accumulation_dtype(scores.dtype))
+    if cache is None:
+        position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), scores.shape)
+        length = jnp.full((batch, 1), slots, jnp.int32)
+    else:
+        position, length = slot_positions(cache), cache.length[:, None]
+    # −∞ for empty slots and for what is chosen already, so that they come last.
+    rank = jnp.where(position >= 0, scores, -jnp.inf)
+    best = jnp.where((position >= 0) & (position >= length - proxies), jnp.inf, rank)
+    chosen = _mark(best, min(slots, proxies + n_top))
+    if n_random:
+        noisy = rank + jax.random.gumbel(key, rank.shape, rank.dtype)
+        more = min(slots, proxies + n_top + n_random)
+        chosen = _mark(jnp.where(chosen, jnp.inf, noisy), more)
+    count = min(slots, proxies + n_top + n_random)
+    return jnp.sort(lax.top_k(chosen.astype(jnp.int32), count)[1], axis=1)
+
+
+def _mark(rank, count):
+    """bool [B, N]: the `count` largest of each row; of equal ones, those with the smaller index."""
+    row = jnp.arange(rank.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros(rank.shape, bool).at[row, lax.top_k(rank, count)[1]].set(True)
+
+
+def streaming_entries(cache, *, initial: int, separators: int, window: int, capacity: int) -> jax.Array:
+    """The slots of a streaming cache to keep before the next token: all until `capacity` of them are filled, and then
+
+        the first `initial` tokens, the last `window` tokens, and of those that last between them the last `separators`
+
+    The entries of an endless text so go up and down between initial + separators + window and `capacity`; their mean is
+    half the sum of the two.
+
+    Args:
+      cache: a SelectedKUCache or SelectedKVCache. Its tokens that last were given as `keep`, in calls without a window,
+        so that a token sees all entries there are.
+      initial, separators: at least 0. window, capacity: at least 1, and initial + separators + window < capacity.
+
+    Returns bool [B, N], for `compact_cache`. Raises ValueError, TypeError: another cache, or sizes that do not fit.
+    Source: Chen et al., SepLLM, arXiv 2412.12094, eq. 3. There the tokens are numbered by their places in
+    the cache; here a rotary embedding goes on with the positions in the text.
+    """
+    if not isinstance(cache, Selected):
+        raise TypeError(f"cache must be a SelectedKUCache or a SelectedKVCache, not {type(cache).__name__}")
+    for name, count, least in (("initial", initial, 0), ("separators", separators, 0), ("window", window, 1)):
+        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < least:
+            raise ValueError(f"{name}={count!r}: it must be an integer of at least {least}")
+    checks.check_count("capacity", capacity)
+    if not initial + separators + window < capacity <= cache.capacity:
+        raise ValueError(
+            f"capacity={capacity}: it must be greater than initial + separators + window = "
+            f"{initial + separators + window} and at most the cache's {cache.capacity} slots"
+        )
+    filled = cache.position >= 0
+    recent = cache.length[:, None] - cache.position <= window
+    older = filled & cache.lasting & ~recent & (cache.position >= initial)
+    newer = lax.cumsum(older.astype(jnp.int32), axis=1, reverse=True)  # slots are in the order of their positions
+    kept = filled & ((cache.position < initial) | recent | (older & (newer <= separators)))
+    return jnp.where((cache.entries < capacity)[:, None], filled, kept)
