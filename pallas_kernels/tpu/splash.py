@@ -24,6 +24,8 @@ def lacks(query, key, value, log_decay, sinks) -> str | None:
             "splash attention needs keys and values of the same head dimension; they have "
             f"{key.shape[3]} and {value.shape[3]}"
         )
+    if jax.config.jax_enable_x64 and query.shape[2] != key.shape[2]:
+        return "splash attention divides a 32-bit by a 64-bit number for grouped queries under jax_enable_x64"
     return None if log_decay is None and sinks is None else "it supports neither log_decay nor sinks"
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from support.layers_cases import CASE_IDS, CASES, D_MODEL, make_mixer, normal, randomise
 
 from deltaformer_jax import ops
+from deltaformer_jax.config.rope_scaling import frequencies, magnitude, parse
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import SwiGLU
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
@@ -60,6 +61,19 @@ def test_a_key_can_be_moved_to_another_position(x64):
     moved = rotate(rotate(key, before, 10_000.0), after - before, 10_000.0)
     # An angle of 1e6 is off by 1e6 roundings.
     np.testing.assert_allclose(moved, rotate(key, after, 10_000.0), rtol=0, atol=16 * 1e6 * np.finfo(float).eps)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear:3", "yarn:4,4096"])
+def test_angles_are_exact_at_far_positions(scaling):
+    """Against float64, to three roundings of the angle and two of the products; a float32 product is off by 0.03."""
+    x, positions = normal((1, 6, 2, 16)), np.array([[0, 5, 4_095, 1_000_003, 2**31 - 1, -999_999]])
+    rule = parse(scaling)
+    angle = positions[:, :, None, None] * np.array(frequencies(10_000.0, 16, rule))
+    turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * angle) * magnitude(rule)
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    found = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 10_000.0, scaling=scaling)
+    roundings = 3 * np.pi + 2 * magnitude(rule)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=roundings * 2.0**-24 * 2 * np.abs(x).max())
 
 
 def test_swiglu():

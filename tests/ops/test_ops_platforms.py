@@ -64,6 +64,13 @@ def test_splash_attention_is_causal_attention(window, segment_ids):
     np.testing.assert_allclose(actual, np.asarray(expected, np.float32), rtol=0, atol=4 * 4 * 2**-8)
 
 
+def test_grouped_queries_in_bfloat16_with_64_bit_numbers(x64):
+    """Every platform's kernels are traced, so that one of them that fails must be left out on all of them."""
+    out = jax.jit(lambda x: causal_attention(**x))(draw())
+    expected = causal_attention(**draw(), implementation="parallel")
+    np.testing.assert_allclose(out.astype(float), expected.astype(float), rtol=0, atol=2**-7)  # an ulp at 2
+
+
 def test_named_kernels_are_refused_elsewhere():
     with pytest.raises(NotImplementedError, match="'splash' runs on tpu only: use None or 'chunked'"):
         causal_attention(**draw(), implementation="splash")
