@@ -59,7 +59,8 @@ def rotate(x, positions, base: float, fraction: float = 1.0, scaling: str = "non
     half = x.shape[-1] // 2
     wide = accumulation_dtype(x.dtype)
     rule = parse(scaling)
-    angle = _angles(positions[:, :, None, None], np.asarray(frequencies(base, 2 * half, rule)), wide)
+    frequency = np.asarray(frequencies(base, 2 * half, rule))[None, None, None]
+    angle = _angles(positions[:, :, None, None], frequency, wide)
     cosine, sine = jnp.cos(angle)[..., None, :], jnp.sin(angle)
     if (factor := magnitude(rule)) != 1:
         cosine, sine = factor * cosine, factor * sine

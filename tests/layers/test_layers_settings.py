@@ -27,11 +27,18 @@ def strict():
         yield
 
 
+@contextlib.contextmanager
+def both():
+    with strict(), jax.enable_x64(True):
+        yield
+
+
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [
-        pytest.param("bfloat16", strict, id="bfloat16-strict"),
-        pytest.param("float32", lambda: jax.enable_x64(True), id="float32-x64"),
+        pytest.param("bfloat16", both, id="bfloat16-strict-x64"),
+        pytest.param("bfloat16", strict, id="bfloat16-strict", marks=pytest.mark.rare),
+        pytest.param("float32", lambda: jax.enable_x64(True), id="float32-x64", marks=pytest.mark.rare),
         pytest.param("float32", strict, id="float32-strict", marks=pytest.mark.rare),
         pytest.param("bfloat16", lambda: jax.enable_x64(True), id="bfloat16-x64", marks=pytest.mark.rare),
     ],
@@ -92,9 +99,8 @@ def run_with(setting):
         return logits, gradients
 
 
-@pytest.mark.parametrize(
-    "setting", [pytest.param(name, marks=pytest.mark.long if name == "x64" else pytest.mark.rare) for name in SETTINGS]
-)
+@pytest.mark.rare  # One program of every mixer takes a minute to compile; their ops run so in test_ops_settings.py.
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_every_mixer_runs_under_the_setting_with_the_same_values(setting):
     """A CPU multiplies in float32 at every precision. So nothing but the order of sums may differ."""
     expected = jax.tree.leaves(run_with(None))

@@ -80,7 +80,7 @@ def test_other_meshes_and_mixers(mesh, mixers):
 def test_logits_in_pieces(monkeypatch):
     """Each device has its own tokens of every piece."""
     monkeypatch.setattr(step, "logits_at_once", lambda mesh: 128 * 4)
-    check_losses(losses_on(MeshConfig(data=2, context=4), 8), one_device(MIXERS))
+    check_losses(losses_on(MeshConfig(data=2, context=4), 8, ("delta_former",)), one_device(("delta_former",)))
 
 
 def test_a_length_that_does_not_divide():
