@@ -33,7 +33,7 @@ from deltaformer_jax.config.files import packaged_config
 from deltaformer_jax.data import Corpus, batches
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
 from deltaformer_jax.sharding.rows import to_devices
-from deltaformer_jax.training.checkpoints.restore import with_vocabulary
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 from deltaformer_jax.training.evaluation import evaluate
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import load_data

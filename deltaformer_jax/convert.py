@@ -77,7 +77,8 @@ def read(flags) -> None:
         from deltaformer_jax.model import num_parameters
         from deltaformer_jax.model_parts import params_of
         from deltaformer_jax.training.checkpoints.new_run import check_new, write_run
-        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
+        from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE
+        from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 
     workdir = epath.Path(flags.workdir)
     check_new("--workdir", workdir)

@@ -25,6 +25,7 @@ from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
 from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, build_pool, check_feed_forwards
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
+from deltaformer_jax.layers.mixers.visible import separators_of
 from deltaformer_jax.layers.norms import RMSNorm
 from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.ops.cache.memory_order import in_order
@@ -63,10 +64,12 @@ class Block(nnx.Module):
         self.mlp = build_feed_forward(config, mixer, output_scale=output_scale, rngs=rngs)
         self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
 
-    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, pool=None):
-        """(x, cache, the Routing of a mixture of experts or None). `pool`: experts that all layers share."""
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, pool=None, keep=None):
+        """(x, cache, the Routing of a mixture of experts or None). `pool`: experts that all layers share. `keep`: for a
+        mixer with separators, where they are."""
+        own = {} if keep is None else {"keep": keep}
         given = x if self.norms_after else self.mixer_norm(x)
-        result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache)
+        result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache, **own)
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
         if self.norms_after:
@@ -249,9 +252,12 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
     positions = constrain(positions, "batch", "tokens")
     segment_ids = None if segment_ids is None else constrain(segment_ids, "batch", "tokens")
 
-    def apply(block, x, cache):
+    keeps = separators_of([block.mixer for block in model.blocks], tokens)
+    keeps = [None if keep is None else constrain(keep, "batch", "tokens") for keep in keeps]
+
+    def apply(block, x, cache, keep):
         block = gathered(block, model.embedding.dtype)
-        return block(x, segment_ids=segment_ids, positions=positions, cache=cache, pool=model.pool)
+        return block(x, segment_ids=segment_ids, positions=positions, cache=cache, pool=model.pool, keep=keep)
 
     unrolled = model.unroll_layers and cache is None
     if model.remat != "none" or is_cut(model.blocks):
@@ -263,11 +269,11 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
     def period(x, layers):
         blocks, caches, switches, skips = layers
         after, seen, routed = [], [], []
-        for i, (block, cache) in enumerate(zip(blocks, caches)):
+        for i, (block, cache, keep) in enumerate(zip(blocks, caches, keeps)):
             if skips is None:
-                y, cache, routing = apply(block, x, in_order(cache))
+                y, cache, routing = apply(block, x, in_order(cache), keep)
             else:
-                run = lambda x, cache, block=block: apply(block, x, cache)[:2]
+                run = lambda x, cache, block=block, keep=keep: apply(block, x, cache, keep)[:2]
                 # What only the block's output needs is left out by the compiler.
                 skip = lambda x, cache, run=run: (x, run(x, cache)[1])
                 routing = None

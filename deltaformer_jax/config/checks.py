@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     check_pattern(config.model)
     _check_found_again(config.model)
     _check_rope_scaling(config.model)
+    check_visible(config.model)
     _check_objective(config)
     optimizer, batch = config.optimizer, config.data.batch_size
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= optimizer.decay_steps:
@@ -86,6 +87,20 @@ def check_model(config: ModelConfig) -> None:
     check_pattern(config)
     if config.vocab_size < 1:
         raise ValueError(f"model.vocab_size = {config.vocab_size}: must be at least 1")
+    if config.separators and not config.separator_tokens:
+        raise ValueError(
+            f"model.separators = {config.separators!r}: programs look them up in the tokenizer; without one give their "
+            "ids, model.separator_tokens"
+        )
+    check_visible(config)
+    for ids in (
+        config.separator_tokens,
+        *(dict(entry(one).overrides).get("separator_tokens") for one in config.mixers),
+    ):
+        if ids and max(ids) >= config.vocab_size:
+            raise ValueError(
+                f"model.separator_tokens = {ids!r}: {max(ids)} is not below model.vocab_size = {config.vocab_size}"
+            )
 
 
 def check_section(name: str, section: Any, strict: bool = True) -> None:
@@ -100,6 +115,18 @@ def check_pattern(config: ModelConfig) -> None:
             f"model.num_layers = {config.num_layers}: must be a multiple of the length of model.mixers,"
             f" {len(config.mixers)}"
         )
+
+
+def check_visible(config: ModelConfig) -> None:
+    """Raise ValueError for tokens that are to be seen behind a window where no layer has one."""
+    if config.window or any(dict(entry(mixer).overrides).get("window") for mixer in config.mixers):
+        return
+    given = {name: getattr(config, name) for name in ("initial_tokens", "separators", "separator_tokens")}
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"model.{name} = {value!r}: without a window every token sees all before it; give model.window too"
+            )
 
 
 def _check_rope_scaling(config: ModelConfig) -> None:

@@ -31,6 +31,7 @@ class Rule:
                                 a class, for an instance made without arguments. If the config is not written to a
                                 config.json, the object itself is allowed too
     mixers                      entries of the tuple may be a Mixer, not only names
+    ids                         the tuple holds ids of tokens, integers of at least 0; it may be empty
     must_be_used                a value other than the default is refused if no mixer of the model takes the field
     """
 
@@ -46,6 +47,7 @@ class Rule:
     is_true: str | None = None
     importable: bool = False
     mixers: bool = False
+    ids: bool = False
     must_be_used: bool = False
 
     @property
@@ -136,6 +138,13 @@ def check_field(name: str, field: dataclasses.Field, value: Any, strict: bool = 
     """
     rule, expected = rule_of(field), field.type
     if value is None and rule.takes_none:
+        return
+    if rule.ids:
+        whole = int if strict else numbers.Integral
+        if not isinstance(value, tuple) or not all(
+            isinstance(id, whole) and not isinstance(id, bool) and id >= 0 for id in value
+        ):
+            raise ValueError(f"{name} = {value!r}: must be a tuple of ids of tokens, integers of at least 0")
         return
     if expected is tuple:
         allowed, said = (str | Mixer, "names or Mixer(name, ...)") if rule.mixers else (str, "names")

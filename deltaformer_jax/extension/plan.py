@@ -62,7 +62,8 @@ def extended(before: Config, workdir: str, to: int, method: str, steps: int, bas
 
 def clean_base(model: ModelConfig, to: int) -> float | None:
     """The least base of two digits for contexts of `to` tokens, no smaller than those that the layers have; None if no
-    layer rotates its queries and keys. A layer with a window scores no more distances than that.
+    layer rotates its queries and keys. A layer with a window scores no more distances than that,
+    unless it sees first tokens or separators behind it.
 
     Raises ValueError, naming the flags, if no base has that.
     """

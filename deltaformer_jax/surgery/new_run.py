@@ -13,7 +13,8 @@ from deltaformer_jax.config.saved import Saved
 from deltaformer_jax.data.chat import CHAT_FILE
 from deltaformer_jax.interop.kept import KEPT_FILE
 from deltaformer_jax.training.checkpoints.new_run import write_run
-from deltaformer_jax.training.checkpoints.restore import Restored, with_vocabulary
+from deltaformer_jax.training.checkpoints.restore import Restored
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 
 
 def model_of(saved: Saved, run: Restored) -> ModelConfig:

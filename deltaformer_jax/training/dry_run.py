@@ -14,7 +14,7 @@ from deltaformer_jax.model import num_parameters, parameters_of_a_token
 from deltaformer_jax.model_parts import flat, merge
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.initial import check_same_model
-from deltaformer_jax.training.checkpoints.restore import with_vocabulary
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program, size_text, step_bytes
 from deltaformer_jax.training.on_mesh.kept_whole import check_split
 from deltaformer_jax.training.optimiser import matrix_sides, muon_matrix
@@ -98,14 +98,16 @@ def print_memory(program: Program, compiled: jax.stages.Compiled) -> None:
 
 
 def with_any_vocabulary(config: Config) -> Config:
-    """The config with model.vocab_size filled in. The standard library's corpus is not prepared for that."""
-    if config.model.vocab_size:
+    """The config with model.vocab_size filled in, and model.separator_tokens. The standard library's corpus is not
+    prepared for that: of a BPE that is not learned yet the separators are those of its 256 bytes."""
+    if config.model.vocab_size and not config.model.separators:
         return config
     if config.data.path:
         return with_vocabulary(config, load_data(config).tokenizer)
     tokenizer = config.data.tokenizer
     if size := bpe_size(tokenizer):
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+        sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+        return with_vocabulary(sized, ByteTokenizer())
     return with_vocabulary(config, ByteTokenizer() if tokenizer == "bytes" else load_tokenizer(tokenizer))
 
 

@@ -27,8 +27,9 @@ from deltaformer_jax.sharding import CONTEXT_AXIS
 from deltaformer_jax.sharding.device_memory import agree_on_memory, memory_limit
 from deltaformer_jax.sharding.mesh import make_mesh, rows
 from deltaformer_jax.training.checkpoints.initial import initial_state
-from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, with_vocabulary
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE
 from deltaformer_jax.training.checkpoints.store import Checkpoints
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 from deltaformer_jax.training.memory import fitting_program
 from deltaformer_jax.training.objectives.given import find_given, texts_beside
 from deltaformer_jax.training.on_mesh.kept_whole import check_split

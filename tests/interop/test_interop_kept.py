@@ -233,6 +233,7 @@ def test_every_field_of_a_model_is_compared():
     how = {"compute_dtype", "remat", "unroll_layers"}
     # Compared by what they mean.
     apart = {"mlp_dim", "feed_forward", "mixers", "norm_placement", *itertools.chain(*READ_BY.values())}
+    apart |= {"separators"}  # by the ids that a tokenizer has for them, separator_tokens
     # What training adds to the loss of a model with experts, which no other project's config.json has.
     apart |= set(OF_THE_LOSS)
     fields = {field.name for field in dataclasses.fields(ModelConfig)}

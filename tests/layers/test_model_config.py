@@ -22,7 +22,7 @@ from deltaformer_jax.model import LanguageModel, num_parameters, parameters_of_a
 
 def test_overrides_reach_their_mixer_only():
     model = make_model(
-        window=5, num_layers=3, mixers=("softmax_attention", Mixer("softmax_attention", window=2), "delta_former")
+        window=5, num_layers=3, mixers=("softmax_attention", Mixer("softmax_attention", window=2), "retention")
     )
     assert [getattr(block.mixer, "window", None) for block in model.blocks] == [5, 2, None]
     wide = make_model(num_layers=2, mixers=("delta_former", Mixer("delta_former", head_dim=8, write_scale=0.5)))
@@ -101,7 +101,7 @@ def test_number_of_parameters():
 
 
 def test_fields_a_mixer_may_override():
-    assert "window" in mixer_fields("softmax_attention") and "window" not in mixer_fields("delta_former")
+    assert "window" in mixer_fields("softmax_attention") and "window" not in mixer_fields("retention")
     assert {"write_query", "beta", "num_heads", "kv_shift"} <= set(mixer_fields("delta_former"))
     assert not {"d_model", "num_layers", "compute_dtype"} & set(mixer_fields("delta_former"))
 
@@ -126,9 +126,9 @@ def test_fields_a_mixer_may_override():
         (dict(mixers=(3,)), r"model.mixers = \(3,\): must be a tuple of names or Mixer"),
         (dict(mixers=("deltaformer",)), "model.mixers: 'deltaformer' is not one of .*; did you mean delta_former"),
         (dict(mixers=(Mixer("softmax_attention", windw=3),)), "override of softmax_attention: 'windw'.*'window'"),
-        (dict(mixers=(Mixer("delta_former", window=3),)), "an override of delta_former: 'window' is not one of"),
+        (dict(mixers=(Mixer("retention", window=3),)), "an override of retention: 'window' is not one of"),
         (dict(mixers=(Mixer("delta_former", num_heads=5),)), r"model.num_heads=5 .* \(of Mixer\(name='delta_former'"),
-        (dict(mixers=("delta_former",), window=4), "model.window = 4: no mixer"),
+        (dict(mixers=("retention",), window=4), "model.window = 4: no mixer"),
         (dict(mixers=("delta_former",), forget_gate=True), "model.forget_gate = True: no mixer in .*former"),
         (dict(mixers=("delta_net",), kv_shift=True), "model.kv_shift = True: no mixer"),
         (dict(kv_shift_window=3), "model.kv_shift_window=3 needs kv_shift=True"),

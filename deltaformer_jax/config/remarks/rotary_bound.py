@@ -74,7 +74,8 @@ def least_base(
 
 class Rotation(NamedTuple):
     """One rotary embedding of an attention layer. field: the config's that holds its base, "rope_base" or
-    "write_rope_base". width: rotated features of a head. window: the most distances that it scores; None: all."""
+    "write_rope_base". width: rotated features of a head. window: the most distances that it scores; None: all, as
+    where some tokens are seen behind it."""
 
     field: str
     base: float
@@ -91,8 +92,9 @@ def rotations(model: ModelConfig) -> set[Rotation]:
             continue
         value = lambda field, own=dict(mixer.overrides): own.get(field, getattr(model, field))
         width = int(value("head_dim") * value("rotary_fraction"))
-        # A window is softmax_attention's alone, a base of the write's delta_former's.
-        window = value("window") or None if mixer.name == "softmax_attention" else None
+        # First tokens and separators are seen behind a window, at any distance.
+        behind = value("initial_tokens") or value("separators") or value("separator_tokens")
+        window = None if behind else value("window") or None
         bases = {"rope_base": value("rope_base") or 0}
         if mixer.name == "delta_former" and (value("write_rope_base") or 0) > 0:
             bases["write_rope_base"] = value("write_rope_base")

@@ -6,9 +6,10 @@ A config file is a Python file with a function `get_config()` that returns a `Co
 
 import dataclasses
 
+from deltaformer_jax.config.sections.any_device import on_any_device
 from deltaformer_jax.config.sections.data import DataConfig
 from deltaformer_jax.config.sections.mesh import MeshConfig
-from deltaformer_jax.config.sections.model import ModelConfig, on_any_device
+from deltaformer_jax.config.sections.model import ModelConfig
 from deltaformer_jax.config.sections.objective import ObjectiveConfig
 from deltaformer_jax.config.sections.optimizer import OptimizerConfig
 from deltaformer_jax.config.sections.run import RunConfig

@@ -3,8 +3,6 @@
 import dataclasses
 
 from deltaformer_jax.config.fields import rule_of, setting
-from deltaformer_jax.config.imports import is_import
-from deltaformer_jax.config.mixer import Mixer
 
 
 def _implementations() -> tuple[str, ...]:
@@ -190,7 +188,7 @@ class ModelConfig:
         must_be_used=True,
     )
 
-    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate,
+    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. forget_gate,
     # alibi and sinks are softmax_attention's alone.
 
     rope_base: float = setting(
@@ -253,6 +251,21 @@ class ModelConfig:
         least=1,
         own=0,
         must_be_used=True,
+    )
+    initial_tokens: int = setting(
+        0,
+        "Number of a document's first tokens that all its tokens see, behind the window too.",
+        least=0,
+        own=0,
+        must_be_used=True,
+    )
+    separators: str = setting(
+        "",
+        "Characters, such as .;: and newline. The tokens whose text consists of them alone, found in the tokenizer "
+        "when the run starts, are seen by all later tokens of their document, behind the window too (SepLLM).",
+    )
+    separator_tokens: tuple = setting(
+        (), "The ids of such tokens. Programs find them by `separators`.", ids=True, must_be_used=True
     )
     forget_gate: bool = setting(
         False,
@@ -420,24 +433,9 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        self.mixers = tuple(self.mixers) if isinstance(self.mixers, list) else self.mixers
+        for name in ("mixers", "separator_tokens"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         for field in dataclasses.fields(self):
             # Replace None by the value that it stands for; config.json holds that value.
             setattr(self, field.name, rule_of(field).said(getattr(self, field.name)))
-
-
-def on_any_device(model: ModelConfig) -> ModelConfig:
-    """The same model with the choice of implementation left to the ops.
-
-    The parameters are the same; results differ by rounding. It serves programs that read a run trained on another
-    platform, and decoding: a named kernel cannot resume from a cache.
-    """
-
-    def free(mixer):
-        # A class of one's own may give the argument another meaning.
-        if not isinstance(mixer, Mixer) or is_import(mixer.name):
-            return mixer
-        others = {field: value for field, value in mixer.overrides if field != "implementation"}
-        return Mixer(mixer.name, **others)
-
-    return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))

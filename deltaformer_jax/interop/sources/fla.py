@@ -163,6 +163,8 @@ def _say_forgetting(config: ModelConfig) -> dict[str, Any]:
 
 def _read_deltaformer(fields: Fields) -> ModelConfig:
     fields.take("attn", None)  # ignored there too
+    if window := fields.take("window_size", None):
+        fields.refuse(f"window_size = {window!r}: its class sees all tokens of a text; set it to null")
     return _read_transformer(fields, mixers=("delta_former",), write_query="query", beta="raw")
 
 

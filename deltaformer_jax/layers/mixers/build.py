@@ -14,6 +14,7 @@ from deltaformer_jax.config.sections import ModelConfig
 from deltaformer_jax.host.spelling import did_you_mean
 from deltaformer_jax.layers.mixers import MIXERS
 from deltaformer_jax.layers.mixers.protocol import ADVICE, check_class
+from deltaformer_jax.layers.mixers.visible import where_it_matters
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 
@@ -79,11 +80,11 @@ def resolved_fields(config: ModelConfig, mixer: str | Mixer) -> dict[str, object
     """What the constructor of one of our mixers gets for each field it takes: the entry's value, the config's, or its
     own default."""
     parameters, own = _parameters(mixer_class(mixer)), dict(entry(mixer).overrides)
-    found = {}
-    for field in mixer_fields(mixer):
-        given = rule_of(FIELDS[field]).for_mixer(field, own.get(field, getattr(config, field)))
-        found[field] = given.get(field, parameters[field].default)
-    return found
+    values = {field: own.get(field, getattr(config, field)) for field in mixer_fields(mixer)}
+    given = {}
+    for field, value in where_it_matters(values, own).items():
+        given |= rule_of(FIELDS[field]).for_mixer(field, value)
+    return {field: given.get(field, parameters[field].default) for field in values}
 
 
 def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float, rngs: nnx.Rngs) -> nnx.Module:
@@ -97,6 +98,7 @@ def build_mixer(config: ModelConfig, mixer: str | Mixer, *, output_scale: float,
     values = {field: getattr(config, field) for field in mixer_fields(mixer)}
     if ours:
         values |= {field: value for field, value in overrides.items() if field not in _THE_BLOCKS}
+        values = where_it_matters(values, overrides)
     arguments = {}
     for field, value in values.items():
         arguments |= rule_of(FIELDS[field]).for_mixer(field, value)

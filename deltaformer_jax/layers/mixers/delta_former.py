@@ -4,9 +4,12 @@
     o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, the diagonal included
     y_t = o_t W_o
 
+With a window, both sums are over the tokens that t sees (`visible.py`): those of the window, and behind it a document's
+first tokens and separators.
+
 k, v, q and w are a token's key, value, read query and write query. α and β are gates, by default in [0, 1].
 Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9; Zhong et al.,
-arXiv 2505.19488.
+arXiv 2505.19488; separators: Chen et al., SepLLM, arXiv 2412.12094.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
+from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
@@ -67,6 +71,10 @@ class DeltaFormer(nnx.Module):
       beta: "sigmoid" or "raw": a projection of x with bias, in float32, with or without the sigmoid. "one": β = 1. A
         raw β above 1 lets u grow geometrically; "raw" exists to load weights from other implementations.
       beta_bias: whether β's projection has a bias.
+      window: a token sees, in its write and its read, itself and the window − 1 tokens before it. None: all before it.
+      initial_tokens: how many first tokens of a document all its tokens see, behind the window too.
+      separator_tokens: ids of tokens that all later ones see, behind the window too. The caller looks for them: see
+        `keep` of the call.
       rope_base: base of the rotary embedding of q, k and a projected w; None: none.
       write_rope_base: another base for the write's scores w·k; None: no rotary embedding there, so that the write
         compares contents wherever they stand. "rope_base": the same. With another one a token has two keys, side by
@@ -107,6 +115,9 @@ class DeltaFormer(nnx.Module):
         alpha: str = "off",
         beta: str = "sigmoid",
         beta_bias: bool = True,
+        window: int | None = None,
+        initial_tokens: int = 0,
+        separator_tokens: tuple[int, ...] = (),
         rope_base: float | None = 10_000.0,
         write_rope_base: float | str | None = "rope_base",
         qk_norm: bool = False,
@@ -131,6 +142,8 @@ class DeltaFormer(nnx.Module):
         options = dict(write_query=write_query, write_key_norm=write_key_norm, alpha=alpha, beta=beta)
         for name, value in options.items():
             check_argument(name, value)
+        self.separator_tokens = check_visible(window, initial_tokens, separator_tokens)
+        self.window, self.initial_tokens = window, initial_tokens
         self.write_similarity = _fixed("write_similarity", write_similarity)
         self.read_similarity = _fixed("read_similarity", read_similarity)
         self.inputs = QueryKeyValue(
@@ -198,13 +211,15 @@ class DeltaFormer(nnx.Module):
         self.write_query, self.chunk_size, self.implementation = write_query, chunk_size, implementation
         self.qkv_bias, self.dtype = qkv_bias, jnp.dtype(dtype)
 
-    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None, keep=None):
         """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
         `segment_ids` int [B,T]: 0 is padding, whose output is 0; a token sees its own segment only. `positions` int
         [B,T] for the rotary embedding: by default the index among the segment's real tokens, counted on from the tokens
-        in the cache. Cost: `flops_per_token`; memory: see `ops.delta_attention`.
+        in the cache. `keep` bool [B,T], with separator_tokens: True where a token is one of them. Cost:
+        `flops_per_token`; memory: see `ops.delta_attention`.
         """
+        check_keep(self.separator_tokens, keep)
         x = clear_padding(x, segment_ids)
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
@@ -216,6 +231,8 @@ class DeltaFormer(nnx.Module):
             read_similarity=self.read_similarity,
             write_scale=self.write_scale,
             read_scale=self.read_scale,
+            window=self.window,
+            initial=self.initial_tokens,
             padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
             chunk_size=self.chunk_size,
             implementation=self.implementation,
@@ -223,6 +240,8 @@ class DeltaFormer(nnx.Module):
         arrays = dict(
             query=query, key=key, value=value, alpha=self._alpha(x), beta=self._beta(x), segment_ids=segment_ids
         )
+        if keep is not None:
+            arrays["keep"] = keep
         if isinstance(write_query, str):
             attend = functools.partial(attend, write_query=write_query)
         else:
@@ -321,9 +340,14 @@ class DeltaFormer(nnx.Module):
         return both_softmax and same_scores and not self.two_keys
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again."""
+        """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
+
+        With a window, too, it has a slot for each token; `ops.compact_cache` may drop those that are seen no more.
+        """
+        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        kind = ops.SelectedKUCache if lasts else ops.KUCache
         width = self.head_dim * (1 + self.two_keys)
-        memory = ops.KUCache.empty(batch, capacity, self.num_kv_heads, self.u_heads, width, self.head_dim, self.dtype)
+        memory = kind.empty(batch, capacity, self.num_kv_heads, self.u_heads, width, self.head_dim, self.dtype)
         convolution = self.write_convolution
         write_tail = None if convolution is None else convolution.empty_tail(batch, self.dtype)
         return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)
@@ -335,8 +359,10 @@ class DeltaFormer(nnx.Module):
         counted.
 
         * gates: 2 d_model Hu for each of α and β; 2 d_model H K for a projected w, and again for an output gate.
-        * read: 2 H K length (half of the T × T scores, and half of the T × T weights times u).
-        * write: 2 Hu K length, or 0 if it shares the read's pass (`tied`).
+        * read: 4 H K n (scores, and weights times u). n is the mean number of tokens that a token sees, length/2 or,
+          with a window, less (`mean_tokens_seen`). With initial_tokens or separator_tokens it is length/2 again: the
+          op then computes all scores and masks them.
+        * write: 4 Hu K n, or 0 if it shares the read's pass (`tied`).
         * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
 
         Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
@@ -348,4 +374,6 @@ class DeltaFormer(nnx.Module):
             projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
-        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * length
+        band = None if self.initial_tokens or self.separator_tokens else self.window
+        twice = 2 * mean_tokens_seen(length, band)
+        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * twice

@@ -45,6 +45,8 @@ class MixerProtocol(Protocol):
     * `segment_ids` int `[B,T]` or None. 0 marks padding: its rows of x may hold anything, its rows of y must be finite,
       and no real token may depend on it. Equal non-zero ids mark one document; a token may see only its own document.
     * `positions` int `[B,T]`: the index of each token in its document.
+    * `keep` bool `[B,T]`: only to a mixer whose attribute `separator_tokens` holds ids; True where a token is one of
+      them. All later tokens of the document see it, behind a window too.
     * `cache`: None, or a cache from `init_cache` or from an earlier call, with one document per row. If it is None, the
       returned cache is None. Otherwise the new tokens follow the tokens in the cache, and the returned cache holds
       both. The same call serves prompts padded on the left or right, pieces of prompts, and single tokens.

@@ -3,6 +3,7 @@
     o_t = Σ_{t−window < i ≤ t} softmax_i(q_t · k_i / √K) v_i,        y_t = o_t W_o
 
 Options:
+* first tokens and separators stay visible behind the window (`visible.py`);
 * forgetting gate: Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of token i, with separate gates per query
   head;
 * ALiBi: −m_h (t − i) is added to the score of token i, with m_h = 2^(−8 h/H) for h = 1 … H (`alibi_slopes`);
@@ -10,7 +11,8 @@ Options:
 * output gate: o_t is multiplied by sigmoid(x_t W_g).
 
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
-et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453.
+et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453;
+separators: Chen et al., SepLLM, arXiv 2412.12094.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
-from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
+from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.sharding import over_devices
@@ -38,6 +40,9 @@ class SoftmaxAttention(nnx.Module):
 
     Args:
       window: W: a token sees itself and the W − 1 tokens before it. None: itself and all tokens before it.
+      initial_tokens: how many first tokens of a document all its tokens see, behind the window too.
+      separator_tokens: ids of tokens that all later ones see, behind the window too. The caller looks for them: see
+        `keep` of the call.
       rope_base: base of the rotary embedding of q and k; None: none.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
@@ -66,6 +71,8 @@ class SoftmaxAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         window: int | None = None,
+        initial_tokens: int = 0,
+        separator_tokens: tuple[int, ...] = (),
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
@@ -88,8 +95,7 @@ class SoftmaxAttention(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if window is not None:
-            check_argument("window", window)
+        self.separator_tokens = check_visible(window, initial_tokens, separator_tokens)
         self.inputs = QueryKeyValue(
             d_model,
             num_heads,
@@ -123,15 +129,18 @@ class SoftmaxAttention(nnx.Module):
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.qkv_bias = qkv_bias
-        self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
+        self.window, self.initial_tokens = window, initial_tokens
+        self.implementation, self.dtype = implementation, jnp.dtype(dtype)
 
-    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
+    def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None, keep=None):
         """x [B,T,d_model] -> (y [B,T,d_model] in the compute dtype, the updated cache or None).
 
         `segment_ids` int [B,T]: 0 is padding, whose output is 0; a token sees its own segment only. `positions` int
         [B,T] for the rotary embedding: by default the index among the segment's real tokens, counted on from the tokens
-        in the cache. Cost: `flops_per_token`; memory: see `ops.causal_attention`.
+        in the cache. `keep` bool [B,T], with separator_tokens: True where a token is one of them. Cost:
+        `flops_per_token`; memory: see `ops.causal_attention`.
         """
+        check_keep(self.separator_tokens, keep)
         x = clear_padding(x, segment_ids)
         if positions is None:
             positions = default_positions(x, segment_ids, cache)
@@ -143,12 +152,15 @@ class SoftmaxAttention(nnx.Module):
         attend = functools.partial(
             ops.causal_attention,
             window=self.window,
+            initial=self.initial_tokens,
             padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
             implementation=self.implementation,
         )
         arrays = dict(query=query, key=key, value=value, segment_ids=segment_ids)
         if (log_decay := self._log_decay(x)) is not None:
             arrays["log_decay"] = log_decay
+        if keep is not None:
+            arrays["keep"] = keep
         if self.sinks is not None:
             arrays["sinks"] = self.sinks[...]
         if cache is None:
@@ -181,24 +193,31 @@ class SoftmaxAttention(nnx.Module):
         return {"read": read}
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """An empty cache for `capacity` tokens per row. With a window it is a ring buffer of at most `window` slots."""
-        slots = capacity if self.window is None else min(capacity, self.window)
+        """An empty cache for `capacity` tokens per row.
+
+        With a window it is a ring of at most `window` slots. If tokens stay visible behind the window it has a slot for
+        each token; `ops.compact_cache` may drop those that are seen no more.
+        """
+        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        slots = capacity if self.window is None or lasts else min(capacity, self.window)
         decay_heads = self.num_heads if self.alibi or self.forget is not None else None
-        memory = ops.KVCache.empty(
-            batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype, decay_heads
-        )
+        kind = ops.SelectedKVCache if lasts else ops.KVCache
+        memory = kind.empty(batch, slots, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype, decay_heads)
         return AttentionCache(memory, self.inputs.empty_tail(batch))
 
     def flops_per_token(self, length: int) -> float:
         """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n: forward FLOPs per token.
 
-        n is the mean number of tokens that a token sees (`mean_tokens_seen`). The result is the mean over a sequence of
-        `length` tokens; a multiply-add counts 2.
+        n is the mean number of tokens that a token sees (`mean_tokens_seen`). With initial_tokens or separator_tokens
+        it is length/2 whatever the window: `ops.causal_attention` then computes all scores and masks them. The result
+        is the mean over a sequence of `length` tokens; a multiply-add counts 2.
         """
         projections = self.inputs.flops_per_token() + product_flops(self.output)
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
-        return projections + 4.0 * self.num_heads * self.head_dim * mean_tokens_seen(length, self.window)
+        band = None if self.initial_tokens or self.separator_tokens else self.window
+        seen = mean_tokens_seen(length, band)
+        return projections + 4.0 * self.num_heads * self.head_dim * seen
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -207,13 +226,3 @@ def alibi_slopes(num_heads: int) -> list[float]:
     power = 1 << (num_heads.bit_length() - 1)
     of = lambda heads: [2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]
     return (of(power) + of(2 * power)[::2])[:num_heads]
-
-
-def mean_tokens_seen(length: int, window: int | None) -> float:
-    """The mean number of tokens that a token sees: length/2, or W − W²/(2 length) with a window W < length.
-
-    It is the area of the causal triangle, or of the band that the window leaves of it, divided by `length`.
-    """
-    if window is None or window >= length:
-        return length / 2
-    return window - window**2 / (2 * length)

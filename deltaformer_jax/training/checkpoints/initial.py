@@ -18,7 +18,8 @@ from deltaformer_jax.interop.load import read_config
 from deltaformer_jax.interop.own import name_of
 from deltaformer_jax.layers.adapters import merged
 from deltaformer_jax.model_parts import flat, merge, model_parts, nested, params_of
-from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_tokenizer, restore, with_vocabulary
+from deltaformer_jax.training.checkpoints.restore import TOKENIZER_FILE, read_tokenizer, restore
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.state import TrainState
 

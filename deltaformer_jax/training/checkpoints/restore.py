@@ -20,23 +20,10 @@ from deltaformer_jax.model_parts import merge, params_of
 from deltaformer_jax.sharding.mesh import make_mesh
 from deltaformer_jax.training.checkpoints.checksums import CheckpointError, check_checksums
 from deltaformer_jax.training.checkpoints.store import Checkpoints
+from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
 from deltaformer_jax.training.program import Program
 
 TOKENIZER_FILE = "tokenizer.json"
-
-
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size filled in.
-
-    A value larger than the tokenizer's is kept (it may be rounded up). A smaller one raises ValueError.
-    """
-    size = config.model.vocab_size
-    if 0 < size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} tokens; set 0 to use that"
-        )
-    model = dataclasses.replace(config.model, vocab_size=size or tokenizer.vocab_size)
-    return dataclasses.replace(config, model=model)
 
 
 class Restored(NamedTuple):

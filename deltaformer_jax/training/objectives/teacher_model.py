@@ -27,7 +27,12 @@ def teacher_model(config: Config) -> ModelConfig:
     """The teacher's model. Raises ValueError, naming the field, unless it is the student's but for `_MAY_DIFFER`."""
     theirs = teacher_run(config).config.model
     check_same_architecture(theirs, config.model, f"objective.teacher_workdir = {config.objective.teacher_workdir!r}")
-    return dataclasses.replace(theirs, vocab_size=theirs.vocab_size or config.model.vocab_size)
+    ours = config.model
+    return dataclasses.replace(
+        theirs,
+        vocab_size=theirs.vocab_size or ours.vocab_size,
+        separator_tokens=theirs.separator_tokens or ours.separator_tokens,
+    )
 
 
 def check_same_architecture(theirs: ModelConfig, ours: ModelConfig, where: str) -> None:
@@ -45,6 +50,8 @@ def check_same_architecture(theirs: ModelConfig, ours: ModelConfig, where: str) 
 
 def _compared(model: ModelConfig, field: str) -> Any:
     value = getattr(model, field)
+    if field == "separator_tokens" and model.separators:
+        return ()  # of the same characters, which are compared
     if field != "mixers":
         return value
     entries = [entry(mixer) for mixer in value]

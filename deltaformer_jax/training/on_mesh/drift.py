@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from deltaformer_jax.layers.mixers.visible import separators_of
 from deltaformer_jax.layers.padding import token_positions
 from deltaformer_jax.model_parts import ModelParts, merge
 from deltaformer_jax.sharding.mesh import on_mesh, replicated
@@ -48,16 +49,18 @@ def drift(mesh: Mesh, teacher: Model, model: Model, batches: Iterable[dict[str, 
     and keys of all layers of both.
     """
     models = (teacher, model)
-    windows = [getattr(block.mixer, "window", None) for block in merge(model[0], model[0].params).blocks]
+    mixers = [block.mixer for block in merge(model[0], model[0].params).blocks]
+    windows = [getattr(mixer, "window", None) for mixer in mixers]
 
     def measure(theirs, ours, rows):
         seen = [over_tokens(mesh, parts, _seen)(params, rows) for (parts, _), params in zip(models, (theirs, ours))]
         ids = rows["segment_ids"]
         streams, compared = zip(*seen)
         similarity = 1.0 - _mean_distance(*streams, ids > 0)
+        behind = [_behind(mixer, keep, ids) for mixer, keep in zip(mixers, separators_of(mixers, rows["tokens"]))]
         kl = [
-            {kind: _by_period(one[kind], other[kind], ids, kind == "write", window) for kind in one}
-            for one, other, window in zip(*compared, windows)  # for each entry of the pattern
+            {kind: _by_period(one[kind], other[kind], ids, kind == "write", *sees) for kind in one}
+            for one, other, *sees in zip(*compared, windows, behind)  # for each entry of the pattern
         ]
         return similarity, kl
 
@@ -136,13 +139,26 @@ def distance(a: jax.Array, b: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(real, 1.0 - cosine, 0.0)
 
 
-def _by_period(one: dict, other: dict, ids: jax.Array, strict: bool, window: int | None) -> jax.Array:
+def _behind(mixer: nnx.Module, keep: jax.Array | None, ids: jax.Array) -> jax.Array | None:
+    """bool [B, T]: the tokens that are seen behind the mixer's window; None without any. keep: its separators."""
+    initial = getattr(mixer, "initial_tokens", 0)
+    if not initial:
+        return keep
+    first = token_positions(ids, *ids.shape) < initial
+    return first if keep is None else first | keep
+
+
+def _by_period(
+    one: dict, other: dict, ids: jax.Array, strict: bool, window: int | None, behind: jax.Array | None
+) -> jax.Array:
     """The divergence of each period's attention: arrays [B, T, periods, ...] -> [periods]."""
     first = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (one, other))
-    return jax.lax.map(lambda given: _divergence(*given, ids, strict, window), first)
+    return jax.lax.map(lambda given: _divergence(*given, ids, strict, window, behind), first)
 
 
-def _divergence(one: dict, other: dict, ids: jax.Array, strict: bool, window: int | None) -> jax.Array:
+def _divergence(
+    one: dict, other: dict, ids: jax.Array, strict: bool, window: int | None, behind: jax.Array | None
+) -> jax.Array:
     """Mean KL over heads and over the real tokens that see some token, float32 []. strict: not the token itself. What a
     sink takes is left out."""
     rows, length = ids.shape
@@ -152,7 +168,10 @@ def _divergence(one: dict, other: dict, ids: jax.Array, strict: bool, window: in
 
     def piece(places):
         ahead = places[:, None] - jnp.arange(length)
-        inside = (ahead >= strict) & (ahead < (window or length)) & (places[:, None] < length)
+        seen = (ahead < (window or length))[None]
+        if behind is not None:
+            seen = seen | behind[:, None]
+        inside = ((ahead >= strict) & (places[:, None] < length))[None] & seen
         places = jnp.minimum(places, length - 1)
         own = ids[:, places]
         visible = (inside & (own[:, :, None] == ids[:, None]) & (own > 0)[:, :, None])[:, None]
