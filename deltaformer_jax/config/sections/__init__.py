@@ -8,7 +8,7 @@ import dataclasses
 
 from deltaformer_jax.config.sections.data import DataConfig
 from deltaformer_jax.config.sections.mesh import MeshConfig
-from deltaformer_jax.config.sections.model import ModelConfig, on_any_device
+from deltaformer_jax.config.sections.model import ModelConfig
 from deltaformer_jax.config.sections.objective import ObjectiveConfig
 from deltaformer_jax.config.sections.optimizer import OptimizerConfig
 from deltaformer_jax.config.sections.run import RunConfig
@@ -21,7 +21,6 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "RunConfig",
-    "on_any_device",
 ]
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 
 from deltaformer_jax.config.fields import rule_of, setting
-from deltaformer_jax.config.imports import is_import
-from deltaformer_jax.config.mixer import Mixer
 
 
 def _implementations() -> tuple[str, ...]:
@@ -191,7 +189,7 @@ class ModelConfig:
     )
 
     # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. window, forget_gate,
-    # alibi and sinks are softmax_attention's alone.
+    # alibi, position_bias, fire_length, dape_dim and sinks are softmax_attention's alone.
 
     rope_base: float = setting(
         10_000.0,
@@ -265,6 +263,23 @@ class ModelConfig:
         False,
         "Whether scores fall in proportion to the distance, with another slope for each query head (ALiBi). It is "
         "meant for models without a rotary embedding.",
+        must_be_used=True,
+    )
+    position_bias: str = setting(
+        "none",
+        'A trained bias of scores by distance d, for models without a rotary embedding. "kerple": -p log(1 + a d) for '
+        'each head. "fire": a small network of log(1 + c d) / log(1 + c max(L, position)).',
+        choices=("none", "kerple", "fire"),
+        must_be_used=True,
+    )
+    fire_length: int = setting(
+        512, "Where the L of position_bias = fire starts, in tokens.", least=1, must_be_used=True
+    )
+    dape_dim: int = setting(
+        0,
+        "Hidden features of DAPE, a network of all heads' scores and biases of a pair of tokens, which changes "
+        "position_bias or alibi; 32 in its paper. 0: no DAPE.",
+        least=0,
         must_be_used=True,
     )
     sinks: bool = setting(
@@ -424,20 +439,3 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             # Replace None by the value that it stands for; config.json holds that value.
             setattr(self, field.name, rule_of(field).said(getattr(self, field.name)))
-
-
-def on_any_device(model: ModelConfig) -> ModelConfig:
-    """The same model with the choice of implementation left to the ops.
-
-    The parameters are the same; results differ by rounding. It serves programs that read a run trained on another
-    platform, and decoding: a named kernel cannot resume from a cache.
-    """
-
-    def free(mixer):
-        # A class of one's own may give the argument another meaning.
-        if not isinstance(mixer, Mixer) or is_import(mixer.name):
-            return mixer
-        others = {field: value for field, value in mixer.overrides if field != "implementation"}
-        return Mixer(mixer.name, **others)
-
-    return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))
