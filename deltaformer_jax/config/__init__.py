@@ -1,6 +1,6 @@
 """The settings of a run: their dataclasses, checks, files and command-line flags."""
 
-from deltaformer_jax.config.mixer import Mixer
+from deltaformer_jax.config.mixer import Mixer, on_any_device
 from deltaformer_jax.config.sections import (
     Config,
     DataConfig,
@@ -9,7 +9,6 @@ from deltaformer_jax.config.sections import (
     ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
-    on_any_device,
 )
 
 __all__ = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from deltaformer_jax.config.imports import is_import
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Mixer:
@@ -80,3 +82,20 @@ def _with_rotary(mixer: str | Mixer, given: dict[str, Any], others: bool) -> str
         return with_given(mixer, given) if others else Mixer(one.given or one.name, **own | given)
     # Not rotated, so that it must not take the scaling of the others.
     return Mixer(one.given or one.name, **own | {"rope_scaling": "none"}) if "rope_scaling" in given else mixer
+
+
+def on_any_device(model: Any) -> Any:
+    """The same ModelConfig with the choice of implementation left to the ops.
+
+    The parameters are the same; results differ by rounding. It serves programs that read a run trained on another
+    platform, and decoding: a named kernel cannot resume from a cache.
+    """
+
+    def free(mixer):
+        # A class of one's own may give the argument another meaning.
+        if not isinstance(mixer, Mixer) or is_import(mixer.name):
+            return mixer
+        others = {field: value for field, value in mixer.overrides if field != "implementation"}
+        return Mixer(mixer.name, **others)
+
+    return dataclasses.replace(model, implementation="", mixers=tuple(map(free, model.mixers)))

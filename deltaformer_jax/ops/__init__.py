@@ -16,14 +16,20 @@ from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Soft
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
 from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.generalized.api import generalized_delta_rule
+from deltaformer_jax.ops.position_bias import Alibi, Dape, Fire, Kerple, PositionBias
 from deltaformer_jax.ops.shift_mix import shift_mix
 from deltaformer_jax.ops.softmax.api import causal_attention
 
 __all__ = [
+    "Alibi",
+    "Dape",
     "Exp",
+    "Fire",
     "KUCache",
     "KVCache",
+    "Kerple",
     "Linear",
+    "PositionBias",
     "Relu",
     "Round",
     "SelectedKUCache",

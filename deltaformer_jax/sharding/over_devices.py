@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from deltaformer_jax.ops.common.rematerialisation import kept
+from deltaformer_jax.ops.position_bias import mixes_heads
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
 from deltaformer_jax.sharding.context.over_context import over_context
 
@@ -30,20 +31,22 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
       op: takes the arrays by name; its other arguments are already bound. If it returns a pair (output, state), as the
         gated ops do, the output is taken.
       arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" and "keep" [B, T],
-        and "sinks" [h]. An array may be None.
+        "sinks" [h], and "position_bias", a tree of arrays [h, …] and [1, …]. An array may be None.
 
     The rows are split over the mesh axes of ROW_AXES that the mesh has, if the product of their sizes divides the
     number of rows; the heads over those of HEAD_AXES, if it divides the largest number of heads. Of an array with fewer
     heads, whose number it does not divide, a device takes the heads that its own largest ones belong to: with 8 query
     heads and 2 key heads on 4 devices, 2 query heads and the one key head of their group. Otherwise every device along
-    these axes computes the same. Without a mesh, or with one device, this is op(**arrays). Inside a `shard_map`, arrays
-    are a device's own along its axes already, and only the other axes count.
+    these axes computes the same. So it does with a position bias that mixes heads (DAPE). Without a mesh, or with one
+    device, this is op(**arrays). Inside a `shard_map`, arrays are a device's own along its axes already, and only the
+    other axes count.
 
     Inside a `shard_map` over CONTEXT_AXIS, arrays hold a device's own tokens, and the op takes the form that
     `over_context` chooses. A mesh that has this axis outside of one splits no sequence here.
     """
     sharded = sequence_is_sharded()
-    arrays = {name: None if x is None else kept(x) for name, x in arrays.items()}
+    bias = arrays.get("position_bias")
+    arrays = {name: None if x is None else jax.tree.map(kept, x) for name, x in arrays.items()}
 
     def of_part(**arrays):
         result = over_context(op, arrays, CONTEXT_AXIS) if sharded else op(**arrays)
@@ -56,11 +59,13 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         return of_part(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
-    heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name not in ("segment_ids", "keep")}
-    rows = [x.shape[0] for name, x in given.items() if name != "sinks"]
+    without_heads = ("segment_ids", "keep", "position_bias")
+    heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name not in without_heads}
+    rows = [x.shape[0] for name, x in given.items() if name not in ("sinks", "position_bias")]
     most = max(heads.values())
     row_axes = _used(axes, ROW_AXES, rows)
-    head_axes = _used(axes, HEAD_AXES, [most]) if all(most % number == 0 for number in heads.values()) else None
+    cut = all(most % number == 0 for number in heads.values()) and not mixes_heads(bias)
+    head_axes = _used(axes, HEAD_AXES, [most]) if cut else None
     devices = math.prod(axes[name] for name in head_axes or ())
     shared = {name for name, number in heads.items() if number % devices}
 
@@ -68,6 +73,8 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         own = None if name in shared else head_axes
         if name == "sinks":
             return PartitionSpec(own)
+        if name == "position_bias":
+            return jax.tree.map(lambda x: PartitionSpec(own if x.shape[0] > 1 else None), given[name])
         return PartitionSpec(row_axes) if name in ("segment_ids", "keep") else PartitionSpec(row_axes, None, own)
 
     def on_device(given):

@@ -21,6 +21,7 @@ FLOORS = [
     ["pallas_kernels"],
     ["deltaformer_jax.ops.common"],
     ["deltaformer_jax.ops.cache"],
+    ["deltaformer_jax.ops.position_bias"],
     [f"deltaformer_jax.ops.{op}" for op in ("softmax", "deltaformer", "gated", "shift_mix")],
     ["deltaformer_jax.ops.generalized"],
     ["deltaformer_jax.ops"],

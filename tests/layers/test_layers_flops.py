@@ -58,10 +58,12 @@ def convolution_flops(module):
 
 @pytest.mark.parametrize("mixer, name, options", CASES, ids=CASE_IDS)
 def test_at_length_zero_kernels_are_what_is_left(mixer, name, options):
-    """Every parameter of rank 2 or more is multiplied once with each token, but for KV shifting's scalars."""
+    """Every parameter of rank 2 or more is multiplied once with each token, but for KV shifting's scalars and those of
+    a position bias, which are multiplied with each pair of tokens."""
     module = make_mixer(mixer, options)
     leaves = jax.tree_util.tree_leaves_with_path(module)
-    kernels = sum(leaf.size for path, leaf in leaves if leaf.ndim > 1 and "shift" not in jax.tree_util.keystr(path))
+    others = lambda path: any(name in jax.tree_util.keystr(path) for name in ("shift", "position_bias"))
+    kernels = sum(leaf.size for path, leaf in leaves if leaf.ndim > 1 and not others(path))
     assert module.flops_per_token(0) == 2 * kernels
 
 

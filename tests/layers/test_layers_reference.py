@@ -102,6 +102,23 @@ def similarity(kind, scores):
     }[kind](scores)
 
 
+def fire(bias, distance, position):
+    """[H, n] for n distances of the row at `position`; L starts at 4 tokens."""
+    grown = lambda x: np.log1p(np.exp(numbers(bias.log_c)) * x)
+    ratio = grown(distance) / grown(np.maximum(4 * np.exp(numbers(bias.log_length)), position))
+    hidden = np.maximum(ratio * numbers(bias.weight_in).T + numbers(bias.bias_in).T, 0)
+    return numbers(bias.weight_out) @ hidden + numbers(bias.bias_out)[:, None]
+
+
+def dape(bias, scores, distance):
+    """[H, n] for the scores [H, n] of n distances; the static bias is Kerple's."""
+    p, a = (0.01 + np.exp(numbers(x))[:, None] for x in (bias.static.log_p, bias.static.log_a))
+    static = -p * np.log1p(a * distance)
+    hidden = numbers(bias.scores_in).T @ scores + numbers(bias.static_in).T @ static + numbers(bias.bias_in).T
+    hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
+    return static + numbers(bias.weight_out) @ hidden + numbers(bias.bias_out)[:, None]
+
+
 def softmax_attention(module, x, options):
     q, k, v = inputs(module, x, options)
     q, k = turned(options, q, k)
@@ -115,6 +132,11 @@ def softmax_attention(module, x, options):
             scores = k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5
             if options.get("alibi"):
                 scores -= 2.0 ** (-8 * (h + 1) / HEADS) * (t - np.arange(first, t + 1))
+            if options.get("dape_dim"):
+                every = np.einsum("jhk,hk->hj", np.repeat(k, HEADS // KV_HEADS, 1)[first : t + 1], q[t])
+                scores += dape(module.position_bias, every * HEAD_DIM**-0.5, t - np.arange(first, t + 1))[h]
+            elif options.get("position_bias"):
+                scores += fire(module.position_bias, t - np.arange(first, t + 1), t)[h]
             if options.get("forget_gate"):
                 scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
             sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from deltaformer_jax import causal_attention, delta_attention
+from deltaformer_jax import causal_attention, delta_attention, ops
 from deltaformer_jax.sharding import over_devices
 
 
@@ -52,6 +52,34 @@ def test_equals_the_op(sizes, shape):
         actual = gradient(over_devices)(arrays, ids)
     # The same sums over the same chunks of a row and head.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_position_bias_goes_with_its_heads(mixes):
+    """Each device has its own heads' numbers of FIRE; DAPE, which mixes heads, is given all heads. Values and gradients
+    are those of one device, also of the numbers that all heads or rows share."""
+    rng, seen = np.random.default_rng(1), []
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    bias = ops.Fire(jnp.ones(1), 9 * jnp.ones(1), normal(1, 5), normal(1, 5), normal(4, 5), normal(4))
+    if mixes:
+        bias = ops.Dape(bias, normal(4, 5), normal(4, 5), normal(1, 5), normal(4, 5), normal(4))
+    arrays = {name: x for name, x in draw().items() if name != "beta"}
+    ids = arrays.pop("segment_ids")
+
+    def op(**arrays):
+        seen.append(arrays["position_bias"].bias_out.shape)
+        return causal_attention(**arrays)
+
+    def gradient(spread):
+        loss = lambda floats, bias: (spread(op, {**floats, "position_bias": bias, "segment_ids": ids}) ** 2).sum()
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(arrays, bias)
+
+    expected = gradient(lambda op, arrays: op(**arrays))
+    with jax.set_mesh(mesh(**CUBE)):
+        actual = gradient(over_devices)
+    assert set(seen) == ({(4,)} if mixes else {(4,), (2,)})
+    # The same sums over the same chunks of a row and head; the bias's gradients add up over rows and heads.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected)
 
 
 def test_every_device_has_its_own_rows_and_heads():

@@ -29,6 +29,8 @@ SOFTMAX_CASES = {
     "alibi": dict(rope_base=None, alibi=True),
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
     "forgetting": dict(forget_gate=True, rope_base=None, alibi=True),
+    "fire": dict(rope_base=None, position_bias="fire", fire_length=4, forget_gate=True),
+    "dape": dict(rope_base=None, position_bias="kerple", dape_dim=3, window=5, sinks=True),
     "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
     "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
 }

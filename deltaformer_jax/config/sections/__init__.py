@@ -6,7 +6,6 @@ A config file is a Python file with a function `get_config()` that returns a `Co
 
 import dataclasses
 
-from deltaformer_jax.config.sections.any_device import on_any_device
 from deltaformer_jax.config.sections.data import DataConfig
 from deltaformer_jax.config.sections.mesh import MeshConfig
 from deltaformer_jax.config.sections.model import ModelConfig
@@ -22,7 +21,6 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "RunConfig",
-    "on_any_device",
 ]
 
 

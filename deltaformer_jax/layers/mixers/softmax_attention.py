@@ -7,6 +7,7 @@ Options:
 * forgetting gate: Σ_{i<l≤t} log sigmoid(x_l W_f + b) is added to the score of token i, with separate gates per query
   head;
 * ALiBi: −m_h (t − i) is added to the score of token i, with m_h = 2^(−8 h/H) for h = 1 … H (`alibi_slopes`);
+* a trained bias by position: Kerple or FIRE, and DAPE's change of it or of ALiBi (`bias/position_bias.py`);
 * sinks: each query head has one more score, a trained number, whose value vector is 0;
 * output gate: o_t is multiplied by sigmoid(x_t W_g).
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax import ops
+from deltaformer_jax.layers.bias.position_bias import position_bias_of
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
@@ -55,6 +57,8 @@ class SoftmaxAttention(nnx.Module):
         tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
       forget_gate, alibi, sinks, output_gate: the options in this module's docstring. The forgetting gate starts around
         1/2. ALiBi is meant for queries and keys without a rotary embedding.
+      position_bias: "none", "kerple" or "fire", meant for the same. fire_length: where FIRE's L starts, in tokens.
+      dape_dim: hidden features of DAPE, 0: none; its static bias is position_bias or ALiBi.
       conv_size: width in tokens of short convolutions (with SiLU) of q, k and v, see `short_convolution.py`; 0: none.
       output_scale: factor on the output kernel's initial values.
       implementation: passed to `ops.causal_attention`.
@@ -80,6 +84,9 @@ class SoftmaxAttention(nnx.Module):
         kv_shift_parts: str = "both",
         forget_gate: bool = False,
         alibi: bool = False,
+        position_bias: str = "none",
+        fire_length: int = 512,
+        dape_dim: int = 0,
         sinks: bool = False,
         conv_size: int = 0,
         output_gate: bool = False,
@@ -124,7 +131,9 @@ class SoftmaxAttention(nnx.Module):
             scale=output_scale,
         )
         self.forget = Gate(d_model, num_heads, axis="heads", rngs=rngs) if forget_gate else None
-        self.alibi = alibi
+        slopes = alibi_slopes(num_heads) if alibi else None
+        self.position_bias = position_bias_of(position_bias, slopes, num_heads, fire_length, dape_dim, rngs=rngs)
+        self.alibi = alibi and self.position_bias is None
         self.sinks = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False) if sinks else None
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
@@ -163,6 +172,8 @@ class SoftmaxAttention(nnx.Module):
             arrays["keep"] = keep
         if self.sinks is not None:
             arrays["sinks"] = self.sinks[...]
+        if self.position_bias is not None:
+            arrays["position_bias"] = self.position_bias()
         if cache is None:
             read = over_devices(attend, arrays)
         else:
@@ -182,7 +193,9 @@ class SoftmaxAttention(nnx.Module):
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
-        options, log_decay and sink [B,T,H]."""
+        options, log_decay and sink [B,T,H]. Raises NotImplementedError for a position bias."""
+        if self.position_bias is not None:
+            raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)
         read = {"query": query.astype(jnp.float32) * self.head_dim**-0.5, "key": key}
@@ -206,7 +219,8 @@ class SoftmaxAttention(nnx.Module):
         return AttentionCache(memory, self.inputs.empty_tail(batch))
 
     def flops_per_token(self, length: int) -> float:
-        """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n: forward FLOPs per token.
+        """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n: forward FLOPs per token. FIRE takes 64 H n more,
+        DAPE 6 H dape_dim n.
 
         n is the mean number of tokens that a token sees (`mean_tokens_seen`). With initial_tokens or separator_tokens
         it is length/2 whatever the window: `ops.causal_attention` then computes all scores and masks them. The result
@@ -216,8 +230,9 @@ class SoftmaxAttention(nnx.Module):
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
         band = None if self.initial_tokens or self.separator_tokens else self.window
-        seen = mean_tokens_seen(length, band)
-        return projections + 4.0 * self.num_heads * self.head_dim * seen
+        each = 4.0 * self.num_heads * self.head_dim
+        each += 0.0 if self.position_bias is None else self.position_bias.flops_per_pair()
+        return projections + each * mean_tokens_seen(length, band)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

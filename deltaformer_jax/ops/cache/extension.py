@@ -54,11 +54,28 @@ def _values(weights, old, new):
     return jnp.moveaxis(total.reshape(*shape, -1), 4, 1)
 
 
+def _new_positions(cache, real):
+    """int32 [B, T]: the positions of new tokens."""
+    return cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+
+
+def _biases(bias, scores, cache, real):
+    """The position bias of `scores`, a pair of parts [B,G,1,r,T,·], as parts of these shapes."""
+    position, slots = _new_positions(cache, real), slot_positions(cache)
+
+    def of_part(scores, columns):
+        b, g, n, r, t, _ = scores.shape
+        ago = jnp.maximum(position[:, :, None] - columns[:, None, :], 0)
+        return bias(scores.reshape(b, g * n * r, t, -1), ago, position)
+
+    parts = [of_part(*part) for part in zip(scores, (slots, position))]
+    return [jnp.broadcast_to(x, (real.shape[0], *x.shape[1:])).reshape(part.shape) for x, part in zip(parts, scores)]
+
+
 def _visible(cache, real, strict, window, lasting):
     """([B,1,1,1,T,N], [B,1,1,1,T,T]) bools: which cache slots and which new tokens each new token sees. `strict`
     excludes the token itself. `lasting` [B,T] or None: the new tokens that stay visible behind the window."""
-    position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    slots = slot_positions(cache)
+    position, slots = _new_positions(cache, real), slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
     index = jnp.arange(real.shape[1], dtype=jnp.int32)
     new = index[:, None] > index[None, :] if strict else index[:, None] >= index[None, :]
@@ -111,11 +128,13 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, re
     return out, Entries(key, u.reshape(b, t, g * n, -1), real, lasting=lasting)
 
 
-def extend_attention(cache, query, key, value, log_decay, lasting, real, sinks, similarity, scale, window):
+def extend_attention(cache, query, key, value, log_decay, lasting, real, sinks, similarity, scale, window, bias=None):
     """Softmax attention of one block: (output [B,T,H,V], its Entries). log_decay is [B,T,H] or None, lasting [B,T] or
-    None, sinks [H] or None."""
+    None, sinks [H] or None, bias a PositionBias or None."""
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
+    if bias is not None:
+        scores = [x + added for x, added in zip(scores, _biases(bias, scores, cache, real))]
     if log_decay is not None:
         decays = _decay(cache.decay_by_head, log_decay)
         scores = [x + decay.reshape(x.shape) for x, decay in zip(scores, decays)]

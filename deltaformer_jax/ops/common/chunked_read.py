@@ -10,11 +10,13 @@ The backward pass, with P the weights, and D_i = dO_i·o_i − dlse_i for softma
     dU = Pᵀ dO,   dS_ij = κ'(s_ij) (dO_i·u_j − D_i),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
 It takes five matrix products per pair of tiles. Memory: O(T (K+V)) per head. The decay that score_decay.py adds to the
-scores needs no matrix product.
+scores needs no matrix product. A position bias (ops/position_bias.py) is computed for each tile, once forward and once
+backward, where `jax.vjp` differentiates it.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -37,6 +39,18 @@ def _visible(i, j, rows_per_token, chunk, segments, window, lasting, diagonal):
     return visible
 
 
+def _add_bias(scores, bias, positions, i, j, chunk):
+    """scores [B, G, C·r, C] of row chunk i and column chunk j, plus the position bias, a function of all H heads."""
+    batch, heads, rows, columns = scores.shape
+    group, index = rows // chunk, jnp.arange(chunk, dtype=jnp.int32)
+    distance = jnp.maximum(index[:, None] - index[None, :] + (i - j) * chunk, 0)[None]
+    position = tiles.take(positions, i, chunk)[:, 0]
+    by_head = jnp.swapaxes(scores.reshape(batch, heads, chunk, group, columns), 2, 3)
+    added = bias(by_head.reshape(batch, heads * group, chunk, columns), distance, position)
+    added = jnp.swapaxes(added.reshape(-1, heads, group, chunk, columns), 2, 3)
+    return scores + added.reshape(-1, heads, rows, columns)
+
+
 def backward_tile(similarity, scores, values, visible, lse, grad, row_dot, operand):
     """(P, dS) of one tile: the scores, decay included, of rows with their lse, dO = `grad` and D = `row_dot` (None
     unless softmax), and columns with u = `values`. dS is the cotangent of the scores."""
@@ -47,11 +61,27 @@ def backward_tile(similarity, scores, values, visible, lse, grad, row_dot, opera
     return weights, tiles.keep(visible, similarity.slope(scores, weights) * dots)
 
 
-def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chunk, window=None, lasting=None):
+def read_forward(
+    q,
+    k,
+    u,
+    segments,
+    log_decay,
+    first,
+    *,
+    similarity,
+    scale,
+    chunk,
+    window=None,
+    lasting=None,
+    bias=None,
+    positions=None,
+):
     """(o [B, h, T·r, V], lse [B, h, T·r]), both in the accumulation dtype; lse is the log-sum-exp of each row.
 
     q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None, first
-    [T/C] (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window.
+    [T/C] (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window. bias: a
+    PositionBias of the h·r query heads or None, and then positions [1 or B, 1, T].
     """
     batch, heads, length, width = u.shape
     group = q.shape[2] // length
@@ -65,6 +95,8 @@ def read_forward(q, k, u, segments, log_decay, first, *, similarity, scale, chun
 
         def step(j, running, diagonal):
             scores = tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
+            if bias is not None:
+                scores = _add_bias(scores, bias, positions, c, j, chunk)
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
             visible = _visible(c, j, group, chunk, segments, window, lasting, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
@@ -97,11 +129,14 @@ def read_backward(
     chunk,
     window=None,
     lasting=None,
+    bias=None,
+    positions=None,
 ):
-    """The gradients (dq, dk, du, dlog_decay) for the cotangents dout [B, h, T·r, V] and dlse [B, h, T·r] (None: 0).
+    """The gradients (dq, dk, du, dlog_decay, dbias) for the cotangents dout [B, h, T·r, V] and dlse [B, h, T·r] (None:
+    0).
 
-    All gradients are in the accumulation dtype. dlog_decay is [B, h, T, r] or None. `last` is `tiles.last_chunks`.
-    `out` is used for softmax only.
+    All gradients are in the accumulation dtype. dlog_decay is [B, h, T, r] or None, dbias like `bias`. `last` is
+    `tiles.last_chunks`. `out` is used for softmax only.
     """
     batch, heads, length, _ = k.shape
     group = q.shape[2] // length
@@ -114,37 +149,45 @@ def read_backward(
         row_dot = row_dot if dlse is None else row_dot - dlse
 
     def one_chunk(carry, j):
-        dq, dk, du, all_column_sums = carry
+        dq, dk, du, all_column_sums, dbias = carry
         keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
 
         def step(i, carry, diagonal):
-            dq, dkeys, dvalues, column_sums = carry
+            dq, dkeys, dvalues, column_sums, dbias = carry
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
             visible = _visible(i, j, group, chunk, segments, window, lasting, diagonal)
-            scores = add_decay(tiles.dot(rows, keys.mT, k.dtype) * scale, decay, i, j, chunk, diagonal)
+            scores = tiles.dot(rows, keys.mT, k.dtype) * scale
+            if bias is not None:
+                biased = lambda scores, bias: _add_bias(scores, bias, positions, i, j, chunk)
+                scores, pull_back = jax.vjp(biased, scores, bias)
+            scores = add_decay(scores, decay, i, j, chunk, diagonal)
             lses, dots = (tiles.take(x, i, chunk * group) for x in (lse, row_dot))
             weights, dscores = backward_tile(similarity, scores, values, visible, lses, grad, dots, operand)
             if decay is not None:
                 by_token = dscores.reshape(batch, heads, chunk, group, chunk)
                 column_sums = column_sums + jnp.swapaxes(jnp.sum(by_token, axis=2), 2, 3)
+            if bias is not None:
+                dscores, of_tile = pull_back(dscores)
+                dbias = jax.tree.map(jnp.add, dbias, of_tile)
             dscores = dscores * scale
             dvalues = dvalues + tiles.dot(weights.mT, grad, operand)
             dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
-            return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues, column_sums
+            return tiles.add_to(dq, tiles.dot(dscores, keys, operand), i), dkeys, dvalues, column_sums, dbias
 
         column_sums = None if decay is None else tiles.zeros((batch, heads, chunk, group), dtype, u)
-        carry = (dq, tiles.zeros(keys.shape, dtype, u), tiles.zeros(values.shape, dtype, u), column_sums)
+        carry = (dq, tiles.zeros(keys.shape, dtype, u), tiles.zeros(values.shape, dtype, u), column_sums, dbias)
         carry = step(j, carry, True)
-        dq, *columns = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
+        dq, *columns, dbias = lax.fori_loop(j + 1, last[j] + 1, lambda i, carry: step(i, carry, False), carry)
         whole = (dk, du, all_column_sums)
-        return (dq, *(None if x is None else tiles.put(x, part, j) for x, part in zip(whole, columns))), None
+        return (dq, *(None if x is None else tiles.put(x, part, j) for x, part in zip(whole, columns)), dbias), None
 
     column_sums = None if decay is None else tiles.zeros(log_decay.shape, dtype, u)
-    start = (*(tiles.zeros(x.shape, dtype, u) for x in (q, k, u)), column_sums)
-    dq, dk, du, column_sums = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
+    dbias = jax.tree.map(lambda x: tiles.zeros(x.shape, x.dtype, u), bias)
+    start = (*(tiles.zeros(x.shape, dtype, u) for x in (q, k, u)), column_sums, dbias)
+    dq, dk, du, column_sums, dbias = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
     if decay is None:
-        return dq, dk, du, None
+        return dq, dk, du, None, dbias
     # The row sums of dD = dS need no accumulation: a softmax row of dS sums to dlse_i, the cotangent of the row's
     # log-sum-exp.
     row_sums = jnp.zeros_like(column_sums) if dlse is None else dlse.reshape(column_sums.shape)
-    return dq, dk, du, log_decay_gradient(row_sums, column_sums)
+    return dq, dk, du, log_decay_gradient(row_sums, column_sums), dbias

@@ -163,7 +163,7 @@ def _backward(plan, residuals, cotangents):
         if plan.read_similarity is not None:
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
             rest = (fold(kept), rows[1], fold(dout))
-            dq, dk_read, du_read, _ = read_backward(fold(query), k, u, segments, None, last, *rest, **read)
+            dq, dk_read, du_read, *_ = read_backward(fold(query), k, u, segments, None, last, *rest, **read)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
         dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **write)

@@ -18,6 +18,7 @@ from deltaformer_jax.ops.cache.caches import (
     check_selected,
     lasting_tokens,
     store,
+    token_positions,
 )
 from deltaformer_jax.ops.cache.extension import extend_attention, extend_in_blocks
 from deltaformer_jax.ops.common import checks
@@ -27,13 +28,21 @@ from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, 
 from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
+from deltaformer_jax.ops.position_bias import PositionBias, as_position_bias
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
-from deltaformer_jax.ops.softmax.definition import attend_parallel, attend_recurrent
+from deltaformer_jax.ops.softmax.definition import (
+    attend_biased_parallel,
+    attend_biased_recurrent,
+    attend_parallel,
+    attend_recurrent,
+)
 from deltaformer_jax.ops.softmax.kernels import bind, order
 
 _SOFTMAX = Softmax()
 
 _DEFINITIONS = {"recurrent": attend_recurrent, "parallel": attend_parallel}
+_BIASED_DEFINITIONS = {"recurrent": attend_biased_recurrent, "parallel": attend_biased_parallel}
+_BIASED_CHUNK = 128  # a bias may compute tens of numbers for each pair of tokens of a tile
 
 
 def causal_attention(
@@ -47,6 +56,7 @@ def causal_attention(
     initial: int = 0,
     log_decay: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    position_bias: PositionBias | None = None,
     segment_ids: jax.Array | None = None,
     padding_is_zero: bool = False,
     implementation: str | None = None,
@@ -57,6 +67,9 @@ def causal_attention(
 
         s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,          p_ti = e^{s_ti} / (e^{b} + Σ_{t−window<j≤t} e^{s_tj})
         o_t = Σ_i p_ti v_i
+
+    With `position_bias`, b(t, i) is added to s_ti, a function of the positions of both tokens or, as in `ops.Dape`, of
+    the scores of all heads too.
 
     With `keep` or `initial`, t also sees the tokens behind the window that last: i ≤ t is visible if
 
@@ -78,6 +91,9 @@ def causal_attention(
       log_decay: g [B, T, H] or one number, finite and at most 0: the natural log of the factor by which a token reduces
         the weight of all tokens before it. None means 0.
       sinks: b [H], one logit per head that adds e^b to the normaliser and has value 0; None means no sinks.
+      position_bias: `ops.Alibi`, `ops.Kerple`, `ops.Fire`, `ops.Dape`, or one of your own, see
+        `ops.position_bias.PositionBias`. Its arrays are [H, …], or [1, …] if all heads share them. Positions count the
+        real tokens of a segment from 0, those in the cache included. None means 0.
       segment_ids: [B, T] ints. 0 is padding: the output there is 0, no token sees it, and it may hold anything, NaN
         included. Tokens of one segment have equal ids and are contiguous. A token sees only its own segment.
       padding_is_zero: promises that query, key and value are 0 at padding, as they are in the mixers. They are then not
@@ -85,9 +101,10 @@ def causal_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (NVIDIA GPUs: bfloat16, float16 and float32, head dimensions
         up to 256, no window), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up to 128) or "splash"
-        (TPUs: bfloat16, K = V). The last three support none of log_decay, sinks, keep and initial. None is the default
-        choice: by the platform that the program is compiled for, "splash", "triton" if there are segment ids and else
-        "cudnn", if it supports the call ("cudnn" only if this process sees an NVIDIA device), else "chunked".
+        (TPUs: bfloat16, K = V). The last three support none of log_decay, sinks, position_bias, keep and initial. None
+        is the default choice: by the platform that the program is compiled for, "splash", "triton" if there are segment
+        ids and else "cudnn", if it supports the call ("cudnn" only if this process sees an NVIDIA device), else
+        "chunked".
       cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. With keep or initial it
         must be a SelectedKVCache, whose entries `compact_cache` drops. New tokens with segment id 0 are not stored.
       return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of `window` slots, or
@@ -106,7 +123,8 @@ def causal_attention(
         another platform. Also a second derivative of "chunked".
 
     Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window but neither keep nor initial), and
-      2.5 times as many in the backward pass. Memory: O(T (K+V)) per head for "chunked".
+      2.5 times as many in the backward pass. A position bias costs what it says, for each pair of tokens, and in the
+      backward pass three times as much. Memory: O(T (K+V)) per head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks and initial: Xiao et al., arXiv
@@ -115,6 +133,9 @@ def causal_attention(
     checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
     plan = dataclasses.replace(plan, initial=int(initial))
+    if position_bias is not None:
+        position_bias = as_position_bias(position_bias, query.shape[2], key)
+        plan = dataclasses.replace(plan, chunk=min(plan.chunk, _BIASED_CHUNK))
     log_decay, segment_ids = inputs.log_decay, inputs.segment_ids
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)
@@ -128,8 +149,8 @@ def causal_attention(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
-        return _extend(plan, block, cache, inputs, keep)
-    return _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep)
+        return _extend(plan, block, cache, inputs, keep, position_bias)
+    return _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep, position_bias)
 
 
 def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation) -> tuple[Plan, Inputs]:
@@ -147,15 +168,19 @@ def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, imp
 
 
 @compiled(4)
-def _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep):
+def _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep, bias):
     """`causal_attention` without a given cache."""
     real, inputs = without_padding(inputs, padding_is_zero)
     query, key, value, log_decay, *_ = inputs
     lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
     if implementation in _DEFINITIONS:
-        out = _by_definition(_DEFINITIONS[implementation], inputs, lasting, plan.scale, plan.window)
+        if bias is None:
+            out = _by_definition(_DEFINITIONS[implementation], inputs, lasting, plan.scale, plan.window)
+        else:
+            read = functools.partial(_BIASED_DEFINITIONS[implementation], scale=plan.scale, window=plan.window)
+            out = _by_biased_definition(read, inputs, lasting, bias)
     else:
-        chunked, bound = (functools.partial(form, plan, lasting) for form in (attention_chunked, bind))
+        chunked, bound = (functools.partial(form, plan, lasting, bias) for form in (attention_chunked, bind))
         bound = functools.partial(bound, inputs)
         out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound, order=order(inputs))
     if inputs.segment_ids is not None:
@@ -171,11 +196,11 @@ def _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep):
 
 
 @compiled(2)
-def _extend(plan, block, cache, inputs, keep):
+def _extend(plan, block, cache, inputs, keep, bias):
     """(output, cache): `causal_attention` continued from a given cache, `block` tokens at a time."""
     real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs)
     lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
-    extend = lambda cache, *arrays: extend_attention(cache, *arrays, sinks, _SOFTMAX, plan.scale, plan.window)
+    extend = lambda cache, *arrays: extend_attention(cache, *arrays, sinks, _SOFTMAX, plan.scale, plan.window, bias)
     return extend_in_blocks(extend, cache, (query, key, value, log_decay, lasting, real), block)
 
 
@@ -211,3 +236,20 @@ def _by_definition(read, inputs, lasting, scale, window):
             grouped(query), first(key), first(value), segments, grouped(log_decay), sinks, lasting
         )
     return H.unfold_queries(out.reshape(batch, heads, time * group, -1), group).astype(value.dtype)
+
+
+def _by_biased_definition(read, inputs, lasting, bias):
+    """The output [B, T, H, V] by `read`, a definition for all heads of one batch row, in the accumulation dtype."""
+    query, key, value, log_decay, sinks, segment_ids = inputs
+    dtype, (batch, time), heads = accumulation_dtype(key.dtype), key.shape[:2], query.shape[2]
+    segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
+    places = token_positions(segment_ids, batch, time)
+    key, value = H.repeat_heads(key, heads), H.repeat_heads(value, heads)
+    if log_decay is None:
+        log_decay = jnp.zeros(query.shape[:3], dtype)
+    sinks = None if sinks is None else sinks.astype(dtype)
+    rows = (query.astype(dtype), key.astype(dtype), value.astype(dtype), segments, places, log_decay)
+    one_row = lambda *rows: read(*rows[:-1], sinks, rows[-1], bias)
+    with jax.default_matmul_precision("highest"):
+        out = jax.vmap(one_row, in_axes=(*[0] * 6, None if lasting is None else 0))(*rows, lasting)
+    return out.astype(inputs.value.dtype)

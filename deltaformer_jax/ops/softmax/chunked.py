@@ -1,5 +1,5 @@
 """The chunked form of softmax attention, with a hand-written backward pass: DeltaFormer's read (`chunked_read`) with a
-window, decays and sinks.
+window, decays, position bias and sinks.
 
 The residuals are the arguments, the output and one log-sum-exp per row; none has T×T numbers.
 Source: see `causal_attention`.
@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import jax
 
+from deltaformer_jax.ops.cache.caches import token_positions
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.similarity import Softmax
+from deltaformer_jax.ops.position_bias import PositionBias
 
 _SOFTMAX = Softmax()
 
@@ -33,7 +35,7 @@ class Plan:
     initial: int = 0
 
 
-def _layout(plan, query, key, value, log_decay, segment_ids, lasting):
+def _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias):
     """(arguments of `read_forward`, its `first`, its settings): heads first, padded to whole chunks."""
     heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
     group = query.shape[2] // heads
@@ -46,6 +48,10 @@ def _layout(plan, query, key, value, log_decay, segment_ids, lasting):
     segments = None if segments is None else segments[:, None]
     lasting = None if lasting is None else H.pad_time(lasting, length)[:, None]
     settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window, lasting=lasting)
+    if bias is not None:
+        rows = 1 if segment_ids is None else segment_ids.shape[0]
+        positions = H.pad_time(token_positions(segment_ids, rows, key.shape[1]), length)[:, None]
+        settings |= dict(bias=bias, positions=positions)
     return (q, k, v, segments, log_decay), bounds, settings
 
 
@@ -61,10 +67,11 @@ class Inputs(NamedTuple):
     segment_ids: jax.Array | None
 
 
-def attention_chunked(plan: Plan, lasting: jax.Array | None, inputs: Inputs):
-    """The output [B,T,H,V] in value's dtype. `lasting` bool [B,T]: the tokens that stay visible behind the window."""
+def attention_chunked(plan: Plan, lasting: jax.Array | None, bias: PositionBias | None, inputs: Inputs):
+    """The output [B,T,H,V] in value's dtype. `lasting` bool [B,T]: the tokens that stay visible behind the window.
+    `bias`: of the scores by position."""
     query, key, value, log_decay, sinks, segment_ids = inputs
-    return with_sinks(*_without_sinks(plan, query, key, value, log_decay, segment_ids, lasting), sinks)
+    return with_sinks(*_without_sinks(plan, query, key, value, log_decay, segment_ids, lasting, bias), sinks)
 
 
 def with_sinks(out, lse, sinks):
@@ -77,35 +84,36 @@ def with_sinks(out, lse, sinks):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _without_sinks(plan, query, key, value, log_decay, segment_ids, lasting):
+def _without_sinks(plan, query, key, value, log_decay, segment_ids, lasting, bias):
     """(output [B,T,H,V] in value's dtype, log-sum-exps [B,T,H] in the accumulation dtype)."""
-    return _forward(plan, query, key, value, log_decay, segment_ids, lasting)[0]
+    return _forward(plan, query, key, value, log_decay, segment_ids, lasting, bias)[0]
 
 
 # _forward and _backward are jitted, so that JAX traces each once per shape and not at every call.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, query, key, value, log_decay, segment_ids, lasting):
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting)
+def _forward(plan, query, key, value, log_decay, segment_ids, lasting, bias):
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
     out, lse = read_forward(*arrays, bounds, **settings)
     back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
     out, lse = made((back(out).astype(value.dtype), back(lse)))
-    return (out, lse), (query, key, value, log_decay, segment_ids, lasting, out, lse)
+    return (out, lse), (query, key, value, log_decay, segment_ids, lasting, bias, out, lse)
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    query, key, value, log_decay, segment_ids, lasting, out, lse = residuals
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting)
+    query, key, value, log_decay, segment_ids, lasting, bias, out, lse = residuals
+    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
     last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
     group = query.shape[2] // heads
     fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)
-    dq, dk, dv, dg = read_backward(*arrays, last, *map(fold, (out, lse, *cotangents)), **settings)
+    dq, dk, dv, dg, dbias = read_backward(*arrays, last, *map(fold, (out, lse, *cotangents)), **settings)
     back = lambda x: H.heads_last(x)[:, :time]
     rows = lambda x: H.unfold_queries(x, group)[:, :time]
     if dg is not None:
         dg = rows(dg.reshape(*dg.shape[:2], length * group)).astype(log_decay.dtype)
-    return rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype), dg, None, None
+    dq, dk, dv = rows(dq).astype(query.dtype), back(dk).astype(key.dtype), back(dv).astype(value.dtype)
+    return dq, dk, dv, dg, None, None, dbias
 
 
 _without_sinks.defvjp(_forward, _backward)

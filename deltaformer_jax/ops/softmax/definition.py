@@ -1,7 +1,9 @@
 """The definition of softmax attention, token by token and as one T×T matrix. The chunked form is tested against it.
 
-    s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,      o_t = Σ_i e^{s_ti} v_i / (e^b + Σ_j e^{s_tj})
+    s_ti = scale · q_t·k_i + b(t, i) + Σ_{i<l≤t} g_l,      o_t = Σ_i e^{s_ti} v_i / (e^b + Σ_j e^{s_tj})
 
+Without a position bias b(t, i), heads are independent, and the functions take one. With it they take all heads, because
+it may depend on the scores of all.
 Source: see `causal_attention`.
 """
 
@@ -43,6 +45,40 @@ def attend_parallel(q, k, v, segments, log_decay, sinks, lasting, *, scale, wind
     decay = jnp.moveaxis(decay_between(log_decay), 2, 1)
     scores = jnp.einsum("irk,jk->irj", q, k) * scale + decay
     return _weights(scores, visible[:, None], sinks) @ v
+
+
+def attend_biased_recurrent(q, k, v, segments, places, log_decay, sinks, lasting, bias, *, scale, window):
+    """All H heads of one batch row -> o [T, H, V].
+
+    q, k [T, H, K], v [T, H, V], segments and places (positions in the segment) [T], log_decay [T, H], sinks [H] or
+    None, lasting [T] or None, bias a PositionBias.
+    """
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def token(decay, t):
+        decay = jnp.where(index < t, decay + log_decay[t][:, None], 0)
+        visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
+        if window is not None:
+            visible &= within(t - index, window, lasting)
+        scores = jnp.einsum("hk,jhk->hj", q[t], k) * scale
+        ago = jnp.maximum(t - index, 0)
+        scores = scores + bias(scores[None, :, None], ago[None, None], places[t][None, None])[0, :, 0] + decay
+        return decay, jnp.einsum("hj,jhv->hv", _weights(scores, visible, sinks), v)
+
+    return lax.scan(token, jnp.zeros((q.shape[1], k.shape[0]), q.dtype), index)[1]
+
+
+def attend_biased_parallel(q, k, v, segments, places, log_decay, sinks, lasting, bias, *, scale, window):
+    """`attend_biased_recurrent` for all tokens at once. Memory: O(T²) per head, times what the bias keeps of a pair."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+    ago = index[:, None] - index[None, :]
+    visible = (ago >= 0) & (segments[:, None] == segments[None, :]) & (segments != 0)[:, None]
+    if window is not None:
+        visible &= within(ago, window, None if lasting is None else lasting[None])
+    scores = jnp.einsum("ihk,jhk->hij", q, k) * scale
+    scores = scores + bias(scores[None], jnp.maximum(ago, 0)[None], places[None])[0]
+    scores = jnp.moveaxis(scores, 0, 1) + jnp.moveaxis(decay_between(log_decay), 2, 1)
+    return jnp.einsum("ihj,jhv->ihv", _weights(scores, visible[:, None], sinks), v)
 
 
 def _weights(scores, visible, sinks):

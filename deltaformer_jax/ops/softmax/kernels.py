@@ -8,6 +8,7 @@ from types import ModuleType
 import jax
 
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
+from deltaformer_jax.ops.position_bias import PositionBias
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
 
@@ -17,8 +18,17 @@ def order(inputs: Inputs) -> tuple[str, ...]:
     return ("cudnn", "triton", "splash") if inputs.segment_ids is None else ("triton", "cudnn", "splash")
 
 
-def bind(plan: Plan, lasting: jax.Array | None, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
-    """`module`'s kernels for this call, in the place of `attention_chunked(plan, lasting, inputs)`."""
+def bind(
+    plan: Plan,
+    lasting: jax.Array | None,
+    bias: PositionBias | None,
+    inputs: Inputs,
+    name: str,
+    module: ModuleType,
+) -> Kernels:
+    """`module`'s kernels for this call, in the place of `attention_chunked(plan, lasting, bias, inputs)`."""
+    if bias is not None:
+        return Kernels("its kernels support no position_bias")
     if lasting is not None:
         return Kernels("its kernels support neither keep nor initial")
     query, key, value, log_decay, sinks, _ = inputs

@@ -46,8 +46,10 @@ def over_context(op: Callable, arrays: dict[str, jax.Array | None], axis_name: s
 
     op: one of the ops with options bound by `functools.partial`, or a function of your own of whole sequences, in which
     heads are independent. arrays: as in `over_heads`. Raises ValueError or NotImplementedError if the form does not
-    support the call.
+    support the call; no form supports a position bias.
     """
+    if arrays.get("position_bias") is not None:
+        raise NotImplementedError("position_bias: a sequence that is sharded over devices has none; set mesh.context=1")
     function, options = (op.func, op.keywords) if isinstance(op, functools.partial) and not op.args else (op, {})
     if function in _STATES:
         return _STATES[function](axis_name, **arrays, **options)
