@@ -202,6 +202,11 @@ def _over_selected(function, model: LanguageModel, caches):
     return tuple(map(one, model.blocks, caches))
 
 
+def with_memories(caches, memories):
+    """The caches with other memories, of layers that can drop entries."""
+    return tuple(_with_memory(cache, memory) for cache, memory in zip(caches, memories))
+
+
 def entries(caches) -> jax.Array:
     """int32 [B]: the number of entries in each row, of the layers that drop them; they all have as many."""
     return next(cache.memory.position[0] >= 0 for cache in caches if is_selected(cache)).sum(axis=-1, dtype=jnp.int32)
@@ -232,25 +237,32 @@ def read_in_pieces(model: LanguageModel, tokens, segment_ids, caches, rule: Stre
     right, of any lengths. What each token sees is what it would see if the tokens came one by one: a row stops where
     its cache is full, and goes on after it was compacted.
     """
-    rows, width = tokens.shape
-    lengths = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-    piece = min(width, rule.capacity - rule.stays)
-    place = jnp.arange(piece, dtype=jnp.int32)[None]
+    rows, lengths = tokens.shape[0], jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
 
     def read(state):
         cursor, caches, last = state
-        caches = compacted(model, caches, rule)
-        count = jnp.minimum(jnp.minimum(lengths - cursor, piece), rule.capacity - entries(caches))
-        at = jnp.minimum(cursor[:, None] + place, width - 1)
-        given, real = jnp.take_along_axis(tokens, at, axis=1), (place < count[:, None]).astype(jnp.int32)
-        hidden, caches = model.hidden(given, segment_ids=real, cache=caches, **skip)
-        caches = marked(caches, given, real, rule)
+        hidden, count, caches = read_piece(model, tokens, lengths, cursor, caches, rule, **skip)
         newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return cursor + count, caches, jnp.where((count > 0)[:, None], newest, last)
 
     start = jnp.zeros(rows, jnp.int32), caches, jnp.zeros((rows, model.embedding.d_model), model.embedding.dtype)
     _, caches, last = jax.lax.while_loop(lambda state: jnp.any(state[0] < lengths), read, start)
     return last, caches
+
+
+def read_piece(model: LanguageModel, tokens, lengths, cursor, caches, rule: Streaming, **skip):
+    """(the final norm's output [B, P, d_model], how many tokens each row read int32 [B], the caches) after as many of
+    the tokens [B, T] from `cursor` [B] on, up to `lengths` [B], as a row has room for; full rows are compacted before.
+    P = min(T, capacity − what stays)."""
+    width = tokens.shape[1]
+    piece = min(width, rule.capacity - rule.stays)
+    place = jnp.arange(piece, dtype=jnp.int32)[None]
+    caches = compacted(model, caches, rule)
+    count = jnp.minimum(jnp.minimum(lengths - cursor, piece), rule.capacity - entries(caches))
+    at = jnp.minimum(cursor[:, None] + place, width - 1)
+    given, real = jnp.take_along_axis(tokens, at, axis=1), (place < count[:, None]).astype(jnp.int32)
+    hidden, caches = model.hidden(given, segment_ids=real, cache=caches, **skip)
+    return hidden, count, marked(caches, given, real, rule)
 
 
 def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: Evicted, counts, keys, **skip):
