@@ -20,6 +20,7 @@ from flax import nnx
 from deltaformer_jax import ops
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.config.checks import check_model
+from deltaformer_jax.layers.caches import is_selected
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
@@ -192,6 +193,12 @@ class LanguageModel(nnx.Module):
         x, _, seen, _ = _hidden(self, tokens, segment_ids, positions, None, active, see)
         return x, seen
 
+    def read(self, tokens, see, *, cache, segment_ids=None, skipped=None):
+        """(the final norm's output, cache, what `see` returned for each layer): `hidden` and `look` of tokens that
+        follow those in the cache, for example of a prompt."""
+        self._check(tokens, segment_ids, None, skipped=skipped)
+        return _hidden(self, tokens, segment_ids, None, cache, None, see, skipped)[:3]
+
     def _check(self, tokens, segment_ids, positions, **switches):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, length]; they are {tokens.dtype}{list(tokens.shape)}")
@@ -242,9 +249,11 @@ class LanguageModel(nnx.Module):
 @functools.partial(jax.jit, static_argnames="see")
 def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None, skipped=None):
     """(the final norm's output, cache or None, what `see` returned or None, the Routing of layers of experts)."""
+    # Caches of chosen tokens may be numbered by places: such a layer then counts on from its own cache's length.
+    by_itself = (lambda cache: False) if positions is not None or active is not None else is_selected
     if positions is None:
         # All layers have seen the same tokens, but for those that were not active.
-        start = None if cache is None else cache[0].length[0]
+        start = None if cache is None else min(cache, key=is_selected).length[0]
         if start is not None and active is not None:
             start = functools.reduce(jnp.maximum, (jnp.max(layer.length, axis=0) for layer in cache))
         positions = token_positions(segment_ids, *tokens.shape, start)
@@ -257,7 +266,8 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
 
     def apply(block, x, cache, keep):
         block = gathered(block, model.embedding.dtype)
-        return block(x, segment_ids=segment_ids, positions=positions, cache=cache, pool=model.pool, keep=keep)
+        of_text = None if by_itself(cache) else positions
+        return block(x, segment_ids=segment_ids, positions=of_text, cache=cache, pool=model.pool, keep=keep)
 
     unrolled = model.unroll_layers and cache is None
     if model.remat != "none" or is_cut(model.blocks):
@@ -310,7 +320,7 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
     after = ops.written(cache, after, axes=1)
     if switches is not None:
         after = tuple(_where(switches[:, i], *pair) for i, pair in enumerate(zip(after, cache)))
-    return x, after, None, None
+    return x, after, _by_layer(seen), None
 
 
 def _by_layer(seen):

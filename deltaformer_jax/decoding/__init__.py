@@ -8,5 +8,6 @@ continues all prompts in step, and stays importable: `from deltaformer_jax.decod
 import deltaformer_jax.decoding.generate  # noqa: F401  isort: skip
 from deltaformer_jax.decoding.continuous import generate, stream
 from deltaformer_jax.decoding.requests import Completion, Piece
+from deltaformer_jax.decoding.selective import Evicted, Streaming
 
-__all__ = ["Completion", "Piece", "generate", "stream"]
+__all__ = ["Completion", "Evicted", "Piece", "Streaming", "generate", "stream"]

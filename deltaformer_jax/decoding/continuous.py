@@ -32,8 +32,20 @@ from deltaformer_jax.decoding.requests import (
     vocabulary_of,
     whole,
 )
+from deltaformer_jax.decoding.selective import (
+    Evicted,
+    Streaming,
+    compacted,
+    empty_cache,
+    entries,
+    marked,
+    read_and_evict,
+    read_in_pieces,
+    resolved,
+)
 from deltaformer_jax.model import LanguageModel
 
+EVICTION = 2**31  # sets a row's draws of an eviction apart from those of its tokens
 PROMPT_TOKENS = 8192  # of one call of `_admit`, padding included; a longer prompt is read alone
 
 
@@ -55,7 +67,8 @@ class How:
     """How prompts are read and tokens are chosen.
 
     `temperature` and `top_p` are arrays, so that new values don't compile a new program. `skipped`: the layers that
-    only fill their caches while prompts are read, bool [num_layers]; None: none.
+    only fill their caches while prompts are read, bool [num_layers]; None: none. `chosen`: which entries the caches
+    keep; None: all.
     """
 
     temperature: jax.Array
@@ -63,6 +76,7 @@ class How:
     top_k: int
     logprobs: bool
     skipped: np.ndarray | None = None
+    chosen: Streaming | Evicted | None = None
 
 
 def _keys(seed, stream, drawn):
@@ -83,26 +97,50 @@ def _draw(logits, keys, temperature, top_p, top_k, logprobs):
     return token, chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity"))
-def _empty(graphdef, params, rows: int, capacity: int) -> Rows:
-    cache = nnx.merge(graphdef, params).init_cache(rows, capacity)
+@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity", "chosen"))
+def _empty(graphdef, params, rows: int, capacity: int, chosen) -> Rows:
+    cache = empty_cache(nnx.merge(graphdef, params), rows, capacity, chosen)
     zeros = jnp.zeros(rows, jnp.int32)
     return Rows(cache, zeros, zeros.astype(jnp.uint32), zeros.astype(jnp.uint32), zeros)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "capacity", "top_k", "logprobs"), donate_argnames="state")
-def _admit(graphdef, params, state, prompts, skipped, temperature, top_p, *, capacity: int, top_k: int, logprobs: bool):
+@partial(jax.jit, static_argnames=("graphdef", "capacity", "chosen", "top_k", "logprobs"), donate_argnames="state")
+def _admit(
+    graphdef,
+    params,
+    state,
+    prompts,
+    skipped,
+    temperature,
+    top_p,
+    *,
+    capacity: int,
+    chosen: Streaming | Evicted | None,
+    top_k: int,
+    logprobs: bool,
+):
     """Read prompts into rows, and draw the first token of each: (the rows, tokens, log-probabilities or None).
 
-    `prompts`: tokens and segment ids [n, width], and row, seed, stream [n]. A row outside the rows is dropped.
+    `prompts`: tokens and segment ids [n, width], row, seed, stream [n], and kept [2, n], of an eviction. A row outside
+    the rows is dropped.
     """
-    tokens, real, row, seed, stream = prompts
+    tokens, real, row, seed, stream, kept = prompts
     model = nnx.merge(graphdef, params)
-    cache, skip = model.init_cache(tokens.shape[0], capacity), {} if skipped is None else {"skipped": skipped}
-    hidden, cache = model.hidden(tokens, segment_ids=real, cache=cache, **skip)
-    last = jnp.sum(real, axis=1) - 1
-    logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+    skip = {} if skipped is None else {"skipped": skipped}
     keys = _keys(seed, stream, jnp.zeros_like(row))
+    if isinstance(chosen, Evicted):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, EVICTION)
+        newest, cache = read_and_evict(model, tokens, real, capacity, chosen, kept, own, **skip)
+    elif isinstance(chosen, Streaming):
+        cache = empty_cache(model, tokens.shape[0], capacity, chosen)
+        newest, cache = read_in_pieces(model, tokens, real, cache, chosen, **skip)
+    else:
+        hidden, cache = model.hidden(
+            tokens, segment_ids=real, cache=model.init_cache(tokens.shape[0], capacity), **skip
+        )
+        last = jnp.sum(real, axis=1) - 1
+        newest = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = model.logits(newest[:, None])[:, 0]
     token, logprob = _draw(logits, keys, temperature, top_p, top_k, logprobs)
     # Arrays of a cache lead with an axis over the layers; arrays of the rows don't.
     put = lambda old, new: old.at[:, row].set(new, mode="drop")
@@ -116,13 +154,25 @@ def _admit(graphdef, params, state, prompts, skipped, temperature, top_p, *, cap
     return state, token, logprob
 
 
-@partial(jax.jit, static_argnames=("graphdef", "top_k", "logprobs"), donate_argnames="state")
-def _advance(graphdef, params, state, temperature, top_p, *, top_k: int, logprobs: bool):
+@partial(jax.jit, static_argnames=("graphdef", "chosen", "top_k", "logprobs"), donate_argnames="state")
+def _advance(graphdef, params, state, temperature, top_p, *, chosen, top_k: int, logprobs: bool):
     """Draw one token in every row: (the rows, tokens int32 [S], log-probabilities float32 [S] or None)."""
     logits, cache = nnx.merge(graphdef, params)(state.token[:, None], cache=state.cache)
+    if isinstance(chosen, Streaming):
+        cache = marked(cache, state.token[:, None], None, chosen)
     keys = _keys(state.seed, state.stream, state.drawn)
     token, logprob = _draw(logits[:, 0], keys, temperature, top_p, top_k, logprobs)
     return Rows(cache, token, state.seed, state.stream, state.drawn + 1), token, logprob
+
+
+@partial(jax.jit, static_argnames=("graphdef", "chosen"), donate_argnames="state")
+def _compact(graphdef, params, state, *, chosen: Streaming):
+    """Make room in the rows that are full: (the rows, their numbers of entries, int32 [S])."""
+    state = dataclasses.replace(state, cache=compacted(nnx.merge(graphdef, params), state.cache, chosen))
+    return state, entries(state.cache)
+
+
+_entries = jax.jit(entries)
 
 
 def generate(model: LanguageModel, prompts: Sequence[Sequence[int] | str], **options) -> list[Completion]:
@@ -152,6 +202,7 @@ def stream(
     logprobs: bool = False,
     batch_size: int = 32,
     skip_in_prefill: Sequence[int] = (),
+    cache: Streaming | Evicted | None = None,
 ) -> Iterator[Piece]:
     """Yield every token of every text as it is drawn, with the row that it belongs to.
 
@@ -172,6 +223,8 @@ def stream(
         each of these rows. Prompts that find no free row wait, and take the first that ends.
       skip_in_prefill: numbers of layers, from 0, that only fill their caches while prompts are read; see `skipped` of
         `LanguageModel.hidden`.
+      cache: which entries the caches of attention layers keep: `Streaming(...)`, a cache of fixed size for texts of any
+        length; `Evicted(...)`, one eviction after the prompt; None, all of them.
 
     Prompts are padded on the right to a power of two, several are read in one call (PROMPT_TOKENS), and the capacity of
     the caches is a power of two, so that few compiled programs serve all lengths. Raises at the call: ValueError naming
@@ -195,7 +248,8 @@ def stream(
         None if top_p == 1 else jnp.float32(top_p),
         layer_switches("skip_in_prefill", skip_in_prefill, model),
     )
-    how = How(jnp.float32(temperature), nucleus, int(top_k), bool(logprobs), skipped)
+    chosen = resolved(cache, model, tokenizer, vocabulary_of(model))
+    how = How(jnp.float32(temperature), nucleus, int(top_k), bool(logprobs), skipped, chosen)
     return _pieces(_Batch(model, requests, how, batch_size)) if requests else iter(())
 
 
@@ -215,12 +269,17 @@ class _Batch:
     def __init__(self, model, requests: list[Request], how: How, rows: int):
         self._graphdef, self._params = nnx.split(model)
         self._how, self._waiting = how, collections.deque(requests)
-        self._capacity = power_of_two(max(len(r.ids) + r.max_tokens for r in requests))
+        held = how.chosen.counts if isinstance(how.chosen, Evicted) else lambda length: (length, 0)
+        self._capacity = power_of_two(max(held(len(r.ids))[0] + r.max_tokens for r in requests))
         self._in_row: list[Request | None] = [None] * min(rows, len(requests))
-        most, size = max(r.max_tokens for r in requests), {"rows": len(self._in_row), "capacity": self._capacity}
+        self._entries = np.zeros(len(self._in_row), np.int64)  # of a streaming cache
+        most, size = (
+            max(r.max_tokens for r in requests),
+            {"rows": len(self._in_row), "capacity": self._capacity, "chosen": how.chosen},
+        )
         fix = "fewer tokens, shorter prompts or a smaller batch_size"
         check_memory("max_tokens", most, self._graphdef, self._params, fix=fix, **size)
-        self._state = _empty(self._graphdef, self._params, rows=len(self._in_row), capacity=self._capacity)
+        self._state = _empty(self._graphdef, self._params, **size)
         self.calls: collections.deque[tuple[jax.Array, jax.Array | None, list[Request | None]]] = collections.deque()
 
     def busy(self) -> bool:
@@ -250,8 +309,10 @@ class _Batch:
         for i, request in enumerate(group):
             tokens[i, : len(request.ids)], real[i, : len(request.ids)] = request.ids, 1
             row[i], seed[i], stream[i] = rows[i], request.seed, request.stream
-        how = self._how
-        prompts = (tokens, real, row, seed, stream)
+        how, kept = self._how, None
+        if isinstance(how.chosen, Evicted):
+            kept = np.array([how.chosen.counts(int(length)) for length in real.sum(axis=1)], np.int32).T
+        prompts = (tokens, real, row, seed, stream, kept)
         self._state, token, logprob = _admit(
             self._graphdef,
             self._params,
@@ -261,9 +322,12 @@ class _Batch:
             how.temperature,
             how.top_p,
             capacity=self._capacity,
+            chosen=how.chosen,
             top_k=how.top_k,
             logprobs=how.logprobs,
         )
+        if isinstance(how.chosen, Streaming):
+            self._entries = np.array(_entries(self._state.cache), np.int64)
         for place, request in zip(rows, group):
             self._in_row[place] = request
         self._called(token, logprob, group)
@@ -272,12 +336,19 @@ class _Batch:
         if not any(self._in_row):  # all had one token to draw, and drew it
             return
         how = self._how
+        if isinstance(how.chosen, Streaming):
+            # The host counts along, and waits for the device only when a row is full.
+            if self._entries.max() == how.chosen.capacity:
+                self._state, held = _compact(self._graphdef, self._params, self._state, chosen=how.chosen)
+                self._entries = np.array(held, np.int64)
+            self._entries += 1
         self._state, token, logprob = _advance(
             self._graphdef,
             self._params,
             self._state,
             how.temperature,
             how.top_p,
+            chosen=how.chosen,
             top_k=how.top_k,
             logprobs=how.logprobs,
         )

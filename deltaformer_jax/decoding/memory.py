@@ -9,20 +9,23 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deltaformer_jax.decoding.selective import empty_cache
 from deltaformer_jax.sharding.device_memory import limits_of, machine_bytes
 
 
-@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity"))
-def _cache(graphdef, params, rows: int, capacity: int):
-    return nnx.merge(graphdef, params).init_cache(rows, capacity)
+@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity", "chosen"))
+def _cache(graphdef, params, rows: int, capacity: int, chosen):
+    return empty_cache(nnx.merge(graphdef, params), rows, capacity, chosen)
 
 
-def check_memory(name: str, value: int, graphdef: Any, params: Any, *, rows: int, capacity: int, fix: str) -> None:
+def check_memory(
+    name: str, value: int, graphdef: Any, params: Any, *, rows: int, capacity: int, fix: str, chosen: Any = None
+) -> None:
     """Raise ValueError, naming the argument, if the caches of `rows` rows of `capacity` tokens exceed the memory.
 
     It is that of all devices which hold the parameters; of a CPU, the machine's. Nothing is said where it is unknown.
     """
-    shapes = _cache.eval_shape(graphdef, params, rows=rows, capacity=capacity)
+    shapes = _cache.eval_shape(graphdef, params, rows=rows, capacity=capacity, chosen=chosen)
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     there = _memory(params)
     if there is not None and needed > there:

@@ -33,6 +33,11 @@ class AttentionCache:
         return self.memory.length
 
 
+def is_selected(cache) -> bool:
+    """Whether a mixer's cache is one of chosen tokens (`ops.SelectedKUCache`, `ops.SelectedKVCache`)."""
+    return isinstance(getattr(cache, "memory", None), ops.SelectedKUCache | ops.SelectedKVCache)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateCache:

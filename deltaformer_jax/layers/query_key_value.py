@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaformer_jax.config.checks import check_argument
+from deltaformer_jax.config.rope_scaling import magnitude, parse
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
 from deltaformer_jax.layers.linear import bias, kernel, plus, product_flops, products
 from deltaformer_jax.layers.norms import AllHeadsNorm, RMSNorm
-from deltaformer_jax.layers.rotary import check_rotary, rotate
+from deltaformer_jax.layers.rotary import check_rotary, rotary_width, rotate
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 
 
@@ -131,6 +132,17 @@ class QueryKeyValue(nnx.Module):
     def rotated(self, y, positions, base: float):
         """y [B,T,heads,K] turned by the rotary embedding of that base."""
         return rotate(y, positions, base, self.rotary_fraction, self.rope_scaling)
+
+    def moved(self, y, by, base: float | None):
+        """y [B,N,heads,K], which the rotary embedding of that base turned, turned by `by` [B,N] positions more.
+
+        rotate(y, p) becomes rotate(y, p + by), up to rounding. A scaling's factor is in y already.
+        """
+        if base is None:
+            return y
+        width, scaling = rotary_width(y.shape[-1], self.rotary_fraction), parse(self.rope_scaling)
+        turned = rotate(y[..., :width], by, base, scaling=self.rope_scaling) / magnitude(scaling)
+        return jnp.concatenate([turned.astype(y.dtype), y[..., width:]], axis=-1)
 
     def empty_tail(self, batch: int) -> InputTail:
         """The tail before the first token: zeros for each of the options that are in use."""

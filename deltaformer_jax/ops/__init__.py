@@ -10,7 +10,9 @@ from deltaformer_jax.ops.cache.caches import (
     written,
 )
 from deltaformer_jax.ops.cache.compression import compress_cache
-from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries, streaming_entries
+from deltaformer_jax.ops.cache.eviction import entries_by_row, proxy_scores, select_entries, streaming_entries
+from deltaformer_jax.ops.cache.places import in_places, newest_lasting
+from deltaformer_jax.ops.cache.segments import fold_segments
 from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
 from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
@@ -40,9 +42,13 @@ __all__ = [
     "compress_cache",
     "delta_attention",
     "delta_values",
+    "entries_by_row",
+    "fold_segments",
     "gated_delta_rule",
     "gated_linear_attention",
     "generalized_delta_rule",
+    "in_places",
+    "newest_lasting",
     "proxy_scores",
     "read_only",
     "select_entries",

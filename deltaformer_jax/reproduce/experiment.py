@@ -101,6 +101,14 @@ NAMES = {
         "associative recall (MQAR) by ten mixers at the four usual sizes, with 256 and 8,192 words",
         "recall.mqar",
     ),
+    "eviction": (
+        "associative recall from caches that keep some of the prompt's entries, by who chooses them",
+        "recall.eviction",
+    ),
+    "streaming": (
+        "byte models that read a million bytes through caches of fixed size: loss by position, entries, bytes",
+        "language.streaming",
+    ),
     "word_problem": ("products of permutations of five elements", "state_tracking.word_problem"),
     "induction": (
         "induction by one layer with KV shifting against vanilla attention and DeltaFormer, and by width",

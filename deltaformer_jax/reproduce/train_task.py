@@ -31,6 +31,7 @@ from deltaformer_jax import tasks
 from deltaformer_jax.config import ModelConfig, OptimizerConfig
 from deltaformer_jax.data.task_data import EVALUATION_SEED
 from deltaformer_jax.model import LanguageModel, num_parameters
+from deltaformer_jax.model_parts import merge
 from deltaformer_jax.reproduce import unfinished
 from deltaformer_jax.reproduce.stages import Cell, Progress, Stage, accuracy
 from deltaformer_jax.training.loop import train
@@ -105,8 +106,11 @@ def run(
     *,
     make_task: Callable[[str, int], Any] = tasks.make_task,
     make_model: Callable[..., nnx.Module] = LanguageModel,
+    measure: Callable[[nnx.Module], dict[str, Any]] | None = None,
 ) -> dict[str, Any] | None:
     """Train a cell. None if `stop.requested` ended it early.
+
+    `measure(model)` -> plain JSON, of the trained model: it is added to the result.
 
     `make_task(spec, length)` returns a task; `make_model(config, rngs=...)` returns a model. The state is saved in
     `folder` when the cell is stopped, at the end of each stage, and every minute. The next call resumes from it, with
@@ -159,4 +163,5 @@ def run(
         "parameters": num_parameters(ending.state.params),
         "skipped": int(ending.state.guard.skipped),
         "curve": end.curve,
+        **({} if measure is None else measure(merge(prepared.run.program.parts, ending.state.params))),
     }

@@ -4,13 +4,16 @@
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
                                      [--seed 0] [--step N] [--weights bfloat16] [--batch_size 32] [--json]
                                      [--logprobs] [--chat TEXT ...] [--chats FILE]
+                                     [--cache INITIAL,SEPARATORS,WINDOW,CAPACITY [--separators CHARACTERS]]
+                                     [--keep SHARE [--proxy 32] [--random 0] [--write_weight 0]]
 
 --chat and --chats ask a run that was trained on conversations for an answer, in the form of its conversations: its chat
 template or the plain form. A run that was converted from an instruct model is asked by that model's template.
 
 Without a prompt the run's own is used, `run.sample_prompt`. A text ends after --tokens tokens, before a --stop string,
-or where the model ends the document or its answer. Texts go to stdout in the order of the prompts, in whole characters:
-the first unfinished one while it is generated, the others after it. Messages go to stderr.
+or where the model ends the document or its answer. --cache and --keep limit what attention layers remember
+of a text (docs/generation.md). Texts go to stdout in the order of the prompts, in whole characters: the first
+unfinished one while it is generated, the others after it. Messages go to stderr.
 
 The prompts, of any lengths and any number, are continued in --batch_size rows: a row whose text ends takes the next
 prompt. A text depends on its prompt, on --seed and on its number, not on its neighbours. Wrong input gives one line on
@@ -84,6 +87,38 @@ def main(arguments: list[str] | None = None) -> None:
         help="layers, counted from 0 and separated by commas, that only fill their caches while a prompt is read, such "
         "as those that python -m deltaformer_jax.prune ranks first (default: none)",
     )
+    parser.add_argument(
+        "--cache",
+        default="",
+        metavar="INITIAL,SEPARATORS,WINDOW,CAPACITY",
+        help="such as 4,64,256,800: caches of attention layers hold at most CAPACITY tokens. When one is full, the "
+        "first INITIAL tokens stay, the last WINDOW, and the last SEPARATORS of the separators between (default: all)",
+    )
+    parser.add_argument(
+        "--separators",
+        metavar="CHARACTERS",
+        help="with --cache: tokens that consist of these are separators; \\n and \\t are newline and tab (default: "
+        ". , ? ! ; : space tab newline; for a tokenizer of bytes newline . ; :)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="after the prompt, caches of attention layers drop all but this share of its tokens (default: all stay)",
+    )
+    parser.add_argument("--proxy", type=int, metavar="N", help="with --keep: the last tokens, which stay (default: 32)")
+    parser.add_argument(
+        "--random",
+        type=float,
+        metavar="SHARE",
+        help="with --keep: this share is drawn, and not what the last tokens read most (default: 0)",
+    )
+    parser.add_argument(
+        "--write_weight",
+        type=float,
+        metavar="WEIGHT",
+        help="with --keep: what DeltaFormer's write compares counts this much beside what is read (default: 0)",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
     parser.add_argument(
         "--batch_size",
@@ -110,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             from deltaformer_jax.decoding.generate import with_weights_in
             from deltaformer_jax.decoding.requests import check_sampling
             from deltaformer_jax.model_parts import merge
+            from deltaformer_jax.sample.chosen import chosen_entries
             from deltaformer_jax.training.checkpoints.restore import read_chat, restore
 
         check_sampling(flags.tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed)
@@ -123,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
             skipped = whole_numbers(flags.skip_in_prefill)
         except ValueError as error:
             raise ValueError(f"--skip_in_prefill {error}") from None
+        chosen = chosen_entries(flags)
         prompts, talks = read_prompts(flags.prompt, flags.prompts), read_chats(flags.chat, flags.chats)
         if talks and prompts:
             raise ValueError("--chat: the same call continues no --prompt; give one or the other")
@@ -162,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
             logprobs=flags.logprobs,
             batch_size=flags.batch_size,
             skip_in_prefill=skipped,
+            cache=chosen,
         )
         # The first token comes after the compilation of both programs, that of prompts and that of a step.
         for piece in begun(pieces, 1, "compiling the model for these prompts", say_aside):

@@ -329,6 +329,28 @@ class DeltaFormer(nnx.Module):
             found["write"] = {"query": write_query.astype(jnp.float32) * self.write_scale, "key": key}
         return found
 
+    def in_places(self, memory: ops.SelectedKUCache) -> ops.SelectedKUCache:
+        """The cache with its entries numbered by their places: `ops.in_places`, where each of two keys side by side has
+        the rotation of its own base."""
+        base = self.inputs.rope_base
+
+        def turn(key, by):
+            if not self.two_keys:
+                return self.inputs.moved(key, by, base)
+            sides = zip(jnp.split(key, 2, axis=-1), (self.write_base, base))
+            return jnp.concatenate([self.inputs.moved(side, by, own) for side, own in sides], axis=-1)
+
+        return ops.in_places(memory, turn)
+
+    def folded(self, memory: ops.SelectedKUCache, keep) -> ops.SelectedKUCache:
+        """The cache with what `keep` drops folded into the segments' separators: `ops.fold_segments`, by the keys that
+        the read compares."""
+        read = memory
+        if self.two_keys:
+            read = memory.with_arrays(key_by_head=memory.key_by_head[..., self.head_dim :])
+        read = ops.fold_segments(read, keep, read_similarity=self.read_similarity, read_scale=self.read_scale)
+        return memory.with_arrays(value_by_head=read.value_by_head)
+
     @property
     def tied(self) -> bool:
         """Whether write and read have the same scores (w = q, both softmax, equal scales).

@@ -205,6 +205,15 @@ class SoftmaxAttention(nnx.Module):
             read["sink"] = jnp.broadcast_to(self.sinks[...], (*x.shape[:2], self.num_heads))
         return {"read": read}
 
+    def in_places(self, memory: ops.SelectedKVCache) -> ops.SelectedKVCache:
+        """The cache with its entries numbered by their places: `ops.in_places` by this layer's rotation and slopes."""
+        slopes = jnp.asarray(alibi_slopes(self.num_heads), jnp.float32) if self.alibi else None
+        return ops.in_places(memory, lambda key, by: self.inputs.moved(key, by, self.inputs.rope_base), slopes)
+
+    def folded(self, memory: ops.SelectedKVCache, keep) -> ops.SelectedKVCache:
+        """The cache with what `keep` drops folded into the segments' separators: `ops.fold_segments`."""
+        return ops.fold_segments(memory, keep)
+
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row.
 

@@ -23,17 +23,22 @@ from deltaformer_jax.ops.common.similarity import Softmax, row_weights
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
-def proxy_scores(cache: KUCache | KVCache, query: jax.Array, *, scale: float | None = None) -> jax.Array:
+def proxy_scores(
+    cache: KUCache | KVCache, query: jax.Array, *, scale: float | None = None, strict: bool = False
+) -> jax.Array:
     """How much the last tokens of a cache read of each of its entries.
 
-        F_n = Σ_p Σ_h softmax_n(scale · q_ph·k_n),      n filled and position_n ≤ position_p
+        F_n = Σ_p Σ_h softmax_n(scale · q_ph·k_n + D_pn),      n filled and position_n ≤ position_p
 
-    Of DeltaFormer's write queries it is what these tokens would still correct; add it, times a factor of your own.
+    D is the sum of the log decays between the two tokens in a cache that has them, else 0. With `strict`, position_n <
+    position_p. So of DeltaFormer's write queries it is what these tokens would still correct; add it, times a factor of
+    your own.
 
     Args:
       cache: after these tokens, a KUCache or KVCache of G key heads.
       query: [B, P, H, K], the queries of the last P tokens in the cache, H a multiple of G.
       scale: multiplies q·k; None means K ** -0.5.
+      strict: a token does not see itself.
 
     Returns F [B, N] in float32 (float64 for float64), 0 at empty slots; it sums to P · H in a row with P tokens.
     Raises ValueError, TypeError: a shape or dtype that does not fit. Cost: 2 P N K H B floating-point operations.
@@ -48,11 +53,11 @@ def proxy_scores(cache: KUCache | KVCache, query: jax.Array, *, scale: float | N
             f"query has shape {tuple(query.shape)}: for this cache it must be [{batch}, tokens, heads, {width}]"
         )
     checks.check_multiple("query", query.shape[2], heads)
-    return _scores(checks.check_scale("scale", scale, width), cache, query)
+    return _scores(checks.check_scale("scale", scale, width), bool(strict), cache, query)
 
 
-@compiled(1)
-def _scores(scale, cache, query):
+@compiled(2)
+def _scores(scale, strict, cache, query):
     batch, time, heads, width = query.shape
     wide = accumulation_dtype(query.dtype)
     groups = cache.key_by_head.shape[1]
@@ -60,8 +65,14 @@ def _scores(scale, cache, query):
     scores = jnp.einsum("btgrk,bgnk->bgrtn", rows, cache.key_by_head.astype(wide), precision=lax.Precision.HIGHEST)
     position = slot_positions(cache)[:, None, :]
     token = cache.length[:, None] - time + jnp.arange(time, dtype=jnp.int32)[None]
-    visible = (position >= 0) & (position <= token[:, :, None])
-    weights = row_weights(Softmax(), scores * scale, jnp.broadcast_to(visible[:, None, None], scores.shape))
+    visible = (position >= 0) & (position <= token[:, :, None] - int(strict))
+    scores = scores * scale
+    if (decay := getattr(cache, "decay_by_head", None)) is not None:
+        own = position == token[:, :, None]  # a token's own slot has the decays after it
+        after = jnp.sum(jnp.where(own[:, None], decay[:, :, None], 0.0), axis=-1, keepdims=True)
+        apart = decay[:, :, None] - after
+        scores += apart.reshape(batch, groups, heads // groups, time, -1).astype(wide)
+    weights = row_weights(Softmax(), scores, jnp.broadcast_to(visible[:, None, None], scores.shape))
     return jnp.sum(weights, axis=(1, 2, 3))
 
 
@@ -138,6 +149,47 @@ def _mark(rank, count):
     return jnp.zeros(rank.shape, bool).at[row, lax.top_k(rank, count)[1]].set(True)
 
 
+def entries_by_row(
+    scores: jax.Array,
+    cache: KUCache | KVCache,
+    kept: jax.Array,
+    drawn: jax.Array,
+    keys: jax.Array,
+    *,
+    proxies: int,
+) -> jax.Array:
+    """The slots to keep where each row keeps its own number of them: `select_entries` of each row.
+
+        kept_b = min(n_b, proxies) + top + drawn_b,       top ≥ 0 is what is left of kept_b
+
+    Args:
+      scores: F [B, N], floats.
+      cache: says which slots are filled and which tokens are last.
+      kept, drawn: int32 [B]: how many in all, and how many of them are drawn. The proxies come first, then what is
+        drawn, and the top is what is left. kept of at least the filled slots: all of them.
+      keys: `jax.random` keys [B]. A row's draw depends on its own key and scores, not on the other rows.
+
+    Returns bool [B, N], for `compact_cache`. Cost: two sorts of N numbers per row. Source: as for `select_entries`.
+    """
+    position = slot_positions(cache)
+    filled = position >= 0
+    rank = jnp.where(filled, scores.astype(accumulation_dtype(scores.dtype)), -jnp.inf)
+    last = filled & (position >= cache.length[:, None] - proxies)
+    held = jnp.sum(last, axis=1, dtype=jnp.int32)
+    drawn = jnp.clip(drawn, 0, jnp.maximum(kept - held, 0))
+    chosen = _largest(jnp.where(last, jnp.inf, rank), jnp.maximum(kept - drawn, held))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, rank.shape[1:], rank.dtype))(keys)
+    return filled & _largest(jnp.where(chosen, jnp.inf, rank + noise), jnp.maximum(kept, held))
+
+
+def _largest(rank, count):
+    """bool [B, N]: the count_b largest of each row; of equal ones, those with the smaller index."""
+    order = jnp.argsort(-rank, axis=1, stable=True)
+    place = jnp.arange(rank.shape[1], dtype=jnp.int32)[None]
+    row = jnp.arange(rank.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros(rank.shape, bool).at[row, order].set(place < count[:, None])
+
+
 def streaming_entries(cache, *, initial: int, separators: int, window: int, capacity: int) -> jax.Array:
     """The slots of a streaming cache to keep before the next token: all until `capacity` of them are filled, and then
 
@@ -153,7 +205,7 @@ def streaming_entries(cache, *, initial: int, separators: int, window: int, capa
 
     Returns bool [B, N], for `compact_cache`. Raises ValueError, TypeError: another cache, or sizes that do not fit.
     Source: Chen et al., SepLLM, arXiv 2412.12094, eq. 3. There the tokens are numbered by their places in
-    the cache; here a rotary embedding goes on with the positions in the text.
+    the cache: `in_places`.
     """
     if not isinstance(cache, Selected):
         raise TypeError(f"cache must be a SelectedKUCache or a SelectedKVCache, not {type(cache).__name__}")
