@@ -12,7 +12,7 @@ from deltaformer_jax.ops.cache.caches import (
 from deltaformer_jax.ops.cache.compression import compress_cache
 from deltaformer_jax.ops.cache.eviction import proxy_scores, select_entries, streaming_entries
 from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
-from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
+from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, SelfAdjust, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
 from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.generalized.api import generalized_delta_rule
@@ -28,6 +28,7 @@ __all__ = [
     "Round",
     "SelectedKUCache",
     "SelectedKVCache",
+    "SelfAdjust",
     "Softmax",
     "causal_attention",
     "compact_cache",

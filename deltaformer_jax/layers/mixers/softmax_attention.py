@@ -7,10 +7,12 @@ Options:
   head;
 * ALiBi: −m_h (t − i) is added to the score of token i, with m_h = 2^(−8 h/H) for h = 1 … H (`alibi_slopes`);
 * sinks: each query head has one more score, a trained number, whose value vector is 0;
+* self-adjusted softmax in the place of softmax, see `ops.SelfAdjust`;
 * output gate: o_t is multiplied by sigmoid(x_t W_g).
 
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
-et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453.
+et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453; self-adjusted
+softmax: arXiv 2502.18277.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
+from deltaformer_jax.ops.common.similarity import Softmax, as_similarity
+from deltaformer_jax.ops.softmax.api import check_read
 from deltaformer_jax.sharding import over_devices
 
 
@@ -38,6 +42,7 @@ class SoftmaxAttention(nnx.Module):
 
     Args:
       window: W: a token sees itself and the W − 1 tokens before it. None: itself and all tokens before it.
+      read_similarity: "softmax", "self_adjust", "self_adjust_basic" or an `ops.SelfAdjust`; sinks need "softmax".
       rope_base: base of the rotary embedding of q and k; None: none.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
@@ -66,6 +71,7 @@ class SoftmaxAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         window: int | None = None,
+        read_similarity: str | ops.SelfAdjust = "softmax",
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
@@ -90,6 +96,7 @@ class SoftmaxAttention(nnx.Module):
     ):
         if window is not None:
             check_argument("window", window)
+        check_read(read_similarity, sinks, "read_similarity")
         self.inputs = QueryKeyValue(
             d_model,
             num_heads,
@@ -123,6 +130,7 @@ class SoftmaxAttention(nnx.Module):
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.qkv_bias = qkv_bias
+        self.read_similarity = read_similarity
         self.window, self.implementation, self.dtype = window, implementation, jnp.dtype(dtype)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache: AttentionCache | None = None):
@@ -142,6 +150,7 @@ class SoftmaxAttention(nnx.Module):
         )
         attend = functools.partial(
             ops.causal_attention,
+            similarity=self.read_similarity,
             window=self.window,
             padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
             implementation=self.implementation,
@@ -170,7 +179,9 @@ class SoftmaxAttention(nnx.Module):
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
-        options, log_decay and sink [B,T,H]."""
+        options, log_decay and sink [B,T,H]. {} unless the similarity is softmax."""
+        if as_similarity(self.read_similarity, "read_similarity") != Softmax():
+            return {}
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)
         read = {"query": query.astype(jnp.float32) * self.head_dim**-0.5, "key": key}

@@ -2,6 +2,7 @@
 
     s_ti = scale · q_t·k_i + Σ_{i<l≤t} g_l,      o_t = Σ_i e^{s_ti} v_i / (e^b + Σ_j e^{s_tj})
 
+With another similarity than softmax, o_t = Σ_i κ(s_t)_i v_i, without a sink.
 Source: see `causal_attention`.
 """
 
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from deltaformer_jax.ops.common.score_decay import decay_between
-from deltaformer_jax.ops.common.similarity import Softmax, row_weights
+from deltaformer_jax.ops.common.similarity import row_weights
 from deltaformer_jax.ops.common.tiles import within
 
 
-def attend_recurrent(q, k, v, segments, log_decay, sinks, lasting, *, scale, window):
+def attend_recurrent(q, k, v, segments, log_decay, sinks, lasting, *, scale, window, similarity):
     """One key head and its r query heads -> o [T, r, V].
 
     q [T, r, K], k [T, K], v [T, V], segments [T], log_decay [T, r], sinks [r] or None, lasting [T] or None: the tokens
@@ -28,12 +29,12 @@ def attend_recurrent(q, k, v, segments, log_decay, sinks, lasting, *, scale, win
         visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
         if window is not None:
             visible &= within(t - index, window, lasting)
-        return decay, _weights(q[t] @ k.T * scale + decay, visible, sinks) @ v
+        return decay, _weights(similarity, q[t] @ k.T * scale + decay, visible, sinks) @ v
 
     return lax.scan(token, jnp.zeros((q.shape[1], k.shape[0]), q.dtype), index)[1]
 
 
-def attend_parallel(q, k, v, segments, log_decay, sinks, lasting, *, scale, window):
+def attend_parallel(q, k, v, segments, log_decay, sinks, lasting, *, scale, window, similarity):
     """`attend_recurrent` for all tokens at once. Memory: O(T²) per query head."""
     index = jnp.arange(k.shape[0], dtype=jnp.int32)
     ago = index[:, None] - index[None, :]
@@ -42,15 +43,15 @@ def attend_parallel(q, k, v, segments, log_decay, sinks, lasting, *, scale, wind
         visible &= within(ago, window, None if lasting is None else lasting[None])
     decay = jnp.moveaxis(decay_between(log_decay), 2, 1)
     scores = jnp.einsum("irk,jk->irj", q, k) * scale + decay
-    return _weights(scores, visible[:, None], sinks) @ v
+    return _weights(similarity, scores, visible[:, None], sinks) @ v
 
 
-def _weights(scores, visible, sinks):
-    """Softmax of scores [..., r, N]. The sinks [r] are one more column, which is left out of the result."""
+def _weights(similarity, scores, visible, sinks):
+    """κ of scores [..., r, N]. The sinks [r] are one more column, which is left out of the result."""
     visible = jnp.broadcast_to(visible.reshape(*[1] * (scores.ndim - visible.ndim), *visible.shape), scores.shape)
     if sinks is None:
-        return row_weights(Softmax(), scores, visible)
+        return row_weights(similarity, scores, visible)
     column = jnp.broadcast_to(sinks.reshape(*[1] * (scores.ndim - 2), -1, 1), (*scores.shape[:-1], 1))
     with_sink = jnp.concatenate([scores, column], axis=-1)
     visible = jnp.concatenate([visible, jnp.ones_like(column, bool)], axis=-1)
-    return row_weights(Softmax(), with_sink, visible)[..., :-1]
+    return row_weights(similarity, with_sink, visible)[..., :-1]

@@ -8,6 +8,7 @@ from types import ModuleType
 import jax
 
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
+from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
 
@@ -21,6 +22,8 @@ def bind(plan: Plan, lasting: jax.Array | None, inputs: Inputs, name: str, modul
     """`module`'s kernels for this call, in the place of `attention_chunked(plan, lasting, inputs)`."""
     if lasting is not None:
         return Kernels("its kernels support neither keep nor initial")
+    if plan.similarity != Softmax():
+        return Kernels("its kernels support no other similarity than softmax")
     query, key, value, log_decay, sinks, _ = inputs
     if name == "triton":
         settings = module.settings_of(plan.scale)
