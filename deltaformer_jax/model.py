@@ -23,8 +23,14 @@ from deltaformer_jax.config.checks import check_model
 from deltaformer_jax.layers.caches import is_selected
 from deltaformer_jax.layers.embedding import Embedding
 from deltaformer_jax.layers.feed_forward import ExpertsFeedForward
+from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.layers.mixers.build import block_setting, build_mixer, check_mixers
-from deltaformer_jax.layers.mixers.feed_forward import build_feed_forward, build_pool, check_feed_forwards
+from deltaformer_jax.layers.mixers.feed_forward import (
+    build_feed_forward,
+    build_pool,
+    build_shift_editor,
+    check_feed_forwards,
+)
 from deltaformer_jax.layers.mixers.protocol import check_cache, check_result
 from deltaformer_jax.layers.mixers.visible import separators_of
 from deltaformer_jax.layers.norms import RMSNorm
@@ -53,7 +59,8 @@ _KEPT = {
 class Block(nnx.Module):
     """x = x + mixer(norm(x)); x = x + mlp(norm(x)): pre-norm residual, x [B,T,d_model] in the compute dtype.
 
-    With `norm_placement="post"`: x = x + norm(mixer(x)); x = x + norm(mlp(x)).
+    With `norm_placement="post"`: x = x + norm(mixer(x)); x = x + norm(mlp(x)). With `ffn_shift_rank`, mlp's input is
+    edited first (`ShiftEditor`), and the cache is a `ShiftedCache` around the mixer's.
     """
 
     def __init__(self, config: ModelConfig, mixer: str | Mixer, *, rngs: nnx.Rngs):
@@ -64,31 +71,42 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon, gain=config.norm_gain)
         self.mlp = build_feed_forward(config, mixer, output_scale=output_scale, rngs=rngs)
         self.norms_after = block_setting(config, mixer, "norm_placement") == "post"
+        self.editor = build_shift_editor(config, mixer, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, cache=None, pool=None, keep=None):
         """(x, cache, the Routing of a mixture of experts or None). `pool`: experts that all layers share. `keep`: for a
         mixer with separators, where they are."""
         own = {} if keep is None else {"keep": keep}
         given = x if self.norms_after else self.mixer_norm(x)
+        cache, previous = (cache.mixer, cache.previous) if isinstance(cache, ShiftedCache) else (cache, None)
         result = self.mixer(given, segment_ids=segment_ids, positions=positions, cache=cache, **own)
         check_result(result, x, cache, self.mixer)
         mixed, cache = result
-        if self.norms_after:
-            x = kept(x + self.mixer_norm(mixed))
-            fed, routing = self._feed(x, segment_ids, pool)
-            return x + self.mlp_norm(fed), cache, routing
-        x = kept(x + mixed)
-        fed, routing = self._feed(self.mlp_norm(x), segment_ids, pool)
-        return x + fed, cache, routing
+        x = kept(x + (self.mixer_norm(mixed) if self.norms_after else mixed))
+        fed = x if self.norms_after else self.mlp_norm(x)
+        if self.editor is not None:
+            fed, previous = self.editor(fed, segment_ids=segment_ids, previous=previous)
+            cache = None if cache is None else ShiftedCache(cache, previous)
+        fed, routing = self._feed(fed, segment_ids, pool)
+        return x + (self.mlp_norm(fed) if self.norms_after else fed), cache, routing
 
     def _feed(self, x, segment_ids, pool):
         if isinstance(self.mlp, ExpertsFeedForward):
             return self.mlp.routed(x, segment_ids, pool)
         return self.mlp(x), None
 
+    def init_cache(self, batch: int, capacity: int):
+        """The mixer's empty cache, in a `ShiftedCache` if the feed-forward layer has an editor."""
+        cache = self.mixer.init_cache(batch, capacity)
+        check_cache(cache, batch, self.mixer)
+        if self.editor is None:
+            return cache
+        return ShiftedCache(cache, jnp.zeros((batch, 2 * self.editor.rank), self.editor.dtype))
+
     def flops_per_token(self, length: int) -> float:
         """The sum of the mixer's and the feed-forward layer's FLOPs per token. The norms are not counted."""
-        return self.mixer.flops_per_token(length) + self.mlp.flops_per_token(length)
+        editor = 0.0 if self.editor is None else self.editor.flops_per_token()
+        return self.mixer.flops_per_token(length) + self.mlp.flops_per_token(length) + editor
 
 
 class LanguageModel(nnx.Module):
@@ -229,9 +247,7 @@ class LanguageModel(nnx.Module):
         def stack(x):
             return jnp.broadcast_to(x, (self.periods, *x.shape))
 
-        caches = [block.mixer.init_cache(batch, capacity) for block in self.blocks]
-        for cache, block in zip(caches, self.blocks):
-            check_cache(cache, batch, block.mixer)
+        caches = [block.init_cache(batch, capacity) for block in self.blocks]
         return tuple(jax.tree.map(stack, cache) for cache in caches)
 
     def flops_per_token(self, length: int) -> float:

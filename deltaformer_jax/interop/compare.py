@@ -56,7 +56,8 @@ def _meaning(config: ModelConfig, mixer: Mixer) -> dict[str, Any]:
         values["gate_rank"] = (rank or values["head_dim"], rank or values["value_dim"])
     if "rope_scaling" in values:  # whose numbers may be written otherwise
         values["rope_scaling"] = parse(values["rope_scaling"])
-    values["norm_placement"] = block_setting(config, mixer, "norm_placement")
+    for name in ("norm_placement", "ffn_shift_rank"):
+        values[name] = block_setting(config, mixer, name)
     values["mlp_dim"] = feed_forward_width(config, mixer)
     values["feed_forward"] = block_setting(config, mixer, "feed_forward")
     for name in READ_BY.get(values["feed_forward"], ()):

@@ -14,7 +14,7 @@ from deltaformer_jax.ops.cache.eviction import entries_by_row, proxy_scores, sel
 from deltaformer_jax.ops.cache.places import in_places, newest_lasting
 from deltaformer_jax.ops.cache.segments import fold_segments
 from deltaformer_jax.ops.cache.selection import compact_cache, visible_entries
-from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, Softmax
+from deltaformer_jax.ops.common.similarity import Exp, Linear, Relu, Round, SelfAdjust, Softmax
 from deltaformer_jax.ops.deltaformer.api import delta_attention, delta_values
 from deltaformer_jax.ops.gated.api import gated_delta_rule, gated_linear_attention
 from deltaformer_jax.ops.generalized.api import generalized_delta_rule
@@ -36,6 +36,7 @@ __all__ = [
     "Round",
     "SelectedKUCache",
     "SelectedKVCache",
+    "SelfAdjust",
     "Softmax",
     "causal_attention",
     "compact_cache",

@@ -48,6 +48,10 @@ NAMES = {
         "Baichuan-M1's attention without one of its parts: windows, wide heads, KV shifting, the rotary base",
         "language.baichuan",
     ),
+    "shift_ffn": (
+        "Shift-FFN, KV shifting, convolutions or neither: bits per byte, change from token to token, loops when greedy",
+        "language.shift_ffn",
+    ),
     "longred": (
         "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
         "language.longred",

@@ -207,6 +207,7 @@ LLAMA = dict(mixers=("softmax_attention",), embedding_scale="one", norm_epsilon=
         ({"rope_scaling": "ntk:4"}, None),
         ({"normalise_head": True}, None),
         ({"kv_shift": True, "kv_shift_window": 3}, None),
+        ({"ffn_shift_rank": 2}, None),
     ],
 )
 def test_what_llama_cannot_say_is_ours(fields, kind):
@@ -232,7 +233,14 @@ def test_every_field_of_a_model_is_compared():
     taken = {name for mixer in MIXERS.values() for name in inspect.signature(mixer.__init__).parameters}
     how = {"compute_dtype", "remat", "unroll_layers"}
     # Compared by what they mean.
-    apart = {"mlp_dim", "feed_forward", "mixers", "norm_placement", *itertools.chain(*READ_BY.values())}
+    apart = {
+        "mlp_dim",
+        "feed_forward",
+        "ffn_shift_rank",
+        "mixers",
+        "norm_placement",
+        *itertools.chain(*READ_BY.values()),
+    }
     apart |= {"separators"}  # by the ids that a tokenizer has for them, separator_tokens
     # What training adds to the loss of a model with experts, which no other project's config.json has.
     apart |= set(OF_THE_LOSS)

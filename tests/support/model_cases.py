@@ -60,7 +60,11 @@ MODELS = {
         mixers=("gated_delta_net", Mixer("softmax_attention", forget_gate=True, sinks=True)),
     ),
     "gates": dict(
-        num_layers=2, conv_size=3, output_gate="on", mixers=(Mixer("delta_former", kv_shift=True), "softmax_attention")
+        num_layers=2,
+        conv_size=3,
+        output_gate="on",
+        ffn_shift_rank=3,
+        mixers=(Mixer("delta_former", kv_shift=True), "softmax_attention"),
     ),
 }
 

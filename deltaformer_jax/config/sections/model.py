@@ -200,7 +200,8 @@ class ModelConfig(BodyFields):
     )
     read_similarity: str = setting(
         "softmax",
-        "Similarity of queries and keys, by which the output is read. The same choices as for write_similarity.",
+        'Similarity of queries and keys, by which the output is read: "softmax" or, self-adjusted, "self_adjust" or '
+        '"self_adjust_basic"; in delta_former also the choices of write_similarity.',
         importable=True,
         must_be_used=True,
     )

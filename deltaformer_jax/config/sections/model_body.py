@@ -46,6 +46,9 @@ class BodyFields:
         "of experts, each a swiglu. An entry of `mixers` may have its own: Mixer(name, feed_forward=...).",
         choices=("swiglu", "geglu", "relu", "relu2", "gelu", "memory", "moe"),
     )
+    ffn_shift_rank: int = setting(
+        0, "Rank of what the previous token adds to the input of a feed-forward layer (Shift-FFN). 0: nothing.", least=0
+    )
     feed_forward_similarity: str = setting(
         "softmax",
         'The similarity of a token and a key of feed_forward = "memory".',

@@ -16,7 +16,7 @@ from deltaformer_jax.config.checks import check_argument
 from deltaformer_jax.layers.feed_forward.sizes import check_width
 from deltaformer_jax.layers.linear import kernel, product_flops, product_into_stream, products
 from deltaformer_jax.ops.common.rematerialisation import kept
-from deltaformer_jax.ops.common.similarity import as_similarity
+from deltaformer_jax.ops.common.similarity import as_write_similarity
 
 
 class MemoryFeedForward(nnx.Module):
@@ -41,7 +41,7 @@ class MemoryFeedForward(nnx.Module):
     ):
         check_width(mlp_dim)
         check_argument("feed_forward_similarity", feed_forward_similarity)
-        self.similarity = as_similarity(feed_forward_similarity, "feed_forward_similarity")
+        self.similarity = as_write_similarity(feed_forward_similarity, "feed_forward_similarity")
         normalised = self.similarity.normalised
         self.keys = kernel(rngs, (d_model, mlp_dim), ("embed", "mlp"))
         self.values = kernel(

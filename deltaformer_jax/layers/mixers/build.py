@@ -25,7 +25,7 @@ _THE_MODELS = ("d_model", "rngs", "dtype", "output_scale")
 # Fields of the block around a mixer, which an entry of `model.mixers` may override too.
 _THE_BLOCKS = (
     *("norm_placement", "feed_forward", "feed_forward_similarity", "mlp_dim", "num_experts", "experts_per_token"),
-    *("shared_experts", "expert_dim", "router", "renormalise_experts", "expert_pool"),
+    *("shared_experts", "expert_dim", "router", "renormalise_experts", "expert_pool", "ffn_shift_rank"),
 )
 
 

@@ -31,7 +31,13 @@ from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.layers.rotary import check_rotary
 from deltaformer_jax.layers.short_convolution import ShortConvolution
-from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
+from deltaformer_jax.ops.common.similarity import (
+    Similarity,
+    Softmax,
+    as_similarity,
+    as_write_similarity,
+    without_arrays,
+)
 from deltaformer_jax.sharding import over_devices
 
 
@@ -40,7 +46,7 @@ def _fixed(name: str, similarity) -> Similarity:
 
     A mixer's attributes are parameters or static values; an array inside a similarity would be neither.
     """
-    similarity = as_similarity(similarity, name)
+    similarity = (as_write_similarity if name == "write_similarity" else as_similarity)(similarity, name)
     if without_arrays(similarity)[1]:
         raise ValueError(
             f"{name}={similarity.given!r} holds arrays: a mixer takes similarities that hold plain numbers only"
@@ -58,7 +64,7 @@ class DeltaFormer(nnx.Module):
         "projected": w = x W_w, with the same norm and rotation as the queries. u, α and β have G heads for "key" and H
         heads otherwise.
       write_similarity, read_similarity: κ₁ and κ₂. "linear", "relu", "exp", "softmax", "round", or a similarity object
-        such as `ops.Round(decimals)`.
+        such as `ops.Round(decimals)`; the read also "self_adjust" and "self_adjust_basic", see `ops.SelfAdjust`.
       write_scale: factor on the scores of κ₁. None: 1 if the write's keys are normalised (`write_key_norm`), else
         K^-1/2.
       read_scale: factor on the scores q·k of κ₂. None: K^-1/2.

@@ -6,6 +6,7 @@ from flax import nnx
 
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.layers.feed_forward import FEED_FORWARDS, Experts
+from deltaformer_jax.layers.feed_forward.shift_editor import ShiftEditor
 from deltaformer_jax.layers.feed_forward.sizes import expert_width, hidden_width
 from deltaformer_jax.layers.mixers.build import FIELDS, block_setting
 
@@ -39,6 +40,12 @@ def build_feed_forward(config: ModelConfig, mixer: str | Mixer, *, output_scale:
         return made(config.d_model, width, output_scale=output_scale, dtype=config.compute_dtype, rngs=rngs, **more)
     except ValueError as error:  # its message begins with the argument's name, which is also the field's name
         raise ValueError(f"model.{error}") from None
+
+
+def build_shift_editor(config: ModelConfig, mixer: str | Mixer, *, rngs: nnx.Rngs) -> ShiftEditor | None:
+    """The editor of the input of the feed-forward layer beside `mixer`, or None."""
+    rank = block_setting(config, mixer, "ffn_shift_rank")
+    return ShiftEditor(config.d_model, rank, dtype=config.compute_dtype, rngs=rngs) if rank else None
 
 
 def expert_width_of(config: ModelConfig, mixer: str | Mixer) -> int:

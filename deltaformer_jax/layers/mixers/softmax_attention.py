@@ -9,11 +9,12 @@ Options:
 * ALiBi: −m_h (t − i) is added to the score of token i, with m_h = 2^(−8 h/H) for h = 1 … H (`alibi_slopes`);
 * a trained bias by position: Kerple or FIRE, and DAPE's change of it or of ALiBi (`bias/position_bias.py`);
 * sinks: each query head has one more score, a trained number, whose value vector is 0;
+* self-adjusted softmax in the place of softmax, see `ops.SelfAdjust`;
 * output gate: o_t is multiplied by sigmoid(x_t W_g).
 
 Source: Vaswani et al., arXiv 1706.03762, eq. 1; grouped queries: Ainslie et al., arXiv 2305.13245; forgetting gate: Lin
-et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453;
-separators: Chen et al., SepLLM, arXiv 2412.12094.
+et al., arXiv 2503.02130; ALiBi: Press et al., arXiv 2108.12409; sinks: Xiao et al., arXiv 2309.17453; separators: Chen
+et al., SepLLM, arXiv 2412.12094; self-adjusted softmax: arXiv 2502.18277.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_i
 from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
+from deltaformer_jax.ops.common.similarity import Softmax, as_similarity
+from deltaformer_jax.ops.softmax.api import check_read
 from deltaformer_jax.sharding import over_devices
 
 
@@ -45,6 +48,7 @@ class SoftmaxAttention(nnx.Module):
       initial_tokens: how many first tokens of a document all its tokens see, behind the window too.
       separator_tokens: ids of tokens that all later ones see, behind the window too. The caller looks for them: see
         `keep` of the call.
+      read_similarity: "softmax", "self_adjust", "self_adjust_basic" or an `ops.SelfAdjust`; sinks need "softmax".
       rope_base: base of the rotary embedding of q and k; None: none.
       qkv_bias: biases on q, k and v.
       rotary_fraction: the fraction of each head's features that is rotated, its first ones.
@@ -77,6 +81,7 @@ class SoftmaxAttention(nnx.Module):
         window: int | None = None,
         initial_tokens: int = 0,
         separator_tokens: tuple[int, ...] = (),
+        read_similarity: str | ops.SelfAdjust = "softmax",
         rope_base: float | None = 10_000.0,
         qk_norm: bool = False,
         kv_shift: bool = False,
@@ -103,6 +108,9 @@ class SoftmaxAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.separator_tokens = check_visible(window, initial_tokens, separator_tokens)
+        check_read(read_similarity, sinks, "read_similarity")
+        if (position_bias != "none" or dape_dim) and as_similarity(read_similarity, "read_similarity") != Softmax():
+            raise ValueError(f"read_similarity={read_similarity!r}: has no position_bias and no dape_dim")
         self.inputs = QueryKeyValue(
             d_model,
             num_heads,
@@ -138,6 +146,7 @@ class SoftmaxAttention(nnx.Module):
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.qkv_bias = qkv_bias
+        self.read_similarity = read_similarity
         self.window, self.initial_tokens = window, initial_tokens
         self.implementation, self.dtype = implementation, jnp.dtype(dtype)
 
@@ -160,6 +169,7 @@ class SoftmaxAttention(nnx.Module):
         )
         attend = functools.partial(
             ops.causal_attention,
+            similarity=self.read_similarity,
             window=self.window,
             initial=self.initial_tokens,
             padding_is_zero=not self.qkv_bias,  # without biases it is, because x is
@@ -193,9 +203,12 @@ class SoftmaxAttention(nnx.Module):
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
-        options, log_decay and sink [B,T,H]. Raises NotImplementedError for a position bias."""
+        options, log_decay and sink [B,T,H]. {} unless the similarity is softmax. Raises NotImplementedError for a
+        position bias."""
         if self.position_bias is not None:
             raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
+        if as_similarity(self.read_similarity, "read_similarity") != Softmax():
+            return {}
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)
         read = {"query": query.astype(jnp.float32) * self.head_dim**-0.5, "key": key}

@@ -24,7 +24,7 @@ from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.score_decay import add_decay, log_decay_gradient, score_decay
 
 
-def _visible(i, j, rows_per_token, chunk, segments, window, lasting, diagonal):
+def visible_columns(i, j, rows_per_token, chunk, segments, window, lasting, diagonal):
     """Which columns of tile j the rows of tile i see: [B or 1, 1, C·r, C] bools, or None for all of them."""
     # The distance inside a tile does not depend on i or j, so XLA computes it once, outside the loops.
     column = jnp.arange(chunk, dtype=jnp.int32)
@@ -98,7 +98,7 @@ def read_forward(
             if bias is not None:
                 scores = _add_bias(scores, bias, positions, c, j, chunk)
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
-            visible = _visible(c, j, group, chunk, segments, window, lasting, diagonal)
+            visible = visible_columns(c, j, group, chunk, segments, window, lasting, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
         running = tiles.start_sum((batch, heads, chunk * group, width), dtype, u)
@@ -155,7 +155,7 @@ def read_backward(
         def step(i, carry, diagonal):
             dq, dkeys, dvalues, column_sums, dbias = carry
             rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
-            visible = _visible(i, j, group, chunk, segments, window, lasting, diagonal)
+            visible = visible_columns(i, j, group, chunk, segments, window, lasting, diagonal)
             scores = tiles.dot(rows, keys.mT, k.dtype) * scale
             if bias is not None:
                 biased = lambda scores, bias: _add_bias(scores, bias, positions, i, j, chunk)

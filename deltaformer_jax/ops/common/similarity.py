@@ -6,8 +6,13 @@
     softmax  κ = e^s / Σ e^s, the sum over the keys that the row sees
     round    κ = s rounded to `decimals` decimals, with the derivative of s (straight-through)
 
+Of reads alone, with p the softmax of the row and m ≤ 0 ≤ M its least and largest score, or 0:
+
+    self_adjust        κ = p (s − m) / (M − m),      m = min(min s, 0), M = max(max s, 0)
+    self_adjust_basic  κ = p s
+
 Source: Xu et al., DeltaFormer (NeurIPS 2025), section 3 and experiments 4.1; the associative-memory view in
-Zhong et al., arXiv 2505.19488.
+Zhong et al., arXiv 2505.19488. Self-adjust: "Self-Adjust Softmax", arXiv 2502.18277.
 """
 
 from __future__ import annotations
@@ -108,6 +113,50 @@ def _round_jvp(decimals, primals, tangents):
 
 
 @dataclasses.dataclass(frozen=True)
+class SelfAdjust:
+    """κ = p (s − m) / (M − m), with p the softmax of the row, m = min(min s, 0) and M = max(max s, 0).
+
+    Not `normalised`: κ = p s. A row does not sum to 1. Unlike softmax, it changes when a constant is added to its
+    scores.
+
+    The extremes are those of the scores that the row sees. Their derivatives go to the score that is the extreme, of
+    several equal ones to the first; an extreme of 0 has none. A row whose M − m is 0, or too small a number to divide
+    by, is plain softmax. With the normalised weights, which lie in [0, 1], a row sums to at most 1.
+
+    It is a similarity of reads, not of DeltaFormer's write. Basic weights may exceed 1 in size, and u would then grow
+    without bound. Normalised ones would keep it bounded, but the write has no fast form with them here.
+    """
+
+    normalised: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.normalised, bool):
+            raise ValueError(f"SelfAdjust(normalised={self.normalised!r}): normalised must be True or False")
+
+    def adjusted(self, weights, scores, visible):
+        """κ of a row that is given in parts: lists of the softmax's weights, of scores and of bools, all [..., N_i]."""
+        if not self.normalised:
+            return [p * x for p, x in zip(weights, scores)]
+        low, high = _extreme(scores, visible, -1.0), _extreme(scores, visible, 1.0)
+        span = high - low
+        wide = span >= jnp.finfo(span.dtype).tiny
+        span = jnp.where(wide, span, 1.0)
+        return [p * jnp.where(wide, (x - low) / span, 1.0) for p, x in zip(weights, scores)]
+
+
+def _extreme(scores, visible, sign):
+    """The largest score of each row, or 0 if none is above it: [..., 1]. `sign` −1: the least score, or 0."""
+    best = None
+    for seen, x in zip(visible, scores):
+        x = sign * jnp.where(seen & (sign * x > 0), x, 0.0)
+        if x.shape[-1] == 0:
+            continue
+        found = jnp.take_along_axis(x, jnp.argmax(x, axis=-1, keepdims=True), axis=-1)
+        best = found if best is None else jnp.where(found > best, found, best)
+    return sign * best
+
+
+@dataclasses.dataclass(frozen=True)
 class Own:
     """A user's similarity: κ = f(s), elementwise. f is the given function, or the `weight` method of the given object.
 
@@ -127,9 +176,11 @@ class Own:
         return jax.jvp(self.weight, (scores,), (jnp.ones_like(scores),))[1]
 
 
-# The built-in similarities. The kernels have all of them.
-NAMED = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
-Similarity = Linear | Relu | Exp | Softmax | Round | Own
+# Those of them that the kernels have.
+WRITES = {"linear": Linear(), "relu": Relu(), "exp": Exp(), "softmax": Softmax(), "round": Round()}
+# The built-in similarities.
+NAMED = WRITES | {"self_adjust": SelfAdjust(), "self_adjust_basic": SelfAdjust(normalised=False)}
+Similarity = Linear | Relu | Exp | Softmax | Round | SelfAdjust | Own
 
 
 def as_similarity(similarity: Any, argument: str) -> Similarity:
@@ -168,6 +219,17 @@ def as_similarity(similarity: Any, argument: str) -> Similarity:
         f"{argument}={similarity!r} is not a similarity: give one of {sorted(NAMED)}, Round(decimals), a function of "
         f"scores or an object with weight(scores){did_you_mean(similarity, NAMED)}"
     )
+
+
+def as_write_similarity(similarity: Any, argument: str) -> Similarity:
+    """`as_similarity` of a similarity of DeltaFormer's write, or of another place that has no `SelfAdjust`."""
+    found = as_similarity(similarity, argument)
+    if isinstance(found, SelfAdjust):
+        raise ValueError(
+            f"{argument}={similarity!r}: self-adjusted softmax is a similarity of reads only; give one of "
+            f"{sorted(WRITES)} or a similarity of your own"
+        )
+    return found
 
 
 def without_arrays(similarity: Similarity) -> tuple[Similarity, tuple]:
@@ -220,6 +282,8 @@ def row_weights_of_parts(similarity: Similarity, scores, visible) -> list[jax.Ar
     """`row_weights` of rows that are given in parts: lists of scores [..., N_i] and of bools that broadcast to them."""
     visible = [jnp.broadcast_to(seen, x.shape) for seen, x in zip(visible, scores)]
     scores = [jnp.where(seen, x, 0.0) for seen, x in zip(visible, scores)]
+    if isinstance(similarity, SelfAdjust):
+        return similarity.adjusted(row_weights_of_parts(Softmax(), scores, visible), scores, visible)
     if not similarity.normalised:
         return [jnp.where(seen, similarity.weight(x), 0.0) for seen, x in zip(visible, scores)]
     highest = [jnp.max(x, axis=-1, keepdims=True, where=seen, initial=LOWEST) for seen, x in zip(visible, scores)]

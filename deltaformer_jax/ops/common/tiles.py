@@ -127,7 +127,7 @@ def absorb(similarity, running, scores, visible, values, operand_dtype):
     if not similarity.normalised:
         weights = keep(visible, similarity.weight(keep(visible, scores)))
         return highest, total, weighted + dot(weights, values, operand_dtype)
-    weights, highest_now, shrink = _new_weights(running, scores, visible)
+    weights, highest_now, shrink = new_weights(running, scores, visible)
     return (
         highest_now,
         total * shrink + jnp.sum(weights, axis=-1),
@@ -143,11 +143,11 @@ def absorb_weights(similarity, running, scores, visible):
     _, total, weighted = running
     if not similarity.normalised:
         return keep(visible, similarity.weight(keep(visible, scores))), running
-    weights, highest_now, shrink = _new_weights(running, scores, visible)
+    weights, highest_now, shrink = new_weights(running, scores, visible)
     return weights, (highest_now, total * shrink + jnp.sum(weights, axis=-1), weighted * shrink[..., None])
 
 
-def _new_weights(running, scores, visible):
+def new_weights(running, scores, visible):
     """(weights e^{s − m}, new running maximum m, factor e^{old m − m} for the old sums)."""
     highest = running[0]
     if visible is not None:

@@ -29,7 +29,13 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
-from deltaformer_jax.ops.common.similarity import Similarity, Softmax, as_similarity, without_arrays
+from deltaformer_jax.ops.common.similarity import (
+    Similarity,
+    Softmax,
+    as_similarity,
+    as_write_similarity,
+    without_arrays,
+)
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked, whole_plan
 from deltaformer_jax.ops.deltaformer.definition import read_parallel, read_recurrent, write_parallel, write_recurrent
@@ -86,7 +92,8 @@ def delta_attention(
         |β| > 1, u can grow geometrically.
       write_similarity, read_similarity: κ₁, κ₂: "linear", "relu", "exp", "softmax", "round"; or an object of
         `deltaformer_jax.ops.common.similarity`, for example Round(decimals=0); or a function or object of your own
-        (`as_similarity` there).
+        (`as_similarity` there). κ₂ may also be "self_adjust" or "self_adjust_basic" (`SelfAdjust` there), which no
+        kernels have.
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
         of 1.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
@@ -181,7 +188,7 @@ def delta_values(
     """
     given = (write_query, alpha, beta, segment_ids)
     write_query, alpha, beta, segment_ids = _checked(None, key, value, *given, chunk_size, implementation)
-    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
+    write_similarity, write_arrays = without_arrays(as_write_similarity(write_similarity, "write_similarity"))
     plan = Plan(
         write_similarity,
         checks.check_scale("write_scale", write_scale, key.shape[3]),
@@ -214,7 +221,7 @@ def checked(
     that does not fit."""
     given = (write_query, alpha, beta, segment_ids)
     write_query, alpha, beta, segment_ids = _checked(query, key, value, *given, chunk_size, implementation)
-    write_similarity, write_arrays = without_arrays(as_similarity(write_similarity, "write_similarity"))
+    write_similarity, write_arrays = without_arrays(as_write_similarity(write_similarity, "write_similarity"))
     read_similarity, read_arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
     plan = Plan(
         write_similarity,

@@ -27,7 +27,8 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
-from deltaformer_jax.ops.common.similarity import Similarity, with_arrays, without_gradient
+from deltaformer_jax.ops.common.reads.self_adjusted import adjusted_backward, adjusted_forward
+from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
 
@@ -127,12 +128,13 @@ def _forward(plan, held, inputs, lasting):
         u, lse_write = made((back(u), lse_write))
         return (None, u.astype(dtype)), (held, inputs, lasting, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
-    out, lse_read = read_forward(q, k, u, segments, None, bounds, **read)
+    self_adjusted = isinstance(plan.read_similarity, SelfAdjust)
+    out, of_rows = (adjusted_forward if self_adjusted else read_forward)(q, k, u, segments, None, bounds, **read)
     out = H.unfold_queries(out, query.shape[2] // heads)[:, :time].astype(dtype)
-    out, u, lse_write, lse_read = made((out, back(u), lse_write, lse_read))
+    out, u, lse_write, of_rows = made((out, back(u), lse_write, of_rows))
     # Only the backward pass of softmax needs the output.
-    kept = out if plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (held, inputs, lasting, u, kept, (lse_write, lse_read))
+    kept = out if self_adjusted or plan.read_similarity.normalised else None
+    return (out, u.astype(dtype)), (held, inputs, lasting, u, kept, (lse_write, of_rows))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
@@ -163,7 +165,8 @@ def _backward(plan, residuals, cotangents):
         if plan.read_similarity is not None:
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
             rest = (fold(kept), rows[1], fold(dout))
-            dq, dk_read, du_read, *_ = read_backward(fold(query), k, u, segments, None, last, *rest, **read)
+            backward = adjusted_backward if isinstance(plan.read_similarity, SelfAdjust) else read_backward
+            dq, dk_read, du_read, *_ = backward(fold(query), k, u, segments, None, last, *rest, **read)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
         dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **write)

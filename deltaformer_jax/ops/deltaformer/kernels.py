@@ -10,7 +10,7 @@ import functools
 from types import ModuleType
 
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
-from deltaformer_jax.ops.common.similarity import NAMED, Own, Round
+from deltaformer_jax.ops.common.similarity import WRITES, Own, Round, SelfAdjust
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan
 
 
@@ -18,8 +18,8 @@ def bind(plan: Plan, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
     """`module`'s kernels for this call, in the place of `delta_chunked`."""
     if plan.window is not None:
         return Kernels("its kernels support neither window, keep nor initial")
-    if any(isinstance(similarity, Own) for similarity in (plan.write_similarity, plan.read_similarity)):
-        return Kernels(f"its kernels support only the built-in similarities {', '.join(NAMED)}")
+    if any(isinstance(similarity, Own | SelfAdjust) for similarity in (plan.write_similarity, plan.read_similarity)):
+        return Kernels(f"its kernels support only the similarities {', '.join(WRITES)}")
 
     def kappa(similarity, scale):
         decimals = {"decimals": similarity.decimals} if isinstance(similarity, Round) else {}

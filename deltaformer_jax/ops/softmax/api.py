@@ -26,7 +26,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
-from deltaformer_jax.ops.common.similarity import Softmax
+from deltaformer_jax.ops.common.similarity import SelfAdjust, Softmax, as_similarity
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.position_bias import PositionBias, as_position_bias
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
@@ -37,8 +37,7 @@ from deltaformer_jax.ops.softmax.definition import (
     attend_recurrent,
 )
 from deltaformer_jax.ops.softmax.kernels import bind, order
-
-_SOFTMAX = Softmax()
+from deltaformer_jax.ops.softmax.self_adjusted import self_adjusted_chunked
 
 _DEFINITIONS = {"recurrent": attend_recurrent, "parallel": attend_parallel}
 _BIASED_DEFINITIONS = {"recurrent": attend_biased_recurrent, "parallel": attend_biased_parallel}
@@ -50,6 +49,7 @@ def causal_attention(
     key: jax.Array,
     value: jax.Array,
     *,
+    similarity: str | SelfAdjust = "softmax",
     scale: float | None = None,
     window: int | None = None,
     keep: jax.Array | None = None,
@@ -75,6 +75,9 @@ def causal_attention(
 
         t − i < window   or   keep_i   or   (position of i in its segment) < initial
 
+    With another `similarity`, o_t = Σ_i κ_ti v_i. "self_adjust": κ_ti = p_ti (s_ti − m_t) / (M_t − m_t), with m_t and
+    M_t the least and the largest of 0 and the visible scores s_tj. "self_adjust_basic": κ_ti = p_ti s_ti.
+
     g ≤ 0 is the log decay (the forgetting gate). b is the head's sink logit. Without sinks, e^b is replaced by 0.
 
     Letters: B batch rows, T tokens, H query heads, G key/value heads (H a multiple of G), K and V the head dimensions
@@ -83,6 +86,7 @@ def causal_attention(
     Args:
       query: [B, T, H, K], key: [B, T, G, K], value: [B, T, G, V]. All have one dtype: float64, float32, bfloat16 or
         float16.
+      similarity: "softmax", "self_adjust" or "self_adjust_basic", without sinks; see `similarity.SelfAdjust`.
       scale: multiplies q·k; None means K ** -0.5.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
       keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
@@ -101,10 +105,10 @@ def causal_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (NVIDIA GPUs: bfloat16, float16 and float32, head dimensions
         up to 256, no window), "cudnn" (NVIDIA GPUs: bfloat16 and float16, K = V, a multiple of 8 up to 128) or "splash"
-        (TPUs: bfloat16, K = V). The last three support none of log_decay, sinks, position_bias, keep and initial. None
-        is the default choice: by the platform that the program is compiled for, "splash", "triton" if there are segment
-        ids and else "cudnn", if it supports the call ("cudnn" only if this process sees an NVIDIA device), else
-        "chunked".
+        (TPUs: bfloat16, K = V). The last three support none of log_decay, sinks, position_bias, keep, initial and
+        another similarity than softmax. None is the default choice: by the platform that the program is compiled for,
+        "splash", "triton" if there are segment ids and else "cudnn", if it supports the call ("cudnn" only if this
+        process sees an NVIDIA device), else "chunked".
       cache: a KVCache to continue from. With a window, the cache is a ring of `window` slots. With keep or initial it
         must be a SelectedKVCache, whose entries `compact_cache` drops. New tokens with segment id 0 are not stored.
       return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of `window` slots, or
@@ -123,17 +127,20 @@ def causal_attention(
         another platform. Also a second derivative of "chunked".
 
     Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window but neither keep nor initial), and
-      2.5 times as many in the backward pass. A position bias costs what it says, for each pair of tokens, and in the
-      backward pass three times as much. Memory: O(T (K+V)) per head for "chunked".
+      2.5 times as many in the backward pass; self-adjusted softmax 1.5 times as many in the forward pass. A position
+      bias costs what it says, for each pair of tokens, and in the backward pass three times as much. Memory:
+      O(T (K+V)) per head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks and initial: Xiao et al., arXiv
-      2309.17453; keep: Chen et al., SepLLM, arXiv 2412.12094.
+      2309.17453; keep: Chen et al., SepLLM, arXiv 2412.12094; self-adjusted softmax: arXiv 2502.18277.
     """
     checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)
-    plan = dataclasses.replace(plan, initial=int(initial))
+    plan = dataclasses.replace(plan, initial=int(initial), similarity=check_read(similarity, sinks is not None))
     if position_bias is not None:
+        if plan.similarity != Softmax():
+            raise ValueError(f"similarity={similarity!r}: has no position_bias; leave it out, or take 'softmax'")
         position_bias = as_position_bias(position_bias, query.shape[2], key)
         plan = dataclasses.replace(plan, chunk=min(plan.chunk, _BIASED_CHUNK))
     log_decay, segment_ids = inputs.log_decay, inputs.segment_ids
@@ -151,6 +158,19 @@ def causal_attention(
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, 128)
         return _extend(plan, block, cache, inputs, keep, position_bias)
     return _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep, position_bias)
+
+
+def check_read(given: str | SelfAdjust, sinks: bool, argument: str = "similarity") -> Softmax | SelfAdjust:
+    """The similarity of a read of softmax attention, with or without sinks. Raises ValueError for another one."""
+    similarity = as_similarity(given, argument)
+    if not isinstance(similarity, Softmax | SelfAdjust):
+        raise ValueError(
+            f"{argument}={given!r}: softmax attention has 'softmax', 'self_adjust' and 'self_adjust_basic'; the others "
+            "are DeltaFormer's (delta_attention, delta_former)"
+        )
+    if sinks and similarity != Softmax():
+        raise ValueError(f"{argument}={given!r}: has no sinks; leave sinks out, or take 'softmax'")
+    return similarity
 
 
 def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation) -> tuple[Plan, Inputs]:
@@ -175,12 +195,15 @@ def _attend(plan, implementation, return_cache, padding_is_zero, inputs, keep, b
     lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
     if implementation in _DEFINITIONS:
         if bias is None:
-            out = _by_definition(_DEFINITIONS[implementation], inputs, lasting, plan.scale, plan.window)
+            out = _by_definition(_DEFINITIONS[implementation], inputs, lasting, plan)
         else:
             read = functools.partial(_BIASED_DEFINITIONS[implementation], scale=plan.scale, window=plan.window)
             out = _by_biased_definition(read, inputs, lasting, bias)
     else:
-        chunked, bound = (functools.partial(form, plan, lasting, bias) for form in (attention_chunked, bind))
+        chunked = functools.partial(attention_chunked, plan, lasting, bias)
+        if plan.similarity != Softmax():
+            chunked = functools.partial(self_adjusted_chunked, plan, lasting)
+        bound = functools.partial(bind, plan, lasting, bias)
         bound = functools.partial(bound, inputs)
         out = dispatch("softmax", implementation, inputs, chunked=chunked, bind=bound, order=order(inputs))
     if inputs.segment_ids is not None:
@@ -200,7 +223,9 @@ def _extend(plan, block, cache, inputs, keep, bias):
     """(output, cache): `causal_attention` continued from a given cache, `block` tokens at a time."""
     real, (query, key, value, log_decay, sinks, segment_ids) = without_padding(inputs)
     lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
-    extend = lambda cache, *arrays: extend_attention(cache, *arrays, sinks, _SOFTMAX, plan.scale, plan.window, bias)
+    extend = lambda cache, *arrays: extend_attention(
+        cache, *arrays, sinks, plan.similarity, plan.scale, plan.window, bias
+    )
     return extend_in_blocks(extend, cache, (query, key, value, log_decay, lasting, real), block)
 
 
@@ -218,13 +243,14 @@ def without_padding(inputs, padding_is_zero=False):
     return real, Inputs(query, key, value, log_decay, sinks, segment_ids)
 
 
-def _by_definition(read, inputs, lasting, scale, window):
+def _by_definition(read, inputs, lasting, plan):
     """The output [B, T, H, V] by `read`, a definition for one head, in the accumulation dtype."""
     query, key, value, log_decay, sinks, segment_ids = inputs
     dtype, (batch, time, heads) = accumulation_dtype(key.dtype), key.shape[:3]
     group = query.shape[2] // heads
     segments = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
-    one_head = lambda *arguments: read(*arguments, scale=scale, window=window)
+    how = dict(scale=plan.scale, window=plan.window, similarity=plan.similarity)
+    one_head = lambda *arguments: read(*arguments, **how)
     grouped = lambda x: H.fold_queries(x.astype(dtype), heads).reshape(batch, heads, time, group, *x.shape[3:])
     first = lambda x: H.heads_first(x.astype(dtype))
     if log_decay is None:

@@ -18,7 +18,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
-from deltaformer_jax.ops.common.similarity import Softmax
+from deltaformer_jax.ops.common.similarity import SelfAdjust, Softmax
 from deltaformer_jax.ops.position_bias import PositionBias
 
 _SOFTMAX = Softmax()
@@ -26,16 +26,17 @@ _SOFTMAX = Softmax()
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static arguments: scale of the scores, window, rows of a chunk, and of each segment how many tokens stay
-    visible behind the window."""
+    """The static arguments: scale of the scores, window, rows of a chunk, of each segment how many tokens stay visible
+    behind the window, and the similarity."""
 
     scale: float
     window: int | None
     chunk: int
     initial: int = 0
+    similarity: Softmax | SelfAdjust = _SOFTMAX
 
 
-def _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias):
+def layout(plan, query, key, value, log_decay, segment_ids, lasting, bias=None):
     """(arguments of `read_forward`, its `first`, its settings): heads first, padded to whole chunks."""
     heads, length = key.shape[2], -(-key.shape[1] // plan.chunk) * plan.chunk
     group = query.shape[2] // heads
@@ -47,7 +48,7 @@ def _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias):
     bounds = tiles.first_chunks(segments, plan.window if lasting is None else None, length, plan.chunk)
     segments = None if segments is None else segments[:, None]
     lasting = None if lasting is None else H.pad_time(lasting, length)[:, None]
-    settings = dict(similarity=_SOFTMAX, scale=plan.scale, chunk=plan.chunk, window=plan.window, lasting=lasting)
+    settings = dict(similarity=plan.similarity, scale=plan.scale, chunk=plan.chunk, window=plan.window, lasting=lasting)
     if bias is not None:
         rows = 1 if segment_ids is None else segment_ids.shape[0]
         positions = H.pad_time(token_positions(segment_ids, rows, key.shape[1]), length)[:, None]
@@ -92,7 +93,7 @@ def _without_sinks(plan, query, key, value, log_decay, segment_ids, lasting, bia
 # _forward and _backward are jitted, so that JAX traces each once per shape and not at every call.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(plan, query, key, value, log_decay, segment_ids, lasting, bias):
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
+    arrays, bounds, settings = layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
     out, lse = read_forward(*arrays, bounds, **settings)
     back = lambda x: H.unfold_queries(x, query.shape[2] // key.shape[2])[:, : key.shape[1]]
     out, lse = made((back(out).astype(value.dtype), back(lse)))
@@ -103,7 +104,7 @@ def _forward(plan, query, key, value, log_decay, segment_ids, lasting, bias):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
     query, key, value, log_decay, segment_ids, lasting, bias, out, lse = residuals
-    arrays, bounds, settings = _layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
+    arrays, bounds, settings = layout(plan, query, key, value, log_decay, segment_ids, lasting, bias)
     last, time, (heads, length) = tiles.last_chunks(bounds), key.shape[1], arrays[1].shape[1:3]
     group = query.shape[2] // heads
     fold = lambda x: H.fold_queries(H.pad_time(x, length), heads)

@@ -8,6 +8,7 @@ from types import ModuleType
 import jax
 
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
+from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.position_bias import PositionBias
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan
 
@@ -31,6 +32,8 @@ def bind(
         return Kernels("its kernels support no position_bias")
     if lasting is not None:
         return Kernels("its kernels support neither keep nor initial")
+    if plan.similarity != Softmax():
+        return Kernels("its kernels support no other similarity than softmax")
     query, key, value, log_decay, sinks, _ = inputs
     if name == "triton":
         settings = module.settings_of(plan.scale)

@@ -62,11 +62,16 @@ def matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
 
 
 def prepared(
-    settings: dict[str, Any], folder: epath.Path, note, objective: ObjectiveConfig | None = None, path: str = ""
+    settings: dict[str, Any],
+    folder: epath.Path,
+    note,
+    objective: ObjectiveConfig | None = None,
+    path: str = "",
+    checkpoints: int = 1,
 ) -> Any:
     """The training run of a cell in folder/run, new or as it was left (`training.setup.Prepared`).
 
-    path: of the corpus, by default the standard library's text.
+    path: of the corpus, by default the standard library's text. checkpoints: how many are kept of the four.
     """
     from deltaformer_jax.training.setup import prepare
 
@@ -90,7 +95,7 @@ def prepared(
             eval_every=max(1, steps // 4),
             eval_batches=settings["eval_batches"],
             checkpoint_every=max(1, steps // 4),
-            keep_checkpoints=1,
+            keep_checkpoints=checkpoints,
             sample_prompt="",
         ),
     )

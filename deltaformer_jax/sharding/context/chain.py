@@ -17,7 +17,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.padding import zero_gradient_at_padding
-from deltaformer_jax.ops.common.similarity import Similarity
+from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, as_similarity
 from deltaformer_jax.ops.deltaformer.api import checked, without_padding
 from deltaformer_jax.sharding.context.axis import narrow_ids, whole_rows
 from deltaformer_jax.sharding.context.blocks import blocks_of
@@ -58,8 +58,8 @@ def delta_attention_pipeline(
 
     Raises:
       ValueError, TypeError: as the op; also a number of tokens on a device that P does not divide.
-      NotImplementedError: another implementation, window, keep, initial, a similarity that holds arrays, or a second
-        derivative.
+      NotImplementedError: another implementation, window, keep, initial, a similarity that holds arrays, a
+        self-adjusted one, or a second derivative.
 
     Cost: the op's, divided by P, and the time that `schedule.idle_share` gives; w = q takes two passes. Of the numbers
       of its T/P tokens, a device sends (P − 1)/P once to spread them over the devices and back. Around the chain it
@@ -77,6 +77,11 @@ def delta_attention_pipeline(
         raise NotImplementedError(
             "window, keep and initial: the chain over devices has none; give a mesh.context that divides the number of "
             "heads of every array"
+        )
+    if isinstance(as_similarity(read_similarity, "read_similarity"), SelfAdjust):
+        raise NotImplementedError(
+            f"read_similarity={read_similarity!r}: the chain over devices has no self-adjusted softmax; give a "
+            "mesh.context that divides the number of heads of every array"
         )
     segment_ids = narrow_ids(segment_ids, axis_name)
     gates, similarities = (alpha, beta, segment_ids), (write_similarity, read_similarity, write_scale, read_scale)

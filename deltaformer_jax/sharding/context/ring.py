@@ -14,7 +14,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.hand_written import hand_written, made
 from deltaformer_jax.ops.common.padding import zero_gradient_at_padding
-from deltaformer_jax.ops.common.similarity import Softmax
+from deltaformer_jax.ops.common.similarity import SelfAdjust, Softmax, as_similarity
 from deltaformer_jax.ops.softmax.api import checked, without_padding
 from deltaformer_jax.ops.softmax.chunked import with_sinks
 from deltaformer_jax.sharding.context.axis import narrow_ids, whole_rows
@@ -28,6 +28,7 @@ def causal_attention_ring(
     key: jax.Array,
     value: jax.Array,
     *,
+    similarity: str | SelfAdjust = "softmax",
     scale: float | None = None,
     window: int | None = None,
     keep: jax.Array | None = None,
@@ -47,7 +48,7 @@ def causal_attention_ring(
 
     Raises:
       ValueError, TypeError: as the op; also an odd number of tokens on a device.
-      NotImplementedError: another implementation, keep, initial, or a second derivative.
+      NotImplementedError: another implementation or similarity, keep, initial, or a second derivative.
 
     Cost: the op's, divided by P. Without a window, rows are spread in zig-zag order first, so that all devices have
       equal work at each step; a device sends its queries, keys, values and outputs once for that, and P − 1 times
@@ -63,6 +64,11 @@ def causal_attention_ring(
         raise NotImplementedError(
             "keep and initial: attention over a ring sees no token behind its window; give a mesh.context that divides "
             "the number of heads of every array"
+        )
+    if as_similarity(similarity, "similarity") != Softmax():
+        raise NotImplementedError(
+            f"similarity={similarity!r}: attention over a ring has softmax alone; give a mesh.context that divides the "
+            "number of heads of every array"
         )
     segment_ids = narrow_ids(segment_ids, axis_name)
     plan, inputs = checked(query, key, value, scale, window, log_decay, sinks, segment_ids, implementation)

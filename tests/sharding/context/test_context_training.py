@@ -14,7 +14,7 @@ from deltaformer_jax.training.program import Program
 from deltaformer_jax.training.setup import check_batch
 
 LENGTH = 64
-WIDE = Mixer("delta_former", write_query="query", kv_shift_window=3)
+WIDE = Mixer("delta_former", write_query="query", kv_shift_window=3, ffn_shift_rank=3)
 # At 4 devices: 2 KV heads take the chain and the ring, 4 heads the all-to-all; states; convolutions and KV shifting.
 MIXERS = (Mixer("delta_former", write_rope_base=0.0), Mixer("softmax_attention", window=9), WIDE)
 MORE = ("gated_delta_net", "gated_linear_attention")
@@ -55,7 +55,7 @@ def check_losses(found, expected):
 
 
 def test_context_over_four_devices():
-    mixers = ("delta_former",)
+    mixers = (Mixer("delta_former", ffn_shift_rank=3),)
     check_losses(losses_on(MeshConfig(data=2, context=4), 8, mixers), one_device(mixers))
 
 
