@@ -48,6 +48,10 @@ NAMES = {
         "Baichuan-M1's attention without one of its parts: windows, wide heads, KV shifting, the rotary base",
         "language.baichuan",
     ),
+    "sepllm": (
+        "attention to a window, first tokens and separators (SepLLM) against full attention, for both mixers",
+        "language.sepllm",
+    ),
     "longred": (
         "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
         "language.longred",
