@@ -29,14 +29,14 @@ SOFTMAX_CASES = {
     "alibi": dict(rope_base=None, alibi=True),
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
     "forgetting": dict(forget_gate=True, rope_base=None, alibi=True),
-    "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
+    "sinks": dict(forget_gate=True, sinks=True, window=4, initial_tokens=2, kv_shift=True, kv_shift_parts="value"),
     "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
 }
 DELTA_CASES = {
     "key": {},
     "query, tied": dict(write_query="query"),
     "projected": dict(write_query="projected", alpha="sigmoid", qk_norm=True),
-    "linear": dict(write_similarity="linear", read_similarity="linear", beta="one"),
+    "linear": dict(write_similarity="linear", read_similarity="linear", beta="one", window=5),
     "relu": dict(
         write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query", write_rope_base=None
     ),
@@ -51,6 +51,8 @@ DELTA_CASES = {
         qk_norm=True,
         kv_shift=True,
         write_rope_base=50.0,
+        window=4,
+        initial_tokens=1,
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
     "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),
