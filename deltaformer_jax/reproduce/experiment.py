@@ -52,6 +52,10 @@ NAMES = {
         "Shift-FFN, KV shifting, convolutions or neither: bits per byte, change from token to token, loops when greedy",
         "language.shift_ffn",
     ),
+    "sepllm": (
+        "attention to a window, first tokens and separators (SepLLM) against full attention, for both mixers",
+        "language.sepllm",
+    ),
     "longred": (
         "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
         "language.longred",

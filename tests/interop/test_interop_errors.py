@@ -107,6 +107,7 @@ def test_rows_laid_end_to_end_are_counted(copy):
         ("fla_gla", dict(feature_map="relu"), "feature_map = 'relu'"),
         ("fla_deltaformer", dict(hidden_act="powlu", attnres_block_size=2), "'powlu'.*attnres_block_size = 2"),
         ("fla_forgetting_transformer", dict(qk_norm=True, window_size=8), "qk_norm = True.*window_size = 8: its class"),
+        ("fla_deltaformer", dict(window_size=8), "window_size = 8: its class sees all tokens of a text"),
         ("fla_delta_net", dict(conv_bias=True), "conv_bias = True: its class makes no such biases"),
         ("hf_llama", dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: give a whole number from 1 to 10"),
         ("hf_llama", dict(quantization_config={"bits": 4}), "quantization_config: its tensors are quantised; give"),

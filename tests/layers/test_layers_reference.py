@@ -119,6 +119,12 @@ def dape(bias, scores, distance):
     return static + numbers(bias.weight_out) @ hidden + numbers(bias.bias_out)[:, None]
 
 
+def seen(t, options):
+    """The tokens that token t sees, in order, itself last."""
+    window, initial = options.get("window", t + 1), options.get("initial_tokens", 0)
+    return np.array([i for i in range(t + 1) if t - i < window or i < initial])
+
+
 def softmax_attention(module, x, options):
     q, k, v = inputs(module, x, options)
     q, k = turned(options, q, k)
@@ -126,21 +132,21 @@ def softmax_attention(module, x, options):
     if options.get("forget_gate"):
         decay = -np.log1p(np.exp(-(x @ numbers(module.forget.kernel) + numbers(module.forget.bias))))
     for t in range(len(x)):
-        first = max(0, t + 1 - options.get("window", len(x)))
+        at = seen(t, options)
         for h in range(HEADS):
             g = h * KV_HEADS // HEADS
-            scores = k[first : t + 1, g] @ q[t, h] * HEAD_DIM**-0.5
+            scores = k[at, g] @ q[t, h] * HEAD_DIM**-0.5
             if options.get("alibi"):
-                scores -= 2.0 ** (-8 * (h + 1) / HEADS) * (t - np.arange(first, t + 1))
+                scores -= 2.0 ** (-8 * (h + 1) / HEADS) * (t - at)
             if options.get("dape_dim"):
-                every = np.einsum("jhk,hk->hj", np.repeat(k, HEADS // KV_HEADS, 1)[first : t + 1], q[t])
-                scores += dape(module.position_bias, every * HEAD_DIM**-0.5, t - np.arange(first, t + 1))[h]
+                every = np.einsum("jhk,hk->hj", np.repeat(k, HEADS // KV_HEADS, 1)[at], q[t])
+                scores += dape(module.position_bias, every * HEAD_DIM**-0.5, t - at)[h]
             elif options.get("position_bias"):
-                scores += fire(module.position_bias, t - np.arange(first, t + 1), t)[h]
+                scores += fire(module.position_bias, t - at, t)[h]
             if options.get("forget_gate"):
-                scores += np.array([decay[i + 1 : t + 1, h].sum() for i in range(first, t + 1)])
+                scores += np.array([decay[i + 1 : t + 1, h].sum() for i in at])
             sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0
-            out[t, h] = np.exp(scores) @ v[first : t + 1, g] / (np.exp(scores).sum() + sink)
+            out[t, h] = np.exp(scores) @ v[at, g] / (np.exp(scores).sum() + sink)
     return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 
 
@@ -175,13 +181,15 @@ def delta_former(module, x, options):
     for t in range(len(x)):
         for h in range(u_heads):
             g = h * KV_HEADS // u_heads
-            weights = similarity(write, write_keys[:t, g] @ w[t, h] * write_scale)
-            u[t, h] = alpha[t, h] * v[t, g] - beta[t, h] * (weights @ u[:t, h])
+            before = seen(t, options)[:-1]
+            weights = similarity(write, write_keys[before, g] @ w[t, h] * write_scale)
+            u[t, h] = alpha[t, h] * v[t, g] - beta[t, h] * (weights @ u[before, h])
     out = np.zeros((len(x), HEADS, HEAD_DIM))
     for t in range(len(x)):
         for h in range(HEADS):
-            scores = k[: t + 1, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
-            out[t, h] = similarity(read, scores) @ u[: t + 1, h * u_heads // HEADS]
+            at = seen(t, options)
+            scores = k[at, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
+            out[t, h] = similarity(read, scores) @ u[at, h * u_heads // HEADS]
     return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 
 

@@ -31,14 +31,14 @@ SOFTMAX_CASES = {
     "forgetting": dict(forget_gate=True, rope_base=None, alibi=True),
     "fire": dict(rope_base=None, position_bias="fire", fire_length=4, forget_gate=True),
     "dape": dict(rope_base=None, position_bias="kerple", dape_dim=3, window=5, sinks=True),
-    "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
+    "sinks": dict(forget_gate=True, sinks=True, window=4, initial_tokens=2, kv_shift=True, kv_shift_parts="value"),
     "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
 }
 DELTA_CASES = {
     "key": {},
     "query, tied": dict(write_query="query"),
     "projected": dict(write_query="projected", alpha="sigmoid", qk_norm=True),
-    "linear": dict(write_similarity="linear", read_similarity="linear", beta="one"),
+    "linear": dict(write_similarity="linear", read_similarity="linear", beta="one", window=5),
     "relu": dict(
         write_similarity="relu", read_similarity="relu", kv_shift=True, write_query="query", write_rope_base=None
     ),
@@ -53,6 +53,8 @@ DELTA_CASES = {
         qk_norm=True,
         kv_shift=True,
         write_rope_base=50.0,
+        window=4,
+        initial_tokens=1,
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
     "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),

@@ -16,7 +16,7 @@ MODEL = ModelConfig(vocab_size=32, d_model=16, num_layers=4, num_heads=4, num_kv
 IDS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
 
 
-def log_weights(query, key, ids, strict, window, log_decay=None):
+def log_weights(query, key, ids, strict, window, log_decay=None, behind=False):
     """[B, H, T, T] in float64, −inf where a token is not seen."""
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)
@@ -25,7 +25,12 @@ def log_weights(query, key, ids, strict, window, log_decay=None):
         summed = np.cumsum(np.moveaxis(np.asarray(log_decay, np.float64), 1, 2), axis=-1)
         scores += summed[..., None] - summed[..., None, :]
     ahead = np.arange(ids.shape[1])[:, None] - np.arange(ids.shape[1])
-    seen = (ahead >= strict) & (ahead < (window or 99)) & (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, :, None]
+    seen = (
+        (ahead >= strict)
+        & ((ahead < (window or 99)) | behind)
+        & (ids[:, :, None] == ids[:, None])
+        & (ids > 0)[:, :, None]
+    )
     scores = np.where(seen[:, None], scores, -np.inf)
     total = np.exp(scores).sum(-1, keepdims=True)
     return scores - np.log(np.where(total > 0, total, 1.0))  # a row that sees nothing has the weights 0
@@ -38,11 +43,19 @@ def divergence(one, other):
 
 
 def test_similarity_and_divergence_are_their_definition(monkeypatch):
-    """A pattern of a window, DeltaFormer with a projected write, a mixer without attention, and a forgetting gate."""
+    """A pattern of a window, DeltaFormer with a projected write, a mixer without attention, and a forgetting gate; the
+    second has a window too, behind which it sees first tokens and separators."""
     monkeypatch.setattr(module, "_WEIGHTS", 2 * 4 * 12 * 5)  # five rows of the weights at once: three pieces of twelve
     mixers = (
         Mixer("softmax_attention", window=3),
-        Mixer("delta_former", write_query="projected", qk_norm=True),
+        Mixer(
+            "delta_former",
+            write_query="projected",
+            qk_norm=True,
+            window=2,
+            initial_tokens=1,
+            separator_tokens=(3, 4, 5),
+        ),
         "delta_net",
         Mixer("softmax_attention", forget_gate=True),
     )
@@ -70,8 +83,11 @@ def test_similarity_and_divergence_are_their_definition(monkeypatch):
             given = block.mixer_norm(before[layer].astype(np.float32))
             compared = block.mixer.compared(given, segment_ids=IDS, positions=positions)
             for kind, of in compared.items():
-                window = 3 if layer % 4 == 0 else None
-                kinds[kind].append(log_weights(**of, ids=IDS, strict=kind == "write", window=window))
+                window = (3, 2, None, None)[layer % 4]
+                lasts = (positions == 0) | np.isin(batch["tokens"], (3, 4, 5))
+                behind = lasts[:, None] if layer % 4 == 1 else False
+                weights = log_weights(**of, ids=IDS, strict=kind == "write", window=window, behind=behind)
+                kinds[kind].append(weights)
         for kind, pair in kinds.items():
             value = getattr(found, kind)[layer]
             if pair:
