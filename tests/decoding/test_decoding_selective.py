@@ -35,7 +35,7 @@ RULE = Streaming(1, 2, 4, 12, characters=SEPARATORS)
 @pytest.fixture(scope="module")
 def model():
     model = LanguageModel(
-        ModelConfig(mixers=MIXERS, num_layers=2, implementation="recurrent", **SIZES), rngs=nnx.Rngs(0)
+        ModelConfig(mixers=MIXERS, num_layers=4, implementation="recurrent", **SIZES), rngs=nnx.Rngs(0)
     )
     return jax.tree.map(lambda x: x * 3 if x.ndim > 2 else x, model)  # louder: texts that depend on the prompt
 
@@ -151,31 +151,35 @@ def test_a_prompt_in_pieces_is_read_as_token_by_token(model):
     assert whole[0].memory.capacity == RULE.capacity
 
 
-def test_streaming_texts(model, prompts):
-    """Before the cache is full they are those without one; afterwards each is its prompt's own, whoever its
-    neighbours are."""
-    asked = functools.partial(decoding.generate, model, max_tokens=20, seed=1, batch_size=3, logprobs=True)
-    usual = asked(prompts)
+@pytest.fixture(scope="module")
+def asked(model):
+    return functools.partial(decoding.generate, model, max_tokens=20, seed=[1, 1, 1], batch_size=3, logprobs=True)
+
+
+@pytest.fixture(scope="module")
+def usual(asked, prompts):
+    return asked(prompts)
+
+
+def test_streaming_texts(asked, usual, prompts):
+    """Before the cache is full they are those without one; afterwards each is its prompt's own, whoever its neighbours
+    are."""
     wide = asked(prompts, cache=Streaming(1, 2, 4, 64, characters=SEPARATORS))
     for text, other in zip(usual, wide):
-        assert text.tokens == other.tokens  # to rounding: the caches, and so the sums, have other numbers of slots
+        assert text.tokens == other.tokens  # to rounding: a prompt is read in pieces
         np.testing.assert_allclose(text.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
     narrow = asked(prompts, cache=RULE)
-    assert [text.tokens for text in narrow] != [text.tokens for text in usual]
-    assert asked(prompts[:1], cache=RULE)[0].tokens == narrow[0].tokens
+    assert all(text.tokens != other.tokens for text, other in zip(narrow, usual))
+    assert [text.tokens for text in asked(prompts[::-1], cache=RULE)[::-1]] == [text.tokens for text in narrow]
 
 
-def test_evicted_texts(model, prompts):
+def test_evicted_texts(asked, usual, prompts):
     """keep = 1 is the usual text bit for bit; a seed gives one choice, whoever the neighbours are; a short prompt
     stays whole."""
-    asked = functools.partial(decoding.generate, model, max_tokens=20, seed=[1, 1, 1], batch_size=3, logprobs=True)
-    usual = asked(prompts)
     assert asked(prompts, cache=Evicted(1.0)) == usual
     rule = Evicted(0.3, proxy=4, random=0.15, write_weight=0.5)
     found = asked(prompts, cache=rule)
     assert found[0].tokens == usual[0].tokens and found[1].tokens != usual[1].tokens
-    turned = asked(prompts[::-1], cache=rule)
-    assert [text.tokens for text in turned[::-1]] == [text.tokens for text in found]
     assert asked(prompts[2:], cache=rule, seed=[1])[0].tokens == found[2].tokens  # alone, its prompt is not padded
 
 
@@ -192,9 +196,9 @@ def test_an_eviction_keeps_what_the_proxies_read(model):
         keys = jax.random.split(jax.random.key(0), 2)
         evicted = read_and_evict(model, tokens, real, 20, rule, counts, keys)[1]
         _, streams = model.look(tokens, lambda before, after, real: before, segment_ids=real)
-        block = jax.tree.map(lambda x: x[0], model.blocks[0])
+        block = jax.tree.map(lambda x: x[1], model.blocks[0])  # layer 2, of the second period
         places = jnp.tile(jnp.arange(30, dtype=jnp.int32), (2, 1))
-        compared = block.mixer.compared(block.mixer_norm(streams[0]), segment_ids=real, positions=places)
+        compared = block.mixer.compared(block.mixer_norm(streams[2]), segment_ids=real, positions=places)
         return evicted, compared, model.hidden(tokens, segment_ids=real, cache=model.init_cache(2, 30))[1]
 
     evicted, compared, whole = both(model)
@@ -208,7 +212,7 @@ def test_an_eviction_keeps_what_the_proxies_read(model):
                 scores[:seen] += weight * (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
         best = np.argsort(-scores[:-3], kind="stable")[: counts[0, row] - 3]
         expected = sorted([*best, *range(length - 3, length)])
-        memory, before = (jax.tree.map(lambda x, row=row: np.asarray(x)[0, row], c[0].memory) for c in (evicted, whole))
+        memory, before = (jax.tree.map(lambda x, row=row: np.asarray(x)[1, row], c[0].memory) for c in (evicted, whole))
         np.testing.assert_array_equal(memory.position[: len(expected)], expected)
         assert memory.position.shape == (20,) and np.all(memory.position[len(expected) :] == -1)
         assert memory.length == length

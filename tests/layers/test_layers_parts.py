@@ -1,5 +1,7 @@
 """Norm, rotation, feed-forward, gate, shift and initialisation, each against its formula in NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
 from deltaformer_jax.layers.linear import Gate, kernel
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention, alibi_slopes
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
+from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.layers.rotary import rotate
 
 
@@ -60,6 +63,34 @@ def test_a_key_can_be_moved_to_another_position(x64):
     moved = rotate(rotate(key, before, 10_000.0), after - before, 10_000.0)
     # An angle of 1e6 is off by 1e6 roundings.
     np.testing.assert_allclose(moved, rotate(key, after, 10_000.0), rtol=0, atol=16 * 1e6 * np.finfo(float).eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_fraction": 0.5, "rope_scaling": "yarn:2,16"}])
+def test_a_cached_key_moves_in_float32(options):
+    """Several moves of a key that was rotated, scaled and in part: to 1e-6 for places up to 16."""
+    inputs = QueryKeyValue(
+        8,
+        2,
+        2,
+        8,
+        rope_base=100.0,
+        qk_norm=False,
+        kv_shift=False,
+        conv_size=0,
+        norm_epsilon=1e-6,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    key, places = jnp.asarray(normal((1, 3, 2, 8)), jnp.float32), jnp.asarray([[16, 9, 0], [11, 9, 0], [3, 5, 0]])
+    moved = inputs.rotated(key, places[:1], 100.0)
+    for before, after in itertools.pairwise(places):
+        moved = inputs.moved(moved, (after - before)[None], 100.0)
+    expected = inputs.rotated(key, places[-1:], 100.0)
+    # Four angles of at most 16, each off by 2⁻²⁴ of it: 4e-6 of a key at worst, and half of that in fact.
+    np.testing.assert_allclose(moved, expected, rtol=0, atol=4 * 16 * 2.0**-24 * float(jnp.abs(key).max()))
+    if options:
+        np.testing.assert_array_equal(moved[..., 4:], key[..., 4:])
 
 
 def test_swiglu():
