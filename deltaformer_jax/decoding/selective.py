@@ -273,8 +273,7 @@ def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: 
     chosen = chooses(model)
     wide, usual = model.init_cache(rows, width), model.init_cache(rows, total)
     caches = tuple(one if grows else other for one, other, grows in zip(wide, usual, chosen))
-    # A query of the last tokens depends on as many tokens before as the layer's convolutions are wide.
-    behind = max(_convolution(block.mixer) for block, grows in zip(model.blocks, chosen) if grows)
+    behind = max(_behind(block.mixer) for block, grows in zip(model.blocks, chosen) if grows)
     before_end = jnp.arange(-(rule.proxy + behind), 0, dtype=jnp.int32)[None]
     at = lengths[:, None] + before_end
     ids = (at >= 0).astype(jnp.int32)
@@ -310,7 +309,7 @@ def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: 
     return last, tuple(left)
 
 
-def _convolution(mixer: Any) -> int:
-    """How many tokens before its own a query depends on."""
-    convolutions = mixer.inputs.convolutions
-    return 0 if convolutions is None else convolutions[0].width - 1
+def _behind(mixer: Any) -> int:
+    """How many tokens before its own a read or write query depends on; DeltaFormer's write query may be its key."""
+    convolutions, shift = mixer.inputs.convolutions, mixer.inputs.shift
+    return (0 if convolutions is None else convolutions[0].width - 1) + (0 if shift is None else shift.window - 1)

@@ -1,5 +1,7 @@
 """Norm, rotation, feed-forward, gate, shift and initialisation, each against its formula in NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail, last_real_token
 from deltaformer_jax.layers.linear import Gate, kernel
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention, alibi_slopes
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
+from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.layers.rotary import rotate
 
 
@@ -74,6 +77,35 @@ def test_angles_are_exact_at_far_positions(scaling):
     found = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 10_000.0, scaling=scaling)
     roundings = 3 * np.pi + 2 * magnitude(rule)
     np.testing.assert_allclose(found, expected, rtol=0, atol=roundings * 2.0**-24 * 2 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_fraction": 0.5, "rope_scaling": "yarn:2,16"}])
+def test_a_cached_key_moves_in_float32(options):
+    """Several moves of a key that was rotated, scaled and in part."""
+    inputs = QueryKeyValue(
+        8,
+        2,
+        2,
+        8,
+        rope_base=100.0,
+        qk_norm=False,
+        kv_shift=False,
+        conv_size=0,
+        norm_epsilon=1e-6,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    key, places = jnp.asarray(normal((1, 3, 2, 8)), jnp.float32), jnp.asarray([[16, 9, 0], [11, 9, 0], [3, 5, 0]])
+    moved = inputs.rotated(key, places[:1], 100.0)
+    for before, after in itertools.pairwise(places):
+        moved = inputs.moved(moved, (after - before)[None], 100.0)
+    expected = inputs.rotated(key, places[-1:], 100.0)
+    # Four rotations, each to three roundings of its angle and two of its products.
+    each = (3 * np.pi + 2) * 2.0**-24 * 2 * float(jnp.abs(key).max())
+    np.testing.assert_allclose(moved, expected, rtol=0, atol=4 * each)
+    if options:
+        np.testing.assert_array_equal(moved[..., 4:], key[..., 4:])
 
 
 def test_swiglu():

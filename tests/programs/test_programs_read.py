@@ -146,6 +146,18 @@ def test_sample_top_p(workdir, capsys):
     assert output(capsys, sample.main, *arguments, "--top_p", 1e-6, "--top_k", 0).out == likeliest
 
 
+def test_sample_with_a_limited_cache(workdir, capsys):
+    """Flags reach the caches: log-probabilities differ from the usual ones where they were limited, and not where all
+    stays."""
+    arguments = ["--workdir", workdir, "--prompt", "def f(self):\n" * 4, "--tokens", 20, "--json", "--logprobs"]
+    asked = lambda *more: json.loads(output(capsys, sample.main, *arguments, "--temperature", 0, *more).out)
+    usual = asked()
+    assert asked("--keep", 1) == usual
+    for flags in (["--cache", "1,2,4,9", "--separators", r":\n"], ["--keep", 0.1, "--proxy", 2, "--random", 0.02]):
+        found = asked(*flags)
+        assert found.keys() == usual.keys() and found["logprobs"] != usual["logprobs"]
+
+
 def test_sample_without_a_prompt_takes_the_runs(workdir, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
@@ -170,6 +182,17 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
     wrong = error(capsys, sample.main, *given, "--skip_in_prefill", "1;2")
     assert "--skip_in_prefill '1;2': give whole numbers, separated by commas" in wrong
     assert "skip_in_prefill = 9: give layers from 0 to " in error(capsys, sample.main, *given, "--skip_in_prefill", "9")
+    for flags, message in {
+        ("--cache", "4,64,256"): "--cache 4,64,256: give four whole numbers INITIAL,SEPARATORS,WINDOW,CAPACITY",
+        ("--cache", "4,64,256,324"): "--cache: capacity = 324: give more than initial + separators + window = 324",
+        ("--cache", "1,2,4,9", "--keep", "0.5"): "--keep: with --cache entries are dropped all the time",
+        ("--cache", "1,2,4,9", "--separators", "é"): "separators: the tokenizer has no token that consists of 'é'",
+        ("--separators", "."): "--separators: they go with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY",
+        ("--proxy", "3"): "--proxy: it goes with --keep SHARE; give both",
+        ("--keep", "1.5"): "--keep = 1.5: give a share above 0, at most 1 (all tokens)",
+        ("--keep", "0.2", "--random", "0.3"): "--random = 0.3: give a share of the prompt from 0 to keep = 0.2",
+    }.items():
+        assert message in error(capsys, sample.main, *given, *flags)
     assert "--stop: an empty text" in error(capsys, sample.main, *given, "--stop", "")
     (tmp_path / "empty").write_bytes(b"")
     empty = error(capsys, sample.main, "--workdir", workdir, "--prompts", tmp_path / "empty")

@@ -76,6 +76,7 @@ def test_every_cell_has_a_model_that_can_be_built(name):
         "induction",
         "kv_shift_tasks",
         "baichuan",
+        "eviction",
         "rope_retrieval",
         "rope_swap",
     )

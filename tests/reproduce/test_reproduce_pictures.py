@@ -11,7 +11,8 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
-from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy
+from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy, streaming
+from deltaformer_jax.reproduce.recall import eviction
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
 TRAINED = (
@@ -76,6 +77,29 @@ def result_of(name, settings, rng, good):
             "rank_correlation": 0.8,
             "tokens": 1_000_000,
         }
+    if name == "eviction":
+        shares = settings["shares"]
+        evicted = {
+            policy: np.sort(rng.uniform(0, 1, len(shares))).tolist() for policy in eviction.policies(settings["label"])
+        }
+        return {"evicted": evicted, "entries": [round(64 * share) for share in shares]}
+    if name == "streaming":
+        ring = [streaming.RING] * (settings["mixers"] == ["softmax_attention"])
+        ends = dict.fromkeys([streaming.SEPARATORS, streaming.ANEW], settings["whole"]) | {
+            streaming.ALL: settings["all"]
+        }
+        readings = {}
+        for policy in (*settings["rules"], streaming.ALL, *ring, streaming.ANEW):
+            bounds = streaming.edges(ends.get(policy, settings["part"]), settings["sequence_length"])
+            bits = rng.uniform(2, 3, len(bounds) - 1).tolist()
+            readings[policy] = {
+                "edges": bounds,
+                "bits": bits,
+                "mean_entries": 192.0,
+                "most_entries": 256,
+                "bytes": 65536,
+            }
+        return {"readings": readings, "eval_bits": 2.5, "parameters": 1, "trained_on": 1_000_000}
     if name == "baichuan":
         return {"bits": float(rng.uniform(2, 3)), "tokens": 1_000_000}
     if name == "longred":

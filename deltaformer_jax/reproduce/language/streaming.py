@@ -269,8 +269,8 @@ def name_of(bounds: list[int], i: int) -> str:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(6.5 * len(done), 4.8)
-    names = list(done[0]["result"]["readings"])
+    picture = new_figure(3 + 5.5 * len(done), 4.8)
+    names = list(dict.fromkeys(policy for record in done for policy in record["result"]["readings"]))
     styles = line_styles(names, [ANEW])
     panels = picture.subplots(1, len(done), squeeze=False, sharey=True)[0]
     lowest = min(min(read["bits"]) for record in done for read in record["result"]["readings"].values())
@@ -282,7 +282,7 @@ def figure(done: list[dict[str, Any]]):
         panel.set_xlabel("bytes read, up to")
         panel.set_ylabel(f"bits a byte (cut at {2 * lowest:.1f})")
         plain(panel, record["settings"]["label"])
-    figure_legend(picture, *panels[:1])
+    figure_legend(picture)
     settings = done[0]["settings"]
     explain(
         picture,

@@ -28,10 +28,10 @@ from flax import nnx
 from deltaformer_jax import ops
 from deltaformer_jax.data.task_data import EVALUATION_SEED
 from deltaformer_jax.decoding.selective import empty_cache, with_memories
-from deltaformer_jax.plot.style import explain, line_styles
+from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.pictures import new_figure
+from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 from deltaformer_jax.tasks import make_task
 
 WINDOW, EVEN, ACCUMULATED = "window", "random", "accumulated"
@@ -174,16 +174,16 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(6 * len(done), 4.6)
+    picture = new_figure(3 + 5.5 * len(done), 4.6)
     styles = line_styles(policies("DeltaFormer"), [WINDOW])
     for panel, record in zip(picture.subplots(1, len(done), squeeze=False, sharey=True)[0], done):
+        shares = [100 * share for share in record["settings"]["shares"]]
         for policy, accuracies in record["result"]["evicted"].items():
-            shares = [100 * share for share in record["settings"]["shares"]]
             panel.plot(shares, accuracies, marker="o", label=policy, **styles[policy])
-        panel.set_title(record["settings"]["label"], loc="left", fontsize=10)
         panel.set_xlabel("entries of the prompt that stay (%)")
         panel.set_ylabel("accuracy")
-        panel.legend(fontsize=8.5, loc="lower right")
+        plain(panel, record["settings"]["label"])
+    figure_legend(picture)
     settings = done[0]["settings"]
     explain(
         picture,
