@@ -30,7 +30,7 @@ SOFTMAX_CASES = {
     "all": dict(window=3, qk_norm=True, kv_shift=True, rope_base=100.0),
     "forgetting": dict(forget_gate=True, rope_base=None, alibi=True),
     "sinks": dict(forget_gate=True, sinks=True, window=4, kv_shift=True, kv_shift_parts="value"),
-    "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
+    "gated": dict(output_gate=True, conv_size=3, qk_norm=True, read_similarity="self_adjust"),
 }
 DELTA_CASES = {
     "key": {},
@@ -54,7 +54,14 @@ DELTA_CASES = {
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
     "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),
-    "gated, projected": dict(write_query="projected", output_gate=True, conv_size=2, kv_shift=True, qk_norm=True),
+    "gated, projected": dict(
+        write_query="projected",
+        output_gate=True,
+        conv_size=2,
+        kv_shift=True,
+        qk_norm=True,
+        read_similarity="self_adjust_basic",
+    ),
 }
 CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES]
 CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]
