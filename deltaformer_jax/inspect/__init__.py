@@ -1,4 +1,4 @@
-"""What a run has learnt in parameters that can be read by themselves: the program `python -m deltaformer_jax.inspect`.
+"""What a run has learnt, in numbers that can be read by themselves: the program `python -m deltaformer_jax.inspect`.
 
 A program of the folder above that is run as a file, `python deltaformer_jax/train.py`, puts that folder first on
 Python's path. `import inspect` then finds this package instead of Python's own module, and it gives way to that.

@@ -208,6 +208,7 @@ LLAMA = dict(mixers=("softmax_attention",), embedding_scale="one", norm_epsilon=
         ({"normalise_head": True}, None),
         ({"kv_shift": True, "kv_shift_window": 3}, None),
         ({"ffn_shift_rank": 2}, None),
+        ({"read_similarity": "self_adjust"}, None),
     ],
 )
 def test_what_llama_cannot_say_is_ours(fields, kind):

@@ -94,6 +94,11 @@ def turned(options, *arrays, write=False):
 def similarity(kind, scores):
     if kind == "softmax":
         return np.exp(scores) / np.sum(np.exp(scores)) if len(scores) else scores
+    if kind == "self_adjust":
+        low, high = min(0, *scores), max(0, *scores)
+        return similarity("softmax", scores) * (scores - low) / (high - low)
+    if kind == "self_adjust_basic":
+        return similarity("softmax", scores) * scores
     return {
         "linear": lambda s: s,
         "relu": lambda s: np.maximum(s, 0),
@@ -147,6 +152,8 @@ def softmax_attention(module, x, options):
                 scores += np.array([decay[i + 1 : t + 1, h].sum() for i in at])
             sink = np.exp(numbers(module.sinks)[h]) if options.get("sinks") else 0
             out[t, h] = np.exp(scores) @ v[at, g] / (np.exp(scores).sum() + sink)
+            if kind := options.get("read_similarity"):
+                out[t, h] = similarity(kind, scores) @ v[at, g]
     return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 
 

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
-from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy, streaming
+from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy, shift_ffn, streaming
 from deltaformer_jax.reproduce.recall import eviction
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
@@ -102,6 +102,11 @@ def result_of(name, settings, rng, good):
         return {"readings": readings, "eval_bits": 2.5, "parameters": 1, "trained_on": 1_000_000}
     if name == "baichuan":
         return {"bits": float(rng.uniform(2, 3)), "tokens": 1_000_000}
+    if name == "shift_ffn":
+        steps, layers = [settings["steps"] * quarter // 4 for quarter in (1, 2, 3, 4)], settings["num_layers"]
+        measured = lambda: {"bits": rng.uniform(2, 3), "change": rng.uniform(1, 2, layers).tolist()}
+        loops = lambda: {"loops": rng.uniform(0, 1), "before_loop": rng.uniform(0, 100), "periods": [None]}
+        return {"checkpoints": [{"step": step, **measured(), **loops()} for step in steps]}
     if name == "longred":
         after = lambda: {"after": measures(settings, rng), "drift": {"similarity": [0.99] * settings["num_layers"]}}
         return {"before": measures(settings, rng), "methods": {method: after() for method in settings["methods"]}}
@@ -158,8 +163,8 @@ def measures(settings, rng):
 
 
 def cells_of(name, quick):
-    if name in ("baichuan", "longred"):
-        module = {"baichuan": baichuan, "longred": longred}[name]
+    if name in ("baichuan", "longred", "shift_ffn"):
+        module = {"baichuan": baichuan, "longred": longred, "shift_ffn": shift_ffn}[name]
         with (
             mock.patch.object(module, "matching_width", lambda *given: 64),
             mock.patch.object(module, "parameters", lambda *given: 900_000),

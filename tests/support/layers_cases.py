@@ -32,7 +32,7 @@ SOFTMAX_CASES = {
     "fire": dict(rope_base=None, position_bias="fire", fire_length=4, forget_gate=True),
     "dape": dict(rope_base=None, position_bias="kerple", dape_dim=3, window=5, sinks=True),
     "sinks": dict(forget_gate=True, sinks=True, window=4, initial_tokens=2, kv_shift=True, kv_shift_parts="value"),
-    "gated": dict(output_gate=True, conv_size=3, qk_norm=True),
+    "gated": dict(output_gate=True, conv_size=3, qk_norm=True, read_similarity="self_adjust"),
 }
 DELTA_CASES = {
     "key": {},
@@ -58,7 +58,14 @@ DELTA_CASES = {
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
     "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),
-    "gated, projected": dict(write_query="projected", output_gate=True, conv_size=2, kv_shift=True, qk_norm=True),
+    "gated, projected": dict(
+        write_query="projected",
+        output_gate=True,
+        conv_size=2,
+        kv_shift=True,
+        qk_norm=True,
+        read_similarity="self_adjust_basic",
+    ),
 }
 CASES = [(SoftmaxAttention, name, SOFTMAX_CASES[name]) for name in SOFTMAX_CASES]
 CASES += [(DeltaFormer, name, DELTA_CASES[name]) for name in DELTA_CASES]

@@ -1,4 +1,4 @@
-"""The program `inspect`: the scalars of KV shifting, of a run of which some layers have it."""
+"""The program `inspect`: the scalars of KV shifting, of a run of which some layers have it, and M(X)."""
 
 import json
 
@@ -10,9 +10,10 @@ from support import training_cases as cases
 
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.config.saved import Saved
-from deltaformer_jax.data import load_data
+from deltaformer_jax.data import batches, load_data
 from deltaformer_jax.inspect import __main__ as inspect
-from deltaformer_jax.model_parts import model_parts
+from deltaformer_jax.model_parts import merge, model_parts
+from deltaformer_jax.surgery import token_change
 from deltaformer_jax.training.checkpoints.new_run import write_run
 from deltaformer_jax.training.checkpoints.restore import restore
 
@@ -63,6 +64,36 @@ def test_the_signs_of_a_run(runs, capsys):
     ]
 
 
+def test_the_change_from_token_to_token(runs, capsys):
+    """M by layer against NumPy; documents and padding count by themselves."""
+    inspect.main(["token_change", "--workdir", str(runs["without"]), "--batches", "1"])
+    said = capsys.readouterr()
+    found, run = json.loads(said.out), restore(runs["without"])
+    model = merge(run.program.parts, run.params)
+    sizes = dict(sequence_length=run.config.data.sequence_length, batch_size=run.config.data.batch_size)
+    batch = next(batches(load_data(run.config.data.path), "eval", **sizes, seed=0))
+    assert np.allclose(found["by_layer"], by_hand(model, batch), rtol=1e-5) and len(found["by_layer"]) == 2
+    assert found["M(X)"] == np.mean(found["by_layer"]) and said.err.splitlines()[-1].split()[0] == "1"
+    ids = np.ones_like(batch["tokens"])
+    ids[:, 3:], ids[0], ids[1, -2:] = 2, 5, 0
+    packed = {"tokens": batch["tokens"], "segment_ids": ids}
+    np.testing.assert_allclose(token_change(model, [packed]), by_hand(model, packed), rtol=1e-5)
+    with pytest.raises(ValueError, match="no token follows another"):
+        token_change(model, [packed | {"segment_ids": np.zeros_like(ids)}])
+
+
+def by_hand(model, batch):
+    ids = np.asarray(batch["segment_ids"])
+    _, streams = model.look(batch["tokens"], lambda before, after, real: after, segment_ids=ids)
+    streams, sums, count = np.asarray(streams, np.float64), 0.0, 0
+    for row, t in np.argwhere(ids > 0):
+        if t > 0 and ids[row, t] == ids[row, t - 1]:
+            now, before = streams[:, row, t], streams[:, row, t - 1]
+            sums = sums + np.linalg.norm(now - before, axis=-1) / np.linalg.norm(before, axis=-1)
+            count += 1
+    return sums / count
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -72,8 +103,13 @@ def test_the_signs_of_a_run(runs, capsys):
         ),
         (["kv_shift", "--workdir", "{with}", "--step", "7"], "--step 7: no such checkpoint"),
         (["kv_shift", "--workdir", "nowhere"], "nowhere"),
-        (["kv_shfit", "--workdir", "{with}"], "'kv_shfit': give what to inspect, one of kv_shift; did you mean kv_sh"),
-        (["--workdir", "{with}"], "no part: give what to inspect, one of kv_shift"),
+        (["kv_shfit", "--workdir", "{with}"], "'kv_shfit': give what to inspect, one of kv_shift, token_change; did"),
+        (["--workdir", "{with}"], "no part: give what to inspect, one of kv_shift, token_change"),
+        (
+            ["kv_shift", "--workdir", "{with}", "--batches", "2"],
+            "--batches: kv_shift is read from the parameters alone",
+        ),
+        (["token_change", "--workdir", "{with}", "--batches", "0"], "--batches 0: give 1 or more"),
         (["kv_shift"], "--workdir"),
     ],
 )

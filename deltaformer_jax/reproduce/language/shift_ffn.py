@@ -9,7 +9,8 @@ quarter of the training:
 * bits a byte of the evaluation split;
 * M(X), by layer: the mean of ‖h_t − h_{t−1}‖ / ‖h_{t−1}‖ on that text (`surgery.token_change`);
 * the loop rate: 64 prompts, the beginnings of rows of that text, are continued greedily by 512 bytes. A continuation
-  is a loop if its last 128 bytes repeat with a period of at most 64.
+  is a loop if its last 128 bytes repeat with a period of at most 64;
+* the bytes before a loop begins, of a continuation that is none all of it.
 
 Source: "Shift-FFN", arXiv 2505.17153. M(X) and loops are its measures; small models and training from scratch are not
 its setting.
@@ -93,17 +94,23 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
             return None
         restored = restore(folder / "run", step)
         model = merge(restored.program.parts, restored.params)
-        periods = [loop_period(row) for row in continuations(model, prompts, settings["continuation"])]
+        texts = continuations(model, prompts, settings["continuation"])
+        periods = [loop_period(row) for row in texts]
         found.append(
             {
                 "step": step,
                 "bits": bits[step],
                 "change": token_change(model, measured).tolist(),
                 "loops": float(np.mean([period is not None for period in periods])),
+                "before_loop": float(np.mean([before_loop(*each) for each in zip(texts, periods)])),
                 "periods": periods,
             }
         )
-        note(f"step {step}: M(X) {np.mean(found[-1]['change']):.3f}, loop rate {found[-1]['loops']:.2f}")
+        last = found[-1]
+        note(
+            f"step {step}: M(X) {np.mean(last['change']):.3f}, loop rate {last['loops']:.2f}, bytes before a loop "
+            f"{last['before_loop']:.0f}"
+        )
     return {"checkpoints": found}
 
 
@@ -132,6 +139,14 @@ def loop_period(tokens: np.ndarray) -> int | None:
     return next((p for p in range(1, PERIOD + 1) if np.array_equal(last[p:], last[:-p])), None)
 
 
+def before_loop(tokens: np.ndarray, period: int | None) -> int:
+    """How many tokens come before the part that repeats to the end; all if there is none."""
+    if period is None:
+        return len(tokens)
+    differ = np.flatnonzero(tokens[period:] != tokens[:-period])
+    return int(differ[-1]) + 1 if len(differ) else 0
+
+
 def _last(done: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The last checkpoint of each seed of a model."""
     return [record["result"]["checkpoints"][-1] for record in done if record["settings"]["model"] == name]
@@ -150,6 +165,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "M(X)": each(lambda one: f"{np.mean(one['change']):.3f}"),
                 "M by layer": " ".join(f"{value:.2f}" for value in by_layer),
                 "loop rate": each(lambda one: f"{one['loops']:.2f}"),
+                "bytes before a loop": each(lambda one: f"{one['before_loop']:.0f}"),
                 "parameters": next(r["settings"]["parameters"] for r in done if r["settings"]["model"] == name),
             }
         )
@@ -164,8 +180,8 @@ def correlation(done: list[dict[str, Any]]) -> float | None:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(15, 5)
-    by_layer, over_steps, against = picture.subplots(1, 3)
+    picture = new_figure(18, 5)
+    by_layer, over_steps, before, against = picture.subplots(1, 4)
     names = values_of(done, "model")
     styles = line_styles(names, [NEITHER] if NEITHER in names else [])
     for record in done:
@@ -174,14 +190,17 @@ def figure(done: list[dict[str, Any]]):
         change = [np.mean(values) for values in of("change")]
         by_layer.plot(range(len(checkpoints[-1]["change"])), checkpoints[-1]["change"], label=name, **style)
         over_steps.plot(of("step"), of("loops"), **style)
+        before.plot(of("step"), of("before_loop"), **style)
         against.plot(change, of("loops"), "o", color=style["color"])
         against.plot(change[-1:], of("loops")[-1:], "o", markersize=11, fillstyle="none", color=style["color"])
     by_layer.set(xlabel="layer", ylabel="M, change from token to token")
     by_layer.set_xticks(range(done[0]["settings"]["num_layers"]))
     over_steps.set(xlabel="training step", ylabel="loop rate", ylim=(-0.03, 1.03))
+    before.set(xlabel="training step", ylabel="bytes", ylim=(0, 1.03 * done[0]["settings"]["continuation"]))
     against.set(xlabel="M(X)", ylabel="loop rate", ylim=(-0.03, 1.03))
     plain(by_layer, "After training")
     plain(over_steps, "Greedy continuations that loop")
+    plain(before, "Bytes before a loop begins")
     plain(against, "Each quarter of each training; rings: its end")
     figure_legend(picture, by_layer)
     settings = done[0]["settings"]
@@ -199,7 +218,9 @@ def figure(done: list[dict[str, Any]]):
 def _finding(done: list[dict[str, Any]]) -> str:
     names = values_of(done, "model")
     rates = {name: np.mean([one["loops"] for one in _last(done, name)]) for name in names}
-    text = "Greedy continuations that loop after training: " + ", ".join(f"{n} {rates[n]:.2f}" for n in names)
+    bits = {name: np.mean([one["bits"] for one in _last(done, name)]) for name in names}
+    text = "Bits a byte and greedy continuations that loop: "
+    text += ", ".join(f"{n} {bits[n]:.2f} and {rates[n]:.2f}" for n in names)
     found = correlation(done)
     return text if found is None else f"{text}; correlation of the loop rate with M(X) {found:+.2f}"
 
@@ -209,5 +230,5 @@ EXPERIMENT = Experiment(
     run=run,
     rows=rows,
     figure=figure,
-    cost="a quarter of an hour on one core, four models; --quick: a minute of processor time, four models",
+    cost="half an hour on one busy core, four models; --quick: a minute of processor time, four models",
 )

@@ -45,7 +45,8 @@ def by_hand(query, key, value, ids, basic, window):
 def compiled(name, implementation, window):
     @jax.jit
     def run(inputs, segment_ids, cotangent):
-        attend = functools.partial(causal_attention, similarity=name, window=window, implementation=implementation)
+        how = dict(window=window, initial=2 if window else 0, implementation=implementation)
+        attend = functools.partial(causal_attention, similarity=name, **how)
         out, pullback = jax.vjp(lambda inputs: attend(**inputs, segment_ids=segment_ids), inputs)
         return out, pullback(cotangent)[0]
 
@@ -71,7 +72,10 @@ COTANGENT = np.cos(np.arange(2 * TIME * HEADS * 3.0)).reshape(2, TIME, HEADS, 3)
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(data=st.data())
 def test_forms_agree(name, window, forget, data):
-    """Values and gradients, chunks of 4 rows, over packed rows with NaN in their padding, with grouped queries."""
+    """Values and gradients, chunks of 4 rows, over packed rows with NaN in their padding, with grouped queries.
+
+    With a window, each document's first two tokens are seen behind it.
+    """
     with jax.enable_x64(True), mock.patch.object(api, "default_chunk", lambda length: 4):
         ids = data.draw(segment_rows(TIME))
         inputs = draw(data.draw(st.integers(0, 99)), forget)
