@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
-from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy
+from deltaformer_jax.reproduce.language import baichuan, extrapolation, longred, mixers, redundancy
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
 TRAINED = (
@@ -78,6 +78,11 @@ def result_of(name, settings, rng, good):
         }
     if name == "baichuan":
         return {"bits": float(rng.uniform(2, 3)), "tokens": 1_000_000}
+    if name == "extrapolation":
+        lengths = settings["lengths"]
+        slope = rng.uniform(-0.1, 0) if good else rng.uniform(0, 1)
+        bits = {str(length): 2.5 + slope * i for i, length in enumerate(lengths)}
+        return {"bits": bits, "by_position": [(last // 2 + 1, last, 2.5) for last in (1, 16, 64, *lengths)]}
     if name == "longred":
         after = lambda: {"after": measures(settings, rng), "drift": {"similarity": [0.99] * settings["num_layers"]}}
         return {"before": measures(settings, rng), "methods": {method: after() for method in settings["methods"]}}
@@ -125,8 +130,8 @@ def measures(settings, rng):
 
 
 def cells_of(name, quick):
-    if name in ("baichuan", "longred"):
-        module = {"baichuan": baichuan, "longred": longred}[name]
+    if name in ("baichuan", "extrapolation", "longred"):
+        module = {"baichuan": baichuan, "extrapolation": extrapolation, "longred": longred}[name]
         with (
             mock.patch.object(module, "matching_width", lambda *given: 64),
             mock.patch.object(module, "parameters", lambda *given: 900_000),
