@@ -181,6 +181,8 @@ def delta_former(module, x, options):
     for t in range(len(x)):
         for h in range(HEADS):
             scores = k[: t + 1, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
+            if options.get("position_bias"):
+                scores += fire(module.read_bias, np.arange(t, -1, -1), t)[h]
             out[t, h] = similarity(read, scores) @ u[: t + 1, h * u_heads // HEADS]
     return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 

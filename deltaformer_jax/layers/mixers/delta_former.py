@@ -19,6 +19,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
+from deltaformer_jax.layers.bias.position_bias import position_bias_of
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
@@ -81,6 +82,8 @@ class DeltaFormer(nnx.Module):
       qk_norm: RMSNorm of each head of q, k and a projected w.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
         tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
+      position_bias: a trained bias of the read's scores by position: "none", "kerple" or "fire". fire_length: where
+        FIRE's L starts, in tokens. dape_dim: hidden features of DAPE, 0: none (`bias/position_bias.py`).
       conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
         rotations, see `short_convolution.py`; 0: none.
       output_gate: multiply o_t by sigmoid(x_t W_g) before W_o.
@@ -122,6 +125,9 @@ class DeltaFormer(nnx.Module):
         qkv_bias: bool = False,
         rotary_fraction: float = 1.0,
         rope_scaling: str = "none",
+        position_bias: str = "none",
+        fire_length: int = 512,
+        dape_dim: int = 0,
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -185,6 +191,7 @@ class DeltaFormer(nnx.Module):
             fan_in=num_heads * head_dim,
             scale=output_scale,
         )
+        self.read_bias = position_bias_of(position_bias, None, num_heads, fire_length, dape_dim, rngs=rngs)
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
@@ -227,6 +234,8 @@ class DeltaFormer(nnx.Module):
             attend = functools.partial(attend, write_query=write_query)
         else:
             arrays["write_query"] = write_query
+        if self.read_bias is not None:
+            arrays["read_bias"] = self.read_bias()
         if cache is None:
             read = over_devices(attend, arrays)
         else:
@@ -302,6 +311,8 @@ class DeltaFormer(nnx.Module):
         x = clear_padding(x, segment_ids)
         query, key, _, write_query, _, _ = self._scored(x, positions, segment_ids, None, None)
         found = {}
+        if self.read_bias is not None:
+            raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
         if isinstance(self.read_similarity, Softmax):
             found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
         if isinstance(self.write_similarity, Softmax):
@@ -318,7 +329,7 @@ class DeltaFormer(nnx.Module):
         """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
-        return both_softmax and same_scores and not self.two_keys
+        return both_softmax and same_scores and not self.two_keys and self.read_bias is None
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again."""
@@ -338,6 +349,7 @@ class DeltaFormer(nnx.Module):
         * read: 2 H K length (half of the T × T scores, and half of the T × T weights times u).
         * write: 2 Hu K length, or 0 if it shares the read's pass (`tied`).
         * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
+        * a position bias: 32 H length for FIRE, 3 H dape_dim length for DAPE.
 
         Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
         """
@@ -348,4 +360,5 @@ class DeltaFormer(nnx.Module):
             projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
-        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * length
+        biases = 0.0 if self.read_bias is None else self.read_bias.flops_per_pair() * length / 2
+        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * length + biases
