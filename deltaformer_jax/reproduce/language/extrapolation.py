@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from deltaformer_jax.config import Mixer
@@ -182,11 +181,11 @@ def _finding(done: list[dict[str, Any]]) -> str:
         change[record["settings"]["label"]] = bits[-1] - bits[0]
     names = sorted(change, key=change.__getitem__)
     longest, trained = done[0]["settings"]["lengths"][-1], done[0]["settings"]["sequence_length"]
-    said = [f"{name} {change[name]:+.2f}" for name in dict.fromkeys((names[0], names[-1]))]
-    gain = np.sum([value < 0 for value in change.values()])
+    said = [f"{change[name]:+.2f} ({name})" for name in dict.fromkeys((names[0], names[-1]))]
+    gain = sum(value < 0 for value in change.values())
     return (
-        f"Trained at {trained} bytes, read with {longest}: {gain} of {len(change)} models predict better, bits a byte "
-        f"from {' to '.join(said)}"
+        f"Trained at {trained} bytes, read with {longest}: {gain} of {len(change)} models predict better; bits a byte "
+        f"change by {' to '.join(said)}"
     )
 
 
