@@ -20,7 +20,9 @@ from deltaformer_jax import ops
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.requests import items, number, whole
 from deltaformer_jax.layers.caches import AttentionCache, is_selected
+from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.ops.common.similarity import Softmax
 
 PAPERS = ".,?!;: \t\n"  # SepLLM's separators
 OF_BYTES = "\n.;:"  # a fifth of all bytes of a text are spaces
@@ -156,9 +158,11 @@ def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer:
 
 def _check_compared(mixer: Any, write_weight: float) -> None:
     name = type(mixer).__name__
-    if hasattr(mixer, "read_similarity") and not mixer.read_similarity.normalised:
+    if getattr(mixer, "position_bias", None) is not None or getattr(mixer, "read_bias", None) is not None:
+        raise ValueError(f"keep: the scores of {name} have a position bias (model.position_bias), which proxies lack")
+    if mixer.read_similarity != Softmax():
         raise ValueError(f"keep: the read of {name} is not softmax, so that its proxies have no shares to sum")
-    if write_weight and hasattr(mixer, "write_similarity") and not mixer.write_similarity.normalised:
+    if write_weight and hasattr(mixer, "write_similarity") and mixer.write_similarity != Softmax():
         raise ValueError(f"write_weight = {write_weight}: the write of {name} is not softmax; give 0")
 
 
@@ -187,7 +191,9 @@ def _selected(memory):
     return memory if isinstance(memory, kind) else kind.of(memory)
 
 
-def _with_memory(cache: AttentionCache, memory) -> AttentionCache:
+def _with_memory(cache: AttentionCache | ShiftedCache, memory) -> AttentionCache | ShiftedCache:
+    if isinstance(cache, ShiftedCache):
+        return dataclasses.replace(cache, mixer=_with_memory(cache.mixer, memory))
     return dataclasses.replace(cache, memory=memory)
 
 

@@ -28,6 +28,7 @@ from deltaformer_jax.ops.common.checks import check_float
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 LEAKY_SLOPE = 0.01
+BIASED_CHUNK = 128  # most rows of a chunk: a bias may compute tens of numbers for each pair of tokens of a tile
 
 
 class PositionBias(Protocol):
@@ -48,16 +49,14 @@ def mixes_heads(bias: PositionBias) -> bool:
     return getattr(bias, "mixes_heads", False)
 
 
-def as_position_bias(bias, heads: int, like: jax.Array) -> PositionBias | None:
-    """`bias` with its arrays in the accumulation dtype of `like`. Raises if it is no `PositionBias` for that many
-    heads."""
-    if bias is None:
-        return None
+def as_position_bias(bias, heads: int, like: jax.Array, argument: str = "position_bias") -> PositionBias:
+    """`bias` with its arrays in the accumulation dtype of `like`. Raises, naming the argument, if it is no
+    `PositionBias` for that many heads."""
     if not callable(bias):
-        raise TypeError(f"position_bias must be a PositionBias, such as ops.Kerple(p, a), not {type(bias).__name__}")
+        raise TypeError(f"{argument} must be a PositionBias, such as ops.Kerple(p, a), not {type(bias).__name__}")
 
     def fitting(path, x):
-        name = f"position_bias{jax.tree_util.keystr(path)}"
+        name = f"{argument}{jax.tree_util.keystr(path)}"
         if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
             raise TypeError(f"{name} must be an array, not {type(x).__name__}: a PositionBias is a pytree of arrays")
         check_float(name, x.dtype)

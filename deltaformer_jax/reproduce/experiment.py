@@ -60,6 +60,10 @@ NAMES = {
         "a context extended by four: long texts alone, long and short ones, and restoration distillation (LongReD)",
         "language.longred",
     ),
+    "extrapolation": (
+        "bits per byte at contexts longer than in training: RoPE, ALiBi, Kerple, FIRE, DAPE, mixers without positions",
+        "language.extrapolation",
+    ),
     "theorem1": (
         "an exact memory of n slots under swaps, with and without compression of its cache",
         "deltaformer.theorem1",

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from deltaformer_jax.ops.common.rematerialisation import kept
 from deltaformer_jax.ops.position_bias import mixes_heads
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
-from deltaformer_jax.sharding.context.over_context import over_context
+from deltaformer_jax.sharding.context.over_context import BIASES, over_context
 
 # Mesh axes over which the rows of a batch are sharded, and those over which heads are.
 ROW_AXES = ("data", "fsdp", "expert")
@@ -31,7 +31,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
       op: takes the arrays by name; its other arguments are already bound. If it returns a pair (output, state), as the
         gated ops do, the output is taken.
       arrays: [B, T, h, …], where each array may have its own number of heads h, except "segment_ids" and "keep" [B, T],
-        "sinks" [h], and "position_bias", a tree of arrays [h, …] and [1, …]. An array may be None.
+        "sinks" [h], and those of BIASES, trees of arrays [h, …] and [1, …]. An array may be None.
 
     The rows are split over the mesh axes of ROW_AXES that the mesh has, if the product of their sizes divides the
     number of rows; the heads over those of HEAD_AXES, if it divides the largest number of heads. Of an array with fewer
@@ -45,7 +45,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
     `over_context` chooses. A mesh that has this axis outside of one splits no sequence here.
     """
     sharded = sequence_is_sharded()
-    bias = arrays.get("position_bias")
+    mixed = any(mixes_heads(arrays.get(name)) for name in BIASES)
     arrays = {name: None if x is None else jax.tree.map(kept, x) for name, x in arrays.items()}
 
     def of_part(**arrays):
@@ -59,12 +59,12 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         return of_part(**arrays)
     given = {name: x for name, x in arrays.items() if x is not None}
     none = {name: None for name, x in arrays.items() if x is None}
-    without_heads = ("segment_ids", "keep", "position_bias")
+    without_heads = ("segment_ids", "keep", *BIASES)
     heads = {name: x.shape[_heads_axis(name)] for name, x in given.items() if name not in without_heads}
-    rows = [x.shape[0] for name, x in given.items() if name not in ("sinks", "position_bias")]
+    rows = [x.shape[0] for name, x in given.items() if name not in ("sinks", *BIASES)]
     most = max(heads.values())
     row_axes = _used(axes, ROW_AXES, rows)
-    cut = all(most % number == 0 for number in heads.values()) and not mixes_heads(bias)
+    cut = all(most % number == 0 for number in heads.values()) and not mixed
     head_axes = _used(axes, HEAD_AXES, [most]) if cut else None
     devices = math.prod(axes[name] for name in head_axes or ())
     shared = {name for name, number in heads.items() if number % devices}
@@ -73,7 +73,7 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         own = None if name in shared else head_axes
         if name == "sinks":
             return PartitionSpec(own)
-        if name == "position_bias":
+        if name in BIASES:
             return jax.tree.map(lambda x: PartitionSpec(own if x.shape[0] > 1 else None), given[name])
         return PartitionSpec(row_axes) if name in ("segment_ids", "keep") else PartitionSpec(row_axes, None, own)
 

@@ -62,7 +62,7 @@ def test_at_length_zero_kernels_are_what_is_left(mixer, name, options):
     a position bias, which are multiplied with each pair of tokens."""
     module = make_mixer(mixer, options)
     leaves = jax.tree_util.tree_leaves_with_path(module)
-    others = lambda path: any(name in jax.tree_util.keystr(path) for name in ("shift", "position_bias"))
+    others = lambda path: any(name in jax.tree_util.keystr(path) for name in ("shift", "position_bias", "read_bias"))
     kernels = sum(leaf.size for path, leaf in leaves if leaf.ndim > 1 and not others(path))
     assert module.flops_per_token(0) == 2 * kernels
 

@@ -196,6 +196,8 @@ def delta_former(module, x, options):
         for h in range(HEADS):
             at = seen(t, options)
             scores = k[at, h * KV_HEADS // HEADS] @ q[t, h] * options.get("read_scale", HEAD_DIM**-0.5)
+            if options.get("position_bias"):
+                scores += fire(module.read_bias, t - at, t)[h]
             out[t, h] = similarity(read, scores) @ u[at, h * u_heads // HEADS]
     return np.einsum("thk,hkd->td", gated(out, module, x, options), numbers(module.output))
 

@@ -11,7 +11,15 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
-from deltaformer_jax.reproduce.language import baichuan, longred, mixers, redundancy, shift_ffn, streaming
+from deltaformer_jax.reproduce.language import (
+    baichuan,
+    extrapolation,
+    longred,
+    mixers,
+    redundancy,
+    shift_ffn,
+    streaming,
+)
 from deltaformer_jax.reproduce.recall import eviction
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
@@ -107,6 +115,11 @@ def result_of(name, settings, rng, good):
         measured = lambda: {"bits": rng.uniform(2, 3), "change": rng.uniform(1, 2, layers).tolist()}
         loops = lambda: {"loops": rng.uniform(0, 1), "before_loop": rng.uniform(0, 100), "periods": [None]}
         return {"checkpoints": [{"step": step, **measured(), **loops()} for step in steps]}
+    if name == "extrapolation":
+        lengths = settings["lengths"]
+        slope = rng.uniform(-0.1, 0) if good else rng.uniform(0, 1)
+        bits = {str(length): 2.5 + slope * i for i, length in enumerate(lengths)}
+        return {"bits": bits, "by_position": [(last // 2 + 1, last, 2.5) for last in (1, 16, 64, *lengths)]}
     if name == "longred":
         after = lambda: {"after": measures(settings, rng), "drift": {"similarity": [0.99] * settings["num_layers"]}}
         return {"before": measures(settings, rng), "methods": {method: after() for method in settings["methods"]}}
@@ -163,8 +176,9 @@ def measures(settings, rng):
 
 
 def cells_of(name, quick):
-    if name in ("baichuan", "longred", "shift_ffn"):
-        module = {"baichuan": baichuan, "longred": longred, "shift_ffn": shift_ffn}[name]
+    own = {"baichuan": baichuan, "extrapolation": extrapolation, "longred": longred, "shift_ffn": shift_ffn}
+    if name in own:
+        module = own[name]
         with (
             mock.patch.object(module, "matching_width", lambda *given: 64),
             mock.patch.object(module, "parameters", lambda *given: 900_000),

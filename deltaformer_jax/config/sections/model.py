@@ -49,8 +49,8 @@ class ModelConfig(BodyFields):
         must_be_used=True,
     )
 
-    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. forget_gate, alibi,
-    # position_bias, fire_length, dape_dim and sinks are softmax_attention's alone.
+    # Of the attention mixers softmax_attention and delta_former; rope_base of retention too. forget_gate, alibi and
+    # sinks are softmax_attention's alone.
 
     rope_base: float = setting(
         10_000.0,
@@ -144,7 +144,7 @@ class ModelConfig(BodyFields):
     position_bias: str = setting(
         "none",
         'A trained bias of scores by distance d, for models without a rotary embedding. "kerple": -p log(1 + a d) for '
-        'each head. "fire": a small network of log(1 + c d) / log(1 + c max(L, position)).',
+        'each head. "fire": a small network of log(1 + c d) / log(1 + c max(L, position)). In delta_former: the read.',
         choices=("none", "kerple", "fire"),
         must_be_used=True,
     )

@@ -42,6 +42,11 @@ class ShiftedCache:
     def length(self):
         return self.mixer.length
 
+    @property
+    def memory(self):
+        """The memory of an attention mixer's cache; a recurrent mixer has none."""
+        return getattr(self.mixer, "memory", None)
+
 
 class ShiftEditor(nnx.Module):
     """h [B,T,d_model] -> (h̃ [B,T,d_model] in `dtype`, the compute dtype; the next `previous` or None).

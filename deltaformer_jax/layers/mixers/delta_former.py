@@ -22,6 +22,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.config.checks import check_argument
+from deltaformer_jax.layers.bias.position_bias import position_bias_of
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
@@ -95,6 +96,8 @@ class DeltaFormer(nnx.Module):
       qk_norm: RMSNorm of each head of q, k and a projected w.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
         tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
+      position_bias: a trained bias of the read's scores by position: "none", "kerple" or "fire". fire_length: where
+        FIRE's L starts, in tokens. dape_dim: hidden features of DAPE, 0: none (`bias/position_bias.py`).
       conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
         rotations, see `short_convolution.py`; 0: none.
       output_gate: multiply o_t by sigmoid(x_t W_g) before W_o.
@@ -139,6 +142,9 @@ class DeltaFormer(nnx.Module):
         qkv_bias: bool = False,
         rotary_fraction: float = 1.0,
         rope_scaling: str = "none",
+        position_bias: str = "none",
+        fire_length: int = 512,
+        dape_dim: int = 0,
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -204,6 +210,7 @@ class DeltaFormer(nnx.Module):
             fan_in=num_heads * head_dim,
             scale=output_scale,
         )
+        self.read_bias = position_bias_of(position_bias, None, num_heads, fire_length, dape_dim, rngs=rngs)
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
@@ -252,6 +259,8 @@ class DeltaFormer(nnx.Module):
             attend = functools.partial(attend, write_query=write_query)
         else:
             arrays["write_query"] = write_query
+        if self.read_bias is not None:
+            arrays["read_bias"] = self.read_bias()
         if cache is None:
             read = over_devices(attend, arrays)
         else:
@@ -327,6 +336,8 @@ class DeltaFormer(nnx.Module):
         x = clear_padding(x, segment_ids)
         query, key, _, write_query, _, _ = self._scored(x, positions, segment_ids, None, None)
         found = {}
+        if self.read_bias is not None:
+            raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
         if isinstance(self.read_similarity, Softmax):
             found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
         if isinstance(self.write_similarity, Softmax):
@@ -365,7 +376,7 @@ class DeltaFormer(nnx.Module):
         """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
-        return both_softmax and same_scores and not self.two_keys
+        return both_softmax and same_scores and not self.two_keys and self.read_bias is None
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
@@ -392,6 +403,7 @@ class DeltaFormer(nnx.Module):
           op then computes all scores and masks them.
         * write: 4 Hu K n, or 0 if it shares the read's pass (`tied`).
         * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
+        * a position bias: 32 H length for FIRE, 3 H dape_dim length for DAPE.
 
         Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
         """
@@ -403,5 +415,6 @@ class DeltaFormer(nnx.Module):
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
         band = None if self.initial_tokens or self.separator_tokens else self.window
-        twice = 2 * mean_tokens_seen(length, band)
-        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * twice
+        seen = mean_tokens_seen(length, band)
+        biases = 0.0 if self.read_bias is None else self.read_bias.flops_per_pair() * seen
+        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * 2 * seen + biases

@@ -33,7 +33,7 @@ from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_i
 from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
-from deltaformer_jax.ops.common.similarity import Softmax, as_similarity
+from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.softmax.api import check_read
 from deltaformer_jax.sharding import over_devices
 
@@ -108,8 +108,8 @@ class SoftmaxAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.separator_tokens = check_visible(window, initial_tokens, separator_tokens)
-        check_read(read_similarity, sinks, "read_similarity")
-        if (position_bias != "none" or dape_dim) and as_similarity(read_similarity, "read_similarity") != Softmax():
+        self.read_similarity = check_read(read_similarity, sinks, "read_similarity")
+        if (position_bias != "none" or dape_dim) and self.read_similarity != Softmax():
             raise ValueError(f"read_similarity={read_similarity!r}: has no position_bias and no dape_dim")
         self.inputs = QueryKeyValue(
             d_model,
@@ -146,7 +146,6 @@ class SoftmaxAttention(nnx.Module):
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         self.d_model, self.num_heads, self.num_kv_heads, self.head_dim = d_model, num_heads, num_kv_heads, head_dim
         self.qkv_bias = qkv_bias
-        self.read_similarity = read_similarity
         self.window, self.initial_tokens = window, initial_tokens
         self.implementation, self.dtype = implementation, jnp.dtype(dtype)
 
@@ -207,7 +206,7 @@ class SoftmaxAttention(nnx.Module):
         position bias."""
         if self.position_bias is not None:
             raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
-        if as_similarity(self.read_similarity, "read_similarity") != Softmax():
+        if self.read_similarity != Softmax():
             return {}
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)

@@ -95,9 +95,9 @@ def _weights(similarity, scores, visible, dtype):
     return [x.astype(dtype) for x in weights] if similarity.normalised else weights
 
 
-def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, real, plan):
+def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, real, plan, bias=None):
     """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `lasting` [B,T] or None;
-    `real` [B,T] is False at padding."""
+    `real` [B,T] is False at padding; `bias`, a PositionBias of the read, or None."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)
@@ -121,6 +121,8 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, re
     else:
         u = target  # for a single token, I + diag(β) A_new is the identity
 
+    if bias is not None:
+        read_scores = [x + added for x, added in zip(read_scores, _biases(bias, read_scores, cache, real))]
     visible = _visible(cache, real, False, plan.window, lasting)
     weights = _weights(plan.read_similarity, read_scores, visible, key.dtype)
     out = _values(weights, old_u, u)

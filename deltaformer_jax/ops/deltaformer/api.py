@@ -22,6 +22,7 @@ from deltaformer_jax.ops.cache.caches import (
     check_selected,
     lasting_tokens,
     store,
+    token_positions,
 )
 from deltaformer_jax.ops.cache.extension import extend_delta, extend_in_blocks
 from deltaformer_jax.ops.common import checks
@@ -30,6 +31,7 @@ from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, dispatch
 from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import (
+    SelfAdjust,
     Similarity,
     Softmax,
     as_similarity,
@@ -38,10 +40,19 @@ from deltaformer_jax.ops.common.similarity import (
 )
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan, delta_chunked, whole_plan
-from deltaformer_jax.ops.deltaformer.definition import read_parallel, read_recurrent, write_parallel, write_recurrent
+from deltaformer_jax.ops.deltaformer.definition import (
+    read_biased_parallel,
+    read_biased_recurrent,
+    read_parallel,
+    read_recurrent,
+    write_parallel,
+    write_recurrent,
+)
 from deltaformer_jax.ops.deltaformer.kernels import bind
+from deltaformer_jax.ops.position_bias import BIASED_CHUNK, PositionBias, as_position_bias
 
 _DEFINITIONS = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}
+_BIASED_READS = {"recurrent": read_biased_recurrent, "parallel": read_biased_parallel}
 
 
 def delta_attention(
@@ -56,6 +67,7 @@ def delta_attention(
     read_similarity: str | Similarity = "softmax",
     write_scale: float | None = None,
     read_scale: float | None = None,
+    read_bias: PositionBias | None = None,
     window: int | None = None,
     keep: jax.Array | None = None,
     initial: int = 0,
@@ -96,6 +108,9 @@ def delta_attention(
         kernels have.
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
         of 1.
+      read_bias: added to read_scale · q·k before κ₂, a function of the positions of both tokens or, as in `ops.Dape`,
+        of the scores of all heads too: `ops.Alibi`, `ops.Kerple`, `ops.Fire`, `ops.Dape`, or one of your own, see
+        `ops.position_bias.PositionBias`. Its arrays are [H, …], or [1, …] if all heads share them. None means 0.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
       keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
         window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
@@ -108,9 +123,9 @@ def delta_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (kernels for NVIDIA GPUs: float32, bfloat16 and float16,
         head dimensions up to 256) or "pallas_tpu" (kernels for TPUs: float32 and bfloat16, head dimensions up to 256).
-        The kernels choose their own chunk size. They have no window, keep or initial. They can return a new cache, but
-        they cannot continue from a given one. None is the default choice: the kernels of the platform that the program
-        is compiled for if they support the call, else "chunked".
+        The kernels choose their own chunk size. They have no read_bias, window, keep or initial. They can return a new
+        cache, but they cannot continue from a given one. None is the default choice: the kernels of the platform that
+        the program is compiled for if they support the call, else "chunked".
       cache: a KUCache to continue from. Each of its rows holds one document, and the new tokens follow that document.
         New tokens with segment id 0 are not stored. The same call does prefill (T > 1) and a decoding step (T = 1).
         With keep or initial it must be a SelectedKUCache, whose entries `compact_cache` drops.
@@ -145,6 +160,11 @@ def delta_attention(
     )
     checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan = dataclasses.replace(plan, window=window, initial=int(initial))
+    if read_bias is not None:
+        if isinstance(plan.read_similarity, SelfAdjust):
+            raise ValueError(f"read_similarity={read_similarity!r}: has no read_bias; leave it out, or take 'softmax'")
+        read_bias = as_position_bias(read_bias, query.shape[2], key, "read_bias")
+        plan = plan if chunk_size else dataclasses.replace(plan, chunk=min(plan.chunk, BIASED_CHUNK))
     if cache is not None or return_cache:
         checks.check_one_document(inputs.segment_ids)
     if cache is not None:
@@ -157,8 +177,8 @@ def delta_attention(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
-        return _extend(plan, own_query, block, held, cache, inputs, keep)
-    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep)
+        return _extend(plan, own_query, block, held, cache, inputs, keep, read_bias)
+    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, read_bias)
 
 
 def delta_values(
@@ -237,16 +257,16 @@ def checked(
 
 
 @compiled(5)
-def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep):
+def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, bias):
     """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
     real, inputs = without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
     if own_query:
-        softmax = plan.write_similarity == plan.read_similarity == Softmax()
+        softmax = plan.write_similarity == plan.read_similarity == Softmax() and bias is None
         tied = softmax and plan.write_scale == plan.read_scale and implementation not in _DEFINITIONS
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
     lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
-    out, u = _compute(implementation, plan, held, lasting, inputs._replace(write_query=write_query))
+    out, u = _compute(implementation, plan, held, lasting, bias, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
         out = zero_gradient_at_padding(out, real)
     if not return_cache:
@@ -257,13 +277,13 @@ def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held
 
 
 @compiled(3)
-def _extend(plan, own_query, block, held, cache, inputs, keep):
+def _extend(plan, own_query, block, held, cache, inputs, keep, bias):
     """(output, cache): `delta_attention` continued from a given cache, `block` tokens at a time."""
     plan = whole_plan(plan, held)
     real, (query, write_query, key, value, alpha, beta, segment_ids) = without_padding(inputs)
     lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
     w = query if own_query else key if write_query is None else write_query
-    extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan)
+    extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan, bias)
     return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, lasting, real), block)
 
 
@@ -271,16 +291,16 @@ def _extend(plan, own_query, block, held, cache, inputs, keep):
 def _write(plan, implementation, held, inputs):
     """The body of `delta_values`: u [B, T, Hu, V]."""
     real, inputs = without_padding(inputs)
-    _, u = _compute(implementation, plan, held, None, inputs)
+    _, u = _compute(implementation, plan, held, None, None, inputs)
     return u if inputs.segment_ids is None else zero_gradient_at_padding(u, real)
 
 
-def _compute(implementation, plan, held, lasting, inputs):
+def _compute(implementation, plan, held, lasting, bias, inputs):
     """(output or None, u) by the named implementation, or by the default choice if `implementation` is None."""
     if implementation in _DEFINITIONS:
-        return _by_definition(implementation, whole_plan(plan, held), lasting, inputs)
-    chunked = functools.partial(delta_chunked, plan, held, lasting)
-    return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, inputs))
+        return _by_definition(implementation, whole_plan(plan, held), lasting, bias, inputs)
+    chunked = functools.partial(delta_chunked, plan, held, lasting, bias)
+    return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, bias, inputs))
 
 
 def _resolve_write_query(write_query, query, key):
@@ -333,7 +353,7 @@ def without_padding(inputs, padding_is_zero=False):
     return real, Inputs(*arrays, zero_at_padding(alpha, real), zero_at_padding(beta, real), segment_ids)
 
 
-def _by_definition(name, plan, lasting, inputs):
+def _by_definition(name, plan, lasting, bias, inputs):
     """(output or None, u) by the recurrent or the parallel form, computed in the accumulation dtype."""
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
@@ -352,6 +372,16 @@ def _by_definition(name, plan, lasting, inputs):
         u = H.over_heads(functools.partial(write, **how), shared=(5, 6))(first(w), k, v, *gates, segments, lasting)
         if plan.read_similarity is None:
             return None, H.heads_last(u).astype(out_dtype)
+        if bias is not None:
+            rows = (
+                query.astype(dtype),
+                *(H.repeat_heads(x.astype(dtype), query.shape[2]) for x in (key, H.heads_last(u))),
+            )
+            how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)
+            one_row = lambda *rows: _BIASED_READS[name](*rows, bias, **how)
+            axes = (*[0] * 5, None if lasting is None else 0)
+            out = jax.vmap(one_row, axes)(*rows, segments, token_positions(segment_ids, batch, time), lasting)
+            return out.astype(out_dtype), H.heads_last(u).astype(out_dtype)
         group = query.shape[2] // heads
         q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
         how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)

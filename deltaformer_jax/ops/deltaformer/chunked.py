@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 
+from deltaformer_jax.ops.cache.caches import token_positions
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
@@ -31,6 +32,7 @@ from deltaformer_jax.ops.common.reads.self_adjusted import adjusted_backward, ad
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
+from deltaformer_jax.ops.position_bias import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +65,17 @@ class Inputs(NamedTuple):
     segment_ids: jax.Array | None
 
 
-def delta_chunked(plan: Plan, held: tuple[tuple, tuple], lasting: jax.Array | None, inputs: Inputs):
+def delta_chunked(
+    plan: Plan, held: tuple[tuple, tuple], lasting: jax.Array | None, bias: PositionBias | None, inputs: Inputs
+):
     """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held` is described in `whole_plan`; `lasting`
-    bool [B,T]: the tokens that stay visible behind the window."""
-    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs, lasting)
+    bool [B,T]: the tokens that stay visible behind the window; `bias`: of the read's scores by position."""
+    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs, lasting, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan, held, inputs, lasting):
-    return _forward(plan, held, inputs, lasting)[0]
+def _differentiable(plan, held, inputs, lasting, bias):
+    return _forward(plan, held, inputs, lasting, bias)[0]
 
 
 def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
@@ -100,16 +104,21 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting):
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds, how
 
 
-def _settings(plan, how):
-    """The keyword arguments of the write and of the read: `how` with the similarity and the scale of each."""
+def _settings(plan, how, bias, segment_ids, time, length):
+    """The keyword arguments of the write and of the read: `how` with the similarity and the scale of each, and for the
+    read the bias and the positions of its `time` tokens, padded to `length`."""
     write = dict(similarity=plan.write_similarity, scale=plan.write_scale, **how)
-    return write, dict(similarity=plan.read_similarity, scale=plan.read_scale, **how)
+    read = dict(similarity=plan.read_similarity, scale=plan.read_scale, **how)
+    if bias is not None:
+        places = token_positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], time)
+        read |= dict(bias=bias, positions=H.pad_time(places, length)[:, None])
+    return write, read
 
 
 # _forward and _backward are jitted, so that JAX traces each once per shape, and not again for another platform of the
 # program or for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, held, inputs, lasting):
+def _forward(plan, held, inputs, lasting, bias):
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     time, dtype = key.shape[1], value.dtype
@@ -121,12 +130,12 @@ def _forward(plan, held, inputs, lasting):
     if plan.tied:
         out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, **how)
         out, u, summary, rows = made((back(out).astype(dtype), back(u), back(summary).astype(dtype), rows))
-        return (out, u.astype(dtype)), (held, inputs, lasting, u, summary, rows)
-    write, read = _settings(plan, how)
+        return (out, u.astype(dtype)), (held, inputs, lasting, bias, u, summary, rows)
+    write, read = _settings(plan, how, bias, segment_ids, time, length)
     u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **write)
     if plan.read_similarity is None:
         u, lse_write = made((back(u), lse_write))
-        return (None, u.astype(dtype)), (held, inputs, lasting, u, None, (lse_write,))
+        return (None, u.astype(dtype)), (held, inputs, lasting, bias, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
     self_adjusted = isinstance(plan.read_similarity, SelfAdjust)
     out, of_rows = (adjusted_forward if self_adjusted else read_forward)(q, k, u, segments, None, bounds, **read)
@@ -134,13 +143,13 @@ def _forward(plan, held, inputs, lasting):
     out, u, lse_write, of_rows = made((out, back(u), lse_write, of_rows))
     # Only the backward pass of softmax needs the output.
     kept = out if self_adjusted or plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (held, inputs, lasting, u, kept, (lse_write, of_rows))
+    return (out, u.astype(dtype)), (held, inputs, lasting, bias, u, kept, (lse_write, of_rows))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    held, inputs, lasting, u, kept, rows = residuals
+    held, inputs, lasting, bias, u, kept, rows = residuals
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     dout, du = cotangents
@@ -154,19 +163,22 @@ def _backward(plan, residuals, cotangents):
     last = tiles.last_chunks(bounds)
     u = first(u)
     du = first(du).astype(u.dtype)
-    dq = None
+    dq = dbias = None
     if plan.tied:
         kept = (u, first(kept), *rows)
         dw, dk, dv, dalpha, dbeta = tied_backward(
             w, k, v, a, b, segments, last, *kept, first(dout), du, scale=plan.write_scale, **how
         )
     else:
-        dk_read, (write, read) = 0, _settings(plan, how)
+        dk_read, (write, read) = 0, _settings(plan, how, bias, segment_ids, time, length)
         if plan.read_similarity is not None:
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
             rest = (fold(kept), rows[1], fold(dout))
-            backward = adjusted_backward if isinstance(plan.read_similarity, SelfAdjust) else read_backward
-            dq, dk_read, du_read, *_ = backward(fold(query), k, u, segments, None, last, *rest, **read)
+            given = (fold(query), k, u, segments, None, last, *rest)
+            if isinstance(plan.read_similarity, SelfAdjust):
+                dq, dk_read, du_read, _ = adjusted_backward(*given, **read)
+            else:
+                dq, dk_read, du_read, _, dbias = read_backward(*given, **read)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
         dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **write)
@@ -187,7 +199,7 @@ def _backward(plan, residuals, cotangents):
         segment_ids=None,
     )
     # No gradient for `held`: if it were differentiated, without_gradient would have raised.
-    return None, gradients, None
+    return None, gradients, None, dbias
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -7,6 +7,9 @@
 A is the strictly lower triangular matrix of κ₁(w_i, k_j), P₂ the lower triangular matrix of κ₂(q_i, k_j). With a
 window, both sums run only over the tokens i with t − i < window and those that last.
 
+With a bias b(t, i) of the read's scores, which may depend on those of all heads, the functions `read_biased_*` take all
+heads: κ₂ is then applied to q_t·k_i + b(t, i).
+
 Both forms take O(T²) work. The recurrent form takes T sequential steps; its backward pass keeps a copy of u for each
 step, O(T² V) per head. The parallel form keeps O(T²) per head. JAX differentiates both, any number of times.
 Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and 9, and section 3.
@@ -76,3 +79,31 @@ def read_parallel(q, k, u, segments, lasting, *, similarity, scale, window):
     visible = _visible(segments, window, lasting, strict=False)[:, None, :]
     scores = jnp.einsum("irk,jk->irj", q, k) * scale
     return row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape)) @ u
+
+
+def read_biased_recurrent(q, k, u, segments, places, lasting, bias, *, similarity, scale, window):
+    """The read of one batch row by all H heads -> o [T, H, V]: q, k [T, H, K], u [T, H, V], segments and places
+    (positions in the segment) [T], lasting [T] or None, bias a PositionBias."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+
+    def token(_, t):
+        visible = (index <= t) & (segments == segments[t]) & (segments[t] != 0)
+        if window is not None:
+            visible &= within(t - index, window, lasting)
+        scores = jnp.einsum("hk,jhk->hj", q[t], k) * scale
+        ago = jnp.maximum(t - index, 0)
+        scores = scores + bias(scores[None, :, None], ago[None, None], places[t][None, None])[0, :, 0]
+        weights = row_weights(similarity, scores, jnp.broadcast_to(visible, scores.shape))
+        return None, jnp.einsum("hj,jhv->hv", weights, u)
+
+    return lax.scan(token, None, index)[1]
+
+
+def read_biased_parallel(q, k, u, segments, places, lasting, bias, *, similarity, scale, window):
+    """`read_biased_recurrent` for all tokens at once."""
+    index = jnp.arange(k.shape[0], dtype=jnp.int32)
+    ago = jnp.maximum(index[:, None] - index[None, :], 0)
+    scores = jnp.einsum("ihk,jhk->hij", q, k) * scale
+    scores = scores + bias(scores[None], ago[None], places[None])[0]
+    visible = jnp.broadcast_to(_visible(segments, window, lasting, strict=False), scores.shape)
+    return jnp.einsum("hij,jhv->ihv", row_weights(similarity, scores, visible), u)

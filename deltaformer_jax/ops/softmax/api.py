@@ -28,7 +28,7 @@ from deltaformer_jax.ops.common.dispatch import BACKENDS, check_implementation, 
 from deltaformer_jax.ops.common.padding import zero_at_padding, zero_gradient_at_padding
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Softmax, as_similarity
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, default_chunk
-from deltaformer_jax.ops.position_bias import PositionBias, as_position_bias
+from deltaformer_jax.ops.position_bias import BIASED_CHUNK, PositionBias, as_position_bias
 from deltaformer_jax.ops.softmax.chunked import Inputs, Plan, attention_chunked
 from deltaformer_jax.ops.softmax.definition import (
     attend_biased_parallel,
@@ -41,7 +41,6 @@ from deltaformer_jax.ops.softmax.self_adjusted import self_adjusted_chunked
 
 _DEFINITIONS = {"recurrent": attend_recurrent, "parallel": attend_parallel}
 _BIASED_DEFINITIONS = {"recurrent": attend_biased_recurrent, "parallel": attend_biased_parallel}
-_BIASED_CHUNK = 128  # a bias may compute tens of numbers for each pair of tokens of a tile
 
 
 def causal_attention(
@@ -142,7 +141,7 @@ def causal_attention(
         if plan.similarity != Softmax():
             raise ValueError(f"similarity={similarity!r}: has no position_bias; leave it out, or take 'softmax'")
         position_bias = as_position_bias(position_bias, query.shape[2], key)
-        plan = dataclasses.replace(plan, chunk=min(plan.chunk, _BIASED_CHUNK))
+        plan = dataclasses.replace(plan, chunk=min(plan.chunk, BIASED_CHUNK))
     log_decay, segment_ids = inputs.log_decay, inputs.segment_ids
     if cache is not None or return_cache:
         checks.check_one_document(segment_ids)

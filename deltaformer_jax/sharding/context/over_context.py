@@ -38,6 +38,8 @@ _STATES = {
     generalized_delta_rule: generalized_delta_rule_states,
     gated_linear_attention: gated_linear_attention_states,
 }
+# The arguments of ops that are a PositionBias.
+BIASES = ("position_bias", "read_bias")
 _WHOLE_HEADS = {delta_attention: delta_attention_pipeline, causal_attention: causal_attention_ring}
 
 
@@ -48,8 +50,8 @@ def over_context(op: Callable, arrays: dict[str, jax.Array | None], axis_name: s
     heads are independent. arrays: as in `over_heads`. Raises ValueError or NotImplementedError if the form does not
     support the call; no form supports a position bias.
     """
-    if arrays.get("position_bias") is not None:
-        raise NotImplementedError("position_bias: a sequence that is sharded over devices has none; set mesh.context=1")
+    if given := [name for name in BIASES if arrays.get(name) is not None]:
+        raise NotImplementedError(f"{given[0]}: a sequence that is sharded over devices has none; set mesh.context=1")
     function, options = (op.func, op.keywords) if isinstance(op, functools.partial) and not op.args else (op, {})
     if function in _STATES:
         return _STATES[function](axis_name, **arrays, **options)

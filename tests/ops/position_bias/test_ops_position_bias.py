@@ -1,4 +1,5 @@
-"""causal_attention with a position bias: every form against the definition, and the definition against NumPy."""
+"""causal_attention and delta_attention's read with a position bias: every form against the definition, and that against
+NumPy."""
 
 import functools
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from support.ops_cases import poison, segment_rows
 
-from deltaformer_jax import causal_attention, ops
+from deltaformer_jax import causal_attention, delta_attention, ops
 
 HEADS, KV_HEADS, TIME, HIDDEN = 4, 2, 19, 5
 KINDS = ("alibi", "kerple", "fire", "dape")
@@ -88,6 +89,60 @@ def test_forms_agree(kind, window, initial, options, data):
             check(expected, compiled(implementation, window, initial)(*given), 2 * TIME * TIME * HIDDEN)
 
 
+@functools.cache
+def compiled_delta(implementation, write_query, read, window):
+    @jax.jit
+    def run(inputs, bias, segment_ids, cotangent):
+        attend = lambda inputs, bias: delta_attention(
+            **inputs,
+            beta=0.5,
+            write_query=write_query,
+            read_similarity=read,
+            read_bias=bias,
+            window=window,
+            segment_ids=segment_ids,
+            chunk_size=8,
+            implementation=implementation,
+        )
+        out, pullback = jax.vjp(attend, inputs, bias)
+        return out, pullback(cotangent)
+
+    return run
+
+
+# "query" with two softmaxes is one pass without a bias; with a linear read, a bias adds to weights that have no bound.
+@pytest.mark.parametrize(
+    "write_query, read, window", [("query", "softmax", None), pytest.param("key", "linear", 7, marks=pytest.mark.long)]
+)
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(data=st.data())
+def test_forms_of_deltaformers_read_agree(write_query, read, window, data):
+    """The parallel form is compared with the recurrent one in `test_decoding_of_deltaformers_read`."""
+    with jax.enable_x64(True):
+        segment_ids, seed = data.draw(segment_rows(TIME)), data.draw(st.integers(0, 99))
+        given = (poison(draw(seed=seed), segment_ids), draw_bias("dape", seed), segment_ids, jnp.asarray(COTANGENT))
+        expected, actual = (compiled_delta(form, write_query, read, window)(*given) for form in ("parallel", "chunked"))
+        # β = 1/2 and a softmax write: the solve magnifies an error by at most ‖(I + A/2)⁻¹‖ ≤ 2.
+        check(expected, actual, 2 * 2 * TIME * TIME * HIDDEN)
+
+
+def test_decoding_of_deltaformers_read(x64):
+    """A prompt of 9 tokens, then token by token: the recurrence, and the parallel form."""
+    inputs, bias = draw(), draw_bias("dape")
+    options = dict(beta=0.5, read_bias=bias)
+    forms = [delta_attention(**inputs, **options, implementation=form) for form in ("recurrent", "parallel")]
+    step = jax.jit(lambda part, cache: delta_attention(**part, **options, cache=cache))
+    cache, outputs = ops.KUCache.empty(2, TIME, KV_HEADS, KV_HEADS, 5, 3, jnp.float64), []
+    for first, last in [(0, 9), *((t, t + 1) for t in range(9, TIME))]:
+        out, cache = step({name: x[:, first:last] for name, x in inputs.items()}, cache)
+        outputs.append(out)
+    for found in (forms[1], jnp.concatenate(outputs, axis=1)):
+        np.testing.assert_allclose(found, forms[0], rtol=0, atol=1e-13)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    with pytest.raises(NotImplementedError, match=r"no read_bias|not installed"):
+        delta_attention(**narrow, read_bias=bias, implementation="triton")
+
+
 @pytest.mark.parametrize("kind", ["kerple", "dape"])
 def test_many_chunks(kind, x64):
     """300 tokens: three chunks of 128, the last one short; a document that begins inside the second."""
@@ -136,7 +191,7 @@ def test_the_definition_against_numpy(kind, x64):
 
 
 def test_alibi_is_a_constant_log_decay_and_dape_starts_as_its_static_bias(x64):
-    """Values and gradients of both pairs; DAPE with a last layer of 0 equals its static bias bit for bit."""
+    """Values and gradients of the first pair; DAPE with a last layer of 0 is its static bias bit for bit."""
     inputs, alibi = draw(), draw_bias("alibi")
     decayed = {**inputs, "log_decay": jnp.broadcast_to(-alibi.slope, (2, TIME, HEADS))}
     given = (None, jnp.asarray(COTANGENT))
@@ -147,10 +202,11 @@ def test_alibi_is_a_constant_log_decay_and_dape_starts_as_its_static_bias(x64):
     started = ops.Dape(
         dape.static, dape.scores_in, dape.static_in, dape.bias_in, 0 * dape.weight_out, 0 * dape.bias_out
     )
-    for implementation in ("parallel", "chunked"):
-        plain = causal_attention(**inputs, position_bias=dape.static, implementation=implementation)
-        same = causal_attention(**inputs, position_bias=started, implementation=implementation)
-        assert np.array_equal(plain, same)
+    pairs = (jnp.asarray(np.random.default_rng(0).standard_normal((2, HEADS, 3, 3))), jnp.arange(9).reshape(1, 3, 3))
+    position = jnp.asarray([[2, 5, 8]])
+    assert np.all(started(*pairs, position) == dape.static(*pairs, position))
+    plain, same = (causal_attention(**inputs, position_bias=bias) for bias in (dape.static, started))
+    np.testing.assert_allclose(same, plain, rtol=0, atol=1e-14)
 
 
 def test_heads_permuted(x64):
