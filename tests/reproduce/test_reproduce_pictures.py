@@ -89,7 +89,12 @@ def result_of(name, settings, rng, good):
     if name == "sepllm":
         share = 1.0 if not settings["fields"] else float(rng.uniform(0.1, 0.4))
         curve = [[2**n, float(rng.uniform(2, 3))] for n in range(10)]
-        return {"bits": float(rng.uniform(2, 3)), "by_position": curve, "share": share, "tokens": 1_000_000}
+        return {
+            "bits": float(rng.uniform(2, 3)),
+            "by_position": curve,
+            "share": share,
+            "masked": dict.fromkeys(settings.get("masks", {}), 2.9),
+        }
     if name == "experts":
         return {"bits": float(rng.uniform(2, 3)), "losses": [[1, 3.0]]}
     if name == "snr_sweeps":
