@@ -21,7 +21,9 @@ from deltaformer_jax.training.step import loss_and_gradient
 BATCH, LENGTH, WIDTH, LAYERS = 4, 16, 48, 2
 # More kernels that read x than q, k and v: a projected write query, an output gate, gates of one number a head. And a
 # second key, which is made of the first.
-GATED = Mixer("delta_former", write_query="projected", output_gate="on", alpha="sigmoid", write_rope_base=0.0)
+GATED = Mixer(
+    "delta_former", write_query="projected", output_gate="on", alpha="sigmoid", write_rope_base=0.0, ffn_shift_rank=4
+)
 MORE = [("softmax_attention", "on"), ("gated_delta_net", "on"), ("kimi_delta_attention", "on"), ("retention", "on")]
 
 
