@@ -12,6 +12,7 @@ from deltaformer_jax.layers.feed_forward import (
     SquaredReluFeedForward,
     SwiGLU,
 )
+from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache, ShiftEditor
 from deltaformer_jax.layers.kv_shift import KVShift, ShiftTail
 from deltaformer_jax.layers.mixers import (
     RWKV7,
@@ -50,7 +51,9 @@ __all__ = [
     "RMSNorm",
     "ReluFeedForward",
     "Retention",
+    "ShiftEditor",
     "ShiftTail",
+    "ShiftedCache",
     "SoftmaxAttention",
     "SquaredReluFeedForward",
     "StateCache",

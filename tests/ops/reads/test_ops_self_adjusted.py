@@ -88,7 +88,7 @@ def test_forms_agree(name, window, forget, data):
             np.testing.assert_allclose(expected[0], found, rtol=0, atol=bound * max(np.abs(found).max(), 1))
         bound *= TIME if forget else 1
         bound *= 1 if "basic" in name or np.isinf(least) else 1 + 1 / least
-        for form in ("parallel", "chunked"):
+        for form in ("chunked",) if forget else ("parallel", "chunked"):
             actual = compiled(name, form, window)(poison(inputs, ids), ids, COTANGENT)
             for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual)):
                 np.testing.assert_allclose(b, a, rtol=0, atol=bound * max(np.abs(a).max(), 1))
@@ -178,14 +178,24 @@ def test_decoding_is_the_whole(name, x64):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_long_rows_in_narrow_dtypes(dtype):
-    """Scores up to 60 over several chunks: |s| ≤ M − m, so that the two sums cancel no digits of the result."""
+    """Scores up to 60 over two chunks: |s| ≤ M − m, so that the two sums cancel no digits of the result."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.standard_normal((1, 1100, 1, 8)), dtype) for _ in range(3)]
+    arrays = [jnp.asarray(rng.standard_normal((1, 600, 1, 8)), dtype) for _ in range(4)]
     arrays[0] *= 20
-    out = jax.jit(functools.partial(causal_attention, similarity="self_adjust", implementation="chunked"))(*arrays)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *arrays):
+        attend = functools.partial(causal_attention, similarity="self_adjust", implementation=implementation)
+        out, pullback = jax.vjp(attend, *arrays[:3])
+        return out, *pullback(arrays[3])
+
+    out, *gradients = run("chunked", *arrays)
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        exact = causal_attention(*wide, similarity="self_adjust", implementation="parallel")
+        exact, *expected = map(np.asarray, run("parallel", *(jnp.asarray(np.asarray(x, np.float64)) for x in arrays)))
+    for found, right in zip(gradients, expected):
+        # In the norm of the whole: dO·v, w, dS, o and A/l are rounded to `dtype`, then the sums; exp as below.
+        error = np.linalg.norm(np.asarray(found, np.float64) - right) / np.linalg.norm(right)
+        assert found.dtype == dtype and error < 8 * float(jnp.finfo(dtype).eps) + 60 * 8 * np.finfo(np.float32).eps
     # exp multiplies the rounding of scores of size 60 in float32; the products' operands and the result are `dtype`.
     atol = 60 * 8 * np.finfo(np.float32).eps + 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=0, atol=atol * np.abs(exact).max())
