@@ -189,9 +189,9 @@ def figure(done: list[dict[str, Any]]):
         picture,
         _finding(done),
         f"Accuracy of recall (MQAR) of {settings['model']['num_layers']} layers of width "
-        f"{settings['model']['d_model']}, trained without eviction, from caches that keep some of the entries\n"
-        f"of {settings['lengths'][-1]} tokens' pairs in each layer. NACL reports averages over tasks of Llama models, "
-        "which do not compare.",
+        f"{settings['model']['d_model']}, trained without eviction, from caches that keep some of the\n"
+        f"{done[0]['result']['entries'][-1]} entries of the pairs in each layer. NACL reports averages over "
+        "tasks of Llama models, which do not compare.",
     )
     return picture
 
@@ -203,10 +203,10 @@ def _finding(done: list[dict[str, Any]]) -> str:
         found, shares = record["result"]["evicted"], record["settings"]["shares"]
         at = min(range(len(shares)), key=lambda i: abs(shares[i] - 0.5))
         parts.append(
-            f"{record['settings']['label']} recalls {found[QUERIES][at]:.0%} with queries as proxies, "
-            f"{found[WINDOW][at]:.0%} with a window"
+            f"{record['settings']['label']} recalls {found[QUERIES][at]:.3f} with queries as proxies, "
+            f"{found[WINDOW][at]:.3f} with a window"
         )
-    return f"Of {done[0]['settings']['shares'][at]:.0%} of the entries " + "; ".join(parts)
+    return f"From {done[0]['settings']['shares'][at]:.0%} of its entries " + "; ".join(parts)
 
 
 EXPERIMENT = Experiment(
