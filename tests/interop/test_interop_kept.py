@@ -209,12 +209,26 @@ LLAMA = dict(mixers=("softmax_attention",), embedding_scale="one", norm_epsilon=
         ({"kv_shift": True, "kv_shift_window": 3}, None),
         ({"ffn_shift_rank": 2}, None),
         ({"read_similarity": "self_adjust"}, None),
+        ({"initial_tokens": 1, "window": 2}, None),
+        ({"separator_tokens": (1,), "window": 2}, None),
     ],
 )
 def test_what_llama_cannot_say_is_ours(fields, kind):
     source, _, why = choose(ModelConfig(vocab_size=32, **LLAMA | fields), None)
     assert (source and source.model_type) == kind
     assert kind or f"llama cannot say model.{next(iter(fields))} = " in why, why
+
+
+def test_separators_are_named_where_a_type_has_the_window_but_not_them():
+    """fla's transformer has a window; its deltaformer has none."""
+    windowed = dict(vocab_size=32, head_dim=64, d_model=256, embedding_scale="one", window=8)
+    softmax = ModelConfig(**windowed, mixers=("softmax_attention",))
+    assert choose(softmax, "transformer")[0].model_type == "transformer"
+    message = r"transformer cannot say model\.initial_tokens = 2, model\.separator_tokens = \(1, 2\)$"
+    with pytest.raises(ValueError, match=message):
+        choose(dataclasses.replace(softmax, initial_tokens=2, separator_tokens=(1, 2)), "transformer")
+    with pytest.raises(ValueError, match=r"deltaformer cannot say model\.window = 8$"):
+        choose(ModelConfig(**windowed, write_query="query", beta="raw"), "deltaformer")
 
 
 def test_a_base_of_the_writes_own_is_compared_by_what_it_means():

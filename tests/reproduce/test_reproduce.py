@@ -14,7 +14,7 @@ from support import training_cases as cases
 from deltaformer_jax.data import load_corpus
 from deltaformer_jax.reproduce import __main__ as program
 from deltaformer_jax.reproduce import experiment, families, notebook, pictures, train_task, unfinished
-from deltaformer_jax.reproduce.language import experts, mixers, prose, redundancy, sepllm
+from deltaformer_jax.reproduce.language import experts, mixers, prose, redundancy
 from deltaformer_jax.reproduce.recall import mqar
 
 
@@ -452,20 +452,3 @@ def test_paired_differences_of_seeds():
     (row,) = experts.rows(done)
     assert row["difference"] == "-0.1500 ± 0.0500" and row["seeds"] == 2
     assert not len(experts.paired(done, "experts", "prose"))
-
-
-def test_the_share_of_the_cache_that_sepllm_sees():
-    """Against pairs of tokens, one by one, in rows of documents and padding."""
-    random = np.random.default_rng(0)
-    ids = np.array([[1] * 7 + [2] * 9 + [0] * 4, [0] * 3 + [4] * 17])
-    batches = [{"tokens": random.integers(0, 6, ids.shape), "segment_ids": ids} for _ in range(2)]
-    for window, initial, separators in ((0, 0, ()), (3, 0, ()), (3, 2, ()), (3, 2, (1, 5)), (0, 2, (1,))):
-        seen = causal = 0
-        for batch in batches:
-            for row, document in zip(batch["tokens"], ids):
-                for t in np.flatnonzero(document):
-                    start = np.flatnonzero(document == document[t])[0]
-                    for i in range(start, t + 1):
-                        causal += 1
-                        seen += not window or t - i < window or i - start < initial or row[i] in separators
-        assert sepllm.visible_share(batches, window, initial, separators) == seen / causal

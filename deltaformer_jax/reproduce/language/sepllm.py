@@ -128,31 +128,31 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
     from deltaformer_jax.data import batches
     from deltaformer_jax.evaluate.by_position import evaluate_by_position
     from deltaformer_jax.model_parts import model_parts
-    from deltaformer_jax.training.checkpoints.restore import restore
     from deltaformer_jax.training.checkpoints.vocabulary import with_vocabulary
     from deltaformer_jax.training.loop import train
 
-    found, position, state = prepared(settings, folder, note)
-    if not train(found, position, state, stop, quiet=True).finished:
+    trained, position, state = prepared(settings, folder, note)
+    ending = train(trained, position, state, stop, quiet=True)
+    if not ending.finished:
         return None
-    trained, length = restore(folder / "run"), settings["sequence_length"]
+    corpus, length = trained.corpus, settings["sequence_length"]
     batch = dict(sequence_length=length, batch_size=settings["batch_size"])
-    rows = list(itertools.islice(batches(found.corpus, "eval", **batch, seed=0), settings["measured_batches"]))
+    rows = list(itertools.islice(batches(corpus, "eval", **batch, seed=0), settings["measured_batches"]))
 
     def measured(parts):
         return evaluate_by_position(
             parts,
             trained.program.mesh,
-            trained.params,
+            ending.state.params,
             rows,
             sequence_length=length,
-            token_bytes=found.corpus.tokenizer.token_bytes,
+            token_bytes=corpus.tokenizer.token_bytes,
         )
 
     sums, model, masked = measured(trained.program.parts), trained.config.model, {}
     for name, fields in settings.get("masks", {}).items():
         other = dataclasses.replace(trained.config, model=dataclasses.replace(model, **fields))
-        parts = model_parts(with_vocabulary(other, trained.tokenizer).model)
+        parts = model_parts(with_vocabulary(other, corpus.tokenizer).model)
         masked[name] = measured(parts).report()["bits_per_byte"]
     windows = [model.window if isinstance(one, str) else 0 for one in settings["mixers"]]
     seen = [visible_share(rows, window, model.initial_tokens, model.separator_tokens) for window in windows]

@@ -192,3 +192,31 @@ def test_a_mixer_by_itself_needs_its_separators():
     plain = make_model(num_layers=1, mixers=("softmax_attention",)).blocks[0].mixer
     with pytest.raises(ValueError, match=r"keep: .*; the mixer has no separator_tokens"):
         plain(x, keep=jnp.zeros((1, 4), bool))
+
+
+class Marked(nnx.Module):
+    """A mixer of a user's own, which adds 1 to separators and 0 to other tokens."""
+
+    def __init__(self, d_model: int, *, separator_tokens: tuple[int, ...] = (), rngs: nnx.Rngs):
+        self.separator_tokens = separator_tokens
+
+    def __call__(self, x, *, segment_ids=None, positions=None, cache=None, keep=None):
+        assert (keep is not None) == bool(self.separator_tokens)
+        return jnp.zeros_like(x) if keep is None else jnp.broadcast_to(keep[..., None], x.shape).astype(x.dtype), cache
+
+    def init_cache(self, batch, capacity):
+        raise NotImplementedError
+
+    def flops_per_token(self, length):
+        return 0.0
+
+
+def test_a_mixer_of_your_own_is_told_where_its_separators_are():
+    mixers = (Mixer(Marked, separator_tokens=(3, 7)), Mixer(Marked), Mixer(Marked, separator_tokens=(7,)))
+    model = make_model(num_layers=3, mixers=mixers)
+    tokens = np.array([[1, 3, 7, 0]], np.int32)
+
+    for block in model.blocks:
+        block.mlp.down[...] = jnp.zeros_like(block.mlp.down[...])
+    _, added = model.look(tokens, lambda before, after, real: after - before)
+    np.testing.assert_allclose(added[:, 0, :, 0], [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]], atol=1e-6)
