@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from deltaformer_jax import ops
 from deltaformer_jax.data import Tokenizer
+from deltaformer_jax.data.tokenizer.characters import tokens_of
 from deltaformer_jax.decoding.requests import items, number, whole
 from deltaformer_jax.layers.caches import AttentionCache, is_selected
 from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
@@ -112,22 +113,12 @@ def separator_ids(tokenizer: Tokenizer, characters: str | None = None) -> tuple[
     """
     if characters is None:
         characters = OF_BYTES if tokenizer.kind == "bytes" else PAPERS
-    found = set(characters.encode())
-    ids = [i for i, piece in enumerate(tokenizer.pieces) if piece and _only(piece, characters, found)]
+    ids = tuple(tokens_of(characters, tokenizer))
     if not ids:
         raise ValueError(
             f"separators: the tokenizer has no token that consists of {characters!r} only; give other characters"
         )
-    return tuple(ids)
-
-
-def _only(piece: bytes, characters: str, found: set[int]) -> bool:
-    if not found.issuperset(piece):
-        return False
-    try:
-        return set(piece.decode()) <= set(characters)
-    except UnicodeDecodeError:  # a part of a character
-        return False
+    return ids
 
 
 def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer: Tokenizer | None, vocabulary: int):

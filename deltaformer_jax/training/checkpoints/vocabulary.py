@@ -6,6 +6,7 @@ import dataclasses
 
 from deltaformer_jax.config import Config
 from deltaformer_jax.data import Tokenizer
+from deltaformer_jax.data.tokenizer.characters import tokens_of
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -35,20 +36,10 @@ def separator_tokens(separators: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Raises ValueError, naming the characters, if some are in no such token.
     """
-    wanted = set(separators)
-    texts = {i: _text(piece) for i, piece in enumerate(tokenizer.pieces) if piece}
-    found = {i: text for i, text in texts.items() if text and wanted.issuperset(text)}
-    if missing := wanted.difference(*found.values()):
+    found = tokens_of(separators, tokenizer)
+    if missing := set(separators).difference(*found.values()):
         raise ValueError(
             f"model.separators = {separators!r}: no token of the tokenizer ({tokenizer.kind}) consists of "
             f"{', '.join(map(repr, sorted(missing)))}, alone or with the others; leave out what it does not have"
         )
     return tuple(found)
-
-
-def _text(piece: bytes) -> str:
-    """ "" for a part of a character."""
-    try:
-        return piece.decode("utf-8")
-    except UnicodeDecodeError:
-        return ""
