@@ -4,11 +4,11 @@
 
     Alibi     b_h = −m_h (i − j)
     Kerple    b_h = −p_h log(1 + a_h (i − j))
-    Fire      b_h = f_h( ψ(i − j) / ψ(max(L, i)) ),        ψ(x) = log(1 + c x),  f(x) = W₂ relu(w₁ x + c₁) + c₂
-    Dape      b = B + f(A, B),                             f = W₂ leaky_relu(W_A A + W_B B + c₁) + c₂
+    Fire      b_h = f_h( ψ(i − j) / ψ(max(L, i)) ),        ψ(x) = log(1 + c x),  f(x) = W₂ relu(w₁ x + c₁)
+    Dape      b = B + f(A, B),                             f = W₂ leaky_relu(W_A A + W_B B + c₁)
 
 i and j are positions in the segment, from 0. In Dape, A_h = scale · q_i·k_j are the scores of all heads of one pair
-(i, j), and B is one of the other biases.
+(i, j), and B is one of the other biases. The last layers have no constants: a constant of a head changes no softmax.
 
 A bias of your own is a pytree of float arrays with a method `__call__`, see `PositionBias`.
 
@@ -103,7 +103,7 @@ class Kerple:
 @dataclasses.dataclass(frozen=True)
 class Fire:
     """f_h(ψ(d) / ψ(max(L, i))), ψ(x) = log(1 + c x): c and length = L [1], positive; weight_in = w₁ and bias_in [1, D];
-    weight_out = W₂ [H, D], bias_out [H].
+    weight_out = W₂ [H, D].
 
     Up to position L it depends on the distance alone. Behind it, distances are seen relative to i, so that f's argument
     lies in [0, 1] at every length.
@@ -114,7 +114,6 @@ class Fire:
     weight_in: jax.Array
     bias_in: jax.Array
     weight_out: jax.Array
-    bias_out: jax.Array
 
     def __call__(self, scores, distance, position):
         grown = lambda x: jnp.log1p(self.c[0] * x)
@@ -122,14 +121,14 @@ class Fire:
         x = grown(distance.astype(scores.dtype)) / grown(furthest)[..., None]
         weight, bias = (x.reshape(1, -1, 1, 1) for x in (self.weight_in, self.bias_in))
         hidden = jax.nn.relu(x[:, None] * weight + bias)
-        return _over_heads(self.weight_out, hidden) + _by_head(self.bias_out)
+        return _contract(self.weight_out, hidden)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dape:
-    """B + f(A, B), with static = B; scores_in = W_A and static_in = W_B [H, D]; bias_in [1, D]; weight_out = W₂ [H, D],
-    bias_out [H]. With weight_out and bias_out 0 it is B.
+    """B + f(A, B), with static = B; scores_in = W_A and static_in = W_B [H, D]; bias_in [1, D]; weight_out = W₂ [H, D].
+    With weight_out 0 it is B.
 
     f takes 6 H D floating-point operations for each pair (i, j), and its gradient twice as many.
     """
@@ -139,25 +138,14 @@ class Dape:
     static_in: jax.Array
     bias_in: jax.Array
     weight_out: jax.Array
-    bias_out: jax.Array
 
     mixes_heads = True
 
     def __call__(self, scores, distance, position):
         static = self.static(scores, distance, position)
-        from_scores, from_static = _from_heads(self.scores_in, scores), _from_heads(self.static_in, static)
+        from_scores, from_static = _contract(self.scores_in.T, scores), _contract(self.static_in.T, static)
         hidden = jax.nn.leaky_relu(from_scores + from_static + _by_head(self.bias_in[0]), LEAKY_SLOPE)
-        return static + _over_heads(self.weight_out, hidden) + _by_head(self.bias_out)
-
-
-def _from_heads(weight, x):
-    """weight [H, D], x [B, H, R, C] -> [B, D, R, C]."""
-    return _contract(weight.T, x)
-
-
-def _over_heads(weight, hidden):
-    """weight [H, D], hidden [B, D, R, C] -> [B, H, R, C]."""
-    return _contract(weight, hidden)
+        return static + _contract(self.weight_out, hidden)
 
 
 def _contract(matrix, x):

@@ -112,7 +112,7 @@ def fire(bias, distance, position):
     grown = lambda x: np.log1p(np.exp(numbers(bias.log_c)) * x)
     ratio = grown(distance) / grown(np.maximum(4 * np.exp(numbers(bias.log_length)), position))
     hidden = np.maximum(ratio * numbers(bias.weight_in).T + numbers(bias.bias_in).T, 0)
-    return numbers(bias.weight_out) @ hidden + numbers(bias.bias_out)[:, None]
+    return numbers(bias.weight_out) @ hidden
 
 
 def dape(bias, scores, distance):
@@ -121,7 +121,7 @@ def dape(bias, scores, distance):
     static = -p * np.log1p(a * distance)
     hidden = numbers(bias.scores_in).T @ scores + numbers(bias.static_in).T @ static + numbers(bias.bias_in).T
     hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
-    return static + numbers(bias.weight_out) @ hidden + numbers(bias.bias_out)[:, None]
+    return static + numbers(bias.weight_out) @ hidden
 
 
 def seen(t, options):

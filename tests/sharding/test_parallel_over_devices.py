@@ -60,14 +60,14 @@ def test_a_position_bias_goes_with_its_heads(mixes):
     are those of one device, also of the numbers that all heads or rows share."""
     rng, seen = np.random.default_rng(1), []
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    bias = ops.Fire(jnp.ones(1), 9 * jnp.ones(1), normal(1, 5), normal(1, 5), normal(4, 5), normal(4))
+    bias = ops.Fire(jnp.ones(1), 9 * jnp.ones(1), normal(1, 5), normal(1, 5), normal(4, 5))
     if mixes:
-        bias = ops.Dape(bias, normal(4, 5), normal(4, 5), normal(1, 5), normal(4, 5), normal(4))
+        bias = ops.Dape(bias, normal(4, 5), normal(4, 5), normal(1, 5), normal(4, 5))
     arrays = {name: x for name, x in draw().items() if name != "beta"}
     ids = arrays.pop("segment_ids")
 
     def op(**arrays):
-        seen.append(arrays["position_bias"].bias_out.shape)
+        seen.append(arrays["position_bias"].weight_out.shape)
         return causal_attention(**arrays)
 
     def gradient(spread):
@@ -77,7 +77,7 @@ def test_a_position_bias_goes_with_its_heads(mixes):
     expected = gradient(lambda op, arrays: op(**arrays))
     with jax.set_mesh(mesh(**CUBE)):
         actual = gradient(over_devices)
-    assert set(seen) == ({(4,)} if mixes else {(4,), (2,)})
+    assert set(seen) == ({(4, 5)} if mixes else {(4, 5), (2, 5)})
     # The same sums over the same chunks of a row and head; the bias's gradients add up over rows and heads.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected)
 

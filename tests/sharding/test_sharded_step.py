@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from support import training_cases as cases
 
-from deltaformer_jax.config import MeshConfig
+from deltaformer_jax.config import MeshConfig, Mixer
 from deltaformer_jax.model_parts import model_parts
 from deltaformer_jax.sharding.mesh import batch_sharding, make_mesh
 from deltaformer_jax.training.on_mesh.kept_whole import check_split
@@ -45,11 +45,19 @@ def one():
         (MeshConfig(recipe="fsdp+tensor", tensor=2), {"model__num_heads": 4, "model__num_kv_heads": 1}),
         (MeshConfig(recipe="fsdp+tensor", tensor=2, sequence_parallel=True), {"model__remat": "block"}),
         (
+            MeshConfig(data=2, fsdp=2, tensor=2),
+            {
+                "model__mixers": ("softmax_attention", Mixer("delta_former", dape_dim=4)),
+                "model__position_bias": "kerple",
+                "model__rope_base": 0.0,
+            },
+        ),
+        (
             MeshConfig(data=1, fsdp=2, tensor=2, context=2, sequence_parallel=True),
             {"model__num_kv_heads": 1, "model__implementation": "chunked"},
         ),
     ],
-    ids=["fsdp", "zero1", "whole", "tensor", "sequence", "sequence+context"],
+    ids=["fsdp", "zero1", "whole", "tensor", "sequence", "position bias", "sequence+context"],
 )
 @pytest.mark.long
 def test_it_is_one_devices_step(one, mesh, fields):

@@ -49,14 +49,13 @@ class Fire(nnx.Module):
         self.bias_in = nnx.Param(truncated_normal(rngs, (1, FIRE_WIDTH), 1.0), axes=("shared", "rank"), decay=False)
         out = truncated_normal(rngs, (num_heads, FIRE_WIDTH), FIRE_WIDTH**-0.5)
         self.weight_out = nnx.Param(out, axes=("heads", "rank"))
-        self.bias_out = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False)
 
     def __call__(self) -> ops.PositionBias:
-        network = (x[...] for x in (self.weight_in, self.bias_in, self.weight_out, self.bias_out))
+        network = (x[...] for x in (self.weight_in, self.bias_in, self.weight_out))
         return ops.Fire(jnp.exp(self.log_c[...]), self.fire_length * jnp.exp(self.log_length[...]), *network)
 
     def flops_per_pair(self) -> float:
-        return 2.0 * self.bias_out.shape[-1] * FIRE_WIDTH
+        return 2.0 * math.prod(self.weight_out.shape[-2:])
 
 
 class Alibi(nnx.Module):
@@ -82,10 +81,9 @@ class Dape(nnx.Module):
         self.static_in = nnx.Param(into(), axes=("heads", "rank"))
         self.bias_in = nnx.Param(jnp.zeros((1, dape_dim), jnp.float32), axes=("shared", "rank"), decay=False)
         self.weight_out = nnx.Param(jnp.zeros((num_heads, dape_dim), jnp.float32), axes=("heads", "rank"))
-        self.bias_out = nnx.Param(jnp.zeros((num_heads,), jnp.float32), axes=("heads",), decay=False)
 
     def __call__(self) -> ops.PositionBias:
-        network = (self.scores_in, self.static_in, self.bias_in, self.weight_out, self.bias_out)
+        network = (self.scores_in, self.static_in, self.bias_in, self.weight_out)
         return ops.Dape(self.static(), *(x[...] for x in network))
 
     def flops_per_pair(self) -> float:

@@ -28,9 +28,9 @@ def draw_bias(kind, seed=0):
     if kind == "fire":
         # L lies among the positions, so that rows before and behind it are seen.
         return ops.Fire(jnp.asarray([0.7]), jnp.asarray([6.5]), *(normal(1, HIDDEN) for _ in range(2)),
-                        normal(HEADS, HIDDEN), normal(HEADS))  # fmt: skip
+                        normal(HEADS, HIDDEN))  # fmt: skip
     return ops.Dape(draw_bias("fire", seed), normal(HEADS, HIDDEN), normal(HEADS, HIDDEN), normal(1, HIDDEN),
-                    normal(HEADS, HIDDEN), normal(HEADS))  # fmt: skip
+                    normal(HEADS, HIDDEN))  # fmt: skip
 
 
 def draw(time=TIME, seed=0, batch=2, options=()):
@@ -161,13 +161,13 @@ def numpy_bias(bias, scores, distance, position):
         grown = lambda x: np.log(1 + float(bias.c[0]) * x)
         x = grown(distance) / grown(max(float(bias.length[0]), position))
         hidden = np.maximum(x * np.asarray(bias.weight_in[0]) + np.asarray(bias.bias_in[0]), 0)
-        return np.asarray(bias.weight_out) @ hidden + np.asarray(bias.bias_out)
+        return np.asarray(bias.weight_out) @ hidden
     static = numpy_bias(bias.static, scores, distance, position)
     both = np.concatenate([scores, static])
     first = np.concatenate([np.asarray(bias.scores_in), np.asarray(bias.static_in)])
     hidden = both @ first + np.asarray(bias.bias_in[0])
     hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
-    return static + np.asarray(bias.weight_out) @ hidden + np.asarray(bias.bias_out)
+    return static + np.asarray(bias.weight_out) @ hidden
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,9 +199,7 @@ def test_alibi_is_a_constant_log_decay_and_dape_starts_as_its_static_bias(x64):
     actual, (gradients, _) = compiled("chunked")(inputs, alibi, *given)
     check((expected, {name: of_inputs[name] for name in inputs}), (actual, gradients), TIME)
     dape = draw_bias("dape")
-    started = ops.Dape(
-        dape.static, dape.scores_in, dape.static_in, dape.bias_in, 0 * dape.weight_out, 0 * dape.bias_out
-    )
+    started = ops.Dape(dape.static, dape.scores_in, dape.static_in, dape.bias_in, 0 * dape.weight_out)
     pairs = (jnp.asarray(np.random.default_rng(0).standard_normal((2, HEADS, 3, 3))), jnp.arange(9).reshape(1, 3, 3))
     position = jnp.asarray([[2, 5, 8]])
     assert np.all(started(*pairs, position) == dape.static(*pairs, position))
