@@ -21,25 +21,29 @@ QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pass
 _case = lambda **more: Case(**{"time": 36, "key_dim": 20, "value_dim": 24} | more)
 _channel = lambda **more: _case(**{"decay": "channel", "heads": 1, "value_heads": 2} | more)
 
-# (case, segments, strength of the decays)
+# (case, segments, strength of the decays). The rare ones join what others have one by one: for changes of the kernels.
 CASES = [
-    (_case(), False, 1.0),
+    pytest.param(_case(), False, 1.0, marks=pytest.mark.rare),
     (_case(value_heads=4, scale=0.3, state=False), True, 1.0),
-    (_case(decay="none"), False, 1.0),
+    pytest.param(_case(decay="none"), False, 1.0, marks=pytest.mark.rare),
     (_case(decay="none", beta="to_two", time=31), True, 1.0),
     (_case(beta="none", heads=1, value_heads=1, time=16), False, 1000.0),
     (_case(beta="zero", heads=1, value_heads=1, time=33), True, 1000.0),
     (_case(delta=False), True, 1.0),
-    (_case(delta=False, value_heads=4, scale=1.0, key_dim=16, value_dim=16), False, 1000.0),
+    pytest.param(
+        _case(delta=False, value_heads=4, scale=1.0, key_dim=16, value_dim=16), False, 1000.0, marks=pytest.mark.rare
+    ),
     (_case(delta=False, decay="none", heads=1, value_heads=2, state=False), False, 1.0),
-    (_case(delta=False, decay="none", heads=1, time=20), True, 1.0),
+    pytest.param(_case(delta=False, decay="none", heads=1, time=20), True, 1.0, marks=pytest.mark.rare),
     (_case(time=1), False, 1.0),
     (_channel(), True, 1.0),
     (_channel(beta="none", value_heads=1, time=33, state=False), False, 1000.0),
-    (_channel(beta="to_two", value_heads=1, key_dim=16, value_dim=32, time=16), False, 1.0),
+    pytest.param(
+        _channel(beta="to_two", value_heads=1, key_dim=16, value_dim=32, time=16), False, 1.0, marks=pytest.mark.rare
+    ),
     (_channel(delta=False, scale=0.3, time=31), False, 1.0),
     (_channel(delta=False, value_heads=1), True, 1000.0),
-    (_channel(time=1), False, 1.0),
+    pytest.param(_channel(time=1), False, 1.0, marks=pytest.mark.rare),
 ]
 TWO_BYTE = [
     (_case(value_heads=4), True, 1.0),
@@ -148,7 +152,9 @@ def test_strong_gates_between_weak_ones(interpreter, delta):
 WALKS = [
     (_case(heads=1, value_heads=2, time=33), True, 1.0),
     (_case(decay="none", beta="none", heads=1, value_heads=1, state=False), False, 1.0),
-    (_case(heads=1, value_heads=1, key_dim=16, value_dim=16, time=32), False, 1000.0),
+    pytest.param(
+        _case(heads=1, value_heads=1, key_dim=16, value_dim=16, time=32), False, 1000.0, marks=pytest.mark.rare
+    ),
     (_case(delta=False, heads=1, value_heads=1, time=31), True, 1.0),
     (_channel(time=33), True, 1.0),
     (_channel(delta=False, value_heads=1, time=31), False, 1.0),
