@@ -39,6 +39,7 @@ from deltaformer_jax.decoding.selective import (
     empty_cache,
     entries,
     marked,
+    needs_whole_prompts,
     read_and_evict,
     read_in_pieces,
     resolved,
@@ -157,9 +158,10 @@ def _admit(
 @partial(jax.jit, static_argnames=("graphdef", "chosen", "top_k", "logprobs"), donate_argnames="state")
 def _advance(graphdef, params, state, temperature, top_p, *, chosen, top_k: int, logprobs: bool):
     """Draw one token in every row: (the rows, tokens int32 [S], log-probabilities float32 [S] or None)."""
-    logits, cache = nnx.merge(graphdef, params)(state.token[:, None], cache=state.cache)
+    model = nnx.merge(graphdef, params)
+    logits, cache = model(state.token[:, None], cache=state.cache)
     if isinstance(chosen, Streaming):
-        cache = marked(cache, state.token[:, None], None, chosen)
+        cache = marked(model, cache, state.token[:, None], None, chosen)
     keys = _keys(state.seed, state.stream, state.drawn)
     token, logprob = _draw(logits[:, 0], keys, temperature, top_p, top_k, logprobs)
     return Rows(cache, token, state.seed, state.stream, state.drawn + 1), token, logprob
@@ -168,8 +170,9 @@ def _advance(graphdef, params, state, temperature, top_p, *, chosen, top_k: int,
 @partial(jax.jit, static_argnames=("graphdef", "chosen"), donate_argnames="state")
 def _compact(graphdef, params, state, *, chosen: Streaming):
     """Make room in the rows that are full: (the rows, their numbers of entries, int32 [S])."""
-    state = dataclasses.replace(state, cache=compacted(nnx.merge(graphdef, params), state.cache, chosen))
-    return state, entries(state.cache)
+    model = nnx.merge(graphdef, params)
+    state = dataclasses.replace(state, cache=compacted(model, state.cache, chosen))
+    return state, entries(model, state.cache)
 
 
 _entries = jax.jit(entries)
@@ -269,7 +272,9 @@ class _Batch:
     def __init__(self, model, requests: list[Request], how: How, rows: int):
         self._graphdef, self._params = nnx.split(model)
         self._how, self._waiting = how, collections.deque(requests)
-        held = how.chosen.counts if isinstance(how.chosen, Evicted) else lambda length: (length, 0)
+        longest = max(len(r.ids) + r.max_tokens for r in requests)
+        drops = isinstance(how.chosen, Evicted) and not needs_whole_prompts(model, longest)
+        held = how.chosen.counts if drops else lambda length: (length, 0)
         self._capacity = power_of_two(max(held(len(r.ids))[0] + r.max_tokens for r in requests))
         self._in_row: list[Request | None] = [None] * min(rows, len(requests))
         self._entries = np.zeros(len(self._in_row), np.int64)  # of a streaming cache
@@ -327,7 +332,7 @@ class _Batch:
             logprobs=how.logprobs,
         )
         if isinstance(how.chosen, Streaming):
-            self._entries = np.array(_entries(self._state.cache), np.int64)
+            self._entries = np.array(_entries(nnx.merge(self._graphdef, self._params), self._state.cache), np.int64)
         for place, request in zip(rows, group):
             self._in_row[place] = request
         self._called(token, logprob, group)

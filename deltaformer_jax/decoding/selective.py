@@ -20,7 +20,7 @@ from deltaformer_jax import ops
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.data.tokenizer.characters import tokens_of
 from deltaformer_jax.decoding.requests import items, number, whole
-from deltaformer_jax.layers.caches import AttentionCache, is_selected
+from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.similarity import Softmax
@@ -164,6 +164,14 @@ def chooses(model: LanguageModel) -> list[bool]:
     ]
 
 
+def needs_whole_prompts(model: LanguageModel, length: int) -> bool:
+    """Whether a layer that drops nothing of texts of `length` tokens has a slot for each token, as it does behind a
+    window with first tokens or separators, and in `delta_former` with any window."""
+    caches = jax.eval_shape(lambda: model.init_cache(1, length))
+    others = [cache.memory for cache, chosen in zip(caches, chooses(model)) if not chosen and hasattr(cache, "memory")]
+    return any(memory is not None and memory.capacity >= length for memory in others)
+
+
 def empty_cache(model: LanguageModel, rows: int, capacity: int, rule: Streaming | Evicted | None):
     """Empty caches for texts of `capacity` tokens: `model.init_cache(rows, capacity)`, where layers can drop entries of
     chosen tokens; a `Streaming` rule limits them to its own capacity."""
@@ -191,12 +199,12 @@ def _with_memory(cache: AttentionCache | ShiftedCache, memory) -> AttentionCache
 def _over_selected(function, model: LanguageModel, caches):
     """The caches with `function(mixer, memory)` of each layer's cache of chosen tokens."""
 
-    def one(block, cache):
-        if not is_selected(cache):
+    def one(block, cache, chosen):
+        if not chosen:  # a layer with a window may have a cache of chosen tokens too, by a rule of its own
             return cache
         return _with_memory(cache, jax.vmap(lambda block, memory: function(block.mixer, memory))(block, cache.memory))
 
-    return tuple(map(one, model.blocks, caches))
+    return tuple(map(one, model.blocks, caches, chooses(model)))
 
 
 def with_memories(caches, memories):
@@ -204,16 +212,17 @@ def with_memories(caches, memories):
     return tuple(_with_memory(cache, memory) for cache, memory in zip(caches, memories))
 
 
-def entries(caches) -> jax.Array:
+def entries(model: LanguageModel, caches) -> jax.Array:
     """int32 [B]: the number of entries in each row, of the layers that drop them; they all have as many."""
-    return next(cache.memory.position[0] >= 0 for cache in caches if is_selected(cache)).sum(axis=-1, dtype=jnp.int32)
+    first = caches[chooses(model).index(True)]
+    return jnp.sum(first.memory.position[0] >= 0, axis=-1, dtype=jnp.int32)
 
 
-def marked(caches, tokens, segment_ids, rule: Streaming):
+def marked(model: LanguageModel, caches, tokens, segment_ids, rule: Streaming):
     """The caches, with which of the newest tokens [B, T] are separators."""
     is_separator = jnp.isin(tokens, jnp.asarray(rule.characters, tokens.dtype))
     mark = jax.vmap(lambda memory: ops.newest_lasting(memory, is_separator, segment_ids))
-    return tuple(_with_memory(c, mark(c.memory)) if is_selected(c) else c for c in caches)
+    return tuple(_with_memory(c, mark(c.memory)) if chosen else c for c, chosen in zip(caches, chooses(model)))
 
 
 def compacted(model: LanguageModel, caches, rule: Streaming):
@@ -255,11 +264,11 @@ def read_piece(model: LanguageModel, tokens, lengths, cursor, caches, rule: Stre
     piece = min(width, rule.capacity - rule.stays)
     place = jnp.arange(piece, dtype=jnp.int32)[None]
     caches = compacted(model, caches, rule)
-    count = jnp.minimum(jnp.minimum(lengths - cursor, piece), rule.capacity - entries(caches))
+    count = jnp.minimum(jnp.minimum(lengths - cursor, piece), rule.capacity - entries(model, caches))
     at = jnp.minimum(cursor[:, None] + place, width - 1)
     given, real = jnp.take_along_axis(tokens, at, axis=1), (place < count[:, None]).astype(jnp.int32)
     hidden, caches = model.hidden(given, segment_ids=real, cache=caches, **skip)
-    return hidden, count, marked(caches, given, real, rule)
+    return hidden, count, marked(model, caches, given, real, rule)
 
 
 def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: Evicted, counts, keys, **skip):

@@ -135,7 +135,7 @@ def test_a_prompt_in_pieces_is_read_as_token_by_token(model):
             given, real = (x[:, None] for x in now)
             caches = compacted(model, caches, RULE)
             hidden, caches = model.hidden(given, segment_ids=real, cache=caches)
-            return marked(caches, given, real, RULE), (hidden[:, 0], entries(caches))
+            return marked(model, caches, given, real, RULE), (hidden[:, 0], entries(model, caches))
 
         return jax.lax.scan(token, empty_cache(model, 2, 64, RULE), (tokens.T, real.T))
 
@@ -250,3 +250,21 @@ def test_refusals(model):
             bad()
     with pytest.raises(TypeError, match=r"cache = 3: give a Streaming or an Evicted"):
         fits(3, model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mixer", ["softmax_attention", "delta_former"])
+def test_layers_with_a_window_keep_their_own_first_tokens_and_separators(mixer):
+    """The full layer, whose cache drops entries, adds nothing here: the texts must be as usual."""
+    own = dict(vocab_size=40, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+    own |= dict(mixers=(Mixer(mixer, window=0), mixer), window=4, initial_tokens=1, separator_tokens=(5,))
+    model = LanguageModel(ModelConfig(**own), rngs=nnx.Rngs(1))
+    kernel = model.blocks[0].mixer.output
+    kernel[...] = jnp.zeros_like(kernel[...])
+    prompt = np.random.default_rng(0).integers(0, 40, 60).tolist()
+    ask = lambda cache: decoding.generate(model, [prompt], max_tokens=3, temperature=0.0, logprobs=True, cache=cache)[0]
+    usual = ask(None)
+    for rule in (Evicted(keep=0.2, proxy=4), Streaming(1, 2, 4, 20, (7,)), Streaming(1, 2, 4, 500, (7,))):
+        text = ask(rule)
+        assert text.tokens == usual.tokens
+        np.testing.assert_allclose(text.logprobs, usual.logprobs, atol=1e-4)

@@ -184,7 +184,7 @@ def _streamed(graphdef, params, text, rule: Streaming):
         at = cursor[0] + place
         found = _nats(model, hidden[0], text[0, jnp.minimum(at + 1, length)])
         nats = nats.at[jnp.where(place < count[0], at, length)].set(found, mode="drop")
-        now = entries(caches)[0]
+        now = entries(model, caches)[0]
         held += count[0] * now - count[0] * (count[0] - 1) // 2
         return cursor + count, caches, nats, held, jnp.maximum(most, now)
 
