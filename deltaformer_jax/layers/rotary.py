@@ -49,7 +49,7 @@ def check_rotary(
 def rotate(x, positions, base: float, fraction: float = 1.0, scaling: str = "none"):
     """x `[B,T,H,K]`, positions `[B,T]` integers, base > 1 -> `[B,T,H,K]` in x's dtype.
 
-    Products are float32 (float64 for float64), and so are angles, to 6e-7 at every position below 2^31. Lengths are
+    Products are float32 (float64 for float64), and so are angles, to 1.3e-6 at every position below 2^31. Lengths are
     kept. `fraction`: the first fraction · K features, an even number, are rotated as if they were the whole head; the
     others stay as they are. `scaling`: such as "linear:4", see `config/rope_scaling.py`.
     """
@@ -76,7 +76,7 @@ def _angles(positions, frequency, dtype):
 
     A product in float32 would be wrong by 0.03 at position 10⁶. The frequency is therefore a 32-bit fraction of a turn
     and a remainder. The integer product of position and fraction wraps around at whole turns and is otherwise exact.
-    Three roundings of an angle of at most half a turn remain: 3 · π · 2^−24.
+    What remains are roundings of half a turn, of the remainder, of their sum and of its product: 7 · π · 2^−24.
     """
     if dtype == jnp.float64:
         return positions.astype(dtype) * frequency
