@@ -26,7 +26,7 @@ from deltaformer_jax.config import Mixer
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, name_rows, new_figure
 
 FULL = dict(
@@ -81,17 +81,11 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 def _bytes(sizes: dict[str, Any], name: str) -> dict[str, Any]:
     model = sizes["bytes"]
     of = patterns(model, model["sequence_length"])
-    width = matching_width(model, of[name], parameters(byte_model(model, of[WHOLE], mlp_dim=0)))
     return {
         "label": f"{name}, bytes",
         "name": name,
         "kind": "bytes",
-        "mixers": [as_json(mixer) for mixer in of[name]],
-        **model,
-        "mlp_dim": width,
-        "parameters": parameters(byte_model(model, of[name], width)),
-        "learning_rate": 4e-3,
-        "seed": 0,
+        **matched(model, of[name], parameters(byte_model(model, of[WHOLE], mlp_dim=0))),
         "eval_batches": sizes["eval_batches"],
     }
 

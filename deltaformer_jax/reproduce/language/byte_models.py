@@ -61,6 +61,19 @@ def matching_width(sizes: dict[str, Any], pattern: tuple, target: int) -> int:
     return max(4, 4 * round((16 + (target - two[0]) / each) / 4))
 
 
+def matched(sizes: dict[str, Any], pattern: tuple, target: int, seed: int = 0) -> dict[str, Any]:
+    """The settings that every cell has: `sizes`, the pattern, and the feed-forward width for `target` parameters."""
+    width = matching_width(sizes, pattern, target)
+    return {
+        "mixers": list(map(as_json, pattern)),
+        **sizes,
+        "mlp_dim": width,
+        "parameters": parameters(byte_model(sizes, pattern, width)),
+        "learning_rate": 4e-3,
+        "seed": seed,
+    }
+
+
 def prepared(
     settings: dict[str, Any],
     folder: epath.Path,

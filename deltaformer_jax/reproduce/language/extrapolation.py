@@ -25,7 +25,7 @@ from etils import epath
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.plot.style import explain, line_styles, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 
 
@@ -66,16 +66,10 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     for label, pattern in PATTERNS.items():
         if quick and label not in IN_QUICK:
             continue
-        width = matching_width(sizes, pattern, target)
         found.append(
             {
                 "label": label,
-                "mixers": [as_json(mixer) for mixer in pattern],
-                **sizes,
-                "mlp_dim": width,
-                "parameters": parameters(byte_model(sizes, pattern, width)),
-                "learning_rate": 4e-3,
-                "seed": 0,
+                **matched(sizes, pattern, target),
                 "eval_batches": 4,
                 "lengths": [trained * 2**power for power in ((0, 2) if quick else range(5))],
                 "long_batches": 2 if quick else 8,

@@ -21,7 +21,7 @@ from etils import epath
 
 from deltaformer_jax.plot.style import COLOURS, explain, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 
 FAMILIES = {"softmax attention": "softmax_attention", "DeltaFormer": "delta_former"}
@@ -39,17 +39,11 @@ def cells(quick: bool) -> list[dict[str, Any]]:
     for family, mixer in FAMILIES.items():
         if quick and mixer != "delta_former":
             continue
-        width = matching_width(sizes, (mixer,), target)
         found.append(
             {
                 "label": family,
-                "mixers": [mixer],
-                **sizes,
-                "mlp_dim": width,
-                "parameters": parameters(byte_model(sizes, (mixer,), width)),
+                **matched(sizes, (mixer,), target),
                 "rope_base": BASES[sizes["sequence_length"]][0],
-                "learning_rate": 4e-3,
-                "seed": 0,
                 "eval_batches": 4,
                 "to": 4 * sizes["sequence_length"],
                 "methods": list(METHODS[::2] if quick else METHODS),

@@ -17,7 +17,7 @@ from deltaformer_jax.config import Mixer
 from deltaformer_jax.config.lines import lines
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, listed, name_rows, new_figure
 
 # Label -> the repeating pattern of mixers.
@@ -54,19 +54,7 @@ def cells(quick: bool) -> list[dict[str, Any]]:
     for label, pattern in PATTERNS.items():
         if quick and label in NOT_QUICK:
             continue
-        width = matching_width(sizes, pattern, target)
-        found.append(
-            {
-                "label": label,
-                "mixers": [as_json(mixer) for mixer in pattern],
-                **sizes,
-                "mlp_dim": width,
-                "parameters": parameters(byte_model(sizes, pattern, width)),
-                "learning_rate": 4e-3,
-                "seed": 0,
-                "eval_batches": 4 if quick else 40,
-            }
-        )
+        found.append({"label": label, **matched(sizes, pattern, target), "eval_batches": 4 if quick else 40})
     return found
 
 

@@ -23,7 +23,7 @@ from etils import epath
 from deltaformer_jax.config import ObjectiveConfig
 from deltaformer_jax.plot.style import COLOURS, explain, line_styles, plain
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 from deltaformer_jax.surgery.rankings import RANKINGS
 
@@ -55,15 +55,9 @@ def cells(quick: bool) -> list[dict[str, Any]]:
     families = [family for family in PATTERNS if not quick or family in ("softmax attention", "DeltaFormer")]
     found = []
     for family in families:
-        width = matching_width(sizes, PATTERNS[family], target)
         common = {
             "family": family,
-            "mixers": [as_json(mixer) for mixer in PATTERNS[family]],
-            **sizes,
-            "mlp_dim": width,
-            "parameters": parameters(byte_model(sizes, PATTERNS[family], width)),
-            "learning_rate": 4e-3,
-            "seed": 0,
+            **matched(sizes, PATTERNS[family], target),
             "eval_batches": 4,
             "measured_batches": 2 if quick else 16,
         }

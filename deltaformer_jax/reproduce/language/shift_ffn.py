@@ -27,7 +27,7 @@ from etils import epath
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import as_json, byte_model, matching_width, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, matched, parameters, prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure, values_of
 
 NEITHER, EDITOR = "neither", "Shift-FFN, r = 16"
@@ -55,17 +55,11 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
     model = sizes["model"]
     pattern = {name: (Mixer("softmax_attention", **options),) for name, options in MODELS.items()}
     target = parameters(byte_model(model, pattern[NEITHER], mlp_dim=0))
-    widths = {name: matching_width(model, pattern[name], target) for name in MODELS}
     return [
         {
             "label": f"{name}, seed {seed}",
             "model": name,
-            "mixers": [as_json(mixer) for mixer in pattern[name]],
-            **model,
-            "mlp_dim": widths[name],
-            "parameters": parameters(byte_model(model, pattern[name], widths[name])),
-            "learning_rate": 4e-3,
-            "seed": seed,
+            **matched(model, pattern[name], target, seed),
             **sizes["measures"],
         }
         for seed in sizes["seeds"]
