@@ -11,15 +11,7 @@ from matplotlib.text import Text
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
 from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
-from deltaformer_jax.reproduce.language import (
-    baichuan,
-    extrapolation,
-    longred,
-    mixers,
-    redundancy,
-    shift_ffn,
-    streaming,
-)
+from deltaformer_jax.reproduce.language import byte_models, redundancy, streaming
 from deltaformer_jax.reproduce.recall import eviction
 from deltaformer_jax.reproduce.rope import distances, rope_base
 
@@ -176,32 +168,13 @@ def measures(settings, rng):
 
 
 def cells_of(name, quick):
-    own = {"baichuan": baichuan, "extrapolation": extrapolation, "longred": longred, "shift_ffn": shift_ffn}
-    if name in own:
-        module = own[name]
-        with (
-            mock.patch.object(module, "matching_width", lambda *given: 64),
-            mock.patch.object(module, "parameters", lambda *given: 900_000),
-        ):
-            return module.cells(quick)
-    if name not in ("mixers", "redundancy"):
+    """Without the widths that make the numbers of parameters equal, which take a while to find."""
+    with (
+        mock.patch.object(byte_models, "matching_width", lambda *given: 64),
+        mock.patch("deltaformer_jax.model_parts.model_parts"),
+        mock.patch("deltaformer_jax.model.num_parameters", lambda params: 900_000),
+    ):
         return experiment.load(name).cells(quick)
-    # Without the widths that make the numbers of parameters equal, which take a while to find.
-    if name == "redundancy":
-        sizes = redundancy.QUICK if quick else redundancy.FULL
-        return [
-            {
-                "label": f"{family}{', elastic' * elastic}",
-                "family": family,
-                "elastic": elastic,
-                **sizes,
-                "parameters": 1,
-            }
-            for family in redundancy.PATTERNS
-            for elastic in (False, True)
-        ]
-    sizes = mixers.QUICK if quick else mixers.FULL
-    return [{"label": label, **sizes, "parameters": 900_000} for label in mixers.PATTERNS]
 
 
 def records(name, quick=False, good=lambda settings: True):
