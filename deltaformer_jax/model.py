@@ -266,7 +266,7 @@ class LanguageModel(nnx.Module):
 def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active, see=None, skipped=None):
     """(the final norm's output, cache or None, what `see` returned or None, the Routing of layers of experts)."""
     # Caches of chosen tokens may be numbered by places: such a layer then counts on from its own cache's length.
-    by_itself = (lambda cache: False) if positions is not None or active is not None else is_selected
+    count_by_themselves = positions is None and active is None
     if positions is None:
         # All layers have seen the same tokens, but for those that were not active.
         start = None if cache is None else min(cache, key=is_selected).length[0]
@@ -282,7 +282,7 @@ def _hidden(model: LanguageModel, tokens, segment_ids, positions, cache, active,
 
     def apply(block, x, cache, keep):
         block = gathered(block, model.embedding.dtype)
-        of_text = None if by_itself(cache) else positions
+        of_text = None if count_by_themselves and is_selected(cache) else positions
         return block(x, segment_ids=segment_ids, positions=of_text, cache=cache, pool=model.pool, keep=keep)
 
     unrolled = model.unroll_layers and cache is None

@@ -6,8 +6,8 @@ continues all prompts in step, and stays importable: `from deltaformer_jax.decod
 
 # The module of this name is imported before the function takes its place as the package's attribute.
 import deltaformer_jax.decoding.generate  # noqa: F401  isort: skip
+from deltaformer_jax.decoding.chosen.rules import Evicted, Streaming
 from deltaformer_jax.decoding.continuous import generate, stream
 from deltaformer_jax.decoding.requests import Completion, Piece
-from deltaformer_jax.decoding.selective import Evicted, Streaming
 
 __all__ = ["Completion", "Evicted", "Piece", "Streaming", "generate", "stream"]

@@ -20,6 +20,10 @@ from flax import nnx
 
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.choose import choose, power_of_two
+from deltaformer_jax.decoding.chosen.eviction import read_and_evict
+from deltaformer_jax.decoding.chosen.layers import empty_cache, needs_whole_prompts, resolved
+from deltaformer_jax.decoding.chosen.rules import Evicted, Streaming
+from deltaformer_jax.decoding.chosen.streaming import compacted, entries, marked, read_in_pieces
 from deltaformer_jax.decoding.memory import check_memory
 from deltaformer_jax.decoding.requests import (
     Completion,
@@ -31,18 +35,6 @@ from deltaformer_jax.decoding.requests import (
     make_requests,
     vocabulary_of,
     whole,
-)
-from deltaformer_jax.decoding.selective import (
-    Evicted,
-    Streaming,
-    compacted,
-    empty_cache,
-    entries,
-    marked,
-    needs_whole_prompts,
-    read_and_evict,
-    read_in_pieces,
-    resolved,
 )
 from deltaformer_jax.model import LanguageModel
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deltaformer_jax.decoding.selective import empty_cache
+from deltaformer_jax.decoding.chosen.layers import empty_cache
 from deltaformer_jax.sharding.device_memory import limits_of, machine_bytes
 
 

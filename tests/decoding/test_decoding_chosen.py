@@ -12,16 +12,10 @@ from deltaformer_jax import LanguageModel, ModelConfig, decoding, ops
 from deltaformer_jax.config import Mixer
 from deltaformer_jax.data import ByteTokenizer
 from deltaformer_jax.decoding import Evicted, Streaming
-from deltaformer_jax.decoding.selective import (
-    compacted,
-    empty_cache,
-    entries,
-    marked,
-    read_and_evict,
-    read_in_pieces,
-    resolved,
-    separator_ids,
-)
+from deltaformer_jax.decoding.chosen.eviction import read_and_evict
+from deltaformer_jax.decoding.chosen.layers import empty_cache, resolved
+from deltaformer_jax.decoding.chosen.rules import separator_ids
+from deltaformer_jax.decoding.chosen.streaming import compacted, entries, marked, read_in_pieces
 from deltaformer_jax.layers import DeltaFormer, SoftmaxAttention
 from deltaformer_jax.layers.caches import is_selected
 

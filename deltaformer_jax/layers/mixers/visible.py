@@ -54,11 +54,15 @@ def separators_of(mixers: list[Any], tokens: jax.Array) -> list[jax.Array | None
 
     def keep(ids):
         if ids and ids not in of_ids:
-            each = jnp.asarray(ids, jnp.int32)[None, None]
-            of_ids[ids] = jnp.any(tokens.astype(jnp.int32)[..., None] == each, axis=-1)
+            of_ids[ids] = is_one_of(tokens, ids)
         return of_ids[ids] if ids else None
 
     return [keep(getattr(mixer, "separator_tokens", ())) for mixer in mixers]
+
+
+def is_one_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """bool [B, T]: whether a token, of any integer type, is one of `ids`."""
+    return jnp.any(tokens.astype(jnp.int32)[..., None] == jnp.asarray(ids, jnp.int32)[None, None], axis=-1)
 
 
 def mean_tokens_seen(length: int, window: int | None) -> float:

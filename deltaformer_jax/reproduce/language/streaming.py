@@ -28,7 +28,9 @@ from flax import nnx
 
 from deltaformer_jax.data import ByteTokenizer
 from deltaformer_jax.data.sources.stdlib import stdlib_files
-from deltaformer_jax.decoding.selective import Streaming, empty_cache, entries, read_piece, resolved
+from deltaformer_jax.decoding.chosen.layers import empty_cache, resolved
+from deltaformer_jax.decoding.chosen.rules import Streaming
+from deltaformer_jax.decoding.chosen.streaming import entries, read_piece
 from deltaformer_jax.model import LanguageModel, num_parameters
 from deltaformer_jax.model_parts import merge
 from deltaformer_jax.plot.style import explain, line_styles, plain

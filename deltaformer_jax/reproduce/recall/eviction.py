@@ -27,7 +27,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.data.task_data import EVALUATION_SEED
-from deltaformer_jax.decoding.selective import empty_cache, with_memories
+from deltaformer_jax.decoding.chosen.layers import empty_cache, with_memories
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
