@@ -214,5 +214,5 @@ EXPERIMENT = Experiment(
     run=run,
     rows=rows,
     figure=figure,
-    cost="about two minutes a model on one core; --quick: a minute in all",
+    cost="about two minutes a model on one core; --quick: a minute and a half in all",
 )
