@@ -74,14 +74,16 @@ def read_forward(
     chunk,
     window=None,
     lasting=None,
+    behind=None,
     bias=None,
     positions=None,
 ):
     """(o [B, h, T·r, V], lse [B, h, T·r]), both in the accumulation dtype; lse is the log-sum-exp of each row.
 
     q [B, h, T·r, K], k [B, h, T, K], u [B, h, T, V], segments [B, 1, T] or None, log_decay [B, h, T, r] or None, first
-    [T/C] (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window. bias: a
-    PositionBias of the h·r query heads or None, and then positions [1 or B, 1, T].
+    [T/C] (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window. behind: a
+    `Behind` of the lasting columns before the chunks of `first`, or None if `first` leaves none out; without a decay or
+    a bias. bias: a PositionBias of the h·r query heads or None, and then positions [1 or B, 1, T].
     """
     batch, heads, length, width = u.shape
     group = q.shape[2] // length
@@ -101,7 +103,14 @@ def read_forward(
             visible = visible_columns(c, j, group, chunk, segments, window, lasting, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
 
+        def step_behind(m, running):
+            scores = tiles.dot(rows, behind.take(k, m, chunk).mT, k.dtype) * left
+            visible = behind.visible(c, m, chunk, group)
+            return tiles.absorb(similarity, running, scores, visible, behind.take(u, m, chunk), operand)
+
         running = tiles.start_sum((batch, heads, chunk * group, width), dtype, u)
+        if behind is not None:
+            running = lax.fori_loop(behind.start[c], behind.stop[c], step_behind, running)
         running = lax.fori_loop(first[c], c, lambda j, running: step(j, running, False), running)
         running = step(c, running, True)
         read = running[2] * tiles.inverse_normaliser(similarity, running)[..., None]
@@ -129,6 +138,7 @@ def read_backward(
     chunk,
     window=None,
     lasting=None,
+    behind=None,
     bias=None,
     positions=None,
 ):
@@ -181,10 +191,34 @@ def read_backward(
         whole = (dk, du, all_column_sums)
         return (dq, *(None if x is None else tiles.put(x, part, j) for x, part in zip(whole, columns)), dbias), None
 
+    def rows_behind(carry, i):
+        """(dq, dk, du) with what the rows of chunk i read behind the window."""
+        rows, grad = tiles.take(q, i, chunk * group), tiles.take(dout, i, chunk * group)
+        lses, dots = (tiles.take(x, i, chunk * group) for x in (lse, row_dot))
+
+        def step(m, carry):
+            drows, dk, du = carry
+            keys, values = behind.take(k, m, chunk), behind.take(u, m, chunk)
+            scores, visible = tiles.dot(rows, keys.mT, k.dtype) * scale, behind.visible(i, m, chunk, group)
+            weights, dscores = backward_tile(similarity, scores, values, visible, lses, grad, dots, operand)
+            dscores = dscores * scale
+            dk = behind.add_to(dk, tiles.dot(dscores.mT, rows, operand), m)
+            du = behind.add_to(du, tiles.dot(weights.mT, grad, operand), m)
+            return drows + tiles.dot(dscores, keys, operand), dk, du
+
+        dq, dk, du = carry
+        drows, dk, du = lax.fori_loop(
+            behind.start[i], behind.stop[i], step, (tiles.zeros(rows.shape, dtype, u), dk, du)
+        )
+        return (tiles.add_to(dq, drows, i), dk, du), None
+
     column_sums = None if decay is None else tiles.zeros(log_decay.shape, dtype, u)
     dbias = jax.tree.map(lambda x: tiles.zeros(x.shape, x.dtype, u), bias)
     start = (*(tiles.zeros(x.shape, dtype, u) for x in (q, k, u)), column_sums, dbias)
-    dq, dk, du, column_sums, dbias = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32))[0]
+    chunks = jnp.arange(length // chunk, dtype=jnp.int32)
+    dq, dk, du, column_sums, dbias = lax.scan(one_chunk, start, chunks)[0]
+    if behind is not None:
+        dq, dk, du = lax.scan(rows_behind, (dq, dk, du), chunks)[0]
     if decay is None:
         return dq, dk, du, None, dbias
     # The row sums of dD = dS need no accumulation: a softmax row of dS sums to dlse_i, the cotangent of the row's

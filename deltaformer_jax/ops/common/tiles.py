@@ -19,9 +19,14 @@ def accumulation_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def default_chunk(length: int) -> int:
-    """512 rows, or `length` if that is less. Matrix products dominate at this size, and a tile fits a CPU's cache."""
-    return min(512, length)
+def default_chunk(length: int, window: int | None = None) -> int:
+    """512 rows, or `length` if that is less. Matrix products dominate at this size, and a tile fits a CPU's cache.
+
+    With a window below 512, the power of two that holds it, but not less than 128: larger chunks would compute more
+    scores outside the window.
+    """
+    most = 512 if window is None else min(512, max(128, 1 << (window - 1).bit_length()))
+    return min(most, length)
 
 
 def dot(a, b, operand_dtype):
@@ -88,7 +93,7 @@ def within(ago, window, lasting):
     return near if lasting is None else near | lasting
 
 
-def selected(visible, i, j, chunk, window, lasting):
+def selected(visible, i, j, chunk, window, lasting=None):
     """`visible`, a mask of the rows of tile i and the columns of tile j, without the columns that have left the window
     and do not last. `lasting` is [B, 1, T] or None. Without a window, `visible` itself."""
     if window is None:
@@ -192,14 +197,19 @@ def first_chunks(segment_ids: jax.Array | None, window: int | None, length: int,
     """
     start = jnp.zeros((length,), jnp.int32)
     if segment_ids is not None:
-        index = jnp.arange(length, dtype=jnp.int32)[None]
-        begins = jnp.concatenate(
-            [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-        )
-        start = jnp.min(lax.cummax(jnp.where(begins, index, 0), axis=1), axis=0)
+        start = jnp.min(segment_starts(segment_ids), axis=0)
     if window is not None:
         start = jnp.maximum(start, jnp.arange(length, dtype=jnp.int32) - (window - 1))
     return start[::chunk] // chunk
+
+
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] int32: the position at which each token's segment begins."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def last_chunks(first: jax.Array) -> jax.Array:

@@ -160,6 +160,8 @@ def delta_attention(
     )
     checks.check_selection(keep, initial, window, key, isinstance(cache, Selected))
     plan = dataclasses.replace(plan, window=window, initial=int(initial))
+    if window is not None and chunk_size is None:
+        plan = dataclasses.replace(plan, chunk=default_chunk(key.shape[1], window))
     if read_bias is not None:
         if isinstance(plan.read_similarity, SelfAdjust):
             raise ValueError(f"read_similarity={read_similarity!r}: has no read_bias; leave it out, or take 'softmax'")
@@ -262,8 +264,9 @@ def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held
     real, inputs = without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
     if own_query:
-        softmax = plan.write_similarity == plan.read_similarity == Softmax() and bias is None
-        tied = softmax and plan.write_scale == plan.read_scale and implementation not in _DEFINITIONS
+        plain = bias is None and keep is None and not plan.initial
+        softmax = plan.write_similarity == plan.read_similarity == Softmax() and plan.write_scale == plan.read_scale
+        tied = plain and softmax and implementation not in _DEFINITIONS
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
     lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
     out, u = _compute(implementation, plan, held, lasting, bias, inputs._replace(write_query=write_query))

@@ -28,6 +28,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
+from deltaformer_jax.ops.common.reads.behind_window import behind_window
 from deltaformer_jax.ops.common.reads.self_adjusted import adjusted_backward, adjusted_forward
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
@@ -88,7 +89,7 @@ def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
     )
 
 
-def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting):
+def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, bias):
     """(write heads, padded length, the arguments of `write_forward`, and of these that of all passes by name): heads
     first, padded to whole chunks."""
     length = -(-key.shape[1] // plan.chunk) * plan.chunk
@@ -97,10 +98,15 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting):
     key, value = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
     write_query = key if write_query is None else first(write_query)
     segments = H.pad_time(segment_ids, length)
-    bounds = tiles.first_chunks(segments, plan.window if lasting is None else None, length, plan.chunk)
+    # With these reads all earlier chunks are visited, and what does not last is masked.
+    skips = lasting is None or not (isinstance(plan.read_similarity, SelfAdjust) or bias is not None)
+    bounds = tiles.first_chunks(segments, plan.window if skips else None, length, plan.chunk)
     segments = None if segments is None else segments[:, None]
-    lasting = None if lasting is None else H.pad_time(lasting, length)[:, None]
-    how = dict(chunk=plan.chunk, window=plan.window, lasting=lasting)
+    how = dict(chunk=plan.chunk, window=plan.window)
+    if lasting is not None:
+        how["lasting"] = lasting = H.pad_time(lasting, length)[:, None]
+        if skips:
+            how["behind"] = behind_window(lasting, segments, bounds, plan.chunk)
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds, how
 
 
@@ -124,7 +130,7 @@ def _forward(plan, held, inputs, lasting, bias):
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
-    given = (write_query, key, value, alpha, beta, segment_ids, lasting)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting, bias)
     heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
@@ -156,7 +162,7 @@ def _backward(plan, residuals, cotangents):
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
         write_query = query
-    given = (write_query, key, value, alpha, beta, segment_ids, lasting)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting, bias)
     heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     first = lambda x: H.heads_first(H.pad_time(x, length))
     back = lambda x: H.heads_last(x)[:, :time]

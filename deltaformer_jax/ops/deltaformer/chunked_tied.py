@@ -37,11 +37,11 @@ from deltaformer_jax.ops.deltaformer.chunked_write import times
 _SOFTMAX = Softmax()
 
 
-def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk, window, lasting):
+def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk, window):
     """(o, u, s [B, h, T, V], log L1, π, ρ [B, h, T]), all in the accumulation dtype.
 
     q, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
-    (`tiles.first_chunks`), lasting [B, 1, T] or None: the columns that stay visible behind the window.
+    (`tiles.first_chunks`).
     """
     batch, heads, length, width = v.shape
     dtype = tiles.accumulation_dtype(k.dtype)
@@ -57,12 +57,12 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk, window,
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
-            visible = tiles.selected(visible, c, j, chunk, window, lasting)
+            visible = tiles.selected(visible, c, j, chunk, window)
             return tiles.absorb(_SOFTMAX, running, scores(j), visible, tiles.take(u, j, chunk), k.dtype)
 
         running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
-        visible = tiles.selected(visible, c, c, chunk, window, lasting)
+        visible = tiles.selected(visible, c, c, chunk, window)
         own = scores(c)
         weights, running = tiles.absorb_weights(_SOFTMAX, running, own, visible)
         inverse = tiles.inverse_normaliser(_SOFTMAX, running)[..., None]
@@ -87,7 +87,7 @@ def tied_forward(q, k, v, alpha, beta, segments, first, *, scale, chunk, window,
 
 
 def tied_backward(
-    q, k, v, alpha, beta, segments, last, u, summary, lse1, share, rest, dout, du, *, scale, chunk, window, lasting
+    q, k, v, alpha, beta, segments, last, u, summary, lse1, share, rest, dout, du, *, scale, chunk, window
 ):
     """The gradients (dq, dk, dv, dalpha, dbeta) for the cotangents dout and du [B, h, T, V] of o and u.
 
@@ -121,7 +121,7 @@ def tied_backward(
         def later(i, inner):
             dq, incoming, dkeys = inner
             visible = tiles.same_segment(tiles.take(segments, i, chunk), column_segments)
-            visible = tiles.selected(visible, i, j, chunk, window, lasting)
+            visible = tiles.selected(visible, i, j, chunk, window)
             weights = weights_of(i, keys, visible)
             both_ways, centre = adjoints(i, tiles.take(g, i, chunk))
             dscores = weights * (tiles.dot(both_ways, values.mT, k.dtype) - centre[..., None]) * scale
@@ -135,7 +135,7 @@ def tied_backward(
         dq, incoming, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
-        visible = tiles.selected(visible, j, j, chunk, window, lasting)
+        visible = tiles.selected(visible, j, j, chunk, window)
         weights = weights_of(j, keys, visible)
         incoming = incoming + tiles.dot(weights.mT, tiles.take(read_share, j, chunk), dtype)
         grad = solve_unit_lower_transposed(times(tiles.take(beta, j, chunk), weights), incoming)

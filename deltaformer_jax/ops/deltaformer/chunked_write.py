@@ -66,9 +66,12 @@ def backward_tile(similarity, scale, rows, keys, values, visible, lse, grad, bet
     return weights, products, dscores
 
 
-def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk, window=None, lasting=None):
+def write_forward(
+    w, k, v, alpha, beta, segments, first, *, similarity, scale, chunk, window=None, lasting=None, behind=None
+):
     """w, k [B, h, T, K], v [B, h, T, V], alpha, beta [B, h, T] or None, segments [B, 1, T] or None, first [T/C]
-    (`tiles.first_chunks`), lasting [B, 1, T] or None (the columns that stay visible behind the window) -> u
+    (`tiles.first_chunks`), lasting [B, 1, T] or None (the columns that stay visible behind the window), behind (a
+    `Behind` of those of them that lie before the chunks of `first`) or None if `first` leaves none out -> u
     [B, h, T, V], lse [B, h, T] (the log-sum-exp of each row).
 
     u and lse are in the accumulation dtype for all inputs, because errors from rounding u to bfloat16 accumulate along
@@ -92,7 +95,15 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
             visible = tiles.selected(visible, c, j, chunk, window, lasting)
             return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
 
-        running = lax.fori_loop(first[c], c, earlier, tiles.start_sum((batch, heads, chunk, width), dtype, v))
+        def earlier_behind(m, running):
+            scores = tiles.dot(rows, behind.take(k, m, chunk).mT, k.dtype) * left
+            visible = behind.visible(c, m, chunk)
+            return tiles.absorb(similarity, running, scores, visible, behind.take(u, m, chunk), operand)
+
+        running = tiles.start_sum((batch, heads, chunk, width), dtype, v)
+        if behind is not None:
+            running = lax.fori_loop(behind.start[c], behind.stop[c], earlier_behind, running)
+        running = lax.fori_loop(first[c], c, earlier, running)
         visible = tiles.both(strict, tiles.same_segment(row_segments, row_segments))
         visible = tiles.selected(visible, c, c, chunk, window, lasting)
         target = times(tiles.take(alpha, c, chunk), tiles.take(v, c, chunk).astype(dtype))
@@ -104,7 +115,23 @@ def write_forward(w, k, v, alpha, beta, segments, first, *, similarity, scale, c
 
 
 def write_backward(
-    w, k, v, alpha, beta, segments, last, u, lse, du, *, similarity, scale, chunk, window=None, lasting=None
+    w,
+    k,
+    v,
+    alpha,
+    beta,
+    segments,
+    last,
+    u,
+    lse,
+    du,
+    *,
+    similarity,
+    scale,
+    chunk,
+    window=None,
+    lasting=None,
+    behind=None,
 ):
     """The gradients (dw, dk, dv, dalpha, dbeta) for the cotangent du [B, h, T, V], all in the accumulation dtype.
 
@@ -127,7 +154,7 @@ def write_backward(
         return times(tiles.take(alpha, i, chunk), tiles.take(v, i, chunk).astype(dtype))
 
     def one_chunk(carry, j):
-        g, dw, dk, dbeta = carry
+        g, dw, dk, dbeta, pending = carry
         keys, values = tiles.take(k, j, chunk), tiles.take(u, j, chunk)
         column_segments = tiles.take(segments, j, chunk)
 
@@ -143,7 +170,10 @@ def write_backward(
             dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), i)
             return dw, dbeta, rest, dkeys
 
-        start = (dw, dbeta, tiles.take(du, j, chunk).astype(dtype), tiles.zeros(keys.shape, dtype, v))
+        rest, dkeys = tiles.take(du, j, chunk).astype(dtype), tiles.zeros(keys.shape, dtype, v)
+        if behind is not None:
+            rest, dkeys = tiles.take(pending, j, chunk), tiles.take(dk, j, chunk)
+        start = (dw, dbeta, rest, dkeys)
         dw, dbeta, rest, dkeys = lax.fori_loop(j + 1, last[j] + 1, later, start)
 
         visible = tiles.both(strict, tiles.same_segment(column_segments, column_segments))
@@ -156,13 +186,30 @@ def write_backward(
         dkeys = dkeys + tiles.dot(dscores.mT, rows, operand)
         dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
         dbeta = tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), j)
-        return (tiles.put(g, grad, j), dw, tiles.put(dk, dkeys, j), dbeta), None
+        dk = tiles.put(dk, dkeys, j)
+
+        def earlier_behind(m, inner):
+            dw, dk, dbeta, pending = inner
+            keys, visible = behind.take(k, m, chunk), behind.visible(j, m, chunk)
+            weights, products, dscores = tile(j, keys, behind.take(u, m, chunk), visible, grad)
+            pending = behind.add_to(pending, -tiles.dot(weights.mT, times(gate, grad), operand), m)
+            dk = behind.add_to(dk, tiles.dot(dscores.mT, rows, operand), m)
+            dw = tiles.add_to(dw, tiles.dot(dscores, keys, operand), j)
+            return dw, dk, tiles.add_to(dbeta, -jnp.sum(weights * products, axis=-1), j), pending
+
+        inner = (dw, dk, dbeta, pending)
+        if behind is not None:
+            gate = tiles.take(beta, j, chunk)
+            inner = lax.fori_loop(behind.start[j], behind.stop[j], earlier_behind, inner)
+        return (tiles.put(g, grad, j), *inner), None
 
     start = (
         tiles.zeros(v.shape, dtype, v),
         tiles.zeros(k.shape, dtype, v),
         tiles.zeros(k.shape, dtype, v),
         tiles.zeros(v.shape[:3], dtype, v),
+        # du, and what rows behind whose window a column lies have given to it before the turn of its chunk.
+        None if behind is None else du.astype(dtype),
     )
-    (g, dw, dk, dbeta), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
+    (g, dw, dk, dbeta, _), _ = lax.scan(one_chunk, start, jnp.arange(length // chunk, dtype=jnp.int32), reverse=True)
     return dw, dk, times(alpha, g), jnp.sum(v.astype(dtype) * g, axis=-1), dbeta

@@ -182,7 +182,7 @@ def checked(query, key, value, scale, window, log_decay, sinks, segment_ids, imp
     shapes = [(*key.shape[:2], query.shape[2])]
     log_decay = checks.as_log_decay(log_decay, "query heads", shapes, segment_ids, key)
     checks.check_sinks(sinks, query.shape[2])
-    plan = Plan(scale, window, default_chunk(key.shape[1]))
+    plan = Plan(scale, window, default_chunk(key.shape[1], window))
     return plan, Inputs(query, key, value, log_decay, sinks, segment_ids)
 
 

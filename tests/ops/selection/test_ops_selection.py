@@ -180,6 +180,44 @@ def test_a_window_passes_over_chunks(x64):
     chex.assert_trees_all_close(results["parallel"], results["chunked"], rtol=1e-10, atol=1e-11)
 
 
+def test_chunks_behind_the_window_are_passed_over(x64):
+    """20 chunks of three; what lasts before a row's window fills up to seven tiles of its own. Row 0 begins with many
+    that last and ends with none, row 1 has a document that ends in the middle, all of whose tokens last."""
+    case = Case(heads=4, kv_heads=2, time=60, chunk=3, alpha=True)
+    rng = np.random.default_rng(0)
+    segment_ids = np.asarray([[1] * 60, [0] * 5 + [3] * 19 + [2] * 30 + [0] * 6], np.int32)
+    keep = rng.random((2, 60)) < np.asarray([[0.3], [0.05]])
+    keep[0, 30:], keep[1, 5:24] = False, True
+    inputs = draw_inputs(case, 0, jnp.float64)
+    cotangent = jnp.asarray(rng.standard_normal((2, 60, 4, 4)))
+    arguments = poison(inputs, segment_ids), segment_ids, keep, poison(cotangent, segment_ids)
+    results = compiled(case, 5, 2, ("parallel", "chunked"))(*arguments)
+    chex.assert_trees_all_close(results["parallel"], results["chunked"], rtol=1e-10, atol=1e-11)
+
+
+def test_attention_passes_over_chunks_behind_the_window(x64):
+    """Three chunks of 128 rows."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((2, 300, heads, 4))) for heads in (4, 2, 2)]
+    keep = rng.random((2, 300)) < np.asarray([[0.5], [0.02]])
+    segment_ids = np.asarray([[1] * 300, [4] * 110 + [2] * 180 + [0] * 10], np.int32)
+
+    @jax.jit
+    def run(q, k, v, weight):
+        loss = lambda form: (
+            lambda q, k, v: jnp.sum(
+                weight
+                * causal_attention(
+                    q, k, v, window=9, initial=3, keep=keep, segment_ids=segment_ids, implementation=form
+                ).astype(weight.dtype)
+            )
+        )
+        return [jax.value_and_grad(loss(form), (0, 1, 2))(q, k, v) for form in ("parallel", "chunked")]
+
+    weight = jnp.asarray(rng.standard_normal((2, 300, 4, 4)))
+    chex.assert_trees_all_close(*run(*arrays, weight), rtol=1e-10, atol=1e-11)
+
+
 X = dict(query=jnp.zeros((2, 6, 4, 8)), key=jnp.zeros((2, 6, 2, 8)), value=jnp.zeros((2, 6, 2, 8)))
 
 
