@@ -33,6 +33,7 @@ from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.layers.rotary import check_rotary
 from deltaformer_jax.layers.short_convolution import ShortConvolution
 from deltaformer_jax.ops.common.similarity import (
+    SelfAdjust,
     Similarity,
     Softmax,
     as_similarity,
@@ -370,13 +371,15 @@ class DeltaFormer(nnx.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether write and read have the same scores (w = q, both softmax, equal scales).
+        """Whether write and read have the same scores (w = q, both softmax, equal scales), and nothing lasts behind the
+        window.
 
         The op then computes both in one pass over the keys.
         """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
-        return both_softmax and same_scores and not self.two_keys and self.read_bias is None
+        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        return both_softmax and same_scores and not lasts and not self.two_keys and self.read_bias is None
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
@@ -399,8 +402,9 @@ class DeltaFormer(nnx.Module):
 
         * gates: 2 d_model Hu for each of α and β; 2 d_model H K for a projected w, and again for an output gate.
         * read: 4 H K n (scores, and weights times u). n is the mean number of tokens that a token sees, length/2 or,
-          with a window, less (`mean_tokens_seen`). With initial_tokens or separator_tokens it is length/2 again: the
-          op then computes all scores and masks them.
+          with a window, less (`mean_tokens_seen`; separators behind it are not counted). With first tokens or
+          separators beside a position bias or a self-adjusted read it is length/2 again: the op then computes all
+          scores and masks them.
         * write: 4 Hu K n, or 0 if it shares the read's pass (`tied`).
         * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
         * a position bias: 32 H length for FIRE, 3 H dape_dim length for DAPE.
@@ -414,7 +418,8 @@ class DeltaFormer(nnx.Module):
             projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
-        band = None if self.initial_tokens or self.separator_tokens else self.window
-        seen = mean_tokens_seen(length, band)
+        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        plain = self.read_bias is None and not isinstance(self.read_similarity, SelfAdjust)
+        seen = mean_tokens_seen(length, self.window if plain or not lasts else None, self.initial_tokens)
         biases = 0.0 if self.read_bias is None else self.read_bias.flops_per_pair() * seen
         return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * 2 * seen + biases

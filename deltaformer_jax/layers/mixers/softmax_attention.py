@@ -243,17 +243,20 @@ class SoftmaxAttention(nnx.Module):
         """2 d_model K (2 H + 2 G) + gates and convolutions + 4 H K n: forward FLOPs per token. FIRE takes 64 H n more,
         DAPE 6 H dape_dim n.
 
-        n is the mean number of tokens that a token sees (`mean_tokens_seen`). With initial_tokens or separator_tokens
-        it is length/2 whatever the window: `ops.causal_attention` then computes all scores and masks them. The result
-        is the mean over a sequence of `length` tokens; a multiply-add counts 2.
+        n is the mean number of tokens that a token sees, without separators behind its window (`mean_tokens_seen`).
+        With first tokens or separators beside a forgetting gate, a position bias or a self-adjusted read it is length/2
+        whatever the window: `ops.causal_attention` then computes all scores and masks them. The result is the mean over
+        a sequence of `length` tokens; a multiply-add counts 2.
         """
         projections = self.inputs.flops_per_token() + product_flops(self.output)
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
-        band = None if self.initial_tokens or self.separator_tokens else self.window
+        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        plain = self.forget is None and self.position_bias is None and self.read_similarity == Softmax()
+        seen = mean_tokens_seen(length, self.window if plain or not lasts else None, self.initial_tokens)
         each = 4.0 * self.num_heads * self.head_dim
         each += 0.0 if self.position_bias is None else self.position_bias.flops_per_pair()
-        return projections + each * mean_tokens_seen(length, band)
+        return projections + each * seen
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -65,11 +65,14 @@ def is_one_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     return jnp.any(tokens.astype(jnp.int32)[..., None] == jnp.asarray(ids, jnp.int32)[None, None], axis=-1)
 
 
-def mean_tokens_seen(length: int, window: int | None) -> float:
-    """The mean number of tokens that a token sees: length/2, or W − W²/(2 length) with a window W < length.
+def mean_tokens_seen(length: int, window: int | None, initial_tokens: int = 0) -> float:
+    """The mean number of tokens that a token sees: length/2, or W − W²/(2 length) with a window W < length, and of the
+    first tokens those behind it. Separators are not counted, as their number depends on the text.
 
     It is the area of the causal triangle, or of the band that the window leaves of it, divided by `length`.
     """
     if window is None or window >= length:
         return length / 2
-    return window - window**2 / (2 * length)
+    rows = length - window  # those that see a first token behind their window
+    first = min(initial_tokens, rows)
+    return window - window**2 / (2 * length) + (first * rows - first * (first - 1) / 2) / length

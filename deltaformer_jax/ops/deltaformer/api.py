@@ -145,9 +145,9 @@ def delta_attention(
         "recurrent" and "parallel".
 
     Cost: with F = 2 T² K B H floating-point operations (one causal pass of two matrix products): (1 + G/H) F for w = k;
-      1 F if one pass serves write and read (w = q, both similarities softmax, equal scales: the op detects this
-      itself); else 2 F. The backward pass costs 2.5 times as much. A window without keep and initial skips the tiles
-      that it hides.
+      1 F if one pass serves write and read (w = q, both similarities softmax, equal scales, neither keep nor initial:
+      the op detects this itself); else 2 F. The backward pass costs 2.5 times as much. With a window F is
+      4 T (window + S) K B H, where S tokens last behind it; beside a self-adjusted read or read_bias, that of T² again.
       Memory: O(T (K+V)) per head for "chunked", O(T²) for "parallel".
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,

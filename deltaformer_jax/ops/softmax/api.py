@@ -125,10 +125,10 @@ def causal_attention(
       NotImplementedError: the named implementation does not exist for this op, does not support this call or needs
         another platform. Also a second derivative of "chunked".
 
-    Cost: 2 T² K B H floating-point operations (4 T · window · K B H with a window but neither keep nor initial), and
-      2.5 times as many in the backward pass; self-adjusted softmax 1.5 times as many in the forward pass. A position
-      bias costs what it says, for each pair of tokens, and in the backward pass three times as much. Memory:
-      O(T (K+V)) per head for "chunked".
+    Cost: 2 T² K B H floating-point operations, with a window 4 T (window + S) K B H, where S tokens last behind it (all
+      of T² if they do beside log_decay, position_bias or a self-adjusted softmax), and 2.5 times as many in the
+      backward pass; self-adjusted softmax 1.5 times as many in the forward pass. A position bias costs what it says,
+      for each pair of tokens, and in the backward pass three times as much. Memory: O(T (K+V)) per head for "chunked".
 
     Source: Vaswani et al., arXiv 1706.03762; computed as in Dao et al., arXiv 2205.14135; window as in Beltagy et al.,
       arXiv 2004.05150; forgetting gate: Lin et al., arXiv 2503.02130, eq. 5; sinks and initial: Xiao et al., arXiv

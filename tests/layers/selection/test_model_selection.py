@@ -139,7 +139,9 @@ def test_a_layer_without_a_window_is_as_if_there_were_no_separators():
 
 
 def test_operations_of_layers_with_and_without_separators():
-    """A window alone costs its band; with first tokens or separators all scores are computed, and counted."""
+    """A window costs its band, a first token one more score for each token that has it behind its window. Separators
+    are not counted. All scores are computed, and counted, where a forgetting gate or a self-adjusted read needs them.
+    """
     for mixer in ("softmax_attention", "delta_former"):
         flops = lambda mixer=mixer, **sees: (
             make_model(num_layers=1, mixers=(mixer,), **sees).blocks[0].mixer.flops_per_token(64)
@@ -147,7 +149,12 @@ def test_operations_of_layers_with_and_without_separators():
         projections = make_model(num_layers=1, mixers=(mixer,)).blocks[0].mixer.flops_per_token(0)
         band = (flops(window=8) - projections) / (flops() - projections)
         assert band == pytest.approx((8 - 8**2 / 128) / 32)
-        assert flops(window=8, initial_tokens=1) == flops(window=8, separator_tokens=(1,)) == flops()
+        more = flops(window=8, initial_tokens=3) - flops(window=8)
+        behind = sum(min(3, max(0, t - 7)) for t in range(64))
+        assert more / (flops() - projections) == pytest.approx(behind / 64 / 32)
+        assert flops(window=8, separator_tokens=(1,)) == flops(window=8)
+        adjusted = dict(read_similarity="self_adjust")
+        assert flops(window=8, initial_tokens=1, **adjusted) == flops(**adjusted)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_forms_agree(name, window, forget, data):
 
     With a window, each document's first two tokens are seen behind it.
     """
-    with jax.enable_x64(True), mock.patch.object(api, "default_chunk", lambda length: 4):
+    with jax.enable_x64(True), mock.patch.object(api, "default_chunk", lambda length, window=None: 4):
         ids = data.draw(segment_rows(TIME))
         inputs = draw(data.draw(st.integers(0, 99)), forget)
         expected = compiled(name, "recurrent", window)(poison(inputs, ids), ids, COTANGENT)
@@ -101,7 +101,7 @@ def test_equal_extremes_and_rows_of_zeros(x64):
     """
     inputs = draw(3, whole=True) | {"query": 5**0.5 * draw(4, whole=True)["query"].at[0, 7:9].set(0.0)}
     ids = np.ones((2, TIME), np.int32)
-    with mock.patch.object(api, "default_chunk", lambda length: 4):
+    with mock.patch.object(api, "default_chunk", lambda length, window=None: 4):
         results = [compiled("self_adjust", form, None)(inputs, ids, COTANGENT) for form in ("recurrent", "chunked")]
     for a, b in zip(*map(jax.tree.leaves, results)):
         np.testing.assert_allclose(b, a, rtol=0, atol=16 * TIME * np.finfo(float).eps * np.abs(a).max())

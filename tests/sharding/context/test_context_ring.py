@@ -44,7 +44,7 @@ def test_in_float64(x64, window, options):
 def test_several_blocks_on_a_device(x64, monkeypatch):
     from deltaformer_jax.ops.softmax import api
 
-    monkeypatch.setattr(api, "default_chunk", lambda length: 2)
+    monkeypatch.setattr(api, "default_chunk", lambda length, window=None: 2)
     ids = packed(LENGTH)
     for window in (None, 6):
         compare(*pair(window=window), inputs(jnp.float64, ids, decay=True, sinks=True), ids, 4, 1e-12)
