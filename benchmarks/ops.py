@@ -1,9 +1,10 @@
 """The chunked delta_attention against jax.nn.dot_product_attention on a CPU: time, arithmetic, memory.
 
     uv run python benchmarks/ops.py [--length 4096] [--rounds 9] [--json FILE]
+    uv run python benchmarks/ops.py --windows                windows, and what lasts behind them, alone
     taskset -c 0,1 ...                                       on two cores
 
-Takes three minutes on two cores.
+Takes three minutes on two cores, --windows one.
 
 ratio           time divided by the yardstick's in the same direction: median over rounds in one process (measure.py)
 of the product  closed-form floating-point operations per second, divided by those of a large float32 matrix product
@@ -16,6 +17,7 @@ One causal pass of two products takes F = 2 T² K B H floating-point operations.
 from __future__ import annotations
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +109,48 @@ def memory_rows() -> list[dict]:
     return rows
 
 
+def window_rows(length: int, rounds: int, window: int = 64, share: float = 0.05) -> list[dict]:
+    """Attention to a window, and to a window, four first tokens and a share of tokens that last, over that to all."""
+    q, k, v, beta = draw(length)
+    keep = jnp.asarray(np.random.default_rng(1).random((1, length)) < share)
+    sees = {
+        "all": {},
+        f"window {window}": dict(window=window),
+        f"window {window}, first 4, {share:.0%} last": dict(window=window, initial=4, keep=keep),
+    }
+    ops = {"causal_attention": lambda q, k, v, b, **see: causal_attention(q, k, v, **see)}
+    ops["delta_attention, w = k"] = lambda q, k, v, b, **see: delta_attention(q, k, v, beta=b, **see)
+    rows = []
+    for name, op in ops.items():
+        for direction, wrap in (("forward", lambda f: f), ("forward+backward", with_gradient)):
+            calls = {what: functools.partial(op, **see) for what, see in sees.items()}
+            compiled = {what: Compiled(wrap(call), q, k, v, beta) for what, call in calls.items()}
+            times = in_rounds(compiled, rounds)
+            rows += [
+                {
+                    "form": name,
+                    "sees": what,
+                    "direction": direction,
+                    "ms": 1e3 * float(np.median(times[what])),
+                    "ratio": median_ratio(times, what, "all"),
+                    "temporaries MB": compiled[what].temporary_bytes / 1e6,
+                }
+                for what in sees
+            ]
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--windows", action="store_true", help="time windows and what lasts behind them, alone")
     parser.add_argument("--json", help="also write the tables here")
     flags = parser.parse_args()
+    if flags.windows:
+        print(machine())
+        report(f"[1, {flags.length}, 4, 64] float32", window_rows(flags.length, flags.rounds), flags.json)
+        return
     peak = matrix_product_flops_per_second()
     times = times_table(flags.length, flags.rounds, peak)
     times.append(recurrent_row(flags.length, max(3, flags.rounds // 3)))

@@ -58,7 +58,20 @@ def test_prefill_and_decode(index):
             np.testing.assert_allclose(parts[row], expected[row, :length], **SIZES)
 
 
-@pytest.mark.parametrize("index", range(len(ALL)), ids=CASE_IDS + MEMORY_IDS)
+# Mixers of which another case has all that concerns padding: on demand.
+LIKE_OTHERS = {
+    *(f"DeltaFormer-{name}" for name in ("relu", "exp", "long keys", "gated")),
+    *(f"{mixer}-plain" for mixer in ("SoftmaxAttention", "GatedLinearAttention", "DeltaNet")),
+    *(f"{mixer}-plain" for mixer in ("GatedDeltaNet", "KimiDeltaAttention")),
+    "SoftmaxAttention-alibi",
+}
+PACKED = [
+    pytest.param(index, id=name, marks=pytest.mark.rare if name in LIKE_OTHERS else ())
+    for index, name in enumerate(CASE_IDS + MEMORY_IDS)
+]
+
+
+@pytest.mark.parametrize("index", PACKED)
 def test_packed_documents_and_padding(index):
     """Two documents in a row, padding that holds NaN before, between and after: outputs and gradients of each alone."""
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from support.ops_cases import CASES, Case, call, case_id, draw_inputs, inverse_norm, poison, segment_rows
 
-from deltaformer_jax import Round, delta_attention, delta_values
+from deltaformer_jax import delta_attention, delta_values
 
 
 @functools.cache
@@ -70,15 +70,18 @@ def test_without_segments_equals_one_segment(case, x64):
     chex.assert_trees_all_close(*run(inputs), rtol=1e-12, atol=1e-12)
 
 
+# Of the cases without round in the write those that differ in their products; the others on demand.
+NARROW = [0, 1, 3, 4, 6, 9, 11]
+ON_DEMAND = [pytest.param(CASES[i], marks=pytest.mark.rare) for i in (2, 5, 7, 8, 10, 13, 14)]
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.long), jnp.bfloat16])
-@pytest.mark.parametrize("case", [case for case in CASES if "round" not in (case.write,)], ids=case_id)
+@pytest.mark.parametrize("case", [*(CASES[i] for i in NARROW), *ON_DEMAND], ids=case_id)
 def test_narrow_dtypes_stay_within_their_rounding(case, dtype):
     """chunked in float32 and bfloat16 against the float64 recurrence on the same (rounded) inputs.
 
     `round` is left to its own test: a score at a step's edge may fall on either side of it.
     """
-    if isinstance(case.read, Round):
-        return
     narrow = draw_inputs(case, 7, dtype)
     ones = np.ones((2, case.time), np.int32)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, case.time, case.heads, case.value_dim)), dtype)
