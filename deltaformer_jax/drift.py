@@ -4,7 +4,7 @@
 
 similarity   the mean cosine of the residual streams after a layer, on the same tokens
 read, write  the mean KL of the attention weights, the teacher's against the model's; DeltaFormer has both, other
-             softmax attention a read alone, other mixers none
+             softmax attention a read alone, other mixers none, nor has a read with a position bias
 
 Both runs have one architecture and one tokenizer; the rotary embedding may differ. The data is the evaluation split of
 DIR2's data, or of --data as in `evaluate`, in rows of the teacher's length or of --sequence_length. A table goes to

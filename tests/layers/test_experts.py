@@ -150,14 +150,26 @@ def test_padding_goes_nowhere_and_is_counted_nowhere(router):
 
 def test_losses_of_routers():
     """1 where all experts are used alike, E where one has all tokens; their sum over parts is that of the whole."""
-    even = Routing(jnp.full((1, 4), 10.0), jnp.full((1, 4), 5.0), jnp.array([20.0]))
+    even = Routing(jnp.full((1, 4), 10.0), jnp.full((1, 4), 5.0), jnp.array([20.0]), jnp.array([20.0]))
     assert [float(x) for x in router_losses(even)] == [1, 1]
-    one = Routing(jnp.array([[40.0, 0, 0, 0]]), jnp.array([[20.0, 0, 0, 0]]), jnp.array([0.0]))
+    one = Routing(jnp.array([[40.0, 0, 0, 0]]), jnp.array([[20.0, 0, 0, 0]]), jnp.array([0.0]), jnp.array([20.0]))
     assert [float(x) for x in router_losses(one)] == [4, 0]
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), even, one)
     assert float(router_losses(both)[0]) == 2.5
     nothing = jax.tree.map(jnp.zeros_like, even)
     assert [float(x) for x in router_losses(nothing)] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "norm"])
+def test_losses_of_a_router_that_knows_nothing(kind):
+    """The logits are 0: all tokens count in z, also where "norm" uses no expert; "softmax" is in balance."""
+    router = Router(6, 8, 2, kind=kind, renormalise=True, rngs=nnx.Rngs(0))
+    router.kernel[...] = jnp.zeros_like(router.kernel[...])
+    _, weights, routing = router(jnp.ones((50, 6)), jnp.arange(50) < 40)
+    balance, z = router_losses(jax.tree.map(lambda x: x[None], routing))
+    assert float(balance) == (1 if kind == "softmax" else 0) and routing.counts.sum() == 2 * 40
+    assert float(z) == pytest.approx(np.log(8) ** 2, rel=1e-6)
+    assert np.any(weights) == (kind == "softmax")
 
 
 def test_a_norm_router_does_not_see_its_kernels_length():

@@ -31,29 +31,32 @@ _DRAWS = 200_000  # vectors z, of which c is a mean: within 0.2 %
 class Routing(NamedTuple):
     """Sums over the real tokens of a layer's input, float32.
 
-    counts [E]: tokens sent to each expert. probabilities [E]: p, divided by its sum. squares []: logsumexp(x W_r)².
+    counts [E]: tokens sent to each expert. probabilities [E]: p, divided by its sum; nothing of a token whose p are all
+    0. squares []: logsumexp(x W_r)². tokens []: 1.
     """
 
     counts: jax.Array
     probabilities: jax.Array
     squares: jax.Array
+    tokens: jax.Array
 
 
 def router_losses(routing: Routing) -> tuple[jax.Array, jax.Array]:
     """(balance, z) of a batch's Routing [L, ...], the means over L layers; the devices' shares of them, see below.
 
-        balance = E Σ_e f_e P_e,  f_e = counts_e / Σ counts,  P_e = probabilities_e / n;      z = squares / n
+        balance = E Σ_e f_e P_e,  f_e = counts_e / Σ counts,  P_e = probabilities_e / Σ probabilities
+        z = squares / n
 
-    n is the number of real tokens, f has no gradient. On devices that have parts of a batch, f and n are those of the
-    whole batch, and the sum of the devices' results is the loss of the whole.
+    n is the number of real tokens; f and the sum of probabilities have no gradient. On devices that have parts of a
+    batch, f, n and that sum are those of the whole batch, and the sum of the devices' results is the loss of the whole.
     """
-    counts, tokens = (
-        summed_over_tokens(jax.lax.stop_gradient(x)) for x in (routing.counts, jnp.sum(routing.probabilities, axis=-1))
+    counts, chosen, tokens = (
+        summed_over_tokens(jax.lax.stop_gradient(x))
+        for x in (routing.counts, jnp.sum(routing.probabilities, axis=-1), routing.tokens)
     )
-    tokens = jnp.maximum(tokens, 1)
     shares = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1)
-    balance = counts.shape[-1] * jnp.sum(shares * routing.probabilities, axis=-1) / tokens
-    return jnp.mean(balance), jnp.mean(routing.squares / tokens)
+    balance = counts.shape[-1] * jnp.sum(shares * routing.probabilities, axis=-1) / jnp.maximum(chosen, 1)
+    return jnp.mean(balance), jnp.mean(routing.squares / jnp.maximum(tokens, 1))
 
 
 class Router(nnx.Module):
@@ -89,6 +92,7 @@ class Router(nnx.Module):
             counts=jnp.sum(experts.reshape(-1, 1) == jnp.arange(self.num_experts), axis=0, dtype=jnp.float32),
             probabilities=jnp.sum(jnp.where(real[:, None], shares, 0), axis=0),
             squares=jnp.sum(squares),
+            tokens=jnp.sum(real, dtype=jnp.float32),
         )
         return experts, weights, routing
 

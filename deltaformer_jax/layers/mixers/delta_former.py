@@ -332,14 +332,13 @@ class DeltaFormer(nnx.Module):
         return self.beta_gate(x) if self.beta_is_raw else jax.nn.sigmoid(self.beta_gate(x))
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
-        """{"read": ..., "write": ...}, each where its similarity is softmax: the query [B,T,heads,K] with the scale in
-        it and the key [B,T,G,K] that its scores are made of; 2K wide if a token has two keys."""
+        """{"read": ..., "write": ...}, each where its similarity is softmax and has no position bias: the query
+        [B,T,heads,K] with the scale in it and the key [B,T,G,K] that its scores are made of; 2K wide if a token has two
+        keys."""
         x = clear_padding(x, segment_ids)
         query, key, _, write_query, _, _ = self._scored(x, positions, segment_ids, None, None)
         found = {}
-        if self.read_bias is not None:
-            raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
-        if isinstance(self.read_similarity, Softmax):
+        if isinstance(self.read_similarity, Softmax) and self.read_bias is None:
             found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
         if isinstance(self.write_similarity, Softmax):
             if isinstance(write_query, str):

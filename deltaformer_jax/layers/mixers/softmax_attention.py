@@ -202,11 +202,8 @@ class SoftmaxAttention(nnx.Module):
 
     def compared(self, x, *, segment_ids, positions) -> dict[str, dict[str, jax.Array]]:
         """{"read": what the scores are made of}: query [B,T,H,K] with the scale in it, key [B,T,G,K] and, with these
-        options, log_decay and sink [B,T,H]. {} unless the similarity is softmax. Raises NotImplementedError for a
-        position bias."""
-        if self.position_bias is not None:
-            raise NotImplementedError("model.position_bias and dape_dim: attention with them cannot be compared yet")
-        if self.read_similarity != Softmax():
+        options, log_decay and sink [B,T,H]. {} unless the similarity is softmax, without a position bias."""
+        if self.position_bias is not None or self.read_similarity != Softmax():
             return {}
         x = clear_padding(x, segment_ids)
         query, key, *_ = self.inputs(x, positions=positions, segment_ids=segment_ids)

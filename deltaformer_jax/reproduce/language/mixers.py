@@ -26,12 +26,17 @@ PATTERNS: dict[str, tuple[str | Mixer, ...]] = {
     "DeltaFormer, gated": (Mixer("delta_former", output_gate="on", conv_size=4),),
     "softmax attention": ("softmax_attention",),
     "forgetting attention": (Mixer("softmax_attention", forget_gate=True),),
+    "self-adjusted softmax": (Mixer("softmax_attention", read_similarity="self_adjust"),),
+    "DeltaFormer, self-adjusted read": (Mixer("delta_former", read_similarity="self_adjust"),),
     "linear attention": ("linear_attention",),
     "retention": ("retention",),
     "gated linear attention": ("gated_linear_attention",),
     "DeltaNet": ("delta_net",),
     "Gated DeltaNet": ("gated_delta_net",),
     "Kimi Delta Attention": ("kimi_delta_attention",),
+    "Gated DeltaNet-2": ("gated_delta_net_2",),
+    "Gated DeltaProduct, two steps": ("gated_delta_product",),
+    "RWKV-7": ("rwkv7",),
     "3 Gated DeltaNet + 1 softmax": ("gated_delta_net",) * 3 + ("softmax_attention",),
 }
 
@@ -41,9 +46,14 @@ QUICK = dict(d_model=64, num_layers=4, num_heads=2, head_dim=32, sequence_length
 NOT_QUICK = (
     "DeltaFormer, gated",
     "forgetting attention",
+    "self-adjusted softmax",
+    "DeltaFormer, self-adjusted read",
     "retention",
     "gated linear attention",
     "Kimi Delta Attention",
+    "Gated DeltaNet-2",
+    "Gated DeltaProduct, two steps",
+    "RWKV-7",
 )
 
 

@@ -6,7 +6,7 @@
 
 with means over real tokens, for KL over heads too. DeltaFormer has a KL of its read and one of its write, each where
 its similarity is softmax; the write's tokens are those that see an earlier one. Layers without softmax attention have
-none.
+none, nor has a read with a position bias.
 Source: the two measures of "LongReD", Dong et al., arXiv 2502.07365; the write's is this library's.
 """
 

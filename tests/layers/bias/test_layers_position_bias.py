@@ -10,6 +10,7 @@ from support.layers_cases import D_MODEL, HEAD_DIM, HEADS, KV_HEADS, LENGTH, ROW
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.layers.bias.position_bias import LEAST
 from deltaformer_jax.layers.mixers.build import build_mixer
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.sharding.context.over_context import over_context
 
@@ -60,9 +61,11 @@ def test_a_config_names_the_field_and_a_layer_has_its_own():
 
 
 def test_what_cannot_be_done_with_one():
-    mixer = make_mixer(SoftmaxAttention, dict(position_bias="kerple", rope_base=None))
+    """A biased read has no KL in `drift`, which shows the rest; a sequence over devices is refused."""
+    biased = dict(position_bias="kerple", rope_base=None)
+    mixer, delta = make_mixer(SoftmaxAttention, biased), make_mixer(DeltaFormer, biased)
     x, positions = jnp.zeros((1, 3, D_MODEL)), jnp.zeros((1, 3), jnp.int32)
-    with pytest.raises(NotImplementedError, match=r"model\.position_bias and dape_dim: .* compared"):
-        mixer.compared(x, segment_ids=None, positions=positions)
+    assert mixer.compared(x, segment_ids=None, positions=positions) == {}
+    assert list(delta.compared(x, segment_ids=None, positions=positions)) == ["write"]
     with pytest.raises(NotImplementedError, match=r"position_bias: .* set mesh\.context=1"):
         over_context(None, {"query": x, "position_bias": mixer.position_bias()}, "context")
