@@ -21,7 +21,7 @@ from flax import nnx
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.choose import choose, power_of_two
 from deltaformer_jax.decoding.chosen.eviction import read_and_evict
-from deltaformer_jax.decoding.chosen.layers import empty_cache, needs_whole_prompts, resolved
+from deltaformer_jax.decoding.chosen.layers import Slots, empty_cache, resolved, seen_after, without_unseen
 from deltaformer_jax.decoding.chosen.rules import Evicted, Streaming
 from deltaformer_jax.decoding.chosen.streaming import compacted, entries, marked, read_in_pieces
 from deltaformer_jax.decoding.memory import check_memory
@@ -90,14 +90,14 @@ def _draw(logits, keys, temperature, top_p, top_k, logprobs):
     return token, chosen - jax.nn.logsumexp(logits, axis=1)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "rows", "capacity", "chosen"))
-def _empty(graphdef, params, rows: int, capacity: int, chosen) -> Rows:
-    cache = empty_cache(nnx.merge(graphdef, params), rows, capacity, chosen)
+@partial(jax.jit, static_argnames=("graphdef", "rows", "slots", "chosen"))
+def _empty(graphdef, params, rows: int, slots: Slots, chosen) -> Rows:
+    cache = empty_cache(nnx.merge(graphdef, params), rows, slots, chosen)
     zeros = jnp.zeros(rows, jnp.int32)
     return Rows(cache, zeros, zeros.astype(jnp.uint32), zeros.astype(jnp.uint32), zeros)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "capacity", "chosen", "top_k", "logprobs"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("graphdef", "slots", "chosen", "top_k", "logprobs"), donate_argnames="state")
 def _admit(
     graphdef,
     params,
@@ -107,7 +107,7 @@ def _admit(
     temperature,
     top_p,
     *,
-    capacity: int,
+    slots: Slots,
     chosen: Streaming | Evicted | None,
     top_k: int,
     logprobs: bool,
@@ -123,14 +123,16 @@ def _admit(
     keys = _keys(seed, stream, jnp.zeros_like(row))
     if isinstance(chosen, Evicted):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, EVICTION)
-        newest, cache = read_and_evict(model, tokens, real, capacity, chosen, kept, own, **skip)
+        newest, cache = read_and_evict(model, tokens, real, slots, chosen, kept, own, **skip)
     elif isinstance(chosen, Streaming):
-        cache = empty_cache(model, tokens.shape[0], capacity, chosen)
+        cache = empty_cache(model, tokens.shape[0], slots, chosen)
         newest, cache = read_in_pieces(model, tokens, real, cache, chosen, **skip)
     else:
-        hidden, cache = model.hidden(
-            tokens, segment_ids=real, cache=model.init_cache(tokens.shape[0], capacity), **skip
-        )
+        drops = slots.behind < slots.text  # what layers with a window do not see after the prompt
+        wide = dataclasses.replace(slots, behind=tokens.shape[1]) if drops else slots
+        cache = empty_cache(model, tokens.shape[0], wide, None)
+        hidden, cache = model.hidden(tokens, segment_ids=real, cache=cache, **skip)
+        cache = without_unseen(model, cache, slots.behind) if drops else cache
         last = jnp.sum(real, axis=1) - 1
         newest = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     logits = model.logits(newest[:, None])[:, 0]
@@ -258,21 +260,30 @@ def _pieces(batch: _Batch) -> Iterator[Piece]:
             yield from batch.read()
 
 
+def _slots(model: LanguageModel, requests: list[Request], rule: Streaming | Evicted | None) -> Slots:
+    """A power of two for each kind of layer: of what a prompt leaves in it, and the most tokens that are generated."""
+    slots = Slots.of(rule, power_of_two(max(len(r.ids) + r.max_tokens for r in requests)))
+    if isinstance(rule, Streaming):
+        return slots
+    kept = rule.counts if rule is not None else lambda length: (length, 0)
+    chosen = power_of_two(max(kept(len(r.ids))[0] + r.max_tokens for r in requests))
+    seen = seen_after(model, [r.ids for r in requests])
+    behind = power_of_two(max(count + r.max_tokens for count, r in zip(seen, requests)))
+    return dataclasses.replace(slots, chosen=chosen, behind=behind)
+
+
 class _Batch:
     """The rows, who is in each, who waits, and the calls whose tokens are not read yet."""
 
     def __init__(self, model, requests: list[Request], how: How, rows: int):
         self._graphdef, self._params = nnx.split(model)
         self._how, self._waiting = how, collections.deque(requests)
-        longest = max(len(r.ids) + r.max_tokens for r in requests)
-        drops = isinstance(how.chosen, Evicted) and not needs_whole_prompts(model, longest)
-        held = how.chosen.counts if drops else lambda length: (length, 0)
-        self._capacity = power_of_two(max(held(len(r.ids))[0] + r.max_tokens for r in requests))
+        self._slots = _slots(model, requests, how.chosen)
         self._in_row: list[Request | None] = [None] * min(rows, len(requests))
         self._entries = np.zeros(len(self._in_row), np.int64)  # of a streaming cache
         most, size = (
             max(r.max_tokens for r in requests),
-            {"rows": len(self._in_row), "capacity": self._capacity, "chosen": how.chosen},
+            {"rows": len(self._in_row), "slots": self._slots, "chosen": how.chosen},
         )
         fix = "fewer tokens, shorter prompts or a smaller batch_size"
         check_memory("max_tokens", most, self._graphdef, self._params, fix=fix, **size)
@@ -318,7 +329,7 @@ class _Batch:
             how.skipped,
             how.temperature,
             how.top_p,
-            capacity=self._capacity,
+            slots=self._slots,
             chosen=how.chosen,
             top_k=how.top_k,
             logprobs=how.logprobs,

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deltaformer_jax.decoding.choose import choose, power_of_two
+from deltaformer_jax.decoding.chosen.layers import Slots
 from deltaformer_jax.decoding.memory import check_memory
 from deltaformer_jax.decoding.requests import check_prompt, check_sampling, items, layer_switches, vocabulary_of
 from deltaformer_jax.layers.linear import cast_kernels
@@ -92,7 +93,7 @@ def generate_batch(
     prompts = [check_prompt(prompt, row, vocabulary) for row, prompt in enumerate(prompts)]
     check_sampling(tokens, temperature, top_k, top_p, seed)
     skipped = layer_switches("skip_in_prefill", skip_in_prefill, model)
-    size = {"rows": len(prompts), "capacity": power_of_two(max(map(len, prompts)) + tokens)}
+    size = {"rows": len(prompts), "slots": Slots.of(None, power_of_two(max(map(len, prompts)) + tokens))}
     check_memory("tokens", tokens, *nnx.split(model), fix="fewer tokens, or fewer or shorter prompts", **size)
     # temperature and top_p are arrays, so that new values don't compile a new program.
     nucleus = None if top_p == 1 else jnp.float32(top_p)

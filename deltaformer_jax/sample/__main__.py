@@ -4,7 +4,8 @@
                                      [--tokens 200] [--temperature 0.8] [--top_k 40] [--top_p 1] [--stop TEXT ...]
                                      [--seed 0] [--step N] [--weights bfloat16] [--batch_size 32] [--json]
                                      [--logprobs] [--chat TEXT ...] [--chats FILE]
-                                     [--cache INITIAL,SEPARATORS,WINDOW,CAPACITY [--separators CHARACTERS]]
+                                     [--cache INITIAL,SEPARATORS,WINDOW,CAPACITY [--separators CHARACTERS]
+                                     [--all_places]]
                                      [--keep SHARE [--proxy 32] [--random 0] [--write_weight 0]]
 
 --chat and --chats ask a run that was trained on conversations for an answer, in the form of its conversations: its chat
@@ -99,6 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="CHARACTERS",
         help="with --cache: tokens that consist of these are separators; \\n and \\t are newline and tab (default: "
         ". , ? ! ; : space tab newline; for a tokenizer of bytes newline . ; :)",
+    )
+    parser.add_argument(
+        "--all_places",
+        action="store_true",
+        help="with --cache: layers with separators behind a window number their tokens by places too, for texts much "
+        "longer than in training (default: they keep their positions in the text)",
     )
     parser.add_argument(
         "--keep",

@@ -19,15 +19,17 @@ def chosen_entries(flags: argparse.Namespace) -> Streaming | Evicted | None:
         raise ValueError(f"--{next(iter(given))}: it goes with --keep SHARE; give both")
     if flags.separators is not None and not flags.cache:
         raise ValueError("--separators: they go with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY; give both")
+    if flags.all_places and not flags.cache:
+        raise ValueError("--all_places: it goes with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY; give both")
     try:
         if flags.keep is not None:
             return Evicted(flags.keep, **given)
-        return _streaming(flags.cache, flags.separators) if flags.cache else None
+        return _streaming(flags.cache, flags.separators, flags.all_places) if flags.cache else None
     except ValueError as error:
         raise ValueError(f"--{error}") from None
 
 
-def _streaming(sizes: str, separators: str | None) -> Streaming:
+def _streaming(sizes: str, separators: str | None, all_places: bool) -> Streaming:
     try:
         initial, count, window, capacity = map(int, sizes.split(","))
     except ValueError:
@@ -39,4 +41,4 @@ def _streaming(sizes: str, separators: str | None) -> Streaming:
             raise ValueError("separators: no character; leave it out for the usual ones")
         for escaped, character in _ESCAPES.items():
             separators = separators.replace(escaped, character)
-    return Streaming(initial, count, window, capacity, separators)
+    return Streaming(initial, count, window, capacity, separators, all_places=all_places)

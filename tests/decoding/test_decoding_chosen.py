@@ -13,7 +13,7 @@ from deltaformer_jax.config import Mixer
 from deltaformer_jax.data import ByteTokenizer
 from deltaformer_jax.decoding import Evicted, Streaming
 from deltaformer_jax.decoding.chosen.eviction import read_and_evict
-from deltaformer_jax.decoding.chosen.layers import empty_cache, resolved
+from deltaformer_jax.decoding.chosen.layers import Slots, empty_cache, resolved
 from deltaformer_jax.decoding.chosen.rules import separator_ids
 from deltaformer_jax.decoding.chosen.streaming import compacted, entries, marked, read_in_pieces
 from deltaformer_jax.layers import DeltaFormer, SoftmaxAttention
@@ -119,9 +119,9 @@ def test_a_prompt_in_pieces_is_read_as_token_by_token(model):
     rng = np.random.default_rng(2)
     tokens, lengths = jnp.asarray(rng.integers(0, 256, (2, 40)), jnp.int32), np.array([40, 23])
     real = jnp.asarray(np.arange(40) < lengths[:, None], jnp.int32)
-    last, whole = jax.jit(lambda model: read_in_pieces(model, tokens, real, empty_cache(model, 2, 64, RULE), RULE))(
-        model
-    )
+    last, whole = jax.jit(
+        lambda model: read_in_pieces(model, tokens, real, empty_cache(model, 2, Slots.of(RULE, 64), RULE), RULE)
+    )(model)
 
     @jax.jit
     def one_by_one(model):
@@ -131,7 +131,7 @@ def test_a_prompt_in_pieces_is_read_as_token_by_token(model):
             hidden, caches = model.hidden(given, segment_ids=real, cache=caches)
             return marked(model, caches, given, real, RULE), (hidden[:, 0], entries(model, caches))
 
-        return jax.lax.scan(token, empty_cache(model, 2, 64, RULE), (tokens.T, real.T))
+        return jax.lax.scan(token, empty_cache(model, 2, Slots.of(RULE, 64), RULE), (tokens.T, real.T))
 
     caches, (hidden, held) = one_by_one(model)
     assert held.max() == RULE.capacity and held[-1, 0] < held.max()
@@ -188,7 +188,7 @@ def test_an_eviction_keeps_what_the_proxies_read(model):
     @jax.jit
     def both(model):
         keys = jax.random.split(jax.random.key(0), 2)
-        evicted = read_and_evict(model, tokens, real, 20, rule, counts, keys)[1]
+        evicted = read_and_evict(model, tokens, real, Slots.of(None, 20), rule, counts, keys)[1]
         _, streams = model.look(tokens, lambda before, after, real: before, segment_ids=real)
         block = jax.tree.map(lambda x: x[1], model.blocks[0])  # layer 2, of the second period
         places = jnp.tile(jnp.arange(30, dtype=jnp.int32), (2, 1))
@@ -244,21 +244,3 @@ def test_refusals(model):
             bad()
     with pytest.raises(TypeError, match=r"cache = 3: give a Streaming or an Evicted"):
         fits(3, model)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mixer", ["softmax_attention", "delta_former"])
-def test_layers_with_a_window_keep_their_own_first_tokens_and_separators(mixer):
-    """The full layer, whose cache drops entries, adds nothing here: the texts must be as usual."""
-    own = dict(vocab_size=40, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
-    own |= dict(mixers=(Mixer(mixer, window=0), mixer), window=4, initial_tokens=1, separator_tokens=(5,))
-    model = LanguageModel(ModelConfig(**own), rngs=nnx.Rngs(1))
-    kernel = model.blocks[0].mixer.output
-    kernel[...] = jnp.zeros_like(kernel[...])
-    prompt = np.random.default_rng(0).integers(0, 40, 60).tolist()
-    ask = lambda cache: decoding.generate(model, [prompt], max_tokens=3, temperature=0.0, logprobs=True, cache=cache)[0]
-    usual = ask(None)
-    for rule in (Evicted(keep=0.2, proxy=4), Streaming(1, 2, 4, 20, (7,)), Streaming(1, 2, 4, 500, (7,))):
-        text = ask(rule)
-        assert text.tokens == usual.tokens
-        np.testing.assert_allclose(text.logprobs, usual.logprobs, atol=1e-4)

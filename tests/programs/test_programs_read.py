@@ -188,6 +188,8 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
         ("--cache", "1,2,4,9", "--keep", "0.5"): "--keep: with --cache entries are dropped all the time",
         ("--cache", "1,2,4,9", "--separators", "é"): "separators: the tokenizer has no token that consists of 'é'",
         ("--separators", "."): "--separators: they go with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY",
+        ("--all_places",): "--all_places: it goes with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY; give both",
+        ("--cache", "1,2,4,9", "--all_places"): "all_places: no layer of this model has separators behind a window",
         ("--proxy", "3"): "--proxy: it goes with --keep SHARE; give both",
         ("--keep", "1.5"): "--keep = 1.5: give a share above 0, at most 1 (all tokens)",
         ("--keep", "0.2", "--random", "0.3"): "--random = 0.3: give a share of the prompt from 0 to keep = 0.2",

@@ -84,12 +84,11 @@ def result_of(name, settings, rng, good):
         }
         return {"evicted": evicted, "entries": [round(64 * share) for share in shares]}
     if name == "streaming":
-        ring = [streaming.RING] * (settings["mixers"] == ["softmax_attention"])
         ends = dict.fromkeys([streaming.SEPARATORS, streaming.ANEW], settings["whole"]) | {
             streaming.ALL: settings["all"]
         }
         readings = {}
-        for policy in (*settings["rules"], streaming.ALL, *ring, streaming.ANEW):
+        for policy in streaming.policies(settings):
             bounds = streaming.edges(ends.get(policy, settings["part"]), settings["sequence_length"])
             bits = rng.uniform(2, 3, len(bounds) - 1).tolist()
             readings[policy] = {

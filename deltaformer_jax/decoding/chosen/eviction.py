@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from deltaformer_jax import ops
-from deltaformer_jax.decoding.chosen.layers import chooses, with_memory
+from deltaformer_jax.decoding.chosen.layers import Slots, chooses, empty_cache, with_memory, without_unseen
 from deltaformer_jax.decoding.chosen.rules import Evicted
 from deltaformer_jax.model import LanguageModel
 
 
-def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: Evicted, counts, keys, **skip):
-    """(the final norm's output of each row's last token [B, d_model], caches with `total` slots) after prompts [B, T],
-    padded on the right, and their eviction. counts: int32 [2, B], `rule.counts` of the rows; keys [B]: their own."""
+def read_and_evict(model: LanguageModel, tokens, segment_ids, slots: Slots, rule: Evicted, counts, keys, **skip):
+    """(the final norm's output of each row's last token [B, d_model], caches with `slots`) after prompts [B, T], padded
+    on the right, and their eviction. counts: int32 [2, B], `rule.counts` of the rows; keys [B]: their own."""
     rows, width = tokens.shape
     lengths = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
     chosen = chooses(model)
-    wide, usual = model.init_cache(rows, width), model.init_cache(rows, total)
-    caches = tuple(one if grows else other for one, other, grows in zip(wide, usual, chosen))
+    caches = empty_cache(model, rows, Slots(slots.text, width, width), None)
     behind = max(_behind(block.mixer) for block, grows in zip(model.blocks, chosen) if grows)
     before_end = jnp.arange(-(rule.proxy + behind), 0, dtype=jnp.int32)[None]
     at = lengths[:, None] + before_end
@@ -49,7 +48,7 @@ def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: 
             scores += rule.write_weight * ops.proxy_scores(memory, query("write"), scale=1.0, strict=True)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, period * len(chosen) + i)
         keep = ops.entries_by_row(scores, memory, *counts, own, proxies=rule.proxy)
-        return ops.compact_cache(memory, keep, capacity=total)
+        return ops.compact_cache(memory, keep, capacity=slots.chosen)
 
     left = []
     for i, (block, cache) in enumerate(zip(model.blocks, caches)):
@@ -60,7 +59,7 @@ def read_and_evict(model: LanguageModel, tokens, segment_ids, total: int, rule: 
             cache = with_memory(cache, memory)
         left.append(cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last, tuple(left)
+    return last, without_unseen(model, left, slots.behind)
 
 
 def _behind(mixer: Any) -> int:

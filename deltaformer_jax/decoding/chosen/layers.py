@@ -1,17 +1,26 @@
-"""The layers of a model that a rule concerns: whether they can serve it, and their caches."""
+"""The layers of a model that a rule concerns: whether they can serve it, and their caches.
+
+Three kinds of layers have caches with a slot for each token, unless something is dropped:
+
+* those without a window, of which a rule chooses the entries that stay (`chooses`);
+* those with tokens that last behind a window, which drop what they do not see any more (`behind_windows`);
+* mixers of a user's own. They keep all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from deltaformer_jax import ops
 from deltaformer_jax.data import Tokenizer
 from deltaformer_jax.decoding.chosen.rules import Evicted, Streaming, separator_ids
 from deltaformer_jax.decoding.requests import whole
-from deltaformer_jax.layers.caches import AttentionCache
+from deltaformer_jax.layers.caches import AttentionCache, is_selected
 from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.similarity import Softmax
@@ -24,13 +33,20 @@ def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer:
         return None
     if not isinstance(cache, Streaming | Evicted):
         raise TypeError(f"cache = {cache!r:.60}: give a Streaming or an Evicted of deltaformer_jax.decoding")
-    if not any(chooses(model)):
+    if not any(chooses(model)) and not (isinstance(cache, Streaming) and any(behind_windows(model))):
         raise ValueError(
             "cache: no layer of this model has a cache that grows with the text (softmax_attention or delta_former "
-            "without a window), so there is nothing to drop"
+            "without a window; for a streaming cache also with separators behind it), so there is nothing to choose"
         )
     if isinstance(cache, Streaming):
+        _check_sizes(cache, model)
         characters = cache.characters
+        if not any(chooses(model)):
+            if characters is not None:
+                raise ValueError(
+                    "separators: all layers of this model have their own (model.separators); leave them out"
+                )
+            characters = ()
         if characters is None or isinstance(characters, str):
             if tokenizer is None:
                 raise ValueError("cache: separators are looked up in the tokenizer; give tokenizer=, or their ids")
@@ -41,6 +57,23 @@ def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer:
         if chosen:
             _check_compared(block.mixer, cache.write_weight)
     return None if cache.keep == 1 else cache
+
+
+def _check_sizes(rule: Streaming, model: LanguageModel) -> None:
+    if rule.fold and not any(chooses(model)):
+        raise ValueError(
+            "cache: fold: every layer of this model has a window, behind which nothing is folded; leave it out"
+        )
+    if rule.all_places and not any(behind_windows(model)):
+        raise ValueError("all_places: no layer of this model has separators behind a window; leave it out")
+    for block, behind in zip(model.blocks, behind_windows(model)):
+        if behind:
+            for name, own in (("initial", "initial_tokens"), ("window", "window")):
+                if getattr(rule, name) < (least := getattr(block.mixer, own)):
+                    raise ValueError(
+                        f"cache: {name} = {getattr(rule, name)}: a layer of this model sees more, {own} = {least}; "
+                        f"give at least {least}"
+                    )
 
 
 def _check_compared(mixer: Any, write_weight: float) -> None:
@@ -60,25 +93,57 @@ def chooses(model: LanguageModel) -> list[bool]:
     ]
 
 
-def needs_whole_prompts(model: LanguageModel, length: int) -> bool:
-    """Whether a layer that drops nothing of texts of `length` tokens has a slot for each token, as it does behind a
-    window with first tokens or separators, and in `delta_former` with any window."""
-    caches = jax.eval_shape(lambda: model.init_cache(1, length))
-    others = [cache.memory for cache, chosen in zip(caches, chooses(model)) if not chosen and hasattr(cache, "memory")]
-    return any(memory is not None and memory.capacity >= length for memory in others)
+def behind_windows(model: LanguageModel) -> list[bool]:
+    """For each entry of the pattern, whether tokens last behind its window, so that its cache is one of chosen tokens
+    by itself."""
+    caches = jax.eval_shape(lambda: model.init_cache(1, 1))
+    return [is_selected(cache) and block.mixer.window is not None for block, cache in zip(model.blocks, caches)]
 
 
-def empty_cache(model: LanguageModel, rows: int, capacity: int, rule: Streaming | Evicted | None):
-    """Empty caches for texts of `capacity` tokens: `model.init_cache(rows, capacity)`, where layers can drop entries of
-    chosen tokens; a `Streaming` rule limits them to its own capacity."""
-    usual = model.init_cache(rows, capacity)
-    if rule is None:
-        return usual
-    small = model.init_cache(rows, rule.capacity) if isinstance(rule, Streaming) else usual
-    return tuple(
-        with_memory(one, jax.vmap(_selected)(one.memory)) if chosen else other
-        for one, other, chosen in zip(small, usual, chooses(model))
-    )
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """How many slots a row's caches have: `chosen` in the layers of `chooses`, `behind` in those of `behind_windows`,
+    and `text`, the tokens of the longest text, in others that have one for each token."""
+
+    text: int
+    chosen: int
+    behind: int
+
+    @classmethod
+    def of(cls, rule: Streaming | Evicted | None, text: int) -> Slots:
+        """Those of a streaming cache; of others the most that can be needed."""
+        return cls(text, *[rule.capacity if isinstance(rule, Streaming) else text] * 2)
+
+
+def empty_cache(model: LanguageModel, rows: int, slots: Slots, rule: Streaming | Evicted | None):
+    """Empty caches with `slots`; with a rule, layers that can drop entries have caches of chosen tokens."""
+    usual, chosen, behind = (model.init_cache(rows, count) for count in (slots.text, slots.chosen, slots.behind))
+    found = []
+    for place, (grows, lasts) in enumerate(zip(chooses(model), behind_windows(model))):
+        cache = (chosen if grows else behind if lasts else usual)[place]
+        found.append(with_memory(cache, jax.vmap(_selected)(cache.memory)) if grows and rule is not None else cache)
+    return tuple(found)
+
+
+def seen_after(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt the most entries that a layer of `behind_windows` still sees after it; 0 without such a layer."""
+    mixers = [block.mixer for block, behind in zip(model.blocks, behind_windows(model)) if behind]
+
+    def seen(mixer, ids):
+        index = np.arange(len(ids))
+        lasts = (index < mixer.initial_tokens) | np.isin(ids, np.asarray(mixer.separator_tokens, ids.dtype))
+        return int(np.sum(lasts | (index > len(ids) - mixer.window)))
+
+    return [max((seen(mixer, np.asarray(ids, np.int64)) for mixer in mixers), default=0) for ids in prompts]
+
+
+def without_unseen(model: LanguageModel, caches, capacity: int):
+    """The caches of `behind_windows` without what later tokens do not see, in `capacity` slots; the others as given."""
+
+    def one(mixer, memory):
+        return ops.compact_cache(memory, ops.visible_entries(memory, mixer.window), capacity=capacity)
+
+    return over_layers(one, model, caches, behind_windows(model))
 
 
 def _selected(memory):
@@ -92,15 +157,15 @@ def with_memory(cache: AttentionCache | ShiftedCache, memory) -> AttentionCache 
     return dataclasses.replace(cache, memory=memory)
 
 
-def over_chosen(function, model: LanguageModel, caches):
-    """The caches with `function(mixer, memory)` of each layer's cache of chosen tokens."""
+def over_layers(function, model: LanguageModel, caches, which: Sequence[bool]):
+    """The caches with `function(mixer, memory)` of the memory of each layer that `which` names."""
 
-    def one(block, cache, chosen):
-        if not chosen:  # a layer with a window may have a cache of chosen tokens too, by a rule of its own
+    def one(block, cache, named):
+        if not named:
             return cache
         return with_memory(cache, jax.vmap(lambda block, memory: function(block.mixer, memory))(block, cache.memory))
 
-    return tuple(map(one, model.blocks, caches, chooses(model)))
+    return tuple(map(one, model.blocks, caches, which))
 
 
 def with_memories(caches, memories):

@@ -24,9 +24,16 @@ class Streaming:
     them the last `separators`. They are then numbered by their places in the cache, 0, 1, 2, …, and their keys are
     rotated to these positions. Until then nothing changes, up to the rounding of programs of other shapes.
 
+    A layer that was trained with a window, and with separators behind it, drops what it does not see any more: its own
+    first tokens and window stay, which `initial` and `window` must not be less than, and the last `separators` of its
+    own separators. Its entries keep their positions in the text, so that nothing changes until a separator is dropped.
+
     characters: a token is a separator if its text consists of these. None: SepLLM's . , ? ! ; : space tab newline, and
       for a tokenizer of bytes newline . ; : alone. A list of ids: these.
-    fold: what is dropped of a segment is not lost at once but folded into its separator (`ops.fold_segments`).
+    fold: what is dropped of a segment is not lost at once but folded into its separator (`ops.fold_segments`), in
+      layers without a window.
+    all_places: layers with separators behind a window number their entries by places too, for texts much longer than
+      those of the training: no distance is then larger than `capacity`.
 
     Raises ValueError or TypeError, naming the argument, unless initial + separators + window < capacity.
     """
@@ -37,6 +44,7 @@ class Streaming:
     capacity: int
     characters: str | Sequence[int] | None = None
     fold: bool = False
+    all_places: bool = False
 
     def __post_init__(self):
         for name, least in (("initial", 0), ("separators", 0), ("window", 1), ("capacity", 2)):
@@ -45,8 +53,9 @@ class Streaming:
             raise ValueError(
                 f"cache: capacity = {self.capacity}: give more than initial + separators + window = {self.stays}"
             )
-        if not isinstance(self.fold, bool):
-            raise TypeError(f"cache: fold = {self.fold!r:.60}: give True or False")
+        for name in ("fold", "all_places"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"cache: {name} = {getattr(self, name)!r:.60}: give True or False")
         if self.characters is not None and not isinstance(self.characters, str):
             object.__setattr__(self, "characters", tuple(items("cache: characters", self.characters, "text or ids")))
 

@@ -2,44 +2,59 @@
 
     kept = the first `initial` tokens, the last `window`, and of the separators between them the last `separators`
 
+A layer behind a window of its own drops by its own first tokens, window and separators. Its entries keep their
+positions in the text, unless the rule says `all_places`, so that nothing changes until a separator has to go.
+
 Source: Chen et al., "SepLLM", arXiv 2412.12094, eq. 3; numbering by places: Xiao et al., arXiv 2309.17453, section 3.2.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
 from deltaformer_jax import ops
-from deltaformer_jax.decoding.chosen.layers import chooses, over_chosen
+from deltaformer_jax.decoding.chosen.layers import behind_windows, chooses, over_layers
 from deltaformer_jax.decoding.chosen.rules import Streaming
 from deltaformer_jax.layers.mixers.visible import is_one_of
 from deltaformer_jax.model import LanguageModel
 
 
 def entries(model: LanguageModel, caches) -> jax.Array:
-    """int32 [B]: the number of entries in each row, of the layers that drop them; they all have as many."""
-    first = caches[chooses(model).index(True)]
-    return jnp.sum(first.memory.position[0] >= 0, axis=-1, dtype=jnp.int32)
+    """int32 [B]: the number of entries in each row, the most of the layers that drop them."""
+    drops = map(operator.or_, chooses(model), behind_windows(model))
+    # All layers at one place in the pattern have as many.
+    each = [jnp.sum(cache.memory.position[0] >= 0, axis=-1) for cache, one in zip(caches, drops) if one]
+    return functools.reduce(jnp.maximum, each).astype(jnp.int32)
 
 
 def marked(model: LanguageModel, caches, tokens, segment_ids, rule: Streaming):
-    """The caches, with which of the newest tokens [B, T] are separators."""
+    """The caches, with which of the newest tokens [B, T] are separators. Layers with separators of their own know."""
     separators = is_one_of(tokens, rule.characters)
-    return over_chosen(lambda _, memory: ops.newest_lasting(memory, separators, segment_ids), model, caches)
+    mark = lambda _, memory: ops.newest_lasting(memory, separators, segment_ids)
+    return over_layers(mark, model, caches, chooses(model))
 
 
 def compacted(model: LanguageModel, caches, rule: Streaming):
     """The caches after rows with `rule.capacity` entries dropped those that do not stay; other rows do not change."""
+    sizes = dict(separators=rule.separators, capacity=rule.capacity)
 
     def one(mixer, memory):
-        sizes = dict(initial=rule.initial, separators=rule.separators, window=rule.window, capacity=rule.capacity)
-        keep = ops.streaming_entries(memory, **sizes)
+        keep = ops.streaming_entries(memory, initial=rule.initial, window=rule.window, **sizes)
         if rule.fold:
             memory = mixer.folded(memory, keep)
         return mixer.in_places(ops.compact_cache(memory, keep))
 
-    return over_chosen(one, model, caches)
+    def behind(mixer, memory):
+        keep = ops.streaming_entries(memory, initial=mixer.initial_tokens, window=mixer.window, **sizes)
+        memory = ops.compact_cache(memory, keep)
+        return mixer.in_places(memory) if rule.all_places else memory
+
+    caches = over_layers(one, model, caches, chooses(model))
+    return over_layers(behind, model, caches, behind_windows(model))
 
 
 def read_in_pieces(model: LanguageModel, tokens, segment_ids, caches, rule: Streaming, **skip):

@@ -383,12 +383,14 @@ class DeltaFormer(nnx.Module):
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
 
-        With a window, too, it has a slot for each token; `ops.compact_cache` may drop those that are seen no more.
+        With a window it is a ring of at most `window` slots. If tokens stay visible behind the window it has a slot for
+        each token; `ops.compact_cache` may drop those that are seen no more.
         """
         lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        slots = capacity if self.window is None or lasts else min(capacity, self.window)
         kind = ops.SelectedKUCache if lasts else ops.KUCache
         width = self.head_dim * (1 + self.two_keys)
-        memory = kind.empty(batch, capacity, self.num_kv_heads, self.u_heads, width, self.head_dim, self.dtype)
+        memory = kind.empty(batch, slots, self.num_kv_heads, self.u_heads, width, self.head_dim, self.dtype)
         convolution = self.write_convolution
         write_tail = None if convolution is None else convolution.empty_tail(batch, self.dtype)
         return AttentionCache(memory, self.inputs.empty_tail(batch), write_tail)

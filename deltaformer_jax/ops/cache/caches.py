@@ -2,9 +2,9 @@
 length of its own.
 
 `KUCache` is the cache of DeltaFormer. It holds keys and written values u; v itself is not needed again. With w = k it
-is as large as an ordinary KV cache. `KVCache` is the cache of softmax attention. With a window it is a ring buffer:
-slot = position mod capacity. `SelectedKUCache` and `SelectedKVCache` hold the entries of chosen tokens, with their
-positions (`selection.py`).
+is as large as an ordinary KV cache. `KVCache` is the cache of softmax attention. With a window both may be ring
+buffers: slot = position mod capacity. `SelectedKUCache` and `SelectedKVCache` hold the entries of chosen tokens, with
+their positions (`selection.py`).
 
 Arrays are stored by head, [B, heads, N, …]. A decoding step multiplies one head's queries with all of its slots, and
 so reads memory in order. The properties `key`, `value` and `decay` are token first, like all arrays of the ops.
@@ -79,7 +79,8 @@ class KUCache(_Cache):
     """DeltaFormer's cache, KUCache(key, value, length): key [B, N, G, K], value [B, N, Hu, V] (it holds u), length [B]
     int32.
 
-    N is the capacity. Slots 0 … length − 1 of a row are filled.
+    N is the capacity. A token's slot is its position mod N. With a window, N ≥ window slots are enough for any number
+    of tokens, since the write sees no more than the read. Without one, slots 0 … length − 1 of a row are filled.
     """
 
     @classmethod

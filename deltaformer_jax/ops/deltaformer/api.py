@@ -128,7 +128,8 @@ def delta_attention(
         the program is compiled for if they support the call, else "chunked".
       cache: a KUCache to continue from. Each of its rows holds one document, and the new tokens follow that document.
         New tokens with segment id 0 are not stored. The same call does prefill (T > 1) and a decoding step (T = 1).
-        With keep or initial it must be a SelectedKUCache, whose entries `compact_cache` drops.
+        With a window it may be a ring of `window` slots. With keep or initial it must be a SelectedKUCache, whose
+        entries `compact_cache` drops.
       return_cache: also return the cache after these tokens. Without `cache`, this is a new cache of capacity T; with
         keep or initial it is a SelectedKUCache.
 
@@ -173,7 +174,7 @@ def delta_attention(
         write_heads = query.shape[2] if own_query else _write_heads(inputs.write_query, key)
         cache = check_cache(cache, KUCache, key, write_heads, value.shape[3])
         check_selected(cache, keep, initial)
-        check_room(cache, inputs.segment_ids, key.shape[1])
+        check_room(cache, inputs.segment_ids, key.shape[1], window)
         if implementation in BACKENDS["delta"]:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"

@@ -11,7 +11,14 @@ one text, with its caches limited in different ways:
 * all: nothing is dropped, as long as that can be afforded;
 * anew: no cache; each 128 bytes are predicted after the 128 before them, as a model without a cache would do it.
 
-Nothing is trained for streaming. Source: Chen et al., "SepLLM", arXiv 2412.12094.
+These models are not trained for streaming. Two more are trained with a window of 92, 4 first tokens and separators, and
+read with a cache of the same sizes:
+
+* own separators: the positions are those of the text. Nothing is changed by the cache but that of the separators behind
+  the window only the last 32 stay;
+* own separators, by places: entries are numbered by places.
+
+Source: Chen et al., "SepLLM", arXiv 2412.12094.
 """
 
 from __future__ import annotations
@@ -28,8 +35,8 @@ from flax import nnx
 
 from deltaformer_jax.data import ByteTokenizer
 from deltaformer_jax.data.sources.stdlib import stdlib_files
-from deltaformer_jax.decoding.chosen.layers import empty_cache, resolved
-from deltaformer_jax.decoding.chosen.rules import Streaming
+from deltaformer_jax.decoding.chosen.layers import Slots, empty_cache, resolved
+from deltaformer_jax.decoding.chosen.rules import OF_BYTES, Streaming
 from deltaformer_jax.decoding.chosen.streaming import entries, read_piece
 from deltaformer_jax.model import LanguageModel, num_parameters
 from deltaformer_jax.model_parts import merge
@@ -38,6 +45,7 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.language.byte_models import prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 
+OWN, OWN_PLACES = "own separators", "own separators, by places"
 SEPARATORS, FOLDED, FIRST, LAST = "separators", "separators, folded", "first and last", "last"
 RING, ALL, ANEW = "ring", "all", "anew"
 FULL = dict(
@@ -67,13 +75,15 @@ QUICK = dict(
     all=1024,
 )
 MIXERS = {"softmax attention": "softmax_attention", "DeltaFormer": "delta_former"}
+TRAINED = "{}, trained with separators"
 EOT = 256
 
 
 def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     sizes = sizes or (QUICK if quick else FULL)
-    return [
-        {
+
+    def cell(name, mixer, **others):
+        return {
             "label": name,
             "mixers": [mixer],
             **sizes["model"],
@@ -83,8 +93,14 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
             "eval_batches": 8,
             "rules": {policy: list(rule) for policy, rule in sizes["rules"].items()},
             **{name: sizes[name] for name in ("whole", "part", "all")},
+            **others,
         }
-        for name, mixer in MIXERS.items()
+
+    own = sizes["rules"][SEPARATORS]
+    fields = {"initial_tokens": own[0], "window": own[2], "separators": OF_BYTES}
+    trained = dict(fields=fields, rules={OWN: list(own), OWN_PLACES: list(own)}, whole=sizes["part"])
+    return [cell(name, mixer) for name, mixer in MIXERS.items()] + [
+        cell(TRAINED.format(name), mixer, **trained) for name, mixer in MIXERS.items()
     ]
 
 
@@ -105,6 +121,14 @@ def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, A
         "parameters": num_parameters(ending.state.params),
         "trained_on": settings["steps"] * settings["sequence_length"] * settings["batch_size"],
     }
+
+
+def policies(settings: dict[str, Any]) -> list[str]:
+    """What a cell's model reads with, in order."""
+    plain_caches = [] if "fields" in settings else [ALL]
+    if plain_caches and settings["mixers"] == ["softmax_attention"]:
+        plain_caches.append(RING)
+    return [*settings["rules"], *plain_caches, ANEW]
 
 
 def edges(length: int, first: int) -> list[int]:
@@ -130,14 +154,13 @@ def _readings(settings: dict[str, Any], model: LanguageModel, note, stop) -> dic
     """Policy -> bits a byte of each stretch, their bounds, and of the cache the mean and most entries and the bytes."""
     text, first, found = long_text(settings["whole"]), settings["sequence_length"], {}
     graphdef, params = nnx.split(model)
-    plain_cache = {ALL: (None, settings["all"])}
-    if settings["mixers"] == ["softmax_attention"]:
-        plain_cache[RING] = (first, settings["part"])
-    for policy in (*settings["rules"], *plain_cache, ANEW):
+    plain_cache = {ALL: (None, settings["all"]), RING: (first, settings["part"])}
+    for policy in policies(settings):
         if stop.requested:
             return None
         if policy in settings["rules"]:
-            rule = Streaming(*settings["rules"][policy], fold=policy == FOLDED)
+            named = {"fold": policy == FOLDED, "all_places": policy == OWN_PLACES}
+            rule = Streaming(*settings["rules"][policy], **named)
             rule = resolved(rule, model, ByteTokenizer(), EOT + 1)
             length = settings["whole"] if policy == SEPARATORS else settings["part"]
             nats, held, most, size = _streamed(graphdef, params, text[None, : length + 1], rule)
@@ -177,7 +200,7 @@ def _streamed(graphdef, params, text, rule: Streaming):
     bytes) of text [1, T + 1]."""
     model = nnx.merge(graphdef, params)
     given, length = text[:, :-1], text.shape[1] - 1
-    caches = empty_cache(model, 1, length, rule)
+    caches = empty_cache(model, 1, Slots.of(rule, length), rule)
 
     def read(state):
         cursor, caches, nats, held, most = state
@@ -271,10 +294,11 @@ def name_of(bounds: list[int], i: int) -> str:
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(3 + 5.5 * len(done), 4.8)
+    columns = min(len(done), 2)
+    picture = new_figure(3 + 5.5 * columns, 1 + 3.8 * -(-len(done) // 2))
     names = list(dict.fromkeys(policy for record in done for policy in record["result"]["readings"]))
     styles = line_styles(names, [ANEW])
-    panels = picture.subplots(1, len(done), squeeze=False, sharey=True)[0]
+    panels = picture.subplots(-(-len(done) // 2), columns, squeeze=False, sharey=True).flat
     lowest = min(min(read["bits"]) for record in done for read in record["result"]["readings"].values())
     for panel, record in zip(panels, done):
         for policy, read in record["result"]["readings"].items():
@@ -300,9 +324,10 @@ def _finding(done: list[dict[str, Any]]) -> str:
     parts = []
     for record in done:
         read = record["result"]["readings"]
-        apart = read[SEPARATORS]["bits"][-1] - read[ANEW]["bits"][-1]
+        last = list(record["settings"]["rules"])[-1] if "fields" in record["settings"] else SEPARATORS
+        apart = read[last]["bits"][-1] - read[ANEW]["bits"][-1]
         parts.append(f"{apart:+.3f} bits a byte in {record['settings']['label']}")
-    entries = done[0]["result"]["readings"][SEPARATORS]["most_entries"]
+        entries = read[last]["most_entries"]
     return f"The last stretch through {entries} entries, against beginning anew: " + ", ".join(parts)
 
 

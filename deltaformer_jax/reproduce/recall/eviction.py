@@ -27,7 +27,7 @@ from flax import nnx
 
 from deltaformer_jax import ops
 from deltaformer_jax.data.task_data import EVALUATION_SEED
-from deltaformer_jax.decoding.chosen.layers import empty_cache, with_memories
+from deltaformer_jax.decoding.chosen.layers import with_memories
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce import train_task
 from deltaformer_jax.reproduce.experiment import Experiment
@@ -125,7 +125,7 @@ def _answers(graphdef, params, policy: str, pairs, asking, count):
     rows, seen = pairs.shape
     whole = jnp.concatenate([pairs, asking], axis=1)
     _, streams = model.look(whole, lambda before, after, real: before)
-    caches = empty_cache(model, rows, whole.shape[1], None)
+    caches = model.init_cache(rows, whole.shape[1])
     _, caches = model.hidden(pairs, cache=caches)
     memories = []
     for layer in range(model.periods):

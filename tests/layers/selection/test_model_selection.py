@@ -74,6 +74,18 @@ def test_prefill_and_decode_with_and_without_eviction(pattern):
         np.testing.assert_array_equal(entries[:, row], seen.sum())
 
 
+def test_a_window_alone_needs_as_many_slots():
+    """DeltaFormer's write sees no more than its read, so that a ring serves it as it serves softmax attention."""
+    model = make_model(num_layers=2, mixers=("delta_former", "softmax_attention"), window=WINDOW, implementation="")
+    tokens = random_tokens((ROWS, LENGTH))
+    assert [cache.memory.capacity for cache in model.init_cache(ROWS, LENGTH)] == [WINDOW, WINDOW]
+    call = jax.jit(lambda block, ids, cache: model(block, segment_ids=ids, cache=cache))
+    outputs, _ = feed(call, model.init_cache(ROWS, LENGTH), tokens, PLAN, padding=2**31 - 1)
+    expected = forward(model, tokens)
+    for row, length in enumerate(PLAN_LENGTHS):
+        np.testing.assert_allclose(outputs[row], expected[row, :length], **NEAR)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_packed_documents_are_those_alone(pattern):
     """The first tokens are those of each document; what stands in the padding, separators among it, is not seen."""

@@ -136,6 +136,10 @@ def test_streaming_through_a_cache_that_goes_up_and_down(kind):
     cycle = [len(held) for held in steps[full[-2] : full[-1]]]
     # Of the two ends of a cycle, 10 and 16 entries, the lower is left before a token comes and seen only with it.
     assert len(full) > 10 and np.mean(cycle) == (10 + 1 + 16) / 2
+    # Eq. 4: those that are neither first tokens nor separators in the separators' block, what came since the window
+    # of the last eviction: from 5 and the new token to 16 − 2 − 3.
+    neighbours = [np.sum(position[t, 0] > max(one for one in full if one < t) - 5) for t in range(full[-2], full[-1])]
+    assert np.mean(neighbours) == (5 + 1 + 16 - 2 - 3) / 2
 
 
 def test_refusals():
