@@ -1,4 +1,4 @@
-"""Position biases of softmax attention: how they start, and what is refused."""
+"""Position biases of the attention mixers: how they start, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from support.layers_cases import D_MODEL, HEAD_DIM, HEADS, KV_HEADS, LENGTH, ROW
 from deltaformer_jax.config import Mixer, ModelConfig
 from deltaformer_jax.layers.bias.position_bias import LEAST
 from deltaformer_jax.layers.mixers.build import build_mixer
+from deltaformer_jax.layers.mixers.delta_former import DeltaFormer
 from deltaformer_jax.layers.mixers.softmax_attention import SoftmaxAttention
 from deltaformer_jax.sharding.context.over_context import over_context
 
@@ -34,6 +35,22 @@ def test_how_they_start():
     np.testing.assert_allclose(outputs(dape, x), outputs(alibi, x), rtol=0, atol=1e-5)
     gradient = nnx.jit(nnx.grad(lambda mixer: jnp.sum(mixer(x)[0] ** 2)))(dape)
     assert np.abs(np.asarray(gradient["position_bias"]["weight_out"][...])).min() > 0
+
+
+def test_where_delta_former_has_it():
+    """By default its read; each of read and write has its own numbers, those of the write for u's heads."""
+    make = lambda **options: make_mixer(DeltaFormer, dict(rope_base=None, position_bias="kerple") | options)
+    read, write, both = make(), make(position_bias_in="write", write_query="query"), make(position_bias_in="both")
+    assert read.write_bias is write.read_bias is None
+    assert both.read_bias().p.shape == write.write_bias().p.shape == (HEADS,) and both.write_bias().p.shape == (2,)
+    both.implementation = "parallel"
+    gradient = nnx.jit(nnx.grad(lambda mixer, x: jnp.sum(mixer(x)[0] ** 2)))(both, normal((1, 8, D_MODEL)))
+    for bias, name in ((bias, name) for bias in ("read_bias", "write_bias") for name in ("log_p", "log_a")):
+        assert np.abs(np.asarray(gradient[bias][name][...])).min() > 0
+    with pytest.raises(ValueError, match='position_bias_in=\'write\' needs position_bias="kerple" or "fire"'):
+        make(position_bias="none", position_bias_in="write")
+    with pytest.raises(ValueError, match="position_bias_in='writes' must be one of 'read', 'write', 'both'"):
+        make(position_bias_in="writes")
 
 
 @pytest.mark.parametrize(
@@ -61,8 +78,11 @@ def test_a_config_names_the_field_and_a_layer_has_its_own():
 
 def test_what_cannot_be_done_with_one():
     mixer = make_mixer(SoftmaxAttention, dict(position_bias="kerple", rope_base=None))
+    written = make_mixer(DeltaFormer, dict(position_bias="kerple", rope_base=None, position_bias_in="write"))
     x, positions = jnp.zeros((1, 3, D_MODEL)), jnp.zeros((1, 3), jnp.int32)
-    with pytest.raises(NotImplementedError, match=r"model\.position_bias and dape_dim: .* compared"):
-        mixer.compared(x, segment_ids=None, positions=positions)
-    with pytest.raises(NotImplementedError, match=r"position_bias: .* set mesh\.context=1"):
-        over_context(None, {"query": x, "position_bias": mixer.position_bias()}, "context")
+    for one in (mixer, written):
+        with pytest.raises(NotImplementedError, match=r"model\.position_bias and dape_dim: .* compared"):
+            one.compared(x, segment_ids=None, positions=positions)
+    for name, bias in (("position_bias", mixer.position_bias()), ("write_bias", written.write_bias())):
+        with pytest.raises(NotImplementedError, match=rf"{name}: .* set mesh\.context=1"):
+            over_context(None, {"query": x, name: bias}, "context")
