@@ -7,6 +7,8 @@
     Fire      b_h = f_h( ψ(i − j) / ψ(max(L, i)) ),        ψ(x) = log(1 + c x),  f(x) = W₂ relu(w₁ x + c₁)
     Dape      b = B + f(A, B),                             f = W₂ leaky_relu(W_A A + W_B B + c₁)
 
+In DeltaFormer's write, s_ti = scale · w_t·k_i + b(t, i) for i < t, with the heads of the write query w.
+
 i and j are positions in the segment, from 0. In Dape, A_h = scale · q_i·k_j are the scores of all heads of one pair
 (i, j), and B is one of the other biases. The last layers have no constants: a constant of a head changes no softmax.
 
@@ -19,7 +21,7 @@ Li et al., arXiv 2310.04418, eq. 4 and 5. DAPE: Zheng et al., arXiv 2405.14722, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +30,12 @@ from deltaformer_jax.ops.common.checks import check_float
 from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 LEAKY_SLOPE = 0.01
+BIASES = ("position_bias", "write_bias", "read_bias")  # the arguments of ops that are a PositionBias
 BIASED_CHUNK = 128  # most rows of a chunk: a bias may compute tens of numbers for each pair of tokens of a tile
 
 
 class PositionBias(Protocol):
-    """What is added to scores: a pytree of float arrays, each [H, …] or, shared by all heads, [1, …].
+    """What is added to scores of H heads: a pytree of float arrays, each [H, …] or, shared by all heads, [1, …].
 
     The ops call it on parts of the score matrix and differentiate it with `jax.vjp`: it must treat each pair (i, j) by
     itself. It must be finite with finite derivatives for every distance ≥ 0.
@@ -44,14 +47,28 @@ class PositionBias(Protocol):
         ...
 
 
+class Biases(NamedTuple):
+    """Those of the scores of DeltaFormer's write, of its Hu write heads, and of its read; each may be None."""
+
+    write: PositionBias | None = None
+    read: PositionBias | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is one."""
+        return any(bias is not None for bias in self)
+
+
 def mixes_heads(bias: PositionBias) -> bool:
     """Whether a head's bias depends on the scores of other heads: its attribute `mixes_heads`, False by default."""
     return getattr(bias, "mixes_heads", False)
 
 
-def as_position_bias(bias, heads: int, like: jax.Array, argument: str = "position_bias") -> PositionBias:
+def as_position_bias(
+    bias, heads: int, like: jax.Array, argument: str = "position_bias", whose: str = "query heads"
+) -> PositionBias:
     """`bias` with its arrays in the accumulation dtype of `like`. Raises, naming the argument, if it is no
-    `PositionBias` for that many heads."""
+    `PositionBias` for that many heads; `whose` says in the message what heads they are."""
     if not callable(bias):
         raise TypeError(f"{argument} must be a PositionBias, such as ops.Kerple(p, a), not {type(bias).__name__}")
 
@@ -61,7 +78,7 @@ def as_position_bias(bias, heads: int, like: jax.Array, argument: str = "positio
             raise TypeError(f"{name} must be an array, not {type(x).__name__}: a PositionBias is a pytree of arrays")
         check_float(name, x.dtype)
         if x.ndim == 0 or x.shape[0] not in (1, heads):
-            raise ValueError(f"{name} has shape {x.shape}: its first axis must be the {heads} query heads, or 1")
+            raise ValueError(f"{name} has shape {x.shape}: its first axis must be the {heads} {whose}, or 1")
         return jnp.asarray(x, accumulation_dtype(like.dtype))
 
     return jax.tree.map_with_path(fitting, bias)

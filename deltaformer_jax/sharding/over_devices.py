@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from deltaformer_jax.ops.common.rematerialisation import kept
-from deltaformer_jax.ops.position_bias import mixes_heads
+from deltaformer_jax.ops.position_bias import BIASES, mixes_heads
 from deltaformer_jax.sharding.context.axis import CONTEXT_AXIS, sequence_is_sharded
-from deltaformer_jax.sharding.context.over_context import BIASES, over_context
+from deltaformer_jax.sharding.context.over_context import over_context
 
 # Mesh axes over which the rows of a batch are sharded, and those over which heads are.
 ROW_AXES = ("data", "fsdp", "expert")
@@ -74,13 +74,20 @@ def over_devices(op: Callable, arrays: dict[str, jax.Array | None]) -> jax.Array
         if name == "sinks":
             return PartitionSpec(own)
         if name in BIASES:
-            return jax.tree.map(lambda x: PartitionSpec(own if x.shape[0] > 1 else None), given[name])
+            return jax.tree.map(lambda x: PartitionSpec(None if x.shape[0] % devices else own), given[name])
         return PartitionSpec(row_axes) if name in ("segment_ids", "keep") else PartitionSpec(row_axes, None, own)
+
+    def own_numbers(x):
+        """Of an array [h, …] of a bias, those of this device's heads, unless it has them already or all share it."""
+        return x if x.shape[0] == 1 or x.shape[0] % devices == 0 else _own_heads(x, 0, head_axes, devices)
 
     def on_device(given):
         mine = {
             name: _own_heads(x, _heads_axis(name), head_axes, devices) for name, x in given.items() if name in shared
         }
+        for name in BIASES:
+            if name in given:
+                mine[name] = jax.tree.map(own_numbers, given[name])
         return of_part(**given | mine, **none)
 
     mapped = jax.shard_map(

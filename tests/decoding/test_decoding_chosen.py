@@ -222,8 +222,13 @@ def test_separators_of_tokenizers():
 
 def test_refusals(model):
     state_only = LanguageModel(ModelConfig(mixers=("gated_delta_net",), num_layers=1, **SIZES), rngs=nnx.Rngs(0))
-    linear = ModelConfig(mixers=(Mixer("delta_former", read_similarity="linear"),), num_layers=1, **SIZES)
-    linear = LanguageModel(linear, rngs=nnx.Rngs(0))
+    linear, biased = (
+        nnx.eval_shape(lambda config=config: LanguageModel(config, rngs=nnx.Rngs(0)))
+        for config in (
+            ModelConfig(mixers=(Mixer("delta_former", **own),), num_layers=1, **SIZES)
+            for own in (dict(read_similarity="linear"), dict(position_bias="kerple", position_bias_in="write"))
+        )
+    )
     fits = functools.partial(resolved, tokenizer=ByteTokenizer(), vocabulary=257)
     for bad, message in [
         (lambda: Streaming(4, 64, 256, 324), "capacity = 324: give more than initial . separators . window = 324"),
@@ -236,6 +241,7 @@ def test_refusals(model):
         (lambda: Evicted(0.2, write_weight=-1), "write_weight = -1: give 0 or more"),
         (lambda: fits(RULE, state_only), "no layer of this model has a cache that grows with the text"),
         (lambda: fits(Evicted(0.5), linear), "keep: the read of DeltaFormer is not softmax"),
+        (lambda: fits(Evicted(0.5, write_weight=0.0), biased), "keep: the scores of DeltaFormer have a position bias"),
         (lambda: fits(Streaming(1, 2, 4, 12, characters="é"), model), "has no token that consists of"),
         (lambda: resolved(Streaming(1, 2, 4, 12), model, None, 257), "give tokenizer=, or their ids"),
         (lambda: fits(Streaming(1, 2, 4, 12, characters=[300]), model), "characters = 300: give ids from 0 to 256"),

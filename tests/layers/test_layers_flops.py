@@ -62,7 +62,9 @@ def test_at_length_zero_kernels_are_what_is_left(mixer, name, options):
     a position bias, which are multiplied with each pair of tokens."""
     module = make_mixer(mixer, options)
     leaves = jax.tree_util.tree_leaves_with_path(module)
-    others = lambda path: any(name in jax.tree_util.keystr(path) for name in ("shift", "position_bias", "read_bias"))
+    others = lambda path: any(
+        name in jax.tree_util.keystr(path) for name in ("shift", "position_bias", "read_bias", "write_bias")
+    )
     kernels = sum(leaf.size for path, leaf in leaves if leaf.ndim > 1 and not others(path))
     assert module.flops_per_token(0) == 2 * kernels
 
@@ -89,6 +91,9 @@ def test_tied_costs_one_attention():
     assert tied.tied and tied.flops_per_token(100) == attention.flops_per_token(100)
     assert not make_mixer(DeltaFormer, dict(write_query="query", write_scale=0.1)).tied
     assert not make_mixer(DeltaFormer, dict(write_query="query", write_key_norm="on", write_scale=1.0)).tied
+    for place in ("read", "write"):
+        options = dict(write_query="query", position_bias="kerple", position_bias_in=place)
+        assert not make_mixer(DeltaFormer, options).tied
 
 
 @pytest.mark.parametrize("length, window", [(8, 3), (8, 8), (8, 20), (5, 1)])

@@ -189,7 +189,10 @@ def delta_former(module, x, options):
         for h in range(u_heads):
             g = h * KV_HEADS // u_heads
             before = seen(t, options)[:-1]
-            weights = similarity(write, write_keys[before, g] @ w[t, h] * write_scale)
+            scores = write_keys[before, g] @ w[t, h] * write_scale
+            if options.get("position_bias_in") == "both":
+                scores += fire(module.write_bias, t - before, t)[h]
+            weights = similarity(write, scores)
             u[t, h] = alpha[t, h] * v[t, g] - beta[t, h] * (weights @ u[before, h])
     out = np.zeros((len(x), HEADS, HEAD_DIM))
     for t in range(len(x)):

@@ -18,10 +18,12 @@ def mesh(**sizes):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def draw(rows=4, heads=4, kv_heads=2, dtype=jnp.float32):
+def draw(rows=4, heads=4, kv_heads=2, write_bias=False, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     sizes = dict(query=(heads, 8), key=(kv_heads, 8), value=(kv_heads, 8), beta=(kv_heads,))
     arrays = {name: jnp.asarray(rng.uniform(size=(rows, 40, *size)), dtype) for name, size in sizes.items()}
+    if write_bias:
+        arrays["write_bias"] = ops.Kerple(*(jnp.asarray(rng.uniform(size=kv_heads), dtype) for _ in range(2)))
     return {**arrays, "segment_ids": jnp.asarray(np.repeat([[1, 2, 0]], rows, 0).repeat([20, 15, 5], 1))}
 
 
@@ -34,8 +36,8 @@ CUBE = dict(data=2, fsdp=2, tensor=2, context=1)
         (CUBE, dict()),
         (CUBE, dict(rows=3)),  # rows that four devices don't divide
         (CUBE, dict(heads=3, kv_heads=1)),  # heads that two don't divide
-        (dict(tensor=4), dict(heads=8)),  # more devices than key heads: they share them
-        (dict(tensor=4), dict(heads=12, kv_heads=6)),  # of which none has a whole number
+        (dict(tensor=4), dict(heads=8, write_bias=True)),  # more devices than key heads: they share them
+        (dict(tensor=4), dict(heads=12, kv_heads=6, write_bias=True)),  # of which none has a whole number
         (dict(rows_of_another_name=8), dict()),
     ],
 )

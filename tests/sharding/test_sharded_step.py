@@ -47,7 +47,7 @@ def one():
         (
             MeshConfig(data=2, fsdp=2, tensor=2),
             {
-                "model__mixers": ("softmax_attention", Mixer("delta_former", dape_dim=4)),
+                "model__mixers": ("softmax_attention", Mixer("delta_former", dape_dim=4, position_bias_in="both")),
                 "model__position_bias": "kerple",
                 "model__rope_base": 0.0,
             },

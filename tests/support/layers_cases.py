@@ -58,7 +58,7 @@ DELTA_CASES = {
     ),
     "long keys": dict(write_similarity="linear", write_key_norm="off", write_scale=0.05),
     "gated": dict(output_gate=True, conv_size=4, kv_shift=True, kv_shift_window=4, write_rope_base=None),
-    "read bias": dict(write_query="query", rope_base=None, position_bias="fire", fire_length=4),
+    "biases": dict(rope_base=None, position_bias="fire", fire_length=4, position_bias_in="both", window=5),
     "gated, projected": dict(
         write_query="projected",
         output_gate=True,

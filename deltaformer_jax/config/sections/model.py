@@ -144,8 +144,14 @@ class ModelConfig(BodyFields):
     position_bias: str = setting(
         "none",
         'A trained bias of scores by distance d, for models without a rotary embedding. "kerple": -p log(1 + a d) for '
-        'each head. "fire": a small network of log(1 + c d) / log(1 + c max(L, position)). In delta_former: the read.',
+        'each head. "fire": a small network of log(1 + c d) / log(1 + c max(L, position)).',
         choices=("none", "kerple", "fire"),
+        must_be_used=True,
+    )
+    position_bias_in: str = setting(
+        "read",
+        "Whether delta_former's read, its write or both, each with its own numbers, have the position_bias.",
+        choices=("read", "write", "both"),
         must_be_used=True,
     )
     fire_length: int = setting(

@@ -24,6 +24,7 @@ from deltaformer_jax.layers.caches import AttentionCache, is_selected
 from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.model import LanguageModel
 from deltaformer_jax.ops.common.similarity import Softmax
+from deltaformer_jax.ops.position_bias import BIASES
 
 
 def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer: Tokenizer | None, vocabulary: int):
@@ -78,7 +79,7 @@ def _check_sizes(rule: Streaming, model: LanguageModel) -> None:
 
 def _check_compared(mixer: Any, write_weight: float) -> None:
     name = type(mixer).__name__
-    if getattr(mixer, "position_bias", None) is not None or getattr(mixer, "read_bias", None) is not None:
+    if any(getattr(mixer, name, None) is not None for name in BIASES):
         raise ValueError(f"keep: the scores of {name} have a position bias (model.position_bias), which proxies lack")
     if mixer.read_similarity != Softmax():
         raise ValueError(f"keep: the read of {name} is not softmax, so that its proxies have no shares to sum")

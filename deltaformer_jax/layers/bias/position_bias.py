@@ -24,12 +24,12 @@ LEAST = 0.01  # of Kerple's p and a
 
 
 class Kerple(nnx.Module):
-    """−p_h log(1 + a_h (i − j)) for H = num_heads."""
+    """−p_h log(1 + a_h (i − j)) for H = num_heads; `axis` is their name in the mesh rules."""
 
-    def __init__(self, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_heads: int, *, axis: str = "heads", rngs: nnx.Rngs):
         log_uniform = lambda most: jnp.log(jax.random.uniform(rngs.params(), (num_heads,), minval=LEAST, maxval=most))
-        self.log_p = nnx.Param(log_uniform(2.0), axes=("heads",), decay=False)
-        self.log_a = nnx.Param(log_uniform(1.0), axes=("heads",), decay=False)
+        self.log_p = nnx.Param(log_uniform(2.0), axes=(axis,), decay=False)
+        self.log_a = nnx.Param(log_uniform(1.0), axes=(axis,), decay=False)
 
     def __call__(self) -> ops.PositionBias:
         return ops.Kerple(*(LEAST + jnp.exp(x[...]) for x in (self.log_p, self.log_a)))
@@ -41,14 +41,14 @@ class Kerple(nnx.Module):
 class Fire(nnx.Module):
     """f_h(ψ(i − j) / ψ(max(L, i))) for H = num_heads; L starts at `fire_length` tokens."""
 
-    def __init__(self, num_heads: int, fire_length: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_heads: int, fire_length: int, *, axis: str = "heads", rngs: nnx.Rngs):
         self.fire_length = fire_length
         self.log_c = nnx.Param(jnp.full((1,), math.log(0.1), jnp.float32), axes=("shared",), decay=False)
         self.log_length = nnx.Param(jnp.zeros((1,), jnp.float32), axes=("shared",), decay=False)
         self.weight_in = nnx.Param(truncated_normal(rngs, (1, FIRE_WIDTH), 1.0), axes=("shared", "rank"))
         self.bias_in = nnx.Param(truncated_normal(rngs, (1, FIRE_WIDTH), 1.0), axes=("shared", "rank"), decay=False)
         out = truncated_normal(rngs, (num_heads, FIRE_WIDTH), FIRE_WIDTH**-0.5)
-        self.weight_out = nnx.Param(out, axes=("heads", "rank"))
+        self.weight_out = nnx.Param(out, axes=(axis, "rank"))
 
     def __call__(self) -> ops.PositionBias:
         network = (x[...] for x in (self.weight_in, self.bias_in, self.weight_out))
@@ -74,13 +74,15 @@ class Alibi(nnx.Module):
 class Dape(nnx.Module):
     """B + f(A, B) for the H = num_heads of `static`, B; f has `dape_dim` hidden features."""
 
-    def __init__(self, static: Kerple | Fire | Alibi, num_heads: int, dape_dim: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, static: Kerple | Fire | Alibi, num_heads: int, dape_dim: int, *, axis: str = "heads", rngs: nnx.Rngs
+    ):
         self.static = static
         into = lambda: truncated_normal(rngs, (num_heads, dape_dim), (2 * num_heads) ** -0.5)
-        self.scores_in = nnx.Param(into(), axes=("heads", "rank"))
-        self.static_in = nnx.Param(into(), axes=("heads", "rank"))
+        self.scores_in = nnx.Param(into(), axes=(axis, "rank"))
+        self.static_in = nnx.Param(into(), axes=(axis, "rank"))
         self.bias_in = nnx.Param(jnp.zeros((1, dape_dim), jnp.float32), axes=("shared", "rank"), decay=False)
-        self.weight_out = nnx.Param(jnp.zeros((num_heads, dape_dim), jnp.float32), axes=("heads", "rank"))
+        self.weight_out = nnx.Param(jnp.zeros((num_heads, dape_dim), jnp.float32), axes=(axis, "rank"))
 
     def __call__(self) -> ops.PositionBias:
         network = (self.scores_in, self.static_in, self.bias_in, self.weight_out)
@@ -91,10 +93,18 @@ class Dape(nnx.Module):
 
 
 def position_bias_of(
-    kind: str, slopes: list[float] | None, num_heads: int, fire_length: int, dape_dim: int, *, rngs: nnx.Rngs
+    kind: str,
+    slopes: list[float] | None,
+    num_heads: int,
+    fire_length: int,
+    dape_dim: int,
+    *,
+    axis: str = "heads",
+    rngs: nnx.Rngs,
 ) -> Kerple | Fire | Dape | None:
     """The bias of a mixer's arguments position_bias = `kind`, fire_length and dape_dim, or None. `slopes`: of its
-    ALiBi, None if it has none. ALiBi alone needs no bias: it is a constant log decay.
+    ALiBi, None if it has none. ALiBi alone needs no bias: it is a constant log decay. `axis`: the name of its heads in
+    the mesh rules.
 
     Raises ValueError naming the argument.
     """
@@ -107,9 +117,9 @@ def position_bias_of(
     if kind == "none" and not dape_dim:
         return None
     if kind == "kerple":
-        static = Kerple(num_heads, rngs=rngs)
+        static = Kerple(num_heads, axis=axis, rngs=rngs)
     elif kind == "fire":
-        static = Fire(num_heads, fire_length, rngs=rngs)
+        static = Fire(num_heads, fire_length, axis=axis, rngs=rngs)
     else:
         static = Alibi(tuple(slopes))
-    return Dape(static, num_heads, dape_dim, rngs=rngs) if dape_dim else static
+    return Dape(static, num_heads, dape_dim, axis=axis, rngs=rngs) if dape_dim else static

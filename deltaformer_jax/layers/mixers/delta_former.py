@@ -97,8 +97,10 @@ class DeltaFormer(nnx.Module):
       qk_norm: RMSNorm of each head of q, k and a projected w.
       kv_shift: mix each key and value with the previous token's, see `kv_shift.py`. kv_shift_window: over how many
         tokens, the token itself included. kv_shift_parts: "both", "key" or "value".
-      position_bias: a trained bias of the read's scores by position: "none", "kerple" or "fire". fire_length: where
-        FIRE's L starts, in tokens. dape_dim: hidden features of DAPE, 0: none (`bias/position_bias.py`).
+      position_bias: a trained bias of scores by position: "none", "kerple" or "fire". fire_length: where FIRE's L
+        starts, in tokens. dape_dim: hidden features of DAPE, 0: none (`bias/position_bias.py`).
+      position_bias_in: of whose scores: "read", "write", or "both", each with its own numbers. Those of the write are
+        for u's heads, G for w = k and else H.
       conv_size: width in tokens of short convolutions (with SiLU) of q, k, v and a projected w, before their norms and
         rotations, see `short_convolution.py`; 0: none.
       output_gate: multiply o_t by sigmoid(x_t W_g) before W_o.
@@ -146,6 +148,7 @@ class DeltaFormer(nnx.Module):
         position_bias: str = "none",
         fire_length: int = 512,
         dape_dim: int = 0,
+        position_bias_in: str = "read",
         output_scale: float = 1.0,
         chunk_size: int | None = None,
         implementation: str | None = None,
@@ -153,6 +156,7 @@ class DeltaFormer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = dict(write_query=write_query, write_key_norm=write_key_norm, alpha=alpha, beta=beta)
+        options |= dict(position_bias_in=position_bias_in)
         for name, value in options.items():
             check_argument(name, value)
         self.separator_tokens = check_visible(window, initial_tokens, separator_tokens)
@@ -211,7 +215,13 @@ class DeltaFormer(nnx.Module):
             fan_in=num_heads * head_dim,
             scale=output_scale,
         )
-        self.read_bias = position_bias_of(position_bias, None, num_heads, fire_length, dape_dim, rngs=rngs)
+        if position_bias_in != "read" and position_bias == "none":
+            raise ValueError(f'position_bias_in={position_bias_in!r} needs position_bias="kerple" or "fire"')
+        bias = lambda heads, axis: position_bias_of(
+            position_bias, None, heads, fire_length, dape_dim, axis=axis, rngs=rngs
+        )
+        self.read_bias = bias(num_heads, "heads") if position_bias_in != "write" else None
+        self.write_bias = bias(self.u_heads, u_axis) if position_bias_in != "read" else None
         self.output_gate = OutputGate(d_model, num_heads, head_dim, dtype=dtype, rngs=rngs) if output_gate else None
         softmax_write = isinstance(self.write_similarity, Softmax)
         self.unit_keys = write_key_norm == "on" or (write_key_norm == "auto" and not softmax_write)
@@ -260,8 +270,8 @@ class DeltaFormer(nnx.Module):
             attend = functools.partial(attend, write_query=write_query)
         else:
             arrays["write_query"] = write_query
-        if self.read_bias is not None:
-            arrays["read_bias"] = self.read_bias()
+        biases = dict(write_bias=self.write_bias, read_bias=self.read_bias)
+        arrays |= {name: bias() for name, bias in biases.items() if bias is not None}
         if cache is None:
             read = over_devices(attend, arrays)
         else:
@@ -340,7 +350,7 @@ class DeltaFormer(nnx.Module):
         found = {}
         if isinstance(self.read_similarity, Softmax) and self.read_bias is None:
             found["read"] = {"query": query.astype(jnp.float32) * self.read_scale, "key": key}
-        if isinstance(self.write_similarity, Softmax):
+        if isinstance(self.write_similarity, Softmax) and self.write_bias is None:
             if isinstance(write_query, str):
                 write_query = key if write_query == "key" else query
             found["write"] = {"query": write_query.astype(jnp.float32) * self.write_scale, "key": key}
@@ -370,15 +380,16 @@ class DeltaFormer(nnx.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether write and read have the same scores (w = q, both softmax, equal scales), and nothing lasts behind the
-        window.
+        """Whether write and read have the same scores (w = q, both softmax, equal scales, no position bias), and
+        nothing lasts behind the window.
 
         The op then computes both in one pass over the keys.
         """
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
+        unbiased = self.read_bias is None and self.write_bias is None
         lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
-        return both_softmax and same_scores and not lasts and not self.two_keys and self.read_bias is None
+        return both_softmax and same_scores and unbiased and not lasts and not self.two_keys
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
@@ -408,7 +419,7 @@ class DeltaFormer(nnx.Module):
           scores and masks them.
         * write: 4 Hu K n, or 0 if it shares the read's pass (`tied`).
         * half as much again for both if a token has two keys (`write_rope_base`), as scores are then twice as wide.
-        * a position bias: 32 H length for FIRE, 3 H dape_dim length for DAPE.
+        * a position bias: 32 H length for FIRE, 3 H dape_dim length for DAPE; of the write, Hu in place of H.
 
         Hu is G for w = k, else H. The solve inside each chunk, O(chunk_size) per token, is not counted.
         """
@@ -419,8 +430,9 @@ class DeltaFormer(nnx.Module):
             projections += self.output_gate.flops_per_token()
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
+        biases = [bias.flops_per_pair() for bias in (self.write_bias, self.read_bias) if bias is not None]
         lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
-        plain = self.read_bias is None and not isinstance(self.read_similarity, SelfAdjust)
+        plain = not biases and not isinstance(self.read_similarity, SelfAdjust)
         seen = mean_tokens_seen(length, self.window if plain or not lasts else None, self.initial_tokens)
-        biases = 0.0 if self.read_bias is None else self.read_bias.flops_per_pair() * seen
-        return projections + gates + (3.0 if self.two_keys else 2.0) * passes * self.head_dim * 2 * seen + biases
+        each = (3.0 if self.two_keys else 2.0) * passes * self.head_dim * 2 + sum(biases)
+        return projections + gates + each * seen

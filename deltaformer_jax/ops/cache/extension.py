@@ -59,8 +59,10 @@ def _new_positions(cache, real):
     return cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
 
 
-def _biases(bias, scores, cache, real):
-    """The position bias of `scores`, a pair of parts [B,G,1,r,T,·], as parts of these shapes."""
+def _biased(bias, scores, cache, real):
+    """`scores`, a pair of parts [B,G,n,r,T,·], with the position bias of their G·n·r heads, which may be None."""
+    if bias is None:
+        return scores
     position, slots = _new_positions(cache, real), slot_positions(cache)
 
     def of_part(scores, columns):
@@ -69,7 +71,8 @@ def _biases(bias, scores, cache, real):
         return bias(scores.reshape(b, g * n * r, t, -1), ago, position)
 
     parts = [of_part(*part) for part in zip(scores, (slots, position))]
-    return [jnp.broadcast_to(x, (real.shape[0], *x.shape[1:])).reshape(part.shape) for x, part in zip(parts, scores)]
+    whole = lambda x: jnp.broadcast_to(x, (real.shape[0], *x.shape[1:]))
+    return [part + whole(x).reshape(part.shape) for x, part in zip(parts, scores)]
 
 
 def _visible(cache, real, strict, window, lasting):
@@ -95,9 +98,9 @@ def _weights(similarity, scores, visible, dtype):
     return [x.astype(dtype) for x in weights] if similarity.normalised else weights
 
 
-def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, real, plan, bias=None):
+def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, real, plan, biases):
     """DeltaFormer of one block: (output [B,T,H,V], its Entries). `write_query` is [B,T,Hu,K]; `lasting` [B,T] or None;
-    `real` [B,T] is False at padding; `bias`, a PositionBias of the read, or None."""
+    `real` [B,T] is False at padding; `biases` are `Biases`."""
     b, t, g, width = key.shape
     n = write_query.shape[2] // g
     group = query.shape[2] // (g * n)
@@ -109,6 +112,7 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, re
     # Both products with the cached keys stand together, so that one program can make both and read the keys once.
     write_scores = _scores(write_query.reshape(b, t, g, n, 1, width), cache.key_by_head, key, plan.write_scale)
     read_scores = _scores(query.reshape(b, t, g, n, group, width), cache.key_by_head, key, plan.read_scale)
+    write_scores = _biased(biases.write, write_scores, cache, real)
     visible = _visible(cache, real, True, plan.window, lasting)
     weights = _weights(plan.write_similarity, write_scores, visible, key.dtype)
     past = _values(weights, old_u, None)[:, :, :, :, 0]
@@ -121,8 +125,7 @@ def extend_delta(cache, query, write_query, key, value, alpha, beta, lasting, re
     else:
         u = target  # for a single token, I + diag(β) A_new is the identity
 
-    if bias is not None:
-        read_scores = [x + added for x, added in zip(read_scores, _biases(bias, read_scores, cache, real))]
+    read_scores = _biased(biases.read, read_scores, cache, real)
     visible = _visible(cache, real, False, plan.window, lasting)
     weights = _weights(plan.read_similarity, read_scores, visible, key.dtype)
     out = _values(weights, old_u, u)
@@ -135,8 +138,7 @@ def extend_attention(cache, query, key, value, log_decay, lasting, real, sinks, 
     None, sinks [H] or None, bias a PositionBias or None."""
     b, t, g, width = key.shape
     scores = _scores(query.reshape(b, t, g, 1, -1, width), cache.key_by_head, key, scale)
-    if bias is not None:
-        scores = [x + added for x, added in zip(scores, _biases(bias, scores, cache, real))]
+    scores = _biased(bias, scores, cache, real)
     if log_decay is not None:
         decays = _decay(cache.decay_by_head, log_decay)
         scores = [x + decay.reshape(x.shape) for x, decay in zip(scores, decays)]

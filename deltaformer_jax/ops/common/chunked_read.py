@@ -39,7 +39,7 @@ def visible_columns(i, j, rows_per_token, chunk, segments, window, lasting, diag
     return visible
 
 
-def _add_bias(scores, bias, positions, i, j, chunk):
+def add_bias(scores, bias, positions, i, j, chunk):
     """scores [B, G, C·r, C] of row chunk i and column chunk j, plus the position bias, a function of all H heads."""
     batch, heads, rows, columns = scores.shape
     group, index = rows // chunk, jnp.arange(chunk, dtype=jnp.int32)
@@ -98,7 +98,7 @@ def read_forward(
         def step(j, running, diagonal):
             scores = tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
             if bias is not None:
-                scores = _add_bias(scores, bias, positions, c, j, chunk)
+                scores = add_bias(scores, bias, positions, c, j, chunk)
             scores = add_decay(scores, decay, c, j, chunk, diagonal)
             visible = visible_columns(c, j, group, chunk, segments, window, lasting, diagonal)
             return tiles.absorb(similarity, running, scores, visible, tiles.take(u, j, chunk), operand)
@@ -168,7 +168,7 @@ def read_backward(
             visible = visible_columns(i, j, group, chunk, segments, window, lasting, diagonal)
             scores = tiles.dot(rows, keys.mT, k.dtype) * scale
             if bias is not None:
-                biased = lambda scores, bias: _add_bias(scores, bias, positions, i, j, chunk)
+                biased = lambda scores, bias: add_bias(scores, bias, positions, i, j, chunk)
                 scores, pull_back = jax.vjp(biased, scores, bias)
             scores = add_decay(scores, decay, i, j, chunk, diagonal)
             lses, dots = (tiles.take(x, i, chunk * group) for x in (lse, row_dot))

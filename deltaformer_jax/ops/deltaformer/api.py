@@ -45,14 +45,19 @@ from deltaformer_jax.ops.deltaformer.definition import (
     read_biased_recurrent,
     read_parallel,
     read_recurrent,
+    write_biased_parallel,
+    write_biased_recurrent,
     write_parallel,
     write_recurrent,
 )
 from deltaformer_jax.ops.deltaformer.kernels import bind
-from deltaformer_jax.ops.position_bias import BIASED_CHUNK, PositionBias, as_position_bias
+from deltaformer_jax.ops.position_bias import BIASED_CHUNK, Biases, PositionBias, as_position_bias
 
 _DEFINITIONS = {"recurrent": (write_recurrent, read_recurrent), "parallel": (write_parallel, read_parallel)}
-_BIASED_READS = {"recurrent": read_biased_recurrent, "parallel": read_biased_parallel}
+_BIASED = {
+    "recurrent": (write_biased_recurrent, read_biased_recurrent),
+    "parallel": (write_biased_parallel, read_biased_parallel),
+}
 
 
 def delta_attention(
@@ -67,6 +72,7 @@ def delta_attention(
     read_similarity: str | Similarity = "softmax",
     write_scale: float | None = None,
     read_scale: float | None = None,
+    write_bias: PositionBias | None = None,
     read_bias: PositionBias | None = None,
     window: int | None = None,
     keep: jax.Array | None = None,
@@ -82,6 +88,8 @@ def delta_attention(
 
         u_t = α_t v_t − β_t Σ_{i<t} κ₁(w_t, k_i) u_i          write: strictly causal
         o_t = Σ_{i≤t} κ₂(q_t, k_i) u_i                          read: causal, the token itself included
+
+    With biases by position, κ₁ is applied to write_scale · w_t·k_i + b₁(t, i), κ₂ to read_scale · q_t·k_i + b₂(t, i).
 
     β = 0, α = 1, κ₂ = softmax is ordinary attention; κ₁ = κ₂ = linear, w = k, α = β is DeltaNet.
 
@@ -108,9 +116,10 @@ def delta_attention(
         kernels have.
       write_scale, read_scale: multiply w·k and q·k; None means K ** -0.5. For keys of unit length use a write scale
         of 1.
-      read_bias: added to read_scale · q·k before κ₂, a function of the positions of both tokens or, as in `ops.Dape`,
-        of the scores of all heads too: `ops.Alibi`, `ops.Kerple`, `ops.Fire`, `ops.Dape`, or one of your own, see
-        `ops.position_bias.PositionBias`. Its arrays are [H, …], or [1, …] if all heads share them. None means 0.
+      write_bias, read_bias: b₁ and b₂, functions of the positions of both tokens or, as in `ops.Dape`, of the scores of
+        all heads too: `ops.Alibi`, `ops.Kerple`, `ops.Fire`, `ops.Dape`, or one of your own, see
+        `ops.position_bias.PositionBias`. The arrays of b₁ are [Hu, …], those of b₂ [H, …], or [1, …] if all heads share
+        them. None means 0. With either, write and read are two passes.
       window: how many tokens a token sees, itself included; None means all tokens up to and including itself.
       keep: [B, T] bool, True for tokens that all later ones of the segment see, for example separators. It needs a
         window, or a cache of chosen tokens, which remembers them for `streaming_entries`.
@@ -123,9 +132,9 @@ def delta_attention(
       implementation: "recurrent" (the definition, token by token), "parallel" (T×T matrices), "chunked" (a scan over
         chunks with a hand-written backward pass), "triton" (kernels for NVIDIA GPUs: float32, bfloat16 and float16,
         head dimensions up to 256) or "pallas_tpu" (kernels for TPUs: float32 and bfloat16, head dimensions up to 256).
-        The kernels choose their own chunk size. They have no read_bias, window, keep or initial. They can return a new
-        cache, but they cannot continue from a given one. None is the default choice: the kernels of the platform that
-        the program is compiled for if they support the call, else "chunked".
+        The kernels choose their own chunk size. They have no write_bias, read_bias, window, keep or initial. They can
+        return a new cache, but they cannot continue from a given one. None is the default choice: the kernels of the
+        platform that the program is compiled for if they support the call, else "chunked".
       cache: a KUCache to continue from. Each of its rows holds one document, and the new tokens follow that document.
         New tokens with segment id 0 are not stored. The same call does prefill (T > 1) and a decoding step (T = 1).
         With a window it may be a ring of `window` slots. With keep or initial it must be a SelectedKUCache, whose
@@ -146,9 +155,9 @@ def delta_attention(
         "recurrent" and "parallel".
 
     Cost: with F = 2 T² K B H floating-point operations (one causal pass of two matrix products): (1 + G/H) F for w = k;
-      1 F if one pass serves write and read (w = q, both similarities softmax, equal scales, neither keep nor initial:
-      the op detects this itself); else 2 F. The backward pass costs 2.5 times as much. With a window F is
-      4 T (window + S) K B H, where S tokens last behind it; beside a self-adjusted read or read_bias, that of T² again.
+      1 F if one pass serves write and read (w = q, both similarities softmax, equal scales, no bias, neither keep nor
+      initial: the op detects this itself); else 2 F. The backward pass costs 2.5 times as much. With a window F is
+      4 T (window + S) K B H, where S tokens last behind it; beside a self-adjusted read or a bias that of T² again.
       Memory: O(T (K+V)) per head for "chunked", O(T²) for "parallel".
 
     Source: Xu et al., "DeltaFormer: unlock the state space of Transformer", NeurIPS 2025, eq. 8 and 9. Grouped queries,
@@ -167,11 +176,12 @@ def delta_attention(
         if isinstance(plan.read_similarity, SelfAdjust):
             raise ValueError(f"read_similarity={read_similarity!r}: has no read_bias; leave it out, or take 'softmax'")
         read_bias = as_position_bias(read_bias, query.shape[2], key, "read_bias")
-        plan = plan if chunk_size else dataclasses.replace(plan, chunk=min(plan.chunk, BIASED_CHUNK))
+    write_heads = query.shape[2] if own_query else _write_heads(inputs.write_query, key)
+    biases = Biases(_as_write_bias(write_bias, write_heads, key), read_bias)
+    plan = _with_chunk_of(biases, plan, chunk_size)
     if cache is not None or return_cache:
         checks.check_one_document(inputs.segment_ids)
     if cache is not None:
-        write_heads = query.shape[2] if own_query else _write_heads(inputs.write_query, key)
         cache = check_cache(cache, KUCache, key, write_heads, value.shape[3])
         check_selected(cache, keep, initial)
         check_room(cache, inputs.segment_ids, key.shape[1], window)
@@ -180,8 +190,8 @@ def delta_attention(
                 f"implementation={implementation!r} cannot continue from a cache: use None or 'chunked'"
             )
         block = {"recurrent": 1, "parallel": key.shape[1]}.get(implementation, chunk_size or 128)
-        return _extend(plan, own_query, block, held, cache, inputs, keep, read_bias)
-    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, read_bias)
+        return _extend(plan, own_query, block, held, cache, inputs, keep, biases)
+    return _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, biases)
 
 
 def delta_values(
@@ -193,6 +203,7 @@ def delta_values(
     beta: jax.Array | None = None,
     write_similarity: str | Similarity = "softmax",
     write_scale: float | None = None,
+    write_bias: PositionBias | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
@@ -221,7 +232,8 @@ def delta_values(
         chunk=_chunk(chunk_size, key),
     )
     inputs = Inputs(None, write_query, key, value, alpha, beta, segment_ids)
-    return _write(plan, implementation, (write_arrays, ()), inputs)
+    biases = Biases(_as_write_bias(write_bias, _write_heads(write_query, key), key))
+    return _write(_with_chunk_of(biases, plan, chunk_size), implementation, (write_arrays, ()), inputs, biases)
 
 
 def checked(
@@ -260,17 +272,17 @@ def checked(
 
 
 @compiled(5)
-def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, bias):
+def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held, inputs, keep, biases):
     """`delta_attention` without a given cache. `own_query` says that the write query is the query itself."""
     real, inputs = without_padding(inputs, padding_is_zero)
     query, write_query, key, value, *_ = inputs
     if own_query:
-        plain = bias is None and keep is None and not plan.initial
+        plain = not biases.given and keep is None and not plan.initial
         softmax = plan.write_similarity == plan.read_similarity == Softmax() and plan.write_scale == plan.read_scale
         tied = plain and softmax and implementation not in _DEFINITIONS
         plan, write_query = dataclasses.replace(plan, tied=tied), None if tied else query
     lasting = lasting_tokens(keep, plan.initial, inputs.segment_ids, *key.shape[:2])
-    out, u = _compute(implementation, plan, held, lasting, bias, inputs._replace(write_query=write_query))
+    out, u = _compute(implementation, plan, held, lasting, biases, inputs._replace(write_query=write_query))
     if inputs.segment_ids is not None:
         out = zero_gradient_at_padding(out, real)
     if not return_cache:
@@ -281,30 +293,31 @@ def _attend(plan, own_query, implementation, return_cache, padding_is_zero, held
 
 
 @compiled(3)
-def _extend(plan, own_query, block, held, cache, inputs, keep, bias):
+def _extend(plan, own_query, block, held, cache, inputs, keep, biases):
     """(output, cache): `delta_attention` continued from a given cache, `block` tokens at a time."""
     plan = whole_plan(plan, held)
     real, (query, write_query, key, value, alpha, beta, segment_ids) = without_padding(inputs)
     lasting = lasting_tokens(keep, plan.initial, segment_ids, *key.shape[:2], cache.length)
     w = query if own_query else key if write_query is None else write_query
-    extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan, bias)
+    extend = lambda cache, *arrays: extend_delta(cache, *arrays, plan, biases)
     return extend_in_blocks(extend, cache, (query, w, key, value, alpha, beta, lasting, real), block)
 
 
 @compiled(2)
-def _write(plan, implementation, held, inputs):
+def _write(plan, implementation, held, inputs, biases):
     """The body of `delta_values`: u [B, T, Hu, V]."""
     real, inputs = without_padding(inputs)
-    _, u = _compute(implementation, plan, held, None, None, inputs)
+    _, u = _compute(implementation, plan, held, None, biases, inputs)
     return u if inputs.segment_ids is None else zero_gradient_at_padding(u, real)
 
 
-def _compute(implementation, plan, held, lasting, bias, inputs):
+def _compute(implementation, plan, held, lasting, biases, inputs):
     """(output or None, u) by the named implementation, or by the default choice if `implementation` is None."""
     if implementation in _DEFINITIONS:
-        return _by_definition(implementation, whole_plan(plan, held), lasting, bias, inputs)
-    chunked = functools.partial(delta_chunked, plan, held, lasting, bias)
-    return dispatch("delta", implementation, inputs, chunked=chunked, bind=functools.partial(bind, plan, bias, inputs))
+        return _by_definition(implementation, whole_plan(plan, held), lasting, biases, inputs)
+    chunked = functools.partial(delta_chunked, plan, held, lasting, biases)
+    kernels = functools.partial(bind, plan, biases, inputs)
+    return dispatch("delta", implementation, inputs, chunked=chunked, bind=kernels)
 
 
 def _resolve_write_query(write_query, query, key):
@@ -341,6 +354,20 @@ def _write_heads(write_query, key):
     return (key if write_query is None else write_query).shape[2]
 
 
+def _as_write_bias(bias, write_heads, key):
+    """`bias` as a checked PositionBias of the write's heads, or None."""
+    if bias is None:
+        return None
+    return as_position_bias(bias, write_heads, key, "write_bias", "heads of the write query")
+
+
+def _with_chunk_of(biases, plan, chunk_size):
+    """`plan`, with smaller chunks if there is a bias and the caller leaves their size to the op."""
+    if chunk_size or not biases.given:
+        return plan
+    return dataclasses.replace(plan, chunk=min(plan.chunk, BIASED_CHUNK))
+
+
 def _chunk(chunk_size, key):
     return min(chunk_size or default_chunk(key.shape[1]), key.shape[1])
 
@@ -357,7 +384,7 @@ def without_padding(inputs, padding_is_zero=False):
     return real, Inputs(*arrays, zero_at_padding(alpha, real), zero_at_padding(beta, real), segment_ids)
 
 
-def _by_definition(name, plan, lasting, bias, inputs):
+def _by_definition(name, plan, lasting, biases, inputs):
     """(output or None, u) by the recurrent or the parallel form, computed in the accumulation dtype."""
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     write, read = _DEFINITIONS[name]
@@ -371,24 +398,28 @@ def _by_definition(name, plan, lasting, bias, inputs):
     k, v = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
     gates = [first(ones if gate is None else gate) for gate in (alpha, beta)]
 
+    def biased(form, rows, bias, how):
+        """A form of all heads: `rows` are [B, T, heads, ·], its result too."""
+        one_row = lambda *rows: form(*rows, bias, **how)
+        axes = (*[0] * (len(rows) + 2), None if lasting is None else 0)
+        return jax.vmap(one_row, axes)(*rows, segments, token_positions(segment_ids, batch, time), lasting)
+
     with jax.default_matmul_precision("highest"):
         how = dict(similarity=plan.write_similarity, scale=plan.write_scale, window=plan.window)
-        u = H.over_heads(functools.partial(write, **how), shared=(5, 6))(first(w), k, v, *gates, segments, lasting)
+        if biases.write is None:
+            u = H.over_heads(functools.partial(write, **how), shared=(5, 6))(first(w), k, v, *gates, segments, lasting)
+        else:
+            rows = [H.heads_last(x) for x in (first(w), k, v, *gates)]
+            u = H.heads_first(biased(_BIASED[name][0], rows, biases.write, how))
         if plan.read_similarity is None:
             return None, H.heads_last(u).astype(out_dtype)
-        if bias is not None:
-            rows = (
-                query.astype(dtype),
-                *(H.repeat_heads(x.astype(dtype), query.shape[2]) for x in (key, H.heads_last(u))),
-            )
-            how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)
-            one_row = lambda *rows: _BIASED_READS[name](*rows, bias, **how)
-            axes = (*[0] * 5, None if lasting is None else 0)
-            out = jax.vmap(one_row, axes)(*rows, segments, token_positions(segment_ids, batch, time), lasting)
+        how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)
+        if biases.read is not None:
+            repeated = (H.repeat_heads(x.astype(dtype), query.shape[2]) for x in (key, H.heads_last(u)))
+            out = biased(_BIASED[name][1], (query.astype(dtype), *repeated), biases.read, how)
             return out.astype(out_dtype), H.heads_last(u).astype(out_dtype)
         group = query.shape[2] // heads
         q = H.fold_queries(query.astype(dtype), heads).reshape(batch, heads, time, group, -1)
-        how = dict(similarity=plan.read_similarity, scale=plan.read_scale, window=plan.window)
         out = H.over_heads(functools.partial(read, **how), shared=(3, 4))(q, k, u, segments, lasting)
     out = H.unfold_queries(out.reshape(batch, heads, time * group, -1), group)
     return out.astype(out_dtype), H.heads_last(u).astype(out_dtype)

@@ -33,7 +33,7 @@ from deltaformer_jax.ops.common.reads.self_adjusted import adjusted_backward, ad
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
 from deltaformer_jax.ops.deltaformer.chunked_write import write_backward, write_forward
-from deltaformer_jax.ops.position_bias import PositionBias
+from deltaformer_jax.ops.position_bias import Biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +66,15 @@ class Inputs(NamedTuple):
     segment_ids: jax.Array | None
 
 
-def delta_chunked(
-    plan: Plan, held: tuple[tuple, tuple], lasting: jax.Array | None, bias: PositionBias | None, inputs: Inputs
-):
+def delta_chunked(plan: Plan, held: tuple[tuple, tuple], lasting: jax.Array | None, biases: Biases, inputs: Inputs):
     """(output [B,T,H,V] or None, u [B,T,Hu,V]), both in value's dtype. `held` is described in `whole_plan`; `lasting`
-    bool [B,T]: the tokens that stay visible behind the window; `bias`: of the read's scores by position."""
-    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs, lasting, bias)
+    bool [B,T]: the tokens that stay visible behind the window; `biases`: of the scores, none if the plan is tied."""
+    return _differentiable(plan, without_gradient(held) if any(held) else held, inputs, lasting, biases)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan, held, inputs, lasting, bias):
-    return _forward(plan, held, inputs, lasting, bias)[0]
+def _differentiable(plan, held, inputs, lasting, biases):
+    return _forward(plan, held, inputs, lasting, biases)[0]
 
 
 def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
@@ -89,7 +87,7 @@ def whole_plan(plan: Plan, held: tuple[tuple, tuple]) -> Plan:
     )
 
 
-def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, bias):
+def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, biases):
     """(write heads, padded length, the arguments of `write_forward`, and of these that of all passes by name): heads
     first, padded to whole chunks."""
     length = -(-key.shape[1] // plan.chunk) * plan.chunk
@@ -99,7 +97,7 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, bi
     write_query = key if write_query is None else first(write_query)
     segments = H.pad_time(segment_ids, length)
     # With these reads all earlier chunks are visited, and what does not last is masked.
-    skips = lasting is None or not (isinstance(plan.read_similarity, SelfAdjust) or bias is not None)
+    skips = lasting is None or not (isinstance(plan.read_similarity, SelfAdjust) or biases.given)
     bounds = tiles.first_chunks(segments, plan.window if skips else None, length, plan.chunk)
     segments = None if segments is None else segments[:, None]
     how = dict(chunk=plan.chunk, window=plan.window)
@@ -110,38 +108,39 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, bi
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds, how
 
 
-def _settings(plan, how, bias, segment_ids, time, length):
-    """The keyword arguments of the write and of the read: `how` with the similarity and the scale of each, and for the
-    read the bias and the positions of its `time` tokens, padded to `length`."""
+def _settings(plan, how, biases, segment_ids, time, length):
+    """The keyword arguments of the write and of the read: `how` with the similarity and the scale of each, and where
+    there is a bias, it and the positions of the `time` tokens, padded to `length`."""
     write = dict(similarity=plan.write_similarity, scale=plan.write_scale, **how)
     read = dict(similarity=plan.read_similarity, scale=plan.read_scale, **how)
-    if bias is not None:
-        places = token_positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], time)
-        read |= dict(bias=bias, positions=H.pad_time(places, length)[:, None])
+    for settings, bias in zip((write, read), biases):
+        if bias is not None:
+            places = token_positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], time)
+            settings |= dict(bias=bias, positions=H.pad_time(places, length)[:, None])
     return write, read
 
 
 # _forward and _backward are jitted, so that JAX traces each once per shape, and not again for another platform of the
 # program or for the next layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(plan, held, inputs, lasting, bias):
+def _forward(plan, held, inputs, lasting, biases):
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     time, dtype = key.shape[1], value.dtype
     if plan.tied:
         write_query = query
-    given = (write_query, key, value, alpha, beta, segment_ids, lasting, bias)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting, biases)
     heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     back = lambda x: None if x is None else H.heads_last(x)[:, :time]
     if plan.tied:
         out, u, summary, *rows = tied_forward(w, k, v, a, b, segments, bounds, scale=plan.write_scale, **how)
         out, u, summary, rows = made((back(out).astype(dtype), back(u), back(summary).astype(dtype), rows))
-        return (out, u.astype(dtype)), (held, inputs, lasting, bias, u, summary, rows)
-    write, read = _settings(plan, how, bias, segment_ids, time, length)
+        return (out, u.astype(dtype)), (held, inputs, lasting, biases, u, summary, rows)
+    write, read = _settings(plan, how, biases, segment_ids, time, length)
     u, lse_write = write_forward(w, k, v, a, b, segments, bounds, **write)
     if plan.read_similarity is None:
         u, lse_write = made((back(u), lse_write))
-        return (None, u.astype(dtype)), (held, inputs, lasting, bias, u, None, (lse_write,))
+        return (None, u.astype(dtype)), (held, inputs, lasting, biases, u, None, (lse_write,))
     q = H.fold_queries(H.pad_time(query, length), heads)
     self_adjusted = isinstance(plan.read_similarity, SelfAdjust)
     out, of_rows = (adjusted_forward if self_adjusted else read_forward)(q, k, u, segments, None, bounds, **read)
@@ -149,34 +148,34 @@ def _forward(plan, held, inputs, lasting, bias):
     out, u, lse_write, of_rows = made((out, back(u), lse_write, of_rows))
     # Only the backward pass of softmax needs the output.
     kept = out if self_adjusted or plan.read_similarity.normalised else None
-    return (out, u.astype(dtype)), (held, inputs, lasting, bias, u, kept, (lse_write, of_rows))
+    return (out, u.astype(dtype)), (held, inputs, lasting, biases, u, kept, (lse_write, of_rows))
 
 
 @hand_written("chunked", "implementation='parallel' or 'recurrent'")
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(plan, residuals, cotangents):
-    held, inputs, lasting, bias, u, kept, rows = residuals
+    held, inputs, lasting, biases, u, kept, rows = residuals
     query, write_query, key, value, alpha, beta, segment_ids = inputs
     plan = whole_plan(plan, held)
     dout, du = cotangents
     time, kv_heads = key.shape[1], key.shape[2]
     if plan.tied:
         write_query = query
-    given = (write_query, key, value, alpha, beta, segment_ids, lasting, bias)
+    given = (write_query, key, value, alpha, beta, segment_ids, lasting, biases)
     heads, length, w, k, v, a, b, segments, bounds, how = _layout(plan, *given)
     first = lambda x: H.heads_first(H.pad_time(x, length))
     back = lambda x: H.heads_last(x)[:, :time]
     last = tiles.last_chunks(bounds)
     u = first(u)
     du = first(du).astype(u.dtype)
-    dq = dbias = None
+    dq = of_write = of_read = None
     if plan.tied:
         kept = (u, first(kept), *rows)
         dw, dk, dv, dalpha, dbeta = tied_backward(
             w, k, v, a, b, segments, last, *kept, first(dout), du, scale=plan.write_scale, **how
         )
     else:
-        dk_read, (write, read) = 0, _settings(plan, how, bias, segment_ids, time, length)
+        dk_read, (write, read) = 0, _settings(plan, how, biases, segment_ids, time, length)
         if plan.read_similarity is not None:
             fold = lambda x: None if x is None else H.fold_queries(H.pad_time(x, length), heads)
             rest = (fold(kept), rows[1], fold(dout))
@@ -184,10 +183,11 @@ def _backward(plan, residuals, cotangents):
             if isinstance(plan.read_similarity, SelfAdjust):
                 dq, dk_read, du_read, _ = adjusted_backward(*given, **read)
             else:
-                dq, dk_read, du_read, _, dbias = read_backward(*given, **read)
+                dq, dk_read, du_read, _, of_read = read_backward(*given, **read)
             dq = H.unfold_queries(dq, query.shape[2] // heads)[:, :time].astype(query.dtype)
             du = du + du_read
-        dw, dk, dv, dalpha, dbeta = write_backward(w, k, v, a, b, segments, last, u, rows[0], du, **write)
+        given = (w, k, v, a, b, segments, last, u, rows[0], du)
+        dw, dk, dv, dalpha, dbeta, of_write = write_backward(*given, **write)
         dk = dk + dk_read
     if plan.tied:
         dq, dw = back(dw).astype(query.dtype), None
@@ -205,7 +205,7 @@ def _backward(plan, residuals, cotangents):
         segment_ids=None,
     )
     # No gradient for `held`: if it were differentiated, without_gradient would have raised.
-    return None, gradients, None, dbias
+    return None, gradients, None, Biases(of_write, of_read)
 
 
 _differentiable.defvjp(_forward, _backward)

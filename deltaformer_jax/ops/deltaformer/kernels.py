@@ -12,13 +12,14 @@ from types import ModuleType
 from deltaformer_jax.ops.common.dispatch import KernelCall, Kernels, run_kernels
 from deltaformer_jax.ops.common.similarity import WRITES, Own, Round, SelfAdjust
 from deltaformer_jax.ops.deltaformer.chunked import Inputs, Plan
-from deltaformer_jax.ops.position_bias import PositionBias
+from deltaformer_jax.ops.position_bias import Biases
 
 
-def bind(plan: Plan, bias: PositionBias | None, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
+def bind(plan: Plan, biases: Biases, inputs: Inputs, name: str, module: ModuleType) -> Kernels:
     """`module`'s kernels for this call, in the place of `delta_chunked`."""
-    if bias is not None:
-        return Kernels("its kernels support no read_bias")
+    for name, bias in biases._asdict().items():
+        if bias is not None:
+            return Kernels(f"its kernels support no {name}_bias")
     if plan.window is not None:
         return Kernels("its kernels support neither window, keep nor initial")
     if any(isinstance(similarity, Own | SelfAdjust) for similarity in (plan.write_similarity, plan.read_similarity)):

@@ -24,6 +24,7 @@ from deltaformer_jax.ops import (
     gated_linear_attention,
     generalized_delta_rule,
 )
+from deltaformer_jax.ops.position_bias import BIASES
 from deltaformer_jax.sharding.context.chain import delta_attention_pipeline
 from deltaformer_jax.sharding.context.heads import heads_divide, over_heads
 from deltaformer_jax.sharding.context.ring import causal_attention_ring
@@ -38,8 +39,6 @@ _STATES = {
     generalized_delta_rule: generalized_delta_rule_states,
     gated_linear_attention: gated_linear_attention_states,
 }
-# The arguments of ops that are a PositionBias.
-BIASES = ("position_bias", "read_bias")
 _WHOLE_HEADS = {delta_attention: delta_attention_pipeline, causal_attention: causal_attention_ring}
 
 

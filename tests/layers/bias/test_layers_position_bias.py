@@ -1,4 +1,4 @@
-"""Position biases of softmax attention: how they start, and what is refused."""
+"""Position biases of the attention mixers: how they start, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,22 @@ def test_how_they_start():
     assert np.abs(np.asarray(gradient["position_bias"]["weight_out"][...])).min() > 0
 
 
+def test_where_delta_former_has_it():
+    """By default its read; each of read and write has its own numbers, those of the write for u's heads."""
+    make = lambda **options: make_mixer(DeltaFormer, dict(rope_base=None, position_bias="kerple") | options)
+    read, write, both = make(), make(position_bias_in="write", write_query="query"), make(position_bias_in="both")
+    assert read.write_bias is write.read_bias is None
+    assert both.read_bias().p.shape == write.write_bias().p.shape == (HEADS,) and both.write_bias().p.shape == (2,)
+    both.implementation = "parallel"
+    gradient = nnx.jit(nnx.grad(lambda mixer, x: jnp.sum(mixer(x)[0] ** 2)))(both, normal((1, 8, D_MODEL)))
+    for bias, name in ((bias, name) for bias in ("read_bias", "write_bias") for name in ("log_p", "log_a")):
+        assert np.abs(np.asarray(gradient[bias][name][...])).min() > 0
+    with pytest.raises(ValueError, match='position_bias_in=\'write\' needs position_bias="kerple" or "fire"'):
+        make(position_bias="none", position_bias_in="write")
+    with pytest.raises(ValueError, match="position_bias_in='writes' must be one of 'read', 'write', 'both'"):
+        make(position_bias_in="writes")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -61,11 +77,13 @@ def test_a_config_names_the_field_and_a_layer_has_its_own():
 
 
 def test_what_cannot_be_done_with_one():
-    """A biased read has no KL in `drift`, which shows the rest; a sequence over devices is refused."""
+    """Biased scores have no KL in `drift`, which shows the rest; a sequence over devices is refused."""
     biased = dict(position_bias="kerple", rope_base=None)
-    mixer, delta = make_mixer(SoftmaxAttention, biased), make_mixer(DeltaFormer, biased)
+    mixer, read = make_mixer(SoftmaxAttention, biased), make_mixer(DeltaFormer, biased)
+    written = make_mixer(DeltaFormer, dict(biased, position_bias_in="write"))
     x, positions = jnp.zeros((1, 3, D_MODEL)), jnp.zeros((1, 3), jnp.int32)
-    assert mixer.compared(x, segment_ids=None, positions=positions) == {}
-    assert list(delta.compared(x, segment_ids=None, positions=positions)) == ["write"]
-    with pytest.raises(NotImplementedError, match=r"position_bias: .* set mesh\.context=1"):
-        over_context(None, {"query": x, "position_bias": mixer.position_bias()}, "context")
+    for one, left in ((mixer, []), (read, ["write"]), (written, ["read"])):
+        assert list(one.compared(x, segment_ids=None, positions=positions)) == left
+    for name, bias in (("position_bias", mixer.position_bias()), ("write_bias", written.write_bias())):
+        with pytest.raises(NotImplementedError, match=rf"{name}: .* set mesh\.context=1"):
+            over_context(None, {"query": x, name: bias}, "context")

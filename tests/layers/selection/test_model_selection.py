@@ -23,7 +23,10 @@ PATTERNS = {
         Mixer("softmax_attention", forget_gate=True, kv_shift=True),
         Mixer("delta_former", write_query="projected", write_similarity="linear", window=2),
     ),
-    "w = k, full attention in the first layer": (Mixer("softmax_attention", window=0), "delta_former"),
+    "w = k with position biases, full attention in the first layer": (
+        Mixer("softmax_attention", window=0),
+        Mixer("delta_former", position_bias="kerple", position_bias_in="both"),
+    ),
     "w = q, tied, and no initial tokens": (Mixer("delta_former", write_query="query", initial_tokens=0),),
 }
 

@@ -1,7 +1,8 @@
-"""causal_attention and delta_attention's read with a position bias: every form against the definition, and that against
+"""causal_attention and delta_attention with position biases: every form against the definition, and that against
 NumPy."""
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -11,26 +12,26 @@ import pytest
 from hypothesis import strategies as st
 from support.ops_cases import poison, segment_rows
 
-from deltaformer_jax import causal_attention, delta_attention, ops
+from deltaformer_jax import causal_attention, delta_attention, delta_values, ops
 
 HEADS, KV_HEADS, TIME, HIDDEN = 4, 2, 19, 5
 KINDS = ("alibi", "kerple", "fire", "dape")
 
 
-def draw_bias(kind, seed=0):
+def draw_bias(kind, seed=0, heads=HEADS):
     """A bias with random numbers; DAPE's is around FIRE's, which depends on i too."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
     if kind == "alibi":
-        return ops.Alibi(jnp.exp(normal(HEADS)))
+        return ops.Alibi(jnp.exp(normal(heads)))
     if kind == "kerple":
-        return ops.Kerple(jnp.exp(normal(HEADS)), jnp.exp(normal(HEADS)))
+        return ops.Kerple(jnp.exp(normal(heads)), jnp.exp(normal(heads)))
     if kind == "fire":
         # L lies among the positions, so that rows before and behind it are seen.
         return ops.Fire(jnp.asarray([0.7]), jnp.asarray([6.5]), *(normal(1, HIDDEN) for _ in range(2)),
-                        normal(HEADS, HIDDEN))  # fmt: skip
-    return ops.Dape(draw_bias("fire", seed), normal(HEADS, HIDDEN), normal(HEADS, HIDDEN), normal(1, HIDDEN),
-                    normal(HEADS, HIDDEN))  # fmt: skip
+                        normal(heads, HIDDEN))  # fmt: skip
+    return ops.Dape(draw_bias("fire", seed, heads), normal(heads, HIDDEN), normal(heads, HIDDEN), normal(1, HIDDEN),
+                    normal(heads, HIDDEN))  # fmt: skip
 
 
 def draw(time=TIME, seed=0, batch=2, options=()):
@@ -89,58 +90,119 @@ def test_forms_agree(kind, window, initial, options, data):
             check(expected, compiled(implementation, window, initial)(*given), 2 * TIME * TIME * HIDDEN)
 
 
+def draw_delta(write_heads, seed=0, batch=2, most=1.0):
+    """The arrays of delta_attention, with α and β in [0, most] of `write_heads` heads."""
+    rng = np.random.default_rng(seed)
+    gates = {name: jnp.asarray(rng.uniform(0, most, (batch, TIME, write_heads))) for name in ("alpha", "beta")}
+    return draw(seed=seed, batch=batch) | gates
+
+
 @functools.cache
-def compiled_delta(implementation, write_query, read, window):
+def compiled_delta(implementation, options):
     @jax.jit
-    def run(inputs, bias, segment_ids, cotangent):
-        attend = lambda inputs, bias: delta_attention(
+    def run(inputs, biases, segment_ids, keep, cotangent):
+        attend = lambda inputs, biases: delta_attention(
             **inputs,
-            beta=0.5,
-            write_query=write_query,
-            read_similarity=read,
-            read_bias=bias,
-            window=window,
+            **dict(options),
+            write_bias=biases[0],
+            read_bias=biases[1],
             segment_ids=segment_ids,
+            keep=keep,
             chunk_size=8,
             implementation=implementation,
         )
-        out, pullback = jax.vjp(attend, inputs, bias)
+        out, pullback = jax.vjp(attend, inputs, biases)
         return out, pullback(cotangent)
 
     return run
 
 
-# "query" with two softmaxes is one pass without a bias; with a linear read, a bias adds to weights that have no bound.
+# "query" with two softmaxes is one pass without a bias. With a linear write or read, a bias adds to weights that have
+# no bound.
 @pytest.mark.parametrize(
-    "write_query, read, window", [("query", "softmax", None), pytest.param("key", "linear", 7, marks=pytest.mark.long)]
-)
+    "write_query, kinds, options",
+    [
+        ("query", ("dape", "kerple"), {}),
+        pytest.param("key", ("fire", None), dict(window=7, initial=2), marks=pytest.mark.long),
+        pytest.param("key", ("kerple", "dape"), dict(write_similarity="linear", read_similarity="linear", window=7),
+                     marks=pytest.mark.long),
+    ],
+)  # fmt: skip
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data())
-def test_forms_of_deltaformers_read_agree(write_query, read, window, data):
-    """The parallel form is compared with the recurrent one in `test_decoding_of_deltaformers_read`."""
+def test_forms_of_deltaformers_biases_agree(write_query, kinds, options, data):
+    """Values and gradients. The parallel form is compared with the recurrent one in `test_decoding_of_deltaformer`."""
     with jax.enable_x64(True):
         segment_ids, seed = data.draw(segment_rows(TIME)), data.draw(st.integers(0, 99))
-        given = (poison(draw(seed=seed), segment_ids), draw_bias("dape", seed), segment_ids, jnp.asarray(COTANGENT))
-        expected, actual = (compiled_delta(form, write_query, read, window)(*given) for form in ("parallel", "chunked"))
-        # β = 1/2 and a softmax write: the solve magnifies an error by at most ‖(I + A/2)⁻¹‖ ≤ 2.
+        keep = jnp.asarray(np.random.default_rng(seed).random((2, TIME)) < 0.2) if "window" in options else None
+        heads = (HEADS if write_query == "query" else KV_HEADS, HEADS)
+        inputs = draw_delta(heads[0], seed, most=0.001 if "write_similarity" in options else 0.5)
+        biases = tuple(kind and draw_bias(kind, seed, own) for kind, own in zip(kinds, heads))
+        given = (poison(inputs, segment_ids), biases, segment_ids, keep, jnp.asarray(COTANGENT))
+        options = (*options.items(), ("write_query", write_query))
+        expected, actual = (compiled_delta(form, options)(*given) for form in ("parallel", "chunked"))
+        # β A, with a softmax write or with the small β of the linear one, has rows whose magnitudes sum to at most 1/2,
+        # so that the solve magnifies an error by at most ‖(I + β A)⁻¹‖ ≤ 2.
         check(expected, actual, 2 * 2 * TIME * TIME * HIDDEN)
 
 
-def test_decoding_of_deltaformers_read(x64):
-    """A prompt of 9 tokens, then token by token: the recurrence, and the parallel form."""
-    inputs, bias = draw(), draw_bias("dape")
-    options = dict(beta=0.5, read_bias=bias)
-    forms = [delta_attention(**inputs, **options, implementation=form) for form in ("recurrent", "parallel")]
-    step = jax.jit(lambda part, cache: delta_attention(**part, **options, cache=cache))
-    cache, outputs = ops.KUCache.empty(2, TIME, KV_HEADS, KV_HEADS, 5, 3, jnp.float64), []
-    for first, last in [(0, 9), *((t, t + 1) for t in range(9, TIME))]:
-        out, cache = step({name: x[:, first:last] for name, x in inputs.items()}, cache)
+@pytest.mark.parametrize(
+    "similarity",
+    ["relu", *(pytest.param(name, marks=pytest.mark.long) for name in ("softmax", "exp", "linear", "round"))],
+)
+def test_alibi_in_the_write_is_two_more_features(similarity, x64):
+    """(w, −m t/c, 1)·(k, 1, m i/c) c = c w·k − m (t − i): values and gradients of the chunked form against the parallel
+    one without a bias. m = 0 is no bias."""
+    inputs, how = draw_delta(KV_HEADS, most=0.004), dict(write_similarity=similarity, write_scale=0.3)
+    inputs["write_query"] = inputs.pop("query")[:, :, ::2]
+
+    @jax.jit
+    def both(inputs, slope, cotangent):
+        ones = jnp.ones((2, TIME, KV_HEADS, 1))
+        far = ones * slope[None, None, :, None] * jnp.arange(TIME, dtype=jnp.float64)[None, :, None, None] / 0.3
+
+        def as_features(inputs):
+            more = dict(write_query=(-far, ones), key=(ones, far))
+            wide = {name: jnp.concatenate([inputs[name], *more[name]], axis=-1) for name in more}
+            return delta_values(**inputs | wide, **how, implementation="parallel")
+
+        written = lambda inputs: delta_values(**inputs, **how, write_bias=ops.Alibi(slope), chunk_size=8)
+        return [(out, back(cotangent)) for out, back in (jax.vjp(form, inputs) for form in (as_features, written))]
+
+    for slope in ([0.3, 0.02], [0.0, 0.0]):
+        # No weight is above 8, so that a row of β A sums to 2/3, and the solve magnifies an error by 3. The features
+        # are as large as m T/c = 19: so much more is rounded before it cancels.
+        check(*both(inputs, jnp.asarray(slope), jnp.asarray(COTANGENT[:, :, :KV_HEADS])), 3 * 19 * TIME * TIME)
+
+
+def test_decoding_of_deltaformer(x64):
+    """A prompt of 9 tokens, padded on the left with NaN, then token by token through a cache that drops what is seen no
+    more: the recurrence, and the parallel form."""
+    inputs = draw_delta(KV_HEADS)
+    biases = dict(write_bias=draw_bias("dape", 1, KV_HEADS), read_bias=draw_bias("dape"))
+    options, keep = biases | dict(window=4, initial=1), jnp.arange(TIME)[None].repeat(2, 0) % 5 == 2
+    forms = [delta_attention(**inputs, **options, keep=keep, implementation=form) for form in ("recurrent", "parallel")]
+
+    @jax.jit
+    def step(part, keep, ids, cache):
+        out, cache = delta_attention(**part, **options, keep=keep, segment_ids=ids, cache=cache)
+        return out, ops.compact_cache(cache, ops.visible_entries(cache, 4))
+
+    padded = {name: jnp.pad(x[:, :9], [(0, 0), (3, 0)] + [(0, 0)] * (x.ndim - 2)) for name, x in inputs.items()}
+    ids = np.array([[0] * 3 + [1] * 9] * 2, np.int32)
+    cache = ops.SelectedKUCache.empty(2, TIME, KV_HEADS, KV_HEADS, 5, 3, jnp.float64)
+    out, cache = step(poison(padded, ids), jnp.pad(keep[:, :9], [(0, 0), (3, 0)]), jnp.asarray(ids), cache)
+    outputs = [out[:, 3:]]
+    for t in range(9, TIME):
+        part = {name: x[:, t : t + 1] for name, x in inputs.items()}
+        out, cache = step(part, keep[:, t : t + 1], jnp.ones((2, 1), jnp.int32), cache)
         outputs.append(out)
     for found in (forms[1], jnp.concatenate(outputs, axis=1)):
         np.testing.assert_allclose(found, forms[0], rtol=0, atol=1e-13)
     narrow = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-    with pytest.raises(NotImplementedError, match=r"no read_bias|not installed"):
-        delta_attention(**narrow, read_bias=bias, implementation="triton")
+    for (name, bias), form in itertools.product(biases.items(), ("triton", "pallas_tpu")):
+        with pytest.raises(NotImplementedError, match=f"no {name}|not installed"):
+            delta_attention(**narrow, **{name: bias}, implementation=form)
 
 
 @pytest.mark.parametrize("kind", ["kerple", "dape"])
