@@ -75,8 +75,10 @@ def empty_cache(model: LanguageModel, rows: int, capacity: int, rule: Streaming 
     if rule is None:
         return usual
     small = model.init_cache(rows, rule.capacity) if isinstance(rule, Streaming) else usual
+    apart = isinstance(rule, Evicted) and rule.by_head
+    selected = (lambda memory: _selected(memory).apart()) if apart else _selected
     return tuple(
-        with_memory(one, jax.vmap(_selected)(one.memory)) if chosen else other
+        with_memory(one, jax.vmap(selected)(one.memory)) if chosen else other
         for one, other, chosen in zip(small, usual, chooses(model))
     )
 
