@@ -6,7 +6,7 @@
                                      [--logprobs] [--chat TEXT ...] [--chats FILE]
                                      [--cache INITIAL,SEPARATORS,WINDOW,CAPACITY [--separators CHARACTERS]
                                      [--all_places]]
-                                     [--keep SHARE [--proxy 32] [--random 0] [--write_weight 0]]
+                                     [--keep SHARE [--proxy 32] [--random 0] [--write_weight 0] [--by_head]]
 
 --chat and --chats ask a run that was trained on conversations for an answer, in the form of its conversations: its chat
 template or the plain form. A run that was converted from an instruct model is asked by that model's template.
@@ -125,6 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         metavar="WEIGHT",
         help="with --keep: what DeltaFormer's write compares counts this much beside what is read (default: 0)",
+    )
+    parser.add_argument(
+        "--by_head",
+        action="store_const",
+        const=True,
+        help="with --keep: each key head chooses for itself, by what its own queries read (default: each layer does)",
     )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the newest)")
     parser.add_argument(

@@ -11,7 +11,7 @@ _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r"}
 
 def chosen_entries(flags: argparse.Namespace) -> Streaming | Evicted | None:
     """The rule that the flags ask for, None for none. Raises ValueError, naming the flag."""
-    of_keep = {name: getattr(flags, name) for name in ("proxy", "random", "write_weight")}
+    of_keep = {name: getattr(flags, name) for name in ("proxy", "random", "write_weight", "by_head")}
     given = {name: value for name, value in of_keep.items() if value is not None}
     if flags.cache and flags.keep is not None:
         raise ValueError("--keep: with --cache entries are dropped all the time; give one or the other")

@@ -177,9 +177,16 @@ def test_evicted_texts(asked, usual, prompts):
     assert asked(prompts[2:], cache=rule, seed=[1])[0].tokens == found[2].tokens  # alone, its prompt is not padded
 
 
-def test_an_eviction_keeps_what_the_proxies_read(model):
-    """Each layer's choice by the queries of the whole prompt; what stays, stays as it was, with its position."""
-    rng, rule = np.random.default_rng(5), Evicted(0.4, proxy=3, write_weight=2.0)
+@pytest.mark.parametrize("by_head", [False, True])
+def test_an_eviction_keeps_what_the_proxies_read(model, by_head):
+    """Each layer's choice, or each key head's, by the queries of the whole prompt; what stays, stays as it was, with
+    its position."""
+    rng, rule = np.random.default_rng(5), Evicted(0.4, proxy=3, write_weight=2.0, by_head=by_head)
+    groups = 1
+    if by_head:
+        sizes = SIZES | dict(num_heads=4, num_kv_heads=2, head_dim=4)
+        config = ModelConfig(mixers=MIXERS, num_layers=4, implementation="recurrent", **sizes)
+        model, groups = jax.tree.map(lambda x: x * 2, LanguageModel(config, rngs=nnx.Rngs(0))), 2
     tokens, lengths = jnp.asarray(rng.integers(0, 256, (2, 30)), jnp.int32), np.array([30, 17])
     real = jnp.asarray(np.arange(30) < lengths[:, None], jnp.int32)
     counts = np.array([rule.counts(int(length)) for length in lengths], np.int32).T
@@ -193,24 +200,35 @@ def test_an_eviction_keeps_what_the_proxies_read(model):
         block = jax.tree.map(lambda x: x[1], model.blocks[0])  # layer 2, of the second period
         places = jnp.tile(jnp.arange(30, dtype=jnp.int32), (2, 1))
         compared = block.mixer.compared(block.mixer_norm(streams[2]), segment_ids=real, positions=places)
-        return evicted, compared, model.hidden(tokens, segment_ids=real, cache=model.init_cache(2, 30))[1]
+        more = model.hidden(tokens[:, :1], cache=evicted)[1]  # a token after the eviction
+        return evicted, compared, model.hidden(tokens, segment_ids=real, cache=model.init_cache(2, 30))[1], more
 
-    evicted, compared, whole = both(model)
-    for row, length in enumerate(lengths):
+    evicted, compared, whole, more = both(model)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(evicted) == shapes(empty_cache(model, 2, Slots.of(rule, 20), rule)) == shapes(more)
+    chosen = []
+    for row, head in np.ndindex(2, groups):
+        length = lengths[row]
         scores = np.zeros(length)
         for kind, weight in (("read", 1.0), ("write", 2.0)):
             query, key = (np.asarray(compared[kind][name], np.float64)[row] for name in ("query", "key"))
+            query, key = np.split(query, groups, axis=1)[head], key[:, head]
             for t in range(length - 3, length):
                 seen = t + (kind == "read")
-                weights = np.exp(query[t] @ key[:seen, 0].T)
+                weights = np.exp(query[t] @ key[:seen].T)
                 scores[:seen] += weight * (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
         best = np.argsort(-scores[:-3], kind="stable")[: counts[0, row] - 3]
         expected = sorted([*best, *range(length - 3, length)])
         memory, before = (jax.tree.map(lambda x, row=row: np.asarray(x)[1, row], c[0].memory) for c in (evicted, whole))
-        np.testing.assert_array_equal(memory.position[: len(expected)], expected)
-        assert memory.position.shape == (20,) and np.all(memory.position[len(expected) :] == -1)
-        assert memory.length == length
-        np.testing.assert_allclose(memory.key[: len(expected)], before.key[expected], rtol=1e-5, atol=1e-5)
+        position = memory.position.reshape(20, groups)[:, head]
+        np.testing.assert_array_equal(position[: len(expected)], expected)
+        assert np.all(position[len(expected) :] == -1) and memory.length == length
+        kept = memory.key[: len(expected), head]
+        np.testing.assert_allclose(kept, before.key[expected, head], rtol=1e-5, atol=1e-5)
+        after = np.asarray(more[0].memory.position)[1, row].reshape(20, groups)[:, head]
+        np.testing.assert_array_equal(after[: len(expected) + 1], [*expected, length])
+        chosen.append(expected)
+    assert not by_head or chosen[0] != chosen[1]
 
 
 def test_separators_of_tokenizers():
@@ -248,5 +266,7 @@ def test_refusals(model):
     ]:
         with pytest.raises(ValueError, match=message):
             bad()
+    with pytest.raises(TypeError, match="by_head = 1: give True or False"):
+        Evicted(0.2, by_head=1)
     with pytest.raises(TypeError, match=r"cache = 3: give a Streaming or an Evicted"):
         fits(3, model)

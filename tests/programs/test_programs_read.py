@@ -153,7 +153,10 @@ def test_sample_with_a_limited_cache(workdir, capsys):
     asked = lambda *more: json.loads(output(capsys, sample.main, *arguments, "--temperature", 0, *more).out)
     usual = asked()
     assert asked("--keep", 1) == usual
-    for flags in (["--cache", "1,2,4,9", "--separators", r":\n"], ["--keep", 0.1, "--proxy", 2, "--random", 0.02]):
+    for flags in (
+        ["--cache", "1,2,4,9", "--separators", r":\n"],
+        ["--keep", 0.1, "--proxy", 2, "--random", 0.02, "--by_head"],
+    ):
         found = asked(*flags)
         assert found.keys() == usual.keys() and found["logprobs"] != usual["logprobs"]
 
@@ -191,6 +194,7 @@ def test_sample_errors(workdir, capsys, tmp_path, monkeypatch):
         ("--all_places",): "--all_places: it goes with --cache INITIAL,SEPARATORS,WINDOW,CAPACITY; give both",
         ("--cache", "1,2,4,9", "--all_places"): "all_places: no layer of this model has separators behind a window",
         ("--proxy", "3"): "--proxy: it goes with --keep SHARE; give both",
+        ("--by_head",): "--by_head: it goes with --keep SHARE; give both",
         ("--keep", "1.5"): "--keep = 1.5: give a share above 0, at most 1 (all tokens)",
         ("--keep", "0.2", "--random", "0.3"): "--random = 0.3: give a share of the prompt from 0 to keep = 0.2",
     }.items():

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.long
 SIZES = dict(d_model=16, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=16, mlp_dim=16, implementation="recurrent")
 
 
-def model_of(mixer, vocabulary):
-    return LanguageModel(ModelConfig(vocab_size=vocabulary, mixers=(mixer,), **SIZES), rngs=nnx.Rngs(0))
+def model_of(mixer, vocabulary, **sizes):
+    return LanguageModel(ModelConfig(vocab_size=vocabulary, mixers=(mixer,), **SIZES | sizes), rngs=nnx.Rngs(0))
 
 
 def test_readings_agree_where_nothing_is_dropped_and_have_the_stated_size():
@@ -49,3 +49,15 @@ def test_an_eviction_of_nothing_changes_no_answer():
     answers = np.argmax(np.asarray(model(examples.tokens)[0]), axis=-1)
     expected = np.mean((answers == examples.targets)[examples.counted])
     assert all(abs(whole - expected) < 0.01 for _, whole in accuracies)  # a near tie may be decided otherwise
+
+
+def test_an_eviction_of_nothing_by_head():
+    """Both policies of a model of two heads answer alike at a share of 1."""
+    sizes = {**eviction.QUICK, "stages": ((16, 4, 8, 0.99),), "rows": 64, "heads": (2,)}
+    settings = eviction.cells(True, sizes)[0]
+    assert settings["model"]["num_kv_heads"] == 2
+    model = model_of("softmax_attention", 32, num_heads=2, num_kv_heads=2, head_dim=8)
+    found = eviction._measured({**settings, "shares": [0.5, 1.0]}, model)
+    assert list(found["evicted"]) == [eviction.QUERIES, eviction.BY_HEAD]
+    (_, row), (_, heads) = found["evicted"].values()
+    assert abs(row - heads) < 0.01

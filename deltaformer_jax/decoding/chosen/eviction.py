@@ -3,11 +3,14 @@
     F_n = what the last `proxy` tokens read of entry n (`ops.proxy_scores`)
     kept = the proxies, `random` of the others drawn by softmax(F), and those with the largest F
 
+With `by_head` in each key head by itself, where F_n is what the queries of its group read.
+
 Source: Chen et al., "NACL", arXiv 2408.03675.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -43,9 +46,10 @@ def read_and_evict(model: LanguageModel, tokens, segment_ids, slots: Slots, rule
             x if block.norms_after else block.mixer_norm(x), segment_ids=ids, positions=jnp.maximum(at, 0)
         )
         query = lambda kind: compared[kind]["query"][:, behind:].astype(memory.key_by_head.dtype)
-        scores = ops.proxy_scores(memory, query("read"), scale=1.0)
+        read = functools.partial(ops.proxy_scores, memory, scale=1.0, by_head=rule.by_head)
+        scores = read(query("read"))
         if rule.write_weight and "write" in compared:
-            scores += rule.write_weight * ops.proxy_scores(memory, query("write"), scale=1.0, strict=True)
+            scores += rule.write_weight * read(query("write"), strict=True)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, period * len(chosen) + i)
         keep = ops.entries_by_row(scores, memory, *counts, own, proxies=rule.proxy)
         return ops.compact_cache(memory, keep, capacity=slots.chosen)

@@ -119,10 +119,12 @@ class Slots:
 def empty_cache(model: LanguageModel, rows: int, slots: Slots, rule: Streaming | Evicted | None):
     """Empty caches with `slots`; with a rule, layers that can drop entries have caches of chosen tokens."""
     usual, chosen, behind = (model.init_cache(rows, count) for count in (slots.text, slots.chosen, slots.behind))
+    apart = isinstance(rule, Evicted) and rule.by_head
+    selected = (lambda memory: _selected(memory).apart()) if apart else _selected
     found = []
     for place, (grows, lasts) in enumerate(zip(chooses(model), behind_windows(model))):
         cache = (chosen if grows else behind if lasts else usual)[place]
-        found.append(with_memory(cache, jax.vmap(_selected)(cache.memory)) if grows and rule is not None else cache)
+        found.append(with_memory(cache, jax.vmap(selected)(cache.memory)) if grows and rule is not None else cache)
     return tuple(found)
 
 

@@ -73,8 +73,9 @@ class Evicted:
 
     The last `proxy` tokens stay. Of the others stay `random` n, drawn by softmax(F), and those with the largest F, as
     many as there is room for; F is what the proxies read of a token (`ops.proxy_scores`), plus `write_weight` times
-    what DeltaFormer's write compares of it. Each layer chooses for itself. A prompt of at most `proxy` tokens stays
-    whole. keep = 1: all stay, and nothing is done.
+    what DeltaFormer's write compares of it. Each layer chooses for itself, and with `by_head` each of its key heads, by
+    what the queries of its group read. A prompt of at most `proxy` tokens stays whole. keep = 1: all stay, and nothing
+    is done.
 
     Raises ValueError or TypeError, naming the argument.
     """
@@ -83,6 +84,7 @@ class Evicted:
     proxy: int = 32
     random: float = 0.0
     write_weight: float = 0.0
+    by_head: bool = False
 
     def __post_init__(self):
         if not 0 < number("keep", self.keep, "a share above 0, at most 1 (all tokens)") <= 1:
@@ -92,6 +94,8 @@ class Evicted:
             raise ValueError(f"random = {self.random}: give a share of the prompt from 0 to keep = {self.keep}")
         if not 0 <= number("write_weight", self.write_weight, "0 or more") < math.inf:
             raise ValueError(f"write_weight = {self.write_weight}: give 0 or more")
+        if not isinstance(self.by_head, bool):
+            raise TypeError(f"by_head = {self.by_head!r:.60}: give True or False")
 
     def counts(self, length: int) -> tuple[int, int]:
         """(how many of a prompt's `length` tokens stay, how many of these are drawn)."""

@@ -128,6 +128,9 @@ class Selected:
 
     `length` counts all tokens seen, those that have been dropped included: it is the position of the next token. The
     filled slots come first, in the order of their positions. `compact_cache` drops entries.
+
+    Where each of the G heads keeps entries of its own, `heads_apart`, position and lasting are [B, N, G]: slot n of one
+    head holds another token than slot n of the next. A new token goes to every head.
     """
 
     @classmethod
@@ -144,9 +147,22 @@ class Selected:
         return cls._of(cache.read_only, *arrays, position, lasting)
 
     @property
+    def heads_apart(self) -> bool:
+        """Whether each head keeps entries of its own."""
+        return self.position.ndim == self.length.ndim + 2
+
+    def apart(self):
+        """The same cache, with its positions and `lasting` for each head."""
+        if self.heads_apart:
+            return self
+        heads = self.key_by_head.shape[-3]
+        each = lambda x: jnp.broadcast_to(x[..., None], (*x.shape, heads))
+        return self.with_arrays(position=each(self.position), lasting=each(self.lasting))
+
+    @property
     def entries(self) -> jax.Array:
-        """int32 [B]: the number of filled slots."""
-        return jnp.sum(self.position >= 0, axis=-1, dtype=jnp.int32)
+        """int32 [B], or [B, G] where heads are apart: the number of filled slots."""
+        return jnp.sum(self.position >= 0, axis=-2 if self.heads_apart else -1, dtype=jnp.int32)
 
 
 class SelectedKUCache(Selected, KUCache):
@@ -243,6 +259,7 @@ def check_room(cache, segment_ids, time, window=None):
     length, ids = concrete_value(held), None if segment_ids is None else concrete_value(segment_ids)
     if length is None or (segment_ids is not None and ids is None):
         return
+    length = np.max(length, axis=1) if length.ndim == 2 else length  # of the fullest head
     new = np.full(length.shape, time) if ids is None else np.sum(ids != 0, axis=1)
     if np.any(length + new > cache.capacity):
         row = int(np.argmax(length + new))
@@ -257,6 +274,20 @@ def check_selected(cache, keep, initial):
     if (keep is not None or initial) and not isinstance(cache, Selected):
         kind = f"Selected{type(cache).__name__}"
         raise ValueError(f"keep and initial need a cache of chosen tokens: build it with {kind}.empty or {kind}.of")
+
+
+def heads_apart(cache) -> bool:
+    """Whether each head of a cache keeps entries of its own."""
+    return isinstance(cache, Selected) and cache.heads_apart
+
+
+def check_together(cache, name):
+    """Raise for `name`, which takes no cache whose heads keep entries of their own."""
+    if heads_apart(cache):
+        raise NotImplementedError(
+            f"{name}: each head of the cache keeps entries of its own, by a keep [batch, slots, heads] of "
+            "compact_cache; give a cache whose heads keep the same, by a keep [batch, slots]"
+        )
 
 
 def lasting_tokens(keep, initial, segment_ids, batch, length, start=None) -> jax.Array | None:
@@ -289,6 +320,8 @@ def token_positions(segment_ids, batch, length, start=None) -> jax.Array:
 def store(cache, entries: Entries):
     """`cache` with the tokens added for which `entries.real` is true. Slots wrap around: position mod capacity. In a
     `Selected` cache the tokens go to the first empty slots, and those without a slot are lost."""
+    if heads_apart(cache):
+        return _store_by_head(cache, entries)
     capacity, real = cache.capacity, entries.real
     position = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + jnp.sum(real, axis=1, dtype=jnp.int32)
@@ -313,6 +346,52 @@ def store(cache, entries: Entries):
         arrays["position"] = cache.position.at[row, slot].set(position, mode="drop")
         arrays["lasting"] = cache.lasting.at[row, slot].set(lasting, mode="drop")
     return cache.with_arrays(**arrays, length=length)
+
+
+def _store_by_head(cache, entries: Entries):
+    """`store` where heads are apart: the tokens go to the first empty slots of each head."""
+    real, heads = entries.real, cache.position.shape[2]
+    index = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    place = index[:, :, None] + cache.entries[:, None]
+    slot = jnp.where(real[:, :, None], place, cache.capacity)  # [B, T, G]
+    row = jnp.arange(real.shape[0], dtype=jnp.int32)[:, None, None]
+    number = lambda count: jnp.arange(count, dtype=jnp.int32)[None, None]
+
+    def put(old, new):
+        """old [B, heads, N, …], new [B, T, heads, …]: G heads, or some for each of the G."""
+        own = jnp.repeat(slot, old.shape[1] // heads, axis=2)
+        return old.at[row, number(old.shape[1]), own].set(new.astype(old.dtype), mode="drop")
+
+    arrays = dict(
+        key_by_head=put(cache.key_by_head, entries.key), value_by_head=put(cache.value_by_head, entries.value)
+    )
+    if entries.log_decay is not None:
+        passed = lax.cumsum(entries.log_decay, axis=1, reverse=True)
+        arrays["decay_by_head"] = put(cache.decay_by_head + passed[:, 0, :, None], passed - entries.log_decay)
+    lasting = jnp.zeros_like(real) if entries.lasting is None else entries.lasting
+    mark = lambda old, new: old.at[row, slot, number(heads)].set(new[:, :, None], mode="drop")
+    arrays["position"] = mark(cache.position, cache.length[:, None] + index)
+    arrays["lasting"] = mark(cache.lasting, lasting)
+    return cache.with_arrays(**arrays, length=cache.length + jnp.sum(real, axis=1, dtype=jnp.int32))
+
+
+def over_heads(function, cache, *arrays, in_axes=2, out_axes=2):
+    """`function(cache of one head, *its part of the arrays)` for each of the G heads: the results along a new axis.
+
+    `in_axes` of the arrays and `out_axes` are those of jax.vmap: by default [B, ·, G, …]. A head's cache has its own
+    decays and values, several of each where queries or writes are grouped, and, where heads are apart, its own
+    positions.
+    """
+    heads, apart = cache.key_by_head.shape[1], heads_apart(cache)
+    axes, parts = {}, {}
+    for name in cache.ARRAYS:
+        x, axes[name] = getattr(cache, name), None
+        if name.endswith("by_head") and x is not None:
+            axes[name], parts[name] = 1, x.reshape(x.shape[0], heads, -1, *x.shape[2:])
+        elif apart and name in ("position", "lasting"):
+            axes[name] = 2
+    in_axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(arrays)
+    return jax.vmap(function, (cache.with_arrays(**axes), *in_axes), out_axes)(cache.with_arrays(**parts), *arrays)
 
 
 def read_only(tree: Any) -> Any:
@@ -344,7 +423,8 @@ def _over_caches(function, tree):
 
 
 def slot_positions(cache) -> jax.Array:
-    """int32 [B, N]: the position of the token in each slot, negative for an empty slot."""
+    """int32 [B, N]: the position of the token in each slot, negative for an empty slot; [B, N, G] where heads are
+    apart."""
     if isinstance(cache, Selected):
         return cache.position
     slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import Entries, KUCache, slot_positions, store
+from deltaformer_jax.ops.cache.caches import Entries, KUCache, check_together, slot_positions, store
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common.compiled import compiled
@@ -57,6 +57,7 @@ def compress_cache(
         raise TypeError(
             f"cache must be a KUCache, not {type(cache).__name__}: delta_attention(..., cache=) returns one"
         )
+    check_together(cache, "compress_cache")
     similarity, arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
     keys = _checked_keys(cache, keys)
     slots, width = keys.shape[1], keys.shape[3]

@@ -11,12 +11,14 @@ Source: Chen et al., NACL, arXiv 2408.03675; Chen et al., SepLLM, arXiv 2412.120
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import KUCache, KVCache, Selected, slot_positions
+from deltaformer_jax.ops.cache.caches import KUCache, KVCache, Selected, heads_apart, over_heads, slot_positions
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.similarity import Softmax, row_weights
@@ -24,7 +26,12 @@ from deltaformer_jax.ops.common.tiles import accumulation_dtype
 
 
 def proxy_scores(
-    cache: KUCache | KVCache, query: jax.Array, *, scale: float | None = None, strict: bool = False
+    cache: KUCache | KVCache,
+    query: jax.Array,
+    *,
+    scale: float | None = None,
+    strict: bool = False,
+    by_head: bool = False,
 ) -> jax.Array:
     """How much the last tokens of a cache read of each of its entries.
 
@@ -39,10 +46,13 @@ def proxy_scores(
       query: [B, P, H, K], the queries of the last P tokens in the cache, H a multiple of G.
       scale: multiplies q·k; None means K ** -0.5.
       strict: a token does not see itself.
+      by_head: F of each key head by itself, the sum over the H / G query heads of its group. Where the cache's heads
+        keep entries of their own it must be True.
 
-    Returns F [B, N] in float32 (float64 for float64), 0 at empty slots; it sums to P · H in a row with P tokens.
+    Returns F [B, N], or [B, N, G] by head, in float32 (float64 for float64), 0 at empty slots; it sums to P · H in a
+    row with P tokens, P · H / G in a head.
     Raises ValueError, TypeError: a shape or dtype that does not fit. Cost: 2 P N K H B floating-point operations.
-    Source: Chen et al., NACL, arXiv 2408.03675; there the sum is over the heads of one group and not over all.
+    Source: Chen et al., NACL, arXiv 2408.03675; there the sum is by head.
     """
     if not isinstance(cache, KUCache | KVCache):
         raise TypeError(f"cache must be a KUCache or a KVCache, not {type(cache).__name__}")
@@ -53,7 +63,10 @@ def proxy_scores(
             f"query has shape {tuple(query.shape)}: for this cache it must be [{batch}, tokens, heads, {width}]"
         )
     checks.check_multiple("query", query.shape[2], heads)
-    return _scores(checks.check_scale("scale", scale, width), bool(strict), cache, query)
+    if not by_head and heads_apart(cache):
+        raise ValueError("by_head=False: each head of this cache keeps entries of its own; give by_head=True")
+    scores = _scores_by_head if by_head else _scores
+    return scores(checks.check_scale("scale", scale, width), bool(strict), cache, query)
 
 
 @compiled(2)
@@ -76,6 +89,13 @@ def _scores(scale, strict, cache, query):
     return jnp.sum(weights, axis=(1, 2, 3))
 
 
+@compiled(2)
+def _scores_by_head(scale, strict, cache, query):
+    groups = cache.key_by_head.shape[1]
+    query = query.reshape(*query.shape[:2], groups, -1, query.shape[3])
+    return over_heads(lambda one, query: _scores(scale, strict, one, query), cache, query)
+
+
 def select_entries(
     scores: jax.Array,
     n_top: int,
@@ -90,17 +110,19 @@ def select_entries(
         kept = P ∪ T ∪ R,     T = top of F without P,     R drawn from softmax(F) without P ∪ T, none twice
 
     Args:
-      scores: F [B, N], floats, for example `proxy_scores`.
+      scores: F [B, N], floats, for example `proxy_scores`. F [B, N, G]: each head chooses for itself, and draws by a
+        key of its own.
       n_top, n_random, proxies: how many slots, each at least 0, together at least 1.
       key: a `jax.random` key, needed for n_random > 0. One seed gives one choice, on any number of devices.
       cache: says which slots are filled and which tokens are last. None: all are filled, in order.
 
     Returns:
-      int32 [B, n], in ascending order and none twice, for `compact_cache`. n = proxies + n_top + n_random, or N if that
-      is less: then all slots. Of a row with fewer than n filled slots, all of these and some empty ones.
+      int32 [B, n], or [B, n, G], in ascending order and none twice, for `compact_cache`. n = proxies + n_top +
+      n_random, or N if that is less: then all slots. Of a row with fewer than n filled slots, all of these and some
+      empty ones.
 
     Raises ValueError, TypeError: a size, shape or dtype that does not fit; n_random without a key.
-    Cost: three sorts of N numbers per row.
+    Cost: three sorts of N numbers per row, or per head.
     Source: Chen et al., NACL, arXiv 2408.03675; drawn as in Kool et al., arXiv 1903.06059: the largest of F plus Gumbel
     noise.
     """
@@ -109,17 +131,38 @@ def select_entries(
             raise ValueError(f"{name}={count!r}: it must be an integer of at least 0")
     if not n_top + n_random + proxies:
         raise ValueError("n_top, n_random and proxies are all 0: at least one entry must be kept")
-    if not hasattr(scores, "ndim") or scores.ndim != 2:
+    if not hasattr(scores, "ndim") or scores.ndim not in (2, 3):
         found = tuple(scores.shape) if hasattr(scores, "shape") else type(scores).__name__
-        raise ValueError(f"scores must have shape [batch, slots]; it has {found}")
+        raise ValueError(f"scores must have shape [batch, slots] or [batch, slots, heads]; it has {found}")
     checks.check_float("scores", scores.dtype)
-    if cache is not None and tuple(scores.shape) != tuple(slot_positions(cache).shape):
-        raise ValueError(
-            f"scores have shape {tuple(scores.shape)} but the cache's slots are {slot_positions(cache).shape}"
-        )
+    if cache is not None:
+        _check_scores(scores, cache)
     if n_random and key is None:
         raise ValueError(f"n_random={n_random} needs a key: give key=jax.random.key(seed)")
-    return _select(int(n_top), int(n_random), int(proxies), scores, key if n_random else None, cache)
+    select = _select_by_head if scores.ndim == 3 else _select
+    return select(int(n_top), int(n_random), int(proxies), scores, key if n_random else None, cache)
+
+
+def _check_scores(scores, cache):
+    batch, heads = cache.key_by_head.shape[:2]
+    by_head = scores.ndim == 3 or heads_apart(cache)
+    slots = (batch, cache.capacity, heads) if by_head else (batch, cache.capacity)
+    if tuple(scores.shape) != slots:
+        raise ValueError(f"scores have shape {tuple(scores.shape)} but the cache's slots are {slots}")
+
+
+@compiled(3)
+def _select_by_head(n_top, n_random, proxies, scores, key, cache):
+    """`_select` of each head of scores [B, N, G], by keys of their own."""
+    one = lambda cache, scores, key: _select(n_top, n_random, proxies, scores, key, cache)
+    keys = None if key is None else _keys_by_head(key, scores.shape[2])
+    if cache is None:
+        return jax.vmap(functools.partial(one, None), (2, 0), 2)(scores, keys)
+    return over_heads(one, cache, scores, keys, in_axes=(2, 0))
+
+
+def _keys_by_head(key, heads):
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(heads, dtype=jnp.int32))
 
 
 @compiled(3)
@@ -163,14 +206,21 @@ def entries_by_row(
         kept_b = min(n_b, proxies) + top + drawn_b,       top ≥ 0 is what is left of kept_b
 
     Args:
-      scores: F [B, N], floats.
+      scores: F [B, N], floats; or F [B, N, G]: each head of a row chooses for itself, as many as the others.
       cache: says which slots are filled and which tokens are last.
       kept, drawn: int32 [B]: how many in all, and how many of them are drawn. The proxies come first, then what is
         drawn, and the top is what is left. kept of at least the filled slots: all of them.
-      keys: `jax.random` keys [B]. A row's draw depends on its own key and scores, not on the other rows.
+      keys: `jax.random` keys [B]. A row's draw depends on its own key and scores, not on the other rows, and a head's
+        on its number too.
 
-    Returns bool [B, N], for `compact_cache`. Cost: two sorts of N numbers per row. Source: as for `select_entries`.
+    Returns bool [B, N], or [B, N, G], for `compact_cache`. Raises ValueError for scores that do not fit the cache.
+    Cost: two sorts of N numbers per row, or per head. Source: as for `select_entries`.
     """
+    _check_scores(scores, cache)
+    if scores.ndim == 3:
+        one = lambda cache, scores, keys: entries_by_row(scores, cache, kept, drawn, keys, proxies=proxies)
+        own = jax.vmap(_keys_by_head, (0, None))(keys, scores.shape[2])
+        return over_heads(one, cache, scores, own, in_axes=(2, 1))
     position = slot_positions(cache)
     filled = position >= 0
     rank = jnp.where(filled, scores.astype(accumulation_dtype(scores.dtype)), -jnp.inf)
@@ -203,9 +253,9 @@ def streaming_entries(cache, *, initial: int, separators: int, window: int, capa
         so that a token sees all entries there are.
       initial, separators: at least 0. window, capacity: at least 1, and initial + separators + window < capacity.
 
-    Returns bool [B, N], for `compact_cache`. Raises ValueError, TypeError: another cache, or sizes that do not fit.
-    Source: Chen et al., SepLLM, arXiv 2412.12094, eq. 3. There the tokens are numbered by their places in
-    the cache: `in_places`.
+    Returns bool [B, N], or [B, N, G] where heads are apart, for `compact_cache`. Raises ValueError, TypeError: another
+    cache, or sizes that do not fit. Source: Chen et al., SepLLM, arXiv 2412.12094, eq. 3. There the tokens are numbered
+    by their places in the cache: `in_places`.
     """
     if not isinstance(cache, Selected):
         raise TypeError(f"cache must be a SelectedKUCache or a SelectedKVCache, not {type(cache).__name__}")
@@ -218,6 +268,9 @@ def streaming_entries(cache, *, initial: int, separators: int, window: int, capa
             f"capacity={capacity}: it must be greater than initial + separators + window = "
             f"{initial + separators + window} and at most the cache's {cache.capacity} slots"
         )
+    if cache.heads_apart:
+        sizes = dict(initial=initial, separators=separators, window=window, capacity=capacity)
+        return over_heads(lambda one: streaming_entries(one, **sizes), cache)
     filled = cache.position >= 0
     recent = cache.length[:, None] - cache.position <= window
     older = filled & cache.lasting & ~recent & (cache.position >= initial)

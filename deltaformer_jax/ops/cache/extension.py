@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import Entries, Selected, slot_positions, store
+from deltaformer_jax.ops.cache.caches import (
+    Entries,
+    Selected,
+    check_together,
+    heads_apart,
+    over_heads,
+    slot_positions,
+    store,
+)
 from deltaformer_jax.ops.common.score_decay import decay_between
 from deltaformer_jax.ops.common.similarity import row_weights_of_parts
 from deltaformer_jax.ops.common.tiles import accumulation_dtype, within
@@ -63,6 +71,7 @@ def _biased(bias, scores, cache, real):
     """`scores`, a pair of parts [B,G,n,r,T,·], with the position bias of their G·n·r heads, which may be None."""
     if bias is None:
         return scores
+    check_together(cache, "write_bias, read_bias and position_bias")
     position, slots = _new_positions(cache, real), slot_positions(cache)
 
     def of_part(scores, columns):
@@ -77,7 +86,12 @@ def _biased(bias, scores, cache, real):
 
 def _visible(cache, real, strict, window, lasting):
     """([B,1,1,1,T,N], [B,1,1,1,T,T]) bools: which cache slots and which new tokens each new token sees. `strict`
-    excludes the token itself. `lasting` [B,T] or None: the new tokens that stay visible behind the window."""
+    excludes the token itself. `lasting` [B,T] or None: the new tokens that stay visible behind the window. Where heads
+    are apart the first is [B,G,1,1,T,N]."""
+    if heads_apart(cache):
+        of_head = lambda one: _visible(one, real, strict, window, lasting)
+        old, new = over_heads(of_head, cache, out_axes=(1, None))
+        return old[:, :, 0], new
     position, slots = _new_positions(cache, real), slot_positions(cache)
     old = jnp.broadcast_to((slots >= 0)[:, None, :], (*real.shape, cache.capacity))
     index = jnp.arange(real.shape[1], dtype=jnp.int32)

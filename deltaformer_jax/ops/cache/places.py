@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from deltaformer_jax.ops.cache.caches import Selected, SelectedKUCache, SelectedKVCache
+from deltaformer_jax.ops.cache.caches import Selected, SelectedKUCache, SelectedKVCache, check_together, over_heads
 
 
 def in_places(
@@ -37,6 +37,7 @@ def in_places(
     Source: Xiao et al., arXiv 2309.17453, section 3.2; Chen et al., SepLLM, arXiv 2412.12094.
     """
     _check(cache)
+    check_together(cache, "in_places")  # with other numbers of entries the heads would have other next positions
     filled = cache.position >= 0
     place = jnp.where(filled, jnp.arange(cache.capacity, dtype=jnp.int32)[None], -1)
     by, entries, arrays = jnp.where(filled, place - cache.position, 0), cache.entries, {}
@@ -66,10 +67,16 @@ def newest_lasting(
     if lasting.ndim != 2 or lasting.shape[0] != batch or lasting.dtype != bool:
         raise ValueError(f"lasting must be bools [{batch}, tokens]; it is {lasting.dtype}{list(lasting.shape)}")
     real = jnp.ones(lasting.shape, bool) if segment_ids is None else segment_ids != 0
+    mark = lambda one: _newest_marked(one, lasting, real)
+    return cache.with_arrays(lasting=over_heads(mark, cache) if cache.heads_apart else mark(cache))
+
+
+def _newest_marked(cache, lasting, real):
+    """The cache's `lasting` [B, N] with that of its newest tokens."""
     first = cache.entries - jnp.sum(real, axis=1, dtype=jnp.int32)
     slot = jnp.where(real, first[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, cache.capacity)
     row = jnp.arange(lasting.shape[0], dtype=jnp.int32)[:, None]
-    return cache.with_arrays(lasting=cache.lasting.at[row, slot].set(lasting, mode="drop"))
+    return cache.lasting.at[row, slot].set(lasting, mode="drop")
 
 
 def _check(cache):

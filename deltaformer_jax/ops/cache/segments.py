@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deltaformer_jax.ops.cache.caches import Selected, SelectedKUCache, SelectedKVCache
+from deltaformer_jax.ops.cache.caches import Selected, SelectedKUCache, SelectedKVCache, check_together
 from deltaformer_jax.ops.common import checks
 from deltaformer_jax.ops.common.compiled import compiled
 from deltaformer_jax.ops.common.heads import repeat_heads
@@ -45,6 +45,7 @@ def fold_segments(
     """
     if not isinstance(cache, Selected):
         raise TypeError(f"cache must be a SelectedKUCache or a SelectedKVCache, not {type(cache).__name__}")
+    check_together(cache, "fold_segments")
     if keep.dtype != bool or tuple(keep.shape) != tuple(cache.position.shape):
         raise ValueError(f"keep must be bools {tuple(cache.position.shape)}; it is {keep.dtype}{list(keep.shape)}")
     similarity, arrays = without_arrays(as_similarity(read_similarity, "read_similarity"))
