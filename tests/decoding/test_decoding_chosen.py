@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,8 +205,7 @@ def test_an_eviction_keeps_what_the_proxies_read(model, by_head):
         return evicted, compared, model.hidden(tokens, segment_ids=real, cache=model.init_cache(2, 30))[1], more
 
     evicted, compared, whole, more = both(model)
-    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
-    assert shapes(evicted) == shapes(empty_cache(model, 2, Slots.of(rule, 20), rule)) == shapes(more)
+    chex.assert_trees_all_equal_shapes(evicted, empty_cache(model, 2, Slots.of(rule, 20), rule), more)
     chosen = []
     for row, head in np.ndindex(2, groups):
         length = lengths[row]
