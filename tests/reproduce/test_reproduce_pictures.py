@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from deltaformer_jax.plot.style import GREY, line_styles
 from deltaformer_jax.reproduce import experiment
-from deltaformer_jax.reproduce.associative_memory import infinite_context, snr, snr_sweeps
+from deltaformer_jax.reproduce.associative_memory import ffn_memory, infinite_context, snr, snr_sweeps
 from deltaformer_jax.reproduce.language import byte_models, redundancy, streaming
 from deltaformer_jax.reproduce.recall import eviction
 from deltaformer_jax.reproduce.rope import distances, rope_base
@@ -338,6 +338,16 @@ def test_snr_with_one_size_alone_draws():
 @pytest.mark.parametrize("good, verb", [(True, "follows"), (False, "departs from")])
 def test_snrs_title_follows_the_ratios(good, verb):
     assert f"memory {verb} the paper's formulas" in title_of("snr", records("snr", good=lambda settings: good))
+
+
+def test_ffn_memory_counts_stored_facts_by_width():
+    """recall · F where F = 32 N; both sweeps have their rows, and only the first makes the curves over F."""
+    result = lambda recall: {"recall": recall, "nats": 1.0, "units_a_fact": 2.0, "parameters": 1}
+    cells = [cell for cell in ffn_memory.cells(False) if cell["kernel"] == "relu" and cell["seed"] == 0]
+    done = [{"settings": cell, "result": result(0.5 if "sweep" in cell else 0.25)} for cell in cells]
+    assert ffn_memory.stored(done) == {"relu": {16: 256, 32: 512, 64: 512, 128: 2048}}
+    assert [row["units N"] for row in ffn_memory.rows(done)] == [64] * 8 + [16, 32, 128]
+    assert {kernel_and_facts[1] for kernel_and_facts in ffn_memory._means(done)} == set(ffn_memory.FULL["facts"])
 
 
 def test_rope_bases_title_counts_the_papers_bases_that_suffice():

@@ -4,10 +4,14 @@ A fact is a key x_i and one of M values. The layer y(x) of width N is trained on
 cross-entropy of the logits y(x_i)·e_m, e_m the values' vectors. A fact is recalled if its own value has the largest.
 
     units a fact = (Σ_j c_j)² / Σ_j c_j²,  c_j = |h_j(x_i)| ‖v_j‖,  y(x) = Σ_j h_j(x) v_j, the mean over facts
+                   that any unit answers
 
 is 1 if a single hidden unit answers (precision: a unit for a fact) and N if all answer alike. With more facts than
 units each unit must serve several facts (polysemanticity). All kernels have about the same number of parameters: a
 layer with two kernels into its units has two thirds of the width.
+
+The width is swept apart, at F = 32 N facts, more than any kernel holds: what counts there is recall times F, the facts
+that are stored.
 
 Keys and e_m are standard normal, of width d; e_m is divided by √d. Source: the view is that of Zhong et al., arXiv
 2505.19488, who measure nothing like this; the experiment is this library's.
@@ -29,8 +33,17 @@ from deltaformer_jax.plot.style import explain, line_styles, plain, reference
 from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure, values_of
 
-FULL = dict(width=32, units=64, values=64, facts=(16, 64, 128, 256, 512, 1024, 2048, 4096), steps=2000, seeds=(0, 1))
+FULL = dict(
+    width=32,
+    units=64,
+    values=64,
+    facts=(16, 64, 128, 256, 512, 1024, 2048, 4096),
+    steps=2000,
+    seeds=(0, 1),
+    other_units=(16, 32, 128),
+)
 QUICK = dict(width=32, units=64, values=64, facts=(64, 1024), steps=300, seeds=(0,))
+OVERLOAD = 32  # facts a unit where the width is swept
 RATE = 3e-3  # Adam's, falling to 0 along a cosine
 PIECE = 100  # steps between two looks at `stop`
 # Label -> (a name of `model.feed_forward`, the similarity of a memory).
@@ -54,6 +67,17 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
         for kernel in KERNELS
         for facts in sizes["facts"]
         for seed in sizes["seeds"]
+    ] + [
+        {
+            "label": f"{kernel}, N = {units}, F = {OVERLOAD * units}",
+            "kernel": kernel,
+            "facts": OVERLOAD * units,
+            **(same | {"units": units}),
+            "seed": 0,
+            "sweep": "width",
+        }
+        for kernel in KERNELS
+        for units in sizes.get("other_units", ())
     ]
 
 
@@ -107,7 +131,9 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
         recalled = jnp.mean(jnp.argmax(logits_of(parameters), axis=-1) == right)
         hidden, vectors = hidden_units(nnx.merge(graph, parameters), keys)
         parts = jnp.abs(hidden) * jnp.linalg.norm(vectors, axis=-1)
-        return recalled, jnp.mean(jnp.sum(parts, axis=-1) ** 2 / jnp.sum(parts**2, axis=-1))
+        squares, answered = jnp.sum(parts**2, axis=-1), jnp.any(parts > 0, axis=-1)
+        units = jnp.where(answered, jnp.sum(parts, axis=-1) ** 2 / jnp.where(answered, squares, 1.0), 0.0)
+        return recalled, jnp.sum(units) / jnp.sum(answered)
 
     carry = parameters, optimizer.init(parameters)
     for _ in range(-(-settings["steps"] // PIECE)):
@@ -123,10 +149,25 @@ def run(settings: dict[str, Any], folder, note, stop) -> dict[str, Any] | None:
     }
 
 
-def _means(done: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
-    """(kernel, facts) -> the results of its seeds."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def _of_sweep(done: list[dict[str, Any]], sweep: str) -> list[dict[str, Any]]:
+    return [record for record in done if record["settings"].get("sweep", "facts") == sweep]
+
+
+def stored(done: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Kernel -> width N -> recall · F at F = 32 N, the mean over seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
     for record in done:
+        settings = record["settings"]
+        if settings["facts"] == OVERLOAD * settings["units"]:
+            of_kernel = found.setdefault(settings["kernel"], {}).setdefault(settings["units"], [])
+            of_kernel.append(record["result"]["recall"] * settings["facts"])
+    return {name: {n: float(np.mean(of[n])) for n in sorted(of)} for name, of in found.items()}
+
+
+def _means(done: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+    """(kernel, facts) -> the results of its seeds, where the number of facts is swept."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in _of_sweep(done, "facts"):
         found.setdefault((record["settings"]["kernel"], record["settings"]["facts"]), []).append(record["result"])
     return {
         where: {
@@ -141,25 +182,39 @@ def _recall(found: dict[tuple[str, int], dict[str, np.ndarray]], kernel: str, fa
 
 
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    units = done[0]["settings"]["units"]
+    units = values_of(_of_sweep(done, "facts"), "units")
+    wide = [
+        {
+            "kernel": record["settings"]["kernel"],
+            "units N": record["settings"]["units"],
+            "facts F": record["settings"]["facts"],
+            "F / N": OVERLOAD,
+            "recall": f"{record['result']['recall']:.3f}",
+            "units a fact": f"{record['result']['units_a_fact']:.1f}",
+            "parameters": record["result"]["parameters"],
+        }
+        for record in _of_sweep(done, "width")
+    ]
     return [
         {
             "kernel": kernel,
+            "units N": units[0],
             "facts F": facts,
-            "F / N": f"{facts / units:g}",
+            "F / N": f"{facts / units[0]:g}",
             "recall": f"{results['recall'].mean():.3f} ± {results['recall'].std():.3f}",
             "units a fact": f"{results['units_a_fact'].mean():.1f}",
             "parameters": int(results["parameters"][0]),
         }
         for (kernel, facts), results in _means(done).items()
-    ]
+    ] + wide
 
 
 def figure(done: list[dict[str, Any]]):
-    picture = new_figure(14, 5.6)
-    panels = picture.subplots(1, 2)
-    settings, found = done[0]["settings"], _means(done)
-    kernels, counts = values_of(done, "kernel"), values_of(done, "facts")
+    picture = new_figure(16, 5.6)
+    panels = picture.subplots(1, 3)
+    swept = _of_sweep(done, "facts") or done
+    settings, found = swept[0]["settings"], _means(done)
+    kernels, counts = values_of(done, "kernel"), values_of(swept, "facts")
     styles = line_styles(kernels)
     for axes, name in zip(panels, ("recall", "units_a_fact")):
         for kernel in kernels:
@@ -174,6 +229,10 @@ def figure(done: list[dict[str, Any]]):
         axes.set(xscale="log", xlabel=f"facts F for each of N = {settings['units']} units of two kernels")
     panels[0].set(ylabel="recall", ylim=(-0.03, 1.03))
     panels[1].set(yscale="log", ylabel="hidden units that answer a fact")
+    for kernel, of_width in stored(done).items():
+        panels[2].plot(list(of_width), list(of_width.values()), marker="o", **styles[kernel])
+    panels[2].set(xscale="log", yscale="log", xlabel="units N of two kernels", ylabel="recall · F")
+    plain(panels[2], f"Facts stored, of F = {OVERLOAD} N")
     plain(panels[0], "Facts that are recalled")
     plain(panels[1], "Precision: few units answer")
     reference(panels[0], 1 / settings["values"], "chance")
@@ -207,5 +266,5 @@ EXPERIMENT = Experiment(
     run=run,
     rows=rows,
     figure=figure,
-    cost="five minutes on two cores; --quick: half a minute",
+    cost="six minutes on two cores; --quick: half a minute",
 )
