@@ -16,7 +16,8 @@ read with a cache of the same sizes:
 
 * own separators: the positions are those of the text. Nothing is changed by the cache but that of the separators behind
   the window only the last 32 stay;
-* own separators, by places: entries are numbered by places.
+* own separators, by places: entries are numbered by places;
+* no separators, by places: the same, but none of the separators behind the window stays.
 
 Source: Chen et al., "SepLLM", arXiv 2412.12094.
 """
@@ -45,7 +46,7 @@ from deltaformer_jax.reproduce.experiment import Experiment
 from deltaformer_jax.reproduce.language.byte_models import prepared
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 
-OWN, OWN_PLACES = "own separators", "own separators, by places"
+OWN, OWN_PLACES, NONE_PLACES = "own separators", "own separators, by places", "no separators, by places"
 SEPARATORS, FOLDED, FIRST, LAST = "separators", "separators, folded", "first and last", "last"
 RING, ALL, ANEW = "ring", "all", "anew"
 FULL = dict(
@@ -98,7 +99,8 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 
     own = sizes["rules"][SEPARATORS]
     fields = {"initial_tokens": own[0], "window": own[2], "separators": OF_BYTES}
-    trained = dict(fields=fields, rules={OWN: list(own), OWN_PLACES: list(own)}, whole=sizes["part"])
+    rules = {OWN: list(own), NONE_PLACES: [own[0], 0, *own[2:]], OWN_PLACES: list(own)}
+    trained = dict(fields=fields, rules=rules, whole=sizes["part"])
     return [cell(name, mixer) for name, mixer in MIXERS.items()] + [
         cell(TRAINED.format(name), mixer, **trained) for name, mixer in MIXERS.items()
     ]
@@ -159,7 +161,7 @@ def _readings(settings: dict[str, Any], model: LanguageModel, note, stop) -> dic
         if stop.requested:
             return None
         if policy in settings["rules"]:
-            named = {"fold": policy == FOLDED, "all_places": policy == OWN_PLACES}
+            named = {"fold": policy == FOLDED, "all_places": policy in (OWN_PLACES, NONE_PLACES)}
             rule = Streaming(*settings["rules"][policy], **named)
             rule = resolved(rule, model, ByteTokenizer(), EOT + 1)
             length = settings["whole"] if policy == SEPARATORS else settings["part"]
@@ -324,7 +326,7 @@ def _finding(done: list[dict[str, Any]]) -> str:
     parts = []
     for record in done:
         read = record["result"]["readings"]
-        last = list(record["settings"]["rules"])[-1] if "fields" in record["settings"] else SEPARATORS
+        last = OWN_PLACES if "fields" in record["settings"] else SEPARATORS
         apart = read[last]["bits"][-1] - read[ANEW]["bits"][-1]
         parts.append(f"{apart:+.3f} bits a byte in {record['settings']['label']}")
         entries = read[last]["most_entries"]
