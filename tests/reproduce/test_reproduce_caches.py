@@ -56,7 +56,7 @@ def test_an_eviction_of_nothing_by_head():
     sizes = {**eviction.QUICK, "stages": ((16, 4, 8, 0.99),), "rows": 64, "heads": (2,)}
     settings = eviction.cells(True, sizes)[0]
     assert settings["model"]["num_kv_heads"] == 2
-    model = model_of("softmax_attention", 32, num_heads=2, num_kv_heads=2, head_dim=8)
+    model = model_of("softmax_attention", 32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
     found = eviction._measured({**settings, "shares": [0.5, 1.0]}, model)
     assert list(found["evicted"]) == [eviction.QUERIES, eviction.BY_HEAD]
     (_, row), (_, heads) = found["evicted"].values()

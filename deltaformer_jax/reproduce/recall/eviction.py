@@ -182,13 +182,11 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def figure(done: list[dict[str, Any]]):
-    lines = -(-len(done) // 2)
-    picture = new_figure(3 + 5.5 * min(len(done), 2), 1 + 3.6 * lines)
+    lines, columns, panel = -(-len(done) // 2), min(len(done), 2), None
+    picture = new_figure(3 + 5.5 * columns, 1 + 3.6 * lines)
     styles = line_styles([*policies("DeltaFormer"), BY_HEAD], [WINDOW])
-    panels = picture.subplots(lines, min(len(done), 2), squeeze=False, sharey=True).ravel()
-    for panel in panels[len(done) :]:
-        panel.set_visible(False)
-    for panel, record in zip(panels, done):
+    for place, record in enumerate(done, 1):
+        panel = picture.add_subplot(lines, columns, place, sharey=panel)
         shares = [100 * share for share in record["settings"]["shares"]]
         for policy, accuracies in record["result"]["evicted"].items():
             panel.plot(shares, accuracies, marker="o", label=policy, **styles[policy])
