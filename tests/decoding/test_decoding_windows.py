@@ -115,6 +115,7 @@ def test_memory_of_the_caches():
     assert sizes["usual"] == Slots(1024, 1024, 128)
     assert sizes["kept"] == Slots(1024, 128, 128)  # 46 and 21 of the prompt, and 80 more, to a power of two
     assert sizes["streaming"] == Slots(1024, 16, 16)
+    assert _slots(model_of(HYBRID[-1:]), requests, None) == Slots(1024, 1024, 1024)
     rules = dict(kept=Evicted(0.05), streaming=RULE)
     found = {name: cache_bytes(model, slots, rules.get(name)) for name, slots in sizes.items()}
     slot, place, rows = 2 * 8 * 4, 4 + 1, 2

@@ -129,7 +129,8 @@ def empty_cache(model: LanguageModel, rows: int, slots: Slots, rule: Streaming |
 
 
 def seen_after(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt the most entries that a layer of `behind_windows` still sees after it; 0 without such a layer."""
+    """For each prompt the most entries that a layer of `behind_windows` still sees after it; without such a layer its
+    length, so that programs do not differ by it."""
     mixers = [block.mixer for block, behind in zip(model.blocks, behind_windows(model)) if behind]
 
     def seen(mixer, ids):
@@ -137,7 +138,7 @@ def seen_after(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> list[i
         lasts = (index < mixer.initial_tokens) | np.isin(ids, np.asarray(mixer.separator_tokens, ids.dtype))
         return int(np.sum(lasts | (index > len(ids) - mixer.window)))
 
-    return [max((seen(mixer, np.asarray(ids, np.int64)) for mixer in mixers), default=0) for ids in prompts]
+    return [max((seen(mixer, np.asarray(ids, np.int64)) for mixer in mixers), default=len(ids)) for ids in prompts]
 
 
 def without_unseen(model: LanguageModel, caches, capacity: int):
