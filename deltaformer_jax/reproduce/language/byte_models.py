@@ -99,7 +99,10 @@ def prepared(
         data=DataConfig(path=path, sequence_length=settings["sequence_length"], batch_size=settings["batch_size"]),
         objective=objective or ObjectiveConfig(),
         optimizer=OptimizerConfig(
-            learning_rate=settings["learning_rate"], warmup_steps=max(1, steps // 12), decay_steps=steps
+            learning_rate=settings["learning_rate"],
+            warmup_steps=max(1, steps // 12),
+            decay_steps=steps,
+            skip_deviations=settings.get("skip_deviations", OptimizerConfig.skip_deviations),
         ),
         run=RunConfig(
             steps=steps,
