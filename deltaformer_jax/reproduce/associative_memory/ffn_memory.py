@@ -232,6 +232,9 @@ def figure(done: list[dict[str, Any]]):
     for kernel, of_width in stored(done).items():
         panels[2].plot(list(of_width), list(of_width.values()), marker="o", **styles[kernel])
     panels[2].set(xscale="log", yscale="log", xlabel="units N of two kernels", ylabel="recall · F")
+    widths = sorted({units for of_width in stored(done).values() for units in of_width})
+    panels[2].set_xticks(widths, [str(units) for units in widths])
+    panels[2].xaxis.minorticks_off()
     plain(panels[2], f"Facts stored, of F = {OVERLOAD} N")
     plain(panels[0], "Facts that are recalled")
     plain(panels[1], "Precision: few units answer")
