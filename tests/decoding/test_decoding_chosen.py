@@ -249,6 +249,7 @@ def test_refusals(model):
         )
     )
     fits = functools.partial(resolved, tokenizer=ByteTokenizer(), vocabulary=257)
+    assert [fits(Evicted(1.0), each) for each in (linear, biased, state_only)] == [None] * 3  # nothing is dropped
     for bad, message in [
         (lambda: Streaming(4, 64, 256, 324), "capacity = 324: give more than initial . separators . window = 324"),
         (lambda: Streaming(-1, 64, 256, 800), "cache: initial = -1: give 0 or more"),

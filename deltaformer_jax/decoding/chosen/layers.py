@@ -34,6 +34,8 @@ def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer:
         return None
     if not isinstance(cache, Streaming | Evicted):
         raise TypeError(f"cache = {cache!r:.60}: give a Streaming or an Evicted of deltaformer_jax.decoding")
+    if isinstance(cache, Evicted) and cache.keep == 1:
+        return None
     if not any(chooses(model)) and not (isinstance(cache, Streaming) and any(behind_windows(model))):
         raise ValueError(
             "cache: no layer of this model has a cache that grows with the text (softmax_attention or delta_former "
@@ -57,7 +59,7 @@ def resolved(cache: Streaming | Evicted | None, model: LanguageModel, tokenizer:
     for block, chosen in zip(model.blocks, chooses(model)):
         if chosen:
             _check_compared(block.mixer, cache.write_weight)
-    return None if cache.keep == 1 else cache
+    return cache
 
 
 def _check_sizes(rule: Streaming, model: LanguageModel) -> None:

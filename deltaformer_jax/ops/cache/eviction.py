@@ -139,8 +139,18 @@ def select_entries(
         _check_scores(scores, cache)
     if n_random and key is None:
         raise ValueError(f"n_random={n_random} needs a key: give key=jax.random.key(seed)")
+    if n_random:
+        _check_key(key)
     select = _select_by_head if scores.ndim == 3 else _select
     return select(int(n_top), int(n_random), int(proxies), scores, key if n_random else None, cache)
+
+
+def _check_key(key):
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        found = f"an array of shape {tuple(key.shape)}" if hasattr(key, "shape") else type(key).__name__
+        raise TypeError(f"key must be one key, key=jax.random.key(seed), not {found}") from None
 
 
 def _check_scores(scores, cache):

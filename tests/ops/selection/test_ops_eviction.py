@@ -150,6 +150,8 @@ def test_refusals():
         (lambda: select_entries(scores, -1), ValueError, "n_top=-1: it must be an integer of at least 0"),
         (lambda: select_entries(scores, 0), ValueError, "at least one entry must be kept"),
         (lambda: select_entries(scores, 1, 1), ValueError, "n_random=1 needs a key"),
+        (lambda: select_entries(scores, 1, 1, 3), TypeError, "key must be one key, .* not int"),
+        (lambda: select_entries(scores, 1, 1, jax.random.split(jax.random.key(0))), TypeError, r"not an array .*\(2,"),
         (lambda: select_entries(scores[0], 1), ValueError, r"shape \[batch, slots\] or .*heads\]; it has \(12,\)"),
         (
             lambda: select_entries(scores[:, :5], 1, cache=cache),
