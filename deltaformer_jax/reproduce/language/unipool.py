@@ -2,7 +2,8 @@
 
 UniPool (arXiv 2605.06665): the E L experts of L layers become one pool, each layer has a router over all of it, and the
 norm router takes the place of the softmax. The loss falls by 0.024 to 0.037 nats at 182 million to 1.5 billion
-parameters; pools of two thirds and of half as many experts still beat experts of each layer's own.
+parameters; pools of two thirds and of half as many experts still beat experts of each layer's own. The lock, which at
+the end of UniPool's warm-up gives each expert to one layer, is not built.
 
 Two things change at once there. Here each is also changed alone: experts (own, pool) by router (softmax, norm). A token
 goes through one expert of a layer, so that it costs as much in all models (a pool's routers are E L wide, not E wide).
