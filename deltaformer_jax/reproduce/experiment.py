@@ -40,6 +40,10 @@ NAMES = {
         "DeltaFormer against a Transformer, dense and with experts, on code and on prose, several seeds",
         "language.experts",
     ),
+    "unipool": (
+        "one pool of experts for all layers (UniPool) against experts of each layer's own, by router, several seeds",
+        "language.unipool",
+    ),
     "redundancy": (
         "how much a model loses without some of its layers: Block Influence and four other rankings, elastic training",
         "language.redundancy",

@@ -130,6 +130,10 @@ def result_of(name, settings, rng, good):
         }
     if name == "experts":
         return {"bits": float(rng.uniform(2, 3)), "losses": [[1, 3.0]]}
+    if name == "unipool":
+        counts = rng.integers(1, 100, (settings["num_layers"], settings["fields"]["num_experts"])).tolist()
+        more = {"experts_of_a_layer": 3.5, "layers_of_expert": 2.0, "expert_load": 1.5, "counts": counts}
+        return {"bits": float(rng.uniform(2, 3)), "losses": [[1, 3.0]], **more}
     if name == "snr_sweeps":
         formula = snr_sweeps.expected(settings)
         more = {} if formula is None else {"ratio": 1.01 if good else 1.3}

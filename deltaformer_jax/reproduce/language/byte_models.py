@@ -8,9 +8,12 @@ and `fields`, others of ModelConfig.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from deltaformer_jax.config import (
@@ -117,3 +120,32 @@ def prepared(
     )
     # Only one device is used, since the models and the batches are small.
     return prepare(config, folder / "run", note, jax.devices()[:1])
+
+
+def trained(run: Any, folder: epath.Path, stop) -> dict[str, Any] | None:
+    """Train a `prepared` cell: its bits a byte on the evaluation split and its losses, or None if it was interrupted.
+
+    With experts also expert_load, the largest number of tokens of an expert over the mean, the median over the second
+    half of the steps.
+    """
+    from deltaformer_jax.config.lines import lines
+    from deltaformer_jax.training.loop import train
+
+    if not train(*run, stop, quiet=True).finished:
+        return None
+    records = [json.loads(line) for line in lines((folder / "run" / "metrics.jsonl").read_text())]
+    loads = [record["expert_load"] for record in records if "expert_load" in record]
+    return {
+        "bits": [record["eval_bits_per_byte"] for record in records if "eval_bits_per_byte" in record][-1],
+        "losses": [(record["step"], record["loss"]) for record in records if "loss" in record],
+        **({"expert_load": float(np.median(loads[len(loads) // 2 :]))} if loads else {}),
+    }
+
+
+def mean_and_error(differences: np.ndarray) -> str:
+    """The mean of paired differences ± its standard error std/√n; of one seed the difference alone, of none "-"."""
+    if not len(differences):
+        return "-"
+    if len(differences) == 1:
+        return f"{differences[0]:+.4f}"
+    return f"{differences.mean():+.4f} ± {differences.std(ddof=1) / math.sqrt(len(differences)):.4f}"

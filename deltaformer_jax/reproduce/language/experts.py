@@ -12,8 +12,6 @@ uses k, as wide together as the dense layer, so that a token costs as much and t
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from etils import epath
 
 from deltaformer_jax.plot.style import explain, line_styles, plain
 from deltaformer_jax.reproduce.experiment import Experiment
-from deltaformer_jax.reproduce.language.byte_models import byte_model, parameters, prepared
+from deltaformer_jax.reproduce.language.byte_models import byte_model, mean_and_error, parameters, prepared, trained
 from deltaformer_jax.reproduce.language.prose import prose_corpus
 from deltaformer_jax.reproduce.pictures import figure_legend, new_figure
 
@@ -71,19 +69,8 @@ def cells(quick: bool, sizes: dict[str, Any] | None = None) -> list[dict[str, An
 
 
 def run(settings: dict[str, Any], folder: epath.Path, note, stop) -> dict[str, Any] | None:
-    from deltaformer_jax.config.lines import lines
-    from deltaformer_jax.training.loop import train
-
     path = prose_corpus() if settings["corpus"] == "prose" else ""
-    if not train(*prepared(settings, folder, note, path=path), stop, quiet=True).finished:
-        return None
-    records = [json.loads(line) for line in lines((folder / "run" / "metrics.jsonl").read_text())]
-    loads = [record["expert_load"] for record in records if "expert_load" in record]
-    return {
-        "bits": [record["eval_bits_per_byte"] for record in records if "eval_bits_per_byte" in record][-1],
-        "losses": [(record["step"], record["loss"]) for record in records if "loss" in record],
-        **({"expert_load": float(np.median(loads[len(loads) // 2 :]))} if loads else {}),
-    }
+    return trained(prepared(settings, folder, note, path=path), folder, stop)
 
 
 def _bits(done: list[dict[str, Any]]) -> dict[tuple[str, str, str, int], float]:
@@ -101,14 +88,6 @@ def paired(done: list[dict[str, Any]], layer: str, corpus: str) -> np.ndarray:
     return np.array([one - other for one, other in both if one is not None and other is not None])
 
 
-def _text(differences: np.ndarray) -> str:
-    if not len(differences):
-        return "-"
-    if len(differences) == 1:
-        return f"{differences[0]:+.4f}"
-    return f"{differences.mean():+.4f} ± {differences.std(ddof=1) / math.sqrt(len(differences)):.4f}"
-
-
 def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bits, lines = _bits(done), []
     for corpus in CORPORA:
@@ -120,7 +99,7 @@ def rows(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "text": corpus,
                         "feed-forward layers": layer,
                         **{name: f"{np.mean(found):.4f}" if found else "-" for name, found in of.items()},
-                        "difference": _text(paired(done, layer, corpus)),
+                        "difference": mean_and_error(paired(done, layer, corpus)),
                         "seeds": len(paired(done, layer, corpus)),
                     }
                 )
@@ -147,7 +126,7 @@ def figure(done: list[dict[str, Any]]):
         plain(axes, f"{corpus}: each point is a seed")
     figure_legend(picture, *panels)
     gains = [
-        f"{corpus} {_text(paired(done, 'experts', corpus))}"
+        f"{corpus} {mean_and_error(paired(done, 'experts', corpus))}"
         for corpus in CORPORA
         if len(paired(done, "experts", corpus))
     ]
