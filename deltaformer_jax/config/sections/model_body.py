@@ -74,7 +74,9 @@ class BodyFields:
         choices=("softmax", "norm"),
     )
     renormalise_experts: bool = setting(
-        True, "Whether the weights of a token's experts are divided by their sum. Without effect on router = norm."
+        True,
+        "Whether the weights of a token's experts are divided by their sum. With experts_per_token = 1 every weight is "
+        "then 1, and only the balance loss trains the router: set it to False. Without effect on router = norm.",
     )
     expert_pool: bool = setting(
         False,
