@@ -22,10 +22,10 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 def default_chunk(length: int, window: int | None = None) -> int:
     """512 rows, or `length` if that is less. Matrix products dominate at this size, and a tile fits a CPU's cache.
 
-    With a window below 512, the power of two that holds it, but not less than 128: larger chunks would compute more
-    scores outside the window.
+    With a window, a quarter of the power of two that holds it, from 128 to 512: larger chunks would compute more scores
+    outside the window, and smaller ones are slower for each score.
     """
-    most = 512 if window is None else min(512, max(128, 1 << (window - 1).bit_length()))
+    most = 512 if window is None else min(512, max(128, (1 << (window - 1).bit_length()) // 4))
     return min(most, length)
 
 
