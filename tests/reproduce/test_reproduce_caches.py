@@ -51,6 +51,7 @@ def test_an_eviction_of_nothing_changes_no_answer():
     assert all(abs(whole - expected) < 0.01 for _, whole in accuracies)  # a near tie may be decided otherwise
 
 
+@pytest.mark.rare  # the test above with two heads, whose parts tests/ops/selection/test_ops_by_head.py has
 def test_an_eviction_of_nothing_by_head():
     """Both policies of a model of two heads answer alike at a share of 1."""
     sizes = {**eviction.QUICK, "stages": ((16, 4, 8, 0.99),), "rows": 64, "heads": (2,)}
