@@ -26,7 +26,7 @@ from deltaformer_jax.layers.bias.position_bias import position_bias_of
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
-from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
+from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen, tokens_last
 from deltaformer_jax.layers.norms import RMSNorm, rms_normalize
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
@@ -388,8 +388,7 @@ class DeltaFormer(nnx.Module):
         both_softmax = isinstance(self.write_similarity, Softmax) and isinstance(self.read_similarity, Softmax)
         same_scores = self.write_query == "query" and not self.unit_keys and self.write_scale == self.read_scale
         unbiased = self.read_bias is None and self.write_bias is None
-        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
-        return both_softmax and same_scores and unbiased and not lasts and not self.two_keys
+        return both_softmax and same_scores and unbiased and not tokens_last(self) and not self.two_keys
 
     def init_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty cache for `capacity` tokens per row. It holds k, or both keys, and u; v is not needed again.
@@ -397,7 +396,7 @@ class DeltaFormer(nnx.Module):
         With a window it is a ring of at most `window` slots. If tokens stay visible behind the window it has a slot for
         each token; `ops.compact_cache` may drop those that are seen no more.
         """
-        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        lasts = tokens_last(self)
         slots = capacity if self.window is None or lasts else min(capacity, self.window)
         kind = ops.SelectedKUCache if lasts else ops.KUCache
         width = self.head_dim * (1 + self.two_keys)
@@ -431,8 +430,7 @@ class DeltaFormer(nnx.Module):
         gates = 2.0 * self.d_model * self.u_heads * ((self.alpha_gate is not None) + (self.beta_gate is not None))
         passes = self.num_heads + (0 if self.tied else self.u_heads)
         biases = [bias.flops_per_pair() for bias in (self.write_bias, self.read_bias) if bias is not None]
-        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
         plain = not biases and not isinstance(self.read_similarity, SelfAdjust)
-        seen = mean_tokens_seen(length, self.window if plain or not lasts else None, self.initial_tokens)
+        seen = mean_tokens_seen(length, self.window if plain or not tokens_last(self) else None, self.initial_tokens)
         each = (3.0 if self.two_keys else 2.0) * passes * self.head_dim * 2 + sum(biases)
         return projections + gates + each * seen

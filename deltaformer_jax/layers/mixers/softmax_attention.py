@@ -30,7 +30,7 @@ from deltaformer_jax.layers.bias.position_bias import position_bias_of
 from deltaformer_jax.layers.caches import AttentionCache
 from deltaformer_jax.layers.gates import OutputGate
 from deltaformer_jax.layers.linear import Gate, kernel, product_flops, product_into_stream
-from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen
+from deltaformer_jax.layers.mixers.visible import check_keep, check_visible, mean_tokens_seen, tokens_last
 from deltaformer_jax.layers.padding import clear_padding, default_positions
 from deltaformer_jax.layers.query_key_value import QueryKeyValue
 from deltaformer_jax.ops.common.similarity import Softmax
@@ -229,7 +229,7 @@ class SoftmaxAttention(nnx.Module):
         With a window it is a ring of at most `window` slots. If tokens stay visible behind the window it has a slot for
         each token; `ops.compact_cache` may drop those that are seen no more.
         """
-        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
+        lasts = tokens_last(self)
         slots = capacity if self.window is None or lasts else min(capacity, self.window)
         decay_heads = self.num_heads if self.alibi or self.forget is not None else None
         kind = ops.SelectedKVCache if lasts else ops.KVCache
@@ -248,9 +248,8 @@ class SoftmaxAttention(nnx.Module):
         projections = self.inputs.flops_per_token() + product_flops(self.output)
         projections += 0.0 if self.forget is None else product_flops(self.forget.kernel)
         projections += 0.0 if self.output_gate is None else self.output_gate.flops_per_token()
-        lasts = self.initial_tokens > 0 or bool(self.separator_tokens)
         plain = self.forget is None and self.position_bias is None and self.read_similarity == Softmax()
-        seen = mean_tokens_seen(length, self.window if plain or not lasts else None, self.initial_tokens)
+        seen = mean_tokens_seen(length, self.window if plain or not tokens_last(self) else None, self.initial_tokens)
         each = 4.0 * self.num_heads * self.head_dim
         each += 0.0 if self.position_bias is None else self.position_bias.flops_per_pair()
         return projections + each * seen

@@ -65,6 +65,11 @@ def is_one_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     return jnp.any(tokens.astype(jnp.int32)[..., None] == jnp.asarray(ids, jnp.int32)[None, None], axis=-1)
 
 
+def tokens_last(mixer: Any) -> bool:
+    """Whether some tokens stay visible behind the mixer's window."""
+    return mixer.initial_tokens > 0 or bool(mixer.separator_tokens)
+
+
 def mean_tokens_seen(length: int, window: int | None, initial_tokens: int = 0) -> float:
     """The mean number of tokens that a token sees: length/2, or W − W²/(2 length) with a window W < length, and of the
     first tokens those behind it. Separators are not counted, as their number depends on the text.

@@ -11,7 +11,8 @@ The backward pass, with P the weights, and D_i = dO_i·o_i − dlse_i for softma
 
 It takes five matrix products per pair of tiles. Memory: O(T (K+V)) per head. The decay that score_decay.py adds to the
 scores needs no matrix product. A position bias (ops/position_bias.py) is computed for each tile, once forward and once
-backward, where `jax.vjp` differentiates it.
+backward, where `jax.vjp` differentiates it. Columns that last behind a window are in tiles of their own
+(reads/behind_window.py), which a chunk of rows visits beside its near chunks.
 """
 
 from __future__ import annotations

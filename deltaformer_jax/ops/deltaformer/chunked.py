@@ -28,7 +28,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
-from deltaformer_jax.ops.common.reads.behind_window import behind_window
+from deltaformer_jax.ops.common.reads.behind_window import seen_columns
 from deltaformer_jax.ops.common.reads.self_adjusted import adjusted_backward, adjusted_forward
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Similarity, with_arrays, without_gradient
 from deltaformer_jax.ops.deltaformer.chunked_tied import tied_backward, tied_forward
@@ -95,16 +95,9 @@ def _layout(plan, write_query, key, value, alpha, beta, segment_ids, lasting, bi
     first = lambda x: H.heads_first(H.pad_time(x, length))
     key, value = first(H.repeat_heads(key, heads)), first(H.repeat_heads(value, heads))
     write_query = key if write_query is None else first(write_query)
-    segments = H.pad_time(segment_ids, length)
-    # With these reads all earlier chunks are visited, and what does not last is masked.
-    skips = lasting is None or not (isinstance(plan.read_similarity, SelfAdjust) or biases.given)
-    bounds = tiles.first_chunks(segments, plan.window if skips else None, length, plan.chunk)
-    segments = None if segments is None else segments[:, None]
-    how = dict(chunk=plan.chunk, window=plan.window)
-    if lasting is not None:
-        how["lasting"] = lasting = H.pad_time(lasting, length)[:, None]
-        if skips:
-            how["behind"] = behind_window(lasting, segments, bounds, plan.chunk)
+    skips = not isinstance(plan.read_similarity, SelfAdjust) and not biases.given
+    bounds, segments, seen = seen_columns(segment_ids, lasting, plan.window, length, plan.chunk, skips=skips)
+    how = dict(chunk=plan.chunk, window=plan.window, **seen)
     return heads, length, write_query, key, value, first(alpha), first(beta), segments, bounds, how
 
 

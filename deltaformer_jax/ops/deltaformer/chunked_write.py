@@ -15,6 +15,10 @@ of its own, because β_i Σ_j A_ij u_j = α_i v_i − u_i. Work per head: T² (K
 many backward. Memory per head: O(T (K+V)). A position bias (ops/position_bias.py) is computed for each tile, once
 forward and once backward, where `jax.vjp` differentiates it.
 
+Columns that last behind a window are in tiles of their own (reads/behind_window.py). Forward, a chunk of rows visits
+them before its near chunks. Backward, G of a chunk is known when its turn comes, and goes at once to all columns that
+last behind its rows' windows; their own turn comes later, and begins with what they were given.
+
 Source: Xu et al., DeltaFormer (NeurIPS 2025), eq. 8 and section 3.4. The backward pass is derived here.
 """
 
@@ -112,8 +116,11 @@ def write_forward(
         row_segments = tiles.take(segments, c, chunk)
 
         def scores(j):
-            plain = tiles.dot(rows, tiles.take(k, j, chunk).mT, k.dtype) * left
+            plain = plain_scores(tiles.take(k, j, chunk))
             return plain if bias is None else add_bias(plain, bias, positions, c, j, chunk)
+
+        def plain_scores(keys):
+            return tiles.dot(rows, keys.mT, k.dtype) * left
 
         def earlier(j, running):
             visible = tiles.same_segment(row_segments, tiles.take(segments, j, chunk))
@@ -121,9 +128,8 @@ def write_forward(
             return tiles.absorb(similarity, running, scores(j), visible, tiles.take(u, j, chunk), operand)
 
         def earlier_behind(m, running):
-            scores = tiles.dot(rows, behind.take(k, m, chunk).mT, k.dtype) * left
-            visible = behind.visible(c, m, chunk)
-            return tiles.absorb(similarity, running, scores, visible, behind.take(u, m, chunk), operand)
+            keys, values = behind.take(k, m, chunk), behind.take(u, m, chunk)
+            return tiles.absorb(similarity, running, plain_scores(keys), behind.visible(c, m, chunk), values, operand)
 
         running = tiles.start_sum((batch, heads, chunk, width), dtype, v)
         if behind is not None:

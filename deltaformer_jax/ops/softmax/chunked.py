@@ -18,7 +18,7 @@ from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 from deltaformer_jax.ops.common.chunked_read import read_backward, read_forward
 from deltaformer_jax.ops.common.hand_written import hand_written, made
-from deltaformer_jax.ops.common.reads.behind_window import behind_window
+from deltaformer_jax.ops.common.reads.behind_window import seen_columns
 from deltaformer_jax.ops.common.similarity import SelfAdjust, Softmax
 from deltaformer_jax.ops.position_bias import PositionBias
 
@@ -45,16 +45,9 @@ def layout(plan, query, key, value, log_decay, segment_ids, lasting, bias=None):
     k, v = (H.heads_first(H.pad_time(x, length)) for x in (key, value))
     if log_decay is not None:
         log_decay = H.fold_queries(H.pad_time(log_decay, length), heads).reshape(*k.shape[:3], group)
-    segments = H.pad_time(segment_ids, length)
-    # In the other cases all earlier chunks are visited, and what does not last is masked.
-    skips = lasting is None or (plan.similarity == _SOFTMAX and log_decay is None and bias is None)
-    bounds = tiles.first_chunks(segments, plan.window if skips else None, length, plan.chunk)
-    segments = None if segments is None else segments[:, None]
-    settings = dict(similarity=plan.similarity, scale=plan.scale, chunk=plan.chunk, window=plan.window)
-    if lasting is not None:
-        settings["lasting"] = lasting = H.pad_time(lasting, length)[:, None]
-        if skips:
-            settings["behind"] = behind_window(lasting, segments, bounds, plan.chunk)
+    skips = plan.similarity == _SOFTMAX and log_decay is None and bias is None
+    bounds, segments, seen = seen_columns(segment_ids, lasting, plan.window, length, plan.chunk, skips=skips)
+    settings = dict(similarity=plan.similarity, scale=plan.scale, chunk=plan.chunk, window=plan.window, **seen)
     if bias is not None:
         rows = 1 if segment_ids is None else segment_ids.shape[0]
         positions = H.pad_time(token_positions(segment_ids, rows, key.shape[1]), length)[:, None]

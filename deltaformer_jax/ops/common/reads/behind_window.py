@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deltaformer_jax.ops.common import heads as H
 from deltaformer_jax.ops.common import tiles
 
 
@@ -57,6 +58,24 @@ class Behind(NamedTuple):
 
     def _columns(self, m, chunk):
         return lax.dynamic_slice_in_dim(self.order, m * chunk, chunk, axis=1)
+
+
+def seen_columns(segment_ids, lasting, window: int | None, length: int, chunk: int, *, skips: bool):
+    """(first [T/C], segments [B, 1, T] or None, {"lasting": ..., "behind": ...} as far as there are any) of a pass over
+    the columns, for its `length` of whole chunks, from segment_ids and lasting [B, time] or None.
+
+    skips: whether the pass knows how to pass over the chunks behind its rows' windows where tokens last. Without it
+    `first` leaves none of them out, and the pass masks what does not last.
+    """
+    segments = H.pad_time(segment_ids, length)
+    first = tiles.first_chunks(segments, window if skips or lasting is None else None, length, chunk)
+    segments = None if segments is None else segments[:, None]
+    if lasting is None:
+        return first, segments, {}
+    found = {"lasting": H.pad_time(lasting, length)[:, None]}
+    if skips:
+        found["behind"] = behind_window(found["lasting"], segments, first, chunk)
+    return first, segments, found
 
 
 def behind_window(lasting: jax.Array, segments: jax.Array | None, first: jax.Array, chunk: int) -> Behind:
