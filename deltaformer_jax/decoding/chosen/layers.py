@@ -23,6 +23,7 @@ from deltaformer_jax.decoding.requests import whole
 from deltaformer_jax.layers.caches import AttentionCache, is_selected
 from deltaformer_jax.layers.feed_forward.shift_editor import ShiftedCache
 from deltaformer_jax.model import LanguageModel
+from deltaformer_jax.ops.cache.caches import as_selected
 from deltaformer_jax.ops.common.similarity import Softmax
 from deltaformer_jax.ops.position_bias import BIASES
 
@@ -122,7 +123,7 @@ def empty_cache(model: LanguageModel, rows: int, slots: Slots, rule: Streaming |
     """Empty caches with `slots`; with a rule, layers that can drop entries have caches of chosen tokens."""
     usual, chosen, behind = (model.init_cache(rows, count) for count in (slots.text, slots.chosen, slots.behind))
     apart = isinstance(rule, Evicted) and rule.by_head
-    selected = (lambda memory: _selected(memory).apart()) if apart else _selected
+    selected = (lambda memory: as_selected(memory).apart()) if apart else as_selected
     found = []
     for place, (grows, lasts) in enumerate(zip(chooses(model), behind_windows(model))):
         cache = (chosen if grows else behind if lasts else usual)[place]
@@ -150,11 +151,6 @@ def without_unseen(model: LanguageModel, caches, capacity: int):
         return ops.compact_cache(memory, ops.visible_entries(memory, mixer.window), capacity=capacity)
 
     return over_layers(one, model, caches, behind_windows(model))
-
-
-def _selected(memory):
-    kind = ops.SelectedKUCache if isinstance(memory, ops.KUCache) else ops.SelectedKVCache
-    return memory if isinstance(memory, kind) else kind.of(memory)
 
 
 def with_memory(cache: AttentionCache | ShiftedCache, memory) -> AttentionCache | ShiftedCache:

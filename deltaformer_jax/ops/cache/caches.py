@@ -276,6 +276,13 @@ def check_selected(cache, keep, initial):
         raise ValueError(f"keep and initial need a cache of chosen tokens: build it with {kind}.empty or {kind}.of")
 
 
+def as_selected(cache: KUCache | KVCache) -> SelectedKUCache | SelectedKVCache:
+    """`cache` as one of chosen tokens, of which none lasts; a cache of chosen tokens itself."""
+    if isinstance(cache, Selected):
+        return cache
+    return (SelectedKUCache if isinstance(cache, KUCache) else SelectedKVCache).of(cache)
+
+
 def heads_apart(cache) -> bool:
     """Whether each head of a cache keeps entries of its own."""
     return isinstance(cache, Selected) and cache.heads_apart

@@ -17,6 +17,7 @@ from deltaformer_jax.ops.cache.caches import (
     Selected,
     SelectedKUCache,
     SelectedKVCache,
+    as_selected,
     heads_apart,
     over_heads,
     slot_positions,
@@ -134,15 +135,9 @@ def _chosen(cache, keep):
     return keep & (slot_positions(cache) >= 0)
 
 
-def _selected(cache):
-    if isinstance(cache, Selected):
-        return cache
-    return (SelectedKUCache if isinstance(cache, KUCache) else SelectedKVCache).of(cache)
-
-
 @compiled(1)
 def _compact(capacity, cache, keep):
-    cache = _selected(cache)
+    cache = as_selected(cache)
     chosen = _chosen(cache, keep)
     last = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(chosen, cache.position, last), axis=1, stable=True)[:, :capacity]
@@ -164,7 +159,7 @@ def _compact(capacity, cache, keep):
 @compiled(1)
 def _compact_by_head(capacity, cache, keep):
     """`_compact` with a `keep` for each head: [B, N, G] or [B, n, G]."""
-    cache = _selected(cache).apart()
+    cache = as_selected(cache).apart()
     chosen = over_heads(_chosen, cache, keep)
     last = jnp.iinfo(jnp.int32).max
     order = jnp.argsort(jnp.where(chosen, cache.position, last), axis=1, stable=True)[:, :capacity]
